@@ -1,0 +1,143 @@
+// The Python face of the extension: arguments in, checks, the lock released around the work. No arithmetic.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "class_sketch.hpp"
+#include "tensor_view.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(GRADMIX_CUDA)
+#include "cuda_devices.hpp"
+#endif
+
+#define GRADMIX_TEXT_(x) #x
+#define GRADMIX_TEXT(x) GRADMIX_TEXT_(x)
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace gradmix {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = GRADMIX_VERSION;
+  info["compiler"] = GRADMIX_COMPILER;
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["build_type"] = GRADMIX_BUILD_TYPE;
+  info["python_abi"] = "cp" GRADMIX_TEXT(PY_MAJOR_VERSION) GRADMIX_TEXT(PY_MINOR_VERSION);
+#if defined(_OPENMP)
+  info["openmp"] = static_cast<long>(_OPENMP);
+#else
+  info["openmp"] = py::none();
+#endif
+  info["instruction_set"] = class_sketch_instruction_set();
+#if defined(GRADMIX_CUDA)
+  info["cuda"] = true;
+  info["cuda_version"] = GRADMIX_CUDA_VERSION;
+  py::list architectures;
+  for (const auto& part : py::str(GRADMIX_CUDA_ARCHITECTURES).attr("split")(",")) architectures.append(part);
+  info["cuda_architectures"] = py::tuple(architectures);
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_architectures"] = py::tuple();
+#endif
+  return info;
+}
+
+py::dict cuda_devices() {
+  py::dict answer;
+  py::list devices;
+#if defined(GRADMIX_CUDA)
+  const CudaDevices found = [] {
+    py::gil_scoped_release unlocked;
+    return query_cuda_devices();
+  }();
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  for (const CudaDevice& device : found.devices) {
+    devices.append(py::dict("name"_a = device.name,
+                            "capability"_a = std::to_string(device.major) + "." + std::to_string(device.minor),
+                            "memory"_a = device.memory));
+  }
+  answer["error"] = found.error.empty() ? py::object(py::none()) : py::object(py::str(found.error));
+  answer["runtime"] = py::str(version(found.runtime_version));
+  answer["driver"] = found.driver_version == 0 ? py::object(py::none()) : py::object(py::str(version(found.driver_version)));
+#else
+  answer["error"] = "the extension was built without CUDA";
+  answer["runtime"] = py::none();
+  answer["driver"] = py::none();
+#endif
+  answer["devices"] = devices;
+  return answer;
+}
+
+void py_class_sketch(const py::object& deltas_object, const py::object& activations_object,
+                     const py::object& labels_object, const py::object& out_object, const py::object& num_threads) {
+  const auto floating = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBfloat16, Dtype::kFloat16};
+  const TensorView deltas(deltas_object, "deltas", floating, "(N, T, K)", 3);
+  const TensorView activations(activations_object, "activations", {deltas.dtype()}, "(N, T, J)", 3);
+  const TensorView labels(labels_object, "labels", {Dtype::kInt64}, "(N,)", 1);
+  const Dtype result = deltas.dtype() == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const TensorView out(out_object, "out", {result}, "(P, K, J)", 3, /*writable=*/true);
+
+  activations.require_size(0, deltas.size(0), "N of deltas");
+  activations.require_size(1, deltas.size(1), "T of deltas");
+  labels.require_size(0, deltas.size(0), "N of deltas");
+  out.require_size(1, deltas.size(2), "K of deltas");
+  out.require_size(2, activations.size(2), "J of activations");
+  for (const TensorView* input : {&deltas, &activations, &labels}) out.require_apart(*input);
+
+  int threads = 1;
+#if defined(_OPENMP)
+  threads = omp_get_max_threads();
+#endif
+  if (!num_threads.is_none()) {
+    if (!py::isinstance<py::int_>(num_threads)) {
+      throw py::type_error("num_threads: got " + std::string(py::str(py::type::of(num_threads).attr("__name__"))) +
+                           ", expected an int or None");
+    }
+    const auto wanted = num_threads.cast<std::int64_t>();
+    if (wanted < 1) {
+      throw py::value_error("num_threads: got " + std::to_string(wanted) + ", expected at least 1");
+    }
+#if defined(_OPENMP)
+    // More threads than this only cost; the result is the same for any number.
+    threads = static_cast<int>(std::min<std::int64_t>(wanted, std::max(omp_get_num_procs(), 8)));
+#endif
+  }
+
+  const ClassSketch problem{deltas.dtype(),        deltas.data(),  activations.data(), labels.as<std::int64_t>(),
+                            out.mutable_data(),    deltas.size(0), deltas.size(1),     deltas.size(2),
+                            activations.size(2),   out.size(0)};
+  std::int64_t bad = -1;
+  {
+    py::gil_scoped_release unlocked;
+    bad = first_bad_label(problem.labels, problem.samples, problem.classes);
+    if (bad < 0) class_sketch(problem, threads);
+  }
+  if (bad >= 0) {
+    throw py::value_error("labels: got " + std::to_string(problem.labels[bad]) + " in row " + std::to_string(bad) +
+                          ", expected labels in [0, " + std::to_string(problem.classes) + ")");
+  }
+}
+
+}  // namespace
+}  // namespace gradmix
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native bodies of gradmix's operators. Tensors come by DLPack; results are written into `out`.";
+  module.def("build_info", &gradmix::build_info, "How this extension was built, as a dict.");
+  module.def("cuda_devices", &gradmix::cuda_devices,
+             "CUDA devices as the extension's own runtime sees them; a missing driver is told under 'error'.");
+  module.def("class_sketch", &gradmix::py_class_sketch, "deltas"_a, "activations"_a, "labels"_a, "out"_a,
+             "num_threads"_a = py::none(),
+             "Writes sum over n with labels[n] == p and t of deltas[n, t, :] activations[n, t, :]^T into out[p].");
+}

@@ -1,0 +1,196 @@
+#include "tensor_view.hpp"
+
+#include <functional>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace gradmix {
+namespace {
+
+[[noreturn]] void refuse_type(const std::string& argument, const std::string& came, const std::string& expected) {
+  throw py::type_error(argument + ": got " + came + ", expected " + expected);
+}
+
+[[noreturn]] void refuse_value(const std::string& argument, const std::string& came, const std::string& expected) {
+  throw py::value_error(argument + ": got " + came + ", expected " + expected);
+}
+
+std::string python_type(const py::object& object) { return py::str(py::type::of(object).attr("__name__")); }
+
+std::string dlpack_dtype_name(const dlpack::DataType& type) {
+  std::string name;
+  switch (type.code) {
+    case dlpack::kCodeInt: name = "int"; break;
+    case dlpack::kCodeUInt: name = "uint"; break;
+    case dlpack::kCodeFloat: name = "float"; break;
+    case dlpack::kCodeBfloat: name = "bfloat"; break;
+    case dlpack::kCodeComplex: name = "complex"; break;
+    case dlpack::kCodeBool: return "bool";
+    default: return "DLPack type code " + std::to_string(type.code);
+  }
+  name += std::to_string(type.bits);
+  return type.lanes == 1 ? name : name + "x" + std::to_string(type.lanes);
+}
+
+bool matches(const dlpack::DataType& type, Dtype dtype) {
+  if (type.lanes != 1) return false;
+  switch (dtype) {
+    case Dtype::kFloat16: return type.code == dlpack::kCodeFloat && type.bits == 16;
+    case Dtype::kBfloat16: return type.code == dlpack::kCodeBfloat && type.bits == 16;
+    case Dtype::kFloat32: return type.code == dlpack::kCodeFloat && type.bits == 32;
+    case Dtype::kFloat64: return type.code == dlpack::kCodeFloat && type.bits == 64;
+    case Dtype::kInt64: return type.code == dlpack::kCodeInt && type.bits == 64;
+  }
+  return false;
+}
+
+std::int64_t itemsize(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+    case Dtype::kBfloat16: return 2;
+    case Dtype::kFloat32: return 4;
+    default: return 8;
+  }
+}
+
+std::string tuple_text(const std::int64_t* values, std::int32_t count) {
+  std::string text = "(";
+  for (std::int32_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + (count == 1 ? ",)" : ")");
+}
+
+}  // namespace
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat16: return "float16";
+    case Dtype::kBfloat16: return "bfloat16";
+    case Dtype::kFloat32: return "float32";
+    case Dtype::kFloat64: return "float64";
+    case Dtype::kInt64: return "int64";
+  }
+  return "?";
+}
+
+TensorView::TensorView(const py::object& object, const char* argument, std::initializer_list<Dtype> dtypes,
+                       const char* axes, std::int32_t ndim, bool writable)
+    : argument_(argument) {
+  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
+    refuse_type(argument, python_type(object), "a tensor with __dlpack__ and __dlpack_device__");
+  }
+  py::object capsule;
+  try {
+    // The device is asked for first: exporting a tensor of another device may synchronise or fail obscurely.
+    const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+    if (device.first != dlpack::kDeviceCpu) {
+      refuse_type(argument, "a tensor of DLPack device type " + std::to_string(device.first), "a CPU tensor (type 1)");
+    }
+    capsule = object.attr("__dlpack__")();
+  } catch (const py::cast_error&) {
+    refuse_type(argument, python_type(object) + " with an odd __dlpack_device__", "a pair (device type, device id)");
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and the like pass
+    const std::string why = py::str(error.value());
+    refuse_type(argument, python_type(object) + " that cannot be exported by DLPack (" + why + ")",
+                "a tensor that can, without gradient tracking");
+  }
+
+  PyObject* const raw = capsule.ptr();
+  const dlpack::Tensor* tensor = nullptr;
+  bool read_only = false;
+  if (PyCapsule_IsValid(raw, dlpack::kCapsule)) {
+    managed_ = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(raw, dlpack::kCapsule));
+    PyCapsule_SetName(raw, dlpack::kCapsuleUsed);  // from here on its memory is ours to release
+    tensor = &managed_->tensor;
+  } else if (PyCapsule_IsValid(raw, dlpack::kCapsuleVersioned)) {
+    auto* const versioned =
+        static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(raw, dlpack::kCapsuleVersioned));
+    if (versioned->version.major != dlpack::kMajorVersion) {
+      refuse_type(argument, "a DLPack capsule of version " + std::to_string(versioned->version.major), "version 1");
+    }
+    versioned_ = versioned;
+    PyCapsule_SetName(raw, dlpack::kCapsuleVersionedUsed);
+    tensor = &versioned->tensor;
+    read_only = (versioned->flags & dlpack::kFlagReadOnly) != 0;
+  } else {
+    refuse_type(argument, python_type(capsule) + " from __dlpack__", "an unused DLPack capsule");
+  }
+
+  try {
+    read(*tensor, dtypes, axes, ndim);
+    if (writable && read_only) refuse_value(argument, "a read-only tensor", "a writable one");
+  } catch (...) {
+    release();  // a constructor that throws gets no destructor call
+    throw;
+  }
+}
+
+void TensorView::read(const dlpack::Tensor& tensor, std::initializer_list<Dtype> dtypes, const char* axes,
+                      std::int32_t ndim) {
+  if (tensor.device.type != dlpack::kDeviceCpu) {
+    refuse_type(argument_, "a tensor of DLPack device type " + std::to_string(tensor.device.type),
+                "a CPU tensor (type 1)");
+  }
+  bool known = false;
+  std::string expected;
+  for (const Dtype dtype : dtypes) {
+    if (matches(tensor.dtype, dtype)) {
+      dtype_ = dtype;
+      known = true;
+    }
+    expected += (expected.empty() ? "" : ", ") + std::string(dtype_name(dtype));
+  }
+  if (!known) refuse_type(argument_, "dtype " + dlpack_dtype_name(tensor.dtype), expected);
+  if (tensor.ndim != ndim) {
+    refuse_value(argument_, "shape " + tuple_text(tensor.shape, tensor.ndim), std::string("shape ") + axes);
+  }
+  shape_.assign(tensor.shape, tensor.shape + ndim);
+  numel_ = 1;
+  for (const std::int64_t size : shape_) numel_ *= size;
+  if (tensor.strides != nullptr && numel_ > 0) {
+    std::int64_t compact = 1;
+    for (std::int32_t axis = ndim - 1; axis >= 0; --axis) {
+      if (shape_[axis] != 1 && tensor.strides[axis] != compact) {
+        refuse_value(argument_, "strides " + tuple_text(tensor.strides, ndim) + " for shape " + shape_text(),
+                     "a contiguous tensor");
+      }
+      compact *= shape_[axis];
+    }
+  }
+  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  if (numel_ > 0 && reinterpret_cast<std::uintptr_t>(data_) % static_cast<std::uintptr_t>(itemsize(dtype_)) != 0) {
+    refuse_value(argument_, "memory that is not aligned to its elements", "aligned memory");
+  }
+}
+
+TensorView::~TensorView() { release(); }
+
+void TensorView::release() noexcept {
+  if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
+  if (versioned_ != nullptr && versioned_->deleter != nullptr) versioned_->deleter(versioned_);
+  managed_ = nullptr;
+  versioned_ = nullptr;
+}
+
+std::int64_t TensorView::bytes() const { return numel_ * itemsize(dtype_); }
+
+std::string TensorView::shape_text() const { return tuple_text(shape_.data(), static_cast<std::int32_t>(shape_.size())); }
+
+void TensorView::require_size(std::size_t axis, std::int64_t expected, const std::string& meaning) const {
+  if (shape_[axis] == expected) return;
+  refuse_value(argument_, "shape " + shape_text(),
+               std::to_string(expected) + " in axis " + std::to_string(axis) + " (" + meaning + ")");
+}
+
+void TensorView::require_apart(const TensorView& other) const {
+  if (numel_ == 0 || other.numel_ == 0) return;
+  const std::less<const char*> before;
+  const auto* const a = static_cast<const char*>(data_);
+  const auto* const b = static_cast<const char*>(other.data_);
+  if (before(a, b + other.bytes()) && before(b, a + bytes())) {
+    refuse_value(argument_, std::string("memory shared with ") + other.argument_, "memory of its own");
+  }
+}
+
+}  // namespace gradmix

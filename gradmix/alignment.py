@@ -1,0 +1,508 @@
+"""From a model and rows to alignment: the reference gradient, the estimators and the criteria.
+
+The reference gradient G is the mean last-layer gradient of the replay buffer, mean_n (softmax(z_n) - y_n) [h_n; 1]^T. One SGD
+step on a mixed row with gradient g changes the buffer's loss by about -lr <g, G>, so a mixture is helpful if <g, G> >= 0 and
+detrimental otherwise (GradMix, arXiv 2505.08528, which states this as an angle of at most 90 degrees).
+
+Estimators of g, both for the last layer's weight and bias:
+
+- ``feature``: the rows' features, logits and labels are mixed (:mod:`gradmix.ops.mixed_alignment`); no forward pass but the
+  rows' own.
+- ``mixed``: the mixed inputs are forwarded; exact, one forward a pair.
+
+Criteria: ``sample`` judges each pair by its own inner product, ``class`` each pair of classes by the mean over its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
+from gradmix.mixing import beta_quadrature, draw_lam
+from gradmix.ops.labels import class_of, dense_labels
+from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
+from gradmix.probe import device_of, require_finite, untouched
+from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
+
+Estimator = Literal["feature", "mixed"]
+Criterion = Literal["class", "sample"]
+
+QUADRATURE_NODES = 4
+"""Mixing weights at which a class table is evaluated in feature space."""
+
+TABLE_ROWS = 2048
+"""Rows behind a class table at the most; with many classes there are fewer of each."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Alignment of mixtures with the reference gradient.
+
+    Attributes:
+        inner: (N, M) or, by class, (P, P): inner products with the reference; NaN where no pair was evaluated.
+        cosine: same shape, in [-1, 1]. By class it is the mean of the pairs' cosines weighted by the norms of their gradients,
+            which has the sign of ``inner``.
+        classes: None, or (P,) int64 in ascending order: entry (a, b) is a mixture of a row of ``classes[a]`` with weight lam
+            and a row of ``classes[b]`` with weight 1 - lam.
+    """
+
+    inner: Tensor
+    cosine: Tensor
+    classes: Tensor | None = None
+
+    def helpful(self, threshold: float = 0.0) -> Tensor:
+        """bool, same shape: whether a mixture is helpful; False where none was evaluated.
+
+        At threshold 0 the sign of ``inner`` decides, which has no rounding of norms in it.
+        """
+        return self.inner >= 0 if threshold == 0.0 else self.cosine >= threshold
+
+    def index_of(self, labels: Tensor) -> Tensor:
+        """(N,) positions of ``labels`` among ``classes``; -1 for a class that is not there."""
+        assert self.classes is not None
+        position = torch.searchsorted(self.classes, labels).clamp_(max=len(self.classes) - 1)
+        return torch.where(self.classes[position] == labels, position, -1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with what the head saw and said for them: x (N, ...), y labels, features (N, d), logits (N, C)."""
+
+    x: Tensor
+    y: Tensor
+    features: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> Rows:
+        """The rows at ``index``."""
+        return Rows(self.x[index], self.y[index], self.features[index], self.logits[index])
+
+
+# ------------------------------------------------------------------------------------------------------- forward passes
+
+
+def forwarded(model: nn.Module, head: nn.Module, name: str, source: object, chunk: int, device: torch.device) -> Iterator[Rows]:
+    """Forward ``source`` in chunks; call it inside :func:`gradmix.probe.untouched`.
+
+    Raises:
+        ValueError: a row with a NaN or an infinity in it, or for which the model returns one, named; a label out of range.
+    """
+    start = 0
+    for x, y in chunks_of(name, source, chunk, device):
+        with HeadCapture(model, head) as capture:
+            model(x)
+        yield checked_rows(name, x, y, capture.output, start)
+        start += len(x)
+
+
+def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row: int = 0) -> Rows:
+    """Rows with their head output, after a look for NaN and labels beyond the logits' classes."""
+    features, logits = output
+    if len(features) != len(y):
+        raise ValueError(f"{name}: the head ran on {len(features)} rows, expected {len(y)} as there are labels")
+    require_finite(first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits})
+    classes = logits.shape[1]
+    if y.is_floating_point():
+        if y.shape[1] != classes:
+            raise ValueError(f"{name} labels: got {y.shape[1]} classes, expected {classes} as the model's logits")
+    elif len(y) and int(y.max()) >= classes:
+        row = int((y >= classes).nonzero()[0])
+        raise ValueError(
+            f"{name} labels: row {first_row + row} is {int(y[row])}, expected a class index in [0, {classes})"
+        )
+    return Rows(x, y, features, logits)
+
+
+# --------------------------------------------------------------------------------------------------- reference gradient
+
+
+class ReferenceSum:
+    """Running sum of last-layer gradients; its mean is the reference gradient."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._bias = has_bias(head)
+        self._sum: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Rows) -> None:
+        """Add sum_n r_n [h_n; 1]^T of these rows."""
+        dtype = torch.float64 if rows.features.dtype == torch.float64 else torch.float32
+        with torch.autocast(rows.features.device.type, enabled=False):
+            logits, features = rows.logits.to(dtype), rows.features.to(dtype)
+            residual = torch.softmax(logits, 1) - dense_labels(rows.y, logits.shape[1], dtype)
+            total = residual.T @ features
+            if self._bias:
+                total = torch.cat([total, residual.sum(0)[:, None]], 1)
+        self._sum = total if self._sum is None else self._sum + total
+        self.count += len(rows)
+
+    def mean(self) -> Tensor | None:
+        """(C, d + 1), or (C, d) without bias; None if no row was added."""
+        return None if self._sum is None else self._sum / self.count
+
+
+def reference_gradient(
+    model: nn.Module, buffer: RowSource, *, head: nn.Module | str | None = None, chunk_size: int = CHUNK
+) -> Tensor:
+    """Mean last-layer gradient of the buffer's cross-entropy: G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
+
+    The model runs in evaluation mode and is left as it was.
+
+    Args:
+        model: returns logits (N, C), or an object that holds them as ``.logits``.
+        buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
+        head: the classifier, or its name; None: found by itself.
+        chunk_size: rows forwarded at a time.
+
+    Returns:
+        (C, d + 1) float32 (float64 for a float64 model), the last column the bias's; (C, d) for a head without bias.
+
+    Raises:
+        ValueError: an empty buffer, labels out of range, a NaN (its row is named), or no certain head.
+        TypeError: a buffer of another type.
+
+    >>> import torch, gradmix
+    >>> model = torch.nn.Linear(2, 2)
+    >>> G = gradmix.reference_gradient(model, (torch.eye(2), torch.tensor([0, 1])))
+    >>> G.shape
+    torch.Size([2, 3])
+    """
+    device = device_of(model)
+    with untouched(model):
+        reference, _ = _reference(model, buffer, head, chunk_size, device)
+    if reference is None:
+        raise ValueError("buffer: got no rows, expected at least one")
+    return reference
+
+
+def _reference(
+    model: nn.Module, buffer: object, head: nn.Module | str | None, chunk: int, device: torch.device, keep: int = 0
+) -> tuple[Tensor | None, list[Rows]]:
+    """The reference gradient, or None for an empty buffer, and up to ``keep`` rows a class of those forwarded."""
+    total: ReferenceSum | None = None
+    kept: list[Rows] = []
+    quota = ClassQuota(keep)
+    for x, y in chunks_of("buffer", buffer, chunk, device):
+        if len(y) == 0:
+            continue
+        module = resolve_head(model, head, x[:1])
+        total = total or ReferenceSum(module)
+        for rows in forwarded(model, module, "buffer", (x, y), chunk, device):
+            total.add(rows)
+            if keep:
+                kept.append(rows.take(quota.admit(rows.y)))
+    return (None if total is None else total.mean()), kept
+
+
+class ClassQuota:
+    """Admits the first ``limit`` rows of every class over several calls."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count: dict[int, int] = {}
+
+    def admit(self, labels: Tensor) -> Tensor:
+        """Indices of the rows of this call that are within the quota, in order."""
+        admitted = []
+        for index, label in enumerate(class_of(labels).tolist()):
+            count = self._count.get(label, 0)
+            if count < self._limit:
+                self._count[label] = count + 1
+                admitted.append(index)
+        return torch.tensor(admitted, dtype=torch.int64, device=labels.device)
+
+
+# ----------------------------------------------------------------------------------------------------------- estimators
+
+
+def feature_alignment(
+    rows: Rows, partners: Rows, reference: Tensor, lam: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Estimator ``feature``: (inner, norm), both (N, M), of all pairs mixed in feature space."""
+    inner, norm = mixed_alignment(
+        rows.features, rows.logits, rows.y, partners.features, partners.logits, partners.y, reference, lam, backend=backend
+    )
+    return inner, norm
+
+
+def mixed_input_alignment(
+    model: nn.Module,
+    head: nn.Module,
+    rows: tuple[Tensor, Tensor],
+    partners: tuple[Tensor, Tensor],
+    pairs: Tensor,
+    reference: Tensor,
+    lam: float | Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Estimator ``mixed``: (inner, norm), both (K,), of the pairs (i, j) in ``pairs`` (K, 2), by forwarding mixed inputs.
+
+    ``lam`` is one weight, or one a pair (K,). Call it inside :func:`gradmix.probe.untouched`.
+    """
+    (x, y), (other_x, other_y) = rows, partners
+    inner, norm = [], []
+    for start in range(0, len(pairs), chunk):
+        i, j = pairs[start : start + chunk].unbind(1)
+        weight: float | Tensor = lam[start : start + chunk] if isinstance(lam, Tensor) else lam
+        x_weight = weight.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(weight, Tensor) else weight
+        with HeadCapture(model, head) as capture:
+            model(x_weight * x[i] + (1 - x_weight) * other_x[j])
+        features, logits = capture.output
+        require_finite(start, **{"the model's logits of mixed rows": logits})
+        dtype = reference.dtype
+        y_weight = weight.to(dtype)[:, None] if isinstance(weight, Tensor) else weight
+        classes = logits.shape[1]
+        labels = y_weight * dense_labels(y[i], classes, dtype) + (1 - y_weight) * dense_labels(other_y[j], classes, dtype)
+        part = row_alignment(features, logits, labels, reference)
+        inner.append(part[0])
+        norm.append(part[1])
+    empty = reference.new_empty(0)
+    return torch.cat([empty, *inner]), torch.cat([empty, *norm])
+
+
+def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each row, both (N,); ``labels`` (N, C), the reference's dtype throughout."""
+    dtype = reference.dtype
+    with torch.autocast(features.device.type, enabled=False):
+        h = features.to(dtype)
+        residual = torch.softmax(logits.to(dtype), 1) - labels
+        toward = residual @ reference  # (N, d + 1): G^T r
+        inner = (toward[:, : h.shape[1]] * h).sum(1)
+        square = h.square().sum(1)
+        if reference.shape[1] == h.shape[1] + 1:
+            inner = inner + toward[:, -1]
+            square = square + 1
+        return inner, residual.square().sum(1).mul(square).sqrt()
+
+
+# -------------------------------------------------------------------------------------------------------------- criteria
+
+
+def by_sample(inner: Tensor, norm: Tensor, reference: Tensor) -> Alignment:
+    """Criterion ``sample``: every pair for itself."""
+    return Alignment(inner, cosine(inner, norm, reference.norm()))
+
+
+class ClassMean:
+    """Criterion ``class``: means over the rows of each class pair, gathered over several calls.
+
+    Args:
+        classes: (P,) int64, ascending: the classes told apart.
+        reference: the reference gradient.
+    """
+
+    def __init__(self, classes: Tensor, reference: Tensor) -> None:
+        size = len(classes)
+        self.classes, self._reference = classes, reference
+        self._inner = torch.zeros(size * size, dtype=reference.dtype, device=reference.device)
+        self._norm, self._count = torch.zeros_like(self._inner), torch.zeros_like(self._inner)
+
+    def add_matrix(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor, weight: float, own_rows: bool) -> None:
+        """Add all pairs of an (N, M) matrix; NaN counts as not evaluated, and so does a row with itself if ``own_rows``."""
+        dtype = inner.dtype
+        left = (y_a[:, None] == self.classes).to(dtype)
+        right = (y_b[:, None] == self.classes).to(dtype)
+        valid = ~torch.isnan(inner)
+        if own_rows:
+            valid.fill_diagonal_(False)
+        for total, value in (
+            (self._inner, inner.masked_fill(~valid, 0)),
+            (self._norm, norm.masked_fill(~valid, 0)),
+            (self._count, valid.to(dtype)),
+        ):
+            total += weight * (left.T @ value @ right).flatten()
+
+    def add_pairs(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor) -> None:
+        """Add single pairs: all arguments (K,), the labels among ``classes``."""
+        cell = torch.searchsorted(self.classes, y_a) * len(self.classes) + torch.searchsorted(self.classes, y_b)
+        for total, value in ((self._inner, inner), (self._norm, norm), (self._count, torch.ones_like(inner))):
+            total.index_add_(0, cell, value.to(total.dtype))
+
+    def alignment(self) -> Alignment:
+        """The (P, P) means; NaN where no pair was added."""
+        size = len(self.classes)
+        empty = self._count == 0
+        count = self._count.masked_fill(empty, 1)
+        inner, norm = self._inner / count, self._norm / count
+        angle = cosine(inner, norm, self._reference.norm())
+        nan = float("nan")
+        return Alignment(
+            inner.masked_fill(empty, nan).view(size, size), angle.masked_fill(empty, nan).view(size, size), self.classes
+        )
+
+
+def class_table(
+    model: nn.Module,
+    head: nn.Module,
+    rows: Rows,
+    reference: Tensor,
+    *,
+    estimator: Estimator,
+    alpha: float,
+    class_samples: int,
+    generator: torch.Generator,
+    chunk: int,
+    backend: str,
+) -> Alignment:
+    """Alignment of all pairs of the classes of ``rows``, averaged over the mixing weight; call it inside ``untouched``.
+
+    ``feature``: all pairs of the rows, at the Gauss nodes of Beta(alpha, alpha). ``mixed``: ``class_samples`` random pairs of
+    each two classes, each with a mixing weight of its own.
+    """
+    labels = class_of(rows.y)
+    classes = torch.unique(labels)
+    mean = ClassMean(classes, reference)
+    if estimator == "feature":
+        limit = max(1, min(class_samples, TABLE_ROWS // len(classes)))
+        rows = rows.take(ClassQuota(limit).admit(rows.y))
+        labels = class_of(rows.y)
+        for lam, weight in zip(*beta_quadrature(alpha, QUADRATURE_NODES), strict=True):
+            inner, norm = feature_alignment(rows, rows, reference, lam, backend)
+            mean.add_matrix(inner, norm, labels, labels, weight, own_rows=True)
+        return mean.alignment()
+    pairs = _class_pairs(labels, classes, class_samples, generator)
+    lam_ = draw_lam(alpha, generator, len(pairs))
+    assert isinstance(lam_, Tensor)
+    own = (rows.x, rows.y)
+    inner, norm = mixed_input_alignment(model, head, own, own, pairs, reference, lam_.to(labels.device), chunk)
+    mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
+    return mean.alignment()
+
+
+def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """(P * P * samples, 2) random row indices, ``samples`` for each ordered pair of classes, drawn with replacement."""
+    order = torch.argsort(labels, stable=True)
+    counts = (labels[:, None] == classes).sum(0)
+    first = counts.cumsum(0) - counts
+    size = len(classes)
+    left, right = (v.reshape(-1) for v in torch.meshgrid(*[torch.arange(size, device=labels.device)] * 2, indexing="ij"))
+    drawn = torch.rand(2, len(left), samples, generator=generator, device=generator.device).to(labels.device)
+    columns = [
+        order[first[c, None] + (u * counts[c, None]).long().clamp_(max=counts[c, None] - 1)]
+        for u, c in zip(drawn, (left, right), strict=True)
+    ]
+    return torch.stack([column.reshape(-1) for column in columns], 1)
+
+
+def alignment_matrix(
+    model: nn.Module,
+    buffer: RowSource,
+    batch: tuple[Tensor, Tensor],
+    *,
+    lam: float,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    criterion: Criterion = "sample",
+    estimator: Estimator = "feature",
+    head: nn.Module | str | None = None,
+    backend: str = "auto",
+    chunk_size: int = CHUNK,
+) -> Alignment:
+    """Alignment of every mixture of a row of ``batch`` with a candidate, at one mixing weight.
+
+    Args:
+        model, buffer, head, chunk_size: as :func:`reference_gradient`; the buffer must not be empty.
+        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+        lam: weight of the batch's row, in [0, 1].
+        candidates: the partners' rows (M of them); None: the batch's own rows.
+        criterion: ``"sample"``, (N, M); or ``"class"``, (P, P) over the classes of both.
+        estimator: ``"feature"`` or ``"mixed"`` (which forwards all N x M mixtures).
+        backend: of the operator ``mixed_alignment``.
+
+    Returns:
+        :class:`Alignment`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong type, named.
+    """
+    check_choice("criterion", criterion, get_args(Criterion))
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_lam(lam)
+    x, y = as_pair("batch", batch)
+    partner_pair = (x, y) if candidates is None else as_pair("candidates", candidates)
+    with untouched(model):
+        reference, _ = _reference(model, buffer, head, chunk_size, x.device)
+        if reference is None:
+            raise ValueError("buffer: got no rows, expected at least one")
+        module = resolve_head(model, head, x[:1])
+        rows, partners = forward_pair(model, module, (x, y), partner_pair, chunk_size, candidates is None)
+        inner, norm = pair_alignment(
+            model, module, rows, partners, reference, lam, estimator=estimator, chunk=chunk_size, backend=backend
+        )
+    return judge(inner, norm, rows, partners, reference, criterion, candidates is None)
+
+
+def forward_pair(
+    model: nn.Module,
+    head: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    candidates: tuple[Tensor, Tensor],
+    chunk: int,
+    own_rows: bool,
+) -> tuple[Rows, Rows]:
+    """The batch and the candidates, forwarded once each; the same object twice if ``own_rows``."""
+    rows = forward_all(model, head, "batch", batch, chunk)
+    return rows, rows if own_rows else forward_all(model, head, "candidates", candidates, chunk)
+
+
+def forward_all(model: nn.Module, head: nn.Module, name: str, pair: tuple[Tensor, Tensor], chunk: int) -> Rows:
+    """All rows of ``pair`` with their head outputs; call it inside ``untouched``."""
+    parts = list(forwarded(model, head, name, pair, chunk, pair[0].device))
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """Several chunks as one; hard and soft labels meet as label vectors."""
+    if len({part.y.is_floating_point() for part in parts}) > 1:
+        classes = parts[0].logits.shape[1]
+        parts = [Rows(p.x, dense_labels(p.y, classes, torch.float32), p.features, p.logits) for p in parts]
+    fields = ("x", "y", "features", "logits")
+    return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+def pair_alignment(
+    model: nn.Module,
+    head: nn.Module,
+    rows: Rows,
+    partners: Rows,
+    reference: Tensor,
+    lam: float,
+    *,
+    estimator: Estimator,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(inner, norm), both (N, M), of all pairs by either estimator; call it inside ``untouched``."""
+    if estimator == "feature":
+        return feature_alignment(rows, partners, reference, lam, backend)
+    count = (len(rows), len(partners))
+    pairs = torch.cartesian_prod(*(torch.arange(n, device=rows.y.device) for n in count)).view(-1, 2)
+    inner, norm = mixed_input_alignment(
+        model, head, (rows.x, rows.y), (partners.x, partners.y), pairs, reference, lam, chunk
+    )
+    return inner.view(count), norm.view(count)
+
+
+def judge(
+    inner: Tensor, norm: Tensor, rows: Rows, partners: Rows, reference: Tensor, criterion: Criterion, own_rows: bool
+) -> Alignment:
+    """Apply a criterion to all pairs."""
+    if criterion == "sample":
+        return by_sample(inner, norm, reference)
+    y_a, y_b = class_of(rows.y), class_of(partners.y)
+    mean = ClassMean(torch.unique(torch.cat([y_a, y_b])), reference)
+    mean.add_matrix(inner, norm, y_a, y_b, 1.0, own_rows)
+    return mean.alignment()
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,1 @@
+"""The operators: one file each, holding its reference, its fast bodies, its registration and its dispatch."""

@@ -1,0 +1,49 @@
+"""Labels: class indices (N,) int64, or label vectors (N, C) of a floating-point dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(N, classes) label vectors: the labels themselves, or their one-hot form."""
+    if labels.is_floating_point():
+        return labels.to(dtype)
+    return torch.nn.functional.one_hot(labels, classes).to(dtype)
+
+
+def class_of(labels: Tensor) -> Tensor:
+    """(N,) class indices: the labels themselves, or the largest entry of each label vector."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
+
+
+def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> None:
+    """Raise unless ``labels`` are ``rows`` int64 class indices in [0, classes), or (rows, classes) label vectors.
+
+    Args:
+        name: how the error names the argument.
+        labels: what came.
+        rows: how many rows it must have.
+        classes: number of classes; None: any.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}, expected a tensor")
+    if labels.is_floating_point():
+        if labels.ndim != 2 or len(labels) != rows or (classes is not None and labels.shape[1] != classes):
+            width = "C" if classes is None else classes
+            raise ValueError(f"{name}: got soft labels of shape {tuple(labels.shape)}, expected ({rows}, {width})")
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"{name}: got dtype {labels.dtype}, expected int64 class indices or floating-point label vectors"
+        )
+    if labels.shape != (rows,):
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({rows},) class indices")
+    if rows == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or (classes is not None and high >= classes):
+        row = int(((labels < 0) | (labels >= (high + 1 if classes is None else classes))).nonzero()[0])
+        limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
+        raise ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}")

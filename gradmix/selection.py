@@ -1,0 +1,605 @@
+"""Which rows may be mixed with which: :func:`select_pairs` for one call, :class:`GradMix` for a training loop.
+
+A mixture is allowed if its gradient does not point against the gradient of the replay buffer
+(:mod:`gradmix.alignment`); each row is then given one allowed partner, or stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.alignment import (
+    Alignment,
+    Criterion,
+    Estimator,
+    Rows,
+    _reference,
+    by_sample,
+    check_choice,
+    checked_rows,
+    class_table,
+    ClassMean,
+    concatenate,
+    forward_all,
+    judge,
+    mixed_input_alignment,
+    pair_alignment,
+)
+from gradmix.head import HeadOutput, head_classes, resolve_head
+from gradmix.mixing import check_alpha, default_generator, draw_lam
+from gradmix.ops.backends import check_backend
+from gradmix.ops.labels import class_of, dense_labels
+from gradmix.ops.mixed_alignment import check_lam
+from gradmix.probe import require_finite, untouched
+from gradmix.rows import CHUNK, RowSource, as_pair
+
+Policy = Literal["uniform", "permute", "best"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The partner chosen for each of N rows among M candidates.
+
+    Attributes:
+        partner: (N,) int64, index of the candidate; the row's own index, or 0 among foreign candidates, where it has none.
+        lam: (N,) weight of the row itself; 1 where it has no partner.
+        helpful: (N,) bool, whether the row has a partner.
+        alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where a
+            mixture was not evaluated, 0 throughout while the buffer is empty.
+        classes: None, or (P,) int64 class labels of ``alignment``.
+        num_classes: width of the mixed labels.
+    """
+
+    partner: Tensor
+    lam: Tensor
+    helpful: Tensor
+    alignment: Tensor
+    classes: Tensor | None
+    num_classes: int
+    _batch: tuple[Tensor, Tensor] = field(repr=False)
+    _candidates: tuple[Tensor, Tensor] | None = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.partner)
+
+    def mix(self, x: Tensor | None = None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mixed rows: lam x_i + (1 - lam) x_partner, and their labels likewise.
+
+        Args:
+            x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings; where
+                partners came from other candidates, those keep theirs, so the shapes must agree.
+            y: (N,) or (N, C) in place of their labels.
+
+        Returns:
+            x (N, ...) of the input's dtype; y (N, num_classes) label vectors, float64 for float64 inputs, else float32.
+
+        Raises:
+            TypeError: integer inputs, which cannot be mixed.
+            ValueError: a wrong number of rows, or shapes that do not fit.
+        """
+        own_x, own_y = self._inputs(x, y)
+        if not own_x.is_floating_point():
+            raise TypeError(f"x: got dtype {own_x.dtype}, expected a floating-point dtype, in which rows can be mixed")
+        other_x, other_y = (own_x, own_y) if self._candidates is None else self._candidates
+        if other_x.shape[1:] != own_x.shape[1:]:
+            raise ValueError(
+                f"x: got rows of shape {tuple(own_x.shape[1:])}, expected {tuple(other_x.shape[1:])} as the candidates"
+            )
+        lam = self.lam.to(own_x.dtype).view(-1, *[1] * (own_x.ndim - 1))
+        mixed = lam * own_x + (1 - lam) * other_x[self.partner].to(own_x.dtype)
+        dtype = torch.float64 if own_x.dtype == torch.float64 else torch.float32
+        weight = self.lam.to(dtype)[:, None]
+        labels = weight * dense_labels(own_y, self.num_classes, dtype)
+        return mixed, labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
+
+    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(x, y_a, y_b, lam)``: mixed inputs, both rows' labels, and lam (N,), for loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
+        _, y = self._batch
+        other_y = y if self._candidates is None else self._candidates[1]
+        return self.mix()[0], y, other_y[self.partner], self.lam
+
+    def summary(self) -> dict[str, float]:
+        """Plain figures: ``rows``, ``mixed`` rows and their ``mixed_share``, the mixed rows' ``lam``, and of the evaluated
+        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``."""
+        mixed = int(self.helpful.sum())
+        known = self.alignment[~torch.isnan(self.alignment)]
+        return {
+            "rows": len(self),
+            "mixed": mixed,
+            "mixed_share": mixed / len(self),
+            "lam": float(self.lam[self.helpful][0]) if mixed else 1.0,
+            "positive_share": float((known >= 0).double().mean()),
+            "mean_cosine": float(known.double().mean()),
+        }
+
+    def _inputs(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._batch[0] if x is None else x
+        y = self._batch[1] if y is None else y
+        for name, value in (("x", x), ("y", y)):
+            if len(value) != len(self):
+                raise ValueError(f"{name}: got {len(value)} rows, expected the {len(self)} that pairs were selected for")
+        return x, y
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The checked keyword arguments that :func:`select_pairs` and :class:`GradMix` share."""
+
+    criterion: Criterion
+    estimator: Estimator
+    alpha: float
+    threshold: float
+    policy: Policy
+    head: nn.Module | str | None
+    num_classes: int | None
+    backend: str
+    chunk_size: int
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, get_args(Criterion))
+        check_choice("estimator", self.estimator, get_args(Estimator))
+        check_choice("policy", self.policy, get_args(Policy))
+        check_alpha(self.alpha)
+        check_backend(self.backend)
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise TypeError(f"threshold: got {type(self.threshold).__name__}, expected a cosine in [-1, 1]")
+        if not -1.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold: got {self.threshold}, expected a cosine in [-1, 1]")
+        check_count("chunk_size", self.chunk_size)
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected an integer >= 1")
+
+
+def select_pairs(
+    model: nn.Module,
+    buffer: RowSource,
+    batch: tuple[Tensor, Tensor],
+    *,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    criterion: Criterion = "class",
+    estimator: Estimator = "feature",
+    alpha: float = 1.0,
+    lam: float | None = None,
+    threshold: float = 0.0,
+    policy: Policy = "uniform",
+    head: nn.Module | str | None = None,
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    reference: Tensor | None = None,
+    outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
+    chunk_size: int = CHUNK,
+) -> Pairs:
+    """Choose for each row a partner with which it may be mixed without harm to the replay buffer.
+
+    One mixing weight serves the call. A mixture is helpful if the cosine of its last-layer gradient with the reference gradient
+    is at least ``threshold`` (see :mod:`gradmix.alignment`). A row without a helpful partner stays unmixed: its lam is 1. With
+    an empty buffer every mixture counts as helpful, which is plain Mixup. The model, the tensors given, autograd's state and the
+    global random generators are left as they were, also if the model raises.
+
+    Args:
+        model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
+        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
+        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype and y, (N,) int64 class indices
+            or (N, C) label vectors.
+        candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own partner.
+        criterion: ``"class"``: pairs of classes are judged, by the mean over the rows at hand; ``"sample"``: every pair.
+        estimator: ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed inputs are forwarded, all N x M of them,
+            or with policy ``permute`` only the N drawn.
+        alpha: lam is drawn from Beta(alpha, alpha).
+        lam: the weight of the row itself, in [0, 1], in place of a drawn one.
+        threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
+        policy: ``"uniform"``: a random one of the helpful partners; ``"permute"``: one random partner, as Mixup draws it, kept
+            if helpful; ``"best"``: the largest cosine, ties broken at random.
+        head: the classifier layer, or its name; None: found by itself (the linear layer whose output is the model's).
+        num_classes: width of the mixed labels; None: the head's.
+        generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
+            ``torch.initial_seed()``.
+        backend: of the operator ``mixed_alignment``.
+        reference: a reference gradient computed before (:func:`reference_gradient`), in place of a pass over the buffer.
+        outputs: features (N, d) and logits (N, C) of the batch from a forward pass that was made anyway
+            (:class:`gradmix.HeadCapture`), in place of one made here.
+        chunk_size: rows forwarded at a time.
+
+    Returns:
+        :class:`Pairs`.
+
+    Raises:
+        ValueError: a value out of range, a NaN or infinity (its row is named), labels beyond the model's classes, an empty
+            batch, or no certain head.
+        TypeError: an argument of the wrong type.
+
+    >>> import torch, gradmix
+    >>> model, buffer = torch.nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3)
+    >>> pairs = gradmix.select_pairs(model, buffer, (torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])))
+    >>> x, y = pairs.mix()
+    >>> x.shape, y.shape
+    (torch.Size([5, 4]), torch.Size([5, 3]))
+    """
+    settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size)
+    batch, candidates = _checked_rows_to_mix(batch, candidates)
+    if lam is not None:
+        check_lam(lam)
+    generator = default_generator() if generator is None else generator
+    with untouched(model):
+        if reference is None:
+            reference, _ = _reference(model, buffer, head, chunk_size, batch[0].device)
+        return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs)
+
+
+def _checked_rows_to_mix(
+    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Both arguments as checked pairs on the batch's device."""
+    x, y = as_pair("batch", batch)
+    if len(x) == 0:
+        raise ValueError("batch: got no rows, expected at least one")
+    if not x.is_floating_point():
+        raise TypeError(f"batch: got x of dtype {x.dtype}, expected a floating-point dtype, in which rows can be mixed")
+    if candidates is None:
+        return (x, y), None
+    other_x, other_y = as_pair("candidates", candidates)
+    if len(other_x) == 0:
+        raise ValueError("candidates: got no rows, expected at least one")
+    if other_x.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"candidates: got rows of shape {tuple(other_x.shape[1:])}, expected {tuple(x.shape[1:])} as the batch"
+        )
+    return (x, y), (other_x.to(x.device), other_y.to(x.device))
+
+
+def _select(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    candidates: tuple[Tensor, Tensor] | None,
+    settings: _Settings,
+    lam: float | None,
+    generator: torch.Generator,
+    reference: Tensor | None,
+    table: Alignment | None,
+    outputs: HeadOutput | tuple[Tensor, Tensor] | None,
+) -> Pairs:
+    """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
+    lam = float(draw_lam(settings.alpha, generator)) if lam is None else float(lam)
+    draw = _Draw(settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device)
+    partner_pair = batch if candidates is None else candidates
+    if reference is None or table is not None:
+        require_finite(batch=batch[0], candidates=partner_pair[0])
+        width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
+        for name, pair in (("batch", batch), ("candidates", partner_pair)):
+            _check_label_width(name, pair[1], width)
+        if table is None:
+            alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
+            partner, helpful = draw.partners(None, None)
+        else:
+            alignment = table
+            partner, helpful = draw.partners(*_class_decisions(table, batch[1], partner_pair[1], settings.threshold))
+    else:
+        module = resolve_head(model, settings.head, batch[0][:1])
+        rows = (
+            forward_all(model, module, "batch", batch, settings.chunk_size)
+            if outputs is None
+            else checked_rows("batch", *batch, HeadOutput(*outputs))
+        )
+        partners = rows if candidates is None else forward_all(model, module, "candidates", candidates, settings.chunk_size)
+        _check_width(settings.num_classes, rows.logits.shape[1])
+        width = rows.logits.shape[1]
+        alignment, allowed, score = _score(model, module, rows, partners, settings, lam, reference, draw)
+        partner, helpful = draw.partners(allowed, score)
+    weights = torch.where(helpful, lam, 1.0).to(torch.float64 if batch[0].dtype == torch.float64 else torch.float32)
+    return Pairs(partner, weights, helpful, alignment.cosine, alignment.classes, width, batch, candidates)
+
+
+def _score(
+    model: nn.Module,
+    head: nn.Module,
+    rows: Rows,
+    partners: Rows,
+    settings: _Settings,
+    lam: float,
+    reference: Tensor,
+    draw: _Draw,
+) -> tuple[Alignment, Tensor, Tensor]:
+    """The alignment, and by pair (N, M): whether it is allowed, and its score."""
+    own_rows = draw.own_rows
+    if settings.estimator == "mixed" and draw.permuted is not None:
+        # Only the drawn pairs are forwarded; the others stay unknown.
+        index = torch.stack([torch.arange(len(rows), device=rows.y.device), draw.permuted], 1)
+        inner, norm = (torch.full((len(rows), len(partners)), float("nan"), dtype=reference.dtype, device=rows.y.device) for _ in "ab")
+        inner[index[:, 0], index[:, 1]], norm[index[:, 0], index[:, 1]] = mixed_input_alignment(
+            model, head, (rows.x, rows.y), (partners.x, partners.y), index, reference, lam, settings.chunk_size
+        )
+    else:
+        inner, norm = pair_alignment(
+            model,
+            head,
+            rows,
+            partners,
+            reference,
+            lam,
+            estimator=settings.estimator,
+            chunk=settings.chunk_size,
+            backend=settings.backend,
+        )
+    alignment = judge(inner, norm, rows, partners, reference, settings.criterion, own_rows)
+    if settings.criterion == "sample":
+        return alignment, alignment.helpful(settings.threshold), alignment.cosine
+    return (alignment, *_class_decisions(alignment, rows.y, partners.y, settings.threshold))
+
+
+def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """By pair (N, M): whether its classes may be mixed, and their cosine; a class not in the table may not."""
+    i, j = table.index_of(class_of(y)), table.index_of(class_of(other_y))
+    known = (i >= 0)[:, None] & (j >= 0)
+    helpful = table.helpful(threshold)[i[:, None], j]
+    return helpful & known, table.cosine[i[:, None], j]
+
+
+def _empty_buffer_alignment(
+    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor], criterion: Criterion
+) -> Alignment:
+    """Zeros: with no reference gradient nothing is known."""
+    x, y = batch
+    if criterion == "sample":
+        zeros = torch.zeros(len(y), len(candidates[1]), dtype=torch.float32, device=x.device)
+        return Alignment(zeros, zeros)
+    classes = torch.unique(torch.cat([class_of(y), class_of(candidates[1])]))
+    zeros = torch.zeros(len(classes), len(classes), dtype=torch.float32, device=x.device)
+    return Alignment(zeros, zeros, classes)
+
+
+class _Draw:
+    """The draw of one partner a row; for ``permute`` the partner is drawn at once, before anything is evaluated."""
+
+    def __init__(
+        self, policy: Policy, rows: int, partners: int, own_rows: bool, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self._policy, self._rows, self._partners = policy, rows, partners
+        self.own_rows = own_rows
+        self._generator, self._device = generator, device
+        self.permuted = self._permutation() if policy == "permute" else None
+
+    def _permutation(self) -> Tensor:
+        if self._partners >= self._rows:
+            drawn = torch.randperm(self._partners, generator=self._generator, device=self._generator.device)[: self._rows]
+        else:
+            drawn = torch.randint(
+                self._partners, (self._rows,), generator=self._generator, device=self._generator.device
+            )
+        return drawn.to(self._device)
+
+    def partners(self, allowed: Tensor | None, score: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(N,) partner and (N,) whether there is one.
+
+        Args:
+            allowed: (N, M) bool; None: everything.
+            score: (N, M) the larger the better, for policy ``best``; None: all equal.
+        """
+        row = torch.arange(self._rows, device=self._device)
+        nobody = row if self.own_rows else torch.zeros_like(row)
+        if self.permuted is not None:
+            found = torch.ones_like(row, dtype=torch.bool) if allowed is None else allowed[row, self.permuted]
+            if self.own_rows:
+                found = found & (self.permuted != row)
+            return torch.where(found, self.permuted, nobody), found
+        if allowed is None:
+            allowed = torch.ones(self._rows, self._partners, dtype=torch.bool, device=self._device)
+        else:
+            allowed = allowed.clone()
+        if self.own_rows:
+            allowed.fill_diagonal_(False)
+        if self._policy == "best" and score is not None:
+            ranked = score.masked_fill(~allowed, float("-inf"))
+            allowed &= ranked == ranked.amax(1, keepdim=True)
+        drawn = torch.rand(self._rows, generator=self._generator, device=self._generator.device, dtype=torch.float64)
+        count = allowed.sum(1)
+        rank = (drawn.to(self._device) * count).long().clamp_(max=(count - 1).clamp_(min=0))
+        partner = (allowed.cumsum(1) > rank[:, None]).to(torch.uint8).argmax(1)
+        found = count > 0
+        return torch.where(found, partner, nobody), found
+
+
+def _check_width(num_classes: int | None, width: int) -> None:
+    if num_classes is not None and num_classes != width:
+        raise ValueError(f"num_classes: got {num_classes}, expected {width} as the model's logits, or None")
+
+
+def _check_label_width(name: str, labels: Tensor, width: int) -> None:
+    if labels.is_floating_point():
+        if labels.shape[1] != width:
+            raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {width}")
+    elif int(labels.max()) >= width:
+        row = int((labels >= width).nonzero()[0])
+        raise ValueError(f"{name} labels: row {row} is {int(labels[row])}, expected a class index in [0, {width})")
+
+
+class GradMix:
+    """Selective Mixup for a training loop: keeps the reference gradient, and by class the table of class pairs, between steps.
+
+    Called like torchvision's and timm's Mixup::
+
+        mixup = gradmix.GradMix(model, buffer, alpha=1.0)
+        for x, y in loader:                                   # replayed rows among them
+            x, y = mixup(x, y)
+            loss = F.cross_entropy(model(x), y)
+
+    What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time; and, by
+    class, when a batch holds a class the table does not know. The class table is made of the buffer's rows and the rows at
+    hand, and averaged over Beta(alpha, alpha), because it serves steps with different lam.
+
+    Args:
+        model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
+            :func:`select_pairs`.
+        buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between.
+        refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
+        class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for each pair
+            of classes).
+
+    Attributes:
+        reference: the reference gradient (C, d + 1), or None before the first call and while the buffer is empty.
+        table: the class table (:class:`gradmix.alignment.Alignment`), or None.
+        pairs: the last :class:`Pairs`, or None.
+        refreshes: how often the reference gradient was computed.
+
+    Raises:
+        ValueError, TypeError: as :func:`select_pairs`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        buffer: RowSource,
+        *,
+        criterion: Criterion = "class",
+        estimator: Estimator = "feature",
+        alpha: float = 1.0,
+        threshold: float = 0.0,
+        policy: Policy = "uniform",
+        refresh: int | Literal["epoch"] = 1,
+        class_samples: int = 32,
+        head: nn.Module | str | None = None,
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        chunk_size: int = CHUNK,
+    ) -> None:
+        self._settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size)
+        if refresh != "epoch":
+            check_count("refresh", refresh)
+        check_count("class_samples", class_samples)
+        self._model, self._buffer = model, buffer
+        self._refresh, self._class_samples = refresh, class_samples
+        self._generator = default_generator() if generator is None else generator
+        self.reference: Tensor | None = None
+        self.table: Alignment | None = None
+        self.pairs: Pairs | None = None
+        self.refreshes = 0
+        self._age = 0
+        self._stale = True
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C)."""
+        return self.select(x, y).mix()
+
+    def select(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        candidates: tuple[Tensor, Tensor] | None = None,
+        lam: float | None = None,
+        outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
+    ) -> Pairs:
+        """The pairs for a batch; arguments as :func:`select_pairs`."""
+        batch, candidates = _checked_rows_to_mix((x, y), candidates)
+        if lam is not None:
+            check_lam(lam)
+        with untouched(self._model):
+            if self._is_due(batch, candidates):
+                self._update(batch, candidates, outputs)
+            self.pairs = _select(
+                self._model, batch, candidates, self._settings, lam, self._generator, self.reference, self.table, outputs
+            )
+        self._age += 1
+        return self.pairs
+
+    def start_epoch(self) -> None:
+        """Have the next call compute everything anew."""
+        self._stale = True
+
+    def _is_due(self, batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None) -> bool:
+        if self._stale or (self._refresh != "epoch" and self._age >= self._refresh):
+            return True
+        if self.reference is None:
+            return _has_rows(self._buffer)
+        if self.table is None:
+            return False
+        labels = [class_of(pair[1]) for pair in (batch, candidates) if pair is not None]
+        return any(bool((self.table.index_of(label) < 0).any()) for label in labels)
+
+    def _update(
+        self,
+        batch: tuple[Tensor, Tensor],
+        candidates: tuple[Tensor, Tensor] | None,
+        outputs: HeadOutput | tuple[Tensor, Tensor] | None,
+    ) -> None:
+        settings, by_class = self._settings, self._settings.criterion == "class"
+        reference, kept = _reference(
+            self._model,
+            self._buffer,
+            settings.head,
+            settings.chunk_size,
+            batch[0].device,
+            keep=self._class_samples if by_class else 0,
+        )
+        table = None
+        if reference is not None and by_class:
+            head = resolve_head(self._model, settings.head, batch[0][:1])
+            given = None if outputs is None else HeadOutput(*outputs)
+            at_hand = [checked_rows("batch", *batch, given)] if given is not None else []
+            sources = [("batch", batch)] if given is None else []
+            sources += [("candidates", candidates)] if candidates is not None else []
+            at_hand += [forward_all(self._model, head, name, pair, settings.chunk_size) for name, pair in sources]
+            table = class_table(
+                self._model,
+                head,
+                concatenate([*kept, *at_hand]),
+                reference,
+                estimator=settings.estimator,
+                alpha=settings.alpha,
+                class_samples=self._class_samples,
+                generator=self._generator,
+                chunk=settings.chunk_size,
+                backend=settings.backend,
+            )
+        # All or nothing: a model that raises above leaves what was kept before.
+        self.reference, self.table = reference, table
+        self._age, self._stale = 0, False
+        self.refreshes += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept between steps, of tensors and plain numbers; loads with ``torch.load(weights_only=True)``."""
+        table = self.table
+        return {
+            "reference": self.reference,
+            "table": None if table is None else (table.inner, table.cosine, table.classes),
+            "age": self._age,
+            "stale": self._stale,
+            "refreshes": self.refreshes,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown; nothing is changed then.
+        """
+        expected = {"reference", "table", "age", "stale", "refreshes", "generator"}
+        if set(state) != expected:
+            raise ValueError(f"state: got the keys {sorted(state)}, expected {sorted(expected)}")
+        table = state["table"]
+        self._generator.set_state(state["generator"])
+        self.reference = state["reference"]
+        self.table = None if table is None else Alignment(*table)
+        self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
+
+
+def _has_rows(buffer: object) -> bool:
+    """Whether a source that was empty may hold rows now; one whose length is unknown may."""
+    try:
+        return len(buffer[1] if isinstance(buffer, (tuple, list)) else buffer) > 0  # type: ignore[arg-type]
+    except TypeError:
+        return True

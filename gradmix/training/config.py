@@ -1,0 +1,317 @@
+"""The configuration of a run: typed, complete, and the same on the command line and in ``config.yaml``.
+
+A field that is ``None`` is taken from the benchmark's protocol by :func:`~gradmix.training.benchmarks.resolve`; a
+resolved configuration has none left but those for which ``None`` has a meaning of its own, and says everything needed
+to run again.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import re
+import textwrap
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+MethodName = Literal["finetune", "er", "mixup", "gradmix", "gradmix-sample"]
+BenchmarkName = Literal["split-digits", "split-mnist", "split-fashion-mnist", "split-cifar10", "split-cifar100"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt, and in which order."""
+
+    benchmark: BenchmarkName = "split-digits"
+    """The data set, cut into tasks that each bring new classes."""
+    data_dir: Path = Path("data")
+    """Where the data sets lie, in the layout torchvision uses (split-digits needs none)."""
+    class_order_seed: int | None = None
+    """Shuffles the order in which classes arrive; None: in the order of their labels. Apart from the training seeds."""
+    validation: float = 0.0
+    """Share of each class's training rows held out and scored in place of the test set, for choosing settings."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Model and optimiser; what is not given is taken from the benchmark's protocol."""
+
+    model: Literal["mlp", "resnet18"] | None = None
+    """mlp: two hidden layers of 256; resnet18: with a stem for small images."""
+    lr: float | None = None
+    """Learning rate of SGD."""
+    momentum: float | None = None
+    """Momentum of SGD."""
+    weight_decay: float | None = None
+    """Weight decay of SGD."""
+    lr_milestones: tuple[float, ...] | None = None
+    """Shares of a task's epochs after which the learning rate is divided by ten, e.g. 0.5 0.75."""
+    epochs: int | None = None
+    """Epochs per task."""
+    batch: int | None = None
+    """Rows of the current task in a step."""
+    augment: Literal["none", "crop-flip"] | None = None
+    """crop-flip: padded random crop and horizontal flip of every training row."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """The replay buffer; what is not given is taken from the benchmark's protocol."""
+
+    policy: Literal["class", "balanced", "reservoir"] | None = None
+    """class: a fixed number per class; balanced: a fixed total, shared equally by the classes seen; reservoir: a
+    uniform sample of everything seen."""
+    size: int | None = None
+    """Rows kept: per class for policy class, in total otherwise."""
+    batch: int | None = None
+    """Replayed rows in a step."""
+    tau: float = 1.0
+    """Weight of the replayed rows' loss: loss = CE(current) + tau * CE(replayed)."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """How rows are mixed, and how pairs are selected."""
+
+    alpha: float = 1.0
+    """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
+    originals: bool = False
+    """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass."""
+    estimator: Literal["feature", "mixed"] = "feature"
+    """feature: mixed in feature space, no forward pass of its own; mixed: real mixed inputs are forwarded."""
+    policy: Literal["uniform", "permute", "best"] = "uniform"
+    """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
+    threshold: float = 0.0
+    """A pair is helpful if its cosine with the reference gradient is at least this; 0 is an angle of 90 degrees."""
+    refresh: int | None = None
+    """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
+    own: 0 for gradmix, 1 for gradmix-sample."""
+    candidates: Literal["batch", "balanced"] = "batch"
+    """Where partners come from: the step's own rows, or a class-balanced draw from the current task and the buffer."""
+    class_samples: int = 32
+    """Rows per class behind a class-pair decision."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Class-incremental training with replay, by one or several methods over several seeds."""
+
+    methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix")
+    """finetune: no replay; er: experience replay; mixup: replay, random partners; gradmix: partners selected by class
+    pair; gradmix-sample: partners selected sample by sample."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds: initial weights, batches, buffer and mixing."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    device: str = "auto"
+    """auto: a GPU if there is one; or a torch device such as cpu or cuda:0."""
+    threads: int | None = None
+    """CPU threads for torch; None: torch's own choice."""
+    output: Path | None = None
+    """Run folder; None: runs/BENCHMARK-DATE-TIME. It must not exist yet."""
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Turns a configuration into nested dictionaries of plain values, the form ``config.yaml`` has."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Builds a configuration from nested dictionaries; what is missing takes its default.
+
+    Raises:
+        ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, what
+            came and what is expected.
+    """
+    config = _build(TrainConfig, values, "")
+    check(config)
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Renders a configuration as YAML, every field written out."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Writes lists on one line and mappings in blocks."""
+
+    Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,2002:seq", v, flow_style=True))
+    return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True))
+
+
+def from_yaml(text: str) -> TrainConfig:
+    """Reads a configuration from YAML; what is missing takes its default.
+
+    Raises:
+        ValueError: The text is no YAML mapping, or :func:`from_dict` refuses it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"no valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"got {_show(values)} at the top, expected a mapping of {_names(TrainConfig)}")
+    return from_dict(values)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Reads a configuration file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not UTF-8, or :func:`from_yaml` refuses it; the message begins with the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        return from_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses values that no run can have.
+
+    Raises:
+        ValueError: Naming the key, what came and what is expected.
+    """
+    for key, expected, holds in _RANGES:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
+        if value is not None and not holds(value):
+            raise ValueError(f"{key}: got {_show(value)}, expected {expected}")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Collects the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in pairwise(body.body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def _increasing(values: tuple[float, ...]) -> bool:
+    return all(0 < v < 1 for v in values) and all(a < b for a, b in pairwise(values))
+
+
+def _distinct(values: tuple[Any, ...]) -> bool:
+    return 0 < len(values) == len(set(values))
+
+
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("methods", "at least one method, none of them twice", _distinct),
+    ("seeds", "at least one seed, none of them twice", _distinct),
+    ("seeds", "integers of at least 0", lambda v: min(v) >= 0),
+    ("data.class_order_seed", "an integer of at least 0", lambda v: v >= 0),
+    ("data.validation", "a share from 0 to less than 1", lambda v: 0 <= v < 1),
+    ("optim.lr", "a number above 0", lambda v: v > 0),
+    ("optim.momentum", "a number from 0 to less than 1", lambda v: 0 <= v < 1),
+    ("optim.weight_decay", "a number of at least 0", lambda v: v >= 0),
+    ("optim.lr_milestones", "increasing shares between 0 and 1", _increasing),
+    ("optim.epochs", "an integer of at least 1", lambda v: v >= 1),
+    ("optim.batch", "an integer of at least 1", lambda v: v >= 1),
+    ("replay.size", "an integer of at least 0", lambda v: v >= 0),
+    ("replay.batch", "an integer of at least 0", lambda v: v >= 0),
+    ("replay.tau", "a number of at least 0", lambda v: v >= 0),
+    ("mix.alpha", "a number above 0", lambda v: v > 0),
+    ("mix.threshold", "a cosine from -1 to 1", lambda v: -1 <= v <= 1),
+    ("mix.refresh", "an integer of at least 0", lambda v: v >= 0),
+    ("mix.class_samples", "an integer of at least 1", lambda v: v >= 1),
+    ("device", "a device's name, such as auto, cpu or cuda:0", lambda v: bool(v.strip())),
+    ("threads", "an integer of at least 1", lambda v: v >= 1),
+)
+
+# YAML 1.1 reads 1e-3, which has no dot, as a string.
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
+_T = TypeVar("_T")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(cls: type[_T], values: Any, key: str) -> _T:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key}: got {_show(values)}, expected a mapping of {_names(cls)}")
+    hints = get_type_hints(cls)
+    prefix = f"{key}." if key else ""
+    for name in values:
+        if name not in hints:
+            raise ValueError(f"{prefix}{name}: unknown key, expected one of {_names(cls)}")
+    return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """Checks ``value``, as YAML gives it, against the type ``kind`` and returns it in that type."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value, key)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (a for a in args if a is not type(None))
+        return _convert(inner, value, key)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key}: got {_show(value)}, expected a list")
+        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        if not (isinstance(value, str) and value in args):
+            raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}")
+        return value
+    if kind is float:
+        if isinstance(value, str) and _EXPONENT.fullmatch(value):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
+        return float(value)
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key}: got {_show(value)}, expected an integer")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}: got {_show(value)}, expected true or false")
+        return value
+    if not isinstance(value, (str, Path)):
+        raise ValueError(f"{key}: got {_show(value)}, expected {'a path' if kind is Path else 'a string'}")
+    return kind(value)
+
+
+def _show(value: Any) -> str:
+    return "nothing (null)" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _names(cls: type) -> str:
+    return ", ".join(get_type_hints(cls))

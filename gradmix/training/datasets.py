@@ -1,0 +1,390 @@
+"""Labelled images from the files in which their data sets are published, checked while they are read.
+
+Files are looked for in the layout torchvision uses, below one data directory. A file that is missing raises
+:class:`FileNotFoundError` with the path expected and how to obtain it; a damaged one raises :class:`DataError`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Per-channel mean and standard deviation of the 50,000 training images, values in [0, 1].
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+_DIGIT_NAMES = tuple(str(digit) for digit in range(10))
+_FASHION_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+class DataError(ValueError):
+    """A data file is there but does not hold what its format promises; the message names the path and the fault."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A data set as read: raw values, and what turns them into a model's input.
+
+    Args:
+        train_x: Training images ``(N, C, H, W)``, uint8 or float32, values in ``[0, maximum]``.
+        train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
+        test_x: Test images ``(M, C, H, W)``, as ``train_x``.
+        test_y: Their labels ``(M,)``.
+        class_names: Name of every label.
+        maximum: The value of full intensity, which becomes 1.
+        mean: Per-channel mean to subtract after scaling, or ``None``.
+        std: Per-channel standard deviation to divide by after that, or ``None``.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    class_names: tuple[str, ...]
+    maximum: float = 255.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def to_float(self, x: Tensor) -> Tensor:
+        """The model's input made of raw values ``x (..., C, H, W)``, by :func:`to_float` with these constants."""
+        return to_float(x, self.maximum, self.mean, self.std)
+
+
+def to_float(
+    x: Tensor, maximum: float = 255.0, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+) -> Tensor:
+    """Scales raw values to [0, 1] and, where constants are given, normalises: ``(x / maximum - mean) / std``.
+
+    Args:
+        x: Raw values ``(..., C, H, W)`` of any dtype.
+        maximum: The raw value that becomes 1, above 0.
+        mean: Per-channel mean ``(C,)`` of the scaled values, or ``None`` for 0.
+        std: Per-channel standard deviation ``(C,)`` of the scaled values, or ``None`` for 1.
+
+    Returns:
+        A new float32 tensor of the same shape and device.
+
+    Raises:
+        ValueError: ``maximum`` is not above 0, or ``mean`` or ``std`` does not have one value per channel.
+    """
+    if not maximum > 0:
+        raise ValueError(f"maximum: got {maximum}, expected a value above 0")
+    scaled = x.to(torch.float32, copy=True).div_(maximum)
+    for name, constants in (("mean", mean), ("std", std)):
+        if constants is None:
+            continue
+        if x.dim() < 3 or x.shape[-3] != len(constants):
+            raise ValueError(
+                f"{name}: got {len(constants)} values for x of shape {tuple(x.shape)}, expected one for each channel"
+            )
+        values = torch.tensor(constants, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
+        scaled = scaled.sub_(values) if name == "mean" else scaled.div_(values)
+    return scaled
+
+
+# ---------------------------------------------------------------------------------------------------------- data sets
+
+
+def load_digits() -> LabelledImages:
+    """Reads the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; values 0 to 16.
+
+    They come without a test set. Of every class, in the order of the data set, each fifth row (the 5th, 10th, ...) is a
+    test row: 1,442 training and 355 test rows. The rows of one writer stand together there, so writers occur in both.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as read
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "split-digits needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name=error.name
+        ) from error
+    bunch = read()
+    x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)).unsqueeze(1)
+    y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+    test = rank_in_class(y) % 5 == 4
+    return LabelledImages(x[~test], y[~test], x[test], y[test], _DIGIT_NAMES, maximum=16.0)
+
+
+def load_mnist(data_dir: str | Path) -> LabelledImages:
+    """Reads MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
+
+    Args:
+        data_dir: The data directory.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        DataError: A file is damaged.
+    """
+    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES)
+
+
+def load_fashion_mnist(data_dir: str | Path) -> LabelledImages:
+    """Reads Fashion-MNIST, 28x28 pixels, from ``<data_dir>/FashionMNIST/raw``, in the files of :func:`load_mnist`.
+
+    Args:
+        data_dir: The data directory.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        DataError: A file is damaged.
+    """
+    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES)
+
+
+def load_cifar10(data_dir: str | Path) -> LabelledImages:
+    """Reads CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
+
+    Args:
+        data_dir: The data directory.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        DataError: A file is damaged.
+    """
+    folder = Path(data_dir) / "cifar-10-batches-py"
+    files = [*(folder / f"data_batch_{number}" for number in range(1, 6)), folder / "test_batch"]
+    meta = folder / "batches.meta"
+    _require([*files, meta], "CIFAR-10", "CIFAR10")
+    names = _class_names(meta, "label_names", 10)
+    parts = [_cifar_rows(path, "labels", len(names)) for path in files]
+    train_x, train_y = (torch.cat(columns) for columns in zip(*parts[:-1], strict=True))
+    return LabelledImages(train_x, train_y, *parts[-1], class_names=names, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+
+
+def load_cifar100(data_dir: str | Path) -> LabelledImages:
+    """Reads CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
+
+    Args:
+        data_dir: The data directory.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        DataError: A file is damaged.
+    """
+    folder = Path(data_dir) / "cifar-100-python"
+    train, test, meta = folder / "train", folder / "test", folder / "meta"
+    _require([train, test, meta], "CIFAR-100", "CIFAR100")
+    names = _class_names(meta, "fine_label_names", 100)
+    return LabelledImages(
+        *_cifar_rows(train, "fine_labels", len(names)),
+        *_cifar_rows(test, "fine_labels", len(names)),
+        class_names=names,
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
+    )
+
+
+DATASETS: dict[str, Callable[[str | Path], LabelledImages]] = {
+    "digits": lambda _data_dir: load_digits(),
+    "mnist": load_mnist,
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+}
+"""Readers by name, each called with the data directory."""
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """Place of every row among the rows of its own class, counted from 0 in the order given.
+
+    Args:
+        labels: ``(N,)`` integers.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Example:
+        >>> rank_in_class(torch.tensor([7, 3, 7, 7, 3])).tolist()
+        [0, 0, 1, 2, 1]
+    """
+    _, where, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    order = torch.argsort(where, stable=True)
+    starts = torch.cumsum(counts, 0) - counts
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(labels), device=labels.device) - starts[where[order]]
+    return rank
+
+
+# ---------------------------------------------------------------------------------------------------------------- IDX
+
+_IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> npt.NDArray[Any]:
+    """Reads one array in the IDX format, compressed with gzip if the name ends in ``.gz``.
+
+    The format: two zero bytes, a byte for the data type, a byte for the number of dimensions D, D sizes as big-endian
+    32-bit integers, then the values, big-endian, last dimension fastest.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The array, in the machine's own byte order, writeable.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataError: The file is not IDX, not gzip, or its length does not fit its header.
+    """
+    path = Path(path)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES:
+        raise DataError(f"{path}: not an IDX file, it begins with {raw[:4].hex(' ') or 'nothing'}")
+    dtype, ndim = np.dtype(_IDX_DTYPES[raw[2]]), raw[3]
+    header = 4 + 4 * ndim
+    if len(raw) < header:
+        raise DataError(f"{path}: ends within its header, after {len(raw)} of {header} bytes")
+    shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", ndim, offset=4))
+    expected = header + math.prod(shape) * dtype.itemsize
+    if len(raw) != expected:
+        raise DataError(f"{path}: {len(raw)} bytes long, expected {expected} for an array of shape {shape}; truncated?")
+    values = np.frombuffer(raw, dtype, offset=header).reshape(shape)
+    return values.astype(dtype.newbyteorder("="))
+
+
+def _load_idx(data_dir: Path, folder_name: str, names: tuple[str, ...]) -> LabelledImages:
+    folder = data_dir / folder_name / "raw"
+    stems = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
+    _require(paths, folder_name, folder_name, suffix="[.gz]")
+    train, test = (_idx_rows(x_path, y_path, len(names)) for x_path, y_path in (paths[:2], paths[2:]))
+    return LabelledImages(*train, *test, class_names=names)
+
+
+def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    x, y = read_idx(x_path), read_idx(y_path)
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28) or len(x) == 0:
+        raise DataError(f"{x_path}: holds {x.dtype} of shape {x.shape}, expected uint8 images (N, 28, 28)")
+    if y.dtype != np.uint8 or y.shape != x.shape[:1]:
+        raise DataError(f"{y_path}: holds {y.dtype} of shape {y.shape}, expected uint8 labels ({len(x)},)")
+    return torch.from_numpy(x).unsqueeze(1), _checked_labels(y_path, y, classes)
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+def read_pickle(path: str | Path) -> dict[str, Any]:
+    """Reads a pickled dictionary of numbers, strings and numpy arrays, and refuses to load anything else.
+
+    A pickle may name any function to be called. Only what numpy's arrays need is admitted here, so a file from an
+    unknown source can do no harm. Files written by Python 2 or 3, with either generation of numpy, are read; keys
+    that are bytes come back as strings.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The dictionary.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataError: The file is not a pickle, is cut short, or holds something else.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise DataError(f"{path}: not a pickle of arrays, or damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _array_functions() -> dict[str, Any]:
+    """What numpy itself names in the pickle of an array or a scalar, by its name within numpy's core."""
+    core = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
+    return {
+        "multiarray._reconstruct": core.multiarray._reconstruct,
+        "multiarray.scalar": core.multiarray.scalar,
+        "numeric._frombuffer": core.numeric._frombuffer,
+    }
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # bytes in the protocols before 3
+            return _latin1_bytes
+        for core in ("numpy.core.", "numpy._core."):
+            function = _array_functions().get(f"{module}.{name}".removeprefix(core))
+            if module.startswith(core) and function is not None:
+                return function
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not admitted")
+
+
+def _cifar_rows(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tensor]:
+    content = read_pickle(path)
+    for key in ("data", label_key):
+        if key not in content:
+            raise DataError(f"{path}: has no entry {key!r}, only {', '.join(map(repr, content)) or 'none'}")
+    x = content["data"]
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072 or len(x) == 0:
+        found = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        raise DataError(f"{path}: 'data' is {found}, expected uint8 rows (N, 3072)")
+    try:
+        y = np.asarray(content[label_key])
+    except ValueError as error:
+        raise DataError(f"{path}: {label_key!r} is not a list of integers ({error})") from error
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        raise DataError(f"{path}: {label_key!r} is {y.dtype} of shape {y.shape}, expected {len(x)} integers")
+    images = torch.from_numpy(np.array(x, order="C")).reshape(-1, 3, 32, 32)
+    return images, _checked_labels(path, y, classes)
+
+
+def _class_names(path: Path, key: str, count: int) -> tuple[str, ...]:
+    names = read_pickle(path).get(key)
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, (str, bytes)) for name in names):
+        raise DataError(f"{path}: {key!r} is not a list of {count} names")
+    return tuple(name.decode("latin1") if isinstance(name, bytes) else name for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _checked_labels(path: Path, y: npt.NDArray[Any], classes: int) -> Tensor:
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise DataError(f"{path}: label {wrong} out of range, expected 0 to {classes - 1}")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _require(paths: list[Path], title: str, torchvision_name: str, suffix: str = "") -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return
+    folder = missing[0].parent
+    data_dir = folder.parent.parent if folder.name == "raw" else folder.parent
+    names = ", ".join(path.name + suffix for path in missing)
+    raise FileNotFoundError(
+        f"{title}: missing {missing[0]}{suffix}; expected in {folder}: {names}. "
+        f'To obtain them, wherever torchvision is installed: python -c "import torchvision; '
+        f"torchvision.datasets.{torchvision_name}('{data_dir}', download=True)\"; or copy the files there, under these "
+        f"names, and give {data_dir} as the data directory"
+    )

@@ -1,0 +1,250 @@
+"""Measures of a class-incremental run, all from one accuracy matrix, and their intervals over seeds.
+
+``R[i, j]`` is the accuracy on task j after training on task i; T tasks make a T x T matrix. Entries not measured are
+NaN. Row t counts as reached if ``R[t, 0..t]`` are all there and every row before it was reached. A run that broke off
+is measured over the n rows reached, that is, as if the stream had had n tasks. A measure without anything to average
+(no row reached, or a single task where old tasks are asked for) is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FORMULAS: dict[str, str] = {
+    "average_accuracy": "mean over t of mean_{j<=t} R[t,j]",
+    "final_accuracy": "mean_j R[T-1,j]",
+    "forgetting": "mean over j<T-1 of max_{l<T-1} R[l,j] - R[T-1,j]",
+    "backward_transfer": "mean over j<T-1 of R[T-1,j] - R[j,j]",
+    "forward_transfer": "mean over i>=1 of R[i-1,i] minus the accuracy of chance",
+}
+"""Formula of every measure, by name; R[i,j] = accuracy on task j after training on task i, T = number of tasks."""
+
+
+class Interval(NamedTuple):
+    """Mean of some values, their standard deviation, and half the width of the mean's confidence interval."""
+
+    mean: float
+    std: float
+    half_width: float
+
+
+def average_accuracy(R: npt.ArrayLike) -> float:
+    """Average accuracy, the paper's measure: mean over t of mean_{j<=t} R[t, j].
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+
+    Returns:
+        The measure over the rows reached, in the unit of ``R``.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> average_accuracy([[1.0, 0.0], [0.5, 0.75]])  # (1 + (0.5 + 0.75) / 2) / 2
+        0.8125
+        >>> average_accuracy([[1.0, 0.0], [float("nan"), float("nan")]])
+        1.0
+    """
+    matrix, reached = _reached(R)
+    return _mean([float(matrix[t, : t + 1].mean()) for t in range(reached)])
+
+
+def final_accuracy(R: npt.ArrayLike) -> float:
+    """Final accuracy: mean_j R[T-1, j].
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+
+    Returns:
+        The measure after the last row reached, over the tasks seen until then.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> final_accuracy([[1.0, 0.0], [0.5, 0.75]])
+        0.625
+    """
+    matrix, n = _reached(R)
+    return _mean(matrix[n - 1, :n].tolist() if n else [])
+
+
+def forgetting(R: npt.ArrayLike) -> float:
+    """Forgetting: mean over j<T-1 of max_{l<T-1} R[l, j] - R[T-1, j].
+
+    The maximum passes over entries that were not measured (NaN above the diagonal).
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+
+    Returns:
+        The measure after the last row reached; NaN with fewer than two.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> forgetting([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.75, 1.0]])  # ((1 - 0.25) + (1 - 0.75)) / 2
+        0.5
+    """
+    matrix, n = _reached(R)
+    return _mean([float(np.nanmax(matrix[: n - 1, j]) - matrix[n - 1, j]) for j in range(n - 1)])
+
+
+def backward_transfer(R: npt.ArrayLike) -> float:
+    """Backward transfer (BWT): mean over j<T-1 of R[T-1, j] - R[j, j].
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+
+    Returns:
+        The measure after the last row reached; NaN with fewer than two.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> backward_transfer([[1.0, 0.0, 0.0], [0.5, 0.75, 0.0], [0.25, 1.0, 1.0]])  # ((0.25 - 1) + (1 - 0.75)) / 2
+        -0.25
+    """
+    matrix, n = _reached(R)
+    return _mean([float(matrix[n - 1, j] - matrix[j, j]) for j in range(n - 1)])
+
+
+def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
+    """Forward transfer (FWT): mean over i>=1 of R[i-1, i], minus the accuracy of chance.
+
+    Args:
+        R: Accuracy matrix ``(T, T)``, with the entries just above the diagonal.
+        chance: Accuracy of guessing, in the unit of ``R``.
+
+    Returns:
+        The measure over the tasks that follow a row reached; NaN if one of their entries was not measured, or with a
+        single task.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> forward_transfer([[1.0, 0.75, 0.0], [0.5, 1.0, 0.25], [0.0, 0.0, 1.0]], chance=0.25)
+        0.25
+    """
+    matrix, n = _reached(R)
+    return _mean([float(matrix[i - 1, i]) for i in range(1, min(n + 1, len(matrix)))]) - chance
+
+
+def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
+    """All measures of :data:`FORMULAS`, by name and in that order.
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+        chance: Accuracy of guessing, in the unit of ``R``.
+
+    Returns:
+        A value for every name; NaN where there is none.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> {name: round(value, 3) for name, value in summary([[1.0, 0.0], [0.5, 0.75]], chance=0.5).items()}
+        {'average_accuracy': 0.812, 'final_accuracy': 0.625, 'forgetting': 0.5, 'backward_transfer': -0.5, \
+'forward_transfer': -0.5}
+    """
+    return {
+        "average_accuracy": average_accuracy(R),
+        "final_accuracy": final_accuracy(R),
+        "forgetting": forgetting(R),
+        "backward_transfer": backward_transfer(R),
+        "forward_transfer": forward_transfer(R, chance),
+    }
+
+
+def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95) -> Interval:
+    """Mean, standard deviation and Student's t-interval of the mean, for values over seeds.
+
+    The standard deviation is the sample's, with n - 1 below; half the interval is ``t * std / sqrt(n)`` with t the
+    ``(1 + confidence) / 2`` quantile of Student's t-distribution of n - 1 degrees of freedom.
+
+    Args:
+        values: ``(n,)`` values, at least one.
+        confidence: Probability of the interval, within (0, 1).
+
+    Returns:
+        ``(mean, std, half_width)``. For a single value the last two are NaN; a NaN among the values makes all NaN.
+
+    Raises:
+        ValueError: There is no value, or ``values`` is not one-dimensional, or ``confidence`` is out of range.
+        ModuleNotFoundError: scipy is not installed.
+
+    Example:
+        >>> mean, std, half_width = mean_interval([0.5, 0.625, 0.75])
+        >>> mean, std, round(half_width, 4)
+        (0.625, 0.125, 0.3105)
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"values: got shape {array.shape}, expected (n,) with at least one value")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence: got {confidence}, expected a probability within (0, 1)")
+    mean, n = float(array.mean()), len(array)
+    if n == 1 or math.isnan(mean):
+        return Interval(mean, math.nan, math.nan)
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the t-interval needs scipy: pip install 'gradmix[train]'", name=error.name
+        ) from error
+    std = float(array.std(ddof=1))
+    return Interval(mean, std, float(t.ppf((1.0 + confidence) / 2.0, n - 1)) * std / math.sqrt(n))
+
+
+def paired_difference(
+    a: Sequence[float] | npt.NDArray[np.float64],
+    b: Sequence[float] | npt.NDArray[np.float64],
+    confidence: float = 0.95,
+) -> Interval:
+    """The differences ``a[k] - b[k]`` of two methods on the same seeds: their :func:`mean_interval`.
+
+    Pairing takes out what the seeds have in common, so the interval is narrower than that of two separate means.
+
+    Args:
+        a: ``(n,)`` values of one method, one for each seed.
+        b: ``(n,)`` values of the other, for the same seeds in the same order.
+        confidence: Probability of the interval, within (0, 1).
+
+    Returns:
+        ``(mean, std, half_width)`` of the differences.
+
+    Raises:
+        ValueError: The lengths differ, or as in :func:`mean_interval`.
+
+    Example:
+        >>> mean, std, half_width = paired_difference([0.75, 0.875], [0.5, 0.625])
+        >>> mean, std, half_width
+        (0.25, 0.0, 0.0)
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"b: got shape {right.shape}, expected {left.shape} as in a, one value for each shared seed")
+    return mean_interval(left - right, confidence)
+
+
+def _reached(R: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], int]:
+    """The matrix, checked, and the number of its rows reached."""
+    matrix = np.asarray(R, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"R: got shape {matrix.shape}, expected a square matrix (T, T)")
+    rows = range(len(matrix))
+    return matrix, next((t for t in rows if np.isnan(matrix[t, : t + 1]).any()), len(matrix))
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

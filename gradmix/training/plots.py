@@ -1,0 +1,283 @@
+"""Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
+
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot or matplotlib's settings. Colours are told
+apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
+detrimental pairs are crossed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradmix.training.results import AlignmentRecord, RunResult, metric_values, task_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, without its yellow, which is too pale for lines on white.
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DPI = 150
+_EMPTY = "#B8B8B8"
+
+
+def curve(result: RunResult) -> Figure:
+    """Draws one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(6.4, 4.2)
+    numbers = np.arange(1, result.tasks + 1)
+    for task in range(result.tasks):
+        axes.plot(
+            numbers[task:],
+            result.accuracy[task:, task],
+            color="#9A9A9A",
+            linewidth=0.9,
+            marker=".",
+            markersize=4,
+            label="each task on its own" if task == 0 else None,
+        )
+    axes.plot(
+        numbers, seen_accuracy(result.accuracy), color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen"
+    )
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(-0.02, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower left", framealpha=0.9)
+    average = metric_values(result)["average_accuracy"]
+    axes.set_title(f"{_title(result)}: average accuracy {average:.3f}", fontsize=11)
+    return figure
+
+
+def compare(results: Sequence[RunResult]) -> Figure:
+    """Draws a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
+
+    Where no run is complete, the interrupted ones are drawn as far as they went.
+
+    Raises:
+        ValueError: As :func:`~gradmix.training.tables.group`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from gradmix.training.tables import group
+
+    chosen = [r for r in results if r.status == "complete"] or list(results)
+    groups = group(chosen)
+    figure, axes = _figure(7.2, 4.6)
+    several = False
+    for index, (label, members) in enumerate(groups.items()):
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        lines = np.stack([seen_accuracy(r.accuracy) for r in members])
+        mean = lines.mean(axis=0)
+        numbers = np.arange(1, mean.size + 1)
+        if len(members) > 1:
+            several = True
+            std = lines.std(axis=0, ddof=1)
+            axes.fill_between(numbers, mean - std, mean + std, color=colour, alpha=0.16, linewidth=0)
+        average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
+        seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
+        axes.plot(
+            numbers,
+            mean,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.7,
+            linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
+            label=f"{label}: {average:.3f} ({seeds})",
+        )
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("mean accuracy on the tasks seen")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    band = "band: ± one standard deviation over seeds" if several else None
+    axes.legend(title="average accuracy", loc="best", framealpha=0.9, fontsize=9, title_fontsize=9)
+    benchmark = chosen[0].benchmark
+    axes.set_title(f"{benchmark}  ({band})" if band else benchmark, fontsize=11)
+    return figure
+
+
+def heatmap(result: RunResult) -> Figure:
+    """Draws the accuracy matrix: a row after each task learnt, a column for each task tested, the numbers in the cells."""
+    tasks = result.tasks
+    side = min(max(3.0, 0.62 * tasks), 12.0)
+    names = task_names(result)
+    short = [name.split(" (", 1)[0].removeprefix("task ") for name in names]
+    described = tasks <= 10 and max(map(len, names)) <= 30
+    figure, axes = _figure(side + (3.6 if described else 2.2), side + 1.3)
+    _hatch(axes)
+    image = axes.imshow(np.ma.masked_invalid(result.accuracy), vmin=0.0, vmax=1.0, cmap="cividis", zorder=1)
+    axes.set_xticks(range(tasks), short)
+    axes.set_yticks(range(tasks), names if described else short)
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after learning" if described else "after learning task")
+    if tasks <= 20:
+        for (row, column), value in np.ndenumerate(result.accuracy):
+            if math.isfinite(value):
+                colour = "black" if value > 0.55 else "white"
+                size = 9 if tasks <= 10 else 7
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=size)
+    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.85)
+    title = _title(result)
+    if np.isnan(result.accuracy).any():
+        title += "\nhatched: not measured"
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def alignment(result: RunResult) -> Figure:
+    """Draws the class-pair alignment at the last refresh of each task, one panel a task.
+
+    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white at
+    the threshold.
+
+    Raises:
+        ValueError: The run has no alignments.
+    """
+    from matplotlib.colors import Normalize
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    records = result.alignments
+    if not records:
+        raise ValueError("result: got a run without alignments, expected one whose method selects pairs by class")
+    threshold = records[0].threshold
+    spread = max((_spread(r) for r in records), default=0.0)
+    norm = Normalize(threshold - spread, threshold + spread)
+    most = max(r.classes.size for r in records)
+    columns = min(len(records), 2 if most > 30 else 3, math.ceil(math.sqrt(len(records))) + 1)
+    rows = math.ceil(len(records) / columns)
+    panel = 2.9 if most <= 12 else 3.8 if most <= 30 else 6.2
+    width = max(columns * panel + 1.1, 6.6)
+    from matplotlib.figure import Figure
+
+    # The key stands above the panels in room of its own.
+    head, foot = 1.05, 0.1
+    figure = Figure(figsize=(width, rows * (panel + 0.35) + head + foot), dpi=_DPI, layout="constrained")
+    height = float(figure.get_figheight())
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0.0, foot / height, 1.0, 1.0 - (head + foot) / height))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    names = task_names(result)
+    for axes, record in zip(grid.flat, records, strict=False):
+        image = _alignment_panel(axes, record, result.class_names, panel, norm)
+        axes.set_title(f"after {names[record.task]}" if most <= 30 else f"after task {record.task + 1}", fontsize=9)
+    for axes in list(grid.flat)[len(records) :]:
+        axes.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel("class of the row", fontsize=9)
+    for column in range(columns):
+        last = max(i for i in range(rows) if i * columns + column < len(records))
+        grid[last][column].set_xlabel("class of its partner", fontsize=9)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(grid.flat), shrink=min(1.0, 0.7 + 0.1 / rows), aspect=25, pad=0.02)
+    bar.set_label("cosine of the mixed gradient with the buffer's", fontsize=9)
+    bar.ax.axhline(threshold, color="black", linewidth=1.2)
+    bar.ax.tick_params(labelsize=8)
+    cross = Line2D([], [], linestyle="none", marker="x", color="black", markersize=5)
+    helpful, detrimental = image.cmap(0.85), image.cmap(0.15)
+    empty = Patch(facecolor="white", edgecolor=_EMPTY, hatch="////")
+    from matplotlib.legend_handler import HandlerTuple
+
+    figure.legend(
+        [
+            Patch(facecolor=helpful, edgecolor="0.4"),
+            (Patch(facecolor=detrimental, edgecolor="0.4"), cross),
+            empty,
+        ],
+        [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})", "no rows of this pair"],
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0 - 0.42 / height),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        handler_map={tuple: HandlerTuple(ndivide=1)},
+    )
+    figure.text(
+        0.5, 1.0 - 0.14 / height, f"{_title(result)}: which classes may be mixed", ha="center", va="top", fontsize=11
+    )
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.part")
+    FigureCanvasAgg(figure)
+    try:
+        # Without the writer's name and version, the same run gives the same bytes.
+        figure.savefig(staging, format="png", dpi=_DPI, metadata={"Software": None})
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Computes the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
+
+    Example:
+        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
+        array([1.   , 0.625])
+    """
+    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _title(result: RunResult) -> str:
+    title = f"{result.benchmark}, {result.method}, seed {result.seed}"
+    return title if result.status == "complete" else f"{title} ({result.status})"
+
+
+def _hatch(axes: Axes) -> None:
+    # Cells without a value are left out of the picture, so that the hatched ground shows.
+    axes.patch.set(facecolor="white", edgecolor=_EMPTY, hatch="////", linewidth=0)
+
+
+def _spread(record: AlignmentRecord) -> float:
+    distance = np.abs(record.cosine - record.threshold)[np.isfinite(record.cosine)]
+    return max(float(distance.max()) if distance.size else 0.0, 1e-3)
+
+
+def _alignment_panel(axes: Axes, record: AlignmentRecord, class_names: Sequence[str], panel: float, norm: Any) -> Any:
+    size = record.classes.size
+    _hatch(axes)
+    image = axes.imshow(np.ma.masked_invalid(record.cosine), cmap="PuOr", norm=norm, zorder=1, interpolation="nearest")
+    crossed = ~record.helpful & np.isfinite(record.cosine)
+    # About a quarter of a panel's width goes to names; a cross that would be smaller than a dot is left out.
+    cell = 0.72 * panel * 72 / max(size, 1)
+    if cell >= 2.0 and crossed.any():
+        row, column = np.nonzero(crossed)
+        side = min(0.5 * cell, 7.0)
+        axes.scatter(column, row, s=side**2, marker="x", color="black", linewidths=min(1.0, 0.09 * cell + 0.15), zorder=2)
+    names = [class_names[c] for c in record.classes]
+    step = max(1, math.ceil(size * 8.0 / (0.72 * panel * 72)))
+    shown = range(0, size, step)
+    font = 8.0 if step == 1 and cell >= 11 else 6.5
+    labels = [name if len(name) <= 12 else name[:11] + "…" for name in (names[i] for i in shown)]
+    axes.set_xticks(list(shown), labels, fontsize=font, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
+    axes.set_yticks(list(shown), labels, fontsize=font)
+    if cell >= 8:
+        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
+        axes.tick_params(which="minor", length=0)
+    return image

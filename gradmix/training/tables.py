@@ -1,0 +1,322 @@
+"""Tables over runs: every method's mean over its seeds, and the paired differences between methods."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from gradmix.training import metrics
+from gradmix.training.config import TrainConfig, to_dict
+from gradmix.training.metrics import Interval
+from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
+
+SHOWN = ("average_accuracy", "final_accuracy", "forgetting")
+"""The metrics that have a column."""
+
+# All pairs of six rows are fifteen lines; beyond that only the differences to the first row are shown.
+_ALL_PAIRS_UP_TO = 6
+# Settings that do not change what is learnt.
+_CIRCUMSTANCES = ("methods", "seeds", "output", "device", "threads", "data.data_dir")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, with one set of settings, over its complete runs.
+
+    Attributes:
+        label: The method's name, followed by the settings in which the compared runs of this method differ.
+        method: The method's name alone.
+        seeds: Training seeds, ascending.
+        metrics: Mean, sample standard deviation and half of the 95 % t-interval of each metric, accuracies in [0, 1].
+        step_ms: Mean time of a training step in milliseconds, selection included.
+        selection_share: Share of that time spent on selection, from 0 to 1.
+    """
+
+    label: str
+    method: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, Interval]
+    step_ms: float
+    selection_share: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over the shared seeds of one row's value minus another's, with half of its 95 % t-interval."""
+
+    label: str
+    minus: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of the table over several runs of one benchmark."""
+
+    benchmark: str
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    """What the rows leave out, e.g. interrupted runs."""
+
+
+def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
+    """Groups runs that differ by nothing but the seed, under a label each, in the order given.
+
+    The label is the method's name; where runs of one method have different settings, these are added to it, so that
+    no mean is taken over different settings.
+
+    Raises:
+        ValueError: There is no run; the runs are of different benchmarks, or are scored on different rows; or a seed
+            appears twice in a group.
+    """
+    if not results:
+        raise ValueError("results: got no run, expected at least one")
+    for name, value in (
+        ("benchmarks", lambda r: r.benchmark),
+        ("data.validation", lambda r: r.config.data.validation),
+    ):
+        found = list(dict.fromkeys(value(r) for r in results))
+        if len(found) > 1:
+            raise ValueError(f"runs of different {name} cannot be compared: {', '.join(map(str, found))}")
+    settings = [_settings(r.config) for r in results]
+    groups: dict[str, list[RunResult]] = {}
+    for result, own in zip(results, settings, strict=True):
+        others = [s for r, s in zip(results, settings, strict=True) if r.method == result.method]
+        differing = [f"{key}={_short(v)}" for key, v in own.items() if any(s[key] != v for s in others)]
+        members = groups.setdefault(" ".join([result.method, *differing]), [])
+        if any(r.seed == result.seed for r in members):
+            raise ValueError(f"{result.method} with seed {result.seed} is there twice with the same settings")
+        members.append(result)
+    return {label: tuple(sorted(members, key=lambda r: r.seed)) for label, members in groups.items()}
+
+
+def summarise(results: Sequence[RunResult]) -> Summary:
+    """Computes the table over several runs; interrupted ones are named in the notes and enter no mean.
+
+    Raises:
+        ValueError: As :func:`group`.
+    """
+    groups = group(results)
+    rows, notes = [], []
+    values: dict[str, dict[int, dict[str, float]]] = {}
+    for label, members in groups.items():
+        complete = [r for r in members if r.status == "complete"]
+        for run in members:
+            if run.status != "complete":
+                notes.append(_interrupted(label, run))
+        if not complete:
+            continue
+        values[label] = {r.seed: metric_values(r) for r in complete}
+        rows.append(
+            Row(
+                label=label,
+                method=complete[0].method,
+                seeds=tuple(values[label]),
+                metrics={
+                    name: metrics.mean_interval([v[name] for v in values[label].values()]) for name in METRIC_LABELS
+                },
+                step_ms=_mean([r.timing.step_ms for r in complete]),
+                selection_share=_mean([r.timing.selection_share for r in complete]),
+            )
+        )
+    labels = list(values)
+    pairs = list(combinations(labels, 2))
+    if len(labels) > _ALL_PAIRS_UP_TO:
+        pairs = [(labels[0], label) for label in labels[1:]]
+        notes.append(f"Of {len(labels)} rows, only the differences to the first are shown.")
+    differences = []
+    for minus, label in pairs:
+        shared = tuple(seed for seed in values[label] if seed in values[minus])
+        if shared:
+            by_metric = {
+                name: metrics.paired_difference(
+                    [values[label][s][name] for s in shared], [values[minus][s][name] for s in shared]
+                )
+                for name in METRIC_LABELS
+            }
+            differences.append(Difference(label, minus, shared, by_metric))
+    return Summary(results[0].benchmark, tuple(rows), tuple(differences), tuple(notes))
+
+
+def to_text(summary: Summary, width: int = 80) -> str:
+    """Renders the tables as plain text, at most ``width`` columns wide where the labels allow it."""
+    wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
+    blocks = [_text_table(*_result_cells(summary, "{:.3f} ± {:.3f}\n95 %: ± {:.3f}", "{:.3f}"))] if summary.rows else []
+    blocks.append("\n".join(wrap.fill(line) for line in _legend(summary)))
+    if summary.differences:
+        blocks.append(_text_table(*_difference_cells(summary, "\n- ")))
+        blocks.append(wrap.fill(_DIFFERENCE_LEGEND))
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_markdown(summary: Summary) -> str:
+    """Renders the tables as GitHub-flavoured Markdown."""
+    blocks = [f"# {summary.benchmark}"]
+    if summary.rows:
+        blocks.append(_markdown_table(*_result_cells(summary, "{:.3f} ± {:.3f} (95 %: ± {:.3f})", "{:.3f}")))
+    blocks.append("\n".join(f"- {line}" for line in _legend(summary)))
+    if summary.differences:
+        blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
+        blocks.append(_DIFFERENCE_LEGEND)
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_dict_rows(summary: Summary) -> list[dict[str, Any]]:
+    """Returns the rows as plain dictionaries."""
+    return [
+        {
+            "label": row.label,
+            "method": row.method,
+            "seeds": list(row.seeds),
+            "metrics": {name: interval._asdict() for name, interval in row.metrics.items()},
+            "step_ms": row.step_ms,
+            "selection_share": row.selection_share,
+        }
+        for row in summary.rows
+    ]
+
+
+def to_json_dict(summary: Summary) -> dict[str, Any]:
+    """Returns the whole summary as plain values, formulae included; ``half_width`` is half of the 95 % t-interval."""
+    return {
+        "benchmark": summary.benchmark,
+        "formulas": {name: metrics.FORMULAS[name] for name in METRIC_LABELS},
+        "formula_terms": R_MEANING,
+        "confidence": 0.95,
+        "rows": to_dict_rows(summary),
+        "differences": [
+            {
+                "label": d.label,
+                "minus": d.minus,
+                "seeds": list(d.seeds),
+                "metrics": {name: interval._asdict() for name, interval in d.metrics.items()},
+            }
+            for d in summary.differences
+        ],
+        "notes": list(summary.notes),
+    }
+
+
+_DIFFERENCE_LEGEND = (
+    "Paired differences: mean over the shared seeds ± half of the 95 % t-interval (Student); * if the interval leaves "
+    "out 0."
+)
+
+_Table = tuple[list[str], list[list[str]]]
+
+
+def _result_cells(summary: Summary, cell: str, single: str) -> _Table:
+    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "select.", "seeds"]
+    body = [
+        [
+            row.label,
+            *(_cell(row.metrics[name], cell, single) for name in SHOWN),
+            _decimal(row.step_ms),
+            "-" if math.isnan(row.selection_share) else f"{100 * row.selection_share:.1f} %",
+            str(len(row.seeds)),
+        ]
+        for row in summary.rows
+    ]
+    return header, body
+
+
+def _difference_cells(summary: Summary, minus: str) -> _Table:
+    header = ["difference", *(METRIC_LABELS[name] for name in SHOWN), "seeds"]
+    body = []
+    for difference in summary.differences:
+        cells = []
+        for name in SHOWN:
+            mean, _, half = difference.metrics[name]
+            if math.isnan(mean):
+                cells.append("-")
+            elif math.isnan(half):
+                cells.append(f"{mean:+.3f}")
+            else:
+                # The figures stay under one another, with a star or without.
+                cells.append(f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else '  '}")
+        body.append([f"{difference.label}{minus}{difference.minus}", *cells, str(len(difference.seeds))])
+    return header, body
+
+
+def _legend(summary: Summary) -> list[str]:
+    legend = [f"Benchmark {summary.benchmark}; {R_MEANING}."]
+    if summary.rows:
+        legend += [f"{METRIC_LABELS[name].capitalize()}: {metrics.FORMULAS[name]}." for name in SHOWN]
+        legend.append("Mean ± standard deviation over seeds; 95 %: half of the mean's t-interval (Student).")
+        legend.append("ms/step: time of a training step; select.: the share of it spent on selecting pairs.")
+    else:
+        legend.append("No run is complete, so there is no mean to show.")
+    return [*legend, *summary.notes]
+
+
+def _interrupted(label: str, run: RunResult) -> str:
+    reached = tasks_reached(run)
+    note = f"{label}, seed {run.seed}: interrupted after {reached} of {run.tasks} tasks, in no mean"
+    return f"{note} (average accuracy so far {metric_values(run)['average_accuracy']:.3f})." if reached else f"{note}."
+
+
+def _cell(interval: Interval, cell: str, single: str) -> str:
+    if math.isnan(interval.mean):
+        return "-"
+    return single.format(interval.mean) if math.isnan(interval.half_width) else cell.format(*interval)
+
+
+def _text_table(header: list[str], body: list[list[str]]) -> str:
+    rows = [[cell.split("\n") for cell in cells] for cells in [_stacked(header), *body]]
+    widths = [max(len(line) for cells in rows for line in cells[column]) for column in range(len(header))]
+    rule = "  ".join("-" * w for w in widths)
+    blocks = []
+    for cells in rows:
+        height = max(map(len, cells))
+        lines = []
+        for i in range(height):
+            parts = [cell[i] if i < len(cell) else "" for cell in cells]
+            first, *others = (
+                text.ljust(w) if column == 0 else text.rjust(w)
+                for column, (text, w) in enumerate(zip(parts, widths, strict=True))
+            )
+            lines.append("  ".join([first, *others]).rstrip())
+        blocks.append("\n".join(lines))
+    return "\n".join([rule, blocks[0], rule, *blocks[1:], rule])
+
+
+def _stacked(header: list[str]) -> list[str]:
+    # Two words of a heading stand on two lines, so that columns stay as narrow as their figures.
+    return [name.replace(" ", "\n") for name in header]
+
+
+def _markdown_table(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---", *("---:" for _ in header[1:])], *([c.replace("|", "\\|") for c in row] for row in body)]
+    return "\n".join("| " + " | ".join(map(str.strip, cells)) + " |" for cells in lines)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in _flat(to_dict(config)) if key not in _CIRCUMSTANCES}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return flat
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _decimal(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
