@@ -9,7 +9,10 @@ from gradmix.training.augment import random_crop_flip
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device visible")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device visible")],
+    ),
 ]
 
 
@@ -58,9 +61,9 @@ def test_equals_the_loop(case, device):
     assert torch.equal(x, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device visible")
 def test_generator_on_the_device():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device visible")
     x = torch.randn(9, 3, 8, 8, device="cuda")
     result = random_crop_flip(x, 4, torch.Generator("cuda").manual_seed(1))
     assert torch.equal(result.cpu(), loop(x, 4, torch.Generator("cuda").manual_seed(1)))

@@ -14,7 +14,10 @@ from gradmix.buffers import ReplayBuffer, _quotas
 POLICIES = ("class", "balanced", "reservoir")
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device visible")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device visible")],
+    ),
 ]
 
 
@@ -62,7 +65,9 @@ def test_same_rows_in_same_order_whatever_the_split(policy, capacity, device):
         torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=0)
         assert parts.y.tolist() == whole.y.tolist()
         assert parts.seen_per_class == whole.seen_per_class
-        assert torch.equal(parts.sample(4)[0], fill(ReplayBuffer(capacity, policy=policy, seed=5), x, y, [100]).sample(4)[0])
+        assert torch.equal(
+            parts.sample(4)[0], fill(ReplayBuffer(capacity, policy=policy, seed=5), x, y, [100]).sample(4)[0]
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -350,9 +355,7 @@ def test_sample_is_uniform():
 @pytest.mark.parametrize("draw", ["sample", "draw_balanced"])
 def test_a_generator_given_settles_the_draw_and_spares_the_buffers_own(draw):
     buffer, twin = (fill(ReplayBuffer(40), *stream(40), [40]) for _ in range(2))
-    first, again = (
-        getattr(buffer, draw)(9, generator=torch.Generator().manual_seed(1))[0] for _ in range(2)
-    )
+    first, again = (getattr(buffer, draw)(9, generator=torch.Generator().manual_seed(1))[0] for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(getattr(buffer, draw)(9)[0], getattr(twin, draw)(9)[0])
     assert not torch.equal(getattr(buffer, draw)(9)[0], first)

@@ -252,7 +252,7 @@ def _spread(labels: Tensor, share: float) -> Tensor:
     """Marks a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
     rank = rank_in_class(labels)
     counts = torch.bincount(labels)[labels]
-    marked = torch.floor(counts * share + 0.5).to(torch.int64)
+    marked = torch.floor(counts.double() * share + 0.5).to(torch.int64)
     # Row r of n is marked where r * marked / n passes a whole number: exactly `marked` times, evenly.
     steps = torch.div((rank + 1) * marked, counts, rounding_mode="floor")
     return steps > torch.div(rank * marked, counts, rounding_mode="floor")

@@ -118,7 +118,7 @@ def backward_transfer(R: npt.ArrayLike) -> float:
 
 
 def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
-    """Forward transfer (FWT): mean over i>=1 of R[i-1, i], minus the accuracy of chance.
+    """Forward transfer (FWT): mean over i>=1 of R[i-1, i] minus the accuracy of chance.
 
     Args:
         R: Accuracy matrix ``(T, T)``, with the entries just above the diagonal.

@@ -1,8 +1,8 @@
 """Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
 
-Every function returns a matplotlib ``Figure`` of its own; none touches pyplot or matplotlib's settings. Colours are told
-apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
-detrimental pairs are crossed.
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot or matplotlib's settings. Colours are
+told apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too,
+and detrimental pairs are crossed.
 """
 
 from __future__ import annotations
@@ -43,17 +43,26 @@ def curve(result: RunResult) -> Figure:
             linewidth=0.9,
             marker=".",
             markersize=4,
-            label="each task on its own" if task == 0 else None,
+            label="each task on its own, its number where it starts" if task == 0 else None,
         )
-    axes.plot(
-        numbers, seen_accuracy(result.accuracy), color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen"
-    )
+        if task and math.isfinite(result.accuracy[task, task]) and result.tasks <= 20:
+            axes.annotate(
+                str(task + 1),
+                (task + 1, float(result.accuracy[task, task])),
+                xytext=(-3, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+                color="#6A6A6A",
+            )
+    mean = seen_accuracy(result.accuracy)
+    axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy")
     axes.set_ylim(-0.02, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower left", framealpha=0.9)
+    axes.legend(loc="best", framealpha=0.9, fontsize=9)
     average = metric_values(result)["average_accuracy"]
     axes.set_title(f"{_title(result)}: average accuracy {average:.3f}", fontsize=11)
     return figure
@@ -108,13 +117,14 @@ def compare(results: Sequence[RunResult]) -> Figure:
 
 
 def heatmap(result: RunResult) -> Figure:
-    """Draws the accuracy matrix: a row after each task learnt, a column for each task tested, the numbers in the cells."""
+    """Draws the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
     tasks = result.tasks
     side = min(max(3.0, 0.62 * tasks), 12.0)
     names = task_names(result)
     short = [name.split(" (", 1)[0].removeprefix("task ") for name in names]
     described = tasks <= 10 and max(map(len, names)) <= 30
-    figure, axes = _figure(side + (3.6 if described else 2.2), side + 1.3)
+    # About 0.08 inches a character, at the size of tick labels.
+    figure, axes = _figure(side + (1.9 + 0.08 * max(map(len, names)) if described else 2.2), side + 1.3)
     _hatch(axes)
     image = axes.imshow(np.ma.masked_invalid(result.accuracy), vmin=0.0, vmax=1.0, cmap="cividis", zorder=1)
     axes.set_xticks(range(tasks), short)
@@ -138,13 +148,15 @@ def heatmap(result: RunResult) -> Figure:
 def alignment(result: RunResult) -> Figure:
     """Draws the class-pair alignment at the last refresh of each task, one panel a task.
 
-    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white at
-    the threshold.
+    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white
+    at the threshold.
 
     Raises:
         ValueError: The run has no alignments.
     """
     from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -152,27 +164,30 @@ def alignment(result: RunResult) -> Figure:
     if not records:
         raise ValueError("result: got a run without alignments, expected one whose method selects pairs by class")
     threshold = records[0].threshold
-    spread = max((_spread(r) for r in records), default=0.0)
+    spread, clipped = _spread(records)
     norm = Normalize(threshold - spread, threshold + spread)
     most = max(r.classes.size for r in records)
-    columns = min(len(records), 2 if most > 30 else 3, math.ceil(math.sqrt(len(records))) + 1)
+    columns = len(records) if len(records) <= 3 else min(3, math.ceil(math.sqrt(len(records))))
     rows = math.ceil(len(records) / columns)
     panel = 2.9 if most <= 12 else 3.8 if most <= 30 else 6.2
-    width = max(columns * panel + 1.1, 6.6)
-    from matplotlib.figure import Figure
-
-    # The key stands above the panels in room of its own.
-    head, foot = 1.05, 0.1
-    figure = Figure(figsize=(width, rows * (panel + 0.35) + head + foot), dpi=_DPI, layout="constrained")
+    # The key needs 6.6 inches.
+    panel = max(panel, (6.6 - 1.5) / columns)
+    head = 1.0
+    # Names of more than two characters stand upright below a panel; 0.08 inches a character.
+    longest = max(len(_short(result.class_names[c])) for r in records for c in r.classes)
+    below = 0.08 * longest if longest > 2 else 0.0
+    size = (columns * (panel + below) + 1.5, rows * (panel + below + 0.35) + head)
+    figure = Figure(figsize=size, dpi=_DPI, layout="compressed")
     height = float(figure.get_figheight())
     layout: Any = figure.get_layout_engine()
-    layout.set(rect=(0.0, foot / height, 1.0, 1.0 - (head + foot) / height))
+    layout.set(rect=(0.0, 0.0, 1.0, 1.0 - head / height))
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     names = task_names(result)
     for axes, record in zip(grid.flat, records, strict=False):
         image = _alignment_panel(axes, record, result.class_names, panel, norm)
-        axes.set_title(f"after {names[record.task]}" if most <= 30 else f"after task {record.task + 1}", fontsize=9)
+        axes.set_title(names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}")
+        axes.title.set_fontsize(9)
     for axes in list(grid.flat)[len(records) :]:
         axes.set_axis_off()
     for row in grid:
@@ -181,32 +196,34 @@ def alignment(result: RunResult) -> Figure:
         last = max(i for i in range(rows) if i * columns + column < len(records))
         grid[last][column].set_xlabel("class of its partner", fontsize=9)
     assert image is not None
-    bar = figure.colorbar(image, ax=list(grid.flat), shrink=min(1.0, 0.7 + 0.1 / rows), aspect=25, pad=0.02)
+    bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.9, aspect=22 * rows, pad=0.02, extend=clipped)
     bar.set_label("cosine of the mixed gradient with the buffer's", fontsize=9)
     bar.ax.axhline(threshold, color="black", linewidth=1.2)
     bar.ax.tick_params(labelsize=8)
     cross = Line2D([], [], linestyle="none", marker="x", color="black", markersize=5)
     helpful, detrimental = image.cmap(0.85), image.cmap(0.15)
     empty = Patch(facecolor="white", edgecolor=_EMPTY, hatch="////")
-    from matplotlib.legend_handler import HandlerTuple
-
+    # Handles may be tuples, drawn on top of one another, which matplotlib's own types leave out.
+    handles: list[Any] = [
+        Patch(facecolor=helpful, edgecolor="0.4"),
+        (Patch(facecolor=detrimental, edgecolor="0.4"), cross),
+        empty,
+    ]
     figure.legend(
-        [
-            Patch(facecolor=helpful, edgecolor="0.4"),
-            (Patch(facecolor=detrimental, edgecolor="0.4"), cross),
-            empty,
-        ],
+        handles,
         [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})", "no rows of this pair"],
         loc="upper center",
-        bbox_to_anchor=(0.5, 1.0 - 0.42 / height),
+        bbox_to_anchor=(0.5, 1.0 - 0.54 / height),
         ncols=3,
         frameon=False,
         fontsize=9,
         handler_map={tuple: HandlerTuple(ndivide=1)},
     )
     figure.text(
-        0.5, 1.0 - 0.14 / height, f"{_title(result)}: which classes may be mixed", ha="center", va="top", fontsize=11
+        0.5, 1.0 - 0.1 / height, f"{_title(result)}: which classes may be mixed", ha="center", va="top", fontsize=11
     )
+    note = "as decided at the last refresh in each task"
+    figure.text(0.5, 1.0 - 0.34 / height, note, ha="center", va="top", fontsize=9, color="0.35")
     return figure
 
 
@@ -247,14 +264,25 @@ def _title(result: RunResult) -> str:
     return title if result.status == "complete" else f"{title} ({result.status})"
 
 
+def _short(name: str) -> str:
+    # Long names of a data set often begin alike.
+    return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"
+
+
 def _hatch(axes: Axes) -> None:
     # Cells without a value are left out of the picture, so that the hatched ground shows.
     axes.patch.set(facecolor="white", edgecolor=_EMPTY, hatch="////", linewidth=0)
 
 
-def _spread(record: AlignmentRecord) -> float:
-    distance = np.abs(record.cosine - record.threshold)[np.isfinite(record.cosine)]
-    return max(float(distance.max()) if distance.size else 0.0, 1e-3)
+def _spread(records: Sequence[AlignmentRecord]) -> tuple[float, str]:
+    """Returns how far the colours reach from the threshold, and the ends beyond which values are cut off."""
+    apart = np.concatenate([(r.cosine - r.threshold)[np.isfinite(r.cosine)] for r in records])
+    if not apart.size:
+        return 1.0, "neither"
+    # A few extreme pairs (a class with itself, mostly) would leave all the others pale.
+    spread = max(float(np.quantile(np.abs(apart), 0.98)), 1e-3)
+    above, below = bool((apart > spread).any()), bool((apart < -spread).any())
+    return spread, "both" if above and below else "max" if above else "min" if below else "neither"
 
 
 def _alignment_panel(axes: Axes, record: AlignmentRecord, class_names: Sequence[str], panel: float, norm: Any) -> Any:
@@ -267,12 +295,13 @@ def _alignment_panel(axes: Axes, record: AlignmentRecord, class_names: Sequence[
     if cell >= 2.0 and crossed.any():
         row, column = np.nonzero(crossed)
         side = min(0.5 * cell, 7.0)
-        axes.scatter(column, row, s=side**2, marker="x", color="black", linewidths=min(1.0, 0.09 * cell + 0.15), zorder=2)
+        stroke = min(1.0, 0.09 * cell + 0.15)
+        axes.scatter(column, row, s=side**2, marker="x", color="black", linewidths=stroke, zorder=2)
     names = [class_names[c] for c in record.classes]
     step = max(1, math.ceil(size * 8.0 / (0.72 * panel * 72)))
     shown = range(0, size, step)
     font = 8.0 if step == 1 and cell >= 11 else 6.5
-    labels = [name if len(name) <= 12 else name[:11] + "…" for name in (names[i] for i in shown)]
+    labels = [_short(names[i]) for i in shown]
     axes.set_xticks(list(shown), labels, fontsize=font, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
     axes.set_yticks(list(shown), labels, fontsize=font)
     if cell >= 8:

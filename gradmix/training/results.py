@@ -290,7 +290,7 @@ def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Renders plain values as strict JSON: a number that is not finite becomes null, a list of plain values one line."""
+    """Renders plain values as strict JSON: numbers that are not finite become null, flat lists take one line."""
     return _json(value, "") + "\n"
 
 

@@ -77,13 +77,14 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
     """
     if not results:
         raise ValueError("results: got no run, expected at least one")
-    for name, value in (
-        ("benchmarks", lambda r: r.benchmark),
-        ("data.validation", lambda r: r.config.data.validation),
-    ):
-        found = list(dict.fromkeys(value(r) for r in results))
-        if len(found) > 1:
-            raise ValueError(f"runs of different {name} cannot be compared: {', '.join(map(str, found))}")
+    scored: dict[str, list[Any]] = {
+        "benchmarks": [r.benchmark for r in results],
+        "data.validation": [r.config.data.validation for r in results],
+    }
+    for name, found in scored.items():
+        if len(set(found)) > 1:
+            listed = ", ".join(map(str, dict.fromkeys(found)))
+            raise ValueError(f"runs of different {name} cannot be compared: {listed}")
     settings = [_settings(r.config) for r in results]
     groups: dict[str, list[RunResult]] = {}
     for result, own in zip(results, settings, strict=True):

@@ -1,0 +1,270 @@
+"""What this installation can do on this machine, and why not more: versions, devices, the extension, every operator's bodies."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from gradmix import _extension
+from gradmix._version import __version__
+from gradmix.ops import class_sketch, mixed_alignment
+from gradmix.ops.backends import ENVIRONMENT_VARIABLE, Operator, get_backend
+
+OPERATORS: tuple[Operator, ...] = (mixed_alignment.OPERATOR, class_sketch.OPERATOR)
+
+# Import names of what an extra brings; the names to install differ for some.
+_EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy"),
+    "bench": ("rich",),
+    "test": ("pytest", "hypothesis"),
+    "dev": ("ruff", "mypy", "build"),
+}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+
+
+def report() -> dict[str, Any]:
+    """Everything :func:`format_report` prints, as plain values that JSON can hold.
+
+    Returns:
+        Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and ``extras``. Where
+        something is not available, a ``reason`` says why; it is None where all is well.
+    """
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "devices": _devices(),
+        "extension": _extension_state(),
+        "triton": _triton_state(),
+        "operators": [_operator(operator) for operator in OPERATORS],
+        "backend": _backend(),
+        "extras": _extras(),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of :func:`report` as plain text for people, its lines indented under headings.
+
+    >>> from gradmix import doctor
+    >>> print(doctor.format_report(doctor.report()).splitlines()[0])
+    versions
+    """
+    lines: list[str] = []
+
+    def heading(text: str) -> None:
+        if lines:
+            lines.append("")
+        lines.append(text)
+
+    def row(name: str, text: str) -> None:
+        lines.append(f"  {name:<16} {text}".rstrip())
+
+    heading("versions")
+    for name, version in report["versions"].items():
+        row(name, version)
+
+    heading("machine")
+    for name, value in report["machine"].items():
+        row(name.replace("_", " "), str(value))
+
+    devices = report["devices"]
+    heading("devices")
+    row("cpu", f"{devices['threads']} torch threads")
+    for device in devices["torch"]:
+        row(device["device"], f"{device['name']}, capability {device['capability']}, {device['memory'] / 2**30:.1f} GiB")
+    if devices["torch_reason"]:
+        row("torch", f"no GPU: {devices['torch_reason']}")
+    native = devices["extension"]
+    if native:
+        if native["devices"]:
+            for index, device in enumerate(native["devices"]):
+                row(f"extension:{index}", f"{device['name']}, capability {device['capability']}")
+        else:
+            row("extension", f"no GPU: {native['error'] or 'the driver reports none'}")
+
+    extension = report["extension"]
+    heading("extension gradmix._C")
+    if extension["available"]:
+        built = extension["build"]
+        row("available", f"yes: {built['compiler']}, for {built['python_abi']}, kernels for {built['instruction_set']}")
+    else:
+        row("available", f"no: {extension['reason']}")
+    for part in ("openmp", "cuda"):
+        state = extension[part]
+        row(part, _yes_no(state["built"], state["reason"], state["detail"]))
+
+    heading("triton")
+    row("usable", _yes_no(report["triton"]["reason"] is None, report["triton"]["reason"], report["triton"]["detail"]))
+
+    heading("operators")
+    for operator in report["operators"]:
+        for body in operator["bodies"]:
+            mark = "  <- auto" if body["backend"] == operator["auto"] else ""
+            row(operator["name"], f"{body['backend']:<10} {_yes_no(body['reason'] is None, body['reason'])}{mark}")
+    row("preference", report["backend"]["reason"] or f"{report['backend']['preferred']} ({report['backend']['source']})")
+    lines.append("  auto still looks at each call's device, dtype and size.")
+
+    heading("extras")
+    for extra in report["extras"]:
+        if extra["missing"]:
+            row(extra["name"], f"missing {', '.join(extra['missing'])}: {extra['install']}")
+        else:
+            row(extra["name"], "complete")
+    return "\n".join(lines) + "\n"
+
+
+def _yes_no(yes: bool, reason: str | None, detail: str | None = None) -> str:
+    if yes:
+        return f"yes: {detail}" if detail else "yes"
+    return f"no: {reason}" if reason else "no"
+
+
+def _version_of(module: str) -> str | None:
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS.get(module, module))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "gradmix": f"{__version__}, {Path(__file__).parent}",
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+    modules = dict.fromkeys(module for extra in _EXTRAS.values() for module in extra)
+    for module in ("triton", *modules):
+        version = _version_of(module)
+        if version is not None:
+            versions[_DISTRIBUTIONS.get(module, module)] = version
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> dict[str, Any]:
+    found = []
+    reason = None
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory": properties.total_memory,
+                }
+            )
+    elif torch.version.cuda is None and torch.version.hip is None:
+        reason = "this torch is built for the CPU only"
+    else:
+        reason = "torch is built for one, but sees no usable device or driver"
+    extension: Any = _extension.load()
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": found,
+        "torch_reason": reason,
+        "extension": dict(extension.cuda_devices()) if extension is not None else None,
+    }
+
+
+def _extension_state() -> dict[str, Any]:
+    extension: Any = _extension.load()
+    reason = _extension.unavailable_reason()
+    written = _extension.build_report() or {}
+    build = dict(extension.build_info()) if extension is not None else None
+
+    def part(name: str, detail: str | None) -> dict[str, Any]:
+        if build is not None:
+            built = bool(build[name])
+            why = (written.get(name) or {}).get("reason") or "the build left no reason"
+            return {"built": built, "reason": None if built else why, "detail": detail if built else None}
+        return {"built": False, "reason": "there is no extension to have it", "detail": None}
+
+    openmp = cuda = None
+    if build is not None:
+        build["cuda_architectures"] = list(build["cuda_architectures"])
+        openmp = f"version {build['openmp']}"
+        cuda = f"nvcc {build['cuda_version']}, architectures {', '.join(build['cuda_architectures'])}"
+    return {
+        "available": extension is not None,
+        "reason": reason,
+        "build": build,
+        "report": written or None,
+        "openmp": part("openmp", openmp),
+        "cuda": part("cuda", cuda),
+    }
+
+
+def _triton_state() -> dict[str, Any]:
+    detail = "this version of gradmix ships no Triton kernel"
+    try:
+        from gradmix import kernels
+    except ImportError:
+        return {"reason": "gradmix.kernels is not installed (a bare checkout does not have it)", "detail": detail}
+    return {"reason": kernels.unavailable_reason(), "detail": detail}
+
+
+def _operator(operator: Operator) -> dict[str, Any]:
+    bodies = operator.explain()
+    return {
+        "name": operator.name,
+        "bodies": [{"backend": name, "reason": reason} for name, reason in bodies],
+        "auto": next((name for name, reason in bodies if reason is None), None),
+    }
+
+
+def _backend() -> dict[str, Any]:
+    try:
+        preferred = get_backend()
+    except ValueError as error:
+        return {"preferred": None, "source": ENVIRONMENT_VARIABLE, "reason": str(error)}
+    source = "set_backend"
+    if preferred == os.environ.get(ENVIRONMENT_VARIABLE):
+        source = ENVIRONMENT_VARIABLE
+    elif preferred == "auto":
+        source = "the default"
+    return {"preferred": preferred, "source": source, "reason": None}
+
+
+def _extras() -> list[dict[str, Any]]:
+    extras = []
+    for name, modules in _EXTRAS.items():
+        missing = [_DISTRIBUTIONS.get(m, m) for m in modules if not _importable(m)]
+        install = f'pip install "gradmix[{name}]"' if missing else None
+        extras.append({"name": name, "missing": missing, "install": install})
+    return extras
+
+
+def _importable(module: str) -> bool:
+    if module in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

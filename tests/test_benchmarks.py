@@ -1,0 +1,284 @@
+"""Task streams: every row in its place, classes renumbered, and the protocols as published."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from gradmix.training import benchmarks
+from gradmix.training.benchmarks import BENCHMARKS, Benchmark, TaskStream, make_stream, resolve
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.datasets import LabelledImages
+from gradmix.training.models import build_model
+
+
+def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledImages:
+    """A shuffled data set whose images hold their own number: 3 times as many training rows as test rows."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for factor in (3, 1):
+        y = torch.repeat_interleave(torch.arange(len(rows_per_class)), factor * torch.tensor(rows_per_class))
+        y = y[torch.randperm(len(y), generator=generator)]
+        parts += [torch.arange(len(y), dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2), y]
+    return LabelledImages(*parts, class_names=tuple(f"c{k}" for k in range(len(rows_per_class))), maximum=1.0)
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Cuts a made-up data set as split-mnist would be cut."""
+
+    def cut(data: LabelledImages, **options) -> TaskStream:
+        monkeypatch.setitem(benchmarks.DATASETS, "mnist", lambda _data_dir: data)
+        return make_stream("split-mnist", "unused", **options)
+
+    return cut
+
+
+SKEWED = [4, 1, 7, 2, 5, 3, 6, 1, 2, 9]
+
+
+@pytest.mark.parametrize("class_order_seed", [None, 0, 1, 12345])
+def test_every_row_arrives_once_in_the_task_of_its_class(cut, class_order_seed):
+    data = labelled(SKEWED)
+    stream = cut(data, class_order_seed=class_order_seed)
+    assert sorted(stream.class_order) == list(range(10))
+    assert stream.class_names == tuple(f"c{k}" for k in stream.class_order)
+    assert (stream.num_classes, stream.input_shape, stream.name) == (10, (1, 2, 2), "split-mnist")
+    for part, labels in (("train", data.train_y), ("test", data.test_y)):
+        arrived = []
+        for index, task in enumerate(stream.tasks):
+            assert (task.index, task.classes) == (index, (2 * index, 2 * index + 1))
+            x, y = getattr(task, f"{part}_x"), getattr(task, f"{part}_y")
+            assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (len(y), 1, 2, 2)
+            rows = x[:, 0, 0, 0].long().tolist()
+            assert rows == sorted(rows), "rows stand in the order of the data set"
+            for row, label in zip(rows, y.tolist(), strict=True):
+                assert label in task.classes
+                assert stream.class_order[label] == labels[row]
+            arrived += rows
+        assert sorted(arrived) == list(range(len(labels)))
+
+
+def test_class_order(cut):
+    data = labelled(SKEWED)
+    assert cut(data).class_order == tuple(range(10))
+    first, again, other = (cut(data, class_order_seed=seed).class_order for seed in (3, 3, 4))
+    assert first == again != other
+    assert first == tuple(np.random.default_rng(3).permutation(10).tolist())
+
+
+def test_class_order_leaves_global_random_state_alone(cut):
+    torch_before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    cut(labelled(SKEWED), class_order_seed=3, validation=0.3)
+    assert torch.equal(torch.random.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1 / 3, 0.5, 0.8])
+def test_validation_holds_out_a_share_of_every_class(cut, share):
+    data = labelled([n + 4 for n in SKEWED])
+    stream = cut(data, validation=share, class_order_seed=1)
+    total = torch.bincount(data.train_y)
+    all_rows = []
+    for task in stream.tasks:
+        for label in task.classes:
+            original = stream.class_order[label]
+            held = task.test_x[task.test_y == label][:, 0, 0, 0].long().tolist()
+            left = task.train_x[task.train_y == label][:, 0, 0, 0].long().tolist()
+            assert len(held) == int(np.floor(int(total[original]) * share + 0.5))
+            assert all(data.train_y[row] == original for row in held + left), "held-out rows are training rows"
+            # Evenly spread: no stretch of the data set goes without.
+            ranks = sorted(sorted(held + left).index(row) for row in held)
+            gap = len(held + left) / len(held)
+            assert all(abs(b - a - gap) < 1 for a, b in itertools.pairwise(ranks))
+            all_rows += held + left
+    assert sorted(all_rows) == list(range(len(data.train_y)))
+
+
+def test_validation_is_the_same_each_time_and_whatever_the_class_order(cut):
+    data = labelled([n + 4 for n in SKEWED])
+    held = [
+        sorted(row for task in stream.tasks for row in task.test_x[:, 0, 0, 0].tolist())
+        for stream in (cut(data, validation=0.2), cut(data, validation=0.2, class_order_seed=9))
+    ]
+    assert held[0] == held[1]
+
+
+def test_inputs_are_scaled_by_the_data_sets_constants(cut):
+    data = dataclasses.replace(labelled(SKEWED), maximum=2.0, mean=(0.25,), std=(0.5,))
+    stream = cut(data)
+    values = torch.cat([task.train_x for task in stream.tasks]).flatten().sort().values
+    assert torch.equal(values, ((data.train_x / 2 - 0.25) / 0.5).flatten().sort().values)
+
+
+ABSENT = {
+    "no training rows": ({"train_y": 3}, {}, "no training rows of class c3"),
+    "no test rows": ({"test_y": 0}, {}, "no test rows of class c0"),
+    "no validation rows": ({}, {"validation": 0.01}, "no validation rows of class c0, c1"),
+    "nothing left to train on": ({}, {"validation": 0.99}, "no training rows of class c0, c1"),
+}
+
+
+@pytest.mark.parametrize("case", ABSENT)
+def test_a_class_without_rows_is_refused(cut, case):
+    changes, options, message = ABSENT[case]
+    data = labelled([2] * 10)
+    for name, label in changes.items():
+        y = getattr(data, name).clone()
+        y[y == label] = label + 1
+        data = dataclasses.replace(data, **{name: y})
+    with pytest.raises(ValueError, match=message):
+        cut(data, **options)
+
+
+BAD = {
+    "name": (("cifar", "."), {}, "name: got 'cifar', expected one of 'split-digits'"),
+    "validation 1": (("split-digits",), {"validation": 1.0}, r"validation: got 1.0, expected a share in \[0, 1\)"),
+    "validation negative": (("split-digits",), {"validation": -0.1}, "validation: got -0.1"),
+    "validation nan": (("split-digits",), {"validation": float("nan")}, "validation: got nan"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    arguments, options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        make_stream(*arguments, **options)
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        make_stream("split-mnist", tmp_path)
+
+
+def test_split_digits():
+    pytest.importorskip("sklearn", reason="scikit-learn, with which the digits come")
+    stream = make_stream("split-digits")
+    assert [len(task.train_y) for task in stream.tasks] == [289, 289, 291, 289, 284]
+    assert sum(len(task.test_y) for task in stream.tasks) == 355
+    assert stream.input_shape == (1, 8, 8) and stream.class_names == tuple("0123456789")
+    assert all(task.train_x.min() >= 0 and task.train_x.max() == 1 for task in stream.tasks)
+
+
+# ---------------------------------------------------------------------------------------------------------- protocols
+
+
+PUBLISHED = {
+    "split-mnist": dict(
+        tasks=5, classes_per_task=2, model="mlp", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(), epochs=5,
+        batch=64, replay_batch=64, buffer_policy="class", buffer_size=32, augment="none",
+    ),
+    "split-fashion-mnist": dict(
+        tasks=5, classes_per_task=2, model="mlp", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(), epochs=5,
+        batch=64, replay_batch=64, buffer_policy="class", buffer_size=32, augment="none",
+    ),
+    "split-cifar10": dict(
+        tasks=5, classes_per_task=2, model="resnet18", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(),
+        epochs=50, batch=256, replay_batch=256, buffer_policy="class", buffer_size=32, augment="crop-flip",
+    ),
+    "split-cifar100": dict(
+        tasks=10, classes_per_task=10, model="resnet18", lr=0.1, momentum=0.9, weight_decay=2e-4,
+        lr_milestones=(0.5, 0.75), epochs=200, batch=128, replay_batch=128, buffer_policy="balanced", buffer_size=2000,
+        augment="crop-flip",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_protocols_as_published(name):
+    assert dataclasses.asdict(BENCHMARKS[name].protocol) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_complete(name):
+    benchmark = BENCHMARKS[name]
+    assert isinstance(benchmark, Benchmark) and benchmark.name == name and benchmark.title
+    assert benchmark.dataset in benchmarks.DATASETS
+    protocol = benchmark.protocol
+    classes = protocol.tasks * protocol.classes_per_task
+    assert build_model(protocol.model, (1, 8, 8), classes)(torch.zeros(2, 1, 8, 8)).shape == (2, classes)
+
+
+# -------------------------------------------------------------------------------------------------------- resolution
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_resolve_fills_every_open_field(name):
+    open_config = TrainConfig(data=DataConfig(benchmark=name))
+    resolved, protocol = resolve(open_config), BENCHMARKS[name].protocol
+    for section in (resolved.optim, resolved.replay):
+        assert None not in dataclasses.asdict(section).values()
+    assert resolved.optim == OptimConfig(
+        model=protocol.model,
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        lr_milestones=protocol.lr_milestones,
+        epochs=protocol.epochs,
+        batch=protocol.batch,
+        augment=protocol.augment,
+    )
+    assert resolved.replay == ReplayConfig(
+        policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch
+    )
+    assert (resolved.data, resolved.mix, resolved.seeds) == (open_config.data, open_config.mix, open_config.seeds)
+    assert resolve(resolved) == resolved
+    assert open_config.optim.lr is None
+
+
+def test_resolve_keeps_what_the_user_said():
+    config = TrainConfig(
+        data=DataConfig(benchmark="split-cifar100"),
+        optim=OptimConfig(lr=0.3, weight_decay=0.0, lr_milestones=(), epochs=2),
+        replay=ReplayConfig(size=50, tau=0.0),
+    )
+    resolved = resolve(config)
+    assert (resolved.optim.lr, resolved.optim.weight_decay, resolved.optim.lr_milestones) == (0.3, 0.0, ())
+    assert (resolved.optim.epochs, resolved.optim.batch) == (2, 128)
+    assert (resolved.replay.size, resolved.replay.tau, resolved.replay.policy) == (50, 0.0, "balanced")
+
+
+SIZES = {
+    "MNIST, per class": ("split-mnist", "class", 32),
+    "MNIST, total": ("split-mnist", "reservoir", 320),
+    "CIFAR-100, total": ("split-cifar100", "reservoir", 2000),
+    "CIFAR-100, per class": ("split-cifar100", "class", 20),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_size_follows_the_meaning_of_the_policy(case):
+    name, policy, size = SIZES[case]
+    config = TrainConfig(data=DataConfig(benchmark=name), replay=ReplayConfig(policy=policy))
+    assert resolve(config).replay.size == size
+
+
+OUT_OF_RANGE = {
+    "data.benchmark": TrainConfig(data=DataConfig(benchmark="split-x")),  # type: ignore[arg-type]
+    "data.validation": TrainConfig(data=DataConfig(validation=1.0)),
+    "optim.lr": TrainConfig(optim=OptimConfig(lr=0.0)),
+    "optim.momentum": TrainConfig(optim=OptimConfig(momentum=1.0)),
+    "optim.weight_decay": TrainConfig(optim=OptimConfig(weight_decay=-1e-4)),
+    "optim.lr_milestones": TrainConfig(optim=OptimConfig(lr_milestones=(0.5, 1.5))),
+    "optim.epochs": TrainConfig(optim=OptimConfig(epochs=0)),
+    "optim.batch": TrainConfig(optim=OptimConfig(batch=0)),
+    "replay.size": TrainConfig(replay=ReplayConfig(size=0)),
+    "replay.batch": TrainConfig(replay=ReplayConfig(batch=-1)),
+    "replay.tau": TrainConfig(replay=ReplayConfig(tau=float("nan"))),
+    "mix.alpha": TrainConfig(mix=MixConfig(alpha=0.0)),
+    "mix.threshold": TrainConfig(mix=MixConfig(threshold=1.5)),
+    "mix.refresh": TrainConfig(mix=MixConfig(refresh=-1)),
+    "mix.class_samples": TrainConfig(mix=MixConfig(class_samples=0)),
+    "methods": TrainConfig(methods=()),
+    "seeds": TrainConfig(seeds=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("field", OUT_OF_RANGE)
+def test_values_out_of_range_are_named(field):
+    with pytest.raises(ValueError, match=f"^{field}: got"):
+        resolve(OUT_OF_RANGE[field])
