@@ -1,7 +1,7 @@
 """Times the bodies of class_sketch against each other: `python bench/class_sketch.py [--json PATH] [--threads N]`.
 
-Every size is run in one process, the bodies in turn, so that all meet the same machine. Reported are medians, and the median
-of the ratio torch / cpp with the range that holds the middle half of it.
+Every size is run in one process, the bodies in turn, so that all meet the same machine. Reported are medians, and the
+median of the ratio torch / cpp with the range that holds the middle half of it.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def measure(size: tuple[int, int, int, int, int], dtype: torch.dtype, seconds: f
         return time.perf_counter() - start
 
     exact = class_sketch(deltas.double(), activations.double(), labels, p, backend="torch")
-    errors = {
-        backend: float((class_sketch(deltas, activations, labels, p, backend=backend) - exact).abs().max() / exact.abs().max())
-        for backend in ("torch", "cpp")
-    }
+    errors = {}
+    for backend in ("torch", "cpp"):
+        error = class_sketch(deltas, activations, labels, p, backend=backend) - exact
+        errors[backend] = float(error.abs().max() / exact.abs().max())
     times: dict[str, list[float]] = {"torch": [], "cpp": []}
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times["cpp"]) < 20:
@@ -121,7 +121,7 @@ def main() -> int:
     here = machine()
     print("machine: " + ", ".join(f"{name} {value}" for name, value in here.items()))
     print(f"dtype: {options.dtype}")
-    print(f"{'N':>5} {'T':>5} {'K':>4} {'J':>4} {'P':>5} {'torch us':>10} {'cpp us':>10} {'torch/cpp':>10}   middle half")
+    print("    N     T    K    J     P   torch us     cpp us  torch/cpp   middle half")
     rows = []
     for size in SIZES:
         row = measure(size, getattr(torch, options.dtype), options.seconds)

@@ -1,7 +1,7 @@
 """The compiled extension ``gradmix._C``: loaded when an operator first needs it, and never a reason for import to fail.
 
-Whatever is wrong with it (not built, built for another Python, broken, of another version) becomes a sentence, which the
-operators' dispatch and ``gradmix doctor`` pass on.
+Whatever is wrong with it (not built, built for another Python, broken, of another version) becomes a sentence, which
+the operators' dispatch and ``gradmix doctor`` pass on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _why_missing() -> str:
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     for folder in _folders():
         for file in sorted(folder.glob(f"{_NAME}.*")):
-            if file.suffix in (".so", ".pyd", ".dylib") and not file.name.endswith(suffixes):
+            if file.suffix in (".so", ".pyd") and file.name.removeprefix(_NAME) not in suffixes:
                 return f"it was built for another Python: {file.name} is there, this Python needs {_NAME}{suffixes[0]}"
     if report is None:
         return "it was not built: this gradmix was not installed (a bare checkout has no compiled part)"

@@ -65,7 +65,7 @@ class Alignment:
     def index_of(self, labels: Tensor) -> Tensor:
         """(N,) positions of ``labels`` among ``classes``; -1 for a class that is not there."""
         assert self.classes is not None
-        position = torch.searchsorted(self.classes, labels).clamp_(max=len(self.classes) - 1)
+        position = torch.searchsorted(self.classes, labels.contiguous()).clamp_(max=len(self.classes) - 1)
         return torch.where(self.classes[position] == labels, position, -1)
 
 
@@ -89,15 +89,17 @@ class Rows:
 # ------------------------------------------------------------------------------------------------------- forward passes
 
 
-def forwarded(model: nn.Module, head: nn.Module, name: str, source: object, chunk: int, device: torch.device) -> Iterator[Rows]:
-    """Forward ``source`` in chunks; call it inside :func:`gradmix.probe.untouched`.
+def forwarded(
+    model: nn.Module, head: nn.Module | str | None, name: str, source: object, chunk: int, device: torch.device
+) -> Iterator[Rows]:
+    """Forward ``source`` in chunks, none of them empty; call it inside :func:`gradmix.probe.untouched`.
 
     Raises:
         ValueError: a row with a NaN or an infinity in it, or for which the model returns one, named; a label out of range.
     """
     start = 0
     for x, y in chunks_of(name, source, chunk, device):
-        with HeadCapture(model, head) as capture:
+        with HeadCapture(model, head, x[:1]) as capture:
             model(x)
         yield checked_rows(name, x, y, capture.output, start)
         start += len(x)
@@ -190,15 +192,11 @@ def _reference(
     total: ReferenceSum | None = None
     kept: list[Rows] = []
     quota = ClassQuota(keep)
-    for x, y in chunks_of("buffer", buffer, chunk, device):
-        if len(y) == 0:
-            continue
-        module = resolve_head(model, head, x[:1])
-        total = total or ReferenceSum(module)
-        for rows in forwarded(model, module, "buffer", (x, y), chunk, device):
-            total.add(rows)
-            if keep:
-                kept.append(rows.take(quota.admit(rows.y)))
+    for rows in forwarded(model, head, "buffer", buffer, chunk, device):
+        total = total or ReferenceSum(resolve_head(model, head))
+        total.add(rows)
+        if keep:
+            kept.append(rows.take(quota.admit(rows.y)))
     return (None if total is None else total.mean()), kept
 
 
@@ -256,7 +254,7 @@ def mixed_input_alignment(
         with HeadCapture(model, head) as capture:
             model(x_weight * x[i] + (1 - x_weight) * other_x[j])
         features, logits = capture.output
-        require_finite(start, **{"the model's logits of mixed rows": logits})
+        _require_finite_pairs(logits, i, j)
         dtype = reference.dtype
         y_weight = weight.to(dtype)[:, None] if isinstance(weight, Tensor) else weight
         classes = logits.shape[1]
@@ -266,6 +264,18 @@ def mixed_input_alignment(
         norm.append(part[1])
     empty = reference.new_empty(0)
     return torch.cat([empty, *inner]), torch.cat([empty, *norm])
+
+
+def _require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
+    if torch.isfinite(logits.sum(dtype=torch.float32)):
+        return
+    bad = ~torch.isfinite(logits).all(1)
+    if bad.any():
+        k = int(bad.nonzero()[0])
+        content = "NaN" if torch.isnan(logits[k]).any() else "an infinity"
+        raise ValueError(
+            f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
+        )
 
 
 def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +332,8 @@ class ClassMean:
 
     def add_pairs(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor) -> None:
         """Add single pairs: all arguments (K,), the labels among ``classes``."""
-        cell = torch.searchsorted(self.classes, y_a) * len(self.classes) + torch.searchsorted(self.classes, y_b)
+        left, right = (torch.searchsorted(self.classes, y.contiguous()) for y in (y_a, y_b))
+        cell = left * len(self.classes) + right
         for total, value in ((self._inner, inner), (self._norm, norm), (self._count, torch.ones_like(inner))):
             total.index_add_(0, cell, value.to(total.dtype))
 

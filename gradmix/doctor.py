@@ -1,7 +1,11 @@
-"""What this installation can do on this machine, and why not more: versions, devices, the extension, every operator's bodies."""
+"""What this installation can do on this machine, and why not more.
+
+Versions, devices, the extension, and every operator's bodies.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -34,8 +38,8 @@ def report() -> dict[str, Any]:
     """Everything :func:`format_report` prints, as plain values that JSON can hold.
 
     Returns:
-        Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and ``extras``. Where
-        something is not available, a ``reason`` says why; it is None where all is well.
+        Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and
+        ``extras``. Where something is not available, a ``reason`` says why; it is None where all is well.
     """
     return {
         "versions": _versions(),
@@ -78,7 +82,8 @@ def format_report(report: dict[str, Any]) -> str:
     heading("devices")
     row("cpu", f"{devices['threads']} torch threads")
     for device in devices["torch"]:
-        row(device["device"], f"{device['name']}, capability {device['capability']}, {device['memory'] / 2**30:.1f} GiB")
+        memory = f"{device['memory'] / 2**30:.1f} GiB"
+        row(device["device"], f"{device['name']}, capability {device['capability']}, {memory}")
     if devices["torch_reason"]:
         row("torch", f"no GPU: {devices['torch_reason']}")
     native = devices["extension"]
@@ -87,7 +92,8 @@ def format_report(report: dict[str, Any]) -> str:
             for index, device in enumerate(native["devices"]):
                 row(f"extension:{index}", f"{device['name']}, capability {device['capability']}")
         else:
-            row("extension", f"no GPU: {native['error'] or 'the driver reports none'}")
+            why = "no CUDA driver is installed" if native["runtime"] and not native["driver"] else native["error"]
+            row("extension", f"no GPU: {why or 'the driver reports none'}")
 
     extension = report["extension"]
     heading("extension gradmix._C")
@@ -108,7 +114,8 @@ def format_report(report: dict[str, Any]) -> str:
         for body in operator["bodies"]:
             mark = "  <- auto" if body["backend"] == operator["auto"] else ""
             row(operator["name"], f"{body['backend']:<10} {_yes_no(body['reason'] is None, body['reason'])}{mark}")
-    row("preference", report["backend"]["reason"] or f"{report['backend']['preferred']} ({report['backend']['source']})")
+    backend = report["backend"]
+    row("preference", backend["reason"] or f"{backend['preferred']} ({backend['source']})")
     lines.append("  auto still looks at each call's device, dtype and size.")
 
     heading("extras")
@@ -224,7 +231,7 @@ def _extension_state() -> dict[str, Any]:
 def _triton_state() -> dict[str, Any]:
     detail = "this version of gradmix ships no Triton kernel"
     try:
-        from gradmix import kernels
+        kernels = importlib.import_module("gradmix.kernels")
     except ImportError:
         return {"reason": "gradmix.kernels is not installed (a bare checkout does not have it)", "detail": detail}
     return {"reason": kernels.unavailable_reason(), "detail": detail}
@@ -265,6 +272,8 @@ def _importable(module: str) -> bool:
     if module in sys.modules:
         return True
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return False
+    # A folder that happens to bear the name (build/, say) is found too, but as a namespace without an origin.
+    return spec is not None and spec.origin is not None

@@ -1,7 +1,8 @@
 """Triton kernels for the tile-regular operators. This version ships none: GPUs are served by plain torch.
 
-The package exists so that its place, its name and its report are settled: :func:`unavailable_reason` tells whether a Triton
-kernel could run on this machine. It is kept in ``kernels/`` of the source tree and installed as ``gradmix.kernels``.
+The package exists so that its place, its name and its report are settled: :func:`unavailable_reason` tells whether a
+Triton kernel could run on this machine. It is kept in ``kernels/`` of the source tree and installed as
+``gradmix.kernels``.
 """
 
 from __future__ import annotations

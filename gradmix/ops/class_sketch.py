@@ -1,12 +1,12 @@
 """The sum of a layer's gradients over the samples of each class, from inputs and output gradients already sketched.
 
-Sample n has, at each position t of a layer, the (sketched) output gradient d_nt and the (sketched) input a_nt; its gradient is
-sum_t d_nt a_nt^T. Class p's is the sum over its samples,
+Sample n has, at each position t of a layer, the (sketched) output gradient d_nt and the (sketched) input a_nt; its
+gradient is sum_t d_nt a_nt^T. Class p's is the sum over its samples,
 
     out[p] = sum over n with labels[n] = p, and over t, of d_nt a_nt^T
 
-:func:`class_sketch_reference` says exactly this. The other bodies never hold more than they must: the C++ one walks the rows
-class by class with the output in registers, and no per-sample gradient exists in it at all.
+:func:`class_sketch_reference` says exactly this. The other bodies never hold more than they must: the C++ one walks
+the rows class by class with the output in registers, and no per-sample gradient exists in it at all.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def class_sketch_reference(deltas: Tensor, activations: Tensor, labels: Tensor, 
 def class_sketch_torch(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Batched torch calls on any device. For arguments and result see :func:`class_sketch`.
 
-    Two ways, whichever moves less memory: one product per sample, added to its class; or, where a sample has few positions and
-    the classes are well filled, the samples laid side by side by class and one product per class.
+    Two ways, whichever moves less memory: one product per sample, added to its class; or, where a sample has few
+    positions and the classes are well filled, the samples laid side by side by class and one product per class.
     """
     out = _zeros(deltas, activations, num_classes)
     labels = _checked(labels, num_classes)
@@ -136,7 +136,7 @@ def _checked(labels: Tensor, num_classes: int) -> Tensor:
     return labels
 
 
-# ---------------------------------------------------------------------------------------------- dispatch and registration
+# --------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
     "class_sketch",
@@ -171,8 +171,8 @@ def class_sketch(
 ) -> Tensor:
     """The sum of d a^T over the samples of each class and their positions.
 
-    out[p] = sum over n with labels[n] = p, and over t, of deltas[n, t] activations[n, t]^T: the gradient of a linear layer (or,
-    over positions, of a convolution) summed by class, or its sketch if both sides were projected before.
+    out[p] = sum over n with labels[n] = p, and over t, of deltas[n, t] activations[n, t]^T: the gradient of a linear
+    layer (or, over positions, of a convolution) summed by class, or its sketch if both sides were projected before.
 
     Args:
         deltas: (N, T, K) float32, float64, bfloat16 or float16: output gradients. N and T may be 0.
@@ -207,13 +207,14 @@ def class_sketch(
         raise TypeError(f"deltas: got dtype {deltas.dtype}, expected float32, float64, bfloat16 or float16")
     samples, positions = deltas.shape[:2]
     if activations.ndim != 3 or activations.shape[:2] != deltas.shape[:2]:
-        raise ValueError(f"activations: got shape {tuple(activations.shape)}, expected ({samples}, {positions}, J) as deltas")
+        came = tuple(activations.shape)
+        raise ValueError(f"activations: got shape {came}, expected ({samples}, {positions}, J) as deltas")
     if activations.dtype != deltas.dtype:
         raise TypeError(f"activations: got dtype {activations.dtype}, expected {deltas.dtype} as deltas")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected int64")
     if labels.shape != (samples,):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({samples},), one label for each row of deltas")
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({samples},), one label a row of deltas")
     for name, value in (("activations", activations), ("labels", labels)):
         if value.device != deltas.device:
             raise ValueError(f"{name}: got a tensor on {value.device}, expected {deltas.device} as deltas")

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+SUM_TOLERANCE = 1e-2
+"""How far a label vector's sum may be from 1: the rounding of bfloat16 labels, not more."""
+
+
 def dense_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """(N, classes) label vectors: the labels themselves, or their one-hot form."""
     if labels.is_floating_point():
@@ -33,6 +37,7 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
         if labels.ndim != 2 or len(labels) != rows or (classes is not None and labels.shape[1] != classes):
             width = "C" if classes is None else classes
             raise ValueError(f"{name}: got soft labels of shape {tuple(labels.shape)}, expected ({rows}, {width})")
+        _check_sums(name, labels)
         return
     if labels.dtype != torch.int64:
         raise TypeError(
@@ -47,3 +52,12 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
         row = int(((labels < 0) | (labels >= (high + 1 if classes is None else classes))).nonzero()[0])
         limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
         raise ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}")
+
+
+def _check_sums(name: str, labels: Tensor) -> None:
+    """softmax(z) - y is the gradient of the cross-entropy only where y sums to 1."""
+    off = ~((labels.sum(1, dtype=torch.float32) - 1).abs() <= SUM_TOLERANCE)
+    if off.any():
+        row = int(off.nonzero()[0])
+        total = float(labels[row].float().sum())
+        raise ValueError(f"{name}: row {row} sums to {total:.4g}, expected label vectors that sum to 1")

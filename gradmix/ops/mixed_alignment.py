@@ -57,7 +57,9 @@ class MixedAlignment(NamedTuple):
 
 
 def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
-    """Cosine of gradients from their inner product with the reference and the two norms; 0 where a gradient is zero.
+    """Cosine of gradients from their inner product with the reference and the two norms.
+
+    It is 0 where a gradient is zero, and NaN where the inner product or the norm is.
 
     Args:
         inner: any shape, inner products with the reference.
@@ -65,7 +67,7 @@ def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
         reference_norm: scalar tensor, norm of the reference.
     """
     scale = norm * reference_norm
-    return torch.where(scale > 0, inner / scale, torch.zeros_like(inner)).clamp_(-1.0, 1.0)
+    return torch.where(scale == 0, torch.zeros_like(inner), inner / scale).clamp_(-1.0, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- reference

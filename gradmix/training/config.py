@@ -82,8 +82,9 @@ class MixConfig:
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
     originals: bool = False
     """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass."""
-    estimator: Literal["feature", "mixed"] = "feature"
-    """feature: mixed in feature space, no forward pass of its own; mixed: real mixed inputs are forwarded."""
+    estimator: Literal["feature", "mixed"] | None = None
+    """feature: mixed in feature space, no forward pass of its own; mixed: real mixed inputs are forwarded. None: the
+    method's own: mixed for gradmix (which judges once per epoch), feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
     """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
     threshold: float = 0.0
@@ -115,7 +116,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads for torch; None: torch's own choice."""
     output: Path | None = None
-    """Run folder; None: runs/BENCHMARK-DATE-TIME. It must not exist yet."""
+    """Run folder, new or empty; None: runs/BENCHMARK-DATE-TIME."""
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -236,8 +237,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("optim.lr_milestones", "increasing shares between 0 and 1", _increasing),
     ("optim.epochs", "an integer of at least 1", lambda v: v >= 1),
     ("optim.batch", "an integer of at least 1", lambda v: v >= 1),
-    ("replay.size", "an integer of at least 0", lambda v: v >= 0),
-    ("replay.batch", "an integer of at least 0", lambda v: v >= 0),
+    ("replay.size", "an integer of at least 1", lambda v: v >= 1),
+    ("replay.batch", "an integer of at least 1", lambda v: v >= 1),
     ("replay.tau", "a number of at least 0", lambda v: v >= 0),
     ("mix.alpha", "a number above 0", lambda v: v > 0),
     ("mix.threshold", "a cosine from -1 to 1", lambda v: -1 <= v <= 1),

@@ -315,6 +315,11 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _dtype(name: str, align: int = 0, copy: int = 0) -> np.dtype[Any]:
+    # Old files hold numbers for the flags, against which some releases of numpy 2 warn.
+    return np.dtype(name, bool(align), bool(copy))
+
+
 def _array_functions() -> dict[str, Any]:
     """What numpy itself names in the pickle of an array or a scalar, by its name within numpy's core."""
     core = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
@@ -327,8 +332,10 @@ def _array_functions() -> dict[str, Any]:
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _dtype
         if (module, name) == ("_codecs", "encode"):  # bytes in the protocols before 3
             return _latin1_bytes
         for core in ("numpy.core.", "numpy._core."):

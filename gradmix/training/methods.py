@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.alignment import Alignment, Criterion
+from gradmix.alignment import Alignment, Criterion, Estimator
 from gradmix.buffers import ReplayBuffer
 from gradmix.head import HeadCapture, HeadOutput
 from gradmix.mixing import draw_lam
@@ -142,6 +142,7 @@ class SelectiveMixup(Mixing):
     """GradMix: a row is mixed only with one that keeps the mixture from pointing against the buffer's gradient."""
 
     criterion: Criterion
+    default_estimator: Estimator
     default_refresh: int
 
     def __init__(self, context: Context) -> None:
@@ -152,7 +153,7 @@ class SelectiveMixup(Mixing):
             context.model,
             context.buffer,
             criterion=self.criterion,
-            estimator=mix.estimator,
+            estimator=mix.estimator or self.default_estimator,
             alpha=mix.alpha,
             threshold=mix.threshold,
             policy=mix.policy,
@@ -182,6 +183,7 @@ class GradMixClass(SelectiveMixup):
     """GradMix with the paper's criterion: pairs of classes are judged, once per epoch."""
 
     criterion = "class"
+    default_estimator = "mixed"
     default_refresh = 0
 
 
@@ -189,6 +191,7 @@ class GradMixSample(SelectiveMixup):
     """GradMix with every pair judged by itself, against a reference gradient computed every step."""
 
     criterion = "sample"
+    default_estimator = "feature"
     default_refresh = 1
 
     def class_table(self, rows: StepRows) -> Alignment | None:

@@ -59,7 +59,8 @@ def curve(result: RunResult) -> Figure:
     axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy")
-    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(0.8, result.tasks + 0.2)
+    axes.set_ylim(-0.02, 1.06)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(loc="best", framealpha=0.9, fontsize=9)
@@ -202,16 +203,18 @@ def alignment(result: RunResult) -> Figure:
     bar.ax.tick_params(labelsize=8)
     cross = Line2D([], [], linestyle="none", marker="x", color="black", markersize=5)
     helpful, detrimental = image.cmap(0.85), image.cmap(0.15)
-    empty = Patch(facecolor="white", edgecolor=_EMPTY, hatch="////")
     # Handles may be tuples, drawn on top of one another, which matplotlib's own types leave out.
     handles: list[Any] = [
         Patch(facecolor=helpful, edgecolor="0.4"),
         (Patch(facecolor=detrimental, edgecolor="0.4"), cross),
-        empty,
     ]
+    meanings = [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})"]
+    if any(np.isnan(r.cosine).any() for r in records):
+        handles.append(Patch(facecolor="white", edgecolor=_EMPTY, hatch="////"))
+        meanings.append("no rows of this pair")
     figure.legend(
         handles,
-        [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})", "no rows of this pair"],
+        meanings,
         loc="upper center",
         bbox_to_anchor=(0.5, 1.0 - 0.54 / height),
         ncols=3,

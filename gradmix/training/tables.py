@@ -151,7 +151,10 @@ def to_text(summary: Summary, width: int = 80) -> str:
     blocks = [_text_table(*_result_cells(summary, "{:.3f} ± {:.3f}\n95 %: ± {:.3f}", "{:.3f}"))] if summary.rows else []
     blocks.append("\n".join(wrap.fill(line) for line in _legend(summary)))
     if summary.differences:
-        blocks.append(_text_table(*_difference_cells(summary, "\n- ")))
+        table = _text_table(*_difference_cells(summary, " - "))
+        if max(map(len, table.splitlines())) > width:
+            table = _text_table(*_difference_cells(summary, "\n- "))
+        blocks.append(table)
         blocks.append(wrap.fill(_DIFFERENCE_LEGEND))
     return "\n\n".join(blocks) + "\n"
 
@@ -213,13 +216,15 @@ _Table = tuple[list[str], list[list[str]]]
 
 
 def _result_cells(summary: Summary, cell: str, single: str) -> _Table:
-    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "select.", "seeds"]
+    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "seeds"]
     body = [
         [
             row.label,
             *(_cell(row.metrics[name], cell, single) for name in SHOWN),
             _decimal(row.step_ms),
-            "-" if math.isnan(row.selection_share) else f"{100 * row.selection_share:.1f} %",
+            "-"
+            if math.isnan(row.selection_share) or row.selection_share == 0
+            else f"{100 * row.selection_share:.1f} %",
             str(len(row.seeds)),
         ]
         for row in summary.rows
@@ -250,7 +255,7 @@ def _legend(summary: Summary) -> list[str]:
     if summary.rows:
         legend += [f"{METRIC_LABELS[name].capitalize()}: {metrics.FORMULAS[name]}." for name in SHOWN]
         legend.append("Mean ± standard deviation over seeds; 95 %: half of the mean's t-interval (Student).")
-        legend.append("ms/step: time of a training step; select.: the share of it spent on selecting pairs.")
+        legend.append("ms/step: time of a training step; selection: the share of it spent on selecting pairs.")
     else:
         legend.append("No run is complete, so there is no mean to show.")
     return [*legend, *summary.notes]
@@ -288,8 +293,9 @@ def _text_table(header: list[str], body: list[list[str]]) -> str:
 
 
 def _stacked(header: list[str]) -> list[str]:
-    # Two words of a heading stand on two lines, so that columns stay as narrow as their figures.
-    return [name.replace(" ", "\n") for name in header]
+    # Headings stand on two lines, so that columns stay as narrow as their figures and the table fits 80 columns.
+    broken = {"ms/step": "ms/\nstep", "selection": "selec-\ntion"}
+    return [broken.get(name, name.replace(" ", "\n")) for name in header]
 
 
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:

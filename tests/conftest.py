@@ -1,0 +1,24 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples on every run: a red test is a change's doing, not the day's.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=150)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device; torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,272 @@
+"""Estimators, criteria and the reference gradient, against float64 loops of autograd over single mixed rows."""
+
+import pytest
+import torch
+import truth
+from models import CLASSES, NETWORKS, MLP, ConvNet, rows
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradmix
+from gradmix.alignment import Alignment, ClassMean, alignment_matrix, class_table, forward_all, reference_gradient
+from gradmix.head import logits_of
+from gradmix.mixing import beta_quadrature
+from gradmix.ops.mixed_alignment import mixed_alignment_reference
+from gradmix.probe import untouched
+
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+class Logits(nn.Module):
+    """A network that returns plain logits, for the truth."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))
+
+
+def trained_statistics(model: nn.Module) -> nn.Module:
+    """BatchNorm statistics other than the initial ones."""
+    model.train()
+    for seed in range(3):
+        model(rows(16, seed)[0] * 2 + 1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_reference_gradient(name: str, dtype: torch.dtype) -> None:
+    model = trained_statistics(NETWORKS[name]())
+    expected = truth.reference(Logits(model), "model.fc", *rows(7))
+    result = reference_gradient(model.to(dtype), rows(7, dtype=dtype), chunk_size=3)
+    assert result.dtype == dtype
+    assert (result - expected).abs().max() <= BOUND[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_estimator_mixed_is_exact_for_the_last_layer(name: str, dtype: torch.dtype, lam: float, soft: bool) -> None:
+    model = trained_statistics(NETWORKS[name]())
+    plain = Logits(model)
+    batch, partners, buffer = rows(4, 1), rows(3, 2, soft=soft), rows(6, 3)
+    grad_reference = truth.reference(plain, "model.fc", *buffer)
+    inner, norm = truth.mixed_inputs(plain, "model.fc", batch, partners, lam, grad_reference)
+    cast = [(x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in (batch, partners, buffer)]
+    result = alignment_matrix(
+        model.to(dtype), cast[2], cast[0], lam=lam, candidates=cast[1], estimator="mixed", chunk_size=5
+    )
+    assert (result.inner - inner).abs().max() <= BOUND[dtype] * inner.abs().max()
+    assert (result.cosine - inner / norm / grad_reference.norm()).abs().max() <= 10 * BOUND[dtype]
+    truth.assert_decisions_agree(result.inner, inner)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_estimator_feature_is_exact_for_mixed_features(name: str, dtype: torch.dtype, lam: float, soft: bool) -> None:
+    model = trained_statistics(NETWORKS[name]()).eval()
+    batch, partners, buffer = rows(4, 1), rows(3, 2, soft=soft), rows(6, 3)
+    exact = truth.double(model)
+    grad_reference = truth.reference(Logits(model), "model.fc", *buffer)
+    features = []
+    for x, _ in (batch, partners):
+        with gradmix.HeadCapture(exact, "fc") as capture, torch.no_grad():
+            exact(x.double())
+        features.append(capture.output.features)
+    head = nn.Linear(features[0].shape[1], CLASSES, bias=exact.fc.bias is not None)
+    head.weight.data = exact.fc.weight.data.flatten(1)
+    if exact.fc.bias is not None:
+        head.bias.data = exact.fc.bias.data
+    inner, norm = truth.mixed_features(head, (features[0], batch[1]), (features[1], partners[1]), lam, grad_reference)
+    cast = [(x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in (batch, partners, buffer)]
+    result = alignment_matrix(model.to(dtype), cast[2], cast[0], lam=lam, candidates=cast[1])
+    assert (result.inner - inner).abs().max() <= BOUND[dtype] * inner.abs().max()
+    assert (result.cosine - inner / norm / grad_reference.norm()).abs().max() <= 10 * BOUND[dtype]
+    truth.assert_decisions_agree(result.inner, inner)
+
+
+def test_mixing_nothing_makes_both_estimators_agree() -> None:
+    model = MLP().double()
+    given = (model, rows(6, 3, torch.float64), rows(5, 1, torch.float64))
+    feature, mixed = (alignment_matrix(*given, lam=1.0, estimator=e) for e in ("feature", "mixed"))
+    torch.testing.assert_close(feature.inner, mixed.inner)
+
+
+SOURCES = {
+    "pair": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "dataset": TensorDataset,
+    "loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=4),
+    "shuffled loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True),
+    "integer labels one by one": lambda x, y: [(x[i], int(y[i])) for i in range(len(y))],
+}
+
+
+class ListDataset(torch.utils.data.Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.items[index]
+
+
+@pytest.mark.parametrize("kind", SOURCES, ids=str)
+def test_the_buffer_may_be_any_source_of_rows(kind: str) -> None:
+    model, (x, y) = MLP().double(), rows(10, dtype=torch.float64)
+    source = SOURCES[kind](x, y)
+    if kind.startswith("integer"):
+        source = ListDataset(source)
+    torch.testing.assert_close(reference_gradient(model, source), reference_gradient(model, (x, y)))
+
+
+def test_a_replay_buffer_is_read_as_it_is_now() -> None:
+    model, (x, y) = MLP(), rows(10)
+    buffer = gradmix.ReplayBuffer(100)
+    buffer.add(x[:4], y[:4])
+    first = reference_gradient(model, buffer)
+    buffer.add(x[4:], y[4:])
+    torch.testing.assert_close(first, reference_gradient(model, (x[:4], y[:4])))
+    torch.testing.assert_close(reference_gradient(model, buffer), reference_gradient(model, (x, y)))
+
+
+def test_by_class_it_is_the_mean_over_the_pairs_of_rows() -> None:
+    model, (x, y), buffer = MLP().double(), rows(9, 1, torch.float64), rows(6, 3, torch.float64)
+    y = torch.tensor([0, 0, 0, 2, 2, 2, 4, 4, 3])
+    sample = alignment_matrix(model, buffer, (x, y), lam=0.3)
+    by_class = alignment_matrix(model, buffer, (x, y), lam=0.3, criterion="class")
+    assert by_class.classes.tolist() == [0, 2, 3, 4]
+    not_itself = ~torch.eye(9, dtype=torch.bool)
+    weights = sample.inner / sample.cosine
+    for a, label in enumerate(by_class.classes):
+        for b, other in enumerate(by_class.classes):
+            cell = (y == label)[:, None] & (y == other) & not_itself
+            if not cell.any():
+                assert (label, other) == (3, 3)  # the only row of its class has no partner in it
+                assert by_class.inner[a, b].isnan() and by_class.cosine[a, b].isnan()
+                continue
+            torch.testing.assert_close(by_class.inner[a, b], sample.inner[cell].mean())
+            torch.testing.assert_close(
+                by_class.cosine[a, b], (sample.cosine * weights)[cell].sum() / weights[cell].sum()
+            )
+    assert not by_class.helpful()[2, 2]
+
+
+def test_by_class_with_foreign_candidates_counts_every_pair() -> None:
+    model, buffer = MLP().double(), rows(6, 3, torch.float64)
+    x, other = rows(2, 1, torch.float64)[0], rows(2, 2, torch.float64)[0]
+    given = {"lam": 0.4, "candidates": (other, torch.tensor([4, 4]))}
+    sample = alignment_matrix(model, buffer, (x, torch.tensor([1, 1])), **given)
+    by_class = alignment_matrix(model, buffer, (x, torch.tensor([1, 1])), criterion="class", **given)
+    torch.testing.assert_close(by_class.inner[0, 1], sample.inner.mean())
+    assert by_class.inner[1, 0].isnan()
+
+
+def table(model: nn.Module, pair: tuple, grad_reference: Tensor, **options: object) -> Alignment:
+    settings = {"estimator": "feature", "alpha": 1.0, "class_samples": 32, "chunk": 512, "backend": "auto"} | options
+    with untouched(model):
+        got = forward_all(model, model.fc, "rows", pair, 512)
+        return class_table(model, model.fc, got, grad_reference, generator=torch.Generator().manual_seed(0), **settings)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_a_class_table_in_feature_space_is_the_mean_over_lam(alpha: float) -> None:
+    model, pair = MLP().double(), rows(12, 1, torch.float64)
+    grad_reference = reference_gradient(model, rows(6, 3, torch.float64))
+    result = table(model, pair, grad_reference, alpha=alpha)
+    with untouched(model):
+        got = forward_all(model, model.fc, "rows", pair, 512)
+    arguments = (got.features, got.logits, got.y) * 2
+    expected = 0
+    for lam, weight in zip(*beta_quadrature(alpha, 24), strict=True):
+        mean = ClassMean(result.classes, grad_reference)
+        mean.add_matrix(*mixed_alignment_reference(*arguments, grad_reference, lam), got.y, got.y, 1.0, True)
+        expected = expected + weight * mean.alignment().inner
+    assert torch.equal(result.inner.isnan(), expected.isnan())
+    # Four nodes for twenty-four: the integrand is smooth.
+    assert (result.inner - expected).nan_to_num().abs().max() <= 1e-4 * expected.nan_to_num().abs().max()
+
+
+def test_a_class_table_of_mixed_inputs_is_unbiased_over_its_random_pairs() -> None:
+    model, pair = MLP(), rows(12, 1)
+    grad_reference = reference_gradient(model, rows(6, 3))
+    result = table(model, pair, grad_reference, estimator="mixed", class_samples=400)
+    x, y = pair
+    total = ClassMean(result.classes, grad_reference)
+    spread = torch.zeros(2, len(result.classes) ** 2, dtype=torch.float64)
+    for lam, weight in zip(*beta_quadrature(1.0, 8), strict=True):
+        inner, norm = truth.mixed_inputs(model, "fc", pair, pair, lam, grad_reference)
+        total.add_matrix(inner.float(), norm.float(), y, y, weight, own_rows=False)
+        for a, label in enumerate(result.classes):
+            for b, other in enumerate(result.classes):
+                cell = inner[(y == label)[:, None] & (y == other)]
+                spread[:, a * len(result.classes) + b] += weight * torch.stack([cell.mean(), cell.square().mean()])
+    expected = total.alignment().inner
+    error = ((spread[1] - spread[0].square()).sqrt() / 400**0.5).view_as(expected)
+    assert ((result.inner - expected).abs() <= 5 * error + 1e-5).all()
+    assert result.inner.shape == (len(torch.unique(y)),) * 2
+
+
+def test_many_classes_get_fewer_rows_each() -> None:
+    model, (x, _) = MLP(), rows(30)
+    y = torch.arange(30) % 3
+    grad_reference = reference_gradient(model, rows(6, 3))
+    few = table(model, (x, y), grad_reference, class_samples=2)
+    first_two = torch.cat([(y == c).nonzero()[:2, 0] for c in range(3)])
+    expected = table(model, (x[first_two], y[first_two]), grad_reference)
+    torch.testing.assert_close(few.inner, expected.inner)
+
+
+def test_index_of_finds_classes_and_marks_the_unknown() -> None:
+    alignment = Alignment(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([1, 4]))
+    assert alignment.index_of(torch.tensor([4, 1, 0, 2, 9])).tolist() == [1, 0, -1, -1, -1]
+
+
+def test_threshold_zero_is_the_sign_and_others_compare_cosines() -> None:
+    alignment = Alignment(torch.tensor([[-1e-30, 0.0, 5.0, float("nan")]]), torch.tensor([[0.0, 0.0, 0.4, float("nan")]]))
+    assert alignment.helpful().tolist() == [[False, True, True, False]]
+    assert alignment.helpful(0.3).tolist() == [[False, False, True, False]]
+    assert alignment.helpful(-1.0).tolist() == [[True, True, True, False]]
+
+
+def test_low_precision_models_are_served_in_float32() -> None:
+    model = ConvNet().bfloat16().eval()
+    result = alignment_matrix(model, rows(6, 3, torch.bfloat16), rows(4, 1, torch.bfloat16), lam=0.5)
+    assert result.inner.dtype == torch.float32 and torch.isfinite(result.inner).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    {
+        "empty buffer": ({"buffer": (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))}, ValueError, "buffer: got no rows"),
+        "wrong source": ({"buffer": "rows"}, TypeError, "buffer: got str, expected a ReplayBuffer"),
+        "three parts": ({"batch": (1, 2, 3)}, TypeError, "batch: got tuple of 3"),
+        "arrays": ({"batch": (rows(2)[0].numpy(), rows(2)[1])}, TypeError, "batch: got a pair of ndarray and Tensor"),
+        "lengths differ": ({"batch": (rows(2)[0], rows(3)[1])}, ValueError, r"batch labels: got shape \(3,\), expected \(2,\)"),
+        "label beyond the model": ({"buffer": (rows(2)[0], torch.tensor([1, 5]))}, ValueError, r"buffer labels: row 1 is 5, expected .* \[0, 5\)"),
+        "criterion": ({"criterion": "pair"}, ValueError, "criterion: got 'pair', expected one of 'class', 'sample'"),
+        "estimator": ({"estimator": "exact"}, ValueError, "estimator: got 'exact'"),
+        "lam": ({"lam": 2.0}, ValueError, "lam: got 2.0"),
+    }.values(),
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
+    given = {"buffer": rows(4), "batch": rows(3), "lam": 0.5} | change
+    with pytest.raises(error, match=message):
+        alignment_matrix(MLP(), given.pop("buffer"), given.pop("batch"), **given)
+
+
+def test_a_later_chunk_names_the_row_of_the_whole_buffer() -> None:
+    x, y = rows(9)
+    x[7, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="buffer: row 7 holds NaN"):
+        reference_gradient(MLP(), (x, y), chunk_size=4)
+    with pytest.raises(ValueError, match=r"buffer labels: row 8 is 9, expected a class index in \[0, 5\)"):
+        reference_gradient(MLP(), (rows(9)[0], torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 9])), chunk_size=4)

@@ -1,0 +1,463 @@
+"""The bridge torch -> DLPack -> C++ -> torch, and what happens where the extension is missing or does not fit."""
+
+from __future__ import annotations
+
+import gc
+import importlib.machinery
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import gradmix
+from gradmix import _extension
+
+EXTENSION = _extension.load()
+NEEDS_EXTENSION = pytest.mark.skipif(
+    EXTENSION is None, reason=f"no compiled extension: {_extension.unavailable_reason()}"
+)
+
+
+def test_a_demanded_extension_is_there():
+    """GRADMIX_EXTENSION=1, which makes the build demand it, makes the tests demand it too."""
+    if os.environ.get("GRADMIX_EXTENSION") != "1":
+        pytest.skip("GRADMIX_EXTENSION=1 is not set, so the extension is optional")
+    assert EXTENSION is not None, _extension.unavailable_reason()
+
+
+def test_load_and_reason_agree():
+    assert (_extension.load() is None) == (_extension.unavailable_reason() is not None)
+    assert _extension.load() is _extension.load()
+
+
+@NEEDS_EXTENSION
+def test_build_info():
+    info = EXTENSION.build_info()
+    assert info["version"] == gradmix.__version__
+    assert info["python_abi"] == f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert info["cxx_standard"] >= 201703
+    assert info["build_type"] == "Release"
+    assert info["instruction_set"] in ("base", "avx2", "avx512")
+    assert isinstance(info["cuda"], bool)
+    assert info["cuda"] == bool(info["cuda_architectures"]) == (info["cuda_version"] is not None)
+
+
+@NEEDS_EXTENSION
+def test_the_build_report_agrees_with_the_extension():
+    report, info = _extension.build_report(), EXTENSION.build_info()
+    assert report["extension"] == {"built": True, "reason": None}
+    assert report["version"] == info["version"] and report["compiler"] == info["compiler"]
+    assert report["openmp"]["built"] == bool(info["openmp"])
+    assert report["cuda"]["built"] == info["cuda"]
+    for part in ("openmp", "cuda"):
+        assert report[part]["built"] != bool(report[part]["reason"])
+
+
+@NEEDS_EXTENSION
+def test_the_device_query_answers_on_any_machine():
+    answer = EXTENSION.cuda_devices()
+    assert set(answer) == {"error", "runtime", "driver", "devices"}
+    assert answer["devices"] or answer["error"]
+    if not EXTENSION.build_info()["cuda"]:
+        assert answer["error"] == "the extension was built without CUDA"
+
+
+# ------------------------------------------------------------------------------------------------ the arguments' checks
+
+
+def arguments(**change):
+    usual = dict(
+        deltas=torch.ones(4, 2, 3),
+        activations=torch.ones(4, 2, 5),
+        labels=torch.tensor([0, 1, 1, 0]),
+        out=torch.zeros(2, 3, 5),
+        num_threads=1,
+    )
+    return usual | change
+
+
+class Exports:
+    """A tensor whose export goes wrong, or is of a special kind."""
+
+    def __init__(self, capsule, device=(1, 0)):
+        self.capsule, self.device = capsule, device
+
+    def __dlpack__(self):
+        return self.capsule() if callable(self.capsule) else self.capsule
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+def fails():
+    raise BufferError("not today")
+
+
+def used_up():
+    capsule = torch.ones(4, 2, 3).__dlpack__()
+    torch.utils.dlpack.from_dlpack(capsule)
+    return capsule
+
+
+def versioned(array):
+    return Exports(lambda: array.__dlpack__(max_version=(1, 0)))
+
+
+def read_only(*shape):
+    array = np.zeros(shape, dtype=np.float32)
+    array.flags.writeable = False
+    return array
+
+
+SHARED = torch.zeros(64)
+
+BAD = {
+    "not a tensor": (dict(deltas=[1.0]), TypeError, "deltas: got list, expected a tensor with __dlpack__"),
+    "None": (dict(labels=None), TypeError, "labels: got NoneType"),
+    "other device": (dict(deltas=Exports(None, (2, 0))), TypeError, r"deltas: .*device type 2, expected a CPU tensor"),
+    "meta device": (
+        dict(activations=torch.ones(4, 2, 5, device="meta")),
+        TypeError,
+        "activations: got Tensor that cannot",
+    ),
+    "odd device": (dict(deltas=Exports(None, "cpu")), TypeError, "deltas: got Exports with an odd __dlpack_device__"),
+    "failing export": (dict(deltas=Exports(fails)), TypeError, r"deltas: got Exports .*not today"),
+    "tracked tensor": (dict(deltas=torch.ones(4, 2, 3, requires_grad=True)), TypeError, "deltas: .*without gradient"),
+    "no capsule": (dict(deltas=Exports(17)), TypeError, "deltas: got int from __dlpack__"),
+    "used capsule": (
+        dict(deltas=Exports(used_up)),
+        TypeError,
+        "deltas: got PyCapsule from __dlpack__, expected an unused",
+    ),
+    "integer deltas": (
+        dict(deltas=torch.ones(4, 2, 3, dtype=torch.int32)),
+        TypeError,
+        "deltas: got dtype int32, expected",
+    ),
+    "complex deltas": (
+        dict(deltas=torch.ones(4, 2, 3, dtype=torch.complex64)),
+        TypeError,
+        "deltas: got dtype complex64",
+    ),
+    "boolean labels": (
+        dict(labels=torch.ones(4, dtype=torch.bool)),
+        TypeError,
+        "labels: got dtype bool, expected int64",
+    ),
+    "unsigned labels": (
+        dict(labels=np.zeros(4, dtype=np.uint64)),
+        TypeError,
+        "labels: got dtype uint64, expected int64",
+    ),
+    "mixed dtypes": (
+        dict(activations=torch.ones(4, 2, 5, dtype=torch.float64)),
+        TypeError,
+        "activations: got dtype float64, expected float32",
+    ),
+    "out of deltas' half type": (
+        dict(
+            deltas=torch.ones(4, 2, 3).bfloat16(),
+            activations=torch.ones(4, 2, 5).bfloat16(),
+            out=torch.ones(2, 3, 5).bfloat16(),
+        ),
+        TypeError,
+        "out: got dtype bfloat16, expected float32",
+    ),
+    "too few axes": (
+        dict(deltas=torch.ones(4, 3)),
+        ValueError,
+        r"deltas: got shape \(4, 3\), expected shape \(N, T, K\)",
+    ),
+    "one axis": (dict(out=torch.ones(4)), ValueError, r"out: got shape \(4,\), expected shape \(P, K, J\)"),
+    "scalar labels": (dict(labels=torch.tensor(0)), ValueError, r"labels: got shape \(\), expected shape \(N,\)"),
+    "strided": (
+        dict(deltas=torch.ones(4, 2, 6)[:, :, ::2]),
+        ValueError,
+        r"deltas: got strides \(12, 6, 2\) for shape \(4, 2, 3\), expected a contiguous tensor",
+    ),
+    "expanded": (dict(deltas=torch.ones(1, 2, 3).expand(4, 2, 3)), ValueError, "deltas: got strides"),
+    "transposed out": (dict(out=torch.zeros(2, 5, 3).transpose(1, 2)), ValueError, "out: got strides"),
+    "other N": (
+        dict(activations=torch.ones(3, 2, 5)),
+        ValueError,
+        r"activations: got shape \(3, 2, 5\), expected 4 in axis 0",
+    ),
+    "other T": (dict(activations=torch.ones(4, 1, 5)), ValueError, r"expected 2 in axis 1 \(T of deltas\)"),
+    "other label count": (dict(labels=torch.zeros(5, dtype=torch.int64)), ValueError, r"labels: got shape \(5,\)"),
+    "other K": (
+        dict(out=torch.zeros(2, 4, 5)),
+        ValueError,
+        r"out: got shape \(2, 4, 5\), expected 3 in axis 1 \(K of deltas\)",
+    ),
+    "other J": (dict(out=torch.zeros(2, 3, 4)), ValueError, r"expected 5 in axis 2 \(J of activations\)"),
+    "label out of range": (dict(labels=torch.tensor([0, 1, 2, -7])), ValueError, r"labels: got 2 in row 2, .*\[0, 2\)"),
+    "read-only out": (dict(out=versioned(read_only(2, 3, 5))), ValueError, "out: got a read-only tensor"),
+    "out over deltas": (
+        dict(deltas=SHARED[:24].view(4, 2, 3), out=SHARED[20:50].view(2, 3, 5)),
+        ValueError,
+        "out: got memory shared with deltas",
+    ),
+    "no threads": (dict(num_threads=0), ValueError, "num_threads: got 0, expected at least 1"),
+    "half a thread": (dict(num_threads=0.5), TypeError, "num_threads: got float, expected an int or None"),
+}
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    change, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        EXTENSION.class_sketch(**arguments(**change))
+
+
+@NEEDS_EXTENSION
+def test_what_cannot_be_caught_passes():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        EXTENSION.class_sketch(**arguments(deltas=Exports(interrupted)))
+
+
+@NEEDS_EXTENSION
+def test_offsets_numpy_and_both_kinds_of_capsule():
+    values = torch.arange(40.0)
+    expected = torch.zeros(2, 3, 5)
+    usual = arguments(deltas=values[7:31].view(4, 2, 3), out=expected)
+    EXTENSION.class_sketch(**usual)
+    assert torch.equal(expected[0], values[7:31].view(4, 2, 3)[[0, 3]].sum((0, 1))[:, None].expand(3, 5))
+
+    as_numpy = {name: value.numpy() for name, value in usual.items() if name != "num_threads"}
+    as_numpy["out"] = np.zeros((2, 3, 5), dtype=np.float32)
+    EXTENSION.class_sketch(**as_numpy)
+    assert np.array_equal(as_numpy["out"], expected.numpy())
+
+    if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        out = np.zeros((2, 3, 5), dtype=np.float32)
+        wrapped = {name: versioned(value) for name, value in as_numpy.items()} | {"out": versioned(out)}
+        EXTENSION.class_sketch(**wrapped)
+        assert np.array_equal(out, expected.numpy())
+
+
+@NEEDS_EXTENSION
+def test_default_number_of_threads():
+    usual = arguments()
+    del usual["num_threads"]
+    EXTENSION.class_sketch(**usual)
+    assert torch.equal(usual["out"], torch.full((2, 3, 5), 4.0))
+
+
+# ------------------------------------------------------------------------------------------------------------ ownership
+
+
+@NEEDS_EXTENSION
+def test_every_capsule_is_released():
+    """The storages die with their last Python reference, after good calls and after refused ones alike."""
+    import weakref
+
+    for bad in (False, True):
+        arrays = {
+            "deltas": np.ones((4, 2, 3), dtype=np.float32),
+            "activations": np.ones((4, 2, 5), dtype=np.float32),
+            "labels": np.zeros(4, dtype=np.int64),
+            "out": np.zeros((3 if not bad else 2, 3, 5 if not bad else 6), dtype=np.float32),
+        }
+        counts = {name: sys.getrefcount(array) for name, array in arrays.items()}
+        for _ in range(100):
+            if bad:
+                with pytest.raises(ValueError, match="out: got shape"):
+                    EXTENSION.class_sketch(**arrays)
+            else:
+                EXTENSION.class_sketch(**arrays)
+        gc.collect()
+        assert {name: sys.getrefcount(array) for name, array in arrays.items()} == counts
+        watches = [weakref.ref(array) for array in arrays.values()]
+        arrays.clear()
+        gc.collect()
+        assert [watch() for watch in watches] == [None] * 4
+
+
+@NEEDS_EXTENSION
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm to read memory from")
+def test_memory_does_not_grow():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            x = torch.ones(64, 64, 32)  # half a MiB
+            EXTENSION.class_sketch(x, x, torch.zeros(64, dtype=torch.int64), torch.empty(1, 32, 32), 1)
+
+    call(20)
+    before = resident()
+    call(200)
+    assert resident() - before < 30 * 2**20  # a leak would be 100 MiB
+
+
+@NEEDS_EXTENSION
+def test_other_threads_run_meanwhile():
+    """The interpreter's lock is released: a Python thread counts on while the extension computes."""
+    x = torch.ones(64, 512, 128)
+    labels, out = torch.zeros(64, dtype=torch.int64), torch.empty(1, 128, 128)
+    state = {"count": 0, "stop": False}
+
+    def count() -> None:
+        while not state["stop"]:
+            state["count"] += 1
+            time.sleep(0)
+
+    before = sys.getswitchinterval()
+    # With so long an interval a thread gets its turn only where the lock is given up.
+    sys.setswitchinterval(100.0)
+    try:
+        thread = threading.Thread(target=count)
+        thread.start()
+        seen = []
+        for _ in range(20):
+            start = state["count"]
+            EXTENSION.class_sketch(x, x, labels, out, 1)
+            seen.append(state["count"] - start)
+    finally:
+        state["stop"] = True
+        sys.setswitchinterval(before)
+        thread.join()
+    assert max(seen) > 5
+
+
+# -------------------------------------------------------------------------------------- missing, foreign, broken, stale
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The package as if it lay in an empty folder, with the extension not looked for yet."""
+    monkeypatch.setattr(gradmix, "__path__", [str(tmp_path)])
+    # An editable install brings a finder of its own, which knows the extension whatever the path says.
+    monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])
+    monkeypatch.delattr(gradmix, "_C", raising=False)
+    monkeypatch.delitem(sys.modules, "gradmix._C", raising=False)
+    _extension._load.cache_clear()
+    yield tmp_path
+    _extension._load.cache_clear()
+
+
+def test_reason_without_any_build(package):
+    assert _extension.load() is None
+    assert "not installed" in _extension.unavailable_reason()
+    assert _extension.build_report() is None
+
+
+def test_reason_from_the_build_report(package):
+    report = {"extension": {"built": False, "reason": "no working C++ compiler was found"}}
+    (package / "_build_report.json").write_text(json.dumps(report))
+    assert _extension.load() is None
+    assert _extension.unavailable_reason() == "it was not built: no working C++ compiler was found"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"extension": 3}'])
+def test_a_damaged_build_report_does_no_harm(package, content):
+    (package / "_build_report.json").write_text(content)
+    assert _extension.load() is None
+    assert "_C" in _extension.unavailable_reason() or "not built" in _extension.unavailable_reason()
+
+
+def test_reason_for_another_python(package):
+    (package / "_C.cpython-27-somewhere.so").write_bytes(b"")
+    assert _extension.load() is None
+    reason = _extension.unavailable_reason()
+    assert "built for another Python: _C.cpython-27-somewhere.so" in reason
+    assert importlib.machinery.EXTENSION_SUFFIXES[0] in reason
+
+
+def test_reason_for_a_broken_file(package):
+    (package / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    assert _extension.load() is None
+    assert _extension.unavailable_reason().startswith("it does not load: ")
+
+
+def test_reason_when_the_installed_file_is_gone(package):
+    (package / "_build_report.json").write_text(json.dumps({"extension": {"built": True, "reason": None}}))
+    assert _extension.load() is None
+    assert "missing from the installed package" in _extension.unavailable_reason()
+
+
+def test_another_version_is_refused(package, monkeypatch):
+    stale = types.ModuleType("gradmix._C")
+    stale.build_info = lambda: {"version": "0.0.9"}
+    monkeypatch.setitem(sys.modules, "gradmix._C", stale)
+    assert _extension.load() is None
+    assert f"built for gradmix 0.0.9, but this is gradmix {gradmix.__version__}" in _extension.unavailable_reason()
+
+
+def test_a_module_that_is_not_ours_is_refused(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradmix._C", types.ModuleType("gradmix._C"))
+    assert _extension.load() is None
+    assert "does not load: AttributeError" in _extension.unavailable_reason()
+
+
+# --------------------------------------------------------------------------------------------------------------- import
+
+IMPORT = """
+import sys, json
+import numpy, torch
+before = set(sys.modules)
+import gradmix
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+native = "gradmix._C" in sys.modules
+if sys.platform == "linux":
+    native = native or any("gradmix/_C" in line for line in open("/proc/self/maps"))
+print(json.dumps({"new": sorted(new), "native": native}))
+"""
+
+
+def test_import_brings_torch_and_numpy_only_and_no_native_code():
+    answer = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["native"] is False
+    # torch imports some of its own requirements late; nothing else may come.
+    allowed = {
+        "gradmix",
+        "torch",
+        "numpy",
+        "sympy",
+        "mpmath",
+        "gmpy2",
+        "networkx",
+        "filelock",
+        "fsspec",
+        "jinja2",
+        "markupsafe",
+        "typing_extensions",
+        "torchgen",
+    }
+    assert set(found["new"]) - allowed == set()
+
+
+def test_import_survives_a_broken_extension(tmp_path):
+    code = (
+        "import importlib.abc, sys\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'gradmix._C': raise ImportError('libgone.so: cannot open shared object file')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "import gradmix, torch\n"
+        "from gradmix import _extension\n"
+        "from gradmix.ops.class_sketch import class_sketch\n"
+        "x = torch.ones(256, 1, 16)\n"
+        "print(class_sketch(x, x, torch.zeros(256, dtype=torch.int64), 1).sum().item())\n"
+        "print(_extension.unavailable_reason())\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines() == [
+        "65536.0",
+        "it does not load: ImportError: libgone.so: cannot open shared object file",
+    ]

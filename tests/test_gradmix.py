@@ -1,0 +1,196 @@
+"""GradMix: what it keeps between steps, and when it computes it anew."""
+
+import io
+
+import pytest
+import torch
+from models import CLASSES, MLP, ConvNet, rows
+from torch import Tensor
+
+import gradmix
+from gradmix import GradMix, ReplayBuffer
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled(n: int = 12, seed: int = 3) -> ReplayBuffer:
+    buffer = ReplayBuffer(100)
+    buffer.add(*rows(n, seed))
+    return buffer
+
+
+def test_the_call_shape_of_mixup() -> None:
+    x, y = GradMix(MLP(), filled())(*rows(6, 1))
+    assert x.shape == (6, 3, 8, 8) and y.shape == (6, CLASSES)
+    torch.testing.assert_close(y.sum(1), torch.ones(6))
+
+
+@pytest.mark.parametrize("refresh", [1, 3, "epoch"])
+@pytest.mark.parametrize("criterion", ["class", "sample"])
+def test_it_refreshes_when_it_says(criterion: str, refresh: object) -> None:
+    mixup = GradMix(MLP(), filled(40), criterion=criterion, refresh=refresh)
+    counts = []
+    for step in range(7):
+        mixup(*rows(6, step))
+        counts.append(mixup.refreshes)
+    assert counts == {1: [1, 2, 3, 4, 5, 6, 7], 3: [1, 1, 1, 2, 2, 2, 3], "epoch": [1] * 7}[refresh]
+    mixup.start_epoch()
+    assert mixup.refreshes == counts[-1]
+    mixup(*rows(6))
+    assert mixup.refreshes == counts[-1] + 1
+
+
+def test_what_is_kept_is_the_reference_gradient() -> None:
+    model, buffer = MLP(), filled()
+    mixup = GradMix(model, buffer, refresh=2)
+    mixup(*rows(6, 1))
+    first = mixup.reference
+    torch.testing.assert_close(first, gradmix.reference_gradient(model, buffer))
+    with torch.no_grad():
+        model.fc.weight += 1
+    mixup(*rows(6, 1))
+    assert mixup.reference is first
+    mixup(*rows(6, 1))
+    torch.testing.assert_close(mixup.reference, gradmix.reference_gradient(model, buffer))
+
+
+def test_by_sample_it_selects_as_select_pairs_does() -> None:
+    model, buffer, batch = MLP(), filled(), rows(9, 1)
+    pairs = GradMix(model, buffer, criterion="sample", generator=generator(5)).select(*batch)
+    expected = gradmix.select_pairs(model, buffer, batch, criterion="sample", generator=generator(5))
+    assert torch.equal(pairs.partner, expected.partner) and torch.equal(pairs.alignment, expected.alignment)
+
+
+@pytest.mark.parametrize("estimator", ["feature", "mixed"])
+def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: str) -> None:
+    model, calls = MLP(), []
+    mixup = GradMix(model, filled(40), refresh="epoch", estimator=estimator)
+    mixup(*rows(6, 1))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    mixup(*rows(6, 2))
+    assert calls == [] and mixup.refreshes == 1
+    assert mixup.pairs is not None and mixup.pairs.alignment is mixup.table.cosine
+
+
+def test_choices_follow_the_kept_table() -> None:
+    mixup = GradMix(MLP(), filled(40))
+    x, y = rows(30, 1)
+    pairs = mixup.select(x, y)
+    i, j = mixup.table.index_of(y), mixup.table.index_of(y[pairs.partner])
+    assert (mixup.table.inner[i, j] >= 0)[pairs.helpful].all()
+    assert not mixup.table.helpful().all()  # there was something to refuse
+
+
+def test_a_class_the_table_does_not_know_has_it_made_anew() -> None:
+    x, y = rows(40, 3)
+    buffer = ReplayBuffer(100)
+    buffer.add(x[y < 2], y[y < 2])
+    mixup = GradMix(MLP(), buffer, refresh="epoch")
+    mixup(x[:6], y[:6] % 2)
+    assert mixup.table.classes.tolist() == [0, 1]
+    mixup(x[:6], torch.tensor([0, 1, 4, 4, 0, 1]))
+    assert mixup.table.classes.tolist() == [0, 1, 4] and mixup.refreshes == 2
+    mixup(x[:6], torch.tensor([0, 4, 4, 4, 0, 1]))
+    assert mixup.refreshes == 2
+
+
+def test_a_buffer_filled_later_is_noticed() -> None:
+    buffer = ReplayBuffer(5)
+    mixup = GradMix(MLP(), buffer, refresh="epoch")
+    mixup(*rows(6, 1))
+    assert mixup.reference is None and mixup.table is None
+    assert mixup.pairs.helpful.all()
+    buffer.add(*rows(20, 2))
+    mixup(*rows(6, 1))
+    assert mixup.reference is not None and mixup.table is not None
+
+
+def test_foreign_candidates_join_the_table() -> None:
+    mixup = GradMix(MLP(), filled())
+    x, y = rows(6, 1)
+    pairs = mixup.select(x, torch.zeros_like(y), candidates=(rows(4, 2)[0], torch.full((4,), 3)))
+    assert {0, 3} <= set(mixup.table.classes.tolist())
+    assert len(pairs.mix()[0]) == 6
+
+
+def test_outputs_given_save_the_forward_pass_of_the_batch() -> None:
+    model, batch = MLP().eval(), rows(6, 1)
+    with gradmix.HeadCapture(model, example=batch[0]) as capture:
+        model(batch[0])
+    sizes: list[int] = []
+    model.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    for criterion in ("class", "sample"):
+        sizes.clear()
+        mixup = GradMix(model, filled(12), criterion=criterion)
+        mixup.select(*batch, outputs=capture.output)
+        assert sizes == [12]  # the buffer's, nothing else
+
+
+@pytest.mark.parametrize("criterion", ["class", "sample"])
+def test_state_survives_saving_and_goes_on_identically(criterion: str) -> None:
+    model, buffer = ConvNet(), filled(30)
+
+    def make() -> GradMix:
+        return GradMix(model, buffer, criterion=criterion, refresh=4, generator=generator(3))
+
+    def outcome(mixup: GradMix, seed: int) -> list[Tensor]:
+        return list(mixup(*rows(8, seed)))
+
+    first = make()
+    for seed in range(2):
+        outcome(first, seed)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = make()
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(2, 8):
+        expected, result = outcome(first, seed), outcome(second, seed)
+        assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+    assert first.refreshes == second.refreshes
+
+
+def test_a_fresh_state_can_be_saved_too() -> None:
+    mixup = GradMix(MLP(), filled())
+    other = GradMix(MLP(), filled())
+    other.load_state_dict(mixup.state_dict())
+    assert other.reference is None and other.table is None
+
+
+def test_a_wrong_state_changes_nothing() -> None:
+    mixup = GradMix(MLP(), filled())
+    mixup(*rows(6, 1))
+    reference = mixup.reference
+    with pytest.raises(ValueError, match=r"state: got the keys \['age'\], expected \['age', 'generator'"):
+        mixup.load_state_dict({"age": 1})
+    assert mixup.reference is reference
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"refresh": 0}, ValueError, "refresh: got 0, expected an integer >= 1"),
+        ({"refresh": "task"}, TypeError, "refresh: got str"),
+        ({"class_samples": 0}, ValueError, "class_samples: got 0"),
+        ({"criterion": "pair"}, ValueError, "criterion: got 'pair'"),
+        ({"alpha": -1.0}, ValueError, "alpha: got -1.0"),
+    ],
+)
+def test_bad_settings_are_named_at_once(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GradMix(MLP(), filled(), **change)
+
+
+def test_bad_rows_are_named_at_the_call() -> None:
+    mixup = GradMix(MLP(), filled(40), refresh="epoch")
+    mixup(*rows(6, 1))
+    x, y = rows(4, 2)
+    x[1] = float("nan")
+    with pytest.raises(ValueError, match="batch: row 1 holds NaN"):
+        mixup(x, y)
+    with pytest.raises(ValueError, match="batch labels: row 0 is 9"):
+        mixup(rows(2)[0], torch.tensor([9, 0]))
+    with pytest.raises(ValueError, match="lam: got 3.0"):
+        mixup.select(*rows(2), lam=3.0)

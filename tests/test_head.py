@@ -1,0 +1,188 @@
+"""Finding, naming and capturing the classifier head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CLASSES, NETWORKS, MLP, ConvNet, rows
+from torch import Tensor, nn
+
+from gradmix.head import HeadCapture, HeadNotFoundError, head_classes, logits_of, resolve_head
+
+
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_the_head_is_found_by_itself(name: str) -> None:
+    model = NETWORKS[name]()
+    head = resolve_head(model, None, rows(2)[0])
+    assert head is model.fc
+    assert head_classes(head) == CLASSES
+
+
+@pytest.mark.parametrize("name", NETWORKS, ids=str)
+def test_capture_gives_what_the_head_saw_and_said(name: str) -> None:
+    model = NETWORKS[name]().eval()
+    x = rows(3)[0]
+    with HeadCapture(model, example=x) as capture:
+        logits = logits_of(model(x))
+    features, captured = capture.output
+    assert torch.equal(captured, logits)
+    weight = model.fc.weight.flatten(1)
+    torch.testing.assert_close(F.linear(features, weight, model.fc.bias), logits)
+    assert not features.requires_grad and not captured.requires_grad
+    assert not model.fc._forward_hooks
+
+
+def test_logits_changed_in_place_after_the_head_are_captured_as_they_were() -> None:
+    class Masked(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill_(torch.arange(CLASSES) > 2, -1e9)
+
+    model, x = Masked(), rows(2)[0]
+    with HeadCapture(model, head="fc") as capture:
+        model(x)
+    assert capture.output.logits.abs().max() < 1e3
+
+
+class Scaled(MLP):
+    """The logits are the classifier's times a temperature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2.0
+
+
+class ScaledInPlace(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mul_(2.0)
+
+
+class Probabilities(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+class Adapted(MLP):
+    """An adapter adds to the classifier's output, zero as adapters begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("adapter", nn.Parameter(torch.zeros(CLASSES, 192)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(x.flatten(1), self.adapter)
+
+
+class Functional(nn.Module):
+    """The classifier is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(CLASSES, 192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(1), self.embedding)
+
+
+class Dense(nn.Module):
+    """Classifies every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(3, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledInPlace, Probabilities, Adapted, Functional, Dense])
+def test_an_uncertain_head_is_refused_with_how_to_name_it(kind: type[nn.Module]) -> None:
+    with pytest.raises(HeadNotFoundError, match="no nn.Linear or 1x1 convolution whose output is the model's output") as e:
+        resolve_head(kind(), None, rows(2)[0])
+    assert "head=" in str(e.value) or "the model has no nn.Linear" in str(e.value)
+
+
+def test_logits_cast_to_another_dtype_are_still_the_heads() -> None:
+    class Cast(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).double()
+
+    model = Cast()
+    assert resolve_head(model, None, rows(2)[0]) is model.fc
+
+
+def test_a_head_may_be_named_by_module_or_by_name() -> None:
+    model = Scaled()
+    assert resolve_head(model, "fc") is resolve_head(model, model.fc) is model.fc
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    {
+        "no such name": ("classifier", HeadNotFoundError, "no module 'classifier'; .*head='fc'.*'body.1', 'fc'"),
+        "foreign module": (nn.Linear(2, 2), HeadNotFoundError, "not a module of the model"),
+        "not linear": ("body.2", HeadNotFoundError, "got ReLU, expected an nn.Linear"),
+        "a number": (3, TypeError, "head: got int"),
+    }.values(),
+)
+def test_a_wrong_name_is_refused(head: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolve_head(MLP(), head, rows(1)[0])
+
+
+def test_a_head_that_was_replaced_is_found_again() -> None:
+    model, x = MLP(), rows(2)[0]
+    first = resolve_head(model, None, x)
+    model.fc = nn.Linear(12, CLASSES + 2)
+    assert resolve_head(model, None, x) is model.fc is not first
+
+
+def test_a_head_found_once_needs_no_example() -> None:
+    model, x = MLP(), rows(2)[0]
+    with pytest.raises(HeadNotFoundError, match="no example row"):
+        HeadCapture(model)
+    resolve_head(model, None, x)
+    with HeadCapture(model) as capture:
+        model(x)
+    assert len(capture.output.logits) == 2
+
+
+def test_a_head_that_runs_twice_is_refused() -> None:
+    class Twice(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(-x)
+
+    model = Twice()
+    with HeadCapture(model, head="fc") as capture:
+        model(rows(2)[0])
+    with pytest.raises(HeadNotFoundError, match="ran 2 times in one forward pass"):
+        _ = capture.output
+
+
+def test_a_head_on_several_positions_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, CLASSES))
+    with HeadCapture(model, head="0") as capture:
+        model(rows(2)[0].flatten(1, 2))
+    with pytest.raises(HeadNotFoundError, match=r"input of Linear\(.*\) has shape \(2, 24, 8\)"):
+        _ = capture.output
+
+
+def test_a_head_called_by_keyword_is_captured() -> None:
+    class Keyword(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=self.body(x))
+
+    model = Keyword()
+    with HeadCapture(model, head="fc") as capture:
+        model(rows(2)[0])
+    assert capture.output.features.shape == (2, 12)
+
+
+def test_wrapped_models_are_looked_into() -> None:
+    model = ConvNet()
+    compiled = torch.compile(model, backend="eager")
+    assert resolve_head(compiled, None, rows(2)[0]) is model.fc
+    assert resolve_head(nn.DataParallel(MLP()), "fc").out_features == CLASSES
+
+
+def test_a_model_that_returns_something_else_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: returned list, expected a tensor or an object with a tensor \.logits"):
+        logits_of([1])
+    assert logits_of({"logits": torch.ones(1)}).item() == 1
