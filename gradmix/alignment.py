@@ -1,16 +1,17 @@
 """From a model and rows to alignment: the reference gradient, the estimators and the criteria.
 
-The reference gradient G is the mean last-layer gradient of the replay buffer, mean_n (softmax(z_n) - y_n) [h_n; 1]^T. One SGD
-step on a mixed row with gradient g changes the buffer's loss by about -lr <g, G>, so a mixture is helpful if <g, G> >= 0 and
-detrimental otherwise (GradMix, arXiv 2505.08528, which states this as an angle of at most 90 degrees).
+The reference gradient G is the mean last-layer gradient of the replay buffer, mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
+One SGD step on a mixed row with gradient g changes the buffer's loss by about -lr <g, G>, so a mixture is helpful if
+<g, G> >= 0 and detrimental otherwise (GradMix, arXiv 2505.08528, which states this as an angle of at most 90 degrees).
 
 Estimators of g, both for the last layer's weight and bias:
 
-- ``feature``: the rows' features, logits and labels are mixed (:mod:`gradmix.ops.mixed_alignment`); no forward pass but the
-  rows' own.
+- ``feature``: the rows' features, logits and labels are mixed (:mod:`gradmix.ops.mixed_alignment`); no forward pass but
+  the rows' own.
 - ``mixed``: the mixed inputs are forwarded; exact, one forward a pair.
 
-Criteria: ``sample`` judges each pair by its own inner product, ``class`` each pair of classes by the mean over its rows.
+Criteria: ``sample`` judges each pair by its own inner product, ``class`` each pair of classes by the mean over its
+rows.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class Alignment:
 
     Attributes:
         inner: (N, M) or, by class, (P, P): inner products with the reference; NaN where no pair was evaluated.
-        cosine: same shape, in [-1, 1]. By class it is the mean of the pairs' cosines weighted by the norms of their gradients,
-            which has the sign of ``inner``.
-        classes: None, or (P,) int64 in ascending order: entry (a, b) is a mixture of a row of ``classes[a]`` with weight lam
-            and a row of ``classes[b]`` with weight 1 - lam.
+        cosine: same shape, in [-1, 1]. By class it is the mean of the pairs' cosines weighted by the norms of their
+            gradients, which has the sign of ``inner``.
+        classes: None, or (P,) int64 in ascending order: entry (a, b) is a mixture of a row of ``classes[a]`` with
+            weight lam and a row of ``classes[b]`` with weight 1 - lam.
     """
 
     inner: Tensor
@@ -95,7 +96,8 @@ def forwarded(
     """Forward ``source`` in chunks, none of them empty; call it inside :func:`gradmix.probe.untouched`.
 
     Raises:
-        ValueError: a row with a NaN or an infinity in it, or for which the model returns one, named; a label out of range.
+        ValueError: a row with a NaN or an infinity in it, or for which the model returns one, named; a label out of
+            range.
     """
     start = 0
     for x, y in chunks_of(name, source, chunk, device):
@@ -110,7 +112,9 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
     features, logits = output
     if len(features) != len(y):
         raise ValueError(f"{name}: the head ran on {len(features)} rows, expected {len(y)} as there are labels")
-    require_finite(first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits})
+    require_finite(
+        first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
+    )
     classes = logits.shape[1]
     if y.is_floating_point():
         if y.shape[1] != classes:
@@ -226,7 +230,15 @@ def feature_alignment(
 ) -> tuple[Tensor, Tensor]:
     """Estimator ``feature``: (inner, norm), both (N, M), of all pairs mixed in feature space."""
     inner, norm = mixed_alignment(
-        rows.features, rows.logits, rows.y, partners.features, partners.logits, partners.y, reference, lam, backend=backend
+        rows.features,
+        rows.logits,
+        rows.y,
+        partners.features,
+        partners.logits,
+        partners.y,
+        reference,
+        lam,
+        backend=backend,
     )
     return inner, norm
 
@@ -241,7 +253,7 @@ def mixed_input_alignment(
     lam: float | Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Estimator ``mixed``: (inner, norm), both (K,), of the pairs (i, j) in ``pairs`` (K, 2), by forwarding mixed inputs.
+    """Estimator ``mixed``: (inner, norm), both (K,), of the pairs (i, j) in ``pairs`` (K, 2), each forwarded.
 
     ``lam`` is one weight, or one a pair (K,). Call it inside :func:`gradmix.probe.untouched`.
     """
@@ -258,7 +270,9 @@ def mixed_input_alignment(
         dtype = reference.dtype
         y_weight = weight.to(dtype)[:, None] if isinstance(weight, Tensor) else weight
         classes = logits.shape[1]
-        labels = y_weight * dense_labels(y[i], classes, dtype) + (1 - y_weight) * dense_labels(other_y[j], classes, dtype)
+        labels = y_weight * dense_labels(y[i], classes, dtype) + (1 - y_weight) * dense_labels(
+            other_y[j], classes, dtype
+        )
         part = row_alignment(features, logits, labels, reference)
         inner.append(part[0])
         norm.append(part[1])
@@ -279,7 +293,7 @@ def _require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
 
 
 def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each row, both (N,); ``labels`` (N, C), the reference's dtype throughout."""
+    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each row, both (N,); ``labels`` (N, C) of the reference's dtype."""
     dtype = reference.dtype
     with torch.autocast(features.device.type, enabled=False):
         h = features.to(dtype)
@@ -293,7 +307,7 @@ def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: T
         return inner, residual.square().sum(1).mul(square).sqrt()
 
 
-# -------------------------------------------------------------------------------------------------------------- criteria
+# ------------------------------------------------------------------------------------------------------------- criteria
 
 
 def by_sample(inner: Tensor, norm: Tensor, reference: Tensor) -> Alignment:
@@ -316,7 +330,7 @@ class ClassMean:
         self._norm, self._count = torch.zeros_like(self._inner), torch.zeros_like(self._inner)
 
     def add_matrix(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor, weight: float, own_rows: bool) -> None:
-        """Add all pairs of an (N, M) matrix; NaN counts as not evaluated, and so does a row with itself if ``own_rows``."""
+        """Add all pairs of an (N, M) matrix but those that are NaN and, if ``own_rows``, a row with itself."""
         dtype = inner.dtype
         left = (y_a[:, None] == self.classes).to(dtype)
         right = (y_b[:, None] == self.classes).to(dtype)
@@ -365,8 +379,8 @@ def class_table(
 ) -> Alignment:
     """Alignment of all pairs of the classes of ``rows``, averaged over the mixing weight; call it inside ``untouched``.
 
-    ``feature``: all pairs of the rows, at the Gauss nodes of Beta(alpha, alpha). ``mixed``: ``class_samples`` random pairs of
-    each two classes, each with a mixing weight of its own.
+    ``feature``: all pairs of the rows, at the Gauss nodes of Beta(alpha, alpha). ``mixed``: ``class_samples`` random
+    pairs of each two classes, each with a mixing weight of its own.
     """
     labels = class_of(rows.y)
     classes = torch.unique(labels)
@@ -394,7 +408,9 @@ def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch
     counts = (labels[:, None] == classes).sum(0)
     first = counts.cumsum(0) - counts
     size = len(classes)
-    left, right = (v.reshape(-1) for v in torch.meshgrid(*[torch.arange(size, device=labels.device)] * 2, indexing="ij"))
+    left, right = (
+        v.reshape(-1) for v in torch.meshgrid(*[torch.arange(size, device=labels.device)] * 2, indexing="ij")
+    )
     drawn = torch.rand(2, len(left), samples, generator=generator, device=generator.device).to(labels.device)
     columns = [
         order[first[c, None] + (u * counts[c, None]).long().clamp_(max=counts[c, None] - 1)]

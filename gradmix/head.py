@@ -1,8 +1,8 @@
 """The classifier head: finding it in a model, and capturing what goes in and comes out.
 
-The last-layer gradient of a sample is (softmax(z) - y) [h; 1]^T, with h the head's input and z its output. That holds only
-if the head's output *is* the model's output, so the head is the ``nn.Linear`` or 1x1 convolution whose output was found equal
-to what the model returned; a guess by name or position is not made.
+The last-layer gradient of a sample is (softmax(z) - y) [h; 1]^T, with h the head's input and z its output. That holds
+only if the head's output *is* the model's output, so the head is the ``nn.Linear`` or 1x1 convolution whose output was
+found equal to what the model returned; a guess by name or position is not made.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class HeadCapture:
 
     Args:
         model: the model about to be called, maybe wrapped by ``torch.compile`` or a data-parallel class.
-        head: the head, its name, or None: the one found by :func:`find_head` (then ``example`` must be given unless this
-            model's head was found before).
+        head: the head, its name, or None: the one found by :func:`find_head` (then ``example`` must be given unless
+            this model's head was found before).
         example: one or more input rows, used only to find the head.
 
     Raises:
@@ -81,7 +81,8 @@ class HeadCapture:
         """Detached features (N, d) and logits (N, C) of the forward pass inside the context."""
         if len(self._calls) != 1:
             raise HeadNotFoundError(
-                f"head: {_describe(self.head)} ran {len(self._calls)} times in one forward pass, expected once; {HOW_TO_NAME}"
+                f"head: {_describe(self.head)} ran {len(self._calls)} times in one forward pass, expected once; "
+                f"{HOW_TO_NAME}"
             )
         features, logits = self._calls[0]
         return HeadOutput(_as_rows(features, "input", self.head), _as_rows(logits, "output", self.head))
@@ -98,7 +99,7 @@ def has_bias(head: nn.Module) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's return value: the tensor itself, or the ``logits`` of an object or mapping that holds one.
+    """The logits in a model's return value: the tensor itself, or the ``logits`` of an object or mapping.
 
     Raises:
         TypeError: neither.
@@ -129,7 +130,9 @@ def resolve_head(model: nn.Module, head: nn.Module | str | None = None, example:
         return _check_kind(module)
     if isinstance(head, nn.Module):
         if not any(module is head for module in inner.modules()):
-            raise HeadNotFoundError(f"head: the {type(head).__name__} given is not a module of the model; {_candidates(inner)}")
+            raise HeadNotFoundError(
+                f"head: the {type(head).__name__} given is not a module of the model; {_candidates(inner)}"
+            )
         return _check_kind(head)
     if head is not None:
         raise TypeError(f"head: got {type(head).__name__}, expected a module of the model, its name, or None")
@@ -152,8 +155,8 @@ def find_head(model: nn.Module, example: Tensor) -> nn.Module:
     The pass runs in the mode the model is in, on ``example`` (N, ...), N >= 1.
 
     Raises:
-        HeadNotFoundError: no such layer: something follows the classifier (softmax, scaling, a mask), it is no module, or it
-            classifies several positions of a row.
+        HeadNotFoundError: no such layer: something follows the classifier (softmax, scaling, a mask), it is no module,
+            or it classifies several positions of a row.
     """
     model = unwrap(model)
     outputs: list[tuple[nn.Module, Tensor, int]] = []

@@ -15,8 +15,8 @@ def default_generator() -> torch.Generator:
     """The CPU generator that draws where the caller gives none.
 
     It is the library's own, so that selecting pairs leaves the global generators alone, and it is seeded by
-    ``torch.initial_seed()``: a program that calls ``torch.manual_seed(s)`` once is repeatable. Setting another seed restarts
-    it; setting the same seed again does not. For repeatable calls pass a generator.
+    ``torch.initial_seed()``: a program that calls ``torch.manual_seed(s)`` once is repeatable. Setting another seed
+    restarts it; setting the same seed again does not. For repeatable calls pass a generator.
     """
     global _private
     seed = torch.initial_seed()
@@ -38,8 +38,9 @@ def draw_lam(alpha: float, generator: torch.Generator, count: int | None = None)
 def beta_quadrature(alpha: float, nodes: int) -> tuple[list[float], list[float]]:
     """Gauss quadrature for the expectation over Beta(alpha, alpha): nodes in (0, 1) and weights that sum to 1.
 
-    Exact for polynomials up to degree 2 ``nodes`` - 1. Golub and Welsch, "Calculation of Gauss quadrature rules" (1969), with
-    the three-term recurrence of the Gegenbauer polynomials, whose weight is the symmetric Beta density moved to [-1, 1].
+    Exact for polynomials up to degree 2 ``nodes`` - 1. Golub and Welsch, "Calculation of Gauss quadrature rules"
+    (1969), with the three-term recurrence of the Gegenbauer polynomials, whose weight is the symmetric Beta density
+    moved to [-1, 1].
 
     >>> nodes, weights = beta_quadrature(1.0, 2)
     >>> [round(v, 6) for v in nodes], [round(v, 6) for v in weights]

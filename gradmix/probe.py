@@ -1,8 +1,8 @@
 """Looking at a model without leaving a trace.
 
 Whatever runs inside :func:`untouched` sees the model in evaluation mode and without autograd; afterwards, also after an
-exception, training flags and the random number generators are as they were. In evaluation mode BatchNorm reads its running
-statistics and does not update them, and dropout is off.
+exception, training flags and the random number generators are as they were. In evaluation mode BatchNorm reads its
+running statistics and does not update them, and dropout is off.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,19 +34,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter (or buffer); the CPU for a model with neither."""
-    for tensor in model.parameters():
-        return tensor.device
-    for tensor in model.buffers():
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run the body with ``model`` in evaluation mode and without autograd, then restore everything.
 
-    The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or merge
-    layers in them.
+    The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
+    merge layers in them.
     """
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
@@ -82,8 +80,8 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
 def require_finite(first_row: int = 0, **named: Tensor) -> None:
     """Raise ValueError naming the argument and the first row of it that holds a NaN or an infinity.
 
-    The usual case costs one reduction a tensor and one synchronisation: a sum is finite only if every entry is. Where it is
-    not, the rows are looked at, in the order given (a sum may overflow by itself).
+    The usual case costs one reduction a tensor and one synchronisation: a sum is finite only if every entry is. Where
+    it is not, the rows are looked at, in the order given (a sum may overflow by itself).
 
     Args:
         first_row: index of row 0 in the whole argument, of which the tensors are a chunk.

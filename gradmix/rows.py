@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from gradmix.buffers import ReplayBuffer
 from gradmix.ops.labels import check_labels
 
-RowSource: TypeAlias = Union["tuple[Tensor, Tensor]", ReplayBuffer, "Dataset[tuple[Tensor, Tensor]]", "DataLoader[tuple[Tensor, Tensor]]"]
+RowSource: TypeAlias = Union[
+    "tuple[Tensor, Tensor]", ReplayBuffer, "Dataset[tuple[Tensor, Tensor]]", "DataLoader[tuple[Tensor, Tensor]]"
+]
 
 CHUNK = 512
 """Rows forwarded at a time unless the caller says otherwise."""

@@ -18,11 +18,9 @@ from gradmix.alignment import (
     Estimator,
     Rows,
     _reference,
-    by_sample,
     check_choice,
     checked_rows,
     class_table,
-    ClassMean,
     concatenate,
     forward_all,
     judge,
@@ -45,11 +43,12 @@ class Pairs:
     """The partner chosen for each of N rows among M candidates.
 
     Attributes:
-        partner: (N,) int64, index of the candidate; the row's own index, or 0 among foreign candidates, where it has none.
+        partner: (N,) int64, index of the candidate; the row's own index, or 0 among foreign candidates, where it has
+            none.
         lam: (N,) weight of the row itself; 1 where it has no partner.
         helpful: (N,) bool, whether the row has a partner.
-        alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where a
-            mixture was not evaluated, 0 throughout while the buffer is empty.
+        alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where
+            a mixture was not evaluated, 0 throughout while the buffer is empty.
         classes: None, or (P,) int64 class labels of ``alignment``.
         num_classes: width of the mixed labels.
     """
@@ -70,8 +69,8 @@ class Pairs:
         """The mixed rows: lam x_i + (1 - lam) x_partner, and their labels likewise.
 
         Args:
-            x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings; where
-                partners came from other candidates, those keep theirs, so the shapes must agree.
+            x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings;
+                where partners came from other candidates, those keep theirs, so the shapes must agree.
             y: (N,) or (N, C) in place of their labels.
 
         Returns:
@@ -97,14 +96,15 @@ class Pairs:
         return mixed, labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
 
     def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(x, y_a, y_b, lam)``: mixed inputs, both rows' labels, and lam (N,), for loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
+        """``(x, y_a, y_b, lam)``: mixed inputs, both labels and lam (N,): loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
         _, y = self._batch
         other_y = y if self._candidates is None else self._candidates[1]
         return self.mix()[0], y, other_y[self.partner], self.lam
 
     def summary(self) -> dict[str, float]:
-        """Plain figures: ``rows``, ``mixed`` rows and their ``mixed_share``, the mixed rows' ``lam``, and of the evaluated
-        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``."""
+        """Plain figures: ``rows``, ``mixed`` rows, their ``mixed_share``, the mixed rows' ``lam``, and of the evaluated
+        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``.
+        """
         mixed = int(self.helpful.sum())
         known = self.alignment[~torch.isnan(self.alignment)]
         return {
@@ -121,7 +121,9 @@ class Pairs:
         y = self._batch[1] if y is None else y
         for name, value in (("x", x), ("y", y)):
             if len(value) != len(self):
-                raise ValueError(f"{name}: got {len(value)} rows, expected the {len(self)} that pairs were selected for")
+                raise ValueError(
+                    f"{name}: got {len(value)} rows, expected the {len(self)} that pairs were selected for"
+                )
         return x, y
 
 
@@ -184,31 +186,34 @@ def select_pairs(
 ) -> Pairs:
     """Choose for each row a partner with which it may be mixed without harm to the replay buffer.
 
-    One mixing weight serves the call. A mixture is helpful if the cosine of its last-layer gradient with the reference gradient
-    is at least ``threshold`` (see :mod:`gradmix.alignment`). A row without a helpful partner stays unmixed: its lam is 1. With
-    an empty buffer every mixture counts as helpful, which is plain Mixup. The model, the tensors given, autograd's state and the
-    global random generators are left as they were, also if the model raises.
+    One mixing weight serves the call. A mixture is helpful if the cosine of its last-layer gradient with the reference
+    gradient is at least ``threshold`` (see :mod:`gradmix.alignment`). A row without a helpful partner stays unmixed:
+    its lam is 1. With an empty buffer every mixture counts as helpful, which is plain Mixup. The model, the tensors
+    given, autograd's state and the global random generators are left as they were, also if the model raises.
 
     Args:
         model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
         buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
-        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype and y, (N,) int64 class indices
-            or (N, C) label vectors.
-        candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own partner.
-        criterion: ``"class"``: pairs of classes are judged, by the mean over the rows at hand; ``"sample"``: every pair.
-        estimator: ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed inputs are forwarded, all N x M of them,
-            or with policy ``permute`` only the N drawn.
+        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype and y, (N,) int64 class
+            indices or (N, C) label vectors.
+        candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own
+            partner.
+        criterion: ``"class"``: pairs of classes are judged, by the mean over the rows at hand; ``"sample"``: every
+            pair.
+        estimator: ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed inputs are forwarded, all N x M
+            of them, or with policy ``permute`` only the N drawn.
         alpha: lam is drawn from Beta(alpha, alpha).
         lam: the weight of the row itself, in [0, 1], in place of a drawn one.
         threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
-        policy: ``"uniform"``: a random one of the helpful partners; ``"permute"``: one random partner, as Mixup draws it, kept
-            if helpful; ``"best"``: the largest cosine, ties broken at random.
+        policy: ``"uniform"``: a random one of the helpful partners; ``"permute"``: one random partner, as Mixup draws
+            it, kept if helpful; ``"best"``: the largest cosine, ties broken at random.
         head: the classifier layer, or its name; None: found by itself (the linear layer whose output is the model's).
         num_classes: width of the mixed labels; None: the head's.
         generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
             ``torch.initial_seed()``.
         backend: of the operator ``mixed_alignment``.
-        reference: a reference gradient computed before (:func:`reference_gradient`), in place of a pass over the buffer.
+        reference: a reference gradient computed before (:func:`reference_gradient`), in place of a pass over the
+            buffer.
         outputs: features (N, d) and logits (N, C) of the batch from a forward pass that was made anyway
             (:class:`gradmix.HeadCapture`), in place of one made here.
         chunk_size: rows forwarded at a time.
@@ -217,8 +222,8 @@ def select_pairs(
         :class:`Pairs`.
 
     Raises:
-        ValueError: a value out of range, a NaN or infinity (its row is named), labels beyond the model's classes, an empty
-            batch, or no certain head.
+        ValueError: a value out of range, a NaN or infinity (its row is named), labels beyond the model's classes, an
+            empty batch, or no certain head.
         TypeError: an argument of the wrong type.
 
     >>> import torch, gradmix
@@ -273,7 +278,9 @@ def _select(
 ) -> Pairs:
     """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
     lam = float(draw_lam(settings.alpha, generator)) if lam is None else float(lam)
-    draw = _Draw(settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device)
+    draw = _Draw(
+        settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device
+    )
     partner_pair = batch if candidates is None else candidates
     if reference is None or table is not None:
         require_finite(batch=batch[0], candidates=partner_pair[0])
@@ -293,7 +300,9 @@ def _select(
             if outputs is None
             else checked_rows("batch", *batch, HeadOutput(*outputs))
         )
-        partners = rows if candidates is None else forward_all(model, module, "candidates", candidates, settings.chunk_size)
+        partners = (
+            rows if candidates is None else forward_all(model, module, "candidates", candidates, settings.chunk_size)
+        )
         _check_width(settings.num_classes, rows.logits.shape[1])
         width = rows.logits.shape[1]
         alignment, allowed, score = _score(model, module, rows, partners, settings, lam, reference, draw)
@@ -317,7 +326,10 @@ def _score(
     if settings.estimator == "mixed" and draw.permuted is not None:
         # Only the drawn pairs are forwarded; the others stay unknown.
         index = torch.stack([torch.arange(len(rows), device=rows.y.device), draw.permuted], 1)
-        inner, norm = (torch.full((len(rows), len(partners)), float("nan"), dtype=reference.dtype, device=rows.y.device) for _ in "ab")
+        inner, norm = (
+            torch.full((len(rows), len(partners)), float("nan"), dtype=reference.dtype, device=rows.y.device)
+            for _ in "ab"
+        )
         inner[index[:, 0], index[:, 1]], norm[index[:, 0], index[:, 1]] = mixed_input_alignment(
             model, head, (rows.x, rows.y), (partners.x, partners.y), index, reference, lam, settings.chunk_size
         )
@@ -373,7 +385,9 @@ class _Draw:
 
     def _permutation(self) -> Tensor:
         if self._partners >= self._rows:
-            drawn = torch.randperm(self._partners, generator=self._generator, device=self._generator.device)[: self._rows]
+            drawn = torch.randperm(self._partners, generator=self._generator, device=self._generator.device)[
+                : self._rows
+            ]
         else:
             drawn = torch.randint(
                 self._partners, (self._rows,), generator=self._generator, device=self._generator.device
@@ -426,7 +440,7 @@ def _check_label_width(name: str, labels: Tensor, width: int) -> None:
 
 
 class GradMix:
-    """Selective Mixup for a training loop: keeps the reference gradient, and by class the table of class pairs, between steps.
+    """Selective Mixup for a training loop: keeps the reference gradient (and table of class pairs) between steps.
 
     Called like torchvision's and timm's Mixup::
 
@@ -435,17 +449,17 @@ class GradMix:
             x, y = mixup(x, y)
             loss = F.cross_entropy(model(x), y)
 
-    What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time; and, by
-    class, when a batch holds a class the table does not know. The class table is made of the buffer's rows and the rows at
-    hand, and averaged over Beta(alpha, alpha), because it serves steps with different lam.
+    What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time;
+    and, by class, when a batch holds a class the table does not know. The class table is made of the buffer's rows and
+    the rows at hand, and averaged over Beta(alpha, alpha), because it serves steps with different lam.
 
     Args:
         model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
             :func:`select_pairs`.
         buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between.
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
-        class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for each pair
-            of classes).
+        class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for
+            each pair of classes).
 
     Attributes:
         reference: the reference gradient (C, d + 1), or None before the first call and while the buffer is empty.
@@ -475,7 +489,9 @@ class GradMix:
         backend: str = "auto",
         chunk_size: int = CHUNK,
     ) -> None:
-        self._settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size)
+        self._settings = _Settings(
+            criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size
+        )
         if refresh != "epoch":
             check_count("refresh", refresh)
         check_count("class_samples", class_samples)
@@ -510,7 +526,15 @@ class GradMix:
             if self._is_due(batch, candidates):
                 self._update(batch, candidates, outputs)
             self.pairs = _select(
-                self._model, batch, candidates, self._settings, lam, self._generator, self.reference, self.table, outputs
+                self._model,
+                batch,
+                candidates,
+                self._settings,
+                lam,
+                self._generator,
+                self.reference,
+                self.table,
+                outputs,
             )
         self._age += 1
         return self.pairs

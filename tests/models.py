@@ -1,4 +1,4 @@
-"""Small networks of the kinds users have, built once and used by every test. Each is called as ``model(x)``, x (N, 3, 8, 8)."""
+"""Small networks of the kinds users have, shared by the tests; each is called as ``model(x)``, x (N, 3, 8, 8)."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import truth
-from models import CLASSES, NETWORKS, MLP, ConvNet, rows
+from models import CLASSES, MLP, NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -199,7 +199,7 @@ def test_a_class_table_of_mixed_inputs_is_unbiased_over_its_random_pairs() -> No
     model, pair = MLP(), rows(12, 1)
     grad_reference = reference_gradient(model, rows(6, 3))
     result = table(model, pair, grad_reference, estimator="mixed", class_samples=400)
-    x, y = pair
+    y = pair[1]
     total = ClassMean(result.classes, grad_reference)
     spread = torch.zeros(2, len(result.classes) ** 2, dtype=torch.float64)
     for lam, weight in zip(*beta_quadrature(1.0, 8), strict=True):
@@ -231,7 +231,9 @@ def test_index_of_finds_classes_and_marks_the_unknown() -> None:
 
 
 def test_threshold_zero_is_the_sign_and_others_compare_cosines() -> None:
-    alignment = Alignment(torch.tensor([[-1e-30, 0.0, 5.0, float("nan")]]), torch.tensor([[0.0, 0.0, 0.4, float("nan")]]))
+    alignment = Alignment(
+        torch.tensor([[-1e-30, 0.0, 5.0, float("nan")]]), torch.tensor([[0.0, 0.0, 0.4, float("nan")]])
+    )
     assert alignment.helpful().tolist() == [[False, True, True, False]]
     assert alignment.helpful(0.3).tolist() == [[False, False, True, False]]
     assert alignment.helpful(-1.0).tolist() == [[True, True, True, False]]
@@ -246,12 +248,24 @@ def test_low_precision_models_are_served_in_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     {
-        "empty buffer": ({"buffer": (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))}, ValueError, "buffer: got no rows"),
+        "empty buffer": (
+            {"buffer": (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))},
+            ValueError,
+            "buffer: got no rows",
+        ),
         "wrong source": ({"buffer": "rows"}, TypeError, "buffer: got str, expected a ReplayBuffer"),
         "three parts": ({"batch": (1, 2, 3)}, TypeError, "batch: got tuple of 3"),
         "arrays": ({"batch": (rows(2)[0].numpy(), rows(2)[1])}, TypeError, "batch: got a pair of ndarray and Tensor"),
-        "lengths differ": ({"batch": (rows(2)[0], rows(3)[1])}, ValueError, r"batch labels: got shape \(3,\), expected \(2,\)"),
-        "label beyond the model": ({"buffer": (rows(2)[0], torch.tensor([1, 5]))}, ValueError, r"buffer labels: row 1 is 5, expected .* \[0, 5\)"),
+        "lengths differ": (
+            {"batch": (rows(2)[0], rows(3)[1])},
+            ValueError,
+            r"batch labels: got shape \(3,\), expected \(2,\)",
+        ),
+        "label beyond the model": (
+            {"buffer": (rows(2)[0], torch.tensor([1, 5]))},
+            ValueError,
+            r"buffer labels: row 1 is 5, expected .* \[0, 5\)",
+        ),
         "criterion": ({"criterion": "pair"}, ValueError, "criterion: got 'pair', expected one of 'class', 'sample'"),
         "estimator": ({"estimator": "exact"}, ValueError, "estimator: got 'exact'"),
         "lam": ({"lam": 2.0}, ValueError, "lam: got 2.0"),

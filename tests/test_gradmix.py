@@ -175,7 +175,7 @@ def test_a_wrong_state_changes_nothing() -> None:
         ({"refresh": "task"}, TypeError, "refresh: got str"),
         ({"class_samples": 0}, ValueError, "class_samples: got 0"),
         ({"criterion": "pair"}, ValueError, "criterion: got 'pair'"),
-        ({"alpha": -1.0}, ValueError, "alpha: got -1.0"),
+        ({"alpha": -1.0}, ValueError, r"alpha: got -1\.0"),
     ],
 )
 def test_bad_settings_are_named_at_once(change: dict, error: type[Exception], message: str) -> None:
@@ -192,5 +192,5 @@ def test_bad_rows_are_named_at_the_call() -> None:
         mixup(x, y)
     with pytest.raises(ValueError, match="batch labels: row 0 is 9"):
         mixup(rows(2)[0], torch.tensor([9, 0]))
-    with pytest.raises(ValueError, match="lam: got 3.0"):
+    with pytest.raises(ValueError, match=r"lam: got 3\.0"):
         mixup.select(*rows(2), lam=3.0)

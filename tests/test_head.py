@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CLASSES, NETWORKS, MLP, ConvNet, rows
+from models import CLASSES, MLP, NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
 from gradmix.head import HeadCapture, HeadNotFoundError, head_classes, logits_of, resolve_head
@@ -94,7 +94,9 @@ class Dense(nn.Module):
 
 @pytest.mark.parametrize("kind", [Scaled, ScaledInPlace, Probabilities, Adapted, Functional, Dense])
 def test_an_uncertain_head_is_refused_with_how_to_name_it(kind: type[nn.Module]) -> None:
-    with pytest.raises(HeadNotFoundError, match="no nn.Linear or 1x1 convolution whose output is the model's output") as e:
+    with pytest.raises(
+        HeadNotFoundError, match="no nn.Linear or 1x1 convolution whose output is the model's output"
+    ) as e:
         resolve_head(kind(), None, rows(2)[0])
     assert "head=" in str(e.value) or "the model has no nn.Linear" in str(e.value)
 

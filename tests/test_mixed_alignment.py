@@ -163,7 +163,9 @@ def test_a_well_fitted_pair_keeps_its_relative_accuracy_in_float32(backend: str)
 @pytest.mark.parametrize("backend", FAST)
 def test_strided_inputs_give_the_same(backend: str) -> None:
     arguments = make(n=6, m=5)
-    strided = [torch.stack([t, t], -1)[..., 0] if t.is_floating_point() else torch.stack([t, t], 1)[:, 1] for t in arguments]
+    strided = [
+        torch.stack([t, t], -1)[..., 0] if t.is_floating_point() else torch.stack([t, t], 1)[:, 1] for t in arguments
+    ]
     assert not strided[0].is_contiguous() and not strided[2].is_contiguous()
     expected, result = (mixed_alignment(*v, 0.4, backend=backend) for v in (arguments, strided))
     torch.testing.assert_close(result.inner, expected.inner)
@@ -212,19 +214,39 @@ def replaced(index: int, value: object) -> list:
 BAD = {
     "features not a tensor": (replaced(0, [[1.0]]), TypeError, "features_a: got list"),
     "features of one dimension": (replaced(0, torch.randn(5).double()), ValueError, r"features_a: got shape \(5,\)"),
-    "integer features": (replaced(0, torch.ones(5, 3, dtype=torch.int64)), TypeError, "features_a: got dtype torch.int64"),
+    "integer features": (
+        replaced(0, torch.ones(5, 3, dtype=torch.int64)),
+        TypeError,
+        "features_a: got dtype torch.int64",
+    ),
     "logits of another length": (replaced(1, torch.randn(4, 6)), ValueError, "logits_a: got 4 rows, expected 5"),
     "no classes": (replaced(1, torch.randn(5, 0)), ValueError, "logits_a: got no classes"),
     "other classes": (replaced(4, torch.randn(4, 7)), ValueError, "logits_b: got 7 classes, expected 6"),
     "other features": (replaced(3, torch.randn(4, 2)), ValueError, "features_b: got 2 features a row, expected 3"),
     "int32 labels": (replaced(2, torch.zeros(5, dtype=torch.int32)), TypeError, "labels_a: got dtype torch.int32"),
-    "labels of another length": (replaced(2, torch.zeros(4, dtype=torch.int64)), ValueError, r"labels_a: got shape \(4,\)"),
-    "label too large": (replaced(5, torch.tensor([0, 1, 6, 2])), ValueError, r"labels_b: row 2 is 6, expected .* \[0, 6\)"),
+    "labels of another length": (
+        replaced(2, torch.zeros(4, dtype=torch.int64)),
+        ValueError,
+        r"labels_a: got shape \(4,\)",
+    ),
+    "label too large": (
+        replaced(5, torch.tensor([0, 1, 6, 2])),
+        ValueError,
+        r"labels_b: row 2 is 6, expected .* \[0, 6\)",
+    ),
     "negative label": (replaced(2, torch.tensor([0, -1, 2, 2, 1])), ValueError, "labels_a: row 1 is -1"),
-    "soft labels too narrow": (replaced(2, torch.ones(5, 1)), ValueError, r"labels_a: got soft labels of shape \(5, 1\)"),
+    "soft labels too narrow": (
+        replaced(2, torch.ones(5, 1)),
+        ValueError,
+        r"labels_a: got soft labels of shape \(5, 1\)",
+    ),
     "soft labels that sum to 2": (replaced(2, torch.full((5, 6), 1 / 3)), ValueError, "labels_a: row 0 sums to 2"),
     "NaN label": (replaced(2, torch.full((5, 6), math.nan)), ValueError, "labels_a: row 0 sums to nan"),
-    "reference of another width": (replaced(6, torch.randn(6, 5)), ValueError, r"reference: got shape \(6, 5\), expected \(6, 4\)"),
+    "reference of another width": (
+        replaced(6, torch.randn(6, 5)),
+        ValueError,
+        r"reference: got shape \(6, 5\), expected \(6, 4\)",
+    ),
     "reference of other classes": (replaced(6, torch.randn(5, 4)), ValueError, "reference: got shape"),
     "lam above 1": (replaced(7, 1.5), ValueError, "lam: got 1.5"),
     "lam NaN": (replaced(7, math.nan), ValueError, "lam: got nan"),

@@ -1,4 +1,4 @@
-"""What the caller gets back untouched: tensors, gradients, statistics, flags, hooks and random state, also after a failure."""
+"""What stays untouched, also after a failure: tensors, gradients, statistics, flags, hooks and random state."""
 
 import random
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def same(a: object, b: object) -> bool:
 
 
 def prepared(name: str) -> nn.Module:
-    """A model in the middle of training: some modules frozen in evaluation mode, some parameters frozen, gradients there."""
+    """A model in the middle of training: gradients there, one module in evaluation mode, one parameter frozen."""
     model = NETWORKS[name]()
     model.train()
     next(m for m in model.modules() if not list(m.children())).eval()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import truth
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CLASSES, NETWORKS, MLP, HuggingFaceStyle, rows
+from models import CLASSES, MLP, NETWORKS, HuggingFaceStyle, rows
 from torch import Tensor, nn
 
 import gradmix
@@ -41,7 +41,14 @@ def test_only_helpful_partners_are_chosen(criterion: str, estimator: str, policy
     model, batch = MLP(), rows(11, 1)
     candidates = rows(7, 2) if foreign else None
     pairs = select_pairs(
-        model, BUFFER, batch, candidates=candidates, criterion=criterion, estimator=estimator, policy=policy, generator=generator()
+        model,
+        BUFFER,
+        batch,
+        candidates=candidates,
+        criterion=criterion,
+        estimator=estimator,
+        policy=policy,
+        generator=generator(),
     )
     other = batch if candidates is None else candidates
     allowed = helpful_by_pair(pairs, batch[1], other[1])
@@ -113,7 +120,12 @@ def test_best_takes_the_largest_cosine_and_breaks_ties_at_random() -> None:
         int(p)
         for seed in range(20)
         for p in select_pairs(
-            model, (x, y), (x, y), candidates=(x.expand(4, -1, -1, -1), y.expand(4)), policy="best", generator=generator(seed)
+            model,
+            (x, y),
+            (x, y),
+            candidates=(x.expand(4, -1, -1, -1), y.expand(4)),
+            policy="best",
+            generator=generator(seed),
         ).partner
     }
     assert len(tied) > 1
@@ -140,7 +152,9 @@ def test_a_threshold_moves_the_decision() -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_an_empty_buffer_is_plain_mixup(criterion: str, empty: tuple) -> None:
     model, batch = MLP(), rows(40, 1)
-    pairs = select_pairs(model, empty[1], batch, criterion=criterion, policy="permute", threshold=0.9, generator=generator(4))
+    pairs = select_pairs(
+        model, empty[1], batch, criterion=criterion, policy="permute", threshold=0.9, generator=generator(4)
+    )
     # What Mixup does with the same generator: the weight, then a permutation.
     g = generator(4)
     lam = gradmix.mixing.draw_lam(1.0, g)
@@ -158,7 +172,7 @@ def test_an_empty_buffer_and_known_classes_need_no_forward_pass() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("called")
 
-    x, y = select_pairs(Refuses(), gradmix.ReplayBuffer(1), rows(3), num_classes=CLASSES).mix()
+    _, y = select_pairs(Refuses(), gradmix.ReplayBuffer(1), rows(3), num_classes=CLASSES).mix()
     assert y.shape == (3, CLASSES)
 
 
@@ -227,7 +241,9 @@ def test_as_tuple_is_the_mixup_criterion_idiom(foreign: bool) -> None:
     pairs = select_pairs(model, BUFFER, batch, candidates=candidates)
     x, y_a, y_b, lam = pairs.as_tuple()
     logits = model(x)
-    idiom = lam * F.cross_entropy(logits, y_a, reduction="none") + (1 - lam) * F.cross_entropy(logits, y_b, reduction="none")
+    idiom = lam * F.cross_entropy(logits, y_a, reduction="none") + (1 - lam) * F.cross_entropy(
+        logits, y_b, reduction="none"
+    )
     torch.testing.assert_close(idiom, F.cross_entropy(logits, pairs.mix()[1], reduction="none"))
 
 
@@ -284,7 +300,7 @@ def test_classes_appearing_later_and_a_grown_head() -> None:
     model = MLP()
     select_pairs(model, BUFFER, rows(4, 1))
     model.fc = nn.Linear(12, CLASSES + 2)
-    x, y = rows(4, 1)
+    x = rows(4, 1)[0]
     pairs = select_pairs(model, BUFFER, (x, torch.tensor([CLASSES + 1, 0, CLASSES, 1])))
     assert pairs.mix()[1].shape == (4, CLASSES + 2)
 
@@ -305,7 +321,9 @@ def test_classes_appearing_later_and_a_grown_head() -> None:
     labels=st.integers(1, CLASSES),
     seed=st.integers(0, 1000),
 )
-def test_any_rows(n, m, k, criterion, estimator, policy, lam, threshold, soft, dtype, scale, strided, labels, seed) -> None:
+def test_any_rows(
+    n, m, k, criterion, estimator, policy, lam, threshold, soft, dtype, scale, strided, labels, seed
+) -> None:
     torch.manual_seed(seed)
     model = MLP().to(dtype)
     model.fc.weight.data *= scale
@@ -363,18 +381,54 @@ BAD = {
     "infinity in the batch": ({"batch": infinite_at(1)}, ValueError, "^batch: row 1 holds an infinity"),
     "NaN in the candidates": ({"candidates": nan_at(3)}, ValueError, "^candidates: row 3 holds NaN"),
     "NaN in the buffer": ({"buffer": nan_at(0)}, ValueError, "^buffer: row 0 holds NaN"),
-    "NaN with an empty buffer": ({"batch": nan_at(2), "buffer": gradmix.ReplayBuffer(1)}, ValueError, "^batch: row 2 holds NaN"),
-    "a model that has diverged": ({"model": Diverged(), "head": "fc"}, ValueError, "^the model's features of buffer: row 2 holds NaN"),
+    "NaN with an empty buffer": (
+        {"batch": nan_at(2), "buffer": gradmix.ReplayBuffer(1)},
+        ValueError,
+        "^batch: row 2 holds NaN",
+    ),
+    "a model that has diverged": (
+        {"model": Diverged(), "head": "fc"},
+        ValueError,
+        "^the model's features of buffer: row 2 holds NaN",
+    ),
     "no rows": ({"batch": rows(0)}, ValueError, "batch: got no rows"),
     "no candidates": ({"candidates": rows(0)}, ValueError, "candidates: got no rows"),
-    "integer inputs": ({"batch": (torch.ones(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))}, TypeError, "batch: got x of dtype torch.uint8"),
-    "candidates of another shape": ({"candidates": (torch.ones(2, 3), torch.tensor([0, 1]))}, ValueError, r"candidates: got rows of shape \(3,\), expected \(3, 8, 8\)"),
-    "batch label too large": ({"batch": (rows(2)[0], torch.tensor([0, CLASSES]))}, ValueError, r"batch labels: row 1 is 5, expected a class index in \[0, 5\)"),
-    "batch label too large, empty buffer": ({"batch": (rows(2)[0], torch.tensor([0, 9])), "buffer": gradmix.ReplayBuffer(1)}, ValueError, "batch labels: row 1 is 9"),
+    "integer inputs": (
+        {"batch": (torch.ones(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))},
+        TypeError,
+        "batch: got x of dtype torch.uint8",
+    ),
+    "candidates of another shape": (
+        {"candidates": (torch.ones(2, 3), torch.tensor([0, 1]))},
+        ValueError,
+        r"candidates: got rows of shape \(3,\), expected \(3, 8, 8\)",
+    ),
+    "batch label too large": (
+        {"batch": (rows(2)[0], torch.tensor([0, CLASSES]))},
+        ValueError,
+        r"batch labels: row 1 is 5, expected a class index in \[0, 5\)",
+    ),
+    "batch label too large, empty buffer": (
+        {"batch": (rows(2)[0], torch.tensor([0, 9])), "buffer": gradmix.ReplayBuffer(1)},
+        ValueError,
+        "batch labels: row 1 is 9",
+    ),
     "batch label negative": ({"batch": (rows(2)[0], torch.tensor([-1, 0]))}, ValueError, "batch labels: row 0 is -1"),
-    "candidate label too large": ({"candidates": (rows(2)[0], torch.tensor([0, 7]))}, ValueError, "candidates labels: row 1 is 7"),
-    "soft labels too wide": ({"batch": (rows(2)[0], torch.full((2, 10), 0.1))}, ValueError, "batch labels: got 10 classes, expected 5"),
-    "soft labels that do not sum to 1": ({"batch": (rows(2)[0], torch.ones(2, 5))}, ValueError, "batch labels: row 0 sums to 5"),
+    "candidate label too large": (
+        {"candidates": (rows(2)[0], torch.tensor([0, 7]))},
+        ValueError,
+        "candidates labels: row 1 is 7",
+    ),
+    "soft labels too wide": (
+        {"batch": (rows(2)[0], torch.full((2, 10), 0.1))},
+        ValueError,
+        "batch labels: got 10 classes, expected 5",
+    ),
+    "soft labels that do not sum to 1": (
+        {"batch": (rows(2)[0], torch.ones(2, 5))},
+        ValueError,
+        "batch labels: row 0 sums to 5",
+    ),
     "criterion": ({"criterion": "both"}, ValueError, "criterion: got 'both'"),
     "estimator": ({"estimator": "all"}, ValueError, "estimator: got 'all'"),
     "policy": ({"policy": "random"}, ValueError, "policy: got 'random', expected one of 'uniform', 'permute', 'best'"),
@@ -389,7 +443,11 @@ BAD = {
     "backend": ({"backend": "cuda-fast"}, ValueError, "backend: got 'cuda-fast'"),
     "head": ({"head": "classifier"}, gradmix.HeadNotFoundError, "no module 'classifier'"),
     "model": ({"model": nn.Flatten()}, gradmix.HeadNotFoundError, "the model has no nn.Linear"),
-    "outputs of other rows": ({"outputs": (torch.zeros(3, 12), torch.zeros(3, CLASSES))}, ValueError, "batch: the head ran on 3 rows, expected 4"),
+    "outputs of other rows": (
+        {"outputs": (torch.zeros(3, 12), torch.zeros(3, CLASSES))},
+        ValueError,
+        "batch: the head ran on 3 rows, expected 4",
+    ),
     "reference": ({"reference": torch.zeros(CLASSES, 9)}, ValueError, r"reference: got shape \(5, 9\)"),
 }
 
@@ -407,7 +465,9 @@ def test_a_nan_among_mixed_inputs_names_a_pair_of_rows() -> None:
         """Finite for the rows themselves, infinite for one of their mixtures."""
 
         def forward(self, x: Tensor):
-            return super().forward(torch.where(x.flatten(1).mean(1).view(-1, 1, 1, 1).sub(0.5).abs() < 0.1, torch.nan, x))
+            return super().forward(
+                torch.where(x.flatten(1).mean(1).view(-1, 1, 1, 1).sub(0.5).abs() < 0.1, torch.nan, x)
+            )
 
     x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     with pytest.raises(ValueError, match="the model's logits of mixed rows 0 and 1: NaN"):

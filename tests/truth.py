@@ -54,7 +54,7 @@ def mixed_inputs(
 def mixed_features(
     head: nn.Module, batch: tuple, partners: tuple, lam: float, grad_reference: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(inner, norm), (N, M): gradients at single mixtures of features; ``batch`` and ``partners`` are (features, labels)."""
+    """(inner, norm), (N, M): gradients at single mixed features; ``batch`` and ``partners`` are (features, labels)."""
     head = double(head)
 
     def gradient(i: int, j: int) -> Tensor:

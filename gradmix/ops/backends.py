@@ -1,9 +1,9 @@
 """Which body of an operator runs: the choice, and the reason for every refusal.
 
-An operator (`mixed_alignment`, `class_sketch`, ...) has several bodies: ``reference`` reads like the formula, ``torch`` is
-the same mathematics in batched torch calls, ``cpp``/``cuda``/``triton`` are native. A body is asked two questions about the
-actual arguments: *can* it run them, and, under ``auto``, is it *worth* running there. Both answer ``None`` for yes and a
-sentence for no, so that a refusal always carries its reason (``gradmix doctor`` prints them).
+An operator (`mixed_alignment`, `class_sketch`, ...) has several bodies: ``reference`` reads like the formula, ``torch``
+is the same mathematics in batched torch calls, ``cpp``/``cuda``/``triton`` are native. A body is asked two questions
+about the actual arguments: *can* it run them, and, under ``auto``, is it *worth* running there. Both answer ``None``
+for yes and a sentence for no, so that a refusal always carries its reason (``gradmix doctor`` prints them).
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def check_backend(name: str) -> None:
 def set_backend(name: str) -> None:
     """Prefer one backend in this process for every operator that has it; ``"auto"`` takes the preference back.
 
-    It overrides the environment variable ``GRADMIX_BACKEND``. An operator without such a body keeps choosing by itself; one
-    that has it but cannot run it raises, with the reason.
+    It overrides the environment variable ``GRADMIX_BACKEND``. An operator without such a body keeps choosing by itself;
+    one that has it but cannot run it raises, with the reason.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 SUM_TOLERANCE = 1e-2
 """How far a label vector's sum may be from 1: the rounding of bfloat16 labels, not more."""
 

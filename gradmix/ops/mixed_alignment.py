@@ -1,26 +1,27 @@
 """Alignment of the last-layer gradient of mixed rows with a reference gradient, for all pairs of rows.
 
-Row i has features h_i, logits z_i and label y_i. Mixed in feature space with weight lam (mu = 1 - lam), the pair (i, j) has
-features h = lam h_i + mu h_j, logits z = lam z_i + mu z_j and label y = lam y_i + mu y_j. The cross-entropy gradient with
-respect to the last layer's weight and bias is g = r [h; 1]^T with r = softmax(z) - y, and what is wanted is
+Row i has features h_i, logits z_i and label y_i. Mixed in feature space with weight lam (mu = 1 - lam), the pair (i, j)
+has features h = lam h_i + mu h_j, logits z = lam z_i + mu z_j and label y = lam y_i + mu y_j. The cross-entropy
+gradient with respect to the last layer's weight and bias is g = r [h; 1]^T with r = softmax(z) - y, and what is wanted
+is
 
     inner[i, j] = <g, G>        norm[i, j] = ||g||
 
 for a reference gradient G. :func:`mixed_alignment_reference` says exactly this, pair by pair.
 
-The factorised form rests on exp(lam z_i + mu z_j) = exp(lam z_i) exp(mu z_j): with A = exp(lam z_a), B = exp(mu z_b) and
-U = [h; 1] G^T, every sum over classes is a matrix product, so that no N x M x C tensor is formed:
+The factorised form rests on exp(lam z_i + mu z_j) = exp(lam z_i) exp(mu z_j): with A = exp(lam z_a), B = exp(mu z_b)
+and U = [h; 1] G^T, every sum over classes is a matrix product, so that no N x M x C tensor is formed:
 
     sum_c p_c        ~  A B^T                      sum_c p_c u_c  ~  lam (A*U_a) B^T + mu A (B*U_b)^T
     sum_c p_c^2      ~  A^2 (B^2)^T                all divided by Z = sum_c A B (squared for the last)
 
-It is exact. For class indices as labels, the two labels' own classes are left out of the products (their entries of A and B
-are zero) and added afterwards, pair by pair, in the log domain. This costs nothing, and it removes the cancellation in
-softmax(z) - y: the residual of a well-fitted pair keeps its relative accuracy in float32, and a label's logit, however large,
-can neither overflow nor drown the others.
+It is exact. For class indices as labels, the two labels' own classes are left out of the products (their entries of A
+and B are zero) and added afterwards, pair by pair, in the log domain. This costs nothing, and it removes the
+cancellation in softmax(z) - y: the residual of a well-fitted pair keeps its relative accuracy in float32, and a label's
+logit, however large, can neither overflow nor drown the others.
 
-A product of two exponentials can underflow where the rows favour different classes by a large margin. Such pairs are found by
-their Z and recomputed from their logits in float64.
+A product of two exponentials can underflow where the rows favour different classes by a large margin. Such pairs are
+found by their Z and recomputed from their logits in float64.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from gradmix.ops.labels import check_labels, dense_labels
 UNDERFLOW = 1e-12
 """Pairs whose Z (relative to its own largest possible term) is below this are recomputed in float64.
 
-Products below float32's smallest number, 1e-38, are lost; relative to Z^2 (the scale of the squared probabilities) that is at
-most 1e-14 here, far below float32's own rounding."""
+Products below float32's smallest number, 1e-38, are lost; relative to Z^2 (the scale of the squared probabilities) that
+is at most 1e-14 here, far below float32's own rounding."""
 
 EXACT_ELEMENTS = 1 << 22
 """Elements of the largest temporary while pairs are recomputed (32 MiB of float64)."""
@@ -70,7 +71,7 @@ def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.zeros_like(inner), inner / scale).clamp_(-1.0, 1.0)
 
 
-# --------------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------------------ reference
 
 
 def mixed_alignment_reference(
@@ -104,7 +105,7 @@ def mixed_alignment_reference(
     return MixedAlignment(inner, norm)
 
 
-# -------------------------------------------------------------------------------------------------------------- factorised
+# ----------------------------------------------------------------------------------------------------------- factorised
 
 
 def mixed_alignment_torch(
@@ -197,14 +198,12 @@ def _soft_labels(
         + lam * mu * (y_a @ u_b.T + u_a @ y_b.T)
         + mu * mu * (y_b * u_b).sum(1)
     )
-    y_square = (
-        (lam * lam * y_a.square().sum(1))[:, None] + 2 * lam * mu * (y_a @ y_b.T) + mu * mu * y_b.square().sum(1)
-    )
+    y_square = (lam * lam * y_a.square().sum(1))[:, None] + 2 * lam * mu * (y_a @ y_b.T) + mu * mu * y_b.square().sum(1)
     return p_u - y_u, p_square - 2 * p_y + y_square, z_sum
 
 
 def _exponentials(z: Tensor, weight: float, leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """exp(weight (z - top)) and each row's top; the class ``leave_out[i]`` of row i is 0 and does not count for the top."""
+    """exp(weight (z - top)) and each row's top; class ``leave_out[i]`` of row i is 0 and no candidate for the top."""
     if leave_out is None:
         top = z.amax(1)
         return torch.exp(weight * (z - top[:, None])), top
@@ -272,7 +271,7 @@ def _compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- dispatch and registration
+# -------------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
     "mixed_alignment",
@@ -328,8 +327,9 @@ def mixed_alignment(
 ) -> MixedAlignment:
     """Inner products with a reference gradient, and norms, of the last-layer gradients of all mixed pairs.
 
-    For every i < N and j < M the features, logits and labels of row i of the first set and row j of the second are mixed with
-    weight ``lam``; g = (softmax(z) - y) [h; 1]^T is the cross-entropy gradient of that mixture. See the module for the formula.
+    For every i < N and j < M the features, logits and labels of row i of the first set and row j of the second are
+    mixed with weight ``lam``; g = (softmax(z) - y) [h; 1]^T is the cross-entropy gradient of that mixture. See the
+    module for the formula.
 
     Args:
         features_a: (N, d) float64, float32, float16 or bfloat16: the inputs of the last layer.
@@ -360,14 +360,16 @@ def mixed_alignment(
     _check_rows("_a", features_a, logits_a, labels_a)
     _check_rows("_b", features_b, logits_b, labels_b)
     if features_b.shape[1] != features_a.shape[1]:
-        raise ValueError(f"features_b: got {features_b.shape[1]} features a row, expected {features_a.shape[1]} as features_a")
+        raise ValueError(
+            f"features_b: got {features_b.shape[1]} features a row, expected {features_a.shape[1]} as features_a"
+        )
     if logits_b.shape[1] != logits_a.shape[1]:
         raise ValueError(f"logits_b: got {logits_b.shape[1]} classes, expected {logits_a.shape[1]} as logits_a")
     classes, width = logits_a.shape[1], features_a.shape[1]
     if reference.ndim != 2 or reference.shape[0] != classes or reference.shape[1] not in (width, width + 1):
         raise ValueError(
-            f"reference: got shape {tuple(reference.shape)}, expected ({classes}, {width + 1}), or ({classes}, {width}) "
-            "for a last layer without bias"
+            f"reference: got shape {tuple(reference.shape)}, expected ({classes}, {width + 1}), "
+            f"or ({classes}, {width}) for a last layer without bias"
         )
     check_lam(lam)
     return MixedAlignment(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmix.training.config import TrainConfig
+from gradmix.training.config import TrainConfig, check
 from gradmix.training.datasets import DATASETS, LabelledImages, rank_in_class
 
 
@@ -295,7 +293,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         size = max(1, size // classes) if config.replay.policy == "class" else size * classes
     replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
     resolved = dataclasses.replace(config, optim=optim, replay=replay)
-    _check_ranges(resolved)
+    check(resolved)
     return resolved
 
 
@@ -303,38 +301,3 @@ def _filled(section: Any, **defaults: Any) -> Any:
     return dataclasses.replace(
         section, **{name: value for name, value in defaults.items() if getattr(section, name) is None}
     )
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    at_least_0: tuple[Callable[[Any], bool], str] = (lambda v: v >= 0 and math.isfinite(v), "at least 0")
-    at_least_1: tuple[Callable[[Any], bool], str] = (lambda v: v >= 1, "at least 1")
-    above_0: tuple[Callable[[Any], bool], str] = (lambda v: v > 0 and math.isfinite(v), "a value above 0")
-    share: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v < 1, "a value in [0, 1)")
-    shares: tuple[Callable[[Any], bool], str] = (lambda v: all(0 < s < 1 for s in v), "shares between 0 and 1")
-    cosine: tuple[Callable[[Any], bool], str] = (lambda v: -1 <= v <= 1, "a cosine in [-1, 1]")
-    open_or_0: tuple[Callable[[Any], bool], str] = (lambda v: v is None or v >= 0, "at least 0")
-    rules = {
-        "data.validation": share,
-        "optim.lr": above_0,
-        "optim.momentum": share,
-        "optim.weight_decay": at_least_0,
-        "optim.lr_milestones": shares,
-        "optim.epochs": at_least_1,
-        "optim.batch": at_least_1,
-        "replay.size": at_least_1,
-        "replay.batch": at_least_1,
-        "replay.tau": at_least_0,
-        "mix.alpha": above_0,
-        "mix.threshold": cosine,
-        "mix.refresh": open_or_0,
-        "mix.class_samples": at_least_1,
-    }
-    for field, (holds, expected) in rules.items():
-        section, name = field.split(".")
-        value = getattr(getattr(config, section), name)
-        if not holds(value):
-            raise ValueError(f"{field}: got {value!r}, expected {expected}")
-    for name in ("methods", "seeds"):
-        values = getattr(config, name)
-        if len(values) == 0 or len(set(values)) != len(values):
-            raise ValueError(f"{name}: got {list(values)}, expected at least one, each once")

@@ -15,8 +15,8 @@ _FLUSH = 4096
 class Clock:
     """Seconds spent in named sections, summed.
 
-    On a GPU a section is timed by a pair of events in the current stream, which are read later: nothing waits for the device
-    inside a step. Elsewhere the wall clock is read.
+    On a GPU a section is timed by a pair of events in the current stream, which are read later: nothing waits for the
+    device inside a step. Elsewhere the wall clock is read.
 
     >>> clock = Clock(torch.device("cpu"))
     >>> with clock("step"):

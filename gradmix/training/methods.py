@@ -7,8 +7,7 @@ tau CE(replayed), each a mean over its own rows; a mixed row has the weight of t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +73,13 @@ class Method(ABC):
     def loss(self, rows: StepRows) -> Tensor:
         """The step's loss, a scalar with a graph."""
 
-    def start_epoch(self) -> None:
+    def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
         """Called before every epoch."""
+
+    @classmethod
+    def settled(cls, mix: MixConfig) -> MixConfig:
+        """``mix`` with the method's own values where it leaves them to the method."""
+        return mix
 
     def mixed_rows(self) -> Tensor | None:
         """Number of rows of the last step that found a helpful partner; None where nothing is selected."""
@@ -95,6 +99,7 @@ class ER(Method):
     """Experience replay: cross-entropy on the current and the replayed rows."""
 
     def loss(self, rows: StepRows) -> Tensor:
+        """CE(current) + tau CE(replayed)."""
         return weighted_cross_entropy(self.context.model(rows.x), rows.y, rows.weight)
 
 
@@ -105,7 +110,7 @@ class Finetune(ER):
 
 
 class Mixing(Method):
-    """What the mixing methods share: the loss on mixed rows and, if asked for, on the original ones, half the weight each."""
+    """What the mixing methods share: the loss on mixed rows and, if asked for, on the originals, each by half."""
 
     def loss(self, rows: StepRows) -> Tensor:
         model = self.context.model
@@ -147,20 +152,28 @@ class SelectiveMixup(Mixing):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        mix = context.mix
-        refresh = self.default_refresh if mix.refresh is None else mix.refresh
+        mix = self.settled(context.mix)
+        assert mix.estimator is not None
         self._mixup = GradMix(
             context.model,
             context.buffer,
             criterion=self.criterion,
-            estimator=mix.estimator or self.default_estimator,
+            estimator=mix.estimator,
             alpha=mix.alpha,
             threshold=mix.threshold,
             policy=mix.policy,
-            refresh=refresh or "epoch",
+            refresh=mix.refresh or "epoch",
             class_samples=mix.class_samples,
             num_classes=context.num_classes,
             generator=context.generator,
+        )
+
+    @classmethod
+    def settled(cls, mix: MixConfig) -> MixConfig:
+        return replace(
+            mix,
+            estimator=mix.estimator or cls.default_estimator,
+            refresh=cls.default_refresh if mix.refresh is None else mix.refresh,
         )
 
     def start_epoch(self) -> None:
@@ -209,7 +222,7 @@ class GradMixSample(SelectiveMixup):
         return by_class.table
 
 
-METHODS: dict[str, Callable[[Context], Method]] = {
+METHODS: dict[str, type[Method]] = {
     "finetune": Finetune,
     "er": ER,
     "mixup": Mixup,

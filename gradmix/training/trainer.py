@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gradmix.probe import preserved_rng, untouched
 from gradmix.training.augment import random_crop_flip
 from gradmix.training.benchmarks import Task, TaskStream, make_stream, resolve
 from gradmix.training.clock import Clock
-from gradmix.training.config import OptimConfig, TrainConfig
+from gradmix.training.config import MethodName, OptimConfig, TrainConfig
 from gradmix.training.methods import METHODS, Context, Method, StepRows
 from gradmix.training.models import build_model
 from gradmix.training.results import AlignmentRecord, RunResult, Timing
@@ -58,8 +58,8 @@ def train_one(
 ) -> RunResult:
     """Train one method with one seed on all tasks of a benchmark.
 
-    Two methods with the same seed start from the same weights, see the same batches in the same order and hold the same buffer:
-    their difference is the method's.
+    Two methods with the same seed start from the same weights, see the same batches in the same order and hold the same
+    buffer: their difference is the method's.
 
     Args:
         config: fields left open are taken from the benchmark's protocol; ``methods`` and ``seeds`` are not read.
@@ -77,7 +77,8 @@ def train_one(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-    config = resolve(replace(config, methods=(method,), seeds=(seed,)))
+    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)))
+    config = replace(config, mix=METHODS[method].settled(config.mix))
     data = config.data
     if stream is None:
         stream = make_stream(
@@ -119,9 +120,7 @@ class _Run:
         self.augmenting = generator_for(seed, "augmentation")
         self.candidates = generator_for(seed, "candidates")
         self.method: Method = METHODS[method](
-            Context(
-                self.model, self.buffer, stream.num_classes, config.mix, generator_for(seed, "mixing"), self.clock
-            )
+            Context(self.model, self.buffer, stream.num_classes, config.mix, generator_for(seed, "mixing"), self.clock)
         )
         tasks = len(stream.tasks)
         self.accuracy = np.full((tasks, tasks), np.nan)
@@ -216,7 +215,7 @@ class _Run:
         return StepRows(step_x, step_y, weight, candidates)
 
     def draw_candidates(self, x: Tensor, y: Tensor, task: Task, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` rows, each of a class drawn uniformly from those seen: of this task from its rows, else from the buffer."""
+        """``count`` rows, each of a class drawn uniformly from those seen; old classes' rows come from the buffer."""
         old = len(self.buffer.classes) if self.method.replays else 0
         drawn = torch.randint(old + len(task.classes), (count,), generator=self.candidates)
         from_buffer = int((drawn < old).sum())
@@ -248,6 +247,7 @@ class _Run:
         )
 
     def report(self, task: Task, epoch: int, loss: Tensor) -> None:
+        """Tell the caller where the run is."""
         if self.on_step is None:
             return
         shown = float(loss.detach()) if self.steps % LOSS_EVERY == 0 else None
@@ -305,7 +305,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device: got {name!r}, expected auto, cpu or a device torch can use here ({reason})") from None
+        raise ValueError(
+            f"device: got {name!r}, expected auto, cpu or a device torch can use here ({reason})"
+        ) from None
     return device
 
 

@@ -1,0 +1,331 @@
+"""Training end to end on real digits, and the parts of the trainer one by one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradmix.buffers import ReplayBuffer
+from gradmix.training import trainer
+from gradmix.training.benchmarks import make_stream, resolve
+from gradmix.training.clock import Clock
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.methods import METHODS, Context, Method, StepRows, weighted_cross_entropy
+from gradmix.training.metrics import average_accuracy
+from gradmix.training.trainer import Progress, evaluate, make_optimiser, make_schedule, pick_device, train_one
+
+SHORT = TrainConfig(optim=OptimConfig(epochs=2), threads=1)
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return make_stream("split-digits")
+
+
+@pytest.fixture(scope="module")
+def results(stream):
+    """One short run of every method."""
+    return {method: train_one(SHORT, method, 0, stream=stream) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_complete(results, method: str) -> None:
+    result = results[method]
+    assert result.status == "complete"
+    assert result.accuracy.shape == (5, 5) and np.isfinite(result.accuracy).all()
+    assert ((result.accuracy >= 0) & (result.accuracy <= 1)).all()
+    assert result.accuracy[0, 0] > 0.9  # two classes, nothing to forget yet
+    assert (result.accuracy[0, 1:] == 0).all()  # classes never seen are never predicted right
+    timing = result.timing
+    assert timing.steps == sum(2 * -(-len(task.train_y) // 16) for task in make_stream("split-digits").tasks)
+    assert 0 < timing.seconds_step < timing.seconds_total
+    assert result.config.methods == (method,) and result.config.seeds == (0,)
+    assert result.environment["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+def test_selection_is_recorded(results, method: str) -> None:
+    result = results[method]
+    assert 0 < result.timing.selection_share < 1
+    assert result.mixed_share[0] > 0.99  # task 1 is plain Mixup
+    assert all(0 < share <= 1 for share in result.mixed_share)
+    assert min(result.mixed_share) < 0.99
+    assert [record.task for record in result.alignments] == [1, 2, 3, 4]
+    assert result.alignments[-1].classes.tolist() == list(range(10))
+    assert result.config.mix.estimator is not None and result.config.mix.refresh is not None
+
+
+@pytest.mark.parametrize("method", ["finetune", "er", "mixup"])
+def test_nothing_is_recorded_where_nothing_is_selected(results, method: str) -> None:
+    result = results[method]
+    assert result.timing.seconds_selection == 0 and result.alignments == ()
+    assert all(np.isnan(share) for share in result.mixed_share)
+
+
+def test_replay_keeps_what_finetuning_forgets(results) -> None:
+    assert average_accuracy(results["er"].accuracy) > average_accuracy(results["finetune"].accuracy) + 0.2
+    assert results["finetune"].accuracy[-1, 0] < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_run_whatever_the_global_state(results, stream, method: str) -> None:
+    torch.manual_seed(99)
+    again = train_one(SHORT, method, 0, stream=stream)
+    assert np.array_equal(again.accuracy, results[method].accuracy)
+
+
+def test_another_seed_gives_another_run(results, stream) -> None:
+    assert not np.array_equal(train_one(SHORT, "er", 1, stream=stream).accuracy, results["er"].accuracy)
+
+
+def test_a_run_leaves_random_state_and_threads_alone(stream) -> None:
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix", 0, stream=stream)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+class Spy(Method):
+    """Notes the rows of every step and learns nothing."""
+
+    seen: list[StepRows]
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.parameter = next(context.model.parameters())
+
+    def loss(self, rows: StepRows) -> torch.Tensor:
+        type(self).seen.append(rows)
+        return 0 * self.parameter.sum()
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch):
+    Spy.seen = []
+    monkeypatch.setitem(METHODS, "er", Spy)
+    return Spy
+
+
+def test_a_step_holds_current_rows_then_replayed_ones(spy, stream) -> None:
+    config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(batch=7, size=4, tau=3.0))
+    train_one(config, "er", 0, stream=stream)
+    steps = [-(-len(task.train_y) // 16) for task in stream.tasks]
+    first, second = spy.seen[: steps[0]], spy.seen[steps[0] : steps[0] + steps[1]]
+    assert all(len(rows.y) <= 16 and set(rows.y.tolist()) <= {0, 1} for rows in first)
+    assert torch.cat([rows.y for rows in first]).bincount().tolist() == stream.tasks[0].train_y.bincount().tolist()
+    for rows in second:
+        current = len(rows.y) - 7
+        assert set(rows.y[:current].tolist()) <= {2, 3} and set(rows.y[current:].tolist()) <= {0, 1}
+        torch.testing.assert_close(rows.weight[:current], torch.full((current,), 1 / current))
+        torch.testing.assert_close(rows.weight[current:], torch.full((7,), 3 / 7))
+
+
+def test_methods_of_one_seed_see_the_same_rows(spy, stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SHORT, optim=OptimConfig(epochs=1))
+    train_one(config, "er", 3, stream=stream)
+    first, spy.seen = spy.seen, []
+    monkeypatch.setitem(METHODS, "mixup", Spy)
+    train_one(config, "mixup", 3, stream=stream)
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(first, spy.seen, strict=True))
+
+
+def test_balanced_candidates_are_drawn_from_all_classes_seen(spy, stream) -> None:
+    config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(candidates="balanced"))
+    train_one(config, "er", 0, stream=stream)
+    assert all(rows.candidates is not None and len(rows.candidates[1]) == len(rows.y) for rows in spy.seen)
+    last = torch.cat([rows.candidates[1] for rows in spy.seen[-18:]])
+    counts = last.bincount(minlength=10).float()
+    expected = len(last) / 10
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+    x, y = spy.seen[-1].candidates
+    known = torch.cat([task.train_x for task in stream.tasks]), torch.cat([task.train_y for task in stream.tasks])
+    for row, label in zip(x, y, strict=True):  # each candidate is a real row of its class
+        assert (known[0][known[1] == label] == row).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+def test_balanced_candidates_train(stream, method: str) -> None:
+    config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(candidates="balanced"))
+    assert train_one(config, method, 0, stream=stream).status == "complete"
+
+
+@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("originals", [False, True])
+def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, method: str, originals: bool) -> None:
+    calls: list[int] = []
+
+    def build(*args: object, **kwargs: object) -> nn.Module:
+        model = build_model(*args, **kwargs)
+        model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+        return model
+
+    build_model = trainer.build_model
+    monkeypatch.setattr(trainer, "build_model", build)
+    per_step: list[list[int]] = []
+
+    def on_step(_: Progress) -> None:
+        per_step.append(list(calls))
+        calls.clear()
+
+    config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals))
+    train_one(config, method, 0, stream=stream, on_step=on_step)
+    second_task = per_step[len(stream.tasks[0].train_y) // 16 + 2 :][:10]
+    held = 2 * 8
+    expected = {
+        ("mixup", False): [32],
+        ("mixup", True): [32, 32],
+        ("gradmix", False): [32],
+        ("gradmix", True): [32, 32],
+        ("gradmix-sample", False): [held, 32, 32],  # the buffer, the rows, the mixed rows
+        ("gradmix-sample", True): [32, held, 32],  # no forward pass of the rows but the one trained on
+    }[method, originals]
+    assert second_task == [expected] * 10
+
+
+@pytest.mark.parametrize("when", [1, 25, 60])
+def test_an_interrupted_run_keeps_what_it_reached(stream, when: int) -> None:
+    def on_step(progress: Progress) -> None:
+        if progress.step == when:
+            raise KeyboardInterrupt
+
+    result = train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix", 0, stream=stream, on_step=on_step)
+    assert result.status == "interrupted" and result.timing.steps == when
+    reached = np.isfinite(result.accuracy).all(1).tolist()
+    steps = np.cumsum([-(-len(task.train_y) // 16) for task in stream.tasks])
+    assert reached == [bool(when > end) for end in steps]
+    assert np.isnan(result.accuracy[~np.array(reached)]).all()
+
+
+def test_progress_counts_to_the_end(stream) -> None:
+    seen: list[Progress] = []
+    result = train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "er", 4, stream=stream, on_step=seen.append)
+    assert [p.step for p in seen] == list(range(1, result.timing.steps + 1))
+    last = seen[-1]
+    assert last.step == last.steps_total and (last.task, last.tasks, last.epoch, last.epochs) == (5, 5, 1, 1)
+    assert (last.method, last.seed) == ("er", 4)
+    assert any(p.loss is not None and p.loss > 0 for p in seen)
+
+
+def test_the_result_config_runs_the_same_again(results, stream) -> None:
+    first = results["gradmix-sample"]
+    again = train_one(first.config, first.config.methods[0], first.config.seeds[0])
+    assert np.array_equal(again.accuracy, first.accuracy)
+
+
+def test_weighted_cross_entropy_is_current_plus_tau_replayed() -> None:
+    logits, y = torch.randn(7, 5), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    weight = torch.cat([torch.full((3,), 1 / 3), torch.full((4,), 2.0 / 4)])
+    expected = F.cross_entropy(logits[:3], y[:3]) + 2.0 * F.cross_entropy(logits[3:], y[3:])
+    torch.testing.assert_close(weighted_cross_entropy(logits, y, weight), expected)
+    torch.testing.assert_close(weighted_cross_entropy(logits, F.one_hot(y, 5).float(), weight), expected)
+
+
+def method_context(mix: MixConfig, model: nn.Module, classes: int = 4) -> Context:
+    clock = Clock(torch.device("cpu"))
+    return Context(model, ReplayBuffer(3), classes, mix, torch.Generator().manual_seed(0), clock)
+
+
+@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+def test_originals_and_mixed_rows_have_half_the_weight_each(method: str) -> None:
+    model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
+    rows = StepRows(x, y, torch.full((6,), 1 / 6))
+    both = METHODS[method](method_context(MixConfig(originals=True), model)).loss(rows)
+    mixed = METHODS[method](method_context(MixConfig(), model)).loss(rows)
+    torch.testing.assert_close(both, 0.5 * mixed + 0.5 * F.cross_entropy(model(x), y))
+
+
+def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
+    x, y = torch.eye(5), torch.arange(5) % 4
+    method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
+    mixed, labels = method.mixed(StepRows(x, y, torch.ones(5)), None)
+    lam = mixed.diagonal().min()
+    partner = (mixed - lam * x).argmax(1)
+    assert sorted(partner.tolist()) == list(range(5))
+    torch.testing.assert_close(mixed, lam * x + (1 - lam) * x[partner])
+    one_hot = F.one_hot(y, 4).float()
+    torch.testing.assert_close(labels, lam * one_hot + (1 - lam) * one_hot[partner])
+
+
+def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
+    open_mix, given = MixConfig(), MixConfig(estimator="feature", refresh=5)
+    assert (METHODS["gradmix"].settled(open_mix).estimator, METHODS["gradmix"].settled(open_mix).refresh) == (
+        "mixed",
+        0,
+    )
+    assert METHODS["gradmix-sample"].settled(open_mix) == replace(open_mix, estimator="feature", refresh=1)
+    assert METHODS["gradmix"].settled(given) == given
+    assert METHODS["er"].settled(open_mix) == open_mix
+
+
+def test_the_learning_rate_falls_at_its_milestones() -> None:
+    optim = resolve(TrainConfig(optim=OptimConfig(lr=1.0, lr_milestones=(0.5, 0.75)))).optim
+    optimiser = make_optimiser(nn.Linear(1, 1), optim)
+    schedule = make_schedule(optimiser, optim, epochs=8)
+    rates = []
+    for _ in range(8):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_evaluation_scores_every_task_and_leaves_the_model_training(stream) -> None:
+    class Constant(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return F.one_hot(torch.full((len(x),), 3), 10).float()
+
+    model = Constant().train()
+    accuracies = evaluate(model, stream, torch.device("cpu"))
+    threes = int((stream.tasks[1].test_y == 3).sum())
+    assert accuracies == [0, threes / len(stream.tasks[1].test_y), 0, 0, 0]
+    assert model.training
+
+
+def test_augmentation_is_applied_to_rows_and_candidates(spy, stream) -> None:
+    config = replace(SHORT, optim=OptimConfig(epochs=1, augment="crop-flip"), mix=MixConfig(candidates="balanced"))
+    train_one(config, "er", 0, stream=stream)
+    known = torch.cat([task.train_x for task in stream.tasks]).flatten(1)
+    for x in (spy.seen[-1].x, spy.seen[-1].candidates[0]):
+        found = (x.flatten(1)[:, None] == known).all(2).any(1).float().mean()
+        assert found < 0.5
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device: got '{name}', expected auto, cpu or a device torch can use here"):
+        pick_device(name)
+
+
+def test_an_unknown_method_is_named(stream) -> None:
+    with pytest.raises(ValueError, match="method: got 'gem', expected one of 'finetune', 'er'"):
+        train_one(SHORT, "gem", 0, stream=stream)
+
+
+@pytest.mark.slow
+def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
+    """The convolutional path: BatchNorm, crops and flips, a total buffer, originals, real mixed inputs."""
+    few = tuple(
+        replace(
+            task,
+            train_x=F.pad(task.train_x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)),
+            train_y=task.train_y[:24],
+            test_x=F.pad(task.test_x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)),
+            test_y=task.test_y[:8],
+        )
+        for task in stream.tasks[:2]
+    )
+    small = replace(stream, tasks=few, input_shape=(3, 16, 16))
+    config = replace(
+        SHORT,
+        data=DataConfig(),
+        optim=OptimConfig(model="resnet18", epochs=1, batch=12, augment="crop-flip", lr=0.01),
+        replay=ReplayConfig(policy="balanced", size=10, batch=8),
+        mix=MixConfig(originals=True, class_samples=2),
+    )
+    for method in ("gradmix", "gradmix-sample"):
+        result = train_one(config, method, 0, stream=small)
+        assert result.status == "complete" and len(result.alignments) == 1
