@@ -59,7 +59,7 @@ def load_average() -> float | None:
 
 def machine_line(described: Mapping[str, Any]) -> str:
     """The description in one line."""
-    parts = [f"{described['cpu']}, {described['cores']} cores, {described['threads']} threads used"]
+    parts = [f"{described['cpu']}, {described['cores']} cores, torch threads {described['threads']}"]
     if "accelerator" in described:
         parts.append(f"{described['accelerator']} (runtime {described['accelerator_runtime']})")
     parts.append(f"{described['system']}, torch {described['torch']}, python {described['python']}")
@@ -120,14 +120,14 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def warm_up(call: Call, device: torch.device, most: int = 10) -> int:
-    """Run ``call`` until it is warm: ``most`` times, or three times if it is slow; returns how often."""
+    """Run ``call`` until it is warm: ``most`` times, at least two, or three if it is slow; returns how often."""
     first = seconds_of(call, device)
     # The first call may have been slow only because it was the first.
-    if most == 1 or min(first, seconds_of(call, device)) >= SLOW:
+    if min(first, seconds_of(call, device)) >= SLOW:
         most = min(most, 3)
     for _ in range(most - 2):
         call()
-    return max(1, most)
+    return max(2, most)
 
 
 def interleaved(
@@ -214,16 +214,17 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         from rich import box
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for position, column in enumerate(columns):
-            table.add_column(column, justify="right" if position else "left", no_wrap=True)
+            table.add_column(Text(column), justify="right" if position else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         # A table squeezed into the width of a pipe or a narrow window would lose its figures.
         needed = Console(width=1000).measure(table).maximum
         console = Console(width=max(Console().width, needed))
-        console.print(table, markup=False)
+        console.print(table)
     for note in notes:
         print(f"  {note}")
     print()
@@ -239,18 +240,22 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 def show_time(seconds: float) -> str:
-    """Three digits with the unit that suits."""
+    """About three digits, with the unit that suits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:#.3g} {unit}".replace(". ", " ")
-    return f"{seconds * 1e9:#.3g} ns".replace(". ", " ")
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2f}"
 
 
 def show_count(value: float, unit: str = "") -> str:
     """A large number with k, M or G."""
     for letter, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:#.3g} {letter}{unit}".replace(". ", " ")
+            return f"{_three_digits(value / scale)} {letter}{unit}"
     return f"{value:.0f} {unit}".rstrip()
 
 

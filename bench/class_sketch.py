@@ -7,9 +7,6 @@ median of the ratio torch / cpp with the range that holds the middle half of it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -17,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import machine, write_json
 
-import gradmix
 from gradmix import _extension
 from gradmix.ops.class_sketch import class_sketch
 
@@ -46,25 +43,11 @@ SIZES = (
 )
 
 
-def machine() -> dict[str, Any]:
+def here() -> dict[str, Any]:
     """What the times were taken on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        cpu = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     extension: Any = _extension.load()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": extension.build_info()["instruction_set"],
-        "compiler": extension.build_info()["compiler"],
-        "gradmix": gradmix.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    built = {name: extension.build_info()[name] for name in ("instruction_set", "compiler")}
+    return {**machine(), **built}
 
 
 def measure(size: tuple[int, int, int, int, int], dtype: torch.dtype, seconds: float) -> dict[str, Any]:
@@ -118,8 +101,8 @@ def main() -> int:
     if reason:
         print(f"no C++ body to time: {reason}", file=sys.stderr)
         return 2
-    here = machine()
-    print("machine: " + ", ".join(f"{name} {value}" for name, value in here.items()))
+    described = here()
+    print("machine: " + ", ".join(f"{name} {value}" for name, value in described.items()))
     print(f"dtype: {options.dtype}")
     print("    N     T    K    J     P   torch us     cpp us  torch/cpp   middle half")
     rows = []
@@ -133,9 +116,7 @@ def main() -> int:
             f"   {low:.2f} .. {high:.2f}"
         )
     if options.json:
-        temporary = options.json.with_name(options.json.name + ".part")
-        temporary.write_text(json.dumps({"machine": here, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_json(options.json, {"machine": described, "rows": rows})
     return 0
 
 

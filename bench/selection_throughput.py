@@ -139,12 +139,12 @@ class Problem:
         return replace(self, **{name: value.to(target) for name, value in moved.items()})
 
 
-def make_problem(sizes: Sizes, seed: int, largest_logit: float | None = None) -> Problem:
+def make_problem(sizes: Sizes, seed: int) -> Problem:
     """Rows as a network in training has them, on the CPU; equal for equal seeds.
 
     The features are what a ReLU lets through of noise and a share of the class's own direction, which differs from row
     to row; the head's rows are these directions. The logits are scaled so that the median row gives its favourite class
-    a probability of 0.6, which leaves some rows almost certain and some undecided; or to ``largest_logit``.
+    a probability of 0.6, which leaves some rows almost certain and some undecided.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(sizes.classes, sizes.features, generator=generator)
@@ -158,23 +158,28 @@ def make_problem(sizes: Sizes, seed: int, largest_logit: float | None = None) ->
 
     (features_a, labels_a), (features_b, labels_b), (features_r, labels_r) = rows(sizes.n), rows(sizes.m), rows(sizes.n)
     unit = direction / math.sqrt(sizes.features)
-    scale = _scale(F.linear(features_a, unit), bias, largest_logit)
-    weight = scale * unit
+    weight = _scale(F.linear(features_a, unit), bias) * unit
     logits_a, logits_b, logits_r = (F.linear(h, weight, bias) for h in (features_a, features_b, features_r))
     residual = torch.softmax(logits_r, 1) - F.one_hot(labels_r, sizes.classes).float()
     reference = residual.T @ F.pad(features_r, (0, 1), value=1.0) / sizes.n
     return Problem(features_a, logits_a, labels_a, features_b, logits_b, labels_b, weight, bias, reference)
 
 
-def _scale(unscaled: Tensor, bias: Tensor, largest: float | None) -> float:
-    if largest is not None:
-        return largest / float(unscaled.abs().max())
+def _scale(unscaled: Tensor, bias: Tensor) -> float:
     low, high = 1e-3, 1e3
     for _ in range(40):
         middle = math.sqrt(low * high)
         favourite = torch.softmax(middle * unscaled + bias, 1).amax(1).median()
         low, high = (low, middle) if favourite > 0.6 else (middle, high)
     return low
+
+
+def with_logits_up_to(problem: Problem, largest: float) -> Problem:
+    """The same with head and logits multiplied such that the largest logit has this size; the reference stays."""
+    p = problem
+    factor = largest / max(float(p.logits_a.abs().max()), float(p.logits_b.abs().max()))
+    scaled = {name: factor * getattr(p, name) for name in ("weight", "bias", "logits_a", "logits_b")}
+    return replace(p, **scaled)
 
 
 def truth(problem: Problem, through_head: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,7 +375,7 @@ def make_rivals(problem: Problem, device: torch.device) -> tuple[list[Rival], di
 
     # Tensors of a size that stays in reach of the caches are quicker on a CPU; a GPU wants large ones.
     memory = min(free_memory(device) // 8, (1 << 29) if device.type == "cpu" else (1 << 34))
-    row_chunks = [k for k in (2, 8, 32, 128, 512) if k < 2 * n and k * m * classes * 4 <= memory] or [1]
+    row_chunks = _within((2, 8, 32, 128, 512), n, memory // (m * classes * 4))
     row_times = {
         k: seconds_of_pairs(_Bound(by_broadcast, k), p.first(min(n, max(8, k)), m), device) for k in row_chunks
     }
@@ -379,9 +384,7 @@ def make_rivals(problem: Problem, device: torch.device) -> tuple[list[Rival], di
         Rival("broadcast", f"broadcast, {best_rows} rows at a time", _Bound(by_broadcast, best_rows), chunk=best_rows)
     )
 
-    pair_chunks = [
-        k for k in (1, 4, 16, 64, 256, 1024, 4096) if k < 4 * n * m and k * classes * width * 4 <= memory
-    ] or [1]
+    pair_chunks = _within((1, 4, 16, 64, 256, 1024, 4096), n * m, memory // (classes * width * 4))
     pair_times = {
         k: seconds_of_pairs(_Bound(by_vmap, k), p.first(*_block(max(k, 16), n, m)), device) for k in pair_chunks
     }
@@ -416,6 +419,11 @@ class _Bound:
 
     def __call__(self, problem: Problem) -> Alignments:
         return self.run(problem, self.argument)
+
+
+def _within(chunks: tuple[int, ...], most: int, fitting: int) -> list[int]:
+    """The chunks that fit, none larger than the work; 1 if none does."""
+    return sorted({min(chunk, most) for chunk in chunks if min(chunk, most) <= fitting}) or [1]
 
 
 def _block(pairs: int, n: int, m: int) -> tuple[int, int]:
@@ -459,9 +467,7 @@ def measure_alignment(
 ) -> dict[str, Any]:
     """The first two tables: times, memory and errors of every rival."""
     problem = make_problem(sizes, seed).to(device)
-    huge = make_problem(replace(sizes, n=min(sizes.n, HUGE_ROWS), m=min(sizes.m, HUGE_ROWS)), seed, HUGE_LOGIT).to(
-        device
-    )
+    huge = with_logits_up_to(problem.first(HUGE_ROWS, HUGE_ROWS), HUGE_LOGIT)
     say("looking for the best chunk sizes")
     rivals, decided = make_rivals(problem, device)
     calls: dict[str, Callable[[], object]] = {}
@@ -491,7 +497,7 @@ def measure_alignment(
                 "label": rival.label,
                 "chunk": rival.chunk,
                 "pairs_timed": rival.timed(problem).pairs,
-                "extrapolated": rival.sample is not None,
+                "extrapolated": rival.timed(problem).pairs < sizes.pairs,
                 "samples": len(samples[rival.name]),
                 "warmups": warmed[rival.name],
                 "seconds": time_of_all,
@@ -514,7 +520,7 @@ def measure_alignment(
             "flops_per_second": rate,
         },
         "favourite_probability": {f"p{k}": float(favourite.quantile(k / 100)) for k in (5, 20, 50, 80, 95)},
-        "huge_logits": {"largest": float(huge.logits_a.abs().max()), "rows": len(huge.labels_a)},
+        "huge_logits": {"largest": HUGE_LOGIT, "rows": len(huge.labels_a), "candidates": len(huge.labels_b)},
         **decided,
         "rows": rows,
     }
@@ -642,7 +648,8 @@ def print_report(result: dict[str, Any]) -> None:
             f"{rows[0]['samples']} samples a row, taken in turn, after {min(r['warmups'] for r in rows)} to "
             f"{max(r['warmups'] for r in rows)} calls to warm up; ratios are of samples of the same round",
             f"product rate: {show_count(product['flops_per_second'], 'flop/s')} by torch.mm {product['shape']} in the "
-            f"same rounds; counted for every row: {alignment['flops_formula']} = {show_count(alignment['flops'], 'flop')}",
+            f"same rounds",
+            f"flops counted for every row: {alignment['flops_formula']} = {show_count(alignment['flops'], 'flop')}",
             f"auto takes backend {alignment['auto_backend']}",
             *refused,
         ],
@@ -702,7 +709,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=_count, help="rounds (default: 60, quick: 5)", default=argparse.SUPPRESS)
     parser.add_argument(
-        "--seconds", type=float, default=75.0, help="stop the rounds of a table then, though not before 10"
+        "--seconds", type=_positive, default=75.0, help="stop the rounds of a table then, though not before 10"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -732,6 +739,16 @@ def _count(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
     return value
 
 

@@ -1,7 +1,9 @@
 #include "class_sketch.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -11,11 +13,15 @@
 namespace gradmix {
 namespace {
 
+// The newest instruction set of this machine, or an older one that GRADMIX_CPU_LEVEL names (to test and to compare).
 const kernel::Table& table() {
 #if defined(GRADMIX_X86_LEVELS)
-  static const kernel::Table& chosen = [&]() -> const kernel::Table& {
+  static const kernel::Table& chosen = []() -> const kernel::Table& {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+    const char* const named = std::getenv("GRADMIX_CPU_LEVEL");
+    const std::string most = named == nullptr ? "avx512" : named;
+    if (most == "base") return kernel::base();
+    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
       return kernel::avx512();
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fresh import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +161,28 @@ def test_the_same_bits_for_every_number_of_threads(case, dtype):
         extension.class_sketch(deltas, activations, labels, out, threads)
         results.append(out)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+LEVELS = """
+import torch
+from gradmix import _extension
+from gradmix.ops.class_sketch import class_sketch
+for n, t, k, j, p in [(7, 5, 13, 19, 3), (3, 700, 16, 24, 2), (64, 1, 16, 16, 10), (6, 4, 65, 17, 2), (9, 2, 5, 1, 2)]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        d, a, y = torch.randn(n, t, k).to(dtype), torch.randn(n, t, j).to(dtype), torch.randint(0, p, (n,))
+        exact = class_sketch(d.double(), a.double(), y, p, backend="torch")
+        error = (class_sketch(d, a, y, p, backend="cpp") - exact).abs().max() / exact.abs().max()
+        assert error <= (1e-13 if dtype == torch.float64 else 2e-6), (n, t, k, j, p, dtype, error)
+print(_extension.load().build_info()["instruction_set"])
+"""
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("level", ["base", "avx2"])
+def test_older_instruction_sets(level):
+    """The kernels that older machines run, which the newest one would otherwise never meet."""
+    newest = _extension.load().build_info()["instruction_set"]
+    assert run_python(LEVELS, GRADMIX_CPU_LEVEL=level) == [level if newest != "base" else "base"]
 
 
 def truth_dtype(dtype):

@@ -6,7 +6,6 @@ import gc
 import importlib.machinery
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from fresh import run_python
 
 import gradmix
 from gradmix import _extension
@@ -418,9 +418,8 @@ print(json.dumps({"new": sorted(new), "native": native}))
 
 
 def test_import_brings_torch_and_numpy_only_and_no_native_code():
-    answer = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    found = json.loads(answer.stdout)
+    (line,) = run_python(IMPORT)
+    found = json.loads(line)
     assert found["native"] is False
     # torch imports some of its own requirements late; nothing else may come.
     allowed = {
@@ -441,7 +440,7 @@ def test_import_brings_torch_and_numpy_only_and_no_native_code():
     assert set(found["new"]) - allowed == set()
 
 
-def test_import_survives_a_broken_extension(tmp_path):
+def test_import_survives_a_broken_extension():
     code = (
         "import importlib.abc, sys\n"
         "class Broken(importlib.abc.MetaPathFinder):\n"
@@ -455,9 +454,7 @@ def test_import_survives_a_broken_extension(tmp_path):
         "print(class_sketch(x, x, torch.zeros(256, dtype=torch.int64), 1).sum().item())\n"
         "print(_extension.unavailable_reason())\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines() == [
+    assert run_python(code) == [
         "65536.0",
         "it does not load: ImportError: libgone.so: cannot open shared object file",
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fresh import run_python
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
@@ -142,4 +141,4 @@ def test_drawing_leaves_pyplot_alone() -> None:
         "import sys, gradmix.training.plots as p; assert 'matplotlib' not in sys.modules;"
         "import numpy as np; from pathlib import Path; p._figure(1, 1); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run_python(code) == []
