@@ -21,7 +21,16 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 SCRIPT = BENCH / "selection_throughput.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 BODIES = [body.name for body in OPERATOR.backends if body.name != "reference" and body.available() is None]
-RIVALS = [*BODIES, "row_loop", "broadcast", "vmap_grad", "autograd", "reference"]
+RIVALS = [
+    *BODIES,
+    "row_loop",
+    "row_loop_tuned",
+    "row_loop_gradients",
+    "broadcast",
+    "vmap_grad",
+    "autograd",
+    "reference",
+]
 CPU = torch.device("cpu")
 
 
@@ -70,7 +79,18 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
 def test_result_names_its_conditions(outcome: tuple[dict[str, Any], str]) -> None:
     result, _ = outcome
     assert result["benchmark"] == "selection_throughput"
-    assert {"cpu", "cores", "threads", "system", "python", "torch", "gradmix", "date", "load"} <= set(result["machine"])
+    assert {
+        "cpu",
+        "cores",
+        "threads",
+        "system",
+        "python",
+        "torch",
+        "gradmix",
+        "date",
+        "load",
+        "keeps_freed_memory",
+    } <= set(result["machine"])
     assert result["machine"]["threads"] == 1
     assert result["machine"]["torch"] == torch.__version__
     assert result["sizes"] == {"n": 32, "m": 19, "classes": 20, "features": 64}
@@ -86,7 +106,7 @@ def test_every_row_is_whole(outcome: tuple[dict[str, Any], str]) -> None:
     rows = outcome[0]["alignment"]["rows"]
     assert [row["name"] for row in rows] == RIVALS
     for row in rows:
-        for times in (row["seconds"], row["row_loop_over_this"]):
+        for times in (row["seconds"], *row["speedup_over"].values()):
             assert list(times) == LEVELS
             assert list(times.values()) == sorted(times.values())
             assert times["min"] > 0
@@ -94,9 +114,10 @@ def test_every_row_is_whole(outcome: tuple[dict[str, Any], str]) -> None:
         assert row["extrapolated"] == (row["pairs_timed"] < 32 * 19)
         assert row["pairs_per_second"] * row["seconds"]["p50"] == pytest.approx(32 * 19)
         assert row["peak_memory_bytes"] >= 2 * 4 * row["pairs_timed"]  # the result itself, inner and cosine
-    assert set(next(row for row in rows if row["name"] == "row_loop")["row_loop_over_this"].values()) == {1.0}
+        for name in ("row_loop", "row_loop_tuned"):
+            assert (row["name"] == name) == (set(row["speedup_over"][name].values()) == {1.0})
     # 16 pairs of the slow ones; the loop over single pairs is never run in full.
-    assert {row["name"] for row in rows if row["extrapolated"]} >= {"autograd", "reference"}
+    assert {row["name"] for row in rows if row["extrapolated"]} >= {"row_loop_gradients", "autograd", "reference"}
 
 
 def test_errors_are_small_and_decisions_agree(outcome: tuple[dict[str, Any], str]) -> None:
@@ -206,7 +227,12 @@ def test_every_rival_does_the_work(script: ModuleType, shape: tuple[int, ...]) -
     """All pairs, at chunks that do and do not divide them."""
     p = script.make_problem(script.Sizes(*shape), seed=2)
     ways = {name: script._Bound(script.by_gradmix, name) for name in BODIES}
-    ways |= {"row loop": script.by_row_loop, "autograd": script.by_autograd, "reference": script.by_reference}
+    ways |= {
+        "row loop": script.by_row_loop,
+        "tuned": script.by_tuned_row_loop,
+        "gradients": script.by_gradient_row_loop,
+    }
+    ways |= {"autograd": script.by_autograd, "reference": script.by_reference}
     ways |= {f"broadcast {k}": script._Bound(script.by_broadcast, k) for k in (1, 2, 100)}
     ways |= {f"vmap {k}": script._Bound(script.by_vmap, k) for k in (1, 3, 100)}
     expected, _, expected_cosine = script.truth(p, through_head=False)

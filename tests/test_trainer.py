@@ -173,7 +173,7 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
     config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals))
     train_one(config, method, 0, stream=stream, on_step=on_step)
     second_task = per_step[len(stream.tasks[0].train_y) // 16 + 2 :][:10]
-    held = 2 * 8
+    held = 2 * stream.protocol.buffer_size
     expected = {
         ("mixup", False): [32],
         ("mixup", True): [32, 32],

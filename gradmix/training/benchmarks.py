@@ -79,7 +79,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
             "digits",
             Protocol(
-                tasks=5, classes_per_task=2, model="mlp", lr=0.05, epochs=10, batch=16, replay_batch=16, buffer_size=8
+                tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
             ),
         ),
         Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", "mnist", _MNIST_PROTOCOL),
