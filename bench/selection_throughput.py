@@ -63,12 +63,13 @@ BASELINES = ("row_loop", "row_loop_tuned")
 
 @dataclass(frozen=True)
 class Sizes:
-    """N rows, M candidates, C classes, d features."""
+    """N rows, M candidates, C classes, d features, and whether the candidates are the rows themselves."""
 
     n: int
     m: int
     classes: int
     features: int
+    own_rows: bool = False
 
     @property
     def pairs(self) -> int:
@@ -79,17 +80,19 @@ class Sizes:
     def flops(self) -> int:
         """What the factorised form needs: its four products over classes, the projections U, and the Gram product."""
         products = 8 * self.n * self.m * self.classes
-        projections = 2 * (self.n + self.m) * self.classes * (self.features + 1)
+        projected = self.n if self.own_rows else self.n + self.m
+        projections = 2 * projected * self.classes * (self.features + 1)
         gram = 2 * self.n * self.m * self.features
         return products + projections + gram
 
 
 PRESETS = {
-    "imagenet": Sizes(256, 256, 1000, 2048),
-    "tiny-imagenet": Sizes(256, 256, 200, 512),
-    "cifar100": Sizes(256, 256, 100, 512),
-    "cifar10": Sizes(256, 256, 10, 512),
+    "imagenet": Sizes(256, 256, 1000, 2048, own_rows=True),
+    "tiny-imagenet": Sizes(256, 256, 200, 512, own_rows=True),
+    "cifar100": Sizes(256, 256, 100, 512, own_rows=True),
+    "cifar10": Sizes(256, 256, 10, 512, own_rows=True),
 }
+"""The candidates are the batch's own rows, as ``select_pairs`` has them unless told otherwise."""
 QUICK = Sizes(32, 24, 20, 64)
 
 
@@ -102,7 +105,7 @@ class Problem:
 
     Attributes:
         features_a, logits_a, labels_a: (N, d), (N, C), (N,): the rows.
-        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates.
+        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates; the very same tensors if they are the rows.
         weight, bias: (C, d), (C,): the head that made the logits.
         reference: (C, d + 1): the mean gradient of further rows.
         lam: the weight of the row in a mixture.
@@ -124,8 +127,15 @@ class Problem:
         """How many there are."""
         return len(self.labels_a) * len(self.labels_b)
 
+    @property
+    def own_rows(self) -> bool:
+        """Whether the candidates are the rows themselves."""
+        return self.features_a is self.features_b
+
     def first(self, n: int, m: int) -> Problem:
-        """The same with the first n rows and the first m candidates only."""
+        """The same with the first n rows and the first m candidates only, which may then share no tensors."""
+        if self.own_rows and n == m == len(self.labels_a):
+            return self
         return replace(
             self,
             features_a=self.features_a[:n],
@@ -141,7 +151,15 @@ class Problem:
         moved: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         if isinstance(target, torch.dtype):
             moved = {name: value for name, value in moved.items() if value.is_floating_point()}
-        return replace(self, **{name: value.to(target) for name, value in moved.items()})
+        return _share(replace(self, **{name: value.to(target) for name, value in moved.items()}), self.own_rows)
+
+
+def _share(problem: Problem, own_rows: bool) -> Problem:
+    """The same with the rows for candidates, if they are to be their own."""
+    if not own_rows:
+        return problem
+    p = problem
+    return replace(p, features_b=p.features_a, logits_b=p.logits_a, labels_b=p.labels_a)
 
 
 def make_problem(sizes: Sizes, seed: int) -> Problem:
@@ -167,7 +185,8 @@ def make_problem(sizes: Sizes, seed: int) -> Problem:
     logits_a, logits_b, logits_r = (F.linear(h, weight, bias) for h in (features_a, features_b, features_r))
     residual = torch.softmax(logits_r, 1) - F.one_hot(labels_r, sizes.classes).float()
     reference = residual.T @ F.pad(features_r, (0, 1), value=1.0) / sizes.n
-    return Problem(features_a, logits_a, labels_a, features_b, logits_b, labels_b, weight, bias, reference)
+    problem = Problem(features_a, logits_a, labels_a, features_b, logits_b, labels_b, weight, bias, reference)
+    return _share(problem, sizes.own_rows)
 
 
 def _scale(unscaled: Tensor, bias: Tensor) -> float:
@@ -184,7 +203,7 @@ def with_logits_up_to(problem: Problem, largest: float) -> Problem:
     p = problem
     factor = largest / max(float(p.logits_a.abs().max()), float(p.logits_b.abs().max()))
     scaled = {name: factor * getattr(p, name) for name in ("weight", "bias", "logits_a", "logits_b")}
-    return replace(p, **scaled)
+    return _share(replace(p, **scaled), p.own_rows)
 
 
 def truth(problem: Problem, through_head: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +285,8 @@ def by_reference(problem: Problem) -> Alignments:
 def _projections(p: Problem) -> tuple[Tensor, Tensor]:
     """[h; 1] G^T of both sides, (N, C) and (M, C)."""
     weight, bias = p.reference[:, :-1], p.reference[:, -1]
-    return F.linear(p.features_a, weight, bias), F.linear(p.features_b, weight, bias)
+    u_a = F.linear(p.features_a, weight, bias)
+    return u_a, u_a if p.own_rows else F.linear(p.features_b, weight, bias)
 
 
 def _one_hot(p: Problem) -> tuple[Tensor, Tensor]:
@@ -555,7 +575,7 @@ def measure_alignment(
     favourite = torch.softmax(problem.logits_a, 1).amax(1).double()
     return {
         "flops": sizes.flops,
-        "flops_formula": "8 N M C + 2 (N + M) C (d + 1) + 2 N M d",
+        "flops_formula": f"8 N M C + 2 {'N' if sizes.own_rows else '(N + M)'} C (d + 1) + 2 N M d",
         "shared_products": {"seconds": quantiles(samples["shared products"])},
         "matrix_product": {
             "shape": f"({shape[0]} x {shape[1]}) ({shape[1]} x {shape[2]})",
@@ -671,7 +691,8 @@ def print_report(result: dict[str, Any]) -> None:
     print(machine_line(result["machine"]))
     favourite = alignment["favourite_probability"]
     print(
-        f"N = {sizes.n}, M = {sizes.m}, C = {sizes.classes}, d = {sizes.features}, "
+        f"N = {sizes.n}, M = {sizes.m} ({'the same rows' if sizes.own_rows else 'other rows'}), C = {sizes.classes}, "
+        f"d = {sizes.features}, "
         f"float32 on {result['arguments']['device']}; favourite class's probability "
         f"{favourite['p20']:.2f} / {favourite['p50']:.2f} / {favourite['p80']:.2f} (p20 / p50 / p80)\n"
     )
@@ -751,7 +772,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--preset", choices=list(PRESETS), help="sizes of a common case (default: imagenet)", default=argparse.SUPPRESS
     )
     parser.add_argument("--n", type=_count, help="rows", default=argparse.SUPPRESS)
-    parser.add_argument("--m", type=_count, help="candidates", default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--m", type=_count, help="candidates, other rows than the rows to mix", default=argparse.SUPPRESS
+    )
+    parser.add_argument("--foreign", action="store_true", help="candidates are other rows, though as many")
     parser.add_argument("--classes", type=_count, help="classes", default=argparse.SUPPRESS)
     parser.add_argument("--features", type=_count, help="features the head sees", default=argparse.SUPPRESS)
     parser.add_argument(
@@ -770,7 +794,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["imagenet"]
     named = {name: getattr(options, name) for name in ("n", "m", "classes", "features") if name in options}
-    options.sizes = replace(base, **named)
+    own_rows = base.own_rows and "m" not in options and not options.foreign
+    if own_rows and "n" in options:
+        named["m"] = options.n
+    options.sizes = replace(base, **named, own_rows=own_rows)
     options.repeats = getattr(options, "repeats", 5 if options.quick else 60)
     if "json" in options and not options.json.absolute().parent.is_dir():
         parser.error(f"argument --json: no folder {options.json.absolute().parent}")

@@ -93,7 +93,7 @@ def test_result_names_its_conditions(outcome: tuple[dict[str, Any], str]) -> Non
     } <= set(result["machine"])
     assert result["machine"]["threads"] == 1
     assert result["machine"]["torch"] == torch.__version__
-    assert result["sizes"] == {"n": 32, "m": 19, "classes": 20, "features": 64}
+    assert result["sizes"] == {"n": 32, "m": 19, "classes": 20, "features": 64, "own_rows": False}
     assert result["arguments"]["quick"] is True and result["arguments"]["seed"] == 0
     alignment = result["alignment"]
     assert alignment["auto_backend"] in BODIES
@@ -147,7 +147,7 @@ def test_tables_show_every_row(outcome: tuple[dict[str, Any], str]) -> None:
             assert row["label"] in printed
     for row in result["alignment"]["rows"]:
         assert (row["label"] + " *" in printed) == row["extrapolated"]
-    assert result["machine"]["cpu"] in printed and "N = 32, M = 19, C = 20, d = 64" in printed
+    assert result["machine"]["cpu"] in printed and "N = 32, M = 19 (other rows), C = 20, d = 64" in printed
 
 
 @pytest.mark.gpu
@@ -183,11 +183,13 @@ def test_bad_arguments(
 @pytest.mark.parametrize(
     ("arguments", "sizes"),
     [
-        ([], (256, 256, 1000, 2048)),
-        (["--quick"], (32, 24, 20, 64)),
-        (["--preset", "cifar10"], (256, 256, 10, 512)),
-        (["--preset", "cifar100", "--quick", "--n", "8"], (8, 256, 100, 512)),
-        (["--quick", "--classes", "3", "--features", "5"], (32, 24, 3, 5)),
+        ([], (256, 256, 1000, 2048, True)),
+        (["--quick"], (32, 24, 20, 64, False)),
+        (["--foreign"], (256, 256, 1000, 2048, False)),
+        (["--preset", "cifar10"], (256, 256, 10, 512, True)),
+        (["--preset", "cifar100", "--quick", "--n", "8"], (8, 8, 100, 512, True)),
+        (["--preset", "cifar100", "--m", "8"], (256, 8, 100, 512, False)),
+        (["--quick", "--classes", "3", "--features", "5"], (32, 24, 3, 5, False)),
     ],
     ids=lambda value: " ".join(value) or "default" if isinstance(value, list) else "",
 )

@@ -155,13 +155,14 @@ def _hard_labels(
     a, top_a = _exponentials(z_a, lam, y_a)
     b, top_b = _exponentials(z_b, mu, y_b)
     rest = a @ b.T
-    rest_u = torch.addmm(lam * ((a * u_a) @ b.T), a, (b * u_b).T, alpha=mu)
+    rest_u = torch.addmm((a * u_a) @ b.T, a, (b * u_b).T, beta=lam, alpha=mu)
     rest_square = a.square() @ b.square().T
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
-    rows_a, rows_b = torch.arange(len(y_a), device=y_a.device), torch.arange(len(y_b), device=y_b.device)
-    log_own = (lam * z_a[rows_a, y_a].to(exact))[:, None] + mu * z_b[:, y_a].T.to(exact)
-    log_other = lam * z_a[:, y_b].to(exact) + mu * z_b[rows_b, y_b].to(exact)
+    same_rows = z_a is z_b and y_a is y_b
+    z_own_a, z_a_at_b, z_b_at_a, z_own_b = (v.to(exact) for v in _at_labels(z_a, y_a, z_b, y_b, same_rows))
+    log_own = (lam * z_own_a)[:, None] + mu * z_b_at_a
+    log_other = lam * z_a_at_b + mu * z_own_b
     log_rest = (lam * top_a.to(exact))[:, None] + mu * top_b.to(exact)
     shift = torch.maximum(torch.maximum(log_own, log_other), log_rest)
     same = y_a[:, None] == y_b
@@ -171,8 +172,9 @@ def _hard_labels(
 
     z_sum = scale * rest + own + other
     scale = scale / z_sum
-    u_own = lam * u_a[rows_a, y_a][:, None] + mu * u_b[:, y_a].T
-    u_other = lam * u_a[:, y_b] + mu * u_b[rows_b, y_b]
+    u_own_a, u_a_at_b, u_b_at_a, u_own_b = _at_labels(u_a, y_a, u_b, y_b, same_rows)
+    u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
+    u_other = lam * u_a_at_b + mu * u_own_b
     # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
     residual_own = torch.where(same, -scale * rest, own / z_sum - lam)
     residual_other = (other / z_sum - mu).masked_fill_(same, 0)
@@ -180,6 +182,18 @@ def _hard_labels(
     inner = scale * rest_u + residual_own * u_own + residual_other * u_other
     residual = scale.square() * rest_square + residual_own.square() + residual_other.square()
     return inner, residual, z_sum
+
+
+def _at_labels(
+    v_a: Tensor, y_a: Tensor, v_b: Tensor, y_b: Tensor, same_rows: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries of v at labels: v_a[i, y_i] (N,), v_a[i, y_j] (N, M), v_b[j, y_i] (N, M), v_b[j, y_j] (M,)."""
+    a_at_b = v_a.index_select(1, y_b)
+    if same_rows:
+        own = a_at_b.diagonal()
+        return own, a_at_b, a_at_b.T, own
+    own_a, own_b = v_a.gather(1, y_a[:, None])[:, 0], v_b.gather(1, y_b[:, None])[:, 0]
+    return own_a, a_at_b, v_b.index_select(1, y_a).T, own_b
 
 
 def _soft_labels(
@@ -190,9 +204,9 @@ def _soft_labels(
     a, _ = _exponentials(z_a, lam)
     b, _ = _exponentials(z_b, mu)
     z_sum = a @ b.T
-    p_u = torch.addmm(lam * ((a * u_a) @ b.T), a, (b * u_b).T, alpha=mu) / z_sum
+    p_u = torch.addmm((a * u_a) @ b.T, a, (b * u_b).T, beta=lam, alpha=mu) / z_sum
     p_square = (a.square() @ b.square().T) / z_sum.square()
-    p_y = torch.addmm(lam * ((a * y_a) @ b.T), a, (b * y_b).T, alpha=mu) / z_sum
+    p_y = torch.addmm((a * y_a) @ b.T, a, (b * y_b).T, beta=lam, alpha=mu) / z_sum
     y_u = (
         (lam * lam * (y_a * u_a).sum(1))[:, None]
         + lam * mu * (y_a @ u_b.T + u_a @ y_b.T)
