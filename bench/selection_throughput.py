@@ -105,7 +105,7 @@ class Problem:
 
     Attributes:
         features_a, logits_a, labels_a: (N, d), (N, C), (N,): the rows.
-        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates; the very same tensors if they are the rows.
+        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates; the same tensors if they are the rows.
         weight, bias: (C, d), (C,): the head that made the logits.
         reference: (C, d + 1): the mean gradient of further rows.
         lam: the weight of the row in a mixture.

@@ -99,9 +99,9 @@ def _cpp_can_run(deltas: Tensor, activations: Tensor, labels: Tensor, num_classe
 _LEAST_WORK = 1 << 17
 """Multiply-adds below which torch's one product per sample is as quick as handing the tensors over.
 
-From bench/class_sketch.py (bench/results/class_sketch.json, one thread, float32): the ratio torch / cpp is 0.95 to 1.00
-from 2,000 to 50,000 multiply-adds and 1.15 at 520,000; with a single row in the output it is 0.92 even at 200,000. At
-all other sizes measured it is 1.16 to 6.5."""
+From bench/class_sketch.py (bench/results/class_sketch_cpu.json, two threads, float32): the ratio torch / cpp is 1.01 to
+1.07 from 2,000 to 50,000 multiply-adds, too little to be sure of, and 1.13 at 520,000; with a single row in the output
+it is 0.97 even at 200,000. At all other sizes measured it is 1.13 to 6.2."""
 
 
 def _cpp_worth(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> str | None:
