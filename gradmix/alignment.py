@@ -27,7 +27,7 @@ from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature, draw_lam
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
-from gradmix.probe import device_of, require_finite, untouched
+from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
 
 Estimator = Literal["feature", "mixed"]
@@ -181,15 +181,16 @@ def reference_gradient(
     >>> G.shape
     torch.Size([2, 3])
     """
+    model = unwrap(model)
     device = device_of(model)
     with untouched(model):
-        reference, _ = _reference(model, buffer, head, chunk_size, device)
+        reference, _ = read_buffer(model, buffer, head, chunk_size, device)
     if reference is None:
         raise ValueError("buffer: got no rows, expected at least one")
     return reference
 
 
-def _reference(
+def read_buffer(
     model: nn.Module, buffer: object, head: nn.Module | str | None, chunk: int, device: torch.device, keep: int = 0
 ) -> tuple[Tensor | None, list[Rows]]:
     """The reference gradient, or None for an empty buffer, and up to ``keep`` rows a class of those forwarded."""
@@ -452,10 +453,11 @@ def alignment_matrix(
     check_choice("criterion", criterion, get_args(Criterion))
     check_choice("estimator", estimator, get_args(Estimator))
     check_lam(lam)
+    model = unwrap(model)
     x, y = as_pair("batch", batch)
     partner_pair = (x, y) if candidates is None else as_pair("candidates", candidates)
     with untouched(model):
-        reference, _ = _reference(model, buffer, head, chunk_size, x.device)
+        reference, _ = read_buffer(model, buffer, head, chunk_size, x.device)
         if reference is None:
             raise ValueError("buffer: got no rows, expected at least one")
         module = resolve_head(model, head, x[:1])

@@ -81,8 +81,8 @@ class HeadCapture:
         """Detached features (N, d) and logits (N, C) of the forward pass inside the context."""
         if len(self._calls) != 1:
             raise HeadNotFoundError(
-                f"head: {_describe(self.head)} ran {len(self._calls)} times in one forward pass, expected once; "
-                f"{HOW_TO_NAME}"
+                f"head: {_describe(self.head)} was seen to run {len(self._calls)} times in one forward pass, expected "
+                f"once (code compiled before may pass by the hook); {HOW_TO_NAME}"
             )
         features, logits = self._calls[0]
         return HeadOutput(_as_rows(features, "input", self.head), _as_rows(logits, "output", self.head))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside ``torch.compile`` and data-parallel wrappers.
 
-    A compiled module shares its parameters with the original; a data-parallel one would synchronise buffers between
-    processes in a forward pass that the other processes do not make.
+    Forward passes made for selection go through it: compiled code may skip the hook that captures the head, and a
+    data-parallel wrapper would synchronise with processes that make no such pass.
     """
     while True:
         inner = getattr(model, "_orig_mod", None)

@@ -17,7 +17,6 @@ from gradmix.alignment import (
     Criterion,
     Estimator,
     Rows,
-    _reference,
     check_choice,
     checked_rows,
     class_table,
@@ -26,13 +25,14 @@ from gradmix.alignment import (
     judge,
     mixed_input_alignment,
     pair_alignment,
+    read_buffer,
 )
 from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.probe import require_finite, untouched
+from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair
 
 Policy = Literal["uniform", "permute", "best"]
@@ -238,9 +238,10 @@ def select_pairs(
     if lam is not None:
         check_lam(lam)
     generator = default_generator() if generator is None else generator
+    model = unwrap(model)
     with untouched(model):
         if reference is None:
-            reference, _ = _reference(model, buffer, head, chunk_size, batch[0].device)
+            reference, _ = read_buffer(model, buffer, head, chunk_size, batch[0].device)
         return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs)
 
 
@@ -495,7 +496,7 @@ class GradMix:
         if refresh != "epoch":
             check_count("refresh", refresh)
         check_count("class_samples", class_samples)
-        self._model, self._buffer = model, buffer
+        self._model, self._buffer = unwrap(model), buffer
         self._refresh, self._class_samples = refresh, class_samples
         self._generator = default_generator() if generator is None else generator
         self.reference: Tensor | None = None
@@ -560,7 +561,7 @@ class GradMix:
         outputs: HeadOutput | tuple[Tensor, Tensor] | None,
     ) -> None:
         settings, by_class = self._settings, self._settings.criterion == "class"
-        reference, kept = _reference(
+        reference, kept = read_buffer(
             self._model,
             self._buffer,
             settings.head,

@@ -154,7 +154,7 @@ def test_a_head_that_runs_twice_is_refused() -> None:
     model = Twice()
     with HeadCapture(model, head="fc") as capture:
         model(rows(2)[0])
-    with pytest.raises(HeadNotFoundError, match="ran 2 times in one forward pass"):
+    with pytest.raises(HeadNotFoundError, match="was seen to run 2 times in one forward pass"):
         _ = capture.output
 
 

@@ -174,6 +174,23 @@ def test_models_that_override_train_are_not_called_back() -> None:
     assert model.calls == calls
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"]
+)
+@pytest.mark.parametrize("estimator", ["feature", "mixed"])
+def test_wrapped_models_are_looked_into_and_their_wrapper_is_not_called(estimator: str, wrap: Callable) -> None:
+    model, buffer, batch = ConvNet(), rows(8, 2), rows(6, 1)
+    wrapped, calls = wrap(model), []
+    wrapped.register_forward_hook(lambda *_: calls.append(1))
+    given = {"estimator": estimator, "lam": 0.3, "criterion": "sample"}
+    expected = gradmix.select_pairs(model, buffer, batch, **given)
+    result = gradmix.select_pairs(wrapped, buffer, batch, **given)
+    assert torch.equal(result.alignment, expected.alignment)
+    assert gradmix.GradMix(wrapped, buffer, estimator=estimator)(*batch)[0].shape == batch[0].shape
+    assert torch.equal(gradmix.reference_gradient(wrapped, buffer), gradmix.reference_gradient(model, buffer))
+    assert calls == []
+
+
 def test_untouched_restores_after_an_exception() -> None:
     model = ConvNet().train()
     with pytest.raises(KeyError), untouched(model):

@@ -1,0 +1,49 @@
+"""The README's Python runs as it stands, block after block, given a model and rows."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from models import CLASSES, MLP, rows
+
+import gradmix
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks() -> list[str]:
+    """The Python blocks, without the indentation they have inside a list."""
+    found = re.findall(r"^( *)```python\n(.*?)^ *```", README.read_text(encoding="utf-8"), re.M | re.S)
+    return ["\n".join(line.removeprefix(indent) for line in code.splitlines()) for indent, code in found]
+
+
+def test_the_python_blocks_run() -> None:
+    x, y = rows(12, 1)
+    tasks = [
+        SimpleNamespace(loader=[(x[k::3], y[k::3] % 2 + 2 * task) for k in range(3)], rows=(x, y % 2 + 2 * task))
+        for task in range(2)
+    ]
+    names = {"gradmix": gradmix, "F": F, "torch": torch, "model": MLP(), "tasks": tasks, "x": x, "y": y}
+    names["buffer"] = rows(6, 2)
+    code = blocks()
+    assert len(code) == 3
+    exec(code[0], names)
+    assert names["loss"].requires_grad and names["y"].shape == (12, CLASSES)
+    exec(code[1], names)
+    assert names["buffer"].classes == (0, 1, 2, 3) and names["mixup"].refreshes == 6
+    names.update(x=x, y=y)
+    exec(code[2], names)
+    assert names["logits"].requires_grad and len(names["pairs"]) == 12
+
+
+def test_the_options_named_exist() -> None:
+    """Every value in the table of choices is accepted."""
+    text = README.read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.M))
+    assert {"criterion", "estimator", "policy", "threshold", "refresh"} <= set(table)
+    for option in ("criterion", "estimator", "policy"):
+        for value in re.findall(r"`(\w+)`", table[option]):
+            pairs = gradmix.select_pairs(MLP(), rows(6, 2), rows(4, 1), **{option: value})
+            assert len(pairs) == 4
