@@ -356,8 +356,9 @@ def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: fl
     """By pair (N, M): whether its classes may be mixed, and their cosine; a class not in the table may not."""
     i, j = table.index_of(class_of(y)), table.index_of(class_of(other_y))
     known = (i >= 0)[:, None] & (j >= 0)
-    helpful = table.helpful(threshold)[i[:, None], j]
-    return helpful & known, table.cosine[i[:, None], j]
+    i, j = i.clamp(min=0), j.clamp(min=0)
+    helpful, score = (v.index_select(0, i).index_select(1, j) for v in (table.helpful(threshold), table.cosine))
+    return helpful & known, score
 
 
 def _empty_buffer_alignment(
