@@ -17,7 +17,7 @@ from gradmix.training.methods import METHODS, Context, Method, StepRows, weighte
 from gradmix.training.metrics import average_accuracy
 from gradmix.training.trainer import Progress, evaluate, make_optimiser, make_schedule, pick_device, train_one
 
-SHORT = TrainConfig(optim=OptimConfig(epochs=2), threads=1)
+SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
     config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals))
     train_one(config, method, 0, stream=stream, on_step=on_step)
     second_task = per_step[len(stream.tasks[0].train_y) // 16 + 2 :][:10]
-    held = 2 * stream.protocol.buffer_size
+    held = 2 * 8
     expected = {
         ("mixup", False): [32],
         ("mixup", True): [32, 32],
