@@ -16,6 +16,7 @@ rows.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
-from gradmix.mixing import beta_quadrature, draw_lam
+from gradmix.mixing import beta_quadrature
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
 from gradmix.probe import device_of, require_finite, untouched, unwrap
@@ -33,8 +34,14 @@ from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
 Estimator = Literal["feature", "mixed"]
 Criterion = Literal["class", "sample"]
 
-QUADRATURE_NODES = 4
-"""Mixing weights at which a class table is evaluated in feature space."""
+TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Mixing weights at which a class table is evaluated; between them it is interpolated.
+
+Whether a pair of classes may be mixed depends on the weight: near 1 it is a question about the row's own class, near 0
+about the partner's. One decision for all weights, their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
+
+AVERAGE_NODES = 8
+"""Quadrature nodes of a class table's average over Beta(alpha, alpha), which is for people to look at."""
 
 TABLE_ROWS = 2048
 """Rows behind a class table at the most; with many classes there are fewer of each."""
@@ -63,11 +70,56 @@ class Alignment:
         """
         return self.inner >= 0 if threshold == 0.0 else self.cosine >= threshold
 
-    def index_of(self, labels: Tensor) -> Tensor:
-        """(N,) positions of ``labels`` among ``classes``; -1 for a class that is not there."""
-        assert self.classes is not None
-        position = torch.searchsorted(self.classes, labels.contiguous()).clamp_(max=len(self.classes) - 1)
-        return torch.where(self.classes[position] == labels, position, -1)
+
+def class_index(classes: Tensor, labels: Tensor) -> Tensor:
+    """(N,) positions of ``labels`` among the ascending ``classes`` (P,); -1 for a class that is not there."""
+    position = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)
+    return torch.where(classes[position] == labels, position, -1)
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Alignment of class pairs as a function of the mixing weight.
+
+    Attributes:
+        lams: L mixing weights from 0 to 1, ascending.
+        inner: (L, P, P), mean inner products with the reference; NaN where no pair of rows was evaluated.
+        norm: (L, P, P), mean gradient norms.
+        reference_norm: scalar tensor, the reference gradient's norm.
+        classes: (P,) int64, ascending; entry (a, b) is a row of ``classes[a]`` with weight lam and a partner of
+            ``classes[b]``.
+    """
+
+    lams: tuple[float, ...]
+    inner: Tensor
+    norm: Tensor
+    reference_norm: Tensor
+    classes: Tensor
+
+    def at(self, lam: float) -> Alignment:
+        """The alignment at one mixing weight, (P, P), interpolated linearly between the weights evaluated."""
+        return self._alignment(*self._interpolated(lam))
+
+    def average(self, alpha: float) -> Alignment:
+        """The mean over Beta(alpha, alpha), (P, P): what can be shown of the table in one picture."""
+        inner, norm = torch.zeros_like(self.inner[0]), torch.zeros_like(self.norm[0])
+        for lam, weight in zip(*beta_quadrature(alpha, AVERAGE_NODES), strict=True):
+            inner_at, norm_at = self._interpolated(lam)
+            inner += weight * inner_at
+            norm += weight * norm_at
+        return self._alignment(inner, norm)
+
+    def _interpolated(self, lam: float) -> tuple[Tensor, Tensor]:
+        upper = min(bisect_right(self.lams, lam), len(self.lams) - 1)
+        low, high = self.lams[upper - 1], self.lams[upper]
+        share = (lam - low) / (high - low)
+        return (
+            torch.lerp(self.inner[upper - 1], self.inner[upper], share),
+            torch.lerp(self.norm[upper - 1], self.norm[upper], share),
+        )
+
+    def _alignment(self, inner: Tensor, norm: Tensor) -> Alignment:
+        return Alignment(inner, cosine(inner, norm, self.reference_norm), self.classes)
 
 
 @dataclass(frozen=True)
@@ -330,7 +382,7 @@ class ClassMean:
         self._inner = torch.zeros(size * size, dtype=reference.dtype, device=reference.device)
         self._norm, self._count = torch.zeros_like(self._inner), torch.zeros_like(self._inner)
 
-    def add_matrix(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor, weight: float, own_rows: bool) -> None:
+    def add_matrix(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor, own_rows: bool) -> None:
         """Add all pairs of an (N, M) matrix but those that are NaN and, if ``own_rows``, a row with itself."""
         dtype = inner.dtype
         left = (y_a[:, None] == self.classes).to(dtype)
@@ -343,7 +395,7 @@ class ClassMean:
             (self._norm, norm.masked_fill(~valid, 0)),
             (self._count, valid.to(dtype)),
         ):
-            total += weight * (left.T @ value @ right).flatten()
+            total += (left.T @ value @ right).flatten()
 
     def add_pairs(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor) -> None:
         """Add single pairs: all arguments (K,), the labels among ``classes``."""
@@ -352,17 +404,16 @@ class ClassMean:
         for total, value in ((self._inner, inner), (self._norm, norm), (self._count, torch.ones_like(inner))):
             total.index_add_(0, cell, value.to(total.dtype))
 
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The (P, P) means of inner products and of norms; NaN where no pair was added."""
+        shape = (len(self.classes),) * 2
+        count = self._count.masked_fill(self._count == 0, float("nan"))
+        return (self._inner / count).view(shape), (self._norm / count).view(shape)
+
     def alignment(self) -> Alignment:
-        """The (P, P) means; NaN where no pair was added."""
-        size = len(self.classes)
-        empty = self._count == 0
-        count = self._count.masked_fill(empty, 1)
-        inner, norm = self._inner / count, self._norm / count
-        angle = cosine(inner, norm, self._reference.norm())
-        nan = float("nan")
-        return Alignment(
-            inner.masked_fill(empty, nan).view(size, size), angle.masked_fill(empty, nan).view(size, size), self.classes
-        )
+        """The (P, P) alignment; NaN where no pair was added."""
+        inner, norm = self.means()
+        return Alignment(inner, cosine(inner, norm, self._reference.norm()), self.classes)
 
 
 def class_table(
@@ -372,35 +423,36 @@ def class_table(
     reference: Tensor,
     *,
     estimator: Estimator,
-    alpha: float,
     class_samples: int,
     generator: torch.Generator,
     chunk: int,
     backend: str,
-) -> Alignment:
-    """Alignment of all pairs of the classes of ``rows``, averaged over the mixing weight; call it inside ``untouched``.
+) -> ClassTable:
+    """Alignment of all pairs of the classes of ``rows`` at :data:`TABLE_LAMS`; call it inside ``untouched``.
 
-    ``feature``: all pairs of the rows, at the Gauss nodes of Beta(alpha, alpha). ``mixed``: ``class_samples`` random
-    pairs of each two classes, each with a mixing weight of its own.
+    ``feature``: all pairs of up to ``class_samples`` rows of each class. ``mixed``: ``class_samples`` random mixed
+    inputs for each ordered pair of classes, shared out among the mixing weights.
     """
     labels = class_of(rows.y)
     classes = torch.unique(labels)
-    mean = ClassMean(classes, reference)
     if estimator == "feature":
         limit = max(1, min(class_samples, TABLE_ROWS // len(classes)))
         rows = rows.take(ClassQuota(limit).admit(rows.y))
         labels = class_of(rows.y)
-        for lam, weight in zip(*beta_quadrature(alpha, QUADRATURE_NODES), strict=True):
-            inner, norm = feature_alignment(rows, rows, reference, lam, backend)
-            mean.add_matrix(inner, norm, labels, labels, weight, own_rows=True)
-        return mean.alignment()
-    pairs = _class_pairs(labels, classes, class_samples, generator)
-    lam_ = draw_lam(alpha, generator, len(pairs))
-    assert isinstance(lam_, Tensor)
     own = (rows.x, rows.y)
-    inner, norm = mixed_input_alignment(model, head, own, own, pairs, reference, lam_.to(labels.device), chunk)
-    mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
-    return mean.alignment()
+    means = []
+    for lam in TABLE_LAMS:
+        mean = ClassMean(classes, reference)
+        if estimator == "feature":
+            inner, norm = feature_alignment(rows, rows, reference, lam, backend)
+            mean.add_matrix(inner, norm, labels, labels, own_rows=True)
+        else:
+            pairs = _class_pairs(labels, classes, max(1, class_samples // len(TABLE_LAMS)), generator)
+            inner, norm = mixed_input_alignment(model, head, own, own, pairs, reference, lam, chunk)
+            mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
+        means.append(mean.means())
+    inner, norm = (torch.stack(v) for v in zip(*means, strict=True))
+    return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
 
 
 def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch.Generator) -> Tensor:
@@ -527,7 +579,7 @@ def judge(
         return by_sample(inner, norm, reference)
     y_a, y_b = class_of(rows.y), class_of(partners.y)
     mean = ClassMean(torch.unique(torch.cat([y_a, y_b])), reference)
-    mean.add_matrix(inner, norm, y_a, y_b, 1.0, own_rows)
+    mean.add_matrix(inner, norm, y_a, y_b, own_rows)
     return mean.alignment()
 
 

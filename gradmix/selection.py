@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from gradmix.alignment import (
     Alignment,
+    ClassTable,
     Criterion,
     Estimator,
     Rows,
     check_choice,
     checked_rows,
+    class_index,
     class_table,
     concatenate,
     forward_all,
@@ -274,7 +276,7 @@ def _select(
     lam: float | None,
     generator: torch.Generator,
     reference: Tensor | None,
-    table: Alignment | None,
+    table: ClassTable | None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
 ) -> Pairs:
     """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
@@ -292,8 +294,9 @@ def _select(
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
             partner, helpful = draw.partners(None, None)
         else:
-            alignment = table
-            partner, helpful = draw.partners(*_class_decisions(table, batch[1], partner_pair[1], settings.threshold))
+            alignment = table.at(lam)
+            decisions = _class_decisions(alignment, batch[1], partner_pair[1], settings.threshold)
+            partner, helpful = draw.partners(*decisions)
     else:
         module = resolve_head(model, settings.head, batch[0][:1])
         rows = (
@@ -354,7 +357,8 @@ def _score(
 
 def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """By pair (N, M): whether its classes may be mixed, and their cosine; a class not in the table may not."""
-    i, j = table.index_of(class_of(y)), table.index_of(class_of(other_y))
+    assert table.classes is not None
+    i, j = (class_index(table.classes, class_of(labels)) for labels in (y, other_y))
     known = (i >= 0)[:, None] & (j >= 0)
     i, j = i.clamp(min=0), j.clamp(min=0)
     helpful, score = (v.index_select(0, i).index_select(1, j) for v in (table.helpful(threshold), table.cosine))
@@ -453,7 +457,7 @@ class GradMix:
 
     What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time;
     and, by class, when a batch holds a class the table does not know. The class table is made of the buffer's rows and
-    the rows at hand, and averaged over Beta(alpha, alpha), because it serves steps with different lam.
+    the rows at hand, and holds the alignment as a function of lam, because it serves steps with different lam.
 
     Args:
         model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
@@ -465,7 +469,7 @@ class GradMix:
 
     Attributes:
         reference: the reference gradient (C, d + 1), or None before the first call and while the buffer is empty.
-        table: the class table (:class:`gradmix.alignment.Alignment`), or None.
+        table: the class table (:class:`gradmix.alignment.ClassTable`), or None.
         pairs: the last :class:`Pairs`, or None.
         refreshes: how often the reference gradient was computed.
 
@@ -501,7 +505,7 @@ class GradMix:
         self._refresh, self._class_samples = refresh, class_samples
         self._generator = default_generator() if generator is None else generator
         self.reference: Tensor | None = None
-        self.table: Alignment | None = None
+        self.table: ClassTable | None = None
         self.pairs: Pairs | None = None
         self.refreshes = 0
         self._age = 0
@@ -553,7 +557,7 @@ class GradMix:
         if self.table is None:
             return False
         labels = [class_of(pair[1]) for pair in (batch, candidates) if pair is not None]
-        return any(bool((self.table.index_of(label) < 0).any()) for label in labels)
+        return any(bool((class_index(self.table.classes, label) < 0).any()) for label in labels)
 
     def _update(
         self,
@@ -584,7 +588,6 @@ class GradMix:
                 concatenate([*kept, *at_hand]),
                 reference,
                 estimator=settings.estimator,
-                alpha=settings.alpha,
                 class_samples=self._class_samples,
                 generator=self._generator,
                 chunk=settings.chunk_size,
@@ -600,7 +603,7 @@ class GradMix:
         table = self.table
         return {
             "reference": self.reference,
-            "table": None if table is None else (table.inner, table.cosine, table.classes),
+            "table": None if table is None else vars(table) | {"lams": list(table.lams)},
             "age": self._age,
             "stale": self._stale,
             "refreshes": self.refreshes,
@@ -619,7 +622,7 @@ class GradMix:
         table = state["table"]
         self._generator.set_state(state["generator"])
         self.reference = state["reference"]
-        self.table = None if table is None else Alignment(*table)
+        self.table = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
         self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
 
 

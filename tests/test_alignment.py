@@ -8,10 +8,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradmix
-from gradmix.alignment import Alignment, ClassMean, alignment_matrix, class_table, forward_all, reference_gradient
+from gradmix.alignment import (
+    TABLE_LAMS,
+    Alignment,
+    ClassTable,
+    alignment_matrix,
+    class_index,
+    class_table,
+    forward_all,
+    reference_gradient,
+)
 from gradmix.head import logits_of
-from gradmix.mixing import beta_quadrature
-from gradmix.ops.mixed_alignment import mixed_alignment_reference
 from gradmix.probe import untouched
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -170,49 +177,66 @@ def test_by_class_with_foreign_candidates_counts_every_pair() -> None:
     assert by_class.inner[1, 0].isnan()
 
 
-def table(model: nn.Module, pair: tuple, grad_reference: Tensor, **options: object) -> Alignment:
-    settings = {"estimator": "feature", "alpha": 1.0, "class_samples": 32, "chunk": 512, "backend": "auto"} | options
+def table(model: nn.Module, pair: tuple, grad_reference: Tensor, **options: object) -> ClassTable:
+    settings = {"estimator": "feature", "class_samples": 32, "chunk": 512, "backend": "auto"} | options
     with untouched(model):
         got = forward_all(model, model.fc, "rows", pair, 512)
         return class_table(model, model.fc, got, grad_reference, generator=torch.Generator().manual_seed(0), **settings)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_a_class_table_in_feature_space_is_the_mean_over_lam(alpha: float) -> None:
+@pytest.mark.parametrize("lam", TABLE_LAMS)
+def test_a_class_table_in_feature_space_is_the_class_mean_at_its_weights(lam: float) -> None:
     model, pair = MLP().double(), rows(12, 1, torch.float64)
-    grad_reference = reference_gradient(model, rows(6, 3, torch.float64))
-    result = table(model, pair, grad_reference, alpha=alpha)
-    with untouched(model):
-        got = forward_all(model, model.fc, "rows", pair, 512)
-    arguments = (got.features, got.logits, got.y) * 2
-    expected = 0
-    for lam, weight in zip(*beta_quadrature(alpha, 24), strict=True):
-        mean = ClassMean(result.classes, grad_reference)
-        mean.add_matrix(*mixed_alignment_reference(*arguments, grad_reference, lam), got.y, got.y, 1.0, True)
-        expected = expected + weight * mean.alignment().inner
-    assert torch.equal(result.inner.isnan(), expected.isnan())
-    # Four nodes for twenty-four: the integrand is smooth.
-    assert (result.inner - expected).nan_to_num().abs().max() <= 1e-4 * expected.nan_to_num().abs().max()
+    buffer = rows(6, 3, torch.float64)
+    result = table(model, pair, reference_gradient(model, buffer)).at(lam)
+    expected = alignment_matrix(model, buffer, pair, lam=lam, criterion="class")
+    assert torch.equal(result.classes, expected.classes)
+    for name in ("inner", "cosine"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.4, 0.6, 0.97])
+def test_a_class_table_is_interpolated_between_its_weights(lam: float) -> None:
+    model, pair, buffer = MLP().double(), rows(12, 1, torch.float64), rows(6, 3, torch.float64)
+    whole = table(model, pair, reference_gradient(model, buffer))
+    result = whole.at(lam)
+    k = int(lam * 4)
+    share = lam * 4 - k
+    torch.testing.assert_close(result.inner, (1 - share) * whole.inner[k] + share * whole.inner[k + 1], equal_nan=True)
+    exact = alignment_matrix(model, buffer, pair, lam=lam, criterion="class")
+    # Smooth in lam: five weights lose little.
+    assert (result.inner - exact.inner).nan_to_num().abs().max() <= 0.05 * exact.inner.nan_to_num().abs().max()
+    assert ((result.cosine >= 0) == (result.inner >= 0))[~result.inner.isnan()].all()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_the_average_of_a_class_table_is_over_beta(alpha: float) -> None:
+    lams, classes = TABLE_LAMS, torch.tensor([3, 7])
+    # Linear in lam, so that interpolation is exact: inner = 2 lam - 1 has mean 0, norm = 1 + lam has mean 1.5.
+    inner = torch.tensor([2 * v - 1 for v in lams], dtype=torch.float64)[:, None, None].expand(-1, 2, 2)
+    norm = torch.tensor([1 + v for v in lams], dtype=torch.float64)[:, None, None].expand(-1, 2, 2)
+    whole = ClassTable(lams, inner + 0.75, norm, torch.tensor(2.0, dtype=torch.float64), classes)
+    average = whole.average(alpha)
+    torch.testing.assert_close(average.inner, torch.full((2, 2), 0.75, dtype=torch.float64))
+    torch.testing.assert_close(average.cosine, torch.full((2, 2), 0.25, dtype=torch.float64))
 
 
 def test_a_class_table_of_mixed_inputs_is_unbiased_over_its_random_pairs() -> None:
     model, pair = MLP(), rows(12, 1)
     grad_reference = reference_gradient(model, rows(6, 3))
-    result = table(model, pair, grad_reference, estimator="mixed", class_samples=400)
+    samples = 400
+    whole = table(model, pair, grad_reference, estimator="mixed", class_samples=samples * len(TABLE_LAMS))
     y = pair[1]
-    total = ClassMean(result.classes, grad_reference)
-    spread = torch.zeros(2, len(result.classes) ** 2, dtype=torch.float64)
-    for lam, weight in zip(*beta_quadrature(1.0, 8), strict=True):
+    for lam in TABLE_LAMS:
+        result = whole.at(lam)
         inner, norm = truth.mixed_inputs(model, "fc", pair, pair, lam, grad_reference)
-        total.add_matrix(inner.float(), norm.float(), y, y, weight, own_rows=False)
         for a, label in enumerate(result.classes):
             for b, other in enumerate(result.classes):
-                cell = inner[(y == label)[:, None] & (y == other)]
-                spread[:, a * len(result.classes) + b] += weight * torch.stack([cell.mean(), cell.square().mean()])
-    expected = total.alignment().inner
-    error = ((spread[1] - spread[0].square()).sqrt() / 400**0.5).view_as(expected)
-    assert ((result.inner - expected).abs() <= 5 * error + 1e-5).all()
-    assert result.inner.shape == (len(torch.unique(y)),) * 2
+                cell = (y == label)[:, None] & (y == other)
+                error = inner[cell].std(correction=0) / samples**0.5
+                assert (result.inner[a, b] - inner[cell].mean()).abs() <= 5 * error + 1e-5
+                weighted = inner[cell].mean() / norm[cell].mean() / grad_reference.norm()
+                assert (result.cosine[a, b] - weighted).abs() < 0.1
 
 
 def test_many_classes_get_fewer_rows_each() -> None:
@@ -225,9 +249,8 @@ def test_many_classes_get_fewer_rows_each() -> None:
     torch.testing.assert_close(few.inner, expected.inner)
 
 
-def test_index_of_finds_classes_and_marks_the_unknown() -> None:
-    alignment = Alignment(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([1, 4]))
-    assert alignment.index_of(torch.tensor([4, 1, 0, 2, 9])).tolist() == [1, 0, -1, -1, -1]
+def test_class_index_finds_classes_and_marks_the_unknown() -> None:
+    assert class_index(torch.tensor([1, 4]), torch.tensor([4, 1, 0, 2, 9])).tolist() == [1, 0, -1, -1, -1]
 
 
 def test_threshold_zero_is_the_sign_and_others_compare_cosines() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer
+from gradmix.alignment import class_index
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -71,16 +72,30 @@ def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: 
     model.register_forward_hook(lambda *_: calls.append(1))
     mixup(*rows(6, 2))
     assert calls == [] and mixup.refreshes == 1
-    assert mixup.pairs is not None and mixup.pairs.alignment is mixup.table.cosine
+    lam = mixup.pairs.lam[mixup.pairs.helpful].unique().item()
+    torch.testing.assert_close(mixup.pairs.alignment, mixup.table.at(lam).cosine, equal_nan=True)
 
 
 def test_choices_follow_the_kept_table() -> None:
     mixup = GradMix(MLP(), filled(40))
     x, y = rows(30, 1)
-    pairs = mixup.select(x, y)
-    i, j = mixup.table.index_of(y), mixup.table.index_of(y[pairs.partner])
-    assert (mixup.table.inner[i, j] >= 0)[pairs.helpful].all()
-    assert not mixup.table.helpful().all()  # there was something to refuse
+    refused = 0
+    for lam in (0.1, 0.5, 0.9):
+        pairs = mixup.select(x, y, lam=lam)
+        table = mixup.table.at(lam)
+        i, j = class_index(table.classes, y), class_index(table.classes, y[pairs.partner])
+        assert (table.inner[i, j] >= 0)[pairs.helpful].all()
+        refused += int((~table.helpful()).sum())
+    assert refused
+
+
+def test_one_table_serves_every_weight() -> None:
+    mixup = GradMix(MLP(), filled(40), refresh="epoch")
+    x, y = rows(30, 1)
+    low, high = (mixup.select(x, y, lam=lam).alignment for lam in (0.05, 0.95))
+    assert mixup.refreshes == 1 and not torch.equal(low, high)
+    # Weight lam on a and 1 - lam on b is weight 1 - lam on b and lam on a.
+    torch.testing.assert_close(low, high.T, equal_nan=True, atol=0.02, rtol=0)
 
 
 def test_a_class_the_table_does_not_know_has_it_made_anew() -> None:

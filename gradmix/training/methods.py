@@ -189,7 +189,8 @@ class SelectiveMixup(Mixing):
         return None if pairs is None else pairs.helpful.sum()
 
     def class_table(self, rows: StepRows) -> Alignment | None:
-        return self._mixup.table
+        table = self._mixup.table
+        return None if table is None else table.average(self.context.mix.alpha)
 
 
 class GradMixClass(SelectiveMixup):
@@ -219,7 +220,7 @@ class GradMixSample(SelectiveMixup):
             generator=torch.Generator().manual_seed(0),
         )
         by_class.select(rows.x, rows.y)
-        return by_class.table
+        return None if by_class.table is None else by_class.table.average(context.mix.alpha)
 
 
 METHODS: dict[str, type[Method]] = {
