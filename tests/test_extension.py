@@ -212,6 +212,8 @@ BAD = {
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_are_named(case):
+    if case == "read-only out" and np.lib.NumpyVersion(np.__version__) < "2.1.0":
+        pytest.skip("numpy before 2.1 makes no DLPack capsule that says it is read-only")
     change, error, message = BAD[case]
     with pytest.raises(error, match=message):
         EXTENSION.class_sketch(**arguments(**change))
