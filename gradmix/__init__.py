@@ -10,7 +10,7 @@
 """
 
 from gradmix._version import __version__
-from gradmix.alignment import Alignment, alignment_matrix, reference_gradient
+from gradmix.alignment import Alignment, ClassTable, alignment_matrix, reference_gradient
 from gradmix.buffers import ReplayBuffer
 from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
 from gradmix.ops.backends import get_backend, set_backend
@@ -18,6 +18,7 @@ from gradmix.selection import GradMix, Pairs, select_pairs
 
 __all__ = [
     "Alignment",
+    "ClassTable",
     "GradMix",
     "HeadCapture",
     "HeadNotFoundError",
