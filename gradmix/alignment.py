@@ -138,6 +138,10 @@ class Rows:
         """The rows at ``index``."""
         return Rows(self.x[index], self.y[index], self.features[index], self.logits[index])
 
+    def without_inputs(self) -> Rows:
+        """The same with x of width 0: what is kept in feature space must not keep images alive."""
+        return Rows(self.x.new_empty(len(self), 0), self.y, self.features, self.logits)
+
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -243,7 +247,13 @@ def reference_gradient(
 
 
 def read_buffer(
-    model: nn.Module, buffer: object, head: nn.Module | str | None, chunk: int, device: torch.device, keep: int = 0
+    model: nn.Module,
+    buffer: object,
+    head: nn.Module | str | None,
+    chunk: int,
+    device: torch.device,
+    keep: int = 0,
+    keep_inputs: bool = True,
 ) -> tuple[Tensor | None, list[Rows]]:
     """The reference gradient, or None for an empty buffer, and up to ``keep`` rows a class of those forwarded."""
     total: ReferenceSum | None = None
@@ -253,7 +263,8 @@ def read_buffer(
         total = total or ReferenceSum(resolve_head(model, head))
         total.add(rows)
         if keep:
-            kept.append(rows.take(quota.admit(rows.y)))
+            index = quota.admit(rows.y)
+            kept.append((rows if keep_inputs else rows.without_inputs()).take(index))
     return (None if total is None else total.mean()), kept
 
 

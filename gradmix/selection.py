@@ -573,6 +573,7 @@ class GradMix:
             settings.chunk_size,
             batch[0].device,
             keep=self._class_samples if by_class else 0,
+            keep_inputs=settings.estimator == "mixed",
         )
         table = None
         if reference is not None and by_class:
@@ -582,6 +583,8 @@ class GradMix:
             sources = [("batch", batch)] if given is None else []
             sources += [("candidates", candidates)] if candidates is not None else []
             at_hand += [forward_all(self._model, head, name, pair, settings.chunk_size) for name, pair in sources]
+            if settings.estimator == "feature":
+                at_hand = [rows.without_inputs() for rows in at_hand]
             table = class_table(
                 self._model,
                 head,

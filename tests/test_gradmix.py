@@ -9,7 +9,7 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer
-from gradmix.alignment import class_index
+from gradmix.alignment import Rows, class_index
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -74,6 +74,22 @@ def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: 
     assert calls == [] and mixup.refreshes == 1
     lam = mixup.pairs.lam[mixup.pairs.helpful].unique().item()
     torch.testing.assert_close(mixup.pairs.alignment, mixup.table.at(lam).cosine, equal_nan=True)
+
+
+@pytest.mark.parametrize(("estimator", "width"), [("feature", 0), ("mixed", 3 * 8 * 8)])
+def test_only_mixed_inputs_keep_inputs_alive(monkeypatch: pytest.MonkeyPatch, estimator: str, width: int) -> None:
+    widths: list[int] = []
+
+    def spy(model: object, head: object, table_rows: Rows, *args: object, **options: object) -> object:
+        widths.append(table_rows.x.flatten(1).shape[1])
+        return class_table(model, head, table_rows, *args, **options)
+
+    class_table = gradmix.selection.class_table
+    monkeypatch.setattr(gradmix.selection, "class_table", spy)
+    mixup = GradMix(MLP(), filled(40), estimator=estimator)
+    mixup(*rows(6, 1))
+    mixup.select(*rows(6, 1), candidates=rows(5, 2))
+    assert widths == [width, width]
 
 
 def test_choices_follow_the_kept_table() -> None:
