@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature
-from gradmix.ops.labels import class_of, dense_labels
+from gradmix.ops.labels import check_label_range, class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
 from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
@@ -171,15 +171,7 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
     require_finite(
         first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
-    classes = logits.shape[1]
-    if y.is_floating_point():
-        if y.shape[1] != classes:
-            raise ValueError(f"{name} labels: got {y.shape[1]} classes, expected {classes} as the model's logits")
-    elif len(y) and int(y.max()) >= classes:
-        row = int((y >= classes).nonzero()[0])
-        raise ValueError(
-            f"{name} labels: row {first_row + row} is {int(y[row])}, expected a class index in [0, {classes})"
-        )
+    check_label_range(name, y, logits.shape[1], first_row)
     return Rows(x, y, features, logits)
 
 

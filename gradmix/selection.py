@@ -32,7 +32,7 @@ from gradmix.alignment import (
 from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
-from gradmix.ops.labels import class_of, dense_labels
+from gradmix.ops.labels import check_label_range, class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair
@@ -289,7 +289,7 @@ def _select(
         require_finite(batch=batch[0], candidates=partner_pair[0])
         width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
         for name, pair in (("batch", batch), ("candidates", partner_pair)):
-            _check_label_width(name, pair[1], width)
+            check_label_range(name, pair[1], width)
         if table is None:
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
             partner, helpful = draw.partners(None, None)
@@ -434,15 +434,6 @@ class _Draw:
 def _check_width(num_classes: int | None, width: int) -> None:
     if num_classes is not None and num_classes != width:
         raise ValueError(f"num_classes: got {num_classes}, expected {width} as the model's logits, or None")
-
-
-def _check_label_width(name: str, labels: Tensor, width: int) -> None:
-    if labels.is_floating_point():
-        if labels.shape[1] != width:
-            raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {width}")
-    elif int(labels.max()) >= width:
-        row = int((labels >= width).nonzero()[0])
-        raise ValueError(f"{name} labels: row {row} is {int(labels[row])}, expected a class index in [0, {width})")
 
 
 class GradMix:

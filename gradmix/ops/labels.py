@@ -53,6 +53,25 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
         raise ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}")
 
 
+def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 0) -> None:
+    """Raise ValueError unless checked labels fit a model of ``classes`` classes.
+
+    Args:
+        name: what the rows are called; the error speaks of its labels.
+        labels: as :func:`check_labels` lets them pass.
+        classes: width of the model's logits.
+        first_row: index of row 0 in the whole argument, of which these are a chunk.
+    """
+    if labels.is_floating_point():
+        if labels.shape[1] != classes:
+            raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {classes} as the model's logits")
+    elif len(labels) and int(labels.max()) >= classes:
+        row = int((labels >= classes).nonzero()[0])
+        raise ValueError(
+            f"{name} labels: row {first_row + row} is {int(labels[row])}, expected a class index in [0, {classes})"
+        )
+
+
 def _check_sums(name: str, labels: Tensor) -> None:
     """softmax(z) - y is the gradient of the cross-entropy only where y sums to 1."""
     off = ~((labels.sum(1, dtype=torch.float32) - 1).abs() <= SUM_TOLERANCE)
