@@ -306,29 +306,24 @@ def mixed_input_alignment(
     partners: tuple[Tensor, Tensor],
     pairs: Tensor,
     reference: Tensor,
-    lam: float | Tensor,
+    lam: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Estimator ``mixed``: (inner, norm), both (K,), of the pairs (i, j) in ``pairs`` (K, 2), each forwarded.
 
-    ``lam`` is one weight, or one a pair (K,). Call it inside :func:`gradmix.probe.untouched`.
+    Call it inside :func:`gradmix.probe.untouched`.
     """
     (x, y), (other_x, other_y) = rows, partners
+    mu, dtype = 1 - lam, reference.dtype
     inner, norm = [], []
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].unbind(1)
-        weight: float | Tensor = lam[start : start + chunk] if isinstance(lam, Tensor) else lam
-        x_weight = weight.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(weight, Tensor) else weight
         with HeadCapture(model, head) as capture:
-            model(x_weight * x[i] + (1 - x_weight) * other_x[j])
+            model(lam * x[i] + mu * other_x[j])
         features, logits = capture.output
         _require_finite_pairs(logits, i, j)
-        dtype = reference.dtype
-        y_weight = weight.to(dtype)[:, None] if isinstance(weight, Tensor) else weight
-        classes = logits.shape[1]
-        labels = y_weight * dense_labels(y[i], classes, dtype) + (1 - y_weight) * dense_labels(
-            other_y[j], classes, dtype
-        )
+        own, other = (dense_labels(v, logits.shape[1], dtype) for v in (y[i], other_y[j]))
+        labels = lam * own + mu * other
         part = row_alignment(features, logits, labels, reference)
         inner.append(part[0])
         norm.append(part[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _SEED_LIMIT = 1 << 62
 
@@ -25,14 +24,13 @@ def default_generator() -> torch.Generator:
     return _private[1]
 
 
-def draw_lam(alpha: float, generator: torch.Generator, count: int | None = None) -> float | Tensor:
-    """One mixing weight from Beta(alpha, alpha), or ``count`` of them as a (count,) float64 CPU tensor.
+def draw_lam(alpha: float, generator: torch.Generator) -> float:
+    """One mixing weight from Beta(alpha, alpha).
 
     torch's Beta takes no generator, so numpy draws, seeded by one number from ``generator``.
     """
     seed = int(torch.randint(_SEED_LIMIT, (1,), generator=generator, device=generator.device))
-    drawn = np.random.default_rng(seed).beta(alpha, alpha, size=count)
-    return float(drawn) if count is None else torch.from_numpy(drawn)
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
 def beta_quadrature(alpha: float, nodes: int) -> tuple[list[float], list[float]]:

@@ -280,16 +280,17 @@ def _select(
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
 ) -> Pairs:
     """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
-    lam = float(draw_lam(settings.alpha, generator)) if lam is None else float(lam)
+    lam = draw_lam(settings.alpha, generator) if lam is None else float(lam)
     draw = _Draw(
         settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device
     )
     partner_pair = batch if candidates is None else candidates
     if reference is None or table is not None:
-        require_finite(batch=batch[0], candidates=partner_pair[0])
         width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
-        for name, pair in (("batch", batch), ("candidates", partner_pair)):
-            check_label_range(name, pair[1], width)
+        given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
+        require_finite(0, **{name: x for name, (x, _) in given.items()})
+        for name, (_, y) in given.items():
+            check_label_range(name, y, width)
         if table is None:
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
             partner, helpful = draw.partners(None, None)

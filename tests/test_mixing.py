@@ -20,8 +20,9 @@ def test_quadrature_has_the_moments_of_beta(alpha: float, nodes: int) -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_draws_follow_beta(alpha: float) -> None:
-    drawn = draw_lam(alpha, torch.Generator().manual_seed(0), 20000)
-    assert drawn.dtype == torch.float64 and drawn.shape == (20000,)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([draw_lam(alpha, generator) for _ in range(20000)], dtype=torch.float64)
+    assert ((drawn >= 0) & (drawn <= 1)).all()
     variance = 1 / (4 * (2 * alpha + 1))
     assert float(drawn.mean()) == pytest.approx(0.5, abs=5 * (variance / 20000) ** 0.5)
     assert float(drawn.var()) == pytest.approx(variance, rel=0.05)

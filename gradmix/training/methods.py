@@ -135,7 +135,7 @@ class Mixup(Mixing):
 
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         context = self.context
-        lam = float(draw_lam(context.mix.alpha, context.generator))
+        lam = draw_lam(context.mix.alpha, context.generator)
         other_x, other_y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
         drawn = torch.randperm(len(other_y), generator=context.generator, device=context.generator.device)
         partner = drawn[: len(rows.y)].to(rows.x.device)
