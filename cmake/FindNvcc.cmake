@@ -1,4 +1,4 @@
-# Looks for an nvcc that really compiles csrc/cuda_devices.cu for the architectures wanted. Leaves GRADMIX_CUDA_WORKS,
+# Looks for an nvcc that really compiles a source of ours for the architectures wanted. Leaves GRADMIX_CUDA_WORKS,
 # cuda_reason and GRADMIX_CUDA_ARCHITECTURES; the language CUDA is enabled only if all of it works.
 
 set(GRADMIX_CUDA_WORKS OFF)

@@ -1,4 +1,5 @@
-// The operator class_sketch on the CPU: out[p] = sum over the samples n of class p and positions t of d[n,t,:] a[n,t,:]^T.
+// The operator class_sketch on the CPU. With G[n] = sum over the positions t of d[n,t,:] a[n,t,:]^T:
+// sums[p] = sum of G[n], squares[p] = sum of ||G[n]||^2, over the samples n of class p.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +9,12 @@
 namespace gradmix {
 
 struct ClassSketch {
-  Dtype dtype;                 // of deltas and activations; the output is float64 for float64, else float32
+  Dtype dtype;                 // of deltas and activations; the results are float64 for float64, else float32
   const void* deltas;          // (samples, positions, rows)
   const void* activations;     // (samples, positions, columns)
   const std::int64_t* labels;  // (samples,), each in [0, classes)
-  void* out;                   // (classes, rows, columns), overwritten
+  void* sums;                  // (classes, rows, columns), overwritten
+  void* squares;               // (classes,), overwritten
   std::int64_t samples;
   std::int64_t positions;
   std::int64_t rows;
@@ -25,8 +27,5 @@ std::int64_t first_bad_label(const std::int64_t* labels, std::int64_t samples, s
 
 // The same bits for every number of threads: work is cut by the shapes alone, and partial sums are added in a fixed order.
 void class_sketch(const ClassSketch& problem, int threads);
-
-// The instruction set whose kernel serves on this machine: "base", "avx2" or "avx512".
-const char* class_sketch_instruction_set();
 
 }  // namespace gradmix

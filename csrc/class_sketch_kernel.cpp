@@ -1,26 +1,13 @@
 // See class_sketch_kernel.hpp. GRADMIX_LEVEL names the instruction set, GRADMIX_VECTOR_BYTES is its register width.
 #include "class_sketch_kernel.hpp"
 
-namespace gradmix::kernel {
-namespace {
+#include "simd.hpp"
 
-#if defined(__GNUC__)
-#define GRADMIX_UNROLL _Pragma("GCC unroll 16")
-template <typename T>
-struct Simd {
-  static constexpr int lanes = GRADMIX_VECTOR_BYTES / static_cast<int>(sizeof(T));
-  typedef T Vector __attribute__((vector_size(GRADMIX_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(GRADMIX_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-};
-#else
-#define GRADMIX_UNROLL
-template <typename T>
-struct Simd {
-  static constexpr int lanes = 1;
-  using Vector = T;
-  using Unaligned = T;
-};
-#endif
+namespace gradmix::class_sketch_kernel {
+
+using namespace kernel;
+
+namespace {
 
 // Sixteen accumulators where there are 32 registers, eight where there are 16: enough to hide the latency of a
 // multiply-add, and never spilt.
@@ -120,41 +107,42 @@ void block(const Block<T>& b) {
   if (j < b.j) last_columns(b, j);
 }
 
-float bits_to_float(std::uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-void from_bfloat16(const std::uint16_t* from, float* to, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) to[i] = bits_to_float(static_cast<std::uint32_t>(from[i]) << 16);
-}
-
-// Exponent and mantissa are moved into float32's places and the exponent's bias is put right by a multiplication, which
-// makes subnormals right as well; only infinity and NaN need their exponent set.
-void from_float16(const std::uint16_t* from, float* to, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint32_t half = from[i];
-    const std::uint32_t magnitude = float_to_bits(bits_to_float((half & 0x7fffu) << 13) * 0x1p112f);
-    const std::uint32_t special = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-    to[i] = bits_to_float(magnitude | special | (half & 0x8000u) << 16);
+// Row by row in T, and the rows' sums in double: no sum grows so long that its end is lost.
+template <typename T>
+double take(const T* product, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* out,
+            std::int64_t out_stride) {
+  using V = typename Simd<T>::Vector;
+  using U = typename Simd<T>::Unaligned;
+  constexpr int lanes = Simd<T>::lanes;
+  double total = 0;
+  for (std::int64_t k = 0; k < rows; ++k) {
+    const T* const from = product + k * stride;
+    T* const to = out == nullptr ? nullptr : out + k * out_stride;
+    V squares{};
+    std::int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) {
+      const V value = *reinterpret_cast<const U*>(from + j);
+      squares += value * value;
+      if (to != nullptr) *reinterpret_cast<U*>(to + j) += value;
+    }
+    T rest = 0;
+    for (; j < columns; ++j) {
+      rest += from[j] * from[j];
+      if (to != nullptr) to[j] += from[j];
+    }
+    T parts[lanes];
+    *reinterpret_cast<U*>(parts) = squares;
+    for (int lane = 0; lane < lanes; ++lane) rest += parts[lane];
+    total += rest;
   }
+  return total;
 }
 
 }  // namespace
 
-#define GRADMIX_TEXT_(x) #x
-#define GRADMIX_TEXT(x) GRADMIX_TEXT_(x)
-
 const Table& GRADMIX_LEVEL() {
-  static const Table table{GRADMIX_TEXT(GRADMIX_LEVEL), block<float>, block<double>, from_bfloat16, from_float16};
+  static const Table table{block<float>, block<double>, take<float>, take<double>, from_bfloat16, from_float16};
   return table;
 }
 
-}  // namespace gradmix::kernel
+}  // namespace gradmix::class_sketch_kernel

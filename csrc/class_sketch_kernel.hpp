@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace gradmix::kernel {
+namespace gradmix::class_sketch_kernel {
 
 // out (k x j) = [out +] sum over r < count of d[rows[r]] a[rows[r]]^T, accumulated in registers.
 template <typename T>
@@ -28,9 +28,13 @@ struct Block {
 constexpr std::int64_t kMaxLanes = 16;
 
 struct Table {
-  const char* name;
-  void (*float32)(const Block<float>&);
-  void (*float64)(const Block<double>&);
+  void (*block_float32)(const Block<float>&);
+  void (*block_float64)(const Block<double>&);
+  // The sum of the squares of a (rows x columns) product, which is also added to `out` unless that is null.
+  double (*take_float32)(const float* product, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* out,
+                         std::int64_t out_stride);
+  double (*take_float64)(const double* product, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                         double* out, std::int64_t out_stride);
   void (*from_bfloat16)(const std::uint16_t* from, float* to, std::int64_t count);
   void (*from_float16)(const std::uint16_t* from, float* to, std::int64_t count);
 };
@@ -39,4 +43,4 @@ const Table& base();
 const Table& avx2();
 const Table& avx512();
 
-}  // namespace gradmix::kernel
+}  // namespace gradmix::class_sketch_kernel

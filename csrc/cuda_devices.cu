@@ -1,6 +1,8 @@
+#include "cuda_devices.hpp"
+
 #include <cuda_runtime.h>
 
-#include "cuda_devices.hpp"
+#include "cuda_check.hpp"  // unused: the build tries this file first, and with it what the others need of CUDA
 
 namespace gradmix {
 namespace {

@@ -9,6 +9,7 @@
 namespace gradmix::dlpack {
 
 constexpr std::int32_t kDeviceCpu = 1;
+constexpr std::int32_t kDeviceCuda = 2;
 
 constexpr std::uint8_t kCodeInt = 0;
 constexpr std::uint8_t kCodeUInt = 1;

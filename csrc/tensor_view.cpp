@@ -54,6 +54,11 @@ std::int64_t itemsize(Dtype dtype) {
   }
 }
 
+std::string device_text(std::int32_t type) {
+  const std::string number = "(type " + std::to_string(type) + ")";
+  return type == dlpack::kDeviceCuda ? "a CUDA tensor " + number : "a CPU tensor " + number;
+}
+
 std::string tuple_text(const std::int64_t* values, std::int32_t count) {
   std::string text = "(";
   for (std::int32_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
@@ -74,7 +79,7 @@ const char* dtype_name(Dtype dtype) {
 }
 
 TensorView::TensorView(const py::object& object, const char* argument, std::initializer_list<Dtype> dtypes,
-                       const char* axes, std::int32_t ndim, bool writable)
+                       const char* axes, std::int32_t ndim, const Accept& accept)
     : argument_(argument) {
   if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
     refuse_type(argument, python_type(object), "a tensor with __dlpack__ and __dlpack_device__");
@@ -83,10 +88,15 @@ TensorView::TensorView(const py::object& object, const char* argument, std::init
   try {
     // The device is asked for first: exporting a tensor of another device may synchronise or fail obscurely.
     const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-    if (device.first != dlpack::kDeviceCpu) {
-      refuse_type(argument, "a tensor of DLPack device type " + std::to_string(device.first), "a CPU tensor (type 1)");
+    if (device.first != accept.device_type) {
+      refuse_type(argument, "a tensor of DLPack device type " + std::to_string(device.first),
+                  device_text(accept.device_type));
     }
-    capsule = object.attr("__dlpack__")();
+    if (accept.device_type == dlpack::kDeviceCpu) {
+      capsule = object.attr("__dlpack__")();
+    } else {
+      capsule = object.attr("__dlpack__")(py::arg("stream") = -1);  // -1: no synchronisation
+    }
   } catch (const py::cast_error&) {
     refuse_type(argument, python_type(object) + " with an odd __dlpack_device__", "a pair (device type, device id)");
   } catch (py::error_already_set& error) {
@@ -118,8 +128,8 @@ TensorView::TensorView(const py::object& object, const char* argument, std::init
   }
 
   try {
-    read(*tensor, dtypes, axes, ndim);
-    if (writable && read_only) refuse_value(argument, "a read-only tensor", "a writable one");
+    read(*tensor, dtypes, axes, ndim, accept);
+    if (accept.writable && read_only) refuse_value(argument, "a read-only tensor", "a writable one");
   } catch (...) {
     release();  // a constructor that throws gets no destructor call
     throw;
@@ -127,11 +137,12 @@ TensorView::TensorView(const py::object& object, const char* argument, std::init
 }
 
 void TensorView::read(const dlpack::Tensor& tensor, std::initializer_list<Dtype> dtypes, const char* axes,
-                      std::int32_t ndim) {
-  if (tensor.device.type != dlpack::kDeviceCpu) {
+                      std::int32_t ndim, const Accept& accept) {
+  if (tensor.device.type != accept.device_type) {
     refuse_type(argument_, "a tensor of DLPack device type " + std::to_string(tensor.device.type),
-                "a CPU tensor (type 1)");
+                device_text(accept.device_type));
   }
+  device_id_ = tensor.device.id;
   bool known = false;
   std::string expected;
   for (const Dtype dtype : dtypes) {
@@ -148,17 +159,26 @@ void TensorView::read(const dlpack::Tensor& tensor, std::initializer_list<Dtype>
   shape_.assign(tensor.shape, tensor.shape + ndim);
   numel_ = 1;
   for (const std::int64_t size : shape_) numel_ *= size;
-  if (tensor.strides != nullptr && numel_ > 0) {
-    std::int64_t compact = 1;
-    for (std::int32_t axis = ndim - 1; axis >= 0; --axis) {
-      if (shape_[axis] != 1 && tensor.strides[axis] != compact) {
-        refuse_value(argument_, "strides " + tuple_text(tensor.strides, ndim) + " for shape " + shape_text(),
-                     "a contiguous tensor");
-      }
-      compact *= shape_[axis];
+  strides_.resize(shape_.size());
+  std::int64_t compact = 1;
+  std::int64_t lowest = 0, highest = 0;
+  for (std::int32_t axis = ndim - 1; axis >= 0; --axis) {
+    // The stride of an axis of one entry, or of a tensor without entries, may be anything and is never used.
+    const bool given = tensor.strides != nullptr && numel_ > 0 && shape_[axis] != 1;
+    const std::int64_t stride = given ? tensor.strides[axis] : compact;
+    if (stride != compact && !accept.any_strides) {
+      refuse_value(argument_, "strides " + tuple_text(tensor.strides, ndim) + " for shape " + shape_text(),
+                   "a contiguous tensor");
     }
+    strides_[axis] = stride;
+    compact *= shape_[axis];
+    (stride < 0 ? lowest : highest) += stride * (shape_[axis] - 1);
   }
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  if (numel_ > 0) {
+    begin_ = static_cast<const char*>(data_) + lowest * itemsize(dtype_);
+    end_ = static_cast<const char*>(data_) + (highest + 1) * itemsize(dtype_);
+  }
   if (numel_ > 0 && reinterpret_cast<std::uintptr_t>(data_) % static_cast<std::uintptr_t>(itemsize(dtype_)) != 0) {
     refuse_value(argument_, "memory that is not aligned to its elements", "aligned memory");
   }
@@ -173,8 +193,6 @@ void TensorView::release() noexcept {
   versioned_ = nullptr;
 }
 
-std::int64_t TensorView::bytes() const { return numel_ * itemsize(dtype_); }
-
 std::string TensorView::shape_text() const { return tuple_text(shape_.data(), static_cast<std::int32_t>(shape_.size())); }
 
 void TensorView::require_size(std::size_t axis, std::int64_t expected, const std::string& meaning) const {
@@ -186,9 +204,7 @@ void TensorView::require_size(std::size_t axis, std::int64_t expected, const std
 void TensorView::require_apart(const TensorView& other) const {
   if (numel_ == 0 || other.numel_ == 0) return;
   const std::less<const char*> before;
-  const auto* const a = static_cast<const char*>(data_);
-  const auto* const b = static_cast<const char*>(other.data_);
-  if (before(a, b + other.bytes()) && before(b, a + bytes())) {
+  if (before(begin_, other.end_) && before(other.begin_, end_)) {
     refuse_value(argument_, std::string("memory shared with ") + other.argument_, "memory of its own");
   }
 }

@@ -32,5 +32,27 @@ class CudaDevices(TypedDict):
 def build_info() -> BuildInfo: ...
 def cuda_devices() -> CudaDevices: ...
 def class_sketch(
-    deltas: _Tensor, activations: _Tensor, labels: _Tensor, out: _Tensor, num_threads: int | None = None
+    deltas: _Tensor,
+    activations: _Tensor,
+    labels: _Tensor,
+    sums: _Tensor,
+    squares: _Tensor,
+    num_threads: int | None = None,
 ) -> None: ...
+def sketch_project(x: _Tensor, key: int, ones: bool, out: _Tensor, num_threads: int | None = None) -> None: ...
+
+# With the CUDA part only; `stream` is the CUDA stream's handle.
+def class_sketch_cuda_workspace(dtype: str, samples: int, positions: int, rows: int, columns: int) -> int: ...
+def class_sketch_cuda(
+    deltas: _Tensor,
+    activations: _Tensor,
+    order: _Tensor,
+    labels: _Tensor,
+    starts: _Tensor,
+    sums: _Tensor,
+    squares: _Tensor,
+    workspace: _Tensor,
+    stream: int,
+) -> None: ...
+def sketch_project_cuda_workspace(dtype: str, samples: int, positions: int, dim: int, rank: int) -> int: ...
+def sketch_project_cuda(x: _Tensor, key: int, ones: bool, out: _Tensor, workspace: _Tensor, stream: int) -> None: ...

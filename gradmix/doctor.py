@@ -19,14 +19,15 @@ import torch
 
 from gradmix import _extension
 from gradmix._version import __version__
-from gradmix.ops import class_sketch, mixed_alignment
+from gradmix.ops import class_sketch, mixed_alignment, sketch_project
 from gradmix.ops.backends import ENVIRONMENT_VARIABLE, Operator, get_backend
 
-OPERATORS: tuple[Operator, ...] = (mixed_alignment.OPERATOR, class_sketch.OPERATOR)
+OPERATORS: tuple[Operator, ...] = (mixed_alignment.OPERATOR, class_sketch.OPERATOR, sketch_project.OPERATOR)
 
 # Import names of what an extra brings; the names to install differ for some.
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy"),
+    "gradients": ("safetensors",),
     "bench": ("rich",),
     "test": ("pytest", "hypothesis"),
     "dev": ("ruff", "mypy", "build"),

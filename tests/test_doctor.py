@@ -29,7 +29,7 @@ def test_the_report_is_json_and_complete():
     assert report["versions"]["gradmix"].startswith(gradmix.__version__)
     assert report["versions"]["torch"] == torch.__version__
     assert report["devices"]["threads"] == torch.get_num_threads()
-    assert {o["name"] for o in report["operators"]} == {"mixed_alignment", "class_sketch"}
+    assert {o["name"] for o in report["operators"]} == {"mixed_alignment", "class_sketch", "sketch_project"}
 
 
 def test_every_refusal_has_its_reason():

@@ -77,7 +77,8 @@ def arguments(**change):
         deltas=torch.ones(4, 2, 3),
         activations=torch.ones(4, 2, 5),
         labels=torch.tensor([0, 1, 1, 0]),
-        out=torch.zeros(2, 3, 5),
+        sums=torch.zeros(2, 3, 5),
+        squares=torch.zeros(2),
         num_threads=1,
     )
     return usual | change
@@ -161,21 +162,21 @@ BAD = {
         TypeError,
         "activations: got dtype float64, expected float32",
     ),
-    "out of deltas' half type": (
+    "sums of deltas' half type": (
         dict(
             deltas=torch.ones(4, 2, 3).bfloat16(),
             activations=torch.ones(4, 2, 5).bfloat16(),
-            out=torch.ones(2, 3, 5).bfloat16(),
+            sums=torch.ones(2, 3, 5).bfloat16(),
         ),
         TypeError,
-        "out: got dtype bfloat16, expected float32",
+        "sums: got dtype bfloat16, expected float32",
     ),
     "too few axes": (
         dict(deltas=torch.ones(4, 3)),
         ValueError,
         r"deltas: got shape \(4, 3\), expected shape \(N, T, K\)",
     ),
-    "one axis": (dict(out=torch.ones(4)), ValueError, r"out: got shape \(4,\), expected shape \(P, K, J\)"),
+    "one axis": (dict(sums=torch.ones(4)), ValueError, r"sums: got shape \(4,\), expected shape \(P, K, J\)"),
     "scalar labels": (dict(labels=torch.tensor(0)), ValueError, r"labels: got shape \(\), expected shape \(N,\)"),
     "strided": (
         dict(deltas=torch.ones(4, 2, 6)[:, :, ::2]),
@@ -183,7 +184,7 @@ BAD = {
         r"deltas: got strides \(12, 6, 2\) for shape \(4, 2, 3\), expected a contiguous tensor",
     ),
     "expanded": (dict(deltas=torch.ones(1, 2, 3).expand(4, 2, 3)), ValueError, "deltas: got strides"),
-    "transposed out": (dict(out=torch.zeros(2, 5, 3).transpose(1, 2)), ValueError, "out: got strides"),
+    "transposed sums": (dict(sums=torch.zeros(2, 5, 3).transpose(1, 2)), ValueError, "sums: got strides"),
     "other N": (
         dict(activations=torch.ones(3, 2, 5)),
         ValueError,
@@ -192,17 +193,32 @@ BAD = {
     "other T": (dict(activations=torch.ones(4, 1, 5)), ValueError, r"expected 2 in axis 1 \(T of deltas\)"),
     "other label count": (dict(labels=torch.zeros(5, dtype=torch.int64)), ValueError, r"labels: got shape \(5,\)"),
     "other K": (
-        dict(out=torch.zeros(2, 4, 5)),
+        dict(sums=torch.zeros(2, 4, 5)),
         ValueError,
-        r"out: got shape \(2, 4, 5\), expected 3 in axis 1 \(K of deltas\)",
+        r"sums: got shape \(2, 4, 5\), expected 3 in axis 1 \(K of deltas\)",
     ),
-    "other J": (dict(out=torch.zeros(2, 3, 4)), ValueError, r"expected 5 in axis 2 \(J of activations\)"),
+    "other J": (dict(sums=torch.zeros(2, 3, 4)), ValueError, r"expected 5 in axis 2 \(J of activations\)"),
     "label out of range": (dict(labels=torch.tensor([0, 1, 2, -7])), ValueError, r"labels: got 2 in row 2, .*\[0, 2\)"),
-    "read-only out": (dict(out=versioned(read_only(2, 3, 5))), ValueError, "out: got a read-only tensor"),
-    "out over deltas": (
-        dict(deltas=SHARED[:24].view(4, 2, 3), out=SHARED[20:50].view(2, 3, 5)),
+    "other P": (
+        dict(squares=torch.zeros(3)),
         ValueError,
-        "out: got memory shared with deltas",
+        r"squares: got shape \(3,\), expected 2 in axis 0 \(P of sums\)",
+    ),
+    "double squares": (
+        dict(squares=torch.zeros(2).double()),
+        TypeError,
+        "squares: got dtype float64, expected float32",
+    ),
+    "read-only sums": (dict(sums=versioned(read_only(2, 3, 5))), ValueError, "sums: got a read-only tensor"),
+    "sums over deltas": (
+        dict(deltas=SHARED[:24].view(4, 2, 3), sums=SHARED[20:50].view(2, 3, 5)),
+        ValueError,
+        "sums: got memory shared with deltas",
+    ),
+    "squares over sums": (
+        dict(sums=SHARED[:30].view(2, 3, 5), squares=SHARED[29:31]),
+        ValueError,
+        "squares: got memory shared with sums",
     ),
     "no threads": (dict(num_threads=0), ValueError, "num_threads: got 0, expected at least 1"),
     "half a thread": (dict(num_threads=0.5), TypeError, "num_threads: got float, expected an int or None"),
@@ -212,11 +228,78 @@ BAD = {
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_are_named(case):
-    if case == "read-only out" and np.lib.NumpyVersion(np.__version__) < "2.1.0":
+    if case.startswith("read-only") and np.lib.NumpyVersion(np.__version__) < "2.1.0":
         pytest.skip("numpy before 2.1 makes no DLPack capsule that says it is read-only")
     change, error, message = BAD[case]
     with pytest.raises(error, match=message):
         EXTENSION.class_sketch(**arguments(**change))
+
+
+def projection(**change):
+    return dict(x=torch.ones(4, 2, 3), key=5, ones=False, out=torch.zeros(4, 2, 8), num_threads=1) | change
+
+
+BAD_PROJECTION = {
+    "integer x": (dict(x=torch.ones(4, 2, 3, dtype=torch.int32)), TypeError, "x: got dtype int32, expected"),
+    "x of two axes": (dict(x=torch.ones(4, 2)), ValueError, r"x: got shape \(4, 2\), expected shape \(N, T, D\)"),
+    "neither axis contiguous": (
+        dict(x=torch.ones(4, 2, 3, 2)[..., 0]),
+        ValueError,
+        r"x: got strides \(12, 6, 2\) for shape \(4, 2, 3\), expected T or D to be contiguous",
+    ),
+    "other N": (dict(out=torch.zeros(3, 2, 8)), ValueError, r"out: got shape \(3, 2, 8\), expected 4 in axis 0"),
+    "other T": (dict(out=torch.zeros(4, 3, 8)), ValueError, r"out: got shape \(4, 3, 8\), expected 2 in axis 1"),
+    "double out": (dict(out=torch.zeros(4, 2, 8).double()), TypeError, "out: got dtype float64, expected float32"),
+    "transposed out": (dict(out=torch.zeros(4, 8, 2).mT), ValueError, "out: got strides"),
+    "out over x": (
+        dict(x=SHARED[:24].view(4, 2, 3), out=SHARED[:64].view(4, 2, 8)),
+        ValueError,
+        "out: got memory shared with x",
+    ),
+    "out between x": (
+        # No element is shared, but the memory is: what lies between a strided tensor's elements is taken for its own.
+        dict(x=torch.as_strided(SHARED, (2, 2, 2), (20, 1, 2)), out=SHARED[8:16].view(2, 2, 2)),
+        ValueError,
+        "out: got memory shared with x",
+    ),
+    "key beyond 64 bits": (dict(key=1 << 63), TypeError, "incompatible function arguments"),
+    "no threads": (dict(num_threads=0), ValueError, "num_threads: got 0, expected at least 1"),
+}
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("case", BAD_PROJECTION)
+def test_bad_arguments_of_sketch_project_are_named(case):
+    change, error, message = BAD_PROJECTION[case]
+    with pytest.raises(error, match=message):
+        EXTENSION.sketch_project(**projection(**change))
+
+
+@NEEDS_EXTENSION
+def test_strides_of_axes_that_do_not_matter():
+    """Of an axis of one entry, and of a tensor without any, no stride is ever used."""
+    for shape in ((4, 1, 3), (1, 2, 3), (4, 2, 1), (4, 2, 0), (0, 2, 3), (4, 0, 3)):
+        x = torch.ones(shape)
+        odd = torch.as_strided(
+            x, shape, [7 if size == 1 or 0 in shape else x.stride(i) for i, size in enumerate(shape)]
+        )
+        results = [torch.zeros(*shape[:2], 8) for _ in range(2)]
+        for value, out in zip((x, odd), results, strict=True):
+            EXTENSION.sketch_project(**projection(x=value, out=out, ones=True))
+        assert torch.equal(*results) and (results[0].abs() > 0).any() == (shape[0] * shape[1] > 0)
+
+
+@NEEDS_EXTENSION
+def test_negative_strides_from_numpy():
+    """The memory before a tensor's first element is its own too."""
+    memory = np.arange(40, dtype=np.float32)
+    forward, backward = memory[8:32].reshape(4, 2, 3), memory[8:32].reshape(4, 2, 3)[::-1]
+    results = [np.zeros((4, 2, 8), dtype=np.float32) for _ in range(2)]
+    for value, out in zip((forward, backward), results, strict=True):
+        EXTENSION.sketch_project(**projection(x=value, out=out))
+    assert np.array_equal(results[0], results[1][::-1]) and results[0].any()
+    with pytest.raises(ValueError, match="out: got memory shared with x"):
+        EXTENSION.sketch_project(**projection(x=backward[:, :, :1], out=memory[8:16].reshape(4, 2, 1)))
 
 
 @NEEDS_EXTENSION
@@ -232,18 +315,18 @@ def test_what_cannot_be_caught_passes():
 def test_offsets_numpy_and_both_kinds_of_capsule():
     values = torch.arange(40.0)
     expected = torch.zeros(2, 3, 5)
-    usual = arguments(deltas=values[7:31].view(4, 2, 3), out=expected)
+    usual = arguments(deltas=values[7:31].view(4, 2, 3), sums=expected)
     EXTENSION.class_sketch(**usual)
     assert torch.equal(expected[0], values[7:31].view(4, 2, 3)[[0, 3]].sum((0, 1))[:, None].expand(3, 5))
 
     as_numpy = {name: value.numpy() for name, value in usual.items() if name != "num_threads"}
-    as_numpy["out"] = np.zeros((2, 3, 5), dtype=np.float32)
+    as_numpy["sums"] = np.zeros((2, 3, 5), dtype=np.float32)
     EXTENSION.class_sketch(**as_numpy)
-    assert np.array_equal(as_numpy["out"], expected.numpy())
+    assert np.array_equal(as_numpy["sums"], expected.numpy())
 
     if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
         out = np.zeros((2, 3, 5), dtype=np.float32)
-        wrapped = {name: versioned(value) for name, value in as_numpy.items()} | {"out": versioned(out)}
+        wrapped = {name: versioned(value) for name, value in as_numpy.items()} | {"sums": versioned(out)}
         EXTENSION.class_sketch(**wrapped)
         assert np.array_equal(out, expected.numpy())
 
@@ -253,7 +336,7 @@ def test_default_number_of_threads():
     usual = arguments()
     del usual["num_threads"]
     EXTENSION.class_sketch(**usual)
-    assert torch.equal(usual["out"], torch.full((2, 3, 5), 4.0))
+    assert torch.equal(usual["sums"], torch.full((2, 3, 5), 4.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ ownership
@@ -269,12 +352,13 @@ def test_every_capsule_is_released():
             "deltas": np.ones((4, 2, 3), dtype=np.float32),
             "activations": np.ones((4, 2, 5), dtype=np.float32),
             "labels": np.zeros(4, dtype=np.int64),
-            "out": np.zeros((3 if not bad else 2, 3, 5 if not bad else 6), dtype=np.float32),
+            "sums": np.zeros((3 if not bad else 2, 3, 5 if not bad else 6), dtype=np.float32),
+            "squares": np.zeros(3 if not bad else 2, dtype=np.float32),
         }
         counts = {name: sys.getrefcount(array) for name, array in arrays.items()}
         for _ in range(100):
             if bad:
-                with pytest.raises(ValueError, match="out: got shape"):
+                with pytest.raises(ValueError, match="sums: got shape"):
                     EXTENSION.class_sketch(**arrays)
             else:
                 EXTENSION.class_sketch(**arrays)
@@ -283,7 +367,7 @@ def test_every_capsule_is_released():
         watches = [weakref.ref(array) for array in arrays.values()]
         arrays.clear()
         gc.collect()
-        assert [watch() for watch in watches] == [None] * 4
+        assert [watch() for watch in watches] == [None] * 5
 
 
 @NEEDS_EXTENSION
@@ -296,7 +380,7 @@ def test_memory_does_not_grow():
     def call(times: int) -> None:
         for _ in range(times):
             x = torch.ones(64, 64, 32)  # half a MiB
-            EXTENSION.class_sketch(x, x, torch.zeros(64, dtype=torch.int64), torch.empty(1, 32, 32), 1)
+            EXTENSION.class_sketch(x, x, torch.zeros(64, dtype=torch.int64), torch.empty(1, 32, 32), torch.empty(1), 1)
 
     call(20)
     before = resident()
@@ -308,7 +392,7 @@ def test_memory_does_not_grow():
 def test_other_threads_run_meanwhile():
     """The interpreter's lock is released: a Python thread counts on while the extension computes."""
     x = torch.ones(64, 512, 128)
-    labels, out = torch.zeros(64, dtype=torch.int64), torch.empty(1, 128, 128)
+    labels, sums, squares = torch.zeros(64, dtype=torch.int64), torch.empty(1, 128, 128), torch.empty(1)
     state = {"count": 0, "stop": False}
 
     def count() -> None:
@@ -325,7 +409,7 @@ def test_other_threads_run_meanwhile():
         seen = []
         for _ in range(20):
             start = state["count"]
-            EXTENSION.class_sketch(x, x, labels, out, 1)
+            EXTENSION.class_sketch(x, x, labels, sums, squares, 1)
             seen.append(state["count"] - start)
     finally:
         state["stop"] = True
@@ -453,7 +537,7 @@ def test_import_survives_a_broken_extension():
         "from gradmix import _extension\n"
         "from gradmix.ops.class_sketch import class_sketch\n"
         "x = torch.ones(256, 1, 16)\n"
-        "print(class_sketch(x, x, torch.zeros(256, dtype=torch.int64), 1).sum().item())\n"
+        "print(class_sketch(x, x, torch.zeros(256, dtype=torch.int64), 1).sums.sum().item())\n"
         "print(_extension.unavailable_reason())\n"
     )
     assert run_python(code) == [

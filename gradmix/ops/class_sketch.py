@@ -1,77 +1,100 @@
 """The sum of a layer's gradients over the samples of each class, from inputs and output gradients already sketched.
 
 Sample n has, at each position t of a layer, the (sketched) output gradient d_nt and the (sketched) input a_nt; its
-gradient is sum_t d_nt a_nt^T. Class p's is the sum over its samples,
+gradient is G_n = sum_t d_nt a_nt^T. Class p's sum, and the sum of its samples' squared norms, are
 
-    out[p] = sum over n with labels[n] = p, and over t, of d_nt a_nt^T
+    sums[p] = sum over n with labels[n] = p of G_n        squares[p] = sum over the same n of ||G_n||^2
 
-:func:`class_sketch_reference` says exactly this. The other bodies never hold more than they must: the C++ one walks
-the rows class by class with the output in registers, and no per-sample gradient exists in it at all.
+:func:`class_sketch_reference` says exactly this. The other bodies never hold more than they must: with one position a
+sample, where ||G_n|| = ||d_n|| ||a_n||, no per-sample gradient is formed at all, and otherwise the C++ body forms one
+at a time, by parts that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def class_sketch_reference(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+class ClassSketch(NamedTuple):
+    """Gradients summed by class, and how large they were one by one.
+
+    Attributes:
+        sums: (P, K, J), the sum of the gradients of each class's samples.
+        squares: (P,), the sum of their squared Frobenius norms.
+    """
+
+    sums: Tensor
+    squares: Tensor
+
+
+def class_sketch_reference(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> ClassSketch:
     """The formula, sample by sample and position by position. For arguments and result see :func:`class_sketch`."""
-    out = _zeros(deltas, activations, num_classes)
+    sums, squares = _zeros(deltas, activations, num_classes)
     for n, label in enumerate(_checked(labels, num_classes).tolist()):
+        gradient = torch.zeros_like(sums[label])
         for t in range(deltas.shape[1]):
-            out[label] += torch.outer(deltas[n, t].to(out.dtype), activations[n, t].to(out.dtype))
-    return out
+            gradient += torch.outer(deltas[n, t].to(sums.dtype), activations[n, t].to(sums.dtype))
+        sums[label] += gradient
+        squares[label] += gradient.square().sum()
+    return ClassSketch(sums, squares)
 
 
-def class_sketch_torch(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def class_sketch_torch(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> ClassSketch:
     """Batched torch calls on any device. For arguments and result see :func:`class_sketch`.
 
-    Two ways, whichever moves less memory: one product per sample, added to its class; or, where a sample has few
-    positions and the classes are well filled, the samples laid side by side by class and one product per class.
+    Two ways: one product per sample, added to its class; or, for one position a sample where the classes are well
+    filled, the samples laid side by side by class and one product per class.
     """
-    out = _zeros(deltas, activations, num_classes)
     labels = _checked(labels, num_classes)
-    samples, positions, rows = deltas.shape
-    columns = activations.shape[2]
-    deltas, activations = deltas.to(out.dtype), activations.to(out.dtype)
-    # Finding out how full the classes are would make a GPU wait.
-    if samples > 0 and not deltas.is_cuda and not _by_sample(positions, rows, columns):
-        present, index, counts = labels.unique(return_inverse=True, return_counts=True)
-        longest = int(counts.max())
-        padded = len(present) * longest
-        if len(present) * 4 <= samples and padded <= 4 * samples:
-            order = index.argsort(stable=True)
-            first = counts.cumsum(0) - counts
-            place = torch.arange(samples, device=labels.device) - first[index[order]]
-            slot = index[order] * longest + place
-            side_by_side = [
-                x.new_zeros(padded, *x.shape[1:]).index_copy_(0, slot, x[order]).view(len(present), -1, x.shape[2])
-                for x in (deltas, activations)
-            ]
-            out[present] = torch.bmm(side_by_side[0].transpose(1, 2), side_by_side[1])
-            return out
-    # In slices, so that the per-sample products never take more memory than a few MiB or one sample's.
-    step = max(1, _PRODUCTS // max(1, rows * columns))
-    for start in range(0, samples, step):
-        part = slice(start, start + step)
-        products = torch.bmm(deltas[part].transpose(1, 2), activations[part])
-        out.index_add_(0, labels[part], products)
-    return out
+    with torch.autocast(deltas.device.type, enabled=False):
+        sums, squares = _zeros(deltas, activations, num_classes)
+        samples, positions, rows = deltas.shape
+        columns = activations.shape[2]
+        deltas, activations = deltas.to(sums.dtype), activations.to(sums.dtype)
+        if positions == 1:
+            norms = [torch.linalg.vector_norm(x, dim=(1, 2)).square_() for x in (deltas, activations)]
+            squares.index_add_(0, labels, norms[0].mul_(norms[1]))
+            # Finding out how full the classes are would make a GPU wait.
+            if samples > 0 and not deltas.is_cuda and not _by_sample(positions, rows, columns):
+                present, index, counts = labels.unique(return_inverse=True, return_counts=True)
+                longest = int(counts.max())
+                padded = len(present) * longest
+                if len(present) * 4 <= samples and padded <= 4 * samples:
+                    order = index.argsort(stable=True)
+                    first = counts.cumsum(0) - counts
+                    place = torch.arange(samples, device=labels.device) - first[index[order]]
+                    slot = index[order] * longest + place
+                    side_by_side = [
+                        x.new_zeros(padded, x.shape[2]).index_copy_(0, slot, x[order, 0]) for x in (deltas, activations)
+                    ]
+                    left, right = (x.view(len(present), longest, -1) for x in side_by_side)
+                    sums[present] = torch.bmm(left.mT, right)
+                    return ClassSketch(sums, squares)
+        # In slices, so that the per-sample products never take more memory than a few MiB or one sample's.
+        step = max(1, _PRODUCTS // max(1, rows * columns))
+        for start in range(0, samples, step):
+            part = slice(start, start + step)
+            products = torch.bmm(deltas[part].mT, activations[part])
+            sums.index_add_(0, labels[part], products)
+            if positions > 1:
+                squares.index_add_(0, labels[part], torch.linalg.vector_norm(products, dim=(1, 2)).square_())
+    return ClassSketch(sums, squares)
 
 
 _PRODUCTS = 1 << 22
 """Elements of the per-sample products held at a time (16 MiB of float32)."""
 
 
-def class_sketch_cpp(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def class_sketch_cpp(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> ClassSketch:
     """The extension's body, for the CPU. For arguments and result see :func:`class_sketch`.
 
     The result is the same, to the bit, for every number of threads.
@@ -79,15 +102,15 @@ def class_sketch_cpp(deltas: Tensor, activations: Tensor, labels: Tensor, num_cl
     extension: Any = _extension.load()
     if extension is None:
         raise RuntimeError(f"class_sketch: backend 'cpp' cannot run: {_extension.unavailable_reason()}")
-    out = torch.empty(num_classes, deltas.shape[2], activations.shape[2], dtype=_result_dtype(deltas))
+    result = _empty(deltas, activations, num_classes)
     extension.class_sketch(
         deltas.detach().contiguous(),
         activations.detach().contiguous(),
         labels.contiguous(),
-        out,
+        *result,
         torch.get_num_threads(),
     )
-    return out
+    return result
 
 
 def _cpp_can_run(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> str | None:
@@ -96,36 +119,20 @@ def _cpp_can_run(deltas: Tensor, activations: Tensor, labels: Tensor, num_classe
     return None
 
 
-_LEAST_WORK = 1 << 17
-"""Multiply-adds below which torch's one product per sample is as quick as handing the tensors over.
-
-From bench/class_sketch.py (bench/results/class_sketch_cpu.json, two threads, float32): the ratio torch / cpp is 1.01 to
-1.07 from 2,000 to 50,000 multiply-adds, too little to be sure of, and 1.13 at 520,000; with a single row in the output
-it is 0.97 even at 200,000. At all other sizes measured it is 1.13 to 6.2."""
-
-
-def _cpp_worth(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> str | None:
-    samples, positions, rows = deltas.shape
-    columns = activations.shape[2]
-    if _by_sample(positions, rows, columns):
-        if samples * positions * rows * columns < _LEAST_WORK:
-            return "so little work is done as soon in torch"
-        if rows < 4:
-            return "an output of so few rows is done sooner in torch"
-    return None
-
-
 def _by_sample(positions: int, rows: int, columns: int) -> bool:
     """Whether a sample's product takes no more memory than its rows."""
     return rows * columns <= positions * (rows + columns)
 
 
-def _zeros(deltas: Tensor, activations: Tensor, num_classes: int) -> Tensor:
-    return deltas.new_zeros(num_classes, deltas.shape[2], activations.shape[2], dtype=_result_dtype(deltas))
+def _zeros(deltas: Tensor, activations: Tensor, num_classes: int) -> ClassSketch:
+    sums, squares = _empty(deltas, activations, num_classes)
+    return ClassSketch(sums.zero_(), squares.zero_())
 
 
-def _result_dtype(deltas: Tensor) -> torch.dtype:
-    return torch.float64 if deltas.dtype == torch.float64 else torch.float32
+def _empty(deltas: Tensor, activations: Tensor, num_classes: int) -> ClassSketch:
+    dtype = torch.float64 if deltas.dtype == torch.float64 else torch.float32
+    sums = deltas.new_empty(num_classes, deltas.shape[2], activations.shape[2], dtype=dtype)
+    return ClassSketch(sums, deltas.new_empty(num_classes, dtype=dtype))
 
 
 def _checked(labels: Tensor, num_classes: int) -> Tensor:
@@ -143,10 +150,16 @@ OPERATOR = Operator(
     "class_sketch",
     (
         Backend(
+            "cuda",
+            _cuda.class_sketch_cuda,
+            can_run=_cuda.class_sketch_can_run,
+            worth=_cuda.not_measured,
+            available=_cuda.unavailable_reason,
+        ),
+        Backend(
             "cpp",
             class_sketch_cpp,
             can_run=_cpp_can_run,
-            worth=_cpp_worth,
             available=_extension.unavailable_reason,
         ),
         Backend("torch", class_sketch_torch),
@@ -156,35 +169,39 @@ OPERATOR = Operator(
 
 
 @torch.library.custom_op("gradmix::class_sketch", mutates_args=())
-def _class_sketch_op(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str) -> Tensor:
+def _class_sketch_op(
+    deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str
+) -> tuple[Tensor, Tensor]:
     arguments = (deltas, activations, labels, num_classes)
-    result: Tensor = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return result
+    sums, squares = OPERATOR.choose(backend, *arguments).run(*arguments)
+    return sums, squares
 
 
 @_class_sketch_op.register_fake
-def _(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str) -> Tensor:
-    return deltas.new_empty(num_classes, deltas.shape[2], activations.shape[2], dtype=_result_dtype(deltas))
+def _(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str) -> tuple[Tensor, Tensor]:
+    sums, squares = _empty(deltas, activations, num_classes)
+    return sums, squares
 
 
 def class_sketch(
     deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, *, backend: str = "auto"
-) -> Tensor:
-    """The sum of d a^T over the samples of each class and their positions.
+) -> ClassSketch:
+    """The samples' gradients, sum_t d a^T, summed by class, and the sums of their squared norms.
 
-    out[p] = sum over n with labels[n] = p, and over t, of deltas[n, t] activations[n, t]^T: the gradient of a linear
-    layer (or, over positions, of a convolution) summed by class, or its sketch if both sides were projected before.
+    With G[n] = sum over t of deltas[n, t] activations[n, t]^T, the gradient of a linear layer (or, over positions, of a
+    convolution) or its sketch if both sides were projected before: sums[p] = sum of G[n], and squares[p] = sum of
+    ||G[n]||^2 in the Frobenius norm, both over the n with labels[n] = p.
 
     Args:
         deltas: (N, T, K) float32, float64, bfloat16 or float16: output gradients. N and T may be 0.
         activations: (N, T, J), of the same dtype and device: inputs.
         labels: (N,) int64 in [0, num_classes), in any order.
         num_classes: P.
-        backend: ``"auto"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        (P, K, J), float64 for float64 and float32 otherwise, in which it is also accumulated; zero for a class without
-        samples. It carries no gradient.
+        :class:`ClassSketch`: ``sums`` (P, K, J) and ``squares`` (P,), float64 for float64 and float32 otherwise, in
+        which they are also accumulated; zero for a class without samples. They carry no gradient.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -195,9 +212,12 @@ def class_sketch(
     >>> from gradmix.ops.class_sketch import class_sketch
     >>> deltas = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
     >>> activations = torch.tensor([[[1.0]], [[10.0]]])
-    >>> class_sketch(deltas, activations, torch.tensor([1, 1]), num_classes=2).squeeze(-1)
+    >>> sums, squares = class_sketch(deltas, activations, torch.tensor([1, 1]), num_classes=2)
+    >>> sums.squeeze(-1)
     tensor([[ 0.,  0.],
             [31., 42.]])
+    >>> squares
+    tensor([   0., 2505.])
     """
     for name, value in (("deltas", deltas), ("activations", activations), ("labels", labels)):
         if not isinstance(value, Tensor):
@@ -223,5 +243,4 @@ def class_sketch(
         raise TypeError(f"num_classes: got {type(num_classes).__name__}, expected an int")
     if num_classes < 0:
         raise ValueError(f"num_classes: got {num_classes}, expected at least 0")
-    result: Tensor = _class_sketch_op(deltas, activations, labels, num_classes, backend)
-    return result
+    return ClassSketch(*_class_sketch_op(deltas, activations, labels, num_classes, backend))
