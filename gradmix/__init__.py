@@ -12,23 +12,31 @@
 from gradmix._version import __version__
 from gradmix.alignment import Alignment, ClassTable, alignment_matrix, reference_gradient
 from gradmix.buffers import ReplayBuffer
+from gradmix.estimators import JvpEstimator, SketchEstimator
+from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
 from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
 from gradmix.ops.backends import get_backend, set_backend
 from gradmix.selection import GradMix, Pairs, select_pairs
 
 __all__ = [
     "Alignment",
+    "ClassGradients",
     "ClassTable",
     "GradMix",
     "HeadCapture",
     "HeadNotFoundError",
     "HeadOutput",
+    "JvpEstimator",
     "Pairs",
     "ReplayBuffer",
+    "SampleGradients",
+    "SketchEstimator",
     "__version__",
     "alignment_matrix",
+    "class_gradients",
     "get_backend",
     "reference_gradient",
+    "sample_gradients",
     "select_pairs",
     "set_backend",
 ]

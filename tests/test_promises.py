@@ -85,6 +85,11 @@ CALLS: dict[str, Callable] = {
     "GradMix": lambda model, buffer, batch: gradmix.GradMix(model, buffer)(*batch),
     "reference_gradient": lambda model, buffer, batch: gradmix.reference_gradient(model, buffer),
     "alignment_matrix": lambda model, buffer, batch: gradmix.alignment_matrix(model, buffer, batch, lam=0.5),
+    "sample_gradients": lambda model, buffer, batch: gradmix.sample_gradients(model, batch, rank=4, chunk_size=4),
+    "class_gradients": lambda model, buffer, batch: gradmix.class_gradients(model, buffer, rank=4, chunk_size=3),
+    "class_gradients of a noisy data set": lambda model, buffer, batch: gradmix.class_gradients(
+        model, NoisyDataset(*buffer), rank=4
+    ),
 }
 
 
@@ -188,6 +193,8 @@ def test_wrapped_models_are_looked_into_and_their_wrapper_is_not_called(estimato
     assert torch.equal(result.alignment, expected.alignment)
     assert gradmix.GradMix(wrapped, buffer, estimator=estimator)(*batch)[0].shape == batch[0].shape
     assert torch.equal(gradmix.reference_gradient(wrapped, buffer), gradmix.reference_gradient(model, buffer))
+    by_class = [gradmix.class_gradients(m, buffer, rank=3).vectors for m in (wrapped, model)]
+    assert torch.equal(*by_class)
     assert calls == []
 
 
@@ -243,4 +250,6 @@ def test_inside_autocast_the_callers_context_is_left() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pairs = gradmix.select_pairs(model, rows(8, 2), rows(6, 1))
         assert model(rows(2)[0]).dtype == torch.bfloat16
-    assert pairs.alignment.dtype == torch.float32
+        gradients = gradmix.class_gradients(model, rows(8, 2), rank=4)
+        assert model(rows(2)[0]).dtype == torch.bfloat16
+    assert pairs.alignment.dtype == gradients.vectors.dtype == torch.float32

@@ -1,0 +1,365 @@
+"""Sketched gradients summed by class, which merge by addition: over batches, over processes, over time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, differences, place_of
+from gradmix.gradients.consumers import LayerSketch
+
+_FORMAT = "gradmix.ClassGradients"
+_VERSION = 1
+_TENSORS = ("classes", "vectors", "counts", "square_norms")
+
+
+@dataclass(eq=False)
+class ClassGradients:
+    """The sketched gradients of the rows of P classes, summed by class.
+
+    Attributes:
+        classes: (P,) int64, ascending: the classes that occur.
+        vectors: (P, D) float32, or float64 for a float64 model: sums of the rows' sketched gradients, all layers' one
+            after the other.
+        counts: (P,) int64: rows summed.
+        square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the rows'
+            sketches, which estimates that of the squared gradient norms without bias. With the mean it tells the
+            spread within a class: square_norms / counts - |mean|^2.
+        layout: where each layer is among the D entries, and what it is made of.
+        sketch: kind, seed and rank of the sketch, as plain values.
+    """
+
+    classes: Tensor
+    vectors: Tensor
+    counts: Tensor
+    square_norms: Tensor
+    layout: tuple[LayerSketch, ...]
+    sketch: Mapping[str, object]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def layer(self, name: str) -> Tensor:
+        """(P, rows, columns): the sums of one layer, by its name.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        place = place_of(self.layout, name)
+        return self.vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
+
+    def mean(self) -> Tensor:
+        """(P, D): the mean gradient of each class."""
+        return self.vectors / self.counts.to(self.vectors.dtype)[:, None]
+
+    def overall_mean(self) -> Tensor:
+        """(D,): the mean over all rows: the reference gradient, if the rows are the replay buffer's."""
+        return self.vectors.sum(0) / self.counts.sum()
+
+    def cosine(self) -> Tensor:
+        """(P, P): cosines between the classes' mean gradients; 0 where one of them is 0."""
+        return cosines(self.vectors, self.vectors)
+
+    def align(self, reference: object) -> Aligned:
+        """Inner products and cosines of the classes' mean gradients with a reference, both (P,).
+
+        Args:
+            reference: :class:`ClassGradients` or :class:`SampleGradients` of the same sketch, such as the buffer's,
+                whose mean over all rows counts; or a vector (D,).
+
+        Raises:
+            TypeError, ValueError: the reference is of another sketch, model or type.
+        """
+        return align(self.mean(), check_comparable(self, reference))
+
+    def select(self, classes: Tensor) -> ClassGradients:
+        """Of these classes only, in ascending order; those that do not occur are left out."""
+        kept = torch.isin(self.classes, classes.to(self.classes))
+        return ClassGradients(
+            self.classes[kept],
+            self.vectors[kept],
+            self.counts[kept],
+            self.square_norms[kept],
+            self.layout,
+            self.sketch,
+        )
+
+    def to(self, device: torch.device | str) -> ClassGradients:
+        """The same on another device."""
+        classes, vectors, counts, squares = (getattr(self, name).to(device) for name in _TENSORS)
+        return ClassGradients(classes, vectors, counts, squares, self.layout, self.sketch)
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def __add__(self, other: ClassGradients) -> ClassGradients:
+        """The gradients of the rows of both.
+
+        Raises:
+            ValueError: they are of another sketch or other layers.
+        """
+        if not isinstance(other, ClassGradients):
+            return NotImplemented
+        return self._with(other.classes)._accumulate(other)
+
+    def add_(self, other: ClassGradients) -> ClassGradients:
+        """Add ``other`` into these, without a copy where no class is new; returns self.
+
+        Raises:
+            ValueError: they are of another sketch or other layers; nothing is changed then.
+        """
+        self._check(other)
+        if not bool(torch.isin(other.classes, self.classes).all()):
+            grown = self._with(other.classes)
+            for name in _TENSORS:
+                setattr(self, name, getattr(grown, name))
+        return self._accumulate(other)
+
+    def _check(self, other: ClassGradients) -> None:
+        why = differences(self, other)
+        if why:
+            raise ValueError(f"class gradients to add: got {why}")
+
+    def _with(self, classes: Tensor) -> ClassGradients:
+        """A copy that has rows for these classes too."""
+        union = torch.cat([self.classes, classes.to(self.classes)]).unique()
+        rows = torch.searchsorted(union, self.classes)
+
+        def grown(tensor: Tensor) -> Tensor:
+            new = tensor.new_zeros(len(union), *tensor.shape[1:])
+            new[rows] = tensor
+            return new
+
+        vectors, counts, squares = grown(self.vectors), grown(self.counts), grown(self.square_norms)
+        return ClassGradients(union, vectors, counts, squares, self.layout, self.sketch)
+
+    def _accumulate(self, other: ClassGradients) -> ClassGradients:
+        self._check(other)
+        rows = torch.searchsorted(self.classes, other.classes.to(self.classes))
+        for name in _TENSORS[1:]:
+            mine = getattr(self, name)
+            mine.index_add_(0, rows, getattr(other, name).to(mine))
+        return self
+
+    def all_reduce(self, group: Any = None) -> ClassGradients:
+        """The gradients of the rows of all processes of a group, the same in each; these, if there is one process.
+
+        Every process must call it. One that has seen no rows calls it on :meth:`empty`.
+
+        Args:
+            group: a process group of ``torch.distributed``; None: the default one.
+
+        Returns:
+            New :class:`ClassGradients`, on this one's device.
+
+        Raises:
+            ValueError: the processes' sketches or layers differ; raised in all of them.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        size = distributed.get_world_size(group)
+        told: list[Any] = [None] * size
+        mine = (self.classes.tolist(), self.layout, dict(self.sketch), str(self.vectors.dtype))
+        distributed.all_gather_object(told, mine, group=group)
+        known = [entry for entry in told if entry[1]]
+        if not known:
+            return self
+        for entry in known[1:]:
+            if entry[1:] != known[0][1:]:
+                raise ValueError(
+                    "class gradients to reduce: got other layers, sketches or dtypes in different processes, "
+                    f"expected the same; here {dict(self.sketch)}"
+                )
+        _, layout, sketch, dtype_name = known[0]
+        dtype = getattr(torch, dtype_name.removeprefix("torch."))
+        like = {"dtype": dtype, "device": self.vectors.device}
+        start = ClassGradients(
+            torch.tensor(sorted({c for entry in known for c in entry[0]}), device=self.classes.device),
+            torch.zeros(0),
+            torch.zeros(0),
+            torch.zeros(0),
+            layout,
+            sketch,
+        )
+        count = len(start.classes)
+        start.vectors = torch.zeros(count, layout[-1].stop, **like)
+        start.square_norms = torch.zeros(count, len(layout), **like)
+        start.counts = torch.zeros(count, dtype=torch.int64, device=self.counts.device)
+        if self.layout:
+            start._accumulate(self)
+        for name in _TENSORS[1:]:
+            distributed.all_reduce(getattr(start, name), group=group)
+        return start
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> ClassGradients:
+        """Of no rows: what a process without data brings to :meth:`all_reduce`."""
+        return cls(
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, 0, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, 0, device=device),
+            (),
+            {},
+        )
+
+    # -------------------------------------------------------------------------------------------------------- keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; loads with ``torch.load(weights_only=True)``."""
+        return {
+            **{name: getattr(self, name) for name in _TENSORS},
+            "layout": [asdict(place) | {"parameters": list(place.parameters)} for place in self.layout],
+            "sketch": dict(self.sketch),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ClassGradients:
+        """What :meth:`state_dict` told.
+
+        Raises:
+            ValueError: a key is missing, or the parts do not fit each other.
+        """
+        missing = {*_TENSORS, "layout", "sketch"} - set(state)
+        if missing:
+            raise ValueError(f"state: got the keys {sorted(state)}, expected {', '.join(sorted(missing))} among them")
+        try:
+            layout = tuple(
+                LayerSketch(
+                    place["name"],
+                    tuple(place["parameters"]),
+                    (place["shape"][0], place["shape"][1]),
+                    place["rows"],
+                    place["columns"],
+                    place["start"],
+                )
+                for place in state["layout"]
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"state: got a layout that cannot be read ({error!r}), expected a list of layers"
+            ) from None
+        classes, vectors, counts, squares = (state[name] for name in _TENSORS)
+        result = cls(classes, vectors, counts, squares, layout, dict(state["sketch"]))
+        width = layout[-1].stop if layout else 0
+        expected = {
+            "classes": (len(result.classes),),
+            "vectors": (len(result.classes), width),
+            "counts": (len(result.classes),),
+            "square_norms": (len(result.classes), len(layout)),
+        }
+        for name, shape in expected.items():
+            if tuple(getattr(result, name).shape) != shape:
+                raise ValueError(f"state: got {name} of shape {tuple(getattr(result, name).shape)}, expected {shape}")
+        return result
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all; needs the package ``safetensors``.
+
+        Raises:
+            ImportError: it is not installed.
+        """
+        save_file = _safetensors().torch.save_file
+        state = self.state_dict()
+        about = json.dumps({"layout": state["layout"], "sketch": state["sketch"]})
+        temporary = Path(f"{os.fspath(path)}.part")
+        tensors = {name: state[name].detach().cpu().contiguous() for name in _TENSORS}
+        try:
+            save_file(tensors, temporary, {"format": _FORMAT, "version": str(_VERSION), "about": about})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ClassGradients:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or not of this kind.
+            ImportError: the package ``safetensors`` is not installed.
+        """
+        safetensors = _safetensors()
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: there is no file {os.fspath(path)}")
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        except Exception as error:
+            raise ValueError(f"path: {os.fspath(path)} cannot be read as safetensors: {error}") from None
+        if about.get("format") != _FORMAT or about.get("version") != str(_VERSION):
+            came = f"format {about.get('format')!r}, version {about.get('version')!r}"
+            raise ValueError(f"path: {os.fspath(path)} has {came}, expected {_FORMAT!r}, version '{_VERSION}'")
+        return cls.from_state_dict({**tensors, **json.loads(about["about"])})
+
+
+def _safetensors() -> Any:
+    """The package and its writer for torch, wanted by :meth:`ClassGradients.save` and ``load`` alone."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("safetensors is needed to save and load class gradients: pip install safetensors") from None
+    return safetensors
+
+
+class ClassGradientAverage:
+    """Exponential moving average of the classes' mean gradients over steps.
+
+    A class's average starts at its first mean, and then moves by ``1 - decay`` towards the mean of each step in which
+    the class occurs; it does not fade in steps in which it does not.
+
+    Args:
+        decay: in [0, 1): weight of the past.
+
+    Attributes:
+        value: :class:`ClassGradients` with the averages, each counted as one row; None before the first update.
+
+    Raises:
+        TypeError, ValueError: ``decay`` is no such number.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+            raise TypeError(f"decay: got {type(decay).__name__}, expected a number in [0, 1)")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}, expected a number in [0, 1)")
+        self.decay = float(decay)
+        self.value: ClassGradients | None = None
+
+    def update(self, gradients: ClassGradients) -> ClassGradients:
+        """Take in the gradients of a step; returns the average.
+
+        Raises:
+            ValueError: they are of another sketch or other layers; nothing is changed then.
+        """
+        counts = gradients.counts.to(gradients.vectors.dtype)[:, None]
+        step = ClassGradients(
+            gradients.classes,
+            gradients.vectors / counts,
+            torch.ones_like(gradients.counts),
+            gradients.square_norms / counts,
+            gradients.layout,
+            gradients.sketch,
+        )
+        if self.value is None:
+            self.value = step
+            return step
+        self.value._check(step)
+        known = torch.isin(step.classes, self.value.classes)
+        merged = self.value._with(step.classes)
+        rows = torch.searchsorted(merged.classes, step.classes)
+        weight = torch.where(known, 1 - self.decay, 1.0).to(step.vectors)[:, None]
+        for name in ("vectors", "square_norms"):
+            mine = getattr(merged, name)
+            mine[rows] = torch.lerp(mine[rows], getattr(step, name).to(mine), weight)
+        merged.counts.fill_(1)
+        self.value = merged
+        return merged

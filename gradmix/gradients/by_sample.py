@@ -1,0 +1,65 @@
+"""Sketched gradients of single rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, place_of
+from gradmix.gradients.consumers import LayerSketch
+
+
+@dataclass(frozen=True, eq=False)
+class SampleGradients:
+    """The sketched gradients of N rows.
+
+    Attributes:
+        vectors: (N, D) float32, or float64 for a float64 model: all layers' sketches, one after the other.
+        layout: where each layer is among the D entries, and what it is made of.
+        sketch: kind, seed and rank of the sketch, as plain values.
+    """
+
+    vectors: Tensor
+    layout: tuple[LayerSketch, ...]
+    sketch: Mapping[str, object]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def layer(self, name: str) -> Tensor:
+        """(N, rows, columns): the sketches of one layer, by its name.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        place = place_of(self.layout, name)
+        return self.vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
+
+    def mean(self) -> Tensor:
+        """(D,): the mean over the rows."""
+        return self.vectors.mean(0)
+
+    def cosine(self) -> Tensor:
+        """(N, N): cosines between the rows' gradients; 0 where one of them is 0."""
+        return cosines(self.vectors, self.vectors)
+
+    def align(self, reference: object) -> Aligned:
+        """Inner products and cosines with a reference, both (N,).
+
+        Args:
+            reference: :class:`SampleGradients` or :class:`ClassGradients` of the same sketch, whose mean over all rows
+                counts, or a vector (D,).
+
+        Raises:
+            TypeError, ValueError: the reference is of another sketch, model or type.
+        """
+        return align(self.vectors, check_comparable(self, reference))
+
+    def __getitem__(self, rows: slice | Tensor) -> SampleGradients:
+        """The gradients of some rows."""
+        if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.bool):
+            raise TypeError(f"rows: got dtype {rows.dtype}, expected int64 or bool")
+        return SampleGradients(self.vectors[rows], self.layout, self.sketch)

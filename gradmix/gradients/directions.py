@@ -1,0 +1,170 @@
+"""Exact inner products of per-sample gradients with a direction, and exact norms, for all parameters.
+
+<g_n, V> is the derivative of row n's loss along V, which ``torch.func.jvp`` computes by a pass of dual numbers through
+the whole network. Where layers have rules it is had from what passes by anyway: layer by layer <d_t, V a_t>, summed
+over the positions t, d_t the gradient of the layer's output and V a_t the layer itself with V for its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.gradients.consumers import InnerProducts, SquaredNorms
+from gradmix.gradients.engine import CHUNK, Engine, Scaler
+from gradmix.gradients.exact import exact_gradients
+from gradmix.gradients.passes import Consumer, Loss, check_losses
+from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
+from gradmix.gradients.sides import work_dtype
+from gradmix.gradients.sketches import Identity
+from gradmix.head import logits_of
+from gradmix.ops.labels import check_label_range
+from gradmix.probe import require_finite
+from gradmix.rows import RowSource, as_pair
+
+
+class Derivatives(NamedTuple):
+    """What :func:`directional_derivatives` returns.
+
+    Attributes:
+        inner: (N,): <g_n, V>.
+        norm: (N,): ||g_n||, or None if it was not asked for.
+    """
+
+    inner: Tensor
+    norm: Tensor | None
+
+
+def mean_gradient(
+    model: nn.Module,
+    data: RowSource,
+    *,
+    layers: str | Sequence[str] = "all",
+    loss: Loss | None = None,
+    scaler: Scaler = None,
+    chunk_size: int = CHUNK,
+) -> dict[str, Tensor]:
+    """The mean over all rows of the loss's gradient, whole: what a backward pass over the rows gives.
+
+    The model runs in evaluation mode and is left as it was.
+
+    Args:
+        model, data, layers, loss, scaler, chunk_size: as :func:`gradmix.class_gradients`.
+
+    Returns:
+        By parameter name, tensors of the parameters' shapes, float32 or, for float64 parameters, float64.
+
+    Raises:
+        ValueError, TypeError: no rows, or an argument as in :func:`gradmix.class_gradients`.
+    """
+    engine = Engine.of(model, layers, 1, 0, Identity(), loss, "error", scaler, chunk_size, "auto")
+    with engine.probing():
+        result = mean_gradient_of(engine, "data", data)
+    if result is None:
+        raise ValueError("data: got no rows, expected at least one")
+    return result
+
+
+def mean_gradient_of(engine: Engine, name: str, source: object) -> dict[str, Tensor] | None:
+    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no rows."""
+    trainable = trainable_parameters(engine.model)
+    wanted = {n: trainable[n] for n in select(trainable, engine.layers)}
+    total = {n: torch.zeros_like(p, dtype=work_dtype(p.dtype), requires_grad=False) for n, p in wanted.items()}
+    count = 0
+    for start, x, y in engine.chunks(name, source):
+        scale = engine.scale(x)
+        with torch.enable_grad():
+            logits = check_output(logits_of(engine.model(x.detach())), len(x))
+            require_finite(start, **{f"the model's logits of {name}": logits.detach()})
+            check_label_range(name, y, logits.shape[1], start)
+            losses = check_losses(engine.loss(logits, y), len(x))
+            gradients = torch.autograd.grad(losses.sum() * scale, list(wanted.values()), allow_unused=True)
+        for sum_, gradient in zip(total.values(), gradients, strict=True):
+            if gradient is not None:
+                sum_.add_(gradient.to(sum_.dtype), alpha=1 / scale)
+        count += len(x)
+    if count == 0:
+        return None
+    for n, sum_ in total.items():
+        sum_.div_(count)
+        if not bool(torch.isfinite(sum_.sum())):
+            raise ValueError(f"{name}: the gradient of {n!r} holds a NaN or an infinity, expected finite values")
+    return total
+
+
+def directional_derivatives(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    directions: Mapping[str, Tensor],
+    *,
+    norms: bool = False,
+    loss: Loss | None = None,
+    without_rule: WithoutRule = "error",
+    scaler: Scaler = None,
+    chunk_size: int = CHUNK,
+) -> Derivatives:
+    """<g_n, V> for each row's gradient g_n, exactly, and if asked for ||g_n||.
+
+    One forward pass, one more call of each layer, and a backward pass without weight gradients. Norms cost about as
+    much again, and the memory of the layers' inputs.
+
+    Args:
+        model, loss, without_rule, scaler, chunk_size: as :func:`gradmix.class_gradients`.
+        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+        directions: V by parameter name, such as :func:`mean_gradient` gives; parameters not named are held fixed.
+        norms: whether norms over the parameters named are wanted too.
+
+    Returns:
+        :class:`Derivatives`, float32, or float64 for a float64 model.
+
+    Raises:
+        ValueError, TypeError: a direction of no parameter or of another shape; or as :func:`gradmix.class_gradients`.
+    """
+    x, y = as_pair("batch", batch)
+    engine = Engine.of(model, list(directions), 1, 0, Identity(), loss, without_rule, scaler, chunk_size, "auto")
+    _check_directions(engine.model, directions)
+    with engine.probing():
+        parts = list(derivatives_of(engine, "batch", (x, y), directions, norms))
+    if not parts:
+        raise ValueError("batch: got no rows, expected at least one")
+    inner = torch.cat([part.inner for part in parts])
+    return Derivatives(inner, torch.cat([part.norm for part in parts if part.norm is not None]) if norms else None)
+
+
+def _check_directions(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
+    trainable = trainable_parameters(model)
+    if not directions:
+        raise ValueError("directions: got none, expected a tensor for at least one parameter")
+    for name, direction in directions.items():
+        if name not in trainable:
+            raise ValueError(f"directions: got {name!r}, expected names of the model's trainable parameters")
+        if not isinstance(direction, Tensor) or direction.shape != trainable[name].shape:
+            came = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
+            raise ValueError(f"directions: got {came} for {name!r}, expected shape {tuple(trainable[name].shape)}")
+
+
+def derivatives_of(
+    engine: Engine, name: str, source: object, directions: Mapping[str, Tensor], norms: bool
+) -> Iterator[Derivatives]:
+    """:func:`directional_derivatives` chunk by chunk; inside ``engine.probing()``, with an Identity sketch."""
+    for start, x, y in engine.chunks(name, source):
+
+        def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> Derivatives:
+            inner, squares = engine.zeros(x), engine.zeros(x)
+            consumers: list[Consumer] = [InnerProducts(directions, inner, engine.scale(x))]
+            if norms:
+                consumers.append(SquaredNorms(plan, engine.layout, engine.sides, squares, engine.scale(x)))
+            engine.run(name, start, x, y, plan, consumers)
+            if plan.exact:
+                for part, gradients in exact_gradients(engine.model, plan.exact, x, y, engine.loss):
+                    for layer in plan.exact:
+                        gradient = gradients[layer.name].flatten(1).to(inner.dtype)
+                        inner[part] += gradient @ directions[layer.parameters[0]].flatten().to(inner.dtype)
+                        squares[part] += gradient.square().sum(1)
+            require_finite(start, **{f"the gradient of {name}": inner})
+            return Derivatives(inner, squares.sqrt() if norms else None)
+
+        yield engine.retried(run, x)

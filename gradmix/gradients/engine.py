@@ -1,0 +1,367 @@
+"""Sketched gradients of samples and of classes: the public functions, and what they share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.gradients.by_class import ClassGradients
+from gradmix.gradients.by_sample import SampleGradients
+from gradmix.gradients.consumers import (
+    ClassSketches,
+    LayerSketch,
+    SampleSketches,
+    Sides,
+    layout_of,
+)
+from gradmix.gradients.exact import exact_gradients
+from gradmix.gradients.passes import Consumer, Loss, cross_entropy, loss_scale, run_pass
+from gradmix.gradients.plan import OutdatedPlanError, Plan, WithoutRule, plan_for
+from gradmix.gradients.sides import work_dtype
+from gradmix.gradients.sketches import KINDS, Identity, Sketch, as_sketch
+from gradmix.ops.backends import check_backend
+from gradmix.ops.labels import check_label_range, class_of
+from gradmix.probe import device_of, require_finite, untouched, unwrap
+from gradmix.rows import RowSource, as_pair, chunks_of
+
+Scaler: TypeAlias = "float | torch.amp.GradScaler | None"
+
+T = TypeVar("T")
+
+ROW_FACTOR = 3
+"""Bytes that a pass needs for a row, over those of all its layers' outputs: what autograd keeps in between, roughly."""
+
+CHUNK = 256
+"""Rows of one forward and backward pass unless the caller says otherwise."""
+
+
+def sample_gradients(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    layers: str | Sequence[str] = "all",
+    rank: int | Mapping[str, int] = 32,
+    seed: int = 0,
+    sketch: str | Sketch = "rademacher",
+    loss: Loss | None = None,
+    without_rule: WithoutRule = "error",
+    scaler: Scaler = None,
+    chunk_size: int = CHUNK,
+    backend: str = "auto",
+) -> SampleGradients:
+    """Sketched gradients of single rows, without ever forming a weight's gradient.
+
+    Row n's gradient G_n of each layer's parameters, as a (p x q) matrix, becomes L G_n R^T (see
+    :class:`gradmix.gradients.Sketch`). The loss is not averaged: a row's gradient does not depend on the rows around.
+
+    Args:
+        model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend: as :func:`class_gradients`.
+        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+
+    Returns:
+        :class:`gradmix.gradients.SampleGradients` of N rows.
+
+    Raises:
+        As :func:`class_gradients`.
+
+    >>> import torch, gradmix
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    >>> batch = torch.randn(8, 64), torch.arange(8)
+    >>> gradmix.sample_gradients(model, batch, rank=16).cosine().shape
+    torch.Size([8, 8])
+    """
+    x, y = as_pair("batch", batch)
+    if len(x) == 0:
+        raise ValueError("batch: got no rows, expected at least one")
+    engine = Engine.of(model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
+    with engine.probing():
+        parts = [part for _, _, part in engine.samples("batch", (x, y))]
+    vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return SampleGradients(vectors, engine.layout, engine.sketch.describe())
+
+
+def class_gradients(
+    model: nn.Module,
+    data: RowSource,
+    *,
+    layers: str | Sequence[str] = "all",
+    rank: int | Mapping[str, int] = 32,
+    seed: int = 0,
+    sketch: str | Sketch = "rademacher",
+    loss: Loss | None = None,
+    without_rule: WithoutRule = "error",
+    scaler: Scaler = None,
+    chunk_size: int = CHUNK,
+    backend: str = "auto",
+) -> ClassGradients:
+    """Sketched gradients summed by class, over any number of rows, in memory that does not grow with them.
+
+    Costs one forward pass and a backward pass without weight gradients. The model runs in evaluation mode (dropout off,
+    BatchNorm by its running statistics), under the autocast that is active where this is called, and is left as it was.
+
+    Memory beyond the model's and the data's own: for each chunk of B rows, what autograd keeps of the forward pass
+    without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l`` bytes of sketched activations (T_l
+    positions of layer l, 1 for a linear layer on vectors; c_l its sketch's columns, the rank in layers larger than it),
+    plus what one layer needs at a time: the gradients of its input and output, and ``4 B T_l (r_l + c_l) +
+    4 B r_l c_l``; and ``4 P D + 4 P L`` for the sums over P classes, ``4 sum_l (r_l p_l + c_l q_l)`` for the matrices,
+    which are kept for the next call as long as the model lives.
+
+    Args:
+        model: returns logits (N, C), or an object that holds them as ``.logits``. It is called with x alone.
+        data: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader; x of any dtype, y (N,) int64 class indices,
+            or (N, C) label vectors, whose largest entry is then the row's class.
+        layers: ``"all"`` parameters that require gradients, or patterns (as in the shell) of the names of modules or
+            parameters: ``["layer4", "fc"]``.
+        rank: k; a layer's sketch has about k * k entries, and cosines an error of about 1/k. Or a mapping from patterns
+            of layers' names to ranks.
+        seed: of the sketch. Only sketches of the same seed, ranks and kind can be compared.
+        sketch: ``"rademacher"``, ``"gaussian"``, ``"rows"``, ``"identity"`` (no sketch: exact), or a
+            :class:`gradmix.gradients.Sketch` of your own, which brings its rank and seed.
+        loss: from logits (N, C) and y to the rows' losses (N,); None: cross-entropy.
+        without_rule: what to do with parameters for which there is no layer rule: ``"error"``, or ``"exact"``: compute
+            their gradients by ``torch.func``, row by row in a batch, at more cost and memory.
+        scaler: a GradScaler or a factor for the loss, divided out again; for float16, whose small gradients would
+            vanish. None: 1, or 1024 under float16 autocast.
+        chunk_size: rows of one pass (a DataLoader keeps its own batch size up to this).
+        backend: of the operators ``class_sketch`` and ``sketch_project``.
+
+    Returns:
+        :class:`gradmix.gradients.ClassGradients` of the classes that occur.
+
+    Raises:
+        ValueError: no rows, labels out of range, a NaN (its row is named), a layer without a rule (``NoRuleError``),
+            rows that influence each other (``CoupledRowsError``), statistics of the batch (``BatchStatisticsError``).
+        TypeError: an argument of the wrong type.
+
+    >>> import torch, gradmix
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    >>> first = gradmix.class_gradients(model, (torch.randn(8, 64), torch.arange(8) % 2))
+    >>> second = gradmix.class_gradients(model, (torch.randn(8, 64), torch.arange(8) % 3))
+    >>> both = first + second
+    >>> both.classes, both.counts
+    (tensor([0, 1, 2]), tensor([7, 7, 2]))
+    """
+    engine = Engine.of(model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
+    with engine.probing():
+        total = engine.classes("data", data)
+    if total is None:
+        raise ValueError("data: got no rows, expected at least one")
+    return total
+
+
+_sides: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sides]] = weakref.WeakKeyDictionary()
+
+
+def _sides_of(model: nn.Module, layout: tuple[LayerSketch, ...], sketch: Sketch, backend: str) -> Sides:
+    """The sketch's matrices: those of the last call for this model, if they are the same."""
+    # Of a sketch that a user wrote only the object itself says what its matrices are.
+    same = repr(sketch.describe()) if type(sketch) in KINDS.values() else id(sketch)
+    key = (layout, same, backend)
+    known = _sides.get(model)
+    if known is not None and known[0] == key:
+        return known[1]
+    sides = Sides(layout, sketch, backend)
+    if not isinstance(sketch, Identity):
+        _sides[model] = key, sides
+    return sides
+
+
+@dataclass
+class Engine:
+    """The checked arguments of the functions above, with what is made once: the plan, the layout and the matrices."""
+
+    model: nn.Module
+    layers: str | Sequence[str]
+    sketch: Sketch
+    loss: Loss
+    without_rule: WithoutRule
+    scaler: Scaler
+    chunk: int
+    backend: str
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layers: str | Sequence[str],
+        rank: int | Mapping[str, int],
+        seed: int,
+        sketch: str | Sketch,
+        loss: Loss | None,
+        without_rule: WithoutRule,
+        scaler: Scaler,
+        chunk: int,
+        backend: str,
+    ) -> Engine:
+        """Check the arguments."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+        if without_rule not in get_args(WithoutRule):
+            allowed = " or ".join(map(repr, get_args(WithoutRule)))
+            raise ValueError(f"without_rule: got {without_rule!r}, expected {allowed}")
+        if isinstance(chunk, bool) or not isinstance(chunk, int):
+            raise TypeError(f"chunk_size: got {type(chunk).__name__}, expected an integer >= 1")
+        if chunk < 1:
+            raise ValueError(f"chunk_size: got {chunk}, expected an integer >= 1")
+        check_backend(backend)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss: got {type(loss).__name__}, expected a callable or None")
+        model = unwrap(model)
+        loss_scale(scaler, device_of(model))
+        return cls(
+            model, layers, as_sketch(sketch, rank, seed), loss or cross_entropy, without_rule, scaler, chunk, backend
+        )
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """The model in evaluation mode, out of inference mode; everything restored afterwards."""
+        with torch.inference_mode(False), untouched(self.model):
+            yield
+
+    # ------------------------------------------------------------------------------------------------------ one batch
+
+    def prepare(self, x: Tensor, *, anew: bool = False) -> Plan:
+        """The plan for such rows; makes the layout and, when it changed, the sides."""
+        plan = plan_for(self.model, x, self.layers, self.without_rule, anew=anew)
+        layout = layout_of([*plan.layers, *plan.exact], self.sketch)
+        if getattr(self, "layout", None) != layout:
+            self.layout: tuple[LayerSketch, ...] = layout
+            self.sides = _sides_of(self.model, layout, self.sketch, self.backend)
+        return plan
+
+    @property
+    def width(self) -> int:
+        """D: entries of a sketched gradient."""
+        return self.layout[-1].stop
+
+    def dtype(self) -> torch.dtype:
+        """Of sketches and sums: float64 for a float64 model, else float32."""
+        return work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
+
+    def chunks(self, name: str, source: object) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, x and y of each chunk that is not empty."""
+        start = 0
+        for x, y in chunks_of(name, source, self.chunk, device_of(self.model)):
+            if len(x):
+                require_finite(start, **{name: x})
+                # A tensor of inference mode cannot be kept for a backward pass.
+                yield start, x.clone() if x.is_inference() else x, y.clone() if y.is_inference() else y
+            start += len(x)
+
+    def run(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan, consumers: Sequence[Consumer]) -> None:
+        """One forward and one backward pass, see :func:`gradmix.gradients.passes.run_pass`."""
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            check_label_range(name, labels, logits.shape[1], start)
+            return self.loss(logits, labels)
+
+        run_pass(self.model, plan, x, y, consumers, loss=loss, scale=self.scale(x), name=name, first_row=start)
+
+    def scale(self, x: Tensor) -> float:
+        """Factor of the loss in the backward pass."""
+        return loss_scale(self.scaler, x.device)
+
+    def _exact(self, plan: Plan, x: Tensor, y: Tensor) -> Iterator[tuple[slice, LayerSketch, int, Tensor]]:
+        """Rows, place, index of the layer and sketches (n, rows, columns), for the layers without a rule."""
+        if not plan.exact:
+            return
+        places = {place.name: (index, place) for index, place in enumerate(self.layout)}
+        for part, gradients in exact_gradients(self.model, plan.exact, x, y, self.loss):
+            for layer, gradient in gradients.items():
+                left, right = self.sides.of(layer)
+                index, place = places[layer]
+                gradient = gradient.to(self.dtype())
+                yield part, place, index, right.reduce(left.reduce(gradient, 0, 1), 0, 2)
+
+    # ---------------------------------------------------------------------------------------------------- all batches
+
+    def samples(self, name: str, source: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x, y and sketched gradients (n, D) of each chunk of the rows; inside :meth:`probing`."""
+        for start, x, y in self.chunks(name, source):
+
+            def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return self._sample_chunk(name, start, x, y, plan)
+
+            yield x, y, self.retried(run, x)
+
+    def _sample_chunk(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
+        out = self.zeros(x, self.width)
+        consumer = SampleSketches(plan, self.layout, self.sides, out, self.scale(x))
+        self.run(name, start, x, y, plan, [consumer])
+        for part, place, _, sketches in self._exact(plan, x, y):
+            out[part, place.start : place.stop] = sketches.flatten(1)
+        self._require_finite(name, out)
+        return out
+
+    def classes(self, name: str, source: object) -> ClassGradients | None:
+        """Sums by class over all rows; None if there are none; inside :meth:`probing`."""
+        total: ClassGradients | None = None
+        for start, x, y in self.chunks(name, source):
+
+            def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> ClassGradients:
+                return self._class_chunk(name, start, x, y, plan)
+
+            part = self.retried(run, x)
+            total = part if total is None else total.add_(part)
+        return total
+
+    def _class_chunk(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan) -> ClassGradients:
+        classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
+        sums, squares = (self.zeros(classes, width) for width in (self.width, len(self.layout)))
+        consumer = ClassSketches(plan, self.layout, self.sides, labels, sums, squares, self.scale(x), self.backend)
+        self.run(name, start, x, y, plan, [consumer])
+        for part, place, index, sketches in self._exact(plan, x, y):
+            flat = sketches.flatten(1)
+            sums[:, place.start : place.stop].index_add_(0, labels[part], flat)
+            squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
+        self._require_finite(name, sums)
+        return ClassGradients(classes, sums, counts, squares, self.layout, self.sketch.describe())
+
+    def sketch_of(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        """(D,): the sketch of a whole gradient, given by parameter name; after a pass, when the layers are known."""
+        parts = []
+        for place in self.layout:
+            left, right = self.sides.of(place.name)
+            whole = torch.cat([gradient[name].reshape(place.shape[0], -1) for name in place.parameters], 1)[None]
+            parts.append(right.reduce(left.reduce(whole.to(self.dtype()), 0, 1), 0, 2).flatten())
+        return torch.cat(parts)
+
+    def rows_within(self, memory: int, x: Tensor) -> int:
+        """How many rows like those of x to take at a time, so that a pass needs about ``memory`` bytes; at least 1."""
+        with self.probing():
+            plan = self.prepare(x.clone() if x.is_inference() else x)
+        return max(1, min(self.chunk, memory // max(1, ROW_FACTOR * plan.row_bytes)))
+
+    def zeros(self, rows: Tensor, *width: int) -> Tensor:
+        """Zeros (N, *width) on the device of ``rows`` (N, ...), of the dtype of sketches and sums."""
+        return torch.zeros(len(rows), *width, dtype=self.dtype(), device=rows.device)
+
+    def retried(self, run: Callable[[Plan], T], x: Tensor) -> T:
+        """``run`` with the plan for such rows; once more with a new one, if the model has changed since it was made."""
+        try:
+            return run(self.prepare(x))
+        except OutdatedPlanError:
+            pass
+        try:
+            return run(self.prepare(x, anew=True))
+        except OutdatedPlanError as error:
+            raise ValueError(
+                f"model: does not make the same calls in every forward pass ({error}), expected a forward pass "
+                "that does not depend on the values in the rows"
+            ) from None
+
+    def _require_finite(self, name: str, vectors: Tensor) -> None:
+        if bool(torch.isfinite(vectors.sum())):
+            return
+        for place in self.layout:
+            if not bool(torch.isfinite(vectors[:, place.start : place.stop]).all()):
+                raise ValueError(
+                    f"{name}: the gradient of layer {place.name!r} holds a NaN or an infinity, expected finite values "
+                    "(in float16 a smaller scaler= helps)"
+                )

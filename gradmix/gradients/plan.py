@@ -1,0 +1,369 @@
+"""What a model's forward pass does with its parameters, found out once, on a few rows.
+
+A forward pass over three rows, and a backward pass from each row's logits, tell: which calls use which parameters, and
+whether any use escapes the rules; where in each call's output the samples lie, because a row's logits have a gradient
+only there; and that rows do not influence each other. Nothing is concluded from names or from one shape.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.gradients.axis import Place, possible_places
+from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, unseen, without_compilation
+from gradmix.gradients.rules import Placement, Rule, matrix_shape
+from gradmix.head import logits_of
+from gradmix.probe import require_finite
+
+WithoutRule = Literal["error", "exact"]
+
+
+class NoRuleError(ValueError):
+    """A parameter is used in a way for which there is no layer rule."""
+
+
+class CoupledRowsError(ValueError):
+    """The output for a row depends on other rows of the batch, so that it has no gradient of its own."""
+
+
+class OutdatedPlanError(RuntimeError):
+    """A forward pass did not do what the plan says."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters whose gradients form one matrix.
+
+    Attributes:
+        name: the weight's name without ``.weight``, or the only parameter's.
+        parameters: their names; the matrix is ``cat([p.reshape(rows, -1) for p in parameters], 1)``.
+        shape: (rows, columns) of the matrix.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """A call that has a rule: which, of which parameters, and where the samples are in its output, if anywhere."""
+
+    rule: type[Rule]
+    parameters: tuple[str, ...]
+    place: Place | None
+
+
+@dataclass
+class Plan:
+    """A model's layers and the calls that use them.
+
+    Attributes:
+        layers: those with rules, in the order of their first call.
+        exact: those without, each a single parameter.
+        calls: all calls that have a rule, of selected parameters or not, in their order.
+        placement: where each parameter with a rule lies in its layer.
+        row_bytes: bytes of the outputs of all calls for one row.
+        has_other_graph: whether some use of a parameter has no rule, so that autograd's graph may begin elsewhere.
+        verified: whether a whole batch has been found to lie where the plan says.
+    """
+
+    layers: tuple[Layer, ...]
+    exact: tuple[Layer, ...]
+    calls: tuple[CallPlan, ...]
+    placement: Placement
+    has_other_graph: bool
+    row_bytes: int
+    verified: bool = False
+
+    def selected(self) -> list[str]:
+        """Names of all parameters with a rule whose gradients are wanted."""
+        return [name for layer in self.layers for name in layer.parameters]
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_for(
+    model: nn.Module, x: Tensor, layers: str | Sequence[str], without_rule: WithoutRule, *, anew: bool = False
+) -> Plan:
+    """The plan of a model for rows like those of ``x``, remembered from an earlier call unless ``anew``.
+
+    Call it inside :func:`gradmix.probe.untouched`.
+
+    Raises:
+        NoRuleError: a parameter is used in a way without a rule, unless ``without_rule`` is ``"exact"``.
+        CoupledRowsError: rows influence each other.
+        ValueError: ``layers`` selects nothing.
+    """
+    trainable = trainable_parameters(model)
+    chosen = select(trainable, layers)
+    # Where the samples are may depend on the rows' shape; in a model that routes its tokens it does.
+    key = (
+        x.shape[1:],
+        x.dtype,
+        tuple(chosen),
+        tuple((name, p.shape) for name, p in trainable.items()),
+        without_rule,
+        torch.is_autocast_enabled(x.device.type),
+        _fingerprint(model),
+    )
+    known = _plans.setdefault(model, {})
+    if anew or key not in known:
+        known[key] = _make_plan(model, x, trainable, chosen, without_rule)
+    return known[key]
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Changes with a model's modules and their plain attributes: with whatever usually steers a forward pass."""
+    plain = (bool, int, float, str, tuple, type(None))
+    parts: list[object] = []
+    for name, module in model.named_modules():
+        parts += [name, type(module)]
+        for key, value in vars(module).items():
+            if isinstance(value, plain):
+                parts.append((key, repr(value)))
+            elif callable(value) and not isinstance(value, nn.Module):
+                parts.append((key, id(value)))
+            elif key.endswith("_hooks") and value:
+                parts.append((key, tuple(value)))
+    return hash(tuple(parts))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def select(trainable: Mapping[str, nn.Parameter], layers: str | Sequence[str]) -> list[str]:
+    """The parameters that ``layers`` selects: all, or those whose name, or a module's they are in, fits a pattern.
+
+    Raises:
+        TypeError: neither ``"all"`` nor a sequence of patterns.
+        ValueError: there is nothing to select, or a pattern fits nothing.
+    """
+    if not trainable:
+        raise ValueError("model: has no parameter that requires gradients, expected at least one")
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers: got {layers!r}, expected 'all' or a sequence of names such as [{layers!r}]")
+        return list(trainable)
+    if not isinstance(layers, Sequence) or not all(isinstance(pattern, str) for pattern in layers):
+        raise TypeError(f"layers: got {type(layers).__name__}, expected 'all' or a sequence of names")
+    chosen: set[str] = set()
+    for pattern in layers:
+        fits = {name for name in trainable if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not fits:
+            some = ", ".join(repr(name) for name in list(trainable)[:5])
+            raise ValueError(f"layers: got {pattern!r}, which fits no trainable parameter; there are {some}, ...")
+        chosen |= fits
+    if not chosen:
+        raise ValueError("layers: got no names, expected 'all' or at least one")
+    return [name for name in trainable if name in chosen]
+
+
+# ---------------------------------------------------------------------------------------------------------- finding out
+
+
+@dataclass
+class _Record:
+    """One call as the watcher saw it, and for each row which entries of the output its logits depend on."""
+
+    rule: type[Rule]
+    function: str
+    weight: str | None
+    bias: str | None
+    pairs: bool
+    matrices: dict[str, tuple[int, int]]
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    bytes: int
+    reached: list[Tensor | None]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    def places(self) -> set[Place]:
+        """Where the rows may be in the output."""
+        return possible_places(self.reached, self.shape, self.dims)
+
+
+class _Probe(Watch):
+    """Records all calls that have a rule, and in the backward passes what each row's logits depend on.
+
+    Args:
+        parameters: what to look for.
+        rows: batch size.
+        device: the model's.
+    """
+
+    def __init__(self, parameters: Parameters, rows: int, device: torch.device) -> None:
+        super().__init__(parameters)
+        self.records: list[_Record] = []
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.row = 0
+        self._rows = rows
+
+    def seen(self, rule: Rule) -> Tensor:
+        """Make the call and watch for the gradient of what came out."""
+        output = tapped(rule.run(), self.anchor)
+        weight, bias = (None if ref is None else ref.name for ref in (rule.weight, rule.bias))
+        pairs = rule.pairs and not (rule.weight is not None and rule.weight.transposed)
+        record = _Record(
+            type(rule),
+            getattr(rule.function, "__name__", "?"),
+            weight,
+            bias,
+            pairs,
+            {ref.name: rule.matrix(ref) for ref in rule.refs},
+            tuple(output.shape),
+            tuple(rule.dims(output)),
+            output.numel() * output.itemsize,
+            [None] * self._rows,
+        )
+        self.records.append(record)
+
+        def hook(gradient: Tensor) -> None:
+            reached = gradient != 0
+            record.reached[self.row] = reached if bool(reached.any()) else None
+
+        output.register_hook(hook)
+        return output
+
+
+def _make_plan(
+    model: nn.Module, x: Tensor, trainable: Mapping[str, nn.Parameter], chosen: Sequence[str], without_rule: WithoutRule
+) -> Plan:
+    parameters = Parameters(trainable)
+    records, missed = _probe(model, x, parameters, rows=3)
+    places = [record.places() for record in records]
+    unreached = any(all(r is None for r in record.reached) for record in records)
+    if unreached or any(len(possible) > 1 for possible in places):
+        # There may be as many positions as rows, say: with another number of rows the coincidence ends.
+        again, _ = _probe(model, x, Parameters(trainable), rows=5)
+        if [r.parameters for r in again] != [r.parameters for r in records]:
+            raise NoRuleError("model: passes over 3 and over 5 rows made different calls, expected the same")
+        places = [a & b.places() for a, b in zip(places, again, strict=True)]
+    reasons = {name: parameters.users.get(name, "by a function that cannot be watched") for name in missed}
+    matrices: dict[str, tuple[int, int]] = {}
+    for record, possible in zip(records, places, strict=True):
+        if len(possible) != 1:
+            why = "no axis of what comes out holds the rows" if not possible else "the axis of the rows is ambiguous"
+            reasons |= {name: f"by {record.function}: {why}" for name in record.parameters}
+        for name, matrix in record.matrices.items():
+            if matrices.setdefault(name, matrix) != matrix:
+                reasons[name] = f"by {record.function} and in another way, as matrices of different shapes"
+    wanted = set(chosen)
+    unruled = wanted & reasons.keys()
+    if unruled and without_rule == "error":
+        listed = "; ".join(f"{name!r}, which is used {reasons[name]}" for name in chosen if name in unruled)
+        raise NoRuleError(
+            f"model: got no rule for the per-sample gradient of {listed}. Leave it out by layers=, or have it computed "
+            "by torch.func (slower) with without_rule='exact'"
+        )
+    calls = tuple(
+        CallPlan(r.rule, r.parameters, next(iter(p)) if len(p) == 1 else None)
+        for r, p in zip(records, places, strict=True)
+    )
+    layers, placement = _layers(records, matrices, trainable, wanted - unruled)
+    exact = tuple(Layer(name, (name,), matrix_shape(trainable[name].shape)) for name in chosen if name in unruled)
+    if not layers and not exact:
+        raise ValueError("layers: got only parameters that the model's forward pass does not use, expected others")
+    row_bytes = sum(record.bytes for record in records) // 3
+    return Plan(layers, exact, calls, placement, bool(missed), row_bytes)
+
+
+def _probe(model: nn.Module, x: Tensor, parameters: Parameters, rows: int) -> tuple[list[_Record], list[str]]:
+    """A forward pass over ``rows`` of the rows, some of them repeated if there are fewer, and a backward pass for each.
+
+    Returns:
+        The calls, and the parameters that are used in ways without a rule.
+    """
+    leaf = x[torch.arange(rows, device=x.device) % len(x)].detach().clone()
+    leaf.requires_grad_(leaf.is_floating_point())
+    with torch.enable_grad(), without_compilation(), refusing_checkpoints():
+        with _Probe(parameters, rows, leaf.device) as probe:
+            logits = check_output(logits_of(model(leaf.clone())), rows)
+        require_finite(0, **{"the model's logits": logits.detach()})
+        missed = unseen(logits, parameters.named)
+        # Weights that differ: the sum of probabilities, say, depends on nothing.
+        weights = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype).cos()
+        for row in range(rows):
+            probe.row = row
+            if not logits.requires_grad:
+                break
+            inputs = [probe.anchor, leaf] if leaf.requires_grad else [probe.anchor]
+            gradients = torch.autograd.grad((logits[row] * weights).sum(), inputs, retain_graph=True, allow_unused=True)
+            if leaf.requires_grad and gradients[1] is not None:
+                others = torch.arange(rows, device=leaf.device) != row
+                if bool((gradients[1][others] != 0).any()):
+                    raise CoupledRowsError(
+                        f"model: the output of row {row} of a batch of {rows} depends on other rows, expected rows "
+                        "that do not influence each other, so that each has a gradient of its own"
+                    )
+    return probe.records, missed
+
+
+def check_output(logits: Tensor, rows: int) -> Tensor:
+    """The logits, if they are (N, C) as they should be.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if logits.ndim != 2 or len(logits) != rows:
+        raise ValueError(f"model: returned logits of shape {tuple(logits.shape)} for {rows} rows, expected ({rows}, C)")
+    return logits
+
+
+def _layers(
+    records: Sequence[_Record],
+    matrices: Mapping[str, tuple[int, int]],
+    trainable: Mapping[str, nn.Parameter],
+    ruled: set[str],
+) -> tuple[tuple[Layer, ...], Placement]:
+    """The layers that the calls make of the parameters in ``ruled``: a weight with the bias that goes with it alone."""
+    biases: dict[str, set[str]] = {}
+    weights: dict[str, set[str]] = {}
+    apart: set[str] = set()
+    for record in records:
+        if record.weight in ruled and record.bias in ruled:
+            biases.setdefault(record.weight, set()).add(record.bias)
+            weights.setdefault(record.bias, set()).add(record.weight)
+            if not record.pairs:
+                apart |= {record.weight}
+        elif record.bias in ruled:
+            weights.setdefault(record.bias, set()).add("")  # used without this weight
+    layers: dict[str, Layer] = {}
+    layer_of: dict[str, str] = {}
+    column: dict[str, int] = {}
+
+    def add(first: str, second: str | None) -> None:
+        names = (first,) if second is None else (first, second)
+        rows, columns = matrices[first]
+        layer = Layer(first.removesuffix(".weight"), names, (rows, columns + len(names) - 1))
+        layers[layer.name] = layer
+        for position, name in enumerate(names):
+            layer_of[name], column[name] = layer.name, position * columns
+
+    for record in records:
+        for name in record.parameters:
+            if name not in ruled or name in layer_of:
+                continue
+            partner = next(iter(biases.get(name, {None}))) if len(biases.get(name, ())) == 1 else None
+            if partner is not None and (
+                name in apart
+                or partner in biases
+                or weights[partner] != {name}
+                or matrices[name][0] != trainable[partner].numel()
+            ):
+                partner = None
+            add(name, partner)
+    return tuple(layers.values()), Placement(layer_of, column)

@@ -1,0 +1,1008 @@
+"""Layer rules: what the per-sample gradient of a layer's parameters is made of, function by function.
+
+A rule belongs to a function of torch that is linear in its parameters, up to a constant: ``F.linear``,
+``torch.conv2d``. :mod:`gradmix.gradients.capture` meets the calls in a model's forward pass, whatever module they are
+made in. With activations a_t that go in and gradients d_t with respect to what comes out, at positions t, the gradient
+of one sample with respect to the parameters, as a matrix, is either
+
+- a sum of outer products, sum_t d_t a_t^T (:class:`Outer`): linear layers, convolutions (a_t being the window seen at
+  t), embeddings (one factor is one-hot). It is never formed: both factors are sketched before they meet.
+- small, and formed (:class:`Dense`): normalisation, depthwise convolutions, single biases, tokens, position embeddings.
+
+A parameter's matrix is ``parameter.reshape(rows, -1)`` (:func:`matrix_shape`, :func:`token_shape`); a layer's bias is
+one more column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradmix.gradients.axis import SampleAxis
+from gradmix.gradients.sides import Side, work_dtype
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parameter as one call uses it.
+
+    Attributes:
+        name: of the parameter.
+        value: what the call was given, detached: the parameter, some of its rows, or its transpose.
+        start: the first row of the parameter's matrix that is used.
+        transposed: whether the call was given the transpose.
+        whole: the parameter's own shape.
+        offset: None; or, for a view other than its rows or its transpose, the position in the parameter's memory, which
+            is contiguous, of the view's first entry.
+    """
+
+    name: str
+    value: Tensor
+    start: int
+    transposed: bool
+    whole: torch.Size
+    offset: int | None = None
+
+    def take(self, direction: Tensor) -> Tensor:
+        """What of ``direction``, a tensor of the parameter's shape, corresponds to ``value``."""
+        if self.offset is not None:
+            return direction.contiguous().as_strided(self.value.shape, self.value.stride(), self.offset)
+        if self.transposed:
+            return direction.T
+        return direction if self.value.shape == self.whole else direction[self.start : self.start + len(self.value)]
+
+    def put(self, gradient: Tensor) -> Tensor:
+        """The gradient (N, numel of the parameter) from that of ``value``, (N, *value.shape)."""
+        if self.offset is None:
+            return gradient.flatten(1)
+        numel = math.prod(self.whole)
+        index = torch.arange(numel, device=gradient.device)
+        index = index.as_strided(self.value.shape, self.value.stride(), self.offset).flatten()
+        return gradient.new_zeros(len(gradient), numel).index_add_(1, index, gradient.flatten(1))
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight's matrix: its first axis against the others."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return shape[0], math.prod(shape[1:])
+
+
+def token_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the matrix of a parameter used by itself: its last axis against the others.
+
+    So that neither side of a position embedding (1, T, d) is as long as all of it.
+    """
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """sum_t row_t column_t^T, in the rows from ``start`` on of the layer's matrix.
+
+    Attributes:
+        layer: its name.
+        start: first row of the block.
+        before: ``"row"`` or ``"column"``: the factor that is made of the activations, in the forward pass.
+        activation: from that factor's side to the factor (N, T, size).
+        delta: from the output's gradient and the other side to the other factor (N, T, size).
+    """
+
+    layer: str
+    before: str
+    activation: Callable[[Side], Tensor]
+    delta: Callable[[Tensor, Side], Tensor]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gradient (N, p, q) that is formed from the output's, in a block of the layer's matrix.
+
+    Attributes:
+        layer: its name.
+        start: first row of the block.
+        column: first column of the block.
+        make: from the output's gradient to the block, (N, p, q) of the working dtype.
+    """
+
+    layer: str
+    start: int
+    column: int
+    make: Callable[[Tensor], Tensor]
+
+
+Part: TypeAlias = "Outer | Dense"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """By parameter name: the layer it belongs to, and its first column in the layer's matrix."""
+
+    layer: Mapping[str, str]
+    column: Mapping[str, int]
+
+
+class Rule:
+    """One call of a function in a forward pass.
+
+    Args:
+        function: what was called.
+        arguments: all its arguments by name.
+        weight, bias: the parameters among them whose gradient may be wanted.
+    """
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    signature: ClassVar[dict[str, Any]] = {}
+    pairs: ClassVar[bool] = True
+    """Whether the bias is a column of the weight's matrix."""
+    keeps_input: ClassVar[bool] = False
+    """Whether the backward pass needs the activations themselves."""
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
+    ) -> None:
+        self.function, self.arguments, self.weight, self.bias = function, arguments, weight, bias
+        self.x: Tensor = arguments["input"]
+
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        """The rule for a call, or None if it uses no parameter that ``find`` knows, or is not called as expected."""
+        names = list(cls.signature)
+        if len(args) > len(names) or not all(name in cls.signature for name in named):
+            return None
+        arguments = {**cls.signature, **dict(zip(names, args, strict=False)), **named}
+        weight, bias = find(arguments.get("weight")), find(arguments.get("bias"))
+        if (weight is None and bias is None) or not isinstance(arguments["input"], Tensor):
+            return None
+        return cls(function, arguments, weight, bias)
+
+    def forget_input(self) -> None:
+        """Let go of the activations, unless the backward pass needs them."""
+        if not self.keeps_input:
+            self.x = self.x.new_empty((0,) * self.x.ndim)
+            self.arguments = {**self.arguments, "input": self.x}
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The parameters used."""
+        return tuple(ref for ref in (self.weight, self.bias) if ref is not None)
+
+    def refusal(self) -> str | None:
+        """Why the rule cannot do this call, or None."""
+        return "a part of it other than rows" if any(ref.offset is not None for ref in self.refs) else None
+
+    def run(self) -> Tensor:
+        """The call, with its parameters detached: autograd is to make no gradient of theirs."""
+        given = {k: r.value for k, r in (("weight", self.weight), ("bias", self.bias)) if r is not None}
+        return self._call(self.arguments | given)
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        """The derivative of the output along ``directions`` of the parameters, broadcastable to the output."""
+        dtype = work_dtype(self.x.dtype) if self.x.is_floating_point() else None
+        weight, bias = (None if r is None else r.take(directions[r.name]) for r in (self.weight, self.bias))
+        if weight is None:
+            assert bias is not None
+            return self.along_features(bias)
+        given: dict[str, Any] = {"weight": weight, "input": self.x if dtype is None else self.x.to(dtype)}
+        if "bias" in self.signature:
+            given["bias"] = bias
+        return self._call(self.arguments | given)
+
+    def _call(self, arguments: dict[str, Any]) -> Tensor:
+        result: Tensor = self.function(*(arguments[name] for name in self.signature))
+        return result
+
+    def matrix(self, ref: Ref) -> tuple[int, int]:
+        """Rows and columns of a parameter's matrix."""
+        return matrix_shape(ref.whole)
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        """Axes of the output that may hold the samples; those of the input that may are the same."""
+        return range(output.ndim - 1)
+
+    def along_features(self, bias: Tensor) -> Tensor:
+        """The bias, shaped to be added to the output."""
+        return bias
+
+    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+        """(N, features): the output's gradient (or a product with it) summed over the positions of each sample."""
+        return positions(d, axis, samples).to(work_dtype(d.dtype)).sum(1)
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        """The parts of the gradient with respect to this call's parameters."""
+        raise NotImplementedError
+
+    def column_of_ones(self, placement: Placement) -> bool:
+        """Whether the bias is a column in the weight's layer."""
+        if self.weight is None or self.bias is None:
+            return False
+        same_rows = (self.weight.start, len(self.weight.value)) == (self.bias.start, len(self.bias.value))
+        return same_rows and placement.layer[self.weight.name] == placement.layer[self.bias.name]
+
+    def bias_alone(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        """The bias's own part, unless it is a column of the weight's factor."""
+        if not self.column_of_ones(placement):
+            yield from self._bias(placement, axis, samples)
+
+    def _bias(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        if self.bias is not None:
+            name = self.bias.name
+            yield Dense(
+                placement.layer[name],
+                self.bias.start,
+                placement.column[name],
+                lambda d: self.sum_features(d, axis, samples)[:, :, None],
+            )
+
+
+def positions(t: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    """(N, T, d) of activations (..., d) with the samples along ``axis``."""
+    t = axis.split(t, samples)
+    return t.unsqueeze(1) if t.ndim == 2 else t.flatten(1, -2)
+
+
+class Linear(Rule):
+    """y = x W^T + b over any leading positions."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.linear,)
+    signature: ClassVar = {"input": ..., "weight": ..., "bias": None}
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        if self.weight is not None:
+            ones, weight, x = self.column_of_ones(placement), self.weight, self.x
+            if weight.transposed:  # its matrix is W^T, whose gradient is sum_t a_t d_t^T
+                yield Outer(
+                    placement.layer[weight.name],
+                    "row",
+                    lambda side: side.apply(positions(x, axis, samples)),
+                    lambda d, side: side.apply(positions(d, axis, samples)),
+                )
+            else:
+                yield Outer(
+                    placement.layer[weight.name],
+                    "column",
+                    lambda side: side.apply(positions(x, axis, samples), ones=ones),
+                    lambda d, side: side.apply(positions(d, axis, samples), start=weight.start),
+                )
+        yield from self.bias_alone(placement, axis, samples)
+
+    def column_of_ones(self, placement: Placement) -> bool:
+        return self.weight is not None and not self.weight.transposed and super().column_of_ones(placement)
+
+
+class MatMul(Linear):
+    """y = x W, with W (in, out) a parameter or the transpose of one."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (
+        torch.matmul,
+        torch.mm,
+        Tensor.matmul,
+        Tensor.mm,
+        Tensor.__matmul__,
+    )
+    signature: ClassVar = {"input": ..., "weight": ...}
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
+    ) -> None:
+        super().__init__(function, arguments, weight, bias)
+        if weight is not None:
+            # For parts() the weight is what a linear layer would be given: W^T.
+            self.weight = replace(weight, transposed=not weight.transposed)
+            self._given = weight
+
+    def refusal(self) -> str | None:
+        if self._given.value.ndim != 2 or self.x.ndim < 2:
+            return "it is multiplied as other than a matrix from the right"
+        if self._given.offset is not None:
+            return super().refusal()
+        if not self._given.transposed and self._given.value.shape != self._given.whole:
+            return "only some of its rows are used"
+        return None
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return self.x.to(work_dtype(self.x.dtype)) @ self._given.take(directions[self._given.name])
+
+
+class AddMM(Linear):
+    """y = b + x W, with W (in, out): the linear layer of GPT-2."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.addmm,)
+    signature: ClassVar = {"bias": ..., "input": ..., "weight": ...}
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
+    ) -> None:
+        super().__init__(function, arguments, weight, bias)
+        self._given = weight
+        if weight is not None:
+            self.weight = replace(weight, transposed=not weight.transposed)
+
+    def refusal(self) -> str | None:
+        if self._given is not None and not self._given.transposed and self._given.value.shape != self._given.whole:
+            return "only some of its rows are used"
+        if self.bias is not None and self.bias.value.ndim != 1:
+            return "it is added as other than a vector"
+        return super().refusal()
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        if self._given is None:
+            return super().tangent(directions)
+        result = self.x.to(work_dtype(self.x.dtype)) @ self._given.take(directions[self._given.name])
+        return result if self.bias is None else result + self.bias.take(directions[self.bias.name])
+
+
+class Channels(Rule):
+    """What the functions with channels in axis 1, (B, C, ...), have in common."""
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return (0,)
+
+    def along_features(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *[1] * (self.x.ndim - 2))
+
+    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+        d = d.to(work_dtype(d.dtype))
+        if d.ndim > 2:
+            d = d.flatten(2).sum(2)
+        return positions(d, axis, samples).sum(1)
+
+
+class Convolution(Channels):
+    """y[n, o, t] = sum over c, s of W[o, c, s] x[n, c, stride t + dilation s - padding] + b[o], in 1 to 3 dimensions.
+
+    The window seen at t, times R, is a convolution of x with the rows of R as filters: nothing is unfolded.
+    """
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.conv1d, torch.conv2d, torch.conv3d)
+    signature: ClassVar = {
+        "input": ...,
+        "weight": ...,
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+    }
+
+    def refusal(self) -> str | None:
+        spatial = self.function.__name__[4]
+        return super().refusal() if self.x.ndim == int(spatial) + 2 else "its input has no axis of samples"
+
+    @property
+    def keeps_input(self) -> bool:  # type: ignore[override]
+        """Only small gradients are formed from the input itself."""
+        return self.weight is not None and self.arguments["groups"] > 1 and self._is_small()
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        if self.weight is not None:
+            weight = self.weight
+            layer, groups = placement.layer[weight.name], self.arguments["groups"]
+            if groups > 1 and self._is_small():
+                yield Dense(layer, weight.start, placement.column[weight.name], lambda d: self._dense(d, axis, samples))
+                yield from self._bias(placement, axis, samples)
+                return
+            ones, x = self.column_of_ones(placement), self.x
+            yield Outer(
+                layer,
+                "column",
+                lambda side: by_sample(self._windows(x, side, ones), axis, samples),
+                lambda d, side: by_sample(channels(d, side, groups, weight.start), axis, samples),
+            )
+        yield from self.bias_alone(placement, axis, samples)
+
+    def _windows(self, x: Tensor, side: Side, ones: bool) -> Tensor:
+        """(B, groups T, size)."""
+        assert self.weight is not None
+        a = self.arguments
+        z = windows(x, side, self.weight.value.shape[1:], a["stride"], a["padding"], a["dilation"], a["groups"])
+        if not ones:
+            return z
+        if side.is_identity:
+            return torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2)
+        return z + side.constant(z, math.prod(self.weight.value.shape[1:]))
+
+    def _is_small(self) -> bool:
+        """Whether a sample's gradient takes no more memory than its activations."""
+        assert self.weight is not None
+        return self.weight.value.numel() * len(self.x) <= self.x.numel() * (
+            1 + len(self.weight.value) / self.x.shape[1]
+        )
+
+    def _dense(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+        """(N, out, in / groups * taps), one tap of the filter after the other."""
+        assert self.weight is not None
+        a, weight, dtype = self.arguments, self.weight.value, work_dtype(d.dtype)
+        spatial = d.ndim - 2
+        stride, dilation = (_each(a[name], spatial) for name in ("stride", "dilation"))
+        x = F.pad(self.x, _padding(a["padding"], weight.shape[2:], dilation))
+        d = d.to(dtype).unflatten(1, (a["groups"], -1)).flatten(3)
+        taps = []
+        for tap in torch.cartesian_prod(*(torch.arange(size) for size in weight.shape[2:])).view(-1, spatial).tolist():
+            seen = x
+            for i, offset in enumerate(tap):
+                first, length = offset * dilation[i], self._positions(x, stride, dilation)[i]
+                seen = seen.narrow(2 + i, first, (length - 1) * stride[i] + 1)
+                seen = seen[(slice(None),) * (2 + i) + (slice(None, None, stride[i]),)]
+            seen = seen.to(dtype).unflatten(1, (a["groups"], -1)).flatten(3)
+            taps.append(torch.einsum("ngot,ngct->ngoc", d, seen))
+        gradient = torch.stack(taps, -1).flatten(3).flatten(1, 2)
+        return axis.split(gradient, samples).flatten(1, -3).sum(1) if samples != len(gradient) else gradient
+
+    def _positions(self, padded: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+        assert self.weight is not None
+        taps = self.weight.value.shape[2:]
+        return [(size - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i, size in enumerate(padded.shape[2:])]
+
+
+class TransposedConvolution(Channels):
+    """y = the adjoint of a convolution with W (in, out / groups, ...), plus b.
+
+    Its weight's gradient is sum_t x_t w_t^T, w_t being the window of the output's gradient that the convolution sees.
+    """
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    )
+    signature: ClassVar = {
+        "input": ...,
+        "weight": ...,
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "output_padding": 0,
+        "groups": 1,
+        "dilation": 1,
+    }
+    pairs = False
+
+    def refusal(self) -> str | None:
+        spatial = self.function.__name__[14]
+        return super().refusal() if self.x.ndim == int(spatial) + 2 else "its input has no axis of samples"
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        if self.weight is not None:
+            weight, x, size, groups = self.weight, self.x, self.x.shape[2:], self.arguments["groups"]
+            stride, padding, dilation = (self.arguments[name] for name in ("stride", "padding", "dilation"))
+
+            def seen(d: Tensor, side: Side) -> Tensor:
+                z = windows(d, side, weight.value.shape[1:], stride, padding, dilation, groups, size)
+                return by_sample(z, axis, samples)
+
+            yield Outer(
+                placement.layer[weight.name],
+                "row",
+                lambda side: by_sample(channels(x, side, groups, weight.start), axis, samples),
+                seen,
+            )
+        yield from self.bias_alone(placement, axis, samples)
+
+
+def windows(
+    x: Tensor,
+    side: Side,
+    shape: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """(B, groups T, side's size): M times the window that a convolution sees at each position of x (B, C, ...).
+
+    Args:
+        shape: a filter's, (C / groups, ...).
+        size: positions wanted along each axis, where there may be more; None: all.
+    """
+    half = x.dtype == torch.float16
+    if side.is_identity:
+        return unfolded(x, shape, stride, padding, dilation, groups, size)
+    x = x.to(torch.bfloat16) if half else x  # sums over a window may exceed float16's range
+    filters, scale = side.filters(x, tuple(shape))
+    count = len(filters)
+    if groups > 1:
+        filters = filters.repeat(groups, *[1] * len(shape))
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[x.ndim - 3]
+    z = convolution(x, filters, None, stride, padding, dilation, groups)
+    for i, wanted in enumerate(size or ()):
+        z = z.narrow(2 + i, 0, wanted)
+    z = z.flatten(2)
+    z = z.transpose(1, 2) if groups == 1 else z.unflatten(1, (groups, count)).transpose(2, 3).flatten(1, 2)
+    z = z.to(work_dtype(z.dtype))
+    return z if scale == 1.0 else z * scale
+
+
+def unfolded(
+    x: Tensor, shape: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int, size: Sequence[int] | None
+) -> Tensor:
+    """(B, groups T, C / groups * taps): the windows themselves; arguments as :func:`windows`."""
+    spatial = x.ndim - 2
+    strides, dilations = _each(stride, spatial), _each(dilation, spatial)
+    x = F.pad(x.to(work_dtype(x.dtype)), _padding(padding, shape[1:], dilations))
+    for i in range(spatial):
+        x = x.unfold(2 + i, dilations[i] * (shape[1 + i] - 1) + 1, strides[i])
+        x = x[..., :: dilations[i]]
+    for i, wanted in enumerate(size or ()):
+        x = x.narrow(2 + i, 0, wanted)
+    x = x.unflatten(1, (groups, -1))  # (B, groups, C / groups, positions..., taps...)
+    order = [0, 1, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
+    return x.permute(order).flatten(2 + spatial).flatten(1, -2)
+
+
+def channels(d: Tensor, side: Side, groups: int, start: int) -> Tensor:
+    """(B, groups T, side's size): M times the channels at each position of d (B, C, ...), group by group."""
+    d = d.flatten(2)
+    if groups == 1:
+        return side.apply(d.transpose(1, 2), start=start)
+    width = d.shape[1] // groups
+    parts = [side.apply(part.transpose(1, 2), start=start + g * width) for g, part in enumerate(d.split(width, 1))]
+    return torch.cat(parts, 1)
+
+
+def by_sample(z: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    """(N, T', size) from (B, T, size), where B holds the samples and maybe positions."""
+    return z if len(z) == samples else axis.split(z, samples).flatten(1, -2)
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count // len(value))
+
+
+def _padding(padding: Any, taps: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Zeros before and behind each axis as F.pad wants them, the last axis first."""
+    spatial = len(taps)
+    if padding == "valid":
+        padding = 0
+    pads = []
+    for i in reversed(range(spatial)):
+        if padding == "same":
+            total = dilation[i] * (taps[i] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [_each(padding, spatial)[i]] * 2
+    return pads
+
+
+class Embedding(Rule):
+    """y_t = W[i_t]: the gradient is sum_t e_{i_t} d_t^T, without the positions that hold ``padding_idx``."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.embedding,)
+    signature: ClassVar = {
+        "input": ...,
+        "weight": ...,
+        "padding_idx": None,
+        "max_norm": None,
+        "norm_type": 2.0,
+        "scale_grad_by_freq": False,
+        "sparse": False,
+    }
+
+    def refusal(self) -> str | None:
+        if self.arguments["max_norm"] is not None:
+            return "max_norm changes it in the forward pass"
+        if self.arguments["scale_grad_by_freq"]:
+            return "scale_grad_by_freq makes a row's gradient depend on the other rows"
+        return super().refusal()
+
+    def _call(self, arguments: dict[str, Any]) -> Tensor:
+        # A sparse gradient would be of the detached weight, which gets none.
+        return super()._call(arguments | {"sparse": False})
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self.weight is not None
+        result = F.embedding(self.x, self.weight.take(directions[self.weight.name]))
+        kept = self._kept()
+        return result if kept is None else result * kept[..., None]
+
+    def _kept(self) -> Tensor | None:
+        padding = self.arguments["padding_idx"]
+        if padding is None:
+            return None
+        assert self.weight is not None
+        kept: Tensor = self.x != (padding if padding >= 0 else len(self.weight.value) + padding)
+        return kept
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        assert self.weight is not None
+        weight = self.weight
+
+        index, kept = axis.split(self.x, samples).reshape(samples, -1), self._kept()
+
+        def one_hot(side: Side) -> Tensor:
+            rows = side.one_hot(index + weight.start, work_dtype(weight.value.dtype))
+            if kept is None:
+                return rows
+            return rows * axis.split(kept, samples).reshape(samples, -1, 1)
+
+        yield Outer(
+            placement.layer[weight.name],
+            "row",
+            one_hot,
+            lambda d, side: side.apply(positions(d, axis, samples)),
+        )
+
+
+_CACHED = 1 << 17
+"""Elements multiplied at a time on a CPU, few enough to stay in its cache."""
+
+
+class _Normalisation(Rule):
+    """y = w x^ + b with x^ the normalised input: the gradients are sum_t d_t x^_t and sum_t d_t."""
+
+    keeps_input = True
+
+    def normalised(self) -> Tensor:
+        """x^, of the input's shape and the working dtype."""
+        raise NotImplementedError
+
+    def refusal(self) -> str | None:
+        if any(ref.value.shape != ref.whole for ref in self.refs):
+            return "only some of its rows are used"
+        return None
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        result: Tensor | float = 0.0
+        if self.weight is not None:
+            result = self.normalised() * self.along_features(self.weight.take(directions[self.weight.name]))
+        if self.bias is not None:
+            result = result + self.along_features(self.bias.take(directions[self.bias.name]))
+        assert isinstance(result, Tensor)
+        return result
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        def both(d: Tensor) -> Tensor:
+            total = self.sum_features(d, axis, samples)
+            return torch.stack([self._weight_gradient(d, total, axis, samples), total], 2)
+
+        def only_weight(d: Tensor) -> Tensor:
+            assert self.weight is not None
+            gradient = self._weight_gradient(d, None, axis, samples)
+            return gradient.view(samples, *matrix_shape(self.weight.whole))
+
+        if self.weight is not None and self.weight.value.ndim == 1 and self.column_of_ones(placement):
+            yield Dense(placement.layer[self.weight.name], 0, 0, both)
+            return
+        if self.weight is not None:
+            yield Dense(placement.layer[self.weight.name], 0, placement.column[self.weight.name], only_weight)
+        if self.bias is not None:
+            rows_columns = matrix_shape(self.bias.whole)
+            if self.column_of_ones(placement):
+                assert self.weight is not None
+                rows_columns = matrix_shape(self.weight.whole)
+            yield Dense(
+                placement.layer[self.bias.name],
+                0,
+                placement.column[self.bias.name],
+                lambda d: self.sum_features(d, axis, samples).view(samples, *rows_columns),
+            )
+
+    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: SampleAxis, samples: int) -> Tensor:
+        """(N, features), given the sum of d if it is there already."""
+        return self.sum_features(d * self.normalised(), axis, samples)
+
+
+class LayerNorm(_Normalisation):
+    """Normalised over the last axes of each position."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.layer_norm, torch.layer_norm)
+    signature: ClassVar = {"input": ..., "normalized_shape": ..., "weight": None, "bias": None, "eps": 1e-5}
+
+    def _call(self, arguments: dict[str, Any]) -> Tensor:
+        return F.layer_norm(*(arguments[name] for name in self.signature))
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return range(output.ndim - len(self.arguments["normalized_shape"]))
+
+    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+        return super().sum_features(d.flatten(-len(self.arguments["normalized_shape"])), axis, samples)
+
+    def normalised(self) -> Tensor:
+        a = self.arguments
+        return F.layer_norm(self.x.to(work_dtype(self.x.dtype)), a["normalized_shape"], None, None, a["eps"])
+
+
+class RMSNorm(LayerNorm):
+    """Divided by the root mean square over the last axes of each position."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = tuple(
+        f for f in (getattr(F, "rms_norm", None), getattr(torch, "rms_norm", None)) if f is not None
+    )
+    signature: ClassVar = {"input": ..., "normalized_shape": ..., "weight": None, "eps": None}
+
+    def _call(self, arguments: dict[str, Any]) -> Tensor:
+        return F.rms_norm(*(arguments[name] for name in self.signature))
+
+    def normalised(self) -> Tensor:
+        a, dtype = self.arguments, work_dtype(self.x.dtype)
+        # Without an eps of its own, the function takes that of the input's dtype.
+        eps = torch.finfo(self.x.dtype).eps if a["eps"] is None else a["eps"]
+        return F.rms_norm(self.x.to(dtype), a["normalized_shape"], None, eps)
+
+
+class GroupNorm(_Normalisation, Channels):
+    """Normalised over groups of channels of each sample."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.group_norm,)
+    signature: ClassVar = {"input": ..., "num_groups": ..., "weight": None, "bias": None, "eps": 1e-5}
+
+    def normalised(self) -> Tensor:
+        a = self.arguments
+        return F.group_norm(self.x.to(work_dtype(self.x.dtype)), a["num_groups"], None, None, a["eps"])
+
+
+class BatchNorm(_Normalisation, Channels):
+    """Normalised by running statistics."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.batch_norm,)
+    signature: ClassVar = {
+        "input": ...,
+        "running_mean": ...,
+        "running_var": ...,
+        "weight": None,
+        "bias": None,
+        "training": False,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    }
+
+    def normalised(self) -> Tensor:
+        a, dtype = self.arguments, work_dtype(self.x.dtype)
+        mean, variance = a["running_mean"].to(dtype), a["running_var"].to(dtype)
+        return F.batch_norm(self.x.to(dtype), mean, variance, None, None, False, 0.0, a["eps"])
+
+    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: SampleAxis, samples: int) -> Tensor:
+        # x^ is affine in x, with coefficients of the channel alone: sums over positions come first.
+        a, dtype = self.arguments, work_dtype(d.dtype)
+        mean, variance = a["running_mean"].to(dtype), a["running_var"].to(dtype)
+        step = len(d) if d.is_cuda else max(1, _CACHED // max(1, d[:1].numel()))
+        pieces = zip(d.split(step), self.x.split(step), strict=True)
+        products = [(a.to(dtype) * b).reshape(*a.shape[:2], -1).sum(2) for a, b in pieces]
+        gradient: Tensor = positions(torch.cat(products), axis, samples).sum(1)
+        gradient = gradient - mean * (self.sum_features(d, axis, samples) if total is None else total)
+        return gradient * torch.rsqrt(variance + a["eps"])
+
+
+class InstanceNorm(_Normalisation, Channels):
+    """Normalised over the positions of each channel of each sample, or by running statistics."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.instance_norm,)
+    signature: ClassVar = {
+        "input": ...,
+        "running_mean": None,
+        "running_var": None,
+        "weight": None,
+        "bias": None,
+        "use_input_stats": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    }
+
+    def normalised(self) -> Tensor:
+        a, dtype = self.arguments, work_dtype(self.x.dtype)
+        mean, variance = (
+            None if a["use_input_stats"] or a[name] is None else a[name].to(dtype)
+            for name in ("running_mean", "running_var")
+        )
+        return F.instance_norm(self.x.to(dtype), mean, variance, None, None, a["use_input_stats"], 0.0, a["eps"])
+
+
+# ---------------------------------------------------------------------------------------- parameters used by themselves
+
+
+def _as_part(ref: Ref) -> Ref:
+    """The same parameter, rows or the transpose of which are described as any other part is."""
+    if ref.offset is not None or (ref.value.shape == ref.whole and not ref.transposed):
+        return ref
+    contiguous = math.prod(ref.whole[1:])
+    if ref.value.stride() not in (_strides(ref.whole), _strides(ref.whole)[::-1]):
+        return ref
+    return replace(ref, start=0, transposed=False, offset=ref.start * contiguous)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+_IN_PLACE = {Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__}
+
+
+class _Broadcast(Rule):
+    """A parameter that meets activations element by element, broadcast over samples and positions."""
+
+    def matrix(self, ref: Ref) -> tuple[int, int]:
+        return token_shape(ref.whole)
+
+    def _own(self, ndim: int) -> list[int]:
+        """The parameter's shape, with as many axes as the output."""
+        assert self.weight is not None
+        own = list(self.weight.value.shape)
+        return [1] * (ndim - len(own)) + own
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        own = self._own(output.ndim)
+        return [dim for dim in range(output.ndim) if own[dim] == 1]
+
+    def refusal(self) -> str | None:
+        assert self.weight is not None
+        if self.weight.value.shape != self.weight.whole and self.weight.offset is None:
+            return "a part of it, converted, meets the activations element by element"
+        if self.x._is_view() and self.function in _IN_PLACE:
+            return "it changes a view in place"
+        return None
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        assert self.weight is not None
+        weight, rows_columns = self.weight, self.matrix(self.weight)
+
+        def make(d: Tensor) -> Tensor:
+            d = self.times(d.to(work_dtype(d.dtype)))
+            own = self._own(d.ndim)
+            # Every axis that the parameter was broadcast over is summed but that of the samples.
+            summed = [dim for dim in range(d.ndim) if own[dim] == 1 and dim != axis.dim]
+            d = axis.split(d.sum(summed, keepdim=True) if summed else d, samples)
+            if d.ndim > len(own):  # positions that were folded with the samples
+                d = d.sum(1 + axis.dim)
+            return weight.put(d).view(samples, *rows_columns)
+
+        yield Dense(placement.layer[weight.name], 0, placement.column[weight.name], make)
+
+    def times(self, d: Tensor) -> Tensor:
+        """The output's gradient times the derivative of the output with respect to the broadcast parameter."""
+        return d
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self.weight is not None
+        return self.weight.take(directions[self.weight.name])
+
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        if len(args) != 2 or named:
+            return None
+        first, second = find(args[0]), find(args[1])
+        if (first is None) == (second is None):
+            return None
+        first, second = (None if ref is None else _as_part(ref) for ref in (first, second))
+        x = args[1] if second is None else args[0]
+        if not isinstance(x, Tensor):
+            return None
+        return cls(function, {"input": x, "weight": None, "first": first is not None}, first or second, None)
+
+    def run(self) -> Tensor:
+        assert self.weight is not None
+        operands = (self.x, self.weight.value)
+        result: Tensor = self.function(*(reversed(operands) if self.arguments["first"] else operands))
+        return result
+
+
+class Addition(_Broadcast):
+    """y = x + p: position embeddings."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (
+        torch.add,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.__add__,
+        Tensor.__radd__,
+        Tensor.__iadd__,
+    )
+    signature: ClassVar = {"input": ..., "weight": ...}
+
+
+class Subtraction(Addition):
+    """y = x - p, or p - x."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (
+        torch.sub,
+        Tensor.sub,
+        Tensor.sub_,
+        Tensor.__sub__,
+        Tensor.__isub__,
+    )
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.arguments["first"] else -1
+
+    def times(self, d: Tensor) -> Tensor:
+        return d * self._sign
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return super().tangent(directions) * self._sign
+
+
+class Multiplication(_Broadcast):
+    """y = x p: the scales of LayerScale and its kin."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+    signature: ClassVar = {"input": ..., "weight": ...}
+    keeps_input = True
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return self.x.to(work_dtype(self.x.dtype)) * super().tangent(directions)
+
+    def times(self, d: Tensor) -> Tensor:
+        return d * self.x
+
+
+class Copies(_Broadcast):
+    """y = p.expand(N, ...) or p.repeat(N, ...): a class token, one copy a sample."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (Tensor.expand, Tensor.repeat)
+
+    def run(self) -> Tensor:
+        assert self.weight is not None
+        result: Tensor = self.function(self.weight.value, *self.arguments["sizes"], **self.arguments["named"])
+        # Memory of its own for each copy, which from here on is an activation of one sample.
+        return result.clone(memory_format=torch.contiguous_format)
+
+    def refusal(self) -> str | None:
+        if self.function is Tensor.repeat:
+            sizes = self.arguments["sizes"]
+            times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+            if any(t != 1 and own != 1 for t, own in zip(times, self._own(len(times)), strict=True)):
+                return "it is repeated along an axis longer than 1"
+        return None
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return [dim for dim in super().dims(output) if output.shape[dim] > 1]
+
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        weight = find(args[0]) if len(args) > 1 else None
+        if weight is None:
+            return None
+        weight = _as_part(weight)
+        return cls(function, {"input": weight.value, "sizes": args[1:], "named": named}, weight, None)
+
+
+RULES: dict[Callable[..., Any], type[Rule]] = {
+    function: rule
+    for rule in (
+        Linear,
+        MatMul,
+        AddMM,
+        Convolution,
+        TransposedConvolution,
+        Embedding,
+        LayerNorm,
+        RMSNorm,
+        GroupNorm,
+        BatchNorm,
+        InstanceNorm,
+        Addition,
+        Subtraction,
+        Multiplication,
+        Copies,
+    )
+    for function in rule.functions
+}
+"""The rule of each function that has one."""

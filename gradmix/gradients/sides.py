@@ -1,0 +1,114 @@
+"""One side of a layer's sketch: the matrix L or R, applied to whatever there is of a gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradmix.gradients.sketches import Sketch
+from gradmix.ops.sketch_project import OPERATOR, project, sketch_project
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sketches of such a tensor are computed and summed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Side:
+    """The matrix M (size x dim) of one side of one layer, or the identity where size = dim.
+
+    The matrix is made when it is first needed and kept, size * dim entries. Where the entries come from a counter and
+    the operator has a body that draws them anew and is quicker so, it is not made at all.
+
+    Args:
+        sketch, layer, side, size, dim: as :meth:`Sketch.matrix`.
+        backend: of the operator ``sketch_project``.
+    """
+
+    def __init__(self, sketch: Sketch, layer: str, side: str, size: int, dim: int, backend: str = "auto") -> None:
+        self.size, self.dim = size, dim
+        self._sketch, self._layer, self._side, self._backend = sketch, layer, side, backend
+        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this side is kept as it is."""
+        return self.size == self.dim
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """(size, dim), of the working dtype and on the device of ``like``."""
+        key = work_dtype(like.dtype), like.device
+        if key not in self._made:
+            if self.is_identity:
+                matrix = torch.eye(self.dim, dtype=key[0], device=key[1])
+            else:
+                matrix = self._sketch.matrix(self._layer, self._side, self.size, self.dim, dtype=key[0], device=key[1])
+                if matrix.shape != (self.size, self.dim):
+                    raise ValueError(
+                        f"sketch: {type(self._sketch).__name__}.matrix gave shape {tuple(matrix.shape)} for the "
+                        f"{self._side} side of layer {self._layer!r}, expected {(self.size, self.dim)}"
+                    )
+            self._made[key] = matrix
+        return self._made[key]
+
+    def apply(self, x: Tensor, start: int = 0, ones: bool = False) -> Tensor:
+        """(N, T, size): M x_t for each position of x (N, T, D), which are entries ``start`` to ``start + D`` of dim.
+
+        With ``ones``, an entry of 1 follows them.
+        """
+        width = x.shape[2] + ones
+        if self.is_identity:
+            x = x.to(work_dtype(x.dtype))
+            if ones:
+                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+            return x if width == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - width))
+        drawn = self._sketch.random_entries(self._layer, self._side)
+        if drawn is not None and start == 0 and self._draws_anew(x, drawn, ones):
+            entries, key = drawn
+            return sketch_project(x, self.size, key, ones=ones, entries=entries, backend=self._backend)
+        return project(x, self.matrix(x)[:, start : start + width], ones=ones)
+
+    def _draws_anew(self, x: Tensor, drawn: tuple[str, int], ones: bool) -> bool:
+        """Whether the operator draws the entries by a body of its own, rather than as torch would."""
+        entries, key = drawn
+        body = OPERATOR.choose(self._backend, x, self.size, key, ones, entries)
+        return body.name != "torch"
+
+    def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, T, size): M e_i for each index (N, T)."""
+        if self.is_identity:
+            return torch.nn.functional.one_hot(index, self.dim).to(dtype)
+        return self._sketch.columns(self._layer, self._side, self.size, self.dim, index, dtype=dtype)
+
+    def filters(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, float]:
+        """The first columns of M as convolution filters (size, *shape) of x's dtype, and a factor for their outputs.
+
+        The factor, 1 unless x is of half precision, keeps entries of +-1 exact there.
+        """
+        width = math.prod(shape)
+        matrix = self.matrix(x)[:, :width].reshape(self.size, *shape)
+        if matrix.dtype == x.dtype:
+            return matrix, 1.0
+        root = math.sqrt(self.size)
+        return (matrix * root).to(x.dtype), 1 / root
+
+    def constant(self, like: Tensor, column: int) -> Tensor:
+        """(size,): the column of M that belongs to a constant input of 1."""
+        return self.matrix(like)[:, column]
+
+    def reduce(self, gradient: Tensor, start: int, axis: int) -> Tensor:
+        """M applied along an axis, 1 or 2, of gradients (N, p, q), which are entries from ``start`` on of dim."""
+        width = gradient.shape[axis]
+        if self.is_identity:
+            if width == self.dim:
+                return gradient
+            behind = self.dim - start - width
+            return torch.nn.functional.pad(gradient, (start, behind) if axis == 2 else (0, 0, start, behind))
+        matrix = self.matrix(gradient)[:, start : start + width]
+        if axis == 2:
+            return gradient @ matrix.T
+        # One product for all samples: they are many and small.
+        n, p, q = gradient.shape
+        return (matrix @ gradient.permute(1, 0, 2).reshape(p, n * q)).view(-1, n, q).transpose(0, 1)

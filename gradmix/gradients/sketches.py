@@ -1,0 +1,182 @@
+"""Kinds of sketch: which matrices L and R turn a layer's gradient G (p x q) into S = L G R^T.
+
+A sketch keeps inner products in expectation, E <L G R^T, L H R^T> = <G, H>, if the matrices are drawn independently
+with E[L^T L] = I and E[R^T R] = I. For gradients that are not close to parallel, the cosine of two sketches of size
+k x k is off by about 1/k (Johnson-Lindenstrauss on either side; the Kronecker form is that of TensorSketch and LoGra).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradmix.ops.counter_random import random_columns, random_matrix, sketch_key
+
+
+class Sketch(ABC):
+    """A kind of sketch; derive from it for one of your own and implement :meth:`matrix`.
+
+    Args:
+        rank: k, rows of either matrix, an integer >= 1; or a mapping from patterns of layer names (as in the shell:
+            ``"layer1.*"``, ``"*"``), of which the first that fits counts.
+        seed: an integer; the matrices depend on it, the layer's name and the side, and on nothing else.
+
+    Raises:
+        TypeError, ValueError: ``rank`` or ``seed`` is no such thing.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, rank: int | Mapping[str, int] = 32, seed: int = 0) -> None:
+        ranks = rank if isinstance(rank, Mapping) else {"*": rank}
+        for pattern, value in ranks.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"rank: got {value!r} for {pattern!r}, expected an integer >= 1")
+            if value < 1:
+                raise ValueError(f"rank: got {value} for {pattern!r}, expected an integer >= 1")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: got {type(seed).__name__}, expected an integer")
+        self.rank, self.seed = rank, seed
+        self._ranks = dict(ranks)
+
+    def rank_of(self, layer: str) -> int:
+        """The rank for a layer.
+
+        Raises:
+            ValueError: no pattern fits the name.
+        """
+        for pattern, rank in self._ranks.items():
+            if fnmatchcase(layer, pattern):
+                return rank
+        raise ValueError(f"rank: got the patterns {list(self._ranks)}, none of which fits layer {layer!r}; add '*'")
+
+    def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
+        """Rows of L and of R for a layer with a gradient (rows x columns).
+
+        A side no larger than the rank k is kept as it is, and the other side gets k^2 / side rows instead of k: the
+        sketch has about k^2 entries in either case, and the error of a cosine stays about 1/k.
+        """
+        rank = self.rank_of(layer)
+        if rows <= rank:
+            return rows, min(columns, max(rank, rank * rank // rows))
+        if columns <= rank:
+            return min(rows, max(rank, rank * rank // columns)), columns
+        return rank, rank
+
+    @abstractmethod
+    def matrix(
+        self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        """The matrix (size, dim) of one side of a layer, with E[M^T M] = I; the same in every call.
+
+        Args:
+            layer: its name.
+            side: ``"left"`` (L) or ``"right"`` (R), which must be independent of each other.
+            size: rows, less than ``dim`` (a side of size ``dim`` is the identity, and is not asked for).
+            dim: columns.
+            dtype: float32 or float64.
+            device: where it is wanted.
+        """
+
+    def columns(self, layer: str, side: str, size: int, dim: int, index: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Columns ``index`` (...) of :meth:`matrix`, as (..., size): what is needed of an embedding's vocabulary."""
+        return self.matrix(layer, side, size, dim, dtype=dtype, device=index.device).T[index]
+
+    def random_entries(self, layer: str, side: str) -> tuple[str, int] | None:
+        """``(entries, key)`` if :meth:`matrix` is a counter-based random matrix, which operators can then draw anew."""
+        return None
+
+    def describe(self) -> dict[str, object]:
+        """What two sketches must agree in to be compared: the kind, its seed and its ranks, as plain values."""
+        return {"kind": self.name or type(self).__qualname__, "seed": self.seed, "rank": self.rank}
+
+
+class _CounterSketch(Sketch):
+    """L and R of independent entries from a counter-based generator (:mod:`gradmix.ops.counter_random`)."""
+
+    def matrix(
+        self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        key = sketch_key(self.seed, layer, side)
+        return random_matrix(size, dim, key, self.name, dtype=dtype, device=device)
+
+    def columns(self, layer: str, side: str, size: int, dim: int, index: Tensor, *, dtype: torch.dtype) -> Tensor:
+        return random_columns(index, size, sketch_key(self.seed, layer, side), self.name, dtype=dtype)
+
+    def random_entries(self, layer: str, side: str) -> tuple[str, int] | None:
+        return self.name, sketch_key(self.seed, layer, side)
+
+
+class Rademacher(_CounterSketch):
+    """Kronecker sketch, entries +-1/sqrt(k): of all independent entries those with the smallest variance."""
+
+    name = "rademacher"
+
+
+class Gaussian(_CounterSketch):
+    """Kronecker sketch, normal entries of variance 1/k (in 65,536 quantiles, so that every device has the same)."""
+
+    name = "gaussian"
+
+
+class Identity(Sketch):
+    """No sketch: the gradients themselves. Exact, and as large as the model for every class."""
+
+    name = "identity"
+
+    def __init__(self, rank: int | Mapping[str, int] = 1, seed: int = 0) -> None:
+        super().__init__(1, 0)
+
+    def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
+        """The layer's own."""
+        return rows, columns
+
+    def matrix(
+        self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        """Never asked for by the engine."""
+        return torch.eye(size, dim, dtype=dtype, device=device)
+
+
+class RowSampling(Sketch):
+    """L and R pick ``size`` different rows and columns at random, scaled by sqrt(dim / size).
+
+    Unbiased, and far less exact than random signs wherever few entries carry a gradient.
+    """
+
+    name = "rows"
+
+    def matrix(
+        self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        # 64 random bits for each row, in four numbers; the smallest are a uniform sample without replacement.
+        draws = random_matrix(4, dim, sketch_key(self.seed, layer, side), "gaussian", dtype=torch.float64, device="cpu")
+        chosen = torch.from_numpy(np.sort(np.lexsort(draws.numpy())[:size]))
+        picked = torch.zeros(size, dim, dtype=dtype)
+        picked[torch.arange(size), chosen] = math.sqrt(dim / size)
+        return picked.to(device)
+
+
+KINDS: dict[str, type[Sketch]] = {kind.name: kind for kind in (Rademacher, Gaussian, Identity, RowSampling)}
+
+
+def as_sketch(sketch: str | Sketch, rank: int | Mapping[str, int], seed: int) -> Sketch:
+    """The sketch of that name with rank and seed, or the one given, which has its own.
+
+    Raises:
+        TypeError, ValueError: neither a known name nor a :class:`Sketch`.
+    """
+    if isinstance(sketch, Sketch):
+        return sketch
+    if not isinstance(sketch, str):
+        raise TypeError(f"sketch: got {type(sketch).__name__}, expected a gradmix.gradients.Sketch or its kind's name")
+    if sketch not in KINDS:
+        raise ValueError(f"sketch: got {sketch!r}, expected one of {', '.join(map(repr, KINDS))} or a Sketch")
+    return KINDS[sketch](rank, seed)
