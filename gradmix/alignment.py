@@ -4,11 +4,16 @@ The reference gradient G is the mean last-layer gradient of the replay buffer, m
 One SGD step on a mixed row with gradient g changes the buffer's loss by about -lr <g, G>, so a mixture is helpful if
 <g, G> >= 0 and detrimental otherwise (GradMix, arXiv 2505.08528, which states this as an angle of at most 90 degrees).
 
-Estimators of g, both for the last layer's weight and bias:
+Estimators of g, for the last layer's weight and bias:
 
 - ``feature``: the rows' features, logits and labels are mixed (:mod:`gradmix.ops.mixed_alignment`); no forward pass but
   the rows' own.
 - ``mixed``: the mixed inputs are forwarded; exact, one forward a pair.
+
+and over all parameters, where the reference is the buffer's whole mean gradient (:mod:`gradmix.estimators`):
+
+- ``jvp``: the mixed inputs are forwarded, and the derivative of their loss along the reference is taken; exact.
+- ``sketch``: mixtures of the rows' sketched gradients; what is in doubt is checked again by ``jvp``.
 
 Criteria: ``sample`` judges each pair by its own inner product, ``class`` each pair of classes by the mean over its
 rows.
@@ -18,20 +23,34 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
+from gradmix.estimators import (
+    Cells,
+    JvpEstimator,
+    RowSketches,
+    Screening,
+    SketchEstimator,
+    WholeEstimator,
+    WholeReference,
+    chunk_within,
+    jvp_alignment,
+    recheck,
+    reference_norm,
+    whole_reference,
+)
+from gradmix.head import HeadCapture, HeadOutput, has_bias, logits_of, resolve_head
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.labels import check_label_range, class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
 from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
 
-Estimator = Literal["feature", "mixed"]
+Estimator = Literal["feature", "mixed", "jvp", "sketch"]
 Criterion = Literal["class", "sample"]
 
 TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -69,6 +88,19 @@ class Alignment:
         At threshold 0 the sign of ``inner`` decides, which has no rounding of norms in it.
         """
         return self.inner >= 0 if threshold == 0.0 else self.cosine >= threshold
+
+
+def as_estimator(estimator: object) -> str | WholeEstimator:
+    """``"feature"``, ``"mixed"``, or the settings of an estimator over all parameters.
+
+    Raises:
+        ValueError: neither a name nor such settings.
+    """
+    if isinstance(estimator, (JvpEstimator, SketchEstimator)):
+        return estimator
+    check_choice("estimator", estimator, get_args(Estimator))
+    named: dict[object, WholeEstimator] = {"jvp": JvpEstimator(), "sketch": SketchEstimator()}
+    return named.get(estimator, str(estimator))
 
 
 def class_index(classes: Tensor, labels: Tensor) -> Tensor:
@@ -362,7 +394,7 @@ def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: T
 
 
 def by_sample(inner: Tensor, norm: Tensor, reference: Tensor) -> Alignment:
-    """Criterion ``sample``: every pair for itself."""
+    """Criterion ``sample``: every pair for itself; ``reference`` is the reference gradient, or its norm."""
     return Alignment(inner, cosine(inner, norm, reference.norm()))
 
 
@@ -371,7 +403,7 @@ class ClassMean:
 
     Args:
         classes: (P,) int64, ascending: the classes told apart.
-        reference: the reference gradient.
+        reference: the reference gradient, or its norm.
     """
 
     def __init__(self, classes: Tensor, reference: Tensor) -> None:
@@ -420,7 +452,7 @@ def class_table(
     rows: Rows,
     reference: Tensor,
     *,
-    estimator: Estimator,
+    estimator: str,
     class_samples: int,
     generator: torch.Generator,
     chunk: int,
@@ -453,6 +485,55 @@ def class_table(
     return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
 
 
+def whole_class_table(
+    model: nn.Module,
+    rows: tuple[Tensor, Tensor],
+    reference: WholeReference,
+    *,
+    estimator: WholeEstimator,
+    class_samples: int,
+    threshold: float,
+    width: int,
+    generator: torch.Generator,
+    chunk: int,
+    backend: str,
+) -> tuple[ClassTable, Screening | None]:
+    """The same over all parameters, from rows (x, y); for ``sketch`` also how it came about.
+
+    ``jvp``: ``class_samples`` random mixed inputs for each ordered pair of classes. ``sketch``: all rows' sketches by
+    class, and its budget, both shared out among the mixing weights.
+    """
+    labels = class_of(rows[1])
+    classes = torch.unique(labels)
+    norm = reference_norm(reference)
+    means, screening = [], None
+    if isinstance(estimator, SketchEstimator):
+        sketches = RowSketches(
+            model, estimator, [("batch", rows)], reference, by_class=True, chunk=chunk, backend=backend
+        )
+        share = replace(estimator, budget=estimator.budget // len(TABLE_LAMS))
+        counts = [0, 0, 0]
+        for lam in TABLE_LAMS:
+            cells = sketches.cells(lam)
+            done = recheck(
+                model, share, cells, torch.ones_like(cells.inner, dtype=torch.bool), threshold, rows, rows, reference,
+                lam, width, chunk, generator,
+            )  # fmt: skip
+            counts = [a + b for a, b in zip(counts, astuple(done), strict=True)]
+            means.append((cells.inner, cells.norm))
+        screening = Screening(*counts)
+    else:
+        each = max(1, class_samples // len(TABLE_LAMS))
+        for lam in TABLE_LAMS:
+            mean = ClassMean(classes, norm)
+            pairs = _class_pairs(labels, classes, each, generator)
+            inner, norms = jvp_alignment(model, estimator, rows, rows, pairs, reference, lam, width, chunk)
+            mean.add_pairs(inner, norms, labels[pairs[:, 0]], labels[pairs[:, 1]])
+            means.append(mean.means())
+    inner, norms = (torch.stack(v) for v in zip(*means, strict=True))
+    return ClassTable(TABLE_LAMS, inner, norms, norm.to(inner), classes), screening
+
+
 def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """(P * P * samples, 2) random row indices, ``samples`` for each ordered pair of classes, drawn with replacement."""
     order = torch.argsort(labels, stable=True)
@@ -478,7 +559,7 @@ def alignment_matrix(
     lam: float,
     candidates: tuple[Tensor, Tensor] | None = None,
     criterion: Criterion = "sample",
-    estimator: Estimator = "feature",
+    estimator: Estimator | WholeEstimator = "feature",
     head: nn.Module | str | None = None,
     backend: str = "auto",
     chunk_size: int = CHUNK,
@@ -491,7 +572,8 @@ def alignment_matrix(
         lam: weight of the batch's row, in [0, 1].
         candidates: the partners' rows (M of them); None: the batch's own rows.
         criterion: ``"sample"``, (N, M); or ``"class"``, (P, P) over the classes of both.
-        estimator: ``"feature"`` or ``"mixed"`` (which forwards all N x M mixtures).
+        estimator: ``"feature"``, ``"mixed"`` or ``"jvp"`` (which forward all N x M mixtures), or ``"sketch"`` (here
+            nothing is checked again); or a :class:`gradmix.JvpEstimator` or :class:`gradmix.SketchEstimator`.
         backend: of the operator ``mixed_alignment``.
 
     Returns:
@@ -501,11 +583,29 @@ def alignment_matrix(
         ValueError, TypeError: an argument out of range or of the wrong type, named.
     """
     check_choice("criterion", criterion, get_args(Criterion))
-    check_choice("estimator", estimator, get_args(Estimator))
+    kind = as_estimator(estimator)
     check_lam(lam)
     model = unwrap(model)
     x, y = as_pair("batch", batch)
     partner_pair = (x, y) if candidates is None else as_pair("candidates", candidates)
+    if not isinstance(kind, str):
+        chunk_size = chunk_within(model, kind, x, chunk_size)
+        whole = whole_reference(model, kind, buffer, chunk_size)
+        if whole is None:
+            raise ValueError("buffer: got no rows, expected at least one")
+        rows, partners = (bare_rows(*pair) for pair in ((x, y), partner_pair))
+        if isinstance(kind, SketchEstimator):
+            return sketched_cells(
+                model, kind, rows, None if candidates is None else partners, whole, lam, criterion, chunk_size, backend
+            )[0]
+        pairs = torch.cartesian_prod(*(torch.arange(len(r), device=x.device) for r in (rows, partners))).view(-1, 2)
+        inner, norm = jvp_alignment(
+            model, kind, (x, y), partner_pair, pairs, whole, lam, class_count(model, x), chunk_size
+        )
+        shape = (len(rows), len(partners))
+        return judge(
+            inner.view(shape), norm.view(shape), rows, partners, reference_norm(whole), criterion, candidates is None
+        )
     with untouched(model):
         reference, _ = read_buffer(model, buffer, head, chunk_size, x.device)
         if reference is None:
@@ -513,7 +613,7 @@ def alignment_matrix(
         module = resolve_head(model, head, x[:1])
         rows, partners = forward_pair(model, module, (x, y), partner_pair, chunk_size, candidates is None)
         inner, norm = pair_alignment(
-            model, module, rows, partners, reference, lam, estimator=estimator, chunk=chunk_size, backend=backend
+            model, module, rows, partners, reference, lam, estimator=kind, chunk=chunk_size, backend=backend
         )
     return judge(inner, norm, rows, partners, reference, criterion, candidates is None)
 
@@ -537,10 +637,10 @@ def forward_all(model: nn.Module, head: nn.Module, name: str, pair: tuple[Tensor
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def concatenate(parts: list[Rows]) -> Rows:
-    """Several chunks as one; hard and soft labels meet as label vectors."""
+def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:
+    """Several chunks as one; hard and soft labels meet as label vectors, as wide as ``classes`` or the logits."""
     if len({part.y.is_floating_point() for part in parts}) > 1:
-        classes = parts[0].logits.shape[1]
+        classes = parts[0].logits.shape[1] if classes is None else classes
         parts = [Rows(p.x, dense_labels(p.y, classes, torch.float32), p.features, p.logits) for p in parts]
     fields = ("x", "y", "features", "logits")
     return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
@@ -554,11 +654,11 @@ def pair_alignment(
     reference: Tensor,
     lam: float,
     *,
-    estimator: Estimator,
+    estimator: str,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(inner, norm), both (N, M), of all pairs by either estimator; call it inside ``untouched``."""
+    """(inner, norm), both (N, M), of all pairs by either last-layer estimator; call it inside ``untouched``."""
     if estimator == "feature":
         return feature_alignment(rows, partners, reference, lam, backend)
     count = (len(rows), len(partners))
@@ -579,6 +679,59 @@ def judge(
     mean = ClassMean(torch.unique(torch.cat([y_a, y_b])), reference)
     mean.add_matrix(inner, norm, y_a, y_b, own_rows)
     return mean.alignment()
+
+
+def bare_rows(x: Tensor, y: Tensor) -> Rows:
+    """Rows of which neither features nor logits are wanted."""
+    return Rows(x, y, x.new_empty(len(y), 0), x.new_empty(len(y), 0))
+
+
+def buffer_rows(source: object, keep: int, chunk: int, device: torch.device) -> list[Rows]:
+    """Up to ``keep`` rows a class of the buffer, bare."""
+    quota = ClassQuota(keep)
+    kept = []
+    for x, y in chunks_of("buffer", source, chunk, device):
+        index = quota.admit(y)
+        kept.append(bare_rows(x[index], y[index]))
+    return kept
+
+
+def class_count(model: nn.Module, x: Tensor) -> int:
+    """Number of classes of the model's logits, from a forward pass of one row."""
+    with untouched(model):
+        return int(logits_of(model(x[:1])).shape[1])
+
+
+def sketched_cells(
+    model: nn.Module,
+    estimator: SketchEstimator,
+    rows: Rows,
+    partners: Rows | None,
+    reference: WholeReference,
+    lam: float,
+    criterion: Criterion,
+    chunk: int,
+    backend: str,
+) -> tuple[Alignment, Cells]:
+    """Estimator ``sketch``: the alignment of all pairs of rows, or of their classes, and what it is made of.
+
+    Args:
+        partners: None: the rows' own.
+    """
+    sources = [("batch", (rows.x, rows.y))] + ([] if partners is None else [("candidates", (partners.x, partners.y))])
+    by_class = criterion == "class"
+    sketches = RowSketches(model, estimator, sources, reference, by_class=by_class, chunk=chunk, backend=backend)
+    if by_class or partners is None:
+        cells = sketches.cells(lam)
+    else:
+        cells = sketches.cells(lam, slice(0, len(rows)), slice(len(rows), None))
+    return whole_alignment(cells, reference), cells
+
+
+def whole_alignment(cells: Cells, reference: WholeReference) -> Alignment:
+    """The alignment that cells stand for."""
+    norm = reference_norm(reference).to(cells.inner)
+    return Alignment(cells.inner, cosine(cells.inner, cells.norm, norm), cells.classes)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ A mixture is allowed if its gradient does not point against the gradient of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,8 +18,12 @@ from gradmix.alignment import (
     Criterion,
     Estimator,
     Rows,
+    as_estimator,
+    bare_rows,
+    buffer_rows,
     check_choice,
     checked_rows,
+    class_count,
     class_index,
     class_table,
     concatenate,
@@ -28,6 +32,21 @@ from gradmix.alignment import (
     mixed_input_alignment,
     pair_alignment,
     read_buffer,
+    sketched_cells,
+    whole_alignment,
+    whole_class_table,
+)
+from gradmix.estimators import (
+    Screening,
+    SketchEstimator,
+    WholeEstimator,
+    WholeReference,
+    check_whole_reference,
+    chunk_within,
+    jvp_alignment,
+    recheck,
+    reference_norm,
+    whole_reference,
 )
 from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
@@ -53,6 +72,8 @@ class Pairs:
             a mixture was not evaluated, 0 throughout while the buffer is empty.
         classes: None, or (P,) int64 class labels of ``alignment``.
         num_classes: width of the mixed labels.
+        screening: None, or for the estimator ``sketch`` how many pairs were judged by sketches, how many of them again
+            by mixed inputs, and how many are in doubt (:class:`gradmix.estimators.Screening`).
     """
 
     partner: Tensor
@@ -63,6 +84,7 @@ class Pairs:
     num_classes: int
     _batch: tuple[Tensor, Tensor] = field(repr=False)
     _candidates: tuple[Tensor, Tensor] | None = field(repr=False)
+    screening: Screening | None = None
 
     def __len__(self) -> int:
         return len(self.partner)
@@ -105,11 +127,13 @@ class Pairs:
 
     def summary(self) -> dict[str, float]:
         """Plain figures: ``rows``, ``mixed`` rows, their ``mixed_share``, the mixed rows' ``lam``, and of the evaluated
-        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``.
+        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``; for the
+        estimator ``sketch`` the numbers ``screened``, ``rechecked`` and ``uncertain``.
         """
         mixed = int(self.helpful.sum())
         known = self.alignment[~torch.isnan(self.alignment)]
         return {
+            **({} if self.screening is None else asdict(self.screening)),
             "rows": len(self),
             "mixed": mixed,
             "mixed_share": mixed / len(self),
@@ -134,7 +158,7 @@ class _Settings:
     """The checked keyword arguments that :func:`select_pairs` and :class:`GradMix` share."""
 
     criterion: Criterion
-    estimator: Estimator
+    estimator: Estimator | WholeEstimator
     alpha: float
     threshold: float
     policy: Policy
@@ -145,7 +169,7 @@ class _Settings:
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, get_args(Criterion))
-        check_choice("estimator", self.estimator, get_args(Estimator))
+        as_estimator(self.estimator)
         check_choice("policy", self.policy, get_args(Policy))
         check_alpha(self.alpha)
         check_backend(self.backend)
@@ -156,6 +180,19 @@ class _Settings:
         check_count("chunk_size", self.chunk_size)
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
+
+    @property
+    def whole(self) -> WholeEstimator | None:
+        """The estimator over all parameters, if it is one."""
+        kind = as_estimator(self.estimator)
+        return None if isinstance(kind, str) else kind
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the estimator over the last layer."""
+        kind = as_estimator(self.estimator)
+        assert isinstance(kind, str)
+        return kind
 
 
 def check_count(name: str, value: object) -> None:
@@ -173,7 +210,7 @@ def select_pairs(
     *,
     candidates: tuple[Tensor, Tensor] | None = None,
     criterion: Criterion = "class",
-    estimator: Estimator = "feature",
+    estimator: Estimator | WholeEstimator = "feature",
     alpha: float = 1.0,
     lam: float | None = None,
     threshold: float = 0.0,
@@ -182,7 +219,7 @@ def select_pairs(
     num_classes: int | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
-    reference: Tensor | None = None,
+    reference: Tensor | WholeReference | None = None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
     chunk_size: int = CHUNK,
 ) -> Pairs:
@@ -202,8 +239,11 @@ def select_pairs(
             partner.
         criterion: ``"class"``: pairs of classes are judged, by the mean over the rows at hand; ``"sample"``: every
             pair.
-        estimator: ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed inputs are forwarded, all N x M
-            of them, or with policy ``permute`` only the N drawn.
+        estimator: for the last layer's gradient ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed
+            inputs are forwarded, all N x M of them, or with policy ``permute`` only the N drawn. For the gradient with
+            respect to all parameters ``"jvp"``: likewise, exactly; ``"sketch"``: sketched gradients of the rows are
+            mixed, and the decisions in doubt checked again by mixed inputs, up to a budget. Settings of these two are
+            given as :class:`gradmix.JvpEstimator` or :class:`gradmix.SketchEstimator`.
         alpha: lam is drawn from Beta(alpha, alpha).
         lam: the weight of the row itself, in [0, 1], in place of a drawn one.
         threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
@@ -214,10 +254,10 @@ def select_pairs(
         generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
             ``torch.initial_seed()``.
         backend: of the operator ``mixed_alignment``.
-        reference: a reference gradient computed before (:func:`reference_gradient`), in place of a pass over the
-            buffer.
+        reference: a reference gradient computed before (:func:`reference_gradient`; for ``jvp`` and ``sketch``
+            :func:`gradmix.gradients.mean_gradient`), in place of a pass over the buffer.
         outputs: features (N, d) and logits (N, C) of the batch from a forward pass that was made anyway
-            (:class:`gradmix.HeadCapture`), in place of one made here.
+            (:class:`gradmix.HeadCapture`), in place of one made here; of no use to ``jvp`` and ``sketch``.
         chunk_size: rows forwarded at a time.
 
     Returns:
@@ -243,7 +283,7 @@ def select_pairs(
     model = unwrap(model)
     with untouched(model):
         if reference is None:
-            reference, _ = read_buffer(model, buffer, head, chunk_size, batch[0].device)
+            reference = _reference(model, buffer, settings, batch[0])
         return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs)
 
 
@@ -268,6 +308,14 @@ def _checked_rows_to_mix(
     return (x, y), (other_x.to(x.device), other_y.to(x.device))
 
 
+def _reference(model: nn.Module, buffer: object, settings: _Settings, x: Tensor) -> Tensor | WholeReference | None:
+    """The buffer's gradient that the estimator wants; None for an empty buffer."""
+    if settings.whole is not None:
+        chunk = chunk_within(model, settings.whole, x, settings.chunk_size)
+        return whole_reference(model, settings.whole, buffer, chunk)
+    return read_buffer(model, buffer, settings.head, settings.chunk_size, x.device)[0]
+
+
 def _select(
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
@@ -275,7 +323,7 @@ def _select(
     settings: _Settings,
     lam: float | None,
     generator: torch.Generator,
-    reference: Tensor | None,
+    reference: Tensor | WholeReference | None,
     table: ClassTable | None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
 ) -> Pairs:
@@ -285,20 +333,35 @@ def _select(
         settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device
     )
     partner_pair = batch if candidates is None else candidates
-    if reference is None or table is not None:
-        width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
+    screening = None
+    if reference is None or table is not None or settings.whole is not None:
+        if settings.whole is None:
+            width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
+        else:
+            width = class_count(model, batch[0])
+            _check_width(settings.num_classes, width)
         given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
         require_finite(0, **{name: x for name, (x, _) in given.items()})
         for name, (_, y) in given.items():
             check_label_range(name, y, width)
-        if table is None:
+        if reference is None:
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
             partner, helpful = draw.partners(None, None)
-        else:
+        elif table is not None:
             alignment = table.at(lam)
             decisions = _class_decisions(alignment, batch[1], partner_pair[1], settings.threshold)
             partner, helpful = draw.partners(*decisions)
+        else:
+            whole = check_whole_reference(reference)
+            alignment, allowed, score, screening = _score_whole(
+                model, batch, candidates, settings, lam, whole, draw, width, generator
+            )
+            partner, helpful = draw.partners(allowed, score)
     else:
+        if not isinstance(reference, Tensor):
+            raise TypeError(
+                f"reference: got {type(reference).__name__}, expected a tensor as gradmix.reference_gradient gives it"
+            )
         module = resolve_head(model, settings.head, batch[0][:1])
         rows = (
             forward_all(model, module, "batch", batch, settings.chunk_size)
@@ -313,7 +376,7 @@ def _select(
         alignment, allowed, score = _score(model, module, rows, partners, settings, lam, reference, draw)
         partner, helpful = draw.partners(allowed, score)
     weights = torch.where(helpful, lam, 1.0).to(torch.float64 if batch[0].dtype == torch.float64 else torch.float32)
-    return Pairs(partner, weights, helpful, alignment.cosine, alignment.classes, width, batch, candidates)
+    return Pairs(partner, weights, helpful, alignment.cosine, alignment.classes, width, batch, candidates, screening)
 
 
 def _score(
@@ -328,7 +391,7 @@ def _score(
 ) -> tuple[Alignment, Tensor, Tensor]:
     """The alignment, and by pair (N, M): whether it is allowed, and its score."""
     own_rows = draw.own_rows
-    if settings.estimator == "mixed" and draw.permuted is not None:
+    if settings.last_layer == "mixed" and draw.permuted is not None:
         # Only the drawn pairs are forwarded; the others stay unknown.
         index = torch.stack([torch.arange(len(rows), device=rows.y.device), draw.permuted], 1)
         inner, norm = (
@@ -346,7 +409,7 @@ def _score(
             partners,
             reference,
             lam,
-            estimator=settings.estimator,
+            estimator=settings.last_layer,
             chunk=settings.chunk_size,
             backend=settings.backend,
         )
@@ -354,6 +417,64 @@ def _score(
     if settings.criterion == "sample":
         return alignment, alignment.helpful(settings.threshold), alignment.cosine
     return (alignment, *_class_decisions(alignment, rows.y, partners.y, settings.threshold))
+
+
+def _score_whole(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    candidates: tuple[Tensor, Tensor] | None,
+    settings: _Settings,
+    lam: float,
+    reference: WholeReference,
+    draw: _Draw,
+    width: int,
+    generator: torch.Generator,
+) -> tuple[Alignment, Tensor, Tensor, Screening | None]:
+    """As :func:`_score` over all parameters, and for the estimator ``sketch`` how the decisions were made."""
+    estimator, partner_pair = settings.whole, batch if candidates is None else candidates
+    assert estimator is not None
+    chunk = chunk_within(model, estimator, batch[0], settings.chunk_size)
+    rows, partners = bare_rows(*batch), bare_rows(*partner_pair)
+    count, device = (len(rows), len(partners)), rows.y.device
+    by_class = settings.criterion == "class"
+    drawn = torch.ones(count, dtype=torch.bool, device=device)
+    if draw.permuted is not None:
+        drawn = torch.zeros_like(drawn).index_put_((torch.arange(count[0], device=device), draw.permuted), drawn[0, 0])
+    if draw.own_rows:
+        drawn.fill_diagonal_(False)
+    screening = None
+    if isinstance(estimator, SketchEstimator):
+        alignment, cells = sketched_cells(
+            model,
+            estimator,
+            rows,
+            None if candidates is None else partners,
+            reference,
+            lam,
+            settings.criterion,
+            chunk,
+            settings.backend,
+        )
+        judged = drawn
+        if cells.classes is not None:
+            i, j = (class_index(cells.classes, class_of(y)) for y in (rows.y, partners.y))
+            judged = torch.zeros_like(cells.inner, dtype=torch.bool)
+            at = drawn.nonzero()
+            judged[i[at[:, 0]], j[at[:, 1]]] = True
+        screening = recheck(
+            model, estimator, cells, judged, settings.threshold, batch, partner_pair, reference, lam, width,
+            chunk, generator,
+        )  # fmt: skip
+        alignment = whole_alignment(cells, reference)
+    else:
+        pairs = drawn.nonzero()
+        found = jvp_alignment(model, estimator, batch, partner_pair, pairs, reference, lam, width, chunk)
+        inner, norm = (torch.full(count, float("nan"), dtype=v.dtype, device=device) for v in found)
+        inner[pairs[:, 0], pairs[:, 1]], norm[pairs[:, 0], pairs[:, 1]] = found
+        alignment = judge(inner, norm, rows, partners, reference_norm(reference), settings.criterion, draw.own_rows)
+    if not by_class:
+        return alignment, alignment.helpful(settings.threshold), alignment.cosine, screening
+    return (alignment, *_class_decisions(alignment, rows.y, partners.y, settings.threshold), screening)
 
 
 def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -460,9 +581,11 @@ class GradMix:
             each pair of classes).
 
     Attributes:
-        reference: the reference gradient (C, d + 1), or None before the first call and while the buffer is empty.
+        reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
+            buffer is empty.
         table: the class table (:class:`gradmix.alignment.ClassTable`), or None.
         pairs: the last :class:`Pairs`, or None.
+        screening: None, or for the estimator ``sketch`` by class how the table came about.
         refreshes: how often the reference gradient was computed.
 
     Raises:
@@ -475,7 +598,7 @@ class GradMix:
         buffer: RowSource,
         *,
         criterion: Criterion = "class",
-        estimator: Estimator = "feature",
+        estimator: Estimator | WholeEstimator = "feature",
         alpha: float = 1.0,
         threshold: float = 0.0,
         policy: Policy = "uniform",
@@ -496,9 +619,10 @@ class GradMix:
         self._model, self._buffer = unwrap(model), buffer
         self._refresh, self._class_samples = refresh, class_samples
         self._generator = default_generator() if generator is None else generator
-        self.reference: Tensor | None = None
+        self.reference: Tensor | WholeReference | None = None
         self.table: ClassTable | None = None
         self.pairs: Pairs | None = None
+        self.screening: Screening | None = None
         self.refreshes = 0
         self._age = 0
         self._stale = True
@@ -558,6 +682,9 @@ class GradMix:
         outputs: HeadOutput | tuple[Tensor, Tensor] | None,
     ) -> None:
         settings, by_class = self._settings, self._settings.criterion == "class"
+        if settings.whole is not None:
+            self._update_whole(settings.whole, batch, candidates)
+            return
         reference, kept = read_buffer(
             self._model,
             self._buffer,
@@ -565,7 +692,7 @@ class GradMix:
             settings.chunk_size,
             batch[0].device,
             keep=self._class_samples if by_class else 0,
-            keep_inputs=settings.estimator == "mixed",
+            keep_inputs=settings.last_layer == "mixed",
         )
         table = None
         if reference is not None and by_class:
@@ -575,14 +702,14 @@ class GradMix:
             sources = [("batch", batch)] if given is None else []
             sources += [("candidates", candidates)] if candidates is not None else []
             at_hand += [forward_all(self._model, head, name, pair, settings.chunk_size) for name, pair in sources]
-            if settings.estimator == "feature":
+            if settings.last_layer == "feature":
                 at_hand = [rows.without_inputs() for rows in at_hand]
             table = class_table(
                 self._model,
                 head,
                 concatenate([*kept, *at_hand]),
                 reference,
-                estimator=settings.estimator,
+                estimator=settings.last_layer,
                 class_samples=self._class_samples,
                 generator=self._generator,
                 chunk=settings.chunk_size,
@@ -590,6 +717,40 @@ class GradMix:
             )
         # All or nothing: a model that raises above leaves what was kept before.
         self.reference, self.table = reference, table
+        self._age, self._stale = 0, False
+        self.refreshes += 1
+
+    def _update_whole(
+        self,
+        estimator: WholeEstimator,
+        batch: tuple[Tensor, Tensor],
+        candidates: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """:meth:`_update` for an estimator over all parameters."""
+        settings = self._settings
+        chunk = chunk_within(self._model, estimator, batch[0], settings.chunk_size)
+        reference = whole_reference(self._model, estimator, self._buffer, chunk)
+        table = screening = None
+        if reference is not None and settings.criterion == "class":
+            kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, batch[0].device)
+            width = class_count(self._model, batch[0])
+            rows = [*kept, bare_rows(*batch)] + ([] if candidates is None else [bare_rows(*candidates)])
+            for part in rows:
+                check_label_range("batch", part.y, width)
+            everything = concatenate(rows, width)
+            table, screening = whole_class_table(
+                self._model,
+                (everything.x, everything.y),
+                reference,
+                estimator=estimator,
+                class_samples=self._class_samples,
+                threshold=settings.threshold,
+                width=width,
+                generator=self._generator,
+                chunk=chunk,
+                backend=settings.backend,
+            )
+        self.reference, self.table, self.screening = reference, table, screening
         self._age, self._stale = 0, False
         self.refreshes += 1
 

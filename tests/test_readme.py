@@ -28,7 +28,7 @@ def test_the_python_blocks_run() -> None:
     names = {"gradmix": gradmix, "F": F, "torch": torch, "model": MLP(), "tasks": tasks, "x": x, "y": y}
     names["buffer"] = rows(6, 2)
     code = blocks()
-    assert len(code) == 3
+    assert len(code) == 4
     exec(code[0], names)
     assert names["loss"].requires_grad and names["y"].shape == (12, CLASSES)
     exec(code[1], names)
@@ -36,6 +36,11 @@ def test_the_python_blocks_run() -> None:
     names.update(x=x, y=y)
     exec(code[2], names)
     assert names["logits"].requires_grad and len(names["pairs"]) == 12
+
+    names.update(buffer=rows(6, 2), x=x, y=y)
+    exec(code[3], names)
+    assert names["per_class"].cosine().shape == (names["per_class"].classes.numel(),) * 2
+    assert len(names["per_row"]) == 12 and int(names["merged"].counts.sum()) == 18
 
 
 def test_the_options_named_exist() -> None:

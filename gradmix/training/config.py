@@ -82,7 +82,7 @@ class MixConfig:
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
     originals: bool = False
     """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass."""
-    estimator: Literal["feature", "mixed"] | None = None
+    estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
     """feature: mixed in feature space, no forward pass of its own; mixed: real mixed inputs are forwarded. None: the
     method's own: mixed for gradmix (which judges once per epoch), feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
