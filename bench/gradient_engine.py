@@ -1128,7 +1128,7 @@ def print_report(result: Mapping[str, Any]) -> None:
             f"two rows by the package: {new} with a network new to it, {known} with one that it knows",
             "the matrices of all layers take "
             + ", ".join(f"{show_time(v)} at k = {k}" for k, v in found["matrices_seconds"].items())
-            + ": part of every call of the package, given to the other ways",
+            + ": made in a sketch's first call, and before the timing",
             *(f"{name} left out: {reason}" for name, reason in found["left_out"].items()),
         ],
     )

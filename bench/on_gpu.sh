@@ -33,7 +33,9 @@ if wanted operators; then
   done
 fi
 if wanted engine; then
-  try python3 bench/gradient_engine.py --device cuda --json "$out/gradient_engine_$device.json"
+  for preset in resnet18 resnet50 vit-b; do
+    try python3 bench/gradient_engine.py --device cuda --preset "$preset" --json "$out/gradient_engine_${preset}_$device.json"
+  done
 fi
 if wanted selection; then
   for preset in imagenet cifar100 cifar10; do

@@ -7,6 +7,7 @@ from gradmix.gradients.comparing import Aligned
 from gradmix.gradients.consumers import LayerSketch
 from gradmix.gradients.directions import Derivatives, directional_derivatives, mean_gradient
 from gradmix.gradients.engine import class_gradients, sample_gradients
+from gradmix.gradients.errors import standard_errors
 from gradmix.gradients.plan import CoupledRowsError, NoRuleError
 from gradmix.gradients.sketches import Gaussian, Identity, Rademacher, RowSampling, Sketch
 
@@ -29,4 +30,5 @@ __all__ = [
     "directional_derivatives",
     "mean_gradient",
     "sample_gradients",
+    "standard_errors",
 ]

@@ -60,11 +60,9 @@ class Parameters:
 
     def _view(self, name: str, base: Tensor, value: Tensor) -> Ref | None:
         offset = int(value.storage_offset() - base.storage_offset())
-        if value.ndim == base.ndim == 2 and value.stride() == base.stride()[::-1] and value.shape == base.shape[::-1]:
-            # Of a square matrix with equal strides there is none, so this cannot be taken for the matrix itself.
-            if offset == 0 and value.stride() != base.stride():
-                return Ref(name, value.detach(), 0, True, base.shape)
-            return None
+        geometry, own = (tuple(value.shape), value.stride()), (tuple(base.shape), base.stride())
+        if value.ndim == 2 and offset == 0 and geometry == tuple(v[::-1] for v in own) and geometry != own:
+            return Ref(name, value.detach(), 0, True, base.shape)
         if not base.is_contiguous():
             return None
         if value.ndim == base.ndim and value.shape[1:] == base.shape[1:] and value.stride() == base.stride():

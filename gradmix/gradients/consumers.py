@@ -14,7 +14,7 @@ from gradmix.gradients.plan import Layer, Plan
 from gradmix.gradients.rules import Outer, Part, Rule
 from gradmix.gradients.sides import Side, work_dtype
 from gradmix.gradients.sketches import Sketch
-from gradmix.ops.class_sketch import class_sketch
+from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ class ClassSketches(SketchConsumer):
         classes = len(self._sums)
         if block is None:
             assert row is not None and column is not None
-            sums, squares = class_sketch(row, column, self._labels, classes, backend=self._backend)
+            arguments = (row, column, self._labels, classes)
+            sums, squares = CLASS_SKETCH.choose(self._backend, *arguments).run(*arguments)
             self._sums[:, place.start : place.stop] += sums.flatten(1) / self._scale
             self._squares[:, index] += squares / self._scale**2
             return
@@ -240,7 +241,7 @@ _SLICE = 1 << 24
 class SquaredNorms(SketchConsumer):
     """Adds each sample's squared gradient norm into ``out`` (N,), exactly; its sides are identities."""
 
-    late = True
+    late: ClassVar[bool] = True
 
     def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, out: Tensor, scale: float) -> None:
         super().__init__(plan, layout, sides, len(out), scale)
@@ -274,13 +275,16 @@ class InnerProducts:
     """Adds the inner product of each sample's gradient with a direction into ``out`` (N,), exactly.
 
     <g, V> for g = sum_t d_t a_t^T is sum_t <d_t, V a_t>, and V a_t is the layer itself with V for its parameters: one
-    more forward call of each layer. It is the number that ``torch.func.jvp`` gives along V, at less cost.
+    more forward call of each layer. It is the number that ``torch.func.jvp`` gives along V, at about the same cost, and
+    can be had in one pass with norms or sketches.
 
     Args:
         directions: V by parameter name, of the parameters' shapes.
         out: (N,), added to.
         scale: of the loss.
     """
+
+    late: ClassVar[bool] = False
 
     def __init__(self, directions: Mapping[str, Tensor], out: Tensor, scale: float) -> None:
         self._directions, self._out, self._scale = directions, out, scale

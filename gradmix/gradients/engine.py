@@ -104,6 +104,8 @@ def class_gradients(
 
     Costs one forward pass and a backward pass without weight gradients. The model runs in evaluation mode (dropout off,
     BatchNorm by its running statistics), under the autocast that is active where this is called, and is left as it was.
+    Its rows must not influence each other, and inside it they must not be put into an order that depends on what is in
+    them (sorted by length, routed to experts): the first batch of each shape is checked for that, later ones are not.
 
     Memory beyond the model's and the data's own: for each chunk of B rows, what autograd keeps of the forward pass
     without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l`` bytes of sketched activations (T_l
@@ -118,8 +120,9 @@ def class_gradients(
             or (N, C) label vectors, whose largest entry is then the row's class.
         layers: ``"all"`` parameters that require gradients, or patterns (as in the shell) of the names of modules or
             parameters: ``["layer4", "fc"]``.
-        rank: k; a layer's sketch has about k * k entries, and cosines an error of about 1/k. Or a mapping from patterns
-            of layers' names to ranks.
+        rank: k; a layer's sketch has about k * k entries. The cosines of a whole network's gradients are off by about
+            1/k, those of a single layer by 1/k to 1/sqrt(k) (see :mod:`gradmix.gradients.sketches`). Or a mapping from
+            patterns of layers' names to ranks.
         seed: of the sketch. Only sketches of the same seed, ranks and kind can be compared.
         sketch: ``"rademacher"``, ``"gaussian"``, ``"rows"``, ``"identity"`` (no sketch: exact), or a
             :class:`gradmix.gradients.Sketch` of your own, which brings its rank and seed.
@@ -155,20 +158,22 @@ def class_gradients(
     return total
 
 
-_sides: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sides]] = weakref.WeakKeyDictionary()
+_sides: weakref.WeakKeyDictionary[nn.Module, dict[object, Sides]] = weakref.WeakKeyDictionary()
+_KEPT = 8
+"""Sketches of a model whose matrices are kept from call to call."""
 
 
 def _sides_of(model: nn.Module, layout: tuple[LayerSketch, ...], sketch: Sketch, backend: str) -> Sides:
-    """The sketch's matrices: those of the last call for this model, if they are the same."""
+    """The sketch's matrices: those of an earlier call for this model, if they are the same."""
     # Of a sketch that a user wrote only the object itself says what its matrices are.
-    same = repr(sketch.describe()) if type(sketch) in KINDS.values() else id(sketch)
+    same = repr(sketch.describe()) if type(sketch) in KINDS.values() else sketch
     key = (layout, same, backend)
-    known = _sides.get(model)
-    if known is not None and known[0] == key:
-        return known[1]
-    sides = Sides(layout, sketch, backend)
+    known = _sides.setdefault(model, {})
+    sides = known.pop(key, None) or Sides(layout, sketch, backend)
     if not isinstance(sketch, Identity):
-        _sides[model] = key, sides
+        known[key] = sides  # the latest last
+        while len(known) > _KEPT:
+            del known[next(iter(known))]
     return sides
 
 

@@ -7,7 +7,8 @@ that is wanted, and the backward pass makes the gradients of activations only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,13 @@ HALF_SCALE = 1024.0
 
 
 class Consumer(Protocol):
-    """What is done with the parts of the gradients."""
+    """What is done with the parts of the gradients.
+
+    Attributes:
+        late: whether it looks at activations in the backward pass only.
+    """
+
+    late: ClassVar[bool]
 
     def observe(self, rule: Rule, axis: SampleAxis, samples: int) -> Callable[[Tensor], None]:
         """Take from a call in the forward pass what is needed; returns what to do with its output's gradient.
@@ -109,21 +116,23 @@ class _Capture(Watch):
             return output
         if planned.place is None or output.shape[planned.place.axis.dim] != self._samples * planned.place.folded:
             raise OutdatedPlanError(f"an output of shape {tuple(output.shape)} for {self._samples} rows")
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with torch.no_grad(), _full_precision(output.device):
             callbacks = [consumer.observe(rule, planned.place.axis, self._samples) for consumer in self._consumers]
-        version = rule.x._version if rule.keeps_input else None
+        late = rule.has_factors and any(consumer.late for consumer in self._consumers)
+        held = rule.x if rule.keeps_input or late else None
+        version = None if held is None else held._version
         rule.forget_input()
         output = tapped(output, self.anchor, anchored=output.requires_grad and not self._plan.has_other_graph)
 
         index, axis = self._next - 1, planned.place.axis
 
         def hook(gradient: Tensor) -> None:
-            if version is not None and rule.x._version != version:
+            if held is not None and held._version != version:
                 raise ValueError(
                     f"model: the input of {rule.refs[0].name!r} is changed in place after its layer has used it, "
                     "expected it to be left alone: the gradient needs it"
                 )
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            with torch.no_grad(), _full_precision(gradient.device):
                 if self._weights is not None:
                     self._check_rows(rule, axis, gradient, self._norms[index])
                     return
@@ -161,6 +170,13 @@ class _Capture(Watch):
             raise OutdatedPlanError(f"{self._next} calls instead of {len(self._plan.calls)}")
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, where it is on: entering a context that changes nothing costs more than looking."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _row_norms(gradient: Tensor, axis: SampleAxis, samples: int) -> Tensor:
     """(N, positions that are folded with the samples): norms of an output's gradient."""
     rows = axis.split(gradient, samples)
@@ -168,6 +184,12 @@ def _row_norms(gradient: Tensor, axis: SampleAxis, samples: int) -> Tensor:
     rows = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=work_dtype(rows.dtype))
     return norms
+
+
+def _spread(count: int, device: torch.device) -> Tensor:
+    """(count,) small integers, different for neighbours and in no short period."""
+    n = torch.arange(count, device=device)
+    return (n * 7 + n // 5 + n // 25 * 2) % 5
 
 
 def run_pass(
@@ -204,9 +226,7 @@ def run_pass(
         with capture:
             logits = check_output(logits_of(model(x.detach())), len(x))
         capture.check_complete()
-        require_finite(first_row, **{f"the model's logits of {name}": logits.detach()})
         losses = check_losses(loss(logits, y), len(x))
-        require_finite(first_row, **{f"the loss of {name}": losses.detach()})
         total = losses.sum() * scale
         if total.requires_grad:
             # No gradient can reach the parameters, unless one is used in another way than planned.
@@ -217,9 +237,13 @@ def run_pass(
                 if any(gradient is not None for gradient in found[1:]):
                     raise OutdatedPlanError("a parameter used in another way than planned")
                 if verifying:
-                    weights = 0.5 ** (torch.arange(len(x), device=x.device) * 7 % 5).to(losses.dtype)
+                    weights = 0.5 ** _spread(len(x), x.device).to(losses.dtype)
                     capture.verify(weights)
                     torch.autograd.grad((losses * weights).sum() * scale, capture.anchor, allow_unused=True)
                     plan.verified = True
+    # After the backward pass has been queued: this is where a GPU is waited for.
+    require_finite(
+        first_row, **{f"the model's logits of {name}": logits.detach(), f"the loss of {name}": losses.detach()}
+    )
     for consumer in consumers:
         consumer.finish()

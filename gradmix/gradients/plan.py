@@ -89,6 +89,8 @@ class Plan:
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+_KEPT = 256
+"""Plans of a model that are kept: for so many shapes of rows, above all."""
 
 
 def plan_for(
@@ -116,8 +118,10 @@ def plan_for(
         _fingerprint(model),
     )
     known = _plans.setdefault(model, {})
-    if anew or key not in known:
-        known[key] = _make_plan(model, x, trainable, chosen, without_rule)
+    plan = None if anew else known.pop(key, None)
+    known[key] = _make_plan(model, x, trainable, chosen, without_rule) if plan is None else plan  # the latest last
+    while len(known) > _KEPT:
+        del known[next(iter(known))]
     return known[key]
 
 

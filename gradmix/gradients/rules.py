@@ -145,6 +145,8 @@ class Rule:
     """Whether the bias is a column of the weight's matrix."""
     keeps_input: ClassVar[bool] = False
     """Whether the backward pass needs the activations themselves."""
+    has_factors: ClassVar[bool] = True
+    """Whether there may be parts that are sums of outer products, one factor of which is made of the activations."""
 
     def __init__(
         self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
@@ -646,6 +648,7 @@ class _Normalisation(Rule):
     """y = w x^ + b with x^ the normalised input: the gradients are sum_t d_t x^_t and sum_t d_t."""
 
     keeps_input = True
+    has_factors = False
 
     def normalised(self) -> Tensor:
         """x^, of the input's shape and the working dtype."""
@@ -825,6 +828,8 @@ _IN_PLACE = {Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__}
 
 class _Broadcast(Rule):
     """A parameter that meets activations element by element, broadcast over samples and positions."""
+
+    has_factors = False
 
     def matrix(self, ref: Ref) -> tuple[int, int]:
         return token_shape(ref.whole)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmix.gradients.sketches import Sketch
-from gradmix.ops.sketch_project import OPERATOR, project, sketch_project
+from gradmix.ops.sketch_project import OPERATOR, project
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,16 +65,14 @@ class Side:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
             return x if width == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - width))
         drawn = self._sketch.random_entries(self._layer, self._side)
-        if drawn is not None and start == 0 and self._draws_anew(x, drawn, ones):
+        if drawn is not None and start == 0:
             entries, key = drawn
-            return sketch_project(x, self.size, key, ones=ones, entries=entries, backend=self._backend)
+            arguments = (x, self.size, key, ones, entries)
+            body = OPERATOR.choose(self._backend, *arguments)
+            if body.name != "torch":  # which would make the matrix in every call
+                projected: Tensor = body.run(*arguments)
+                return projected
         return project(x, self.matrix(x)[:, start : start + width], ones=ones)
-
-    def _draws_anew(self, x: Tensor, drawn: tuple[str, int], ones: bool) -> bool:
-        """Whether the operator draws the entries by a body of its own, rather than as torch would."""
-        entries, key = drawn
-        body = OPERATOR.choose(self._backend, x, self.size, key, ones, entries)
-        return body.name != "torch"
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, T, size): M e_i for each index (N, T)."""

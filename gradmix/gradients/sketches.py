@@ -1,8 +1,11 @@
 """Kinds of sketch: which matrices L and R turn a layer's gradient G (p x q) into S = L G R^T.
 
 A sketch keeps inner products in expectation, E <L G R^T, L H R^T> = <G, H>, if the matrices are drawn independently
-with E[L^T L] = I and E[R^T R] = I. For gradients that are not close to parallel, the cosine of two sketches of size
-k x k is off by about 1/k (Johnson-Lindenstrauss on either side; the Kronecker form is that of TensorSketch and LoGra).
+with E[L^T L] = I and E[R^T R] = I (Johnson-Lindenstrauss on either side; the Kronecker form is that of TensorSketch and
+LoGra). How far off the cosine of two sketches is depends on what the gradients have in common. If they are unrelated
+on both sides it is about 1/k. If they are alike on one side it is about 1/sqrt(k): so it is in single layers of real
+networks, whose inputs after a ReLU share a direction. Over many layers these errors average out, to about 1/k again.
+:func:`gradmix.gradients.errors.standard_errors` tells it for the case at hand.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Sketch(ABC):
         """Rows of L and of R for a layer with a gradient (rows x columns).
 
         A side no larger than the rank k is kept as it is, and the other side gets k^2 / side rows instead of k: the
-        sketch has about k^2 entries in either case, and the error of a cosine stays about 1/k.
+        sketch has about k^2 entries in either case, and about the same error.
         """
         rank = self.rank_of(layer)
         if rows <= rank:

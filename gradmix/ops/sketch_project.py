@@ -88,11 +88,11 @@ _LEAST_WORK = 1 << 22
 def _cpp_worth(x: Tensor, rank: int, key: int, ones: bool, entries: str) -> str | None:
     """Against the product with a matrix that was made before (:func:`project`), the best that torch can do.
 
-    From bench/sketch_project.py (bench/results/sketch_project_*_cpu.json; one thread, AVX-512, other work on the
-    machine), the ratio of its time to this body's, ranks 16 to 64: planes of float32 1.15 to 1.7 (the median 1.35), of
-    the half types 1.3 to 3.8, of float64 1.4 to 4.6; rows of float32 0.67 to 1.9 (0.95), of the half types 0.96 to 3.4
-    (1.3), of float64 1.6 to 4.3. With fewer than 4 million multiply-adds it is 0.4 to 1.0. A matrix that torch has to
-    make for the one call takes more time than all of this body, whatever the layout.
+    From bench/sketch_project.py (bench/results/sketch_project_*_cpu.json; two threads, AVX-512), the ratio of its time
+    to this body's, ranks 16 to 64: planes of float32 1.1 to 1.6 (the median 1.4), of the half types 1.0 to 2.9, of
+    float64 1.3 to 4.8; rows of float32 0.7 to 1.2 (0.94), of the half types 1.1 to 2.1, of float64 1.5 to 3.1. With
+    fewer than 4 million multiply-adds it is mostly 0.4 to 1.0. A matrix that torch has to make for the one call takes
+    more time than all of this body, whatever the layout.
     """
     if x.numel() * rank < _LEAST_WORK:
         return "so little work is done sooner with a stored matrix in torch"
