@@ -757,6 +757,41 @@ USES = {
         4,
         6,
     ),
+    # Looked up or computed once for all rows, and broadcast over them.
+    **{
+        f"positions looked up once, {t} of them": net(
+            lambda: {"fc": nn.Linear(6, 6), "embedding": nn.Embedding(9, 6)},
+            lambda m, x: m.fc(x + m.embedding(torch.arange(x.shape[1], device=x.device))).sin(),
+            t,
+            6,
+            rows=rows,
+        )
+        for t, rows in ((4, 6), (5, 5), (3, 4), (1, 3))
+    },
+    "positions looked up once, in an axis of their own": net(
+        lambda: {"fc": nn.Linear(6, 6), "embedding": nn.Embedding(9, 6)},
+        lambda m, x: m.fc(x + m.embedding(torch.arange(x.shape[1], device=x.device)[None])).sin(),
+        4,
+        6,
+    ),
+    "positions looked up once, before a layer norm": net(
+        lambda: {"norm": nn.LayerNorm(6), "embedding": nn.Embedding(9, 6)},
+        lambda m, x: m.norm(x * 0.5 + m.norm(m.embedding(torch.arange(x.shape[1], device=x.device)))),
+        4,
+        6,
+    ),
+    "positions from a network of their own": net(
+        lambda: {"first": nn.Linear(1, 5), "second": nn.Linear(5, 6)},
+        lambda m, x: x * m.second(m.first(torch.arange(1.0, 1 + x.shape[1]).to(x)[:, None]).tanh()),
+        4,
+        6,
+    ),
+    "tokens and positions": net(
+        lambda: {"tokens": nn.Embedding(7, 6), "places": nn.Embedding(9, 6), "fc": nn.Linear(6, 6)},
+        lambda m, x: m.fc((m.tokens(x) + m.places(torch.arange(x.shape[1], device=x.device))).tanh()),
+        4,
+        tokens=7,
+    ),
     "residual": net(
         lambda: {"fc": nn.Linear(6, 6), "norm": nn.LayerNorm(6)}, lambda m, x: x + m.fc(torch.relu(m.norm(x))), 4, 6
     ),

@@ -107,6 +107,8 @@ class _Capture(Watch):
         self._next += 1
         if planned is None or planned.rule is not type(rule) or planned.parameters != tuple(r.name for r in rule.refs):
             raise OutdatedPlanError("another call than planned")
+        if planned.spread:
+            rule.spread(self._samples)
         output = rule.run()
         if rule.weight is not None and rule.weight.name not in self._wanted:
             rule.weight = None

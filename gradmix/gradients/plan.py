@@ -8,7 +8,7 @@ only there; and that rows do not influence each other. Nothing is concluded from
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -54,11 +54,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """A call that has a rule: which, of which parameters, and where the samples are in its output, if anywhere."""
+    """A call that has a rule.
+
+    Attributes:
+        rule: which.
+        parameters: those that it uses.
+        place: where the samples are in its output, if anywhere.
+        spread: whether its input is the same for all rows and is to stand there once a row.
+    """
 
     rule: type[Rule]
     parameters: tuple[str, ...]
     place: Place | None
+    spread: bool
 
 
 @dataclass
@@ -207,10 +215,12 @@ class _Probe(Watch):
         parameters: what to look for.
         rows: batch size.
         device: the model's.
+        spread: numbers of the calls whose input is to be spread.
     """
 
-    def __init__(self, parameters: Parameters, rows: int, device: torch.device) -> None:
+    def __init__(self, parameters: Parameters, rows: int, device: torch.device, spread: Collection[int]) -> None:
         super().__init__(parameters)
+        self._spread = spread
         self.records: list[_Record] = []
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.row = 0
@@ -218,6 +228,8 @@ class _Probe(Watch):
 
     def seen(self, rule: Rule) -> Tensor:
         """Make the call and watch for the gradient of what came out."""
+        if len(self.records) in self._spread and not rule.spread(self._rows):
+            raise _CannotSpreadError
         output = tapped(rule.run(), self.anchor)
         weight, bias = (None if ref is None else ref.name for ref in (rule.weight, rule.bias))
         pairs = rule.pairs and not (rule.weight is not None and rule.weight.transposed)
@@ -247,12 +259,12 @@ def _make_plan(
     model: nn.Module, x: Tensor, trainable: Mapping[str, nn.Parameter], chosen: Sequence[str], without_rule: WithoutRule
 ) -> Plan:
     parameters = Parameters(trainable)
-    records, missed = _probe(model, x, parameters, rows=3)
+    records, missed, spread = _spread_probe(model, x, parameters)
     places = [record.places() for record in records]
     unreached = any(all(r is None for r in record.reached) for record in records)
     if unreached or any(len(possible) > 1 for possible in places):
         # There may be as many positions as rows, say: with another number of rows the coincidence ends.
-        again, _ = _probe(model, x, Parameters(trainable), rows=5)
+        again, _, _ = _probe(model, x, Parameters(trainable), 5, spread)
         if [r.parameters for r in again] != [r.parameters for r in records]:
             raise NoRuleError("model: passes over 3 and over 5 rows made different calls, expected the same")
         places = [a & b.places() for a, b in zip(places, again, strict=True)]
@@ -274,8 +286,8 @@ def _make_plan(
             "by torch.func (slower) with without_rule='exact'"
         )
     calls = tuple(
-        CallPlan(r.rule, r.parameters, next(iter(p)) if len(p) == 1 else None)
-        for r, p in zip(records, places, strict=True)
+        CallPlan(r.rule, r.parameters, next(iter(p)) if len(p) == 1 else None, index in spread)
+        for index, (r, p) in enumerate(zip(records, places, strict=True))
     )
     layers, placement = _layers(records, matrices, trainable, wanted - unruled)
     exact = tuple(Layer(name, (name,), matrix_shape(trainable[name].shape)) for name in chosen if name in unruled)
@@ -285,16 +297,57 @@ def _make_plan(
     return Plan(layers, exact, calls, placement, bool(missed), row_bytes)
 
 
-def _probe(model: nn.Module, x: Tensor, parameters: Parameters, rows: int) -> tuple[list[_Record], list[str]]:
+class _CannotSpreadError(Exception):
+    """A call's input cannot be spread over the rows."""
+
+
+def _spread_probe(model: nn.Module, x: Tensor, parameters: Parameters) -> tuple[list[_Record], list[str], set[int]]:
+    """:func:`_probe` over 3 rows, with inputs spread that are the same for all rows, where that gives the rows a place.
+
+    A position embedding is looked up once and added to all rows: no axis of what comes out holds them. Looked up once a
+    row it is the same model. That is not assumed: the logits have to be the same, and no call may lose its place.
+
+    Returns:
+        The calls, the parameters that are used in ways without a rule, and the numbers of the calls to be spread.
+    """
+    records, missed, logits = _probe(model, x, parameters, 3, ())
+    spread: set[int] = set()
+    tried: set[int] = set()
+    while True:
+        placed = [_has_place(record) for record in records]
+        lost = [i for i, found in enumerate(placed) if not found and i not in tried and records[i].rule.spreads]
+        if not lost:
+            return records, missed, spread
+        tried.add(lost[0])
+        try:
+            again, _, other = _probe(model, x, Parameters(parameters.named), 3, spread | {lost[0]})
+        except (_CannotSpreadError, CoupledRowsError, RuntimeError, ValueError, IndexError):
+            continue  # the model does not take it so; it is refused by name then
+        now = [_has_place(record) for record in again]
+        none_lost = len(now) == len(placed) and all(
+            after or not before for before, after in zip(placed, now, strict=True)
+        )
+        tolerance = max(1e-3, 16 * torch.finfo(logits.dtype).eps) * float(logits.abs().amax())
+        if none_lost and now[lost[0]] and torch.allclose(logits, other, rtol=0, atol=tolerance):
+            records, spread = again, spread | {lost[0]}
+
+
+def _has_place(record: _Record) -> bool:
+    return bool(record.places())
+
+
+def _probe(
+    model: nn.Module, x: Tensor, parameters: Parameters, rows: int, spread: Collection[int]
+) -> tuple[list[_Record], list[str], Tensor]:
     """A forward pass over ``rows`` of the rows, some of them repeated if there are fewer, and a backward pass for each.
 
     Returns:
-        The calls, and the parameters that are used in ways without a rule.
+        The calls, the parameters that are used in ways without a rule, and the logits.
     """
     leaf = x[torch.arange(rows, device=x.device) % len(x)].detach().clone()
     leaf.requires_grad_(leaf.is_floating_point())
     with torch.enable_grad(), without_compilation(), refusing_checkpoints():
-        with _Probe(parameters, rows, leaf.device) as probe:
+        with _Probe(parameters, rows, leaf.device, spread) as probe:
             logits = check_output(logits_of(model(leaf.clone())), rows)
         require_finite(0, **{"the model's logits": logits.detach()})
         missed = unseen(logits, parameters.named)
@@ -313,7 +366,7 @@ def _probe(model: nn.Module, x: Tensor, parameters: Parameters, rows: int) -> tu
                         f"model: the output of row {row} of a batch of {rows} depends on other rows, expected rows "
                         "that do not influence each other, so that each has a gradient of its own"
                     )
-    return probe.records, missed
+    return probe.records, missed, logits.detach()
 
 
 def check_output(logits: Tensor, rows: int) -> Tensor:

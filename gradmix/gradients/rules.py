@@ -145,6 +145,8 @@ class Rule:
     """Whether the bias is a column of the weight's matrix."""
     keeps_input: ClassVar[bool] = False
     """Whether the backward pass needs the activations themselves."""
+    spreads: ClassVar[bool] = False
+    """Whether any leading axes may be put before those of the input."""
     has_factors: ClassVar[bool] = True
     """Whether there may be parts that are sums of outer products, one factor of which is made of the activations."""
 
@@ -171,6 +173,21 @@ class Rule:
         if (weight is None and bias is None) or not isinstance(arguments["input"], Tensor):
             return None
         return cls(function, arguments, weight, bias)
+
+    def spread(self, samples: int) -> bool:
+        """Have an input that is the same for all rows, (1, ...) or (...), stand there once a row: (N, ...).
+
+        Then each row has a gradient of its own to a position embedding that is looked up once for all of them.
+
+        Returns:
+            Whether this rule can do so.
+        """
+        if not self.spreads or self.x.ndim == 0:
+            return False
+        x = self.x if len(self.x) == 1 and self.x.ndim > 1 else self.x[None]
+        self.x = x.expand(samples, *x.shape[1:])
+        self.arguments = {**self.arguments, "input": self.x}
+        return True
 
     def forget_input(self) -> None:
         """Let go of the activations, unless the backward pass needs them."""
@@ -260,6 +277,7 @@ def positions(t: Tensor, axis: SampleAxis, samples: int) -> Tensor:
 class Linear(Rule):
     """y = x W^T + b over any leading positions."""
 
+    spreads = True
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.linear,)
     signature: ClassVar = {"input": ..., "weight": ..., "bias": None}
 
@@ -584,6 +602,7 @@ def _padding(padding: Any, taps: Sequence[int], dilation: Sequence[int]) -> list
 class Embedding(Rule):
     """y_t = W[i_t]: the gradient is sum_t e_{i_t} d_t^T, without the positions that hold ``padding_idx``."""
 
+    spreads = True
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.embedding,)
     signature: ClassVar = {
         "input": ...,
@@ -703,6 +722,7 @@ class _Normalisation(Rule):
 class LayerNorm(_Normalisation):
     """Normalised over the last axes of each position."""
 
+    spreads = True
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.layer_norm, torch.layer_norm)
     signature: ClassVar = {"input": ..., "normalized_shape": ..., "weight": None, "bias": None, "eps": 1e-5}
 
