@@ -83,8 +83,10 @@ class MixConfig:
     originals: bool = False
     """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass."""
     estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
-    """feature: mixed in feature space, no forward pass of its own; mixed: real mixed inputs are forwarded. None: the
-    method's own: mixed for gradmix (which judges once per epoch), feature for gradmix-sample."""
+    """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
+    inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
+    decisions in doubt checked by jvp. None: the method's own: mixed for gradmix (which judges once per epoch), feature
+    for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
     """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
     threshold: float = 0.0
