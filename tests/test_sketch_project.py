@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gradmix import _extension
 from gradmix.ops import sketch_project as module
 from gradmix.ops.counter_random import random_matrix
-from gradmix.ops.sketch_project import OPERATOR, project, sketch_project
+from gradmix.ops.sketch_project import OPERATOR, project, sketch_project, stored_is_quicker
 
 NEEDS_EXTENSION = pytest.mark.skipif(
     _extension.load() is None, reason=f"no compiled extension: {_extension.unavailable_reason()}"
@@ -364,24 +364,36 @@ def test_refusals_of_the_extension():
 
 
 @NEEDS_EXTENSION
-def test_auto_takes_the_body_that_the_benchmark_favours():
+def test_auto_takes_the_native_body_where_it_can_run():
+    for size, dtype, layout in (
+        ((32, 256, 128, 16), torch.float32, "planes"),
+        ((64, 200, 128, 16), torch.float32, "rows"),
+        ((4, 1, 3, 1), torch.bfloat16, "samples last"),
+    ):
+        x, rank = inputs(size, dtype, layout)
+        assert OPERATOR.choose("auto", x, rank, KEY, False, "rademacher").name == "cpp"
+        assert OPERATOR.choose("auto", x, rank, KEY, False, "gaussian").name == "torch"
+
+
+def test_where_a_stored_matrix_is_quicker():
     cases = {
         # (N, T, D, rank), dtype, layout
-        ((32, 256, 128, 16), torch.float32, "planes"): "cpp",
-        ((32, 256, 128, 16), torch.float32, "rows"): "torch",
-        ((32, 256, 128, 16), torch.float32, "samples last"): "torch",
-        ((32, 256, 128, 16), torch.bfloat16, "rows"): "cpp",
-        ((32, 256, 128, 16), torch.float64, "rows"): "cpp",
-        ((64, 9, 512, 16), torch.float32, "planes"): "torch",  # copied to rows
-        ((4, 49, 16, 16), torch.float32, "planes"): "torch",
-        ((32, 1, 512, 8), torch.bfloat16, "rows"): "torch",
+        ((32, 256, 128, 16), torch.float32, "planes"): False,
+        ((32, 256, 128, 16), torch.float32, "rows"): True,
+        ((32, 256, 128, 64), torch.float32, "rows"): False,
+        ((32, 256, 128, 16), torch.float32, "samples last"): True,
+        ((32, 256, 128, 16), torch.bfloat16, "rows"): False,
+        ((32, 256, 128, 16), torch.float64, "rows"): False,
+        ((256, 9, 512, 16), torch.float32, "planes"): True,  # copied to rows
+        ((16, 65, 192, 16), torch.float32, "rows"): False,
+        ((4, 49, 16, 16), torch.float32, "planes"): False,
     }
     found = {}
     for size, dtype, layout in cases:
         x, rank = inputs(size, dtype, layout)
-        found[size, dtype, layout] = OPERATOR.choose("auto", x, rank, KEY, False, "rademacher").name
-        assert OPERATOR.choose("auto", x, rank, KEY, False, "gaussian").name == "torch"
+        found[size, dtype, layout] = stored_is_quicker(x, rank)
     assert found == cases
+    assert stored_is_quicker(torch.empty(2, 3, 4, device="meta"), 2)
 
 
 def test_without_the_extension_torch_serves(monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gradmix.gradients.sketches import Sketch
-from gradmix.ops.sketch_project import OPERATOR, project
+from gradmix.ops.backends import get_backend
+from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +21,7 @@ class Side:
     """The matrix M (size x dim) of one side of one layer, or the identity where size = dim.
 
     The matrix is made when it is first needed and kept, size * dim entries. Where the entries come from a counter and
-    the operator has a body that draws them anew and is quicker so, it is not made at all.
+    a native body of ``sketch_project`` is quicker, which draws them anew, it is not made at all.
 
     Args:
         sketch, layer, side, size, dim: as :meth:`Sketch.matrix`.
@@ -30,6 +31,7 @@ class Side:
     def __init__(self, sketch: Sketch, layer: str, side: str, size: int, dim: int, backend: str = "auto") -> None:
         self.size, self.dim = size, dim
         self._sketch, self._layer, self._side, self._backend = sketch, layer, side, backend
+        self._drawn = sketch.random_entries(layer, side)
         self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     @property
@@ -64,8 +66,9 @@ class Side:
             if ones:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
             return x if width == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - width))
-        drawn = self._sketch.random_entries(self._layer, self._side)
-        if drawn is not None and start == 0:
+        drawn = self._drawn
+        asked = self._backend != "auto" or get_backend() != "auto"
+        if drawn is not None and start == 0 and (asked or not stored_is_quicker(x, self.size)):
             entries, key = drawn
             arguments = (x, self.size, key, ones, entries)
             body = OPERATOR.choose(self._backend, *arguments)

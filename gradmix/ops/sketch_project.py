@@ -81,24 +81,26 @@ def _cpp_can_run(x: Tensor, rank: int, key: int, ones: bool, entries: str) -> st
     return None
 
 
-_LEAST_WORK = 1 << 22
-"""Multiply-adds below which the call of an operator costs more than its body gains."""
+_STORED_ELEMENTS, _STORED_RANK = 800_000, 32
+"""Rows of float32 with more elements, and a matrix of no more rows, are multiplied by a stored matrix sooner."""
 
 
-def _cpp_worth(x: Tensor, rank: int, key: int, ones: bool, entries: str) -> str | None:
-    """Against the product with a matrix that was made before (:func:`project`), the best that torch can do.
+def stored_is_quicker(x: Tensor, rank: int) -> bool:
+    """Whether :func:`project` with a matrix that was made before is quicker than the native body, which draws it anew.
 
-    From bench/sketch_project.py (bench/results/sketch_project_*_cpu.json; two threads, AVX-512), the ratio of its time
-    to this body's, ranks 16 to 64: planes of float32 1.1 to 1.6 (the median 1.4), of the half types 1.0 to 2.9, of
-    float64 1.3 to 4.8; rows of float32 0.7 to 1.2 (0.94), of the half types 1.1 to 2.1, of float64 1.5 to 3.1. With
-    fewer than 4 million multiply-adds it is mostly 0.4 to 1.0. A matrix that torch has to make for the one call takes
-    more time than all of this body, whatever the layout.
+    From bench/sketch_project.py (bench/results/sketch_project_*_cpu.json; two threads, AVX-512), stored / native: large
+    rows of float32 with ranks up to 32 take 0.7 to 1.03 times as long, and for these the answer is yes. Smaller ones
+    take 0.9 to 1.7 times, planes of float32 1.3 to 2.1, other dtypes 1.4 to 5. Where all is done in 20 us the stored
+    matrix would save 2 to 8 of them. On other devices nothing has been measured, and the stored matrix serves.
+
+    Args:
+        x: (N, T, D).
+        rank: of the matrix.
     """
-    if x.numel() * rank < _LEAST_WORK:
-        return "so little work is done sooner with a stored matrix in torch"
-    if x.dtype == torch.float32 and (layout(x) != "planes" or x.shape[1] < _REGISTER):
-        return "rows of float32 are done as soon with a stored matrix in torch"
-    return None
+    if x.device.type != "cpu":
+        return True
+    in_planes = layout(x) == "planes" and x.shape[1] >= _REGISTER
+    return x.dtype == torch.float32 and not in_planes and x.numel() > _STORED_ELEMENTS and rank <= _STORED_RANK
 
 
 # ----------------------------------------------------------------------------------------------- with any given matrix
@@ -243,7 +245,6 @@ OPERATOR = Operator(
             "cpp",
             sketch_project_cpp,
             can_run=_cpp_can_run,
-            worth=_cpp_worth,
             available=_extension.unavailable_reason,
         ),
         Backend("torch", sketch_project_torch),
