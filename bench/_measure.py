@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import platform
 import tempfile
@@ -292,3 +294,39 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def count(text: str) -> int:
+    """An argument that is an integer of at least 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argument that is a positive number, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
+    return value
+
+
+def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Stop with a plain word if ``--json`` is in no folder, or ``--device`` cannot be used."""
+    if "json" in options and not options.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: no folder {options.json.absolute().parent}")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"argument --device: got {options.device!r}: {str(error).splitlines()[0]}")

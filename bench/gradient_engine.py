@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 import sys
 import time
 import warnings
@@ -24,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from _measure import (
+    check_places,
+    count,
     free_memory,
     interleaved,
     keep_freed_memory,
@@ -32,6 +33,7 @@ from _measure import (
     machine_line,
     paired_ratio,
     peak_memory,
+    positive,
     quantiles,
     seconds_of,
     show_bytes,
@@ -1164,9 +1166,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--network", choices=list(NETWORKS), help="the network", default=argparse.SUPPRESS)
     parser.add_argument("--norm", choices=NORMS, help="what a ResNet normalises by", default=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=_count, help="rows", default=argparse.SUPPRESS)
-    parser.add_argument("--classes", type=_count, help="classes among the rows", default=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=_count, help="rows of the sketch's matrices", default=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=count, help="rows", default=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=count, help="classes among the rows", default=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=count, help="rows of the sketch's matrices", default=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -1177,14 +1179,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="a tiny network unless named, few repeats: a look, not a measurement"
     )
     parser.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
-    parser.add_argument("--repeats", type=_count, help="rounds (default: 60, quick: 3)", default=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 3)", default=argparse.SUPPRESS)
     parser.add_argument(
-        "--seconds", type=_positive, default=60.0, help="stop the rounds then, though not before 5; less for slow ways"
+        "--seconds", type=positive, default=60.0, help="stop the rounds then, though not before 5; less for slow ways"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--tf32", action="store_true", help="let float32 products on a GPU use TF32")
     parser.add_argument(
-        "--threads", type=_count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
+        "--threads", type=count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, rows and sketch")
     parser.add_argument("--json", type=Path, help="also write all figures to this file", default=argparse.SUPPRESS)
@@ -1198,34 +1200,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"argument --classes: got {options.case.classes}, expected at most the "
             f"{NETWORKS[options.case.network].classes} of {options.case.network}"
         )
-    if "json" in options and not options.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: no folder {options.json.absolute().parent}")
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: got {options.device!r}: {str(error).splitlines()[0]}")
+    check_places(parser, options)
     return options
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _measure import (
+    check_places,
+    count,
     free_memory,
     interleaved,
     keep_freed_memory,
@@ -26,6 +28,7 @@ from _measure import (
     machine_line,
     paired_ratio,
     peak_memory,
+    positive,
     quantiles,
     seconds_of,
     show_bytes,
@@ -173,10 +176,10 @@ def make_problem(sizes: Sizes, seed: int) -> Problem:
     direction = torch.randn(sizes.classes, sizes.features, generator=generator)
     bias = 0.1 * torch.randn(sizes.classes, generator=generator)
 
-    def rows(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.randint(sizes.classes, (count,), generator=generator)
-        share = torch.rand(count, 1, generator=generator)
-        noise = torch.randn(count, sizes.features, generator=generator)
+    def rows(number: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(sizes.classes, (number,), generator=generator)
+        share = torch.rand(number, 1, generator=generator)
+        noise = torch.randn(number, sizes.features, generator=generator)
         return torch.relu(noise + share * direction[labels]), labels
 
     (features_a, labels_a), (features_b, labels_b), (features_r, labels_r) = rows(sizes.n), rows(sizes.m), rows(sizes.n)
@@ -771,23 +774,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preset", choices=list(PRESETS), help="sizes of a common case (default: imagenet)", default=argparse.SUPPRESS
     )
-    parser.add_argument("--n", type=_count, help="rows", default=argparse.SUPPRESS)
+    parser.add_argument("--n", type=count, help="rows", default=argparse.SUPPRESS)
     parser.add_argument(
-        "--m", type=_count, help="candidates, other rows than the rows to mix", default=argparse.SUPPRESS
+        "--m", type=count, help="candidates, other rows than the rows to mix", default=argparse.SUPPRESS
     )
     parser.add_argument("--foreign", action="store_true", help="candidates are other rows, though as many")
-    parser.add_argument("--classes", type=_count, help="classes", default=argparse.SUPPRESS)
-    parser.add_argument("--features", type=_count, help="features the head sees", default=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=count, help="classes", default=argparse.SUPPRESS)
+    parser.add_argument("--features", type=count, help="features the head sees", default=argparse.SUPPRESS)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes unless named, few repeats: a look, not a measurement"
     )
-    parser.add_argument("--repeats", type=_count, help="rounds (default: 60, quick: 5)", default=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 5)", default=argparse.SUPPRESS)
     parser.add_argument(
-        "--seconds", type=_positive, default=75.0, help="stop the rounds of a table then, though not before 10"
+        "--seconds", type=positive, default=75.0, help="stop the rounds of a table then, though not before 10"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     parser.add_argument(
-        "--threads", type=_count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
+        "--threads", type=count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
     )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--json", type=Path, help="also write all figures to this file", default=argparse.SUPPRESS)
@@ -799,34 +802,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         named["m"] = options.n
     options.sizes = replace(base, **named, own_rows=own_rows)
     options.repeats = getattr(options, "repeats", 5 if options.quick else 60)
-    if "json" in options and not options.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: no folder {options.json.absolute().parent}")
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: got {options.device!r}: {str(error).splitlines()[0]}")
+    check_places(parser, options)
     return options
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

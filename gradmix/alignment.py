@@ -37,14 +37,16 @@ from gradmix.estimators import (
     SketchEstimator,
     WholeEstimator,
     WholeReference,
-    chunk_within,
+    extent_of,
     jvp_alignment,
     recheck,
     reference_norm,
+    rows_of_classes,
     whole_reference,
 )
-from gradmix.head import HeadCapture, HeadOutput, has_bias, logits_of, resolve_head
+from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
 from gradmix.probe import device_of, require_finite, untouched, unwrap
@@ -220,7 +222,7 @@ class ReferenceSum:
 
     def add(self, rows: Rows) -> None:
         """Add sum_n r_n [h_n; 1]^T of these rows."""
-        dtype = torch.float64 if rows.features.dtype == torch.float64 else torch.float32
+        dtype = work_dtype(rows.features.dtype)
         with torch.autocast(rows.features.device.type, enabled=False):
             logits, features = rows.logits.to(dtype), rows.features.to(dtype)
             residual = torch.softmax(logits, 1) - dense_labels(rows.y, logits.shape[1], dtype)
@@ -536,19 +538,9 @@ def whole_class_table(
 
 def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """(P * P * samples, 2) random row indices, ``samples`` for each ordered pair of classes, drawn with replacement."""
-    order = torch.argsort(labels, stable=True)
-    counts = (labels[:, None] == classes).sum(0)
-    first = counts.cumsum(0) - counts
-    size = len(classes)
-    left, right = (
-        v.reshape(-1) for v in torch.meshgrid(*[torch.arange(size, device=labels.device)] * 2, indexing="ij")
-    )
-    drawn = torch.rand(2, len(left), samples, generator=generator, device=generator.device).to(labels.device)
-    columns = [
-        order[first[c, None] + (u * counts[c, None]).long().clamp_(max=counts[c, None] - 1)]
-        for u, c in zip(drawn, (left, right), strict=True)
-    ]
-    return torch.stack([column.reshape(-1) for column in columns], 1)
+    position = torch.arange(len(classes), device=labels.device)
+    cells = torch.cartesian_prod(position, position).view(-1, 2)
+    return rows_of_classes(cells, classes, labels, labels, samples, generator)
 
 
 def alignment_matrix(
@@ -589,7 +581,7 @@ def alignment_matrix(
     x, y = as_pair("batch", batch)
     partner_pair = (x, y) if candidates is None else as_pair("candidates", candidates)
     if not isinstance(kind, str):
-        chunk_size = chunk_within(model, kind, x, chunk_size)
+        chunk_size, width = extent_of(model, kind, x, chunk_size)
         whole = whole_reference(model, kind, buffer, chunk_size)
         if whole is None:
             raise ValueError("buffer: got no rows, expected at least one")
@@ -599,9 +591,7 @@ def alignment_matrix(
                 model, kind, rows, None if candidates is None else partners, whole, lam, criterion, chunk_size, backend
             )[0]
         pairs = torch.cartesian_prod(*(torch.arange(len(r), device=x.device) for r in (rows, partners))).view(-1, 2)
-        inner, norm = jvp_alignment(
-            model, kind, (x, y), partner_pair, pairs, whole, lam, class_count(model, x), chunk_size
-        )
+        inner, norm = jvp_alignment(model, kind, (x, y), partner_pair, pairs, whole, lam, width, chunk_size)
         shape = (len(rows), len(partners))
         return judge(
             inner.view(shape), norm.view(shape), rows, partners, reference_norm(whole), criterion, candidates is None
@@ -694,12 +684,6 @@ def buffer_rows(source: object, keep: int, chunk: int, device: torch.device) -> 
         index = quota.admit(y)
         kept.append(bare_rows(x[index], y[index]))
     return kept
-
-
-def class_count(model: nn.Module, x: Tensor) -> int:
-    """Number of classes of the model's logits, from a forward pass of one row."""
-    with untouched(model):
-        return int(logits_of(model(x[:1])).shape[1])
 
 
 def sketched_cells(

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from gradmix.checks import check_count
 from gradmix.gradients.directions import derivatives_of, mean_gradient_of
 from gradmix.gradients.engine import Engine, Scaler
 from gradmix.gradients.errors import standard_errors
 from gradmix.gradients.plan import WithoutRule
 from gradmix.gradients.sketches import Identity, Sketch
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.probe import require_finite
 
@@ -84,12 +86,8 @@ class SketchEstimator:
             raise TypeError(f"errors: got {type(self.errors).__name__}, expected a number >= 0")
         if not 0 <= self.errors < float("inf"):
             raise ValueError(f"errors: got {self.errors}, expected a number >= 0")
-        for name, least in (("budget", 0), ("rows_per_class", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
-            if value < least:
-                raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+        check_count("budget", self.budget, least=0)
+        check_count("rows_per_class", self.rows_per_class)
 
 
 WholeEstimator: TypeAlias = "JvpEstimator | SketchEstimator"
@@ -104,8 +102,20 @@ def _check_memory(memory: object) -> None:
         raise ValueError(f"memory: got {memory}, expected a number of bytes >= 1")
 
 
-def chunk_within(model: nn.Module, estimator: WholeEstimator, x: Tensor, chunk: int) -> int:
-    """Rows to take at a time: ``chunk`` of them, or as many as the estimator's memory allows.
+class Extent(NamedTuple):
+    """What the model's plan says of passes to come.
+
+    Attributes:
+        chunk: rows to take at a time.
+        width: number of the model's classes.
+    """
+
+    chunk: int
+    width: int
+
+
+def extent_of(model: nn.Module, estimator: WholeEstimator, x: Tensor, chunk: int) -> Extent:
+    """``chunk`` rows at a time, or as many as the estimator's memory allows, and how many classes there are.
 
     Args:
         x: (N, ...) rows like those to come: the batch.
@@ -120,7 +130,8 @@ def chunk_within(model: nn.Module, estimator: WholeEstimator, x: Tensor, chunk: 
     engine = Engine.of(
         model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
-    return engine.rows_within(memory, x)
+    plan = engine.plan_of(x)
+    return Extent(engine.rows_within(memory, plan), plan.classes)
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ def jvp_alignment(
         model, list(reference), 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
     (x, y), (other_x, other_y) = rows, partners
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = work_dtype(x.dtype)
     inner, norm = [x.new_zeros(0, dtype=dtype)], [x.new_zeros(0, dtype=dtype)]
     with engine.probing():
         for start in range(0, len(pairs), chunk):
@@ -331,7 +342,9 @@ def recheck(
     if doubts > most:
         ratio = distance[doubtful] / cells.error[doubtful]
         found = found[ratio.argsort(stable=True)[:most]]
-    pairs = found if cells.classes is None else _rows_of(found, cells.classes, rows[1], partners[1], each, generator)
+    pairs = found
+    if cells.classes is not None:
+        pairs = rows_of_classes(found, cells.classes, class_of(rows[1]), class_of(partners[1]), each, generator)
     inner, norms = jvp_alignment(model, estimator, rows, partners, pairs, reference, lam, width, chunk)
     at = found.unbind(1)
     cells.inner[at] = inner.view(-1, each).mean(1).to(cells.inner)
@@ -339,17 +352,23 @@ def recheck(
     return Screening(screened, len(found), doubts - len(found))
 
 
-def _rows_of(
+def rows_of_classes(
     cells: Tensor, classes: Tensor, y: Tensor, other_y: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
-    """(K count, 2) indices of rows drawn at random, ``count`` for each pair of classes in ``cells`` (K, 2)."""
+    """(K count, 2) indices of rows drawn with replacement, ``count`` for each pair of classes in ``cells`` (K, 2).
+
+    Args:
+        cells: positions among ``classes``: of the class of the first index, which is of ``y``, and of the second.
+        classes: (P,) int64.
+        y, other_y: (N,) and (M,) class labels.
+        count: draws for each pair.
+        generator: source of the draws.
+    """
+    drawn = torch.rand(2, len(cells), count, generator=generator, device=generator.device).to(y.device)
     columns = []
-    for column, labels in zip(cells.unbind(1), (class_of(y), class_of(other_y)), strict=True):
+    for u, column, labels in zip(drawn, cells.unbind(1), (y, other_y), strict=True):
         order = torch.argsort(labels, stable=True)
-        sizes = (labels[:, None] == classes).sum(0)
-        first = (sizes.cumsum(0) - sizes)[column][:, None]
-        size = sizes[column][:, None]
-        drawn = torch.rand(len(cells), count, generator=generator, device=generator.device, dtype=torch.float64)
-        place = (drawn.to(labels.device) * size).long().clamp_(max=size - 1)
-        columns.append(order[first + place].reshape(-1))
+        counts = (labels[:, None] == classes).sum(0)
+        first, size = (v[column, None] for v in (counts.cumsum(0) - counts, counts))
+        columns.append(order[first + (u * size).long().clamp_(max=size - 1)].reshape(-1))
     return torch.stack(columns, 1)

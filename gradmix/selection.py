@@ -23,7 +23,6 @@ from gradmix.alignment import (
     buffer_rows,
     check_choice,
     checked_rows,
-    class_count,
     class_index,
     class_table,
     concatenate,
@@ -36,13 +35,15 @@ from gradmix.alignment import (
     whole_alignment,
     whole_class_table,
 )
+from gradmix.checks import check_count
 from gradmix.estimators import (
+    Extent,
     Screening,
     SketchEstimator,
     WholeEstimator,
     WholeReference,
     check_whole_reference,
-    chunk_within,
+    extent_of,
     jvp_alignment,
     recheck,
     reference_norm,
@@ -51,6 +52,7 @@ from gradmix.estimators import (
 from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.probe import require_finite, untouched, unwrap
@@ -114,7 +116,7 @@ class Pairs:
             )
         lam = self.lam.to(own_x.dtype).view(-1, *[1] * (own_x.ndim - 1))
         mixed = lam * own_x + (1 - lam) * other_x[self.partner].to(own_x.dtype)
-        dtype = torch.float64 if own_x.dtype == torch.float64 else torch.float32
+        dtype = work_dtype(own_x.dtype)
         weight = self.lam.to(dtype)[:, None]
         labels = weight * dense_labels(own_y, self.num_classes, dtype)
         return mixed, labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
@@ -193,14 +195,6 @@ class _Settings:
         kind = as_estimator(self.estimator)
         assert isinstance(kind, str)
         return kind
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected an integer >= 1")
 
 
 def select_pairs(
@@ -311,7 +305,7 @@ def _checked_rows_to_mix(
 def _reference(model: nn.Module, buffer: object, settings: _Settings, x: Tensor) -> Tensor | WholeReference | None:
     """The buffer's gradient that the estimator wants; None for an empty buffer."""
     if settings.whole is not None:
-        chunk = chunk_within(model, settings.whole, x, settings.chunk_size)
+        chunk = extent_of(model, settings.whole, x, settings.chunk_size).chunk
         return whole_reference(model, settings.whole, buffer, chunk)
     return read_buffer(model, buffer, settings.head, settings.chunk_size, x.device)[0]
 
@@ -335,10 +329,12 @@ def _select(
     partner_pair = batch if candidates is None else candidates
     screening = None
     if reference is None or table is not None or settings.whole is not None:
+        extent = None
         if settings.whole is None:
             width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
         else:
-            width = class_count(model, batch[0])
+            extent = extent_of(model, settings.whole, batch[0], settings.chunk_size)
+            width = extent.width
             _check_width(settings.num_classes, width)
         given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
         require_finite(0, **{name: x for name, (x, _) in given.items()})
@@ -352,9 +348,10 @@ def _select(
             decisions = _class_decisions(alignment, batch[1], partner_pair[1], settings.threshold)
             partner, helpful = draw.partners(*decisions)
         else:
+            assert extent is not None
             whole = check_whole_reference(reference)
             alignment, allowed, score, screening = _score_whole(
-                model, batch, candidates, settings, lam, whole, draw, width, generator
+                model, batch, candidates, settings, lam, whole, draw, extent, generator
             )
             partner, helpful = draw.partners(allowed, score)
     else:
@@ -375,7 +372,7 @@ def _select(
         width = rows.logits.shape[1]
         alignment, allowed, score = _score(model, module, rows, partners, settings, lam, reference, draw)
         partner, helpful = draw.partners(allowed, score)
-    weights = torch.where(helpful, lam, 1.0).to(torch.float64 if batch[0].dtype == torch.float64 else torch.float32)
+    weights = torch.where(helpful, lam, 1.0).to(work_dtype(batch[0].dtype))
     return Pairs(partner, weights, helpful, alignment.cosine, alignment.classes, width, batch, candidates, screening)
 
 
@@ -427,13 +424,13 @@ def _score_whole(
     lam: float,
     reference: WholeReference,
     draw: _Draw,
-    width: int,
+    extent: Extent,
     generator: torch.Generator,
 ) -> tuple[Alignment, Tensor, Tensor, Screening | None]:
     """As :func:`_score` over all parameters, and for the estimator ``sketch`` how the decisions were made."""
     estimator, partner_pair = settings.whole, batch if candidates is None else candidates
     assert estimator is not None
-    chunk = chunk_within(model, estimator, batch[0], settings.chunk_size)
+    chunk, width = extent
     rows, partners = bare_rows(*batch), bare_rows(*partner_pair)
     count, device = (len(rows), len(partners)), rows.y.device
     by_class = settings.criterion == "class"
@@ -728,12 +725,11 @@ class GradMix:
     ) -> None:
         """:meth:`_update` for an estimator over all parameters."""
         settings = self._settings
-        chunk = chunk_within(self._model, estimator, batch[0], settings.chunk_size)
+        chunk, width = extent_of(self._model, estimator, batch[0], settings.chunk_size)
         reference = whole_reference(self._model, estimator, self._buffer, chunk)
         table = screening = None
         if reference is not None and settings.criterion == "class":
             kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, batch[0].device)
-            width = class_count(self._model, batch[0])
             rows = [*kept, bare_rows(*batch)] + ([] if candidates is None else [bare_rows(*candidates)])
             for part in rows:
                 check_label_range("batch", part.y, width)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, differences, place_of
+from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, differences, layer_of
 from gradmix.gradients.consumers import LayerSketch
 
 _FORMAT = "gradmix.ClassGradients"
@@ -52,8 +52,7 @@ class ClassGradients:
         Raises:
             KeyError: there is no such layer.
         """
-        place = place_of(self.layout, name)
-        return self.vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
+        return layer_of(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
         """(P, D): the mean gradient of each class."""

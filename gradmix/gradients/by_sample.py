@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, place_of
+from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, layer_of
 from gradmix.gradients.consumers import LayerSketch
 
 
@@ -35,8 +35,7 @@ class SampleGradients:
         Raises:
             KeyError: there is no such layer.
         """
-        place = place_of(self.layout, name)
-        return self.vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
+        return layer_of(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
         """(D,): the mean over the rows."""

@@ -42,15 +42,15 @@ def align(vectors: Tensor, reference: Tensor) -> Aligned:
     return Aligned(vectors @ reference, cosines(vectors, reference[None])[:, 0])
 
 
-def place_of(layout: Sequence[LayerSketch], name: str) -> LayerSketch:
-    """The layer of that name.
+def layer_of(vectors: Tensor, layout: Sequence[LayerSketch], name: str) -> Tensor:
+    """(N, rows, columns): what of the vectors (N, D) belongs to the layer of that name.
 
     Raises:
         KeyError: there is none.
     """
     for place in layout:
         if place.name == name:
-            return place
+            return vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
     raise KeyError(f"layer: got {name!r}, expected one of {', '.join(repr(place.name) for place in layout)}")
 
 

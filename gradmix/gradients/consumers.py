@@ -12,9 +12,10 @@ from torch import Tensor
 from gradmix.gradients.axis import SampleAxis
 from gradmix.gradients.plan import Layer, Plan
 from gradmix.gradients.rules import Outer, Part, Rule
-from gradmix.gradients.sides import Side, work_dtype
+from gradmix.gradients.sides import Side
 from gradmix.gradients.sketches import Sketch
 from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
+from gradmix.ops.dtypes import work_dtype
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,15 @@ class SketchConsumer:
         plan: of the model.
         layout: places of the plan's layers.
         sides: their matrices.
-        samples: N.
         scale: of the loss.
     """
 
     late: ClassVar[bool] = False
     """Whether activations are kept, and their factor made in the backward pass: where it is the larger of the two."""
 
-    def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, samples: int, scale: float) -> None:
+    def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, scale: float) -> None:
         self._places = {place.name: (index, place) for index, place in enumerate(layout)}
-        self._placement, self._sides, self._samples, self._scale = plan.placement, sides, samples, scale
+        self._placement, self._sides, self._scale = plan.placement, sides, scale
         self._layers: dict[str, _Layer] = {}
 
     def observe(self, rule: Rule, axis: SampleAxis, samples: int) -> Callable[[Tensor], None]:
@@ -183,7 +183,7 @@ class SampleSketches(SketchConsumer):
     """Writes the sketches of all samples into ``out`` (N, D)."""
 
     def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, out: Tensor, scale: float) -> None:
-        super().__init__(plan, layout, sides, len(out), scale)
+        super().__init__(plan, layout, sides, scale)
         self._out = out
 
     def take_layer(
@@ -214,7 +214,7 @@ class ClassSketches(SketchConsumer):
         scale: float,
         backend: str,
     ) -> None:
-        super().__init__(plan, layout, sides, len(labels), scale)
+        super().__init__(plan, layout, sides, scale)
         self._labels, self._sums, self._squares, self._backend = labels, sums, squares, backend
 
     def take_layer(
@@ -244,7 +244,7 @@ class SquaredNorms(SketchConsumer):
     late: ClassVar[bool] = True
 
     def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, out: Tensor, scale: float) -> None:
-        super().__init__(plan, layout, sides, len(out), scale)
+        super().__init__(plan, layout, sides, scale)
         self._out = out
 
     def take_layer(

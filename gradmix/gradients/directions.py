@@ -18,9 +18,9 @@ from gradmix.gradients.engine import CHUNK, Engine, Scaler
 from gradmix.gradients.exact import exact_gradients
 from gradmix.gradients.passes import Consumer, Loss, check_losses
 from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
-from gradmix.gradients.sides import work_dtype
 from gradmix.gradients.sketches import Identity
 from gradmix.head import logits_of
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range
 from gradmix.probe import require_finite
 from gradmix.rows import RowSource, as_pair

@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from gradmix.checks import check_count
 from gradmix.gradients.by_class import ClassGradients
 from gradmix.gradients.by_sample import SampleGradients
 from gradmix.gradients.consumers import (
@@ -23,9 +24,9 @@ from gradmix.gradients.consumers import (
 from gradmix.gradients.exact import exact_gradients
 from gradmix.gradients.passes import Consumer, Loss, cross_entropy, loss_scale, run_pass
 from gradmix.gradients.plan import OutdatedPlanError, Plan, WithoutRule, plan_for
-from gradmix.gradients.sides import work_dtype
 from gradmix.gradients.sketches import KINDS, Identity, Sketch, as_sketch
 from gradmix.ops.backends import check_backend
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of
 from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.rows import RowSource, as_pair, chunks_of
@@ -210,10 +211,7 @@ class Engine:
         if without_rule not in get_args(WithoutRule):
             allowed = " or ".join(map(repr, get_args(WithoutRule)))
             raise ValueError(f"without_rule: got {without_rule!r}, expected {allowed}")
-        if isinstance(chunk, bool) or not isinstance(chunk, int):
-            raise TypeError(f"chunk_size: got {type(chunk).__name__}, expected an integer >= 1")
-        if chunk < 1:
-            raise ValueError(f"chunk_size: got {chunk}, expected an integer >= 1")
+        check_count("chunk_size", chunk)
         check_backend(backend)
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable or None")
@@ -337,10 +335,13 @@ class Engine:
             parts.append(right.reduce(left.reduce(whole.to(self.dtype()), 0, 1), 0, 2).flatten())
         return torch.cat(parts)
 
-    def rows_within(self, memory: int, x: Tensor) -> int:
-        """How many rows like those of x to take at a time, so that a pass needs about ``memory`` bytes; at least 1."""
+    def plan_of(self, x: Tensor) -> Plan:
+        """The plan for rows like those of x, outside of a pass."""
         with self.probing():
-            plan = self.prepare(x.clone() if x.is_inference() else x)
+            return self.prepare(x.clone() if x.is_inference() else x)
+
+    def rows_within(self, memory: int, plan: Plan) -> int:
+        """How many rows to take at a time, so that a pass needs about ``memory`` bytes; at least 1."""
         return max(1, min(self.chunk, memory // max(1, ROW_FACTOR * plan.row_bytes)))
 
     def zeros(self, rows: Tensor, *width: int) -> Tensor:

@@ -18,8 +18,8 @@ from gradmix.gradients.axis import SampleAxis
 from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, without_compilation
 from gradmix.gradients.plan import CoupledRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
 from gradmix.gradients.rules import Rule
-from gradmix.gradients.sides import work_dtype
 from gradmix.head import logits_of
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
 from gradmix.probe import require_finite
 
@@ -50,7 +50,7 @@ class Consumer(Protocol):
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """(N,): the cross-entropy of each row; y (N,) class indices or (N, C) label vectors."""
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    logits = logits.to(work_dtype(logits.dtype))
     if y.is_floating_point():
         y = dense_labels(y, logits.shape[1], logits.dtype)
     return F.cross_entropy(logits, y, reduction="none")

@@ -79,6 +79,7 @@ class Plan:
         calls: all calls that have a rule, of selected parameters or not, in their order.
         placement: where each parameter with a rule lies in its layer.
         row_bytes: bytes of the outputs of all calls for one row.
+        classes: number of the model's logits.
         has_other_graph: whether some use of a parameter has no rule, so that autograd's graph may begin elsewhere.
         verified: whether a whole batch has been found to lie where the plan says.
     """
@@ -89,6 +90,7 @@ class Plan:
     placement: Placement
     has_other_graph: bool
     row_bytes: int
+    classes: int
     verified: bool = False
 
     def selected(self) -> list[str]:
@@ -259,7 +261,7 @@ def _make_plan(
     model: nn.Module, x: Tensor, trainable: Mapping[str, nn.Parameter], chosen: Sequence[str], without_rule: WithoutRule
 ) -> Plan:
     parameters = Parameters(trainable)
-    records, missed, spread = _spread_probe(model, x, parameters)
+    records, missed, spread, classes = _spread_probe(model, x, parameters)
     places = [record.places() for record in records]
     unreached = any(all(r is None for r in record.reached) for record in records)
     if unreached or any(len(possible) > 1 for possible in places):
@@ -294,21 +296,24 @@ def _make_plan(
     if not layers and not exact:
         raise ValueError("layers: got only parameters that the model's forward pass does not use, expected others")
     row_bytes = sum(record.bytes for record in records) // 3
-    return Plan(layers, exact, calls, placement, bool(missed), row_bytes)
+    return Plan(layers, exact, calls, placement, bool(missed), row_bytes, classes)
 
 
 class _CannotSpreadError(Exception):
     """A call's input cannot be spread over the rows."""
 
 
-def _spread_probe(model: nn.Module, x: Tensor, parameters: Parameters) -> tuple[list[_Record], list[str], set[int]]:
+def _spread_probe(
+    model: nn.Module, x: Tensor, parameters: Parameters
+) -> tuple[list[_Record], list[str], set[int], int]:
     """:func:`_probe` over 3 rows, with inputs spread that are the same for all rows, where that gives the rows a place.
 
     A position embedding is looked up once and added to all rows: no axis of what comes out holds them. Looked up once a
     row it is the same model. That is not assumed: the logits have to be the same, and no call may lose its place.
 
     Returns:
-        The calls, the parameters that are used in ways without a rule, and the numbers of the calls to be spread.
+        The calls, the parameters that are used in ways without a rule, the numbers of the calls to be spread, and the
+        number of classes.
     """
     records, missed, logits = _probe(model, x, parameters, 3, ())
     spread: set[int] = set()
@@ -317,7 +322,7 @@ def _spread_probe(model: nn.Module, x: Tensor, parameters: Parameters) -> tuple[
         placed = [_has_place(record) for record in records]
         lost = [i for i, found in enumerate(placed) if not found and i not in tried and records[i].rule.spreads]
         if not lost:
-            return records, missed, spread
+            return records, missed, spread, logits.shape[1]
         tried.add(lost[0])
         try:
             again, _, other = _probe(model, x, Parameters(parameters.named), 3, spread | {lost[0]})

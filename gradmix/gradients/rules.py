@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.sides import Side, work_dtype
+from gradmix.gradients.sides import Side
+from gradmix.ops.dtypes import work_dtype
 
 
 @dataclass(frozen=True)
@@ -320,12 +321,13 @@ class MatMul(Linear):
         self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
     ) -> None:
         super().__init__(function, arguments, weight, bias)
+        self._given = weight
         if weight is not None:
             # For parts() the weight is what a linear layer would be given: W^T.
             self.weight = replace(weight, transposed=not weight.transposed)
-            self._given = weight
 
     def refusal(self) -> str | None:
+        assert self._given is not None
         if self._given.value.ndim != 2 or self.x.ndim < 2:
             return "it is multiplied as other than a matrix from the right"
         if self._given.offset is not None:
@@ -335,35 +337,28 @@ class MatMul(Linear):
         return None
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self._given is not None
         return self.x.to(work_dtype(self.x.dtype)) @ self._given.take(directions[self._given.name])
 
 
-class AddMM(Linear):
+class AddMM(MatMul):
     """y = b + x W, with W (in, out): the linear layer of GPT-2."""
 
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.addmm,)
     signature: ClassVar = {"bias": ..., "input": ..., "weight": ...}
 
-    def __init__(
-        self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
-    ) -> None:
-        super().__init__(function, arguments, weight, bias)
-        self._given = weight
-        if weight is not None:
-            self.weight = replace(weight, transposed=not weight.transposed)
-
     def refusal(self) -> str | None:
-        if self._given is not None and not self._given.transposed and self._given.value.shape != self._given.whole:
-            return "only some of its rows are used"
         if self.bias is not None and self.bias.value.ndim != 1:
             return "it is added as other than a vector"
-        return super().refusal()
+        return (None if self._given is None else super().refusal()) or Rule.refusal(self)
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        bias = None if self.bias is None else self.bias.take(directions[self.bias.name])
         if self._given is None:
-            return super().tangent(directions)
-        result = self.x.to(work_dtype(self.x.dtype)) @ self._given.take(directions[self._given.name])
-        return result if self.bias is None else result + self.bias.take(directions[self.bias.name])
+            assert bias is not None
+            return bias
+        result = super().tangent(directions)
+        return result if bias is None else result + bias
 
 
 class Channels(Rule):

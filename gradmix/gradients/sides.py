@@ -9,12 +9,8 @@ from torch import Tensor
 
 from gradmix.gradients.sketches import Sketch
 from gradmix.ops.backends import get_backend
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sketches of such a tensor are computed and summed in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Side:

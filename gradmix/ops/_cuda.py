@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.ops.dtypes import work_dtype
 
 
 def unavailable_reason() -> str | None:
@@ -165,7 +166,7 @@ def class_sketch_cuda(deltas: Tensor, activations: Tensor, labels: Tensor, num_c
     """
     extension: Any = _extension.load()
     deltas, activations = deltas.detach().contiguous(), activations.detach().contiguous()
-    dtype = torch.float64 if deltas.dtype == torch.float64 else torch.float32
+    dtype = work_dtype(deltas.dtype)
     samples, positions, rows = deltas.shape
     columns = activations.shape[2]
     elements = extension.class_sketch_cuda_workspace(_name(deltas), samples, positions, rows, columns)
@@ -208,7 +209,7 @@ def sketch_project_cuda(x: Tensor, rank: int, key: int, ones: bool, entries: str
     x = x.detach()
     if dim > 1 and x.stride(2) != 1 and positions > 1 and x.stride(1) != 1:
         x = x.contiguous()
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = work_dtype(x.dtype)
     elements = extension.sketch_project_cuda_workspace(_name(x), samples, positions, dim, rank)
     with torch.cuda.device(x.device):
         out = x.new_empty(samples, positions, rank, dtype=dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.dtypes import work_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -130,7 +131,7 @@ def _zeros(deltas: Tensor, activations: Tensor, num_classes: int) -> ClassSketch
 
 
 def _empty(deltas: Tensor, activations: Tensor, num_classes: int) -> ClassSketch:
-    dtype = torch.float64 if deltas.dtype == torch.float64 else torch.float32
+    dtype = work_dtype(deltas.dtype)
     sums = deltas.new_empty(num_classes, deltas.shape[2], activations.shape[2], dtype=dtype)
     return ClassSketch(sums, deltas.new_empty(num_classes, dtype=dtype))
 

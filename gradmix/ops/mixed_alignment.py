@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_labels, dense_labels
 
 UNDERFLOW = 1e-12
@@ -85,7 +86,7 @@ def mixed_alignment_reference(
     lam: float,
 ) -> MixedAlignment:
     """The formula, pair by pair; slow. Arguments and result as :func:`mixed_alignment`."""
-    dtype = _compute_dtype(features_a)
+    dtype = work_dtype(features_a.dtype)
     classes = logits_a.shape[1]
     mu = 1.0 - lam
     h_a, h_b = _append_one(features_a.to(dtype), reference), _append_one(features_b.to(dtype), reference)
@@ -119,7 +120,7 @@ def mixed_alignment_torch(
     lam: float,
 ) -> MixedAlignment:
     """The factorised form in plain torch: four matrix products. Arguments and result as :func:`mixed_alignment`."""
-    dtype = _compute_dtype(features_a)
+    dtype = work_dtype(features_a.dtype)
     same_rows = features_a is features_b and logits_a is logits_b
     with torch.autocast(features_a.device.type, enabled=False):
         grad_reference = reference.to(dtype)
@@ -281,10 +282,6 @@ def _exact_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
 # -------------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -323,7 +320,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (features_a.shape[0], features_b.shape[0])
-    dtype = _compute_dtype(features_a)
+    dtype = work_dtype(features_a.dtype)
     return features_a.new_empty(shape, dtype=dtype), features_a.new_empty(shape, dtype=dtype)
 
 

@@ -24,6 +24,7 @@ from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.counter_random import check_matrix, random_matrix
+from gradmix.ops.dtypes import work_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def sketch_project_reference(x: Tensor, rank: int, key: int, ones: bool, entries: str) -> Tensor:
     """The formula, position by position. For arguments and result see :func:`sketch_project`."""
     samples, positions, dim = x.shape
-    out = x.new_zeros(samples, positions, rank, dtype=result_dtype(x))
+    out = x.new_zeros(samples, positions, rank, dtype=work_dtype(x.dtype))
     matrix = random_matrix(rank, dim + ones, key, entries, dtype=out.dtype, device=x.device)
     for n in range(samples):
         for t in range(positions):
@@ -49,7 +50,7 @@ def sketch_project_torch(x: Tensor, rank: int, key: int, ones: bool, entries: st
         # Signs are exact in a half type, their common factor is not.
         signs = random_matrix(rank, dim, key, entries, dtype=x.dtype, device=x.device).sign_()
         return project(x, signs, ones=ones).contiguous().mul_(1.0 / math.sqrt(rank))
-    matrix = random_matrix(rank, dim, key, entries, dtype=result_dtype(x), device=x.device)
+    matrix = random_matrix(rank, dim, key, entries, dtype=work_dtype(x.dtype), device=x.device)
     return project(x, matrix, ones=ones).contiguous()
 
 
@@ -64,7 +65,7 @@ def sketch_project_cpp(x: Tensor, rank: int, key: int, ones: bool, entries: str)
     x = x.detach()
     if layout(x) is None or (layout(x) == "planes" and x.shape[1] < _REGISTER):
         x = x.contiguous()  # planes of so few positions would leave the registers half empty
-    out = torch.empty(*x.shape[:2], rank, dtype=result_dtype(x))
+    out = torch.empty(*x.shape[:2], rank, dtype=work_dtype(x.dtype))
     extension.sketch_project(x, key, ones, out, torch.get_num_threads())
     return out
 
@@ -140,7 +141,7 @@ def project(x: Tensor, matrix: Tensor, *, ones: bool = False) -> Tensor:
         raise ValueError(f"matrix: got shape {tuple(matrix.shape)}, expected (rank, {dim + ones})")
     if matrix.device != x.device:
         raise ValueError(f"matrix: got a tensor on {matrix.device}, expected {x.device} as x")
-    dtype = result_dtype(x)
+    dtype = work_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if _multiplies_halves(x) and matrix.dtype == x.dtype:
             return _product(x, matrix, ones, dtype)
@@ -164,11 +165,6 @@ def layout(x: Tensor) -> str | None:
     if x.stride(2) == 1 or x.shape[2] <= 1:
         return "rows"
     return "planes" if x.stride(1) == 1 or x.shape[1] <= 1 else None
-
-
-def result_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _multiplies_halves(x: Tensor) -> bool:
@@ -262,7 +258,7 @@ def _sketch_project_op(x: Tensor, rank: int, key: int, ones: bool, entries: str,
 
 @_sketch_project_op.register_fake
 def _(x: Tensor, rank: int, key: int, ones: bool, entries: str, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], rank, dtype=result_dtype(x))
+    return x.new_empty(x.shape[0], x.shape[1], rank, dtype=work_dtype(x.dtype))
 
 
 def sketch_project(

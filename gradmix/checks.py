@@ -1,0 +1,16 @@
+"""Checks of arguments that several parts share."""
+
+from __future__ import annotations
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is less.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
