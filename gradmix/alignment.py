@@ -46,9 +46,11 @@ from gradmix.estimators import (
 )
 from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature
-from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.labels import check_label_range, class_of, dense_labels
-from gradmix.ops.mixed_alignment import check_lam, cosine, mixed_alignment
+from gradmix.ops.class_pairs import class_pair_alignment
+from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
+from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixed_alignment_op
+from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
 
@@ -84,6 +86,14 @@ class Alignment:
     cosine: Tensor
     classes: Tensor | None = None
 
+    def compact(self) -> Alignment:
+        """The same without the places of :func:`classes_of` that stand for no class; looks at the classes."""
+        if self.classes is None or look_is_free(self.classes.device):
+            return self
+        at = (self.classes >= 0).nonzero()[:, 0]
+        inner, angle = (v.index_select(0, at).index_select(1, at) for v in (self.inner, self.cosine))
+        return Alignment(inner, angle, self.classes[at])
+
     def helpful(self, threshold: float = 0.0) -> Tensor:
         """bool, same shape: whether a mixture is helpful; False where none was evaluated.
 
@@ -103,6 +113,20 @@ def as_estimator(estimator: object) -> str | WholeEstimator:
     check_choice("estimator", estimator, get_args(Estimator))
     named: dict[object, WholeEstimator] = {"jvp": JvpEstimator(), "sketch": SketchEstimator()}
     return named.get(estimator, str(estimator))
+
+
+def classes_of(labels: Tensor) -> Tensor:
+    """(P,) int64, ascending: the classes among labels (N,).
+
+    Where the host may not look how many there are, as many as labels: -1 takes the place of repetitions.
+    """
+    if look_is_free(labels.device):
+        found: Tensor = torch.unique(labels)
+        return found
+    ordered = labels.sort().values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[1:] = ordered[1:] == ordered[:-1]
+    return ordered.masked_fill(repeated, -1).sort().values
 
 
 def class_index(classes: Tensor, labels: Tensor) -> Tensor:
@@ -130,7 +154,7 @@ class ClassTable:
     reference_norm: Tensor
     classes: Tensor
 
-    def at(self, lam: float) -> Alignment:
+    def at(self, lam: Weight) -> Alignment:
         """The alignment at one mixing weight, (P, P), interpolated linearly between the weights evaluated."""
         return self._alignment(*self._interpolated(lam))
 
@@ -143,7 +167,9 @@ class ClassTable:
             norm += weight * norm_at
         return self._alignment(inner, norm)
 
-    def _interpolated(self, lam: float) -> tuple[Tensor, Tensor]:
+    def _interpolated(self, lam: Weight) -> tuple[Tensor, Tensor]:
+        if isinstance(lam, Tensor):
+            return self._interpolated_unseen(lam)
         upper = min(bisect_right(self.lams, lam), len(self.lams) - 1)
         low, high = self.lams[upper - 1], self.lams[upper]
         share = (lam - low) / (high - low)
@@ -151,6 +177,16 @@ class ClassTable:
             torch.lerp(self.inner[upper - 1], self.inner[upper], share),
             torch.lerp(self.norm[upper - 1], self.norm[upper], share),
         )
+
+    def _interpolated_unseen(self, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at a weight () that the host does not look at."""
+        # Filled one by one: a copy from the host would be waited for.
+        lams = torch.stack([torch.full_like(lam, value) for value in self.lams])
+        upper = torch.searchsorted(lams, lam.reshape(1), right=True).clamp_(1, len(self.lams) - 1)
+        low, high = lams[upper - 1], lams[upper]
+        share = ((lam - low) / (high - low)).to(self.inner.dtype)
+        first, second = (torch.lerp(v[upper - 1], v[upper], share[:, None, None])[0] for v in (self.inner, self.norm))
+        return first, second
 
     def _alignment(self, inner: Tensor, norm: Tensor) -> Alignment:
         return Alignment(inner, cosine(inner, norm, self.reference_norm), self.classes)
@@ -206,7 +242,7 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
         first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
     check_label_range(name, y, logits.shape[1], first_row)
-    return Rows(x, y, features, logits)
+    return Rows(x, within_range(y, logits.shape[1]), features, logits)
 
 
 # --------------------------------------------------------------------------------------------------- reference gradient
@@ -222,14 +258,7 @@ class ReferenceSum:
 
     def add(self, rows: Rows) -> None:
         """Add sum_n r_n [h_n; 1]^T of these rows."""
-        dtype = work_dtype(rows.features.dtype)
-        with torch.autocast(rows.features.device.type, enabled=False):
-            logits, features = rows.logits.to(dtype), rows.features.to(dtype)
-            residual = torch.softmax(logits, 1) - dense_labels(rows.y, logits.shape[1], dtype)
-            total = residual.T @ features
-            if self._bias:
-                total = torch.cat([total, residual.sum(0)[:, None]], 1)
-        self._sum = total if self._sum is None else self._sum + total
+        self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=self._bias, out=self._sum)
         self.count += len(rows)
 
     def mean(self) -> Tensor | None:
@@ -316,10 +345,10 @@ class ClassQuota:
 
 
 def feature_alignment(
-    rows: Rows, partners: Rows, reference: Tensor, lam: float, backend: str = "auto"
+    rows: Rows, partners: Rows, reference: Tensor, lam: Weight, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Estimator ``feature``: (inner, norm), both (N, M), of all pairs mixed in feature space."""
-    inner, norm = mixed_alignment(
+    """Estimator ``feature``: (inner, norm), both (N, M), of all pairs mixed in feature space; checks nothing."""
+    inner, norm = mixed_alignment_op(
         rows.features,
         rows.logits,
         rows.y,
@@ -327,10 +356,11 @@ def feature_alignment(
         partners.logits,
         partners.y,
         reference,
-        lam,
-        backend=backend,
+        as_lams(lam, rows.features.device),
+        "tf32x3",
+        backend,
     )
-    return inner, norm
+    return inner[0], norm[0]
 
 
 def mixed_input_alignment(
@@ -366,15 +396,17 @@ def mixed_input_alignment(
 
 
 def _require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
-    if torch.isfinite(logits.sum(dtype=torch.float32)):
+    if look_is_free(logits.device) and torch.isfinite(logits.sum(dtype=torch.float32)):
         return
-    bad = ~torch.isfinite(logits).all(1)
-    if bad.any():
-        k = int(bad.nonzero()[0])
-        content = "NaN" if torch.isnan(logits[k]).any() else "an infinity"
-        raise ValueError(
+    largest = torch.linalg.vector_norm(logits, torch.inf, dim=1)
+
+    def error(k: int) -> ValueError:
+        content = "NaN" if torch.isnan(largest[k]) else "an infinity"
+        return ValueError(
             f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
         )
+
+    require(~torch.isfinite(largest), error)
 
 
 def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,7 +436,7 @@ class ClassMean:
     """Criterion ``class``: means over the rows of each class pair, gathered over several calls.
 
     Args:
-        classes: (P,) int64, ascending: the classes told apart.
+        classes: (P,) int64, ascending: the classes told apart, as :func:`classes_of` gives them.
         reference: the reference gradient, or its norm.
     """
 
@@ -470,18 +502,25 @@ def class_table(
     if estimator == "feature":
         limit = max(1, min(class_samples, TABLE_ROWS // len(classes)))
         rows = rows.take(ClassQuota(limit).admit(rows.y))
-        labels = class_of(rows.y)
+        lams = torch.tensor(TABLE_LAMS, dtype=torch.float64).to(reference.device)
+        inner, norm = class_pair_alignment(
+            rows.features,
+            rows.logits,
+            rows.y,
+            class_index(classes, class_of(rows.y)),
+            len(classes),
+            reference,
+            lams,
+            backend=backend,
+        )
+        return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
     own = (rows.x, rows.y)
     means = []
     for lam in TABLE_LAMS:
         mean = ClassMean(classes, reference)
-        if estimator == "feature":
-            inner, norm = feature_alignment(rows, rows, reference, lam, backend)
-            mean.add_matrix(inner, norm, labels, labels, own_rows=True)
-        else:
-            pairs = _class_pairs(labels, classes, max(1, class_samples // len(TABLE_LAMS)), generator)
-            inner, norm = mixed_input_alignment(model, head, own, own, pairs, reference, lam, chunk)
-            mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
+        pairs = _class_pairs(labels, classes, max(1, class_samples // len(TABLE_LAMS)), generator)
+        inner, norm = mixed_input_alignment(model, head, own, own, pairs, reference, lam, chunk)
+        mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
         means.append(mean.means())
     inner, norm = (torch.stack(v) for v in zip(*means, strict=True))
     return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
@@ -605,7 +644,7 @@ def alignment_matrix(
         inner, norm = pair_alignment(
             model, module, rows, partners, reference, lam, estimator=kind, chunk=chunk_size, backend=backend
         )
-    return judge(inner, norm, rows, partners, reference, criterion, candidates is None)
+    return judge(inner, norm, rows, partners, reference, criterion, candidates is None).compact()
 
 
 def forward_pair(
@@ -666,7 +705,7 @@ def judge(
     if criterion == "sample":
         return by_sample(inner, norm, reference)
     y_a, y_b = class_of(rows.y), class_of(partners.y)
-    mean = ClassMean(torch.unique(torch.cat([y_a, y_b])), reference)
+    mean = ClassMean(classes_of(y_a if own_rows else torch.cat([y_a, y_b])), reference)
     mean.add_matrix(inner, norm, y_a, y_b, own_rows)
     return mean.alignment()
 

@@ -19,17 +19,34 @@ import torch
 
 from gradmix import _extension
 from gradmix._version import __version__
-from gradmix.ops import class_sketch, mixed_alignment, sketch_project
+from gradmix.ops import (
+    class_pairs,
+    class_sketch,
+    cosine_alignment,
+    draw_partners,
+    last_layer_gradient,
+    mixed_alignment,
+    sketch_project,
+)
 from gradmix.ops.backends import ENVIRONMENT_VARIABLE, Operator, get_backend
 
-OPERATORS: tuple[Operator, ...] = (mixed_alignment.OPERATOR, class_sketch.OPERATOR, sketch_project.OPERATOR)
+OPERATORS: tuple[Operator, ...] = (
+    mixed_alignment.OPERATOR,
+    class_pairs.OPERATOR,
+    last_layer_gradient.OPERATOR,
+    draw_partners.OPERATOR,
+    cosine_alignment.OPERATOR,
+    cosine_alignment.MIXED_OPERATOR,
+    class_sketch.OPERATOR,
+    sketch_project.OPERATOR,
+)
 
 # Import names of what an extra brings; the names to install differ for some.
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy"),
     "gradients": ("safetensors",),
     "bench": ("rich",),
-    "test": ("pytest", "hypothesis"),
+    "test": ("pytest", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),
 }
 _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}

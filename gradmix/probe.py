@@ -10,11 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from gradmix.ops.waiting import look_is_free, require
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -80,8 +83,8 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
 def require_finite(first_row: int = 0, **named: Tensor) -> None:
     """Raise ValueError naming the argument and the first row of it that holds a NaN or an infinity.
 
-    The usual case costs one reduction a tensor and one synchronisation: a sum is finite only if every entry is. Where
-    it is not, the rows are looked at, in the order given (a sum may overflow by itself).
+    Where a look at values is free, the usual case costs one reduction a tensor (a sum is finite only if every entry
+    is); where it is not, finite or not, the rows' largest entries are found (:mod:`gradmix.ops.waiting`).
 
     Args:
         first_row: index of row 0 in the whole argument, of which the tensors are a chunk.
@@ -90,11 +93,15 @@ def require_finite(first_row: int = 0, **named: Tensor) -> None:
     floats = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
     if not floats:
         return
-    if torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in floats.values()]).sum()):
+    free = all(look_is_free(value.device) for value in floats.values())
+    if free and torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in floats.values()]).sum()):
         return
     for name, value in floats.items():
-        bad = ~torch.isfinite(value.reshape(len(value), -1)).all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            content = "NaN" if torch.isnan(value[row]).any() else "an infinity"
-            raise ValueError(f"{name.replace('_', ' ')}: row {first_row + row} holds {content}, expected finite values")
+        # The error must not keep a batch of images alive until the next call.
+        largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
+        require(~torch.isfinite(largest), partial(_not_finite, name.replace("_", " "), first_row, largest))
+
+
+def _not_finite(name: str, first_row: int, largest: Tensor, row: int) -> ValueError:
+    content = "NaN" if torch.isnan(largest[row]) else "an infinity"
+    return ValueError(f"{name}: row {first_row + row} holds {content}, expected finite values")

@@ -6,8 +6,10 @@ A mixture is allowed if its gradient does not point against the gradient of the 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ from gradmix.alignment import (
     checked_rows,
     class_index,
     class_table,
+    classes_of,
     concatenate,
+    feature_alignment,
     forward_all,
     judge,
     mixed_input_alignment,
@@ -49,12 +53,15 @@ from gradmix.estimators import (
     reference_norm,
     whole_reference,
 )
+from gradmix.graphs import Graphs, Inputs, call, sent
 from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
+from gradmix.ops.draw_partners import DrawnPartners, draw_partners
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.labels import check_label_range, class_of, dense_labels
-from gradmix.ops.mixed_alignment import check_lam
+from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
+from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, check_reference
+from gradmix.ops.waiting import later, look_is_free, require
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair
 
@@ -81,12 +88,26 @@ class Pairs:
     partner: Tensor
     lam: Tensor
     helpful: Tensor
-    alignment: Tensor
-    classes: Tensor | None
     num_classes: int
+    _judged: Alignment = field(repr=False)
     _batch: tuple[Tensor, Tensor] = field(repr=False)
     _candidates: tuple[Tensor, Tensor] | None = field(repr=False)
     screening: Screening | None = None
+
+    @cached_property
+    def _seen(self) -> Alignment:
+        # How many classes there are is not known before somebody asks, as a GPU would have to be waited for.
+        return self._judged.compact()
+
+    @property
+    def alignment(self) -> Tensor:
+        """(N, M), or (P, P) by class."""
+        return self._seen.cosine
+
+    @property
+    def classes(self) -> Tensor | None:
+        """None, or (P,) int64 in ascending order."""
+        return self._seen.classes
 
     def __len__(self) -> int:
         return len(self.partner)
@@ -270,15 +291,20 @@ def select_pairs(
     (torch.Size([5, 4]), torch.Size([5, 3]))
     """
     settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size)
-    batch, candidates = _checked_rows_to_mix(batch, candidates)
     if lam is not None:
         check_lam(lam)
     generator = default_generator() if generator is None else generator
     model = unwrap(model)
-    with untouched(model):
+    with _checks(settings), untouched(model):
+        batch, candidates = _checked_rows_to_mix(batch, candidates)
         if reference is None:
             reference = _reference(model, buffer, settings, batch[0])
         return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs)
+
+
+def _checks(settings: _Settings) -> AbstractContextManager[None]:
+    """Checks without waiting for a GPU; over all parameters, where passes are long, at once."""
+    return later() if settings.whole is None else nullcontext()
 
 
 def _checked_rows_to_mix(
@@ -320,8 +346,10 @@ def _select(
     reference: Tensor | WholeReference | None,
     table: ClassTable | None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
+    graphs: Graphs | None = None,
 ) -> Pairs:
     """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
+    run = graphs if graphs is not None and graphs.serve(batch[0].device) else call
     lam = draw_lam(settings.alpha, generator) if lam is None else float(lam)
     draw = _Draw(
         settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device
@@ -336,24 +364,21 @@ def _select(
             extent = extent_of(model, settings.whole, batch[0], settings.chunk_size)
             width = extent.width
             _check_width(settings.num_classes, width)
-        given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
-        require_finite(0, **{name: x for name, (x, _) in given.items()})
-        for name, (_, y) in given.items():
-            check_label_range(name, y, width)
+        batch, candidates = _checked_labels(batch, candidates, width)
+        partner_pair = batch if candidates is None else candidates
         if reference is None:
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
-            partner, helpful = draw.partners(None, None)
+            decision = _decided(alignment, draw.partners(None, None), lam)
         elif table is not None:
-            alignment = table.at(lam)
-            decisions = _class_decisions(alignment, batch[1], partner_pair[1], settings.threshold)
-            partner, helpful = draw.partners(*decisions)
+            by_table = _ByTable(settings.threshold, settings.policy, draw.own_rows, table.lams)
+            decision = run(by_table, by_table.inputs(table, batch[1], partner_pair[1], lam, draw.numbers()))
         else:
             assert extent is not None
             whole = check_whole_reference(reference)
             alignment, allowed, score, screening = _score_whole(
                 model, batch, candidates, settings, lam, whole, draw, extent, generator
             )
-            partner, helpful = draw.partners(allowed, score)
+            decision = _decided(alignment, draw.partners(allowed, score), lam)
     else:
         if not isinstance(reference, Tensor):
             raise TypeError(
@@ -370,13 +395,134 @@ def _select(
         )
         _check_width(settings.num_classes, rows.logits.shape[1])
         width = rows.logits.shape[1]
-        alignment, allowed, score = _score(model, module, rows, partners, settings, lam, reference, draw)
-        partner, helpful = draw.partners(allowed, score)
-    weights = torch.where(helpful, lam, 1.0).to(work_dtype(batch[0].dtype))
-    return Pairs(partner, weights, helpful, alignment.cosine, alignment.classes, width, batch, candidates, screening)
+        check_reference(reference, width, rows.features.shape[1])
+        batch = batch[0], rows.y
+        candidates = None if candidates is None else (candidates[0], partners.y)
+        if settings.last_layer == "feature":
+            by_features = _ByFeatures(
+                settings.criterion, settings.threshold, settings.policy, draw.own_rows, settings.backend
+            )
+            decision = run(by_features, by_features.inputs(rows, partners, reference, lam, draw.numbers()))
+        else:
+            alignment, allowed, score = _score_mixed(model, module, rows, partners, settings, lam, reference, draw)
+            decision = _decided(alignment, draw.partners(allowed, score), lam)
+    return Pairs(
+        decision.partner,
+        decision.lam.to(work_dtype(batch[0].dtype)),
+        decision.helpful,
+        width,
+        Alignment(decision.inner, decision.cosine, decision.classes),
+        batch,
+        candidates,
+        screening,
+    )
 
 
-def _score(
+def _checked_labels(
+    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, width: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Both, after a look for NaN and labels beyond ``width`` classes."""
+    given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
+    require_finite(0, **{name: x for name, (x, _) in given.items()})
+    for name, (_, y) in given.items():
+        check_label_range(name, y, width)
+    x, y = batch
+    held = None if candidates is None else (candidates[0], within_range(candidates[1], width))
+    return (x, within_range(y, width)), held
+
+
+class Decision(NamedTuple):
+    """Partners, and what they were chosen by.
+
+    Attributes:
+        partner: (N,) int64.
+        helpful: (N,) bool, whether there is one.
+        lam: (N,) float64 (float32 on devices without it), weight of the row itself.
+        inner, cosine, classes: the alignment of all pairs, or of their classes.
+    """
+
+    partner: Tensor
+    helpful: Tensor
+    lam: Tensor
+    inner: Tensor
+    cosine: Tensor
+    classes: Tensor | None
+
+
+def _decided(alignment: Alignment, drawn: DrawnPartners, lam: Weight) -> Decision:
+    kept = torch.ones((), dtype=as_lams(1.0, drawn.found.device).dtype, device=drawn.found.device)
+    weights = torch.where(drawn.found, lam, kept)
+    return Decision(drawn.partner, drawn.found, weights, alignment.inner, alignment.cosine, alignment.classes)
+
+
+@dataclass(frozen=True)
+class _ByTable:
+    """The decision for rows of known classes: a look into the class table. It waits for nothing."""
+
+    threshold: float
+    policy: Policy
+    own_rows: bool
+    lams: tuple[float, ...]
+
+    def inputs(self, table: ClassTable, y: Tensor, other_y: Tensor, lam: Weight, drawn: Tensor) -> Inputs:
+        """The arguments of a call, all tensors but maybe lam."""
+        kept = (table.inner, table.norm, table.reference_norm, table.classes)
+        return (class_of(y), None if self.own_rows else class_of(other_y), lam, drawn, *kept)
+
+    def __call__(
+        self,
+        y: Tensor,
+        other_y: Tensor | None,
+        lam: Weight,
+        drawn: Tensor,
+        inner: Tensor,
+        norm: Tensor,
+        reference_norm: Tensor,
+        classes: Tensor,
+    ) -> Decision:
+        alignment = ClassTable(self.lams, inner, norm, reference_norm, classes).at(lam)
+        other_y = y if other_y is None else other_y
+        allowed, score = _class_decisions(alignment, y, other_y, self.threshold)
+        return _decided(alignment, _partners(allowed, score, drawn, self.policy, self.own_rows), lam)
+
+
+@dataclass(frozen=True)
+class _ByFeatures:
+    """The decision from what the head saw and said, by the estimator ``feature``. It waits for nothing."""
+
+    criterion: Criterion
+    threshold: float
+    policy: Policy
+    own_rows: bool
+    backend: str
+
+    def inputs(self, rows: Rows, partners: Rows, reference: Tensor, lam: Weight, drawn: Tensor) -> Inputs:
+        """The arguments of a call, all tensors but maybe lam."""
+        other = (None,) * 3 if self.own_rows else (partners.features, partners.logits, partners.y)
+        return (rows.features, rows.logits, rows.y, lam, drawn, reference, *other)
+
+    def __call__(
+        self,
+        features: Tensor,
+        logits: Tensor,
+        y: Tensor,
+        lam: Weight,
+        drawn: Tensor,
+        reference: Tensor,
+        other_features: Tensor | None,
+        other_logits: Tensor | None,
+        other_y: Tensor | None,
+    ) -> Decision:
+        rows = partners = Rows(y, y, features, logits)
+        if other_features is not None and other_logits is not None and other_y is not None:
+            partners = Rows(other_y, other_y, other_features, other_logits)
+        inner, norm = feature_alignment(rows, partners, reference, lam, self.backend)
+        alignment = judge(inner, norm, rows, partners, reference, self.criterion, self.own_rows)
+        allowed, score = _decisions(alignment, rows.y, partners.y, self.threshold)
+        return _decided(alignment, _partners(allowed, score, drawn, self.policy, self.own_rows), lam)
+
+
+def _score_mixed(
     model: nn.Module,
     head: nn.Module,
     rows: Rows,
@@ -386,9 +532,8 @@ def _score(
     reference: Tensor,
     draw: _Draw,
 ) -> tuple[Alignment, Tensor, Tensor]:
-    """The alignment, and by pair (N, M): whether it is allowed, and its score."""
-    own_rows = draw.own_rows
-    if settings.last_layer == "mixed" and draw.permuted is not None:
+    """The alignment by the estimator ``mixed``, and by pair (N, M): whether it is allowed, and its score."""
+    if draw.permuted is not None:
         # Only the drawn pairs are forwarded; the others stay unknown.
         index = torch.stack([torch.arange(len(rows), device=rows.y.device), draw.permuted], 1)
         inner, norm = (
@@ -410,10 +555,15 @@ def _score(
             chunk=settings.chunk_size,
             backend=settings.backend,
         )
-    alignment = judge(inner, norm, rows, partners, reference, settings.criterion, own_rows)
-    if settings.criterion == "sample":
-        return alignment, alignment.helpful(settings.threshold), alignment.cosine
-    return (alignment, *_class_decisions(alignment, rows.y, partners.y, settings.threshold))
+    alignment = judge(inner, norm, rows, partners, reference, settings.criterion, draw.own_rows)
+    return (alignment, *_decisions(alignment, rows.y, partners.y, settings.threshold))
+
+
+def _decisions(alignment: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """By pair (N, M): whether it is allowed, and its score."""
+    if alignment.classes is None:
+        return alignment.helpful(threshold), alignment.cosine
+    return _class_decisions(alignment, y, other_y, threshold)
 
 
 def _score_whole(
@@ -433,7 +583,6 @@ def _score_whole(
     chunk, width = extent
     rows, partners = bare_rows(*batch), bare_rows(*partner_pair)
     count, device = (len(rows), len(partners)), rows.y.device
-    by_class = settings.criterion == "class"
     drawn = torch.ones(count, dtype=torch.bool, device=device)
     if draw.permuted is not None:
         drawn = torch.zeros_like(drawn).index_put_((torch.arange(count[0], device=device), draw.permuted), drawn[0, 0])
@@ -469,9 +618,7 @@ def _score_whole(
         inner, norm = (torch.full(count, float("nan"), dtype=v.dtype, device=device) for v in found)
         inner[pairs[:, 0], pairs[:, 1]], norm[pairs[:, 0], pairs[:, 1]] = found
         alignment = judge(inner, norm, rows, partners, reference_norm(reference), settings.criterion, draw.own_rows)
-    if not by_class:
-        return alignment, alignment.helpful(settings.threshold), alignment.cosine, screening
-    return (alignment, *_class_decisions(alignment, rows.y, partners.y, settings.threshold), screening)
+    return (alignment, *_decisions(alignment, rows.y, partners.y, settings.threshold), screening)
 
 
 def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -492,13 +639,25 @@ def _empty_buffer_alignment(
     if criterion == "sample":
         zeros = torch.zeros(len(y), len(candidates[1]), dtype=torch.float32, device=x.device)
         return Alignment(zeros, zeros)
-    classes = torch.unique(torch.cat([class_of(y), class_of(candidates[1])]))
+    classes = classes_of(torch.cat([class_of(y), class_of(candidates[1])]))
     zeros = torch.zeros(len(classes), len(classes), dtype=torch.float32, device=x.device)
     return Alignment(zeros, zeros, classes)
 
 
+def _partners(
+    allowed: Tensor | None, score: Tensor | None, drawn: Tensor, policy: Policy, own_rows: bool, partners: int = 0
+) -> DrawnPartners:
+    best = score if policy == "best" else None
+    return draw_partners(
+        allowed, drawn, policy=policy, score=best, own_rows=own_rows, partners=partners if allowed is None else None
+    )
+
+
 class _Draw:
-    """The draw of one partner a row; for ``permute`` the partner is drawn at once, before anything is evaluated."""
+    """The draw of one partner a row; for ``permute`` the partner is drawn at once, before anything is evaluated.
+
+    The numbers come from the caller's generator, usually on the host, and go to the device without being waited for.
+    """
 
     def __init__(
         self, policy: Policy, rows: int, partners: int, own_rows: bool, generator: torch.Generator, device: torch.device
@@ -517,37 +676,24 @@ class _Draw:
             drawn = torch.randint(
                 self._partners, (self._rows,), generator=self._generator, device=self._generator.device
             )
-        return drawn.to(self._device)
+        return sent(drawn, self._device)
 
-    def partners(self, allowed: Tensor | None, score: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(N,) partner and (N,) whether there is one.
+    def numbers(self) -> Tensor:
+        """(N,): what the operator ``draw_partners`` draws by; call it once."""
+        if self.permuted is not None:
+            return self.permuted
+        source = self._generator
+        drawn = torch.rand(self._rows, generator=source, device=source.device, dtype=torch.float64)
+        return sent(drawn, self._device)
+
+    def partners(self, allowed: Tensor | None, score: Tensor | None) -> DrawnPartners:
+        """The partners.
 
         Args:
             allowed: (N, M) bool; None: everything.
             score: (N, M) the larger the better, for policy ``best``; None: all equal.
         """
-        row = torch.arange(self._rows, device=self._device)
-        nobody = row if self.own_rows else torch.zeros_like(row)
-        if self.permuted is not None:
-            found = torch.ones_like(row, dtype=torch.bool) if allowed is None else allowed[row, self.permuted]
-            if self.own_rows:
-                found = found & (self.permuted != row)
-            return torch.where(found, self.permuted, nobody), found
-        if allowed is None:
-            allowed = torch.ones(self._rows, self._partners, dtype=torch.bool, device=self._device)
-        else:
-            allowed = allowed.clone()
-        if self.own_rows:
-            allowed.fill_diagonal_(False)
-        if self._policy == "best" and score is not None:
-            ranked = score.masked_fill(~allowed, float("-inf"))
-            allowed &= ranked == ranked.amax(1, keepdim=True)
-        drawn = torch.rand(self._rows, generator=self._generator, device=self._generator.device, dtype=torch.float64)
-        count = allowed.sum(1)
-        rank = (drawn.to(self._device) * count).long().clamp_(max=(count - 1).clamp_(min=0))
-        partner = (allowed.cumsum(1) > rank[:, None]).to(torch.uint8).argmax(1)
-        found = count > 0
-        return torch.where(found, partner, nobody), found
+        return _partners(allowed, score, self.numbers(), self._policy, self.own_rows, self._partners)
 
 
 def _check_width(num_classes: int | None, width: int) -> None:
@@ -576,6 +722,14 @@ class GradMix:
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
         class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for
             each pair of classes).
+        cuda_graph: on a GPU, capture what follows the rows' own forward pass in a CUDA graph, one for each shape of
+            batch, and replay it, so that a selection costs the host one launch; elsewhere it makes no difference. For
+            the estimator ``feature``, and by class for all of them. Same results.
+
+    On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes): what a check finds
+    is raised by the next call (:mod:`gradmix.ops.waiting`), and a class that the table does not know has its rows stay
+    unmixed in that step and the table computed anew in the next one. Reading a buffer kept on the host, and making a
+    class table, do wait.
 
     Attributes:
         reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
@@ -606,10 +760,19 @@ class GradMix:
         generator: torch.Generator | None = None,
         backend: str = "auto",
         chunk_size: int = CHUNK,
+        cuda_graph: bool = False,
     ) -> None:
         self._settings = _Settings(
             criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size
         )
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(f"cuda_graph: got {type(cuda_graph).__name__}, expected a bool")
+        if cuda_graph and criterion == "sample" and estimator != "feature":
+            raise ValueError(
+                f"cuda_graph: got True with the estimator {estimator!r} by sample, expected 'feature', or by class "
+                "any of them; passes of mixed inputs are not captured"
+            )
+        self._graphs = Graphs() if cuda_graph else None
         if refresh != "epoch":
             check_count("refresh", refresh)
         check_count("class_samples", class_samples)
@@ -638,10 +801,10 @@ class GradMix:
         outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
     ) -> Pairs:
         """The pairs for a batch; arguments as :func:`select_pairs`."""
-        batch, candidates = _checked_rows_to_mix((x, y), candidates)
         if lam is not None:
             check_lam(lam)
-        with untouched(self._model):
+        with _checks(self._settings), untouched(self._model):
+            batch, candidates = _checked_rows_to_mix((x, y), candidates)
             if self._is_due(batch, candidates):
                 self._update(batch, candidates, outputs)
             self.pairs = _select(
@@ -654,6 +817,7 @@ class GradMix:
                 self.reference,
                 self.table,
                 outputs,
+                self._graphs,
             )
         self._age += 1
         return self.pairs
@@ -670,7 +834,14 @@ class GradMix:
         if self.table is None:
             return False
         labels = [class_of(pair[1]) for pair in (batch, candidates) if pair is not None]
-        return any(bool((class_index(self.table.classes, label) < 0).any()) for label in labels)
+        unknown = torch.cat([class_index(self.table.classes, label) < 0 for label in labels])
+        if look_is_free(unknown.device) or self._settings.whole is not None:
+            return bool(unknown.any())
+        require(unknown, self._met_unknown_class)
+        return False
+
+    def _met_unknown_class(self, _row: int) -> None:
+        self._stale = True
 
     def _update(
         self,

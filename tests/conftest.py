@@ -4,6 +4,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU, Triton's kernels run in its interpreter. Triton looks when a kernel is defined, so before any import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples on every run: a red test is a change's doing, not the day's.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=150)
 settings.register_profile("search", deadline=None, max_examples=2000)

@@ -80,6 +80,9 @@ def test_kernels_reason(monkeypatch):
     assert kernels.unavailable_reason() == "triton is not installed"
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.unavailable_reason() is None
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert kernels.unavailable_reason() == "no CUDA or ROCm device is visible to torch"
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
     assert kernels.unavailable_reason() is None

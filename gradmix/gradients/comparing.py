@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from gradmix.ops.cosine_alignment import cosine_alignment
 
 if TYPE_CHECKING:
     from gradmix.gradients.consumers import LayerSketch
@@ -26,15 +27,8 @@ class Aligned(NamedTuple):
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """(N, M) cosines between the rows of a (N, D) and of b (M, D); 0 where one of them is 0."""
-    return (_units(a) @ _units(b).T).clamp_(-1, 1)
-
-
-def _units(vectors: Tensor) -> Tensor:
-    # In two steps, so that neither a tiny nor a huge vector's squares leave the range of float32.
-    largest = vectors.abs().amax(1, keepdim=True)
-    scaled = vectors / torch.where(largest > 0, largest, 1)
-    norm = scaled.norm(dim=1, keepdim=True)
-    return scaled / torch.where(norm > 0, norm, 1)
+    left = a[None]
+    return cosine_alignment(left, left if a is b else b[None])[0]
 
 
 def align(vectors: Tensor, reference: Tensor) -> Aligned:

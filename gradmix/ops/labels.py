@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradmix.ops.waiting import look_is_free, require
+
 SUM_TOLERANCE = 1e-2
 """How far a label vector's sum may be from 1: the rounding of bfloat16 labels, not more."""
 
@@ -13,7 +15,8 @@ def dense_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """(N, classes) label vectors: the labels themselves, or their one-hot form."""
     if labels.is_floating_point():
         return labels.to(dtype)
-    return torch.nn.functional.one_hot(labels, classes).to(dtype)
+    # torch's own one_hot looks at the labels, for which a GPU would have to be waited for.
+    return torch.zeros(*labels.shape, classes, dtype=dtype, device=labels.device).scatter_(-1, labels[..., None], 1.0)
 
 
 def class_of(labels: Tensor) -> Tensor:
@@ -44,13 +47,11 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
         )
     if labels.shape != (rows,):
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({rows},) class indices")
-    if rows == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low < 0 or (classes is not None and high >= classes):
-        row = int(((labels < 0) | (labels >= (high + 1 if classes is None else classes))).nonzero()[0])
-        limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
-        raise ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}")
+    if torch.compiler.is_compiling():
+        return  # values cannot be looked at without breaking the graph
+    limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
+    bad = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+    require(bad, lambda row: ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}"))
 
 
 def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 0) -> None:
@@ -65,17 +66,33 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
     if labels.is_floating_point():
         if labels.shape[1] != classes:
             raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {classes} as the model's logits")
-    elif len(labels) and int(labels.max()) >= classes:
-        row = int((labels >= classes).nonzero()[0])
-        raise ValueError(
+        return
+    require(
+        labels >= classes,
+        lambda row: ValueError(
             f"{name} labels: row {first_row + row} is {int(labels[row])}, expected a class index in [0, {classes})"
-        )
+        ),
+    )
+
+
+def within_range(labels: Tensor, classes: int) -> Tensor:
+    """The labels, held in [0, classes) where their check is still under way: an index out of range ends CUDA's context.
+
+    What is made of such labels is never used: the next call raises the error.
+    """
+    if labels.is_floating_point() or look_is_free(labels.device):
+        return labels
+    return labels.clamp(0, classes - 1)
 
 
 def _check_sums(name: str, labels: Tensor) -> None:
     """softmax(z) - y is the gradient of the cross-entropy only where y sums to 1."""
-    off = ~((labels.sum(1, dtype=torch.float32) - 1).abs() <= SUM_TOLERANCE)
-    if off.any():
-        row = int(off.nonzero()[0])
-        total = float(labels[row].float().sum())
-        raise ValueError(f"{name}: row {row} sums to {total:.4g}, expected label vectors that sum to 1")
+    if torch.compiler.is_compiling():
+        return
+    totals = labels.sum(1, dtype=torch.float32)
+    require(
+        ~((totals - 1).abs() <= SUM_TOLERANCE),
+        lambda row: ValueError(
+            f"{name}: row {row} sums to {float(totals[row]):.4g}, expected label vectors that sum to 1"
+        ),
+    )

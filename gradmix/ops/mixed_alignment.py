@@ -21,37 +21,57 @@ cancellation in softmax(z) - y: the residual of a well-fitted pair keeps its rel
 logit, however large, can neither overflow nor drown the others.
 
 A product of two exponentials can underflow where the rows favour different classes by a large margin. Such pairs are
-found by their Z and recomputed from their logits in float64.
+found by their Z and recomputed from their mixed logits. Both exponentials are scaled by 2^27, a power of two, which
+leaves their digits alone and postpones the underflow: pairs are lost only where lam and mu times the two margins come
+to more than 46.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_labels, dense_labels
+from gradmix.ops.waiting import look_is_free
 
-UNDERFLOW = 1e-12
-"""Pairs whose Z (relative to its own largest possible term) is below this are recomputed in float64.
+SCALE = 2.0**27
+"""Of A and of B. Sums of scaled squares, up to 2^108 a class, stay finite in float32 up to 2^19 classes."""
 
-Products below float32's smallest number, 1e-38, are lost; relative to Z^2 (the scale of the squared probabilities) that
-is at most 1e-14 here, far below float32's own rounding."""
+UNDERFLOW = 1e-20
+"""Pairs whose Z (relative to its own largest possible term) is below this are recomputed.
+
+What is lost first is the square of a single exponential, below 2^-126 / SCALE^2 = 2^-180. Relative to Z^2, the scale of
+the squared probabilities, that is less than 2^-47 here, far below float32's own rounding."""
+
+CLASSES_AT_A_TIME = 1 << 24
+"""Elements of a temporary of rows by classes; more classes are taken in parts (64 MiB of float32)."""
 
 EXACT_ELEMENTS = 1 << 22
 """Elements of the largest temporary while pairs are recomputed (32 MiB of float64)."""
+
+LOST_ELEMENTS = 1 << 20
+"""Pairs times classes that are recomputed in float64 where the host may not look how many there are.
+
+So many pairs are always recomputed there, and more than these become NaN: not evaluated."""
+
+Precision = Literal["ieee", "tf32x3", "tf32"]
+"""Of the products in the Triton body: float32, or TF32 on the matrix units, in three products or one."""
 
 
 class MixedAlignment(NamedTuple):
     """Inner products and gradient norms of all pairs.
 
     Attributes:
-        inner: (N, M), the inner product of each pair's mixed gradient with the reference gradient.
-        norm: (N, M), the Euclidean norm of each pair's mixed gradient.
+        inner: (N, M), the inner product of each pair's mixed gradient with the reference gradient; or (L, N, M) for L
+            mixing weights.
+        norm: same shape, the Euclidean norm of each pair's mixed gradient.
     """
 
     inner: Tensor
@@ -109,6 +129,30 @@ def mixed_alignment_reference(
 # ----------------------------------------------------------------------------------------------------------- factorised
 
 
+Weight: TypeAlias = float | Tensor
+"""A mixing weight: a number, or a scalar float64 tensor where the host may not look at it."""
+
+
+class _Side(NamedTuple):
+    """One side's rows, cast, with what does not depend on the mixing weight.
+
+    Attributes:
+        h: (N, d) features.
+        z: (N, C) logits.
+        u: (N, C) [h; 1] G^T.
+        y: (N,) class indices or (N, C) label vectors.
+        top: (N,), each row's largest logit among the classes that are not its label.
+        square: (N,) ||h||^2.
+    """
+
+    h: Tensor
+    z: Tensor
+    u: Tensor
+    y: Tensor
+    top: Tensor
+    square: Tensor
+
+
 def mixed_alignment_torch(
     features_a: Tensor,
     logits_a: Tensor,
@@ -117,63 +161,101 @@ def mixed_alignment_torch(
     logits_b: Tensor,
     labels_b: Tensor,
     reference: Tensor,
-    lam: float,
+    lams: Tensor,
+    precision: Precision = "tf32x3",
 ) -> MixedAlignment:
-    """The factorised form in plain torch: four matrix products. Arguments and result as :func:`mixed_alignment`."""
+    """The factorised form in plain torch: four matrix products. Arguments and result as the operator's.
+
+    The products are as precise as torch's own setting has them; ``precision`` is the Triton body's.
+    """
     dtype = work_dtype(features_a.dtype)
-    same_rows = features_a is features_b and logits_a is logits_b
+    same_rows = features_a is features_b and logits_a is logits_b and labels_a is labels_b
     with torch.autocast(features_a.device.type, enabled=False):
         grad_reference = reference.to(dtype)
-        h_a = features_a.to(dtype)
-        h_b = h_a if same_rows else features_b.to(dtype)
-        z_a = logits_a.to(dtype)
-        z_b = z_a if same_rows else logits_b.to(dtype)
-        u_a = _project(h_a, grad_reference)
-        u_b = u_a if same_rows else _project(h_b, grad_reference)
-        if labels_a.is_floating_point() or labels_b.is_floating_point():
+        if labels_a.is_floating_point() != labels_b.is_floating_point():
             classes = logits_a.shape[1]
-            y_a, y_b = dense_labels(labels_a, classes, dtype), dense_labels(labels_b, classes, dtype)
-            inner, residual, z_sum = _soft_labels(z_a, u_a, y_a, z_b, u_b, y_b, lam)
-        else:
-            y_a, y_b = labels_a, labels_b
-            inner, residual, z_sum = _hard_labels(z_a, u_a, y_a, z_b, u_b, y_b, lam)
-        lost = (z_sum < UNDERFLOW).nonzero()
-        if len(lost):
-            _recompute(inner, residual, lost, z_a, u_a, y_a, z_b, u_b, y_b, lam)
-        norm = residual.clamp_(min=0).mul_(_mixed_square_norm(h_a, h_b, reference, lam)).sqrt_()
+            labels_a, labels_b = (dense_labels(y, classes, dtype) for y in (labels_a, labels_b))
+        a = _side(features_a, logits_a, labels_a, grad_reference)
+        b = a if same_rows else _side(features_b, logits_b, labels_b, grad_reference)
+        gram = a.h @ b.h.T
+        bias = float(has_bias(a.h, grad_reference))
+        size = len(lams), len(a.z), len(b.z)
+        inner, norm = a.z.new_empty(size), a.z.new_empty(size)
+        for k, lam in enumerate(_weights(lams)):
+            sums = _soft_labels if a.y.is_floating_point() else _hard_labels
+            products, residual, z_sum = sums(a, b, lam)
+            products, residual = _without_losses(products, residual, z_sum, a, b, lam)
+            mu = 1.0 - lam
+            # lam^2 |h_a|^2 + 2 lam mu <h_a, h_b> + mu^2 |h_b|^2
+            mixed = (gram * (2 * lam * mu)).add_((lam * lam * a.square)[:, None]).add_(mu * mu * b.square)
+            mixed.clamp_(min=0).add_(bias)
+            inner[k] = products
+            torch.sqrt(residual.clamp_(min=0).mul_(mixed), out=norm[k])
     return MixedAlignment(inner, norm)
 
 
-def _hard_labels(
-    z_a: Tensor, u_a: Tensor, y_a: Tensor, z_b: Tensor, u_b: Tensor, y_b: Tensor, lam: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(lams: Tensor) -> Sequence[Weight]:
+    return lams.tolist() if look_is_free(lams.device) else lams.unbind()
+
+
+def _side(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> _Side:
+    h, z, y = features.to(reference.dtype), logits.to(reference.dtype), labels
+    if y.is_floating_point():
+        y = y.to(reference.dtype)
+        top = z.amax(1)
+    elif z.shape[1] == 1:  # no class is left
+        top = torch.zeros_like(z[:, 0])
+    else:
+        top = z.scatter(1, y[:, None], -math.inf).amax(1)
+    return _Side(h, z, project(h, reference), y, top, h.square().sum(1))
+
+
+def _parts(a: _Side, b: _Side) -> Iterator[slice]:
+    """The classes, so many at a time that a temporary of rows by classes is not too large."""
+    classes = a.z.shape[1]
+    step = max(1, CLASSES_AT_A_TIME // max(1, len(a.z), len(b.z)))
+    for start in range(0, classes, step):
+        yield slice(start, min(start + step, classes))
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total`` + left right^T, in place."""
+    return left @ right.T if total is None else total.addmm_(left, right.T)
+
+
+def _hard_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """<r, u>, ||r||^2 and Z for class indices; all (N, M).
 
     The products run over the classes that are neither row's label; ``own`` and ``other`` are the two labels' terms.
     """
     mu = 1.0 - lam
-    dtype, exact = z_a.dtype, _exact_dtype(z_a)
-    a, top_a = _exponentials(z_a, lam, y_a)
-    b, top_b = _exponentials(z_b, mu, y_b)
-    rest = a @ b.T
-    rest_u = torch.addmm((a * u_a) @ b.T, a, (b * u_b).T, beta=lam, alpha=mu)
-    rest_square = a.square() @ b.square().T
+    dtype, exact = a.z.dtype, _exact_dtype(a.z)
+    rest = rest_a = rest_b = rest_square = None
+    for part in _parts(a, b):
+        e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
+        rest = _added(rest, e_a, e_b)
+        rest_a = _added(rest_a, e_a * a.u[:, part], e_b)
+        rest_b = _added(rest_b, e_a, e_b * b.u[:, part])
+        rest_square = _added(rest_square, e_a.square_(), e_b.square_())
+    assert rest is not None and rest_a is not None and rest_b is not None and rest_square is not None
+    rest_u = rest_a.mul_(lam).add_(rest_b.mul_(mu)).mul_(SCALE**-2)
+    rest.mul_(SCALE**-2)
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
-    same_rows = z_a is z_b and y_a is y_b
-    z_own_a, z_a_at_b, z_b_at_a, z_own_b = (v.to(exact) for v in _at_labels(z_a, y_a, z_b, y_b, same_rows))
+    same_rows = a is b
+    z_own_a, z_a_at_b, z_b_at_a, z_own_b = (v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, same_rows))
     log_own = (lam * z_own_a)[:, None] + mu * z_b_at_a
     log_other = lam * z_a_at_b + mu * z_own_b
-    log_rest = (lam * top_a.to(exact))[:, None] + mu * top_b.to(exact)
+    log_rest = (lam * a.top.to(exact))[:, None] + mu * b.top.to(exact)
     shift = torch.maximum(torch.maximum(log_own, log_other), log_rest)
-    same = y_a[:, None] == y_b
+    same = a.y[:, None] == b.y
     own = torch.exp((log_own - shift).to(dtype))
     other = torch.exp((log_other - shift).to(dtype)).masked_fill_(same, 0)
     scale = torch.exp((log_rest - shift).to(dtype))
 
     z_sum = scale * rest + own + other
     scale = scale / z_sum
-    u_own_a, u_a_at_b, u_b_at_a, u_own_b = _at_labels(u_a, y_a, u_b, y_b, same_rows)
+    u_own_a, u_a_at_b, u_b_at_a, u_own_b = _at_labels(a.u, a.y, b.u, b.y, same_rows)
     u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
     u_other = lam * u_a_at_b + mu * u_own_b
     # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
@@ -181,7 +263,9 @@ def _hard_labels(
     residual_other = (other / z_sum - mu).masked_fill_(same, 0)
 
     inner = scale * rest_u + residual_own * u_own + residual_other * u_other
-    residual = scale.square() * rest_square + residual_own.square() + residual_other.square()
+    # By the root, since the scale of the squares, and a well-fitted pair's own, leave float32's range if squared first.
+    square = rest_square.sqrt_().mul_(SCALE**-2).mul_(scale).square_()
+    residual = square + residual_own.square() + residual_other.square()
     return inner, residual, z_sum
 
 
@@ -197,85 +281,104 @@ def _at_labels(
     return own_a, a_at_b, v_b.index_select(1, y_a).T, own_b
 
 
-def _soft_labels(
-    z_a: Tensor, u_a: Tensor, y_a: Tensor, z_b: Tensor, u_b: Tensor, y_b: Tensor, lam: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _soft_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """<r, u>, ||r||^2 and Z for label vectors of any kind; all (N, M)."""
     mu = 1.0 - lam
-    a, _ = _exponentials(z_a, lam)
-    b, _ = _exponentials(z_b, mu)
-    z_sum = a @ b.T
-    p_u = torch.addmm((a * u_a) @ b.T, a, (b * u_b).T, beta=lam, alpha=mu) / z_sum
-    p_square = (a.square() @ b.square().T) / z_sum.square()
-    p_y = torch.addmm((a * y_a) @ b.T, a, (b * y_b).T, beta=lam, alpha=mu) / z_sum
+    z_sum = u_a = u_b = y_a = y_b = square = None
+    for part in _parts(a, b):
+        e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
+        z_sum = _added(z_sum, e_a, e_b)
+        u_a, u_b = _added(u_a, e_a * a.u[:, part], e_b), _added(u_b, e_a, e_b * b.u[:, part])
+        y_a, y_b = _added(y_a, e_a * a.y[:, part], e_b), _added(y_b, e_a, e_b * b.y[:, part])
+        square = _added(square, e_a.square_(), e_b.square_())
+    assert z_sum is not None and u_a is not None and u_b is not None
+    assert y_a is not None and y_b is not None and square is not None
+    p_u = u_a.mul_(lam).add_(u_b.mul_(mu)) / z_sum
+    p_y = y_a.mul_(lam).add_(y_b.mul_(mu)) / z_sum
+    # The scale of the squares leaves float32's range if it is squared as a whole.
+    p_square = square * z_sum.reciprocal().square_()
     y_u = (
-        (lam * lam * (y_a * u_a).sum(1))[:, None]
-        + lam * mu * (y_a @ u_b.T + u_a @ y_b.T)
-        + mu * mu * (y_b * u_b).sum(1)
+        (lam * lam * (a.y * a.u).sum(1))[:, None]
+        + lam * mu * (a.y @ b.u.T + a.u @ b.y.T)
+        + mu * mu * (b.y * b.u).sum(1)
     )
-    y_square = (lam * lam * y_a.square().sum(1))[:, None] + 2 * lam * mu * (y_a @ y_b.T) + mu * mu * y_b.square().sum(1)
-    return p_u - y_u, p_square - 2 * p_y + y_square, z_sum
+    y_square = (lam * lam * a.y.square().sum(1))[:, None] + 2 * lam * mu * (a.y @ b.y.T) + mu * mu * b.y.square().sum(1)
+    return p_u - y_u, p_square - 2 * p_y + y_square, z_sum.mul_(SCALE**-2)
 
 
-def _exponentials(z: Tensor, weight: float, leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """exp(weight (z - top)) and each row's top; class ``leave_out[i]`` of row i is 0 and no candidate for the top."""
-    if leave_out is None:
-        top = z.amax(1)
-        return torch.exp(weight * (z - top[:, None])), top
-    label = leave_out[:, None]
-    if z.shape[1] == 1:  # no other class
-        return torch.zeros_like(z), torch.zeros_like(z[:, 0])
-    top = z.scatter(1, label, -math.inf).amax(1)
-    return torch.exp(weight * (z - top[:, None])).scatter_(1, label, 0.0), top
+def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
+    """SCALE exp(weight (z - top)) of some classes; 0 for a row's label if that is a class index."""
+    z = side.z[:, part]
+    if side.y.is_floating_point():
+        return z.sub(side.top[:, None]).mul_(weight).exp_().mul_(SCALE)
+    width = z.shape[1]
+    if width == side.z.shape[1]:
+        label, room = side.y, 0
+    else:
+        # A label outside of these classes is written beside them.
+        label, room = side.y - part.start, 1
+        label = torch.where((label >= 0) & (label < width), label, width)
+    e = z.new_empty(len(z), width + room)
+    torch.sub(z, side.top[:, None], out=e[:, :width])
+    # A label's logit may be so far above the others that its exponential is infinite, before it is put out.
+    return e.mul_(weight).exp_().mul_(SCALE).scatter_(1, label[:, None], 0.0)[:, :width]
 
 
-def _recompute(
-    inner: Tensor,
-    residual: Tensor,
-    pairs: Tensor,
-    z_a: Tensor,
-    u_a: Tensor,
-    y_a: Tensor,
-    z_b: Tensor,
-    u_b: Tensor,
-    y_b: Tensor,
-    lam: float,
-) -> None:
-    """Overwrite ``inner`` and ``residual`` at ``pairs`` (K, 2) by the softmax of the mixed logits, in float64."""
+def _without_losses(
+    inner: Tensor, residual: Tensor, z_sum: Tensor, a: _Side, b: _Side, lam: Weight
+) -> tuple[Tensor, Tensor]:
+    """``inner`` and ``residual``, recomputed where Z underflows."""
+    lost = z_sum < UNDERFLOW
+    classes = a.z.shape[1]
+    if look_is_free(z_sum.device):
+        pairs = lost.nonzero()
+        for chunk in pairs.split(max(1, EXACT_ELEMENTS // classes)):
+            i, j = chunk.unbind(1)
+            inner[i, j], residual[i, j] = _exact(i, j, a, b, lam)
+        return inner, residual
+    # The first so many lost pairs, their number unknown to the host; the rest of ``place`` points one past the end.
+    total = lost.numel()
+    most = max(1, min(total, LOST_ELEMENTS // classes))
+    lost = lost.flatten()
+    slot = lost.cumsum(0).sub_(1)
+    within = lost & (slot < most)
+    number = torch.arange(total, device=lost.device)
+    place = torch.full((most + 1,), total, device=lost.device)
+    place = place.scatter_(0, torch.where(within, slot, most), torch.where(within, number, total))[:most]
+    i, j = (v.clamp(max=n - 1) for v, n in ((place // len(b.z), len(a.z)), (place % len(b.z), len(b.z))))
+    beyond = lost & ~within
+    result = []
+    for old, new in zip((inner, residual), _exact(i, j, a, b, lam), strict=True):
+        flat = torch.cat([old.flatten(), old.new_zeros(1)]).scatter_(0, place, new)[:total]
+        result.append(flat.masked_fill_(beyond, math.nan).view_as(old))
+    return result[0], result[1]
+
+
+def _exact(i: Tensor, j: Tensor, a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor]:
+    """<r, u> and ||r||^2 of the pairs (i, j), both (K,), by the softmax of the mixed logits, in float64."""
     mu = 1.0 - lam
-    classes = z_a.shape[1]
-    exact = _exact_dtype(z_a)
-    for chunk in pairs.split(max(1, EXACT_ELEMENTS // classes)):
-        i, j = chunk.unbind(1)
-        p = torch.softmax(lam * z_a[i].to(exact) + mu * z_b[j].to(exact), 1)
-        r = p - lam * dense_labels(y_a[i], classes, exact) - mu * dense_labels(y_b[j], classes, exact)
-        u = lam * u_a[i].to(exact) + mu * u_b[j].to(exact)
-        inner[i, j] = (r * u).sum(1).to(inner.dtype)
-        residual[i, j] = r.square().sum(1).to(residual.dtype)
+    classes = a.z.shape[1]
+    exact = _exact_dtype(a.z)
+    p = torch.softmax(lam * a.z[i].to(exact) + mu * b.z[j].to(exact), 1)
+    r = p - lam * dense_labels(a.y[i], classes, exact) - mu * dense_labels(b.y[j], classes, exact)
+    u = lam * a.u[i].to(exact) + mu * b.u[j].to(exact)
+    return (r * u).sum(1).to(a.z.dtype), r.square().sum(1).to(a.z.dtype)
 
 
-def _mixed_square_norm(h_a: Tensor, h_b: Tensor, reference: Tensor, lam: float) -> Tensor:
-    """||lam [h_i; 1] + mu [h_j; 1]||^2 for all pairs, (N, M); the 1 only where the reference has a bias column."""
-    mu = 1.0 - lam
-    square_a = h_a.square().sum(1)
-    square_b = square_a if h_a is h_b else h_b.square().sum(1)
-    mixed = torch.addmm((lam * lam * square_a)[:, None] + mu * mu * square_b, h_a, h_b.T, alpha=2 * lam * mu)
-    return mixed.clamp_(min=0) + float(_has_bias(h_a, reference))
-
-
-def _project(features: Tensor, reference: Tensor) -> Tensor:
+def project(features: Tensor, reference: Tensor) -> Tensor:
     """U = [h; 1] G^T, (N, C)."""
-    if _has_bias(features, reference):
+    if has_bias(features, reference):
         return torch.addmm(reference[:, -1], features, reference[:, :-1].T)
     return features @ reference.T
 
 
-def _has_bias(features: Tensor, reference: Tensor) -> bool:
+def has_bias(features: Tensor, reference: Tensor) -> bool:
+    """Whether a reference gradient has a bias column beside those of the features."""
     return reference.shape[1] == features.shape[1] + 1
 
 
 def _append_one(features: Tensor, reference: Tensor) -> Tensor:
-    return torch.nn.functional.pad(features, (0, 1), value=1.0) if _has_bias(features, reference) else features
+    return torch.nn.functional.pad(features, (0, 1), value=1.0) if has_bias(features, reference) else features
 
 
 def _exact_dtype(like: Tensor) -> torch.dtype:
@@ -284,14 +387,8 @@ def _exact_dtype(like: Tensor) -> torch.dtype:
 
 # -------------------------------------------------------------------------------------------- dispatch and registration
 
-OPERATOR = Operator(
-    "mixed_alignment",
-    (Backend("torch", mixed_alignment_torch), Backend("reference", mixed_alignment_reference)),
-)
 
-
-@torch.library.custom_op("gradmix::mixed_alignment", mutates_args=())
-def _mixed_alignment_op(
+def _run_reference(
     features_a: Tensor,
     logits_a: Tensor,
     labels_a: Tensor,
@@ -299,15 +396,96 @@ def _mixed_alignment_op(
     logits_b: Tensor,
     labels_b: Tensor,
     reference: Tensor,
-    lam: float,
+    lams: Tensor,
+    precision: Precision = "tf32x3",
+) -> MixedAlignment:
+    """:func:`mixed_alignment_reference` for every mixing weight."""
+    arguments = (features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference)
+    dtype = work_dtype(features_a.dtype)
+    result = features_a.new_empty(2, len(lams), len(features_a), len(features_b), dtype=dtype)
+    for k, lam in enumerate(lams.tolist()):
+        result[0, k], result[1, k] = mixed_alignment_reference(*arguments, lam)
+    return MixedAlignment(result[0], result[1])
+
+
+def mixed_alignment_triton(
+    features_a: Tensor,
+    logits_a: Tensor,
+    labels_a: Tensor,
+    features_b: Tensor,
+    logits_b: Tensor,
+    labels_b: Tensor,
+    reference: Tensor,
+    lams: Tensor,
+    precision: Precision = "tf32x3",
+) -> MixedAlignment:
+    """The factorised form in one kernel, after U by torch. Arguments and result as the operator's."""
+    from gradmix.kernels import mixed_alignment as kernel
+
+    with torch.autocast(features_a.device.type, enabled=False):
+        grad_reference = reference.float()
+        bias = has_bias(features_a, reference)
+        u_a = project(features_a.float(), grad_reference)
+        u_b = u_a if features_a is features_b else project(features_b.float(), grad_reference)
+    if labels_a.is_floating_point() != labels_b.is_floating_point():
+        labels_a, labels_b = (dense_labels(y, logits_a.shape[1], torch.float32) for y in (labels_a, labels_b))
+    return MixedAlignment(
+        *kernel.mixed_alignment(
+            features_a,
+            logits_a,
+            labels_a,
+            u_a,
+            features_b,
+            logits_b,
+            labels_b,
+            u_b,
+            lams,
+            bias=bias,
+            precision=precision,
+        )
+    )
+
+
+def _triton_can_run(features_a: Tensor, logits_a: Tensor, *_rest: object) -> str | None:
+    return _triton.can_run(features_a, logits_a)
+
+
+OPERATOR = Operator(
+    "mixed_alignment",
+    (
+        Backend(
+            "triton",
+            mixed_alignment_triton,
+            can_run=_triton_can_run,
+            worth=_triton.not_measured,
+            available=_triton.unavailable_reason,
+        ),
+        Backend("torch", mixed_alignment_torch),
+        Backend("reference", _run_reference),
+    ),
+)
+
+
+@torch.library.custom_op("gradmix::mixed_alignment", mutates_args=())
+def mixed_alignment_op(
+    features_a: Tensor,
+    logits_a: Tensor,
+    labels_a: Tensor,
+    features_b: Tensor,
+    logits_b: Tensor,
+    labels_b: Tensor,
+    reference: Tensor,
+    lams: Tensor,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lam)
+    """The registered operator, which checks nothing: ``lams`` (L,) float64, results (L, N, M)."""
+    arguments = (features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, precision)
     inner, norm = OPERATOR.choose(backend, *arguments).run(*arguments)
     return inner, norm
 
 
-@_mixed_alignment_op.register_fake
+@mixed_alignment_op.register_fake
 def _(
     features_a: Tensor,
     logits_a: Tensor,
@@ -316,10 +494,11 @@ def _(
     logits_b: Tensor,
     labels_b: Tensor,
     reference: Tensor,
-    lam: float,
+    lams: Tensor,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (features_a.shape[0], features_b.shape[0])
+    shape = (lams.shape[0], features_a.shape[0], features_b.shape[0])
     dtype = work_dtype(features_a.dtype)
     return features_a.new_empty(shape, dtype=dtype), features_a.new_empty(shape, dtype=dtype)
 
@@ -332,8 +511,9 @@ def mixed_alignment(
     logits_b: Tensor,
     labels_b: Tensor,
     reference: Tensor,
-    lam: float,
+    lam: float | Tensor,
     *,
+    precision: Precision = "tf32x3",
     backend: str = "auto",
 ) -> MixedAlignment:
     """Inner products with a reference gradient, and norms, of the last-layer gradients of all mixed pairs.
@@ -350,15 +530,22 @@ def mixed_alignment(
         logits_b: (M, C).
         labels_b: (M,) int64 or (M, C) floating point.
         reference: (C, d + 1), weight and bias columns, or (C, d) for a last layer without bias.
-        lam: the weight of the first set's row, in [0, 1].
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        lam: the weight of the first set's row, in [0, 1]; or a tensor of one weight (), or of L of them (L,), which
+            share what does not depend on the weight.
+        precision: of the Triton body's products: ``"ieee"``, ``"tf32x3"`` (about as precise, on the matrix units) or
+            ``"tf32"`` (ten bits). The torch body follows ``torch.backends.cuda.matmul``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        :class:`MixedAlignment` of two (N, M) tensors, float64 for float64 features and float32 otherwise.
+        :class:`MixedAlignment` of two (N, M) tensors, or (L, N, M) for L weights, float64 for float64 features and
+        float32 otherwise. On a GPU the torch body has room to recompute a limited number of underflowing pairs
+        (:data:`LOST_ELEMENTS`); what goes beyond is NaN.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes that do not fit, labels or ``lam`` out of range, or an unknown backend.
+        ValueError: shapes that do not fit, labels or ``lam`` out of range, or an unknown precision or backend. Under
+            torch.compile, and of a ``lam`` on a GPU, values are not looked at.
+        RuntimeError: the backend named cannot run these tensors or is not available.
 
     >>> import torch
     >>> from gradmix.ops.mixed_alignment import mixed_alignment
@@ -377,17 +564,46 @@ def mixed_alignment(
     if logits_b.shape[1] != logits_a.shape[1]:
         raise ValueError(f"logits_b: got {logits_b.shape[1]} classes, expected {logits_a.shape[1]} as logits_a")
     classes, width = logits_a.shape[1], features_a.shape[1]
+    check_reference(reference, classes, width)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}")
+    lams = as_lams(lam, features_a.device)
+    inner, norm = mixed_alignment_op(
+        features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, precision, backend
+    )
+    if isinstance(lam, Tensor) and lam.ndim == 1:
+        return MixedAlignment(inner, norm)
+    return MixedAlignment(inner[0], norm[0])
+
+
+def check_reference(reference: Tensor, classes: int, width: int) -> None:
+    """Raise ValueError unless a reference gradient is of a last layer of ``classes`` by ``width`` features."""
     if reference.ndim != 2 or reference.shape[0] != classes or reference.shape[1] not in (width, width + 1):
         raise ValueError(
             f"reference: got shape {tuple(reference.shape)}, expected ({classes}, {width + 1}), "
             f"or ({classes}, {width}) for a last layer without bias"
         )
-    check_lam(lam)
-    return MixedAlignment(
-        *_mixed_alignment_op(
-            features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, float(lam), backend
-        )
-    )
+
+
+def as_lams(lam: float | Tensor, device: torch.device) -> Tensor:
+    """Checked mixing weights as (L,) on ``device``, in float64 where it has that.
+
+    Raises:
+        TypeError, ValueError: not a number, or not a floating-point tensor () or (L,), or a weight outside [0, 1].
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if not isinstance(lam, Tensor):
+        check_lam(lam)
+        # A fill takes the number along with its launch; a copy from the host would be waited for.
+        return torch.full((1,), float(lam), dtype=dtype, device=device)
+    if not lam.is_floating_point():
+        raise TypeError(f"lam: got dtype {lam.dtype}, expected a floating-point dtype")
+    if lam.ndim > 1 or lam.numel() == 0:
+        raise ValueError(f"lam: got shape {tuple(lam.shape)}, expected () or (L,)")
+    if not torch.compiler.is_compiling() and not lam.is_cuda:
+        for value in lam.reshape(-1).tolist():
+            check_lam(value)
+    return lam.reshape(-1).to(device=device, dtype=dtype)
 
 
 def check_lam(lam: float) -> None:

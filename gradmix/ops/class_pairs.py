@@ -1,0 +1,241 @@
+"""Alignment of mixed rows with a reference gradient, as means over the rows of every pair of classes.
+
+Where the class table is wanted, the N x N pairs behind it are not: with r_a, r_b running over the rows of classes a and
+b, no row with itself,
+
+    inner[l, a, b] = mean of the inner product of the pair (r_a, r_b) mixed by lams[l]
+
+and likewise for the norms (:mod:`gradmix.ops.mixed_alignment` says what these are). The Triton body sums within its
+tiles and never writes the pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradmix.ops import _triton
+from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.labels import check_labels
+from gradmix.ops.mixed_alignment import (
+    MixedAlignment,
+    as_lams,
+    check_reference,
+    has_bias,
+    mixed_alignment_reference,
+    mixed_alignment_torch,
+    project,
+)
+
+PAIRS_AT_A_TIME = 1 << 24
+"""Pairs held by the torch body, over several mixing weights where so many fit (64 MiB of float32)."""
+
+LARGEST_GROUP = 16
+"""Rows of one class that the Triton body sums within a tile; a class of more rows makes several groups."""
+
+
+def class_pairs_reference(
+    features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
+) -> MixedAlignment:
+    """The formula, class pair by class pair; slow. Arguments and result as :func:`class_pair_alignment`."""
+    inner, norm = _empty(features, classes, lams)
+    rows = (features, logits, labels)
+    for k, lam in enumerate(lams.tolist()):
+        pairs = mixed_alignment_reference(*rows, *rows, reference, lam)
+        for a in range(classes):
+            for b in range(classes):
+                at = [
+                    (i, j)
+                    for i in (index == a).nonzero()[:, 0].tolist()
+                    for j in (index == b).nonzero()[:, 0].tolist()
+                    if i != j
+                ]
+                for out, value in ((inner, pairs.inner), (norm, pairs.norm)):
+                    out[k, a, b] = torch.stack([value[p] for p in at]).mean() if at else math.nan
+    return MixedAlignment(inner, norm)
+
+
+def class_pairs_torch(
+    features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
+) -> MixedAlignment:
+    """All pairs in plain torch, then products with the rows' classes. As :func:`class_pair_alignment`."""
+    inner, norm = _empty(features, classes, lams)
+    member = _member(index, classes, inner.dtype)
+    rows = (features, logits, labels)
+    at_once = max(1, PAIRS_AT_A_TIME // max(1, len(index)) ** 2)
+    done = 0
+    for part in lams.split(at_once):
+        pairs = mixed_alignment_torch(*rows, *rows, reference, part)
+        valid = ~torch.isnan(pairs.inner)
+        valid.diagonal(dim1=1, dim2=2).fill_(False)
+        count = member.T @ valid.to(member.dtype) @ member
+        for out, value in ((inner, pairs.inner), (norm, pairs.norm)):
+            out[done : done + len(part)] = (member.T @ value.masked_fill_(~valid, 0) @ member) / count
+        done += len(part)
+    return MixedAlignment(inner, norm)
+
+
+def class_pairs_triton(
+    features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
+) -> MixedAlignment:
+    """One kernel that sums within its tiles. As :func:`class_pair_alignment`; the host waits for the classes' sizes."""
+    from gradmix.kernels import mixed_alignment as kernel
+
+    counts = torch.bincount(index, minlength=classes)
+    rows, group, groups = layout(index, counts)
+    with torch.autocast(features.device.type, enabled=False):
+        u = project(features.float(), reference.float())
+        sums = kernel.class_pair_sums(
+            features, logits, labels, u, lams, rows, group, bias=has_bias(features, reference), precision="tf32x3"
+        )
+        member = _member(groups, classes, torch.float32)
+        pairs = counts[:, None] * counts - torch.diag(counts)
+        # 0 / 0 is the NaN of a pair of classes without a pair of rows.
+        inner, norm = ((member.T @ value @ member) / pairs for value in sums)
+    return MixedAlignment(inner, norm)
+
+
+def layout(index: Tensor, counts: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Rows sorted into groups of one class each; the host waits for the sizes of the classes.
+
+    Args:
+        index: (N,) int64, each row's class.
+        counts: (P,) int64, rows of each class.
+
+    Returns:
+        (G * group,) int64, the row in each slot or -1; group, a power of two; (G,) int64, each group's class.
+    """
+    largest = int(counts.max()) if len(counts) else 0
+    group = min(LARGEST_GROUP, 1 << max(0, largest - 1).bit_length())
+    number = (counts + group - 1) // group
+    groups = torch.repeat_interleave(torch.arange(len(counts), device=index.device), number)
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    within = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[ordered]
+    first = number.cumsum(0) - number
+    slot = first[ordered] * group + within
+    rows = torch.full((len(groups) * group,), -1, dtype=torch.int64, device=index.device)
+    return rows.scatter_(0, slot, order), group, groups
+
+
+def _member(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(N, P), 1 where a row is of a class."""
+    return (index[:, None] == torch.arange(classes, device=index.device)).to(dtype)
+
+
+def _empty(features: Tensor, classes: int, lams: Tensor) -> MixedAlignment:
+    shape = (len(lams), classes, classes)
+    return MixedAlignment(*(features.new_empty(shape, dtype=work_dtype(features.dtype)) for _ in "ab"))
+
+
+def _triton_can_run(features: Tensor, logits: Tensor, *_rest: object) -> str | None:
+    return _triton.can_run(features, logits)
+
+
+OPERATOR = Operator(
+    "class_pair_alignment",
+    (
+        Backend(
+            "triton",
+            class_pairs_triton,
+            can_run=_triton_can_run,
+            worth=_triton.not_measured,
+            available=_triton.unavailable_reason,
+        ),
+        Backend("torch", class_pairs_torch),
+        Backend("reference", class_pairs_reference),
+    ),
+)
+
+
+@torch.library.custom_op("gradmix::class_pair_alignment", mutates_args=())
+def _class_pair_alignment_op(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: int,
+    reference: Tensor,
+    lams: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (features, logits, labels, index, classes, reference, lams)
+    inner, norm = OPERATOR.choose(backend, *arguments).run(*arguments)
+    return inner, norm
+
+
+@_class_pair_alignment_op.register_fake
+def _(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: int,
+    reference: Tensor,
+    lams: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inner, norm = _empty(features, classes, lams)
+    return inner, norm
+
+
+def class_pair_alignment(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    num_classes: int,
+    reference: Tensor,
+    lams: Tensor,
+    *,
+    backend: str = "auto",
+) -> MixedAlignment:
+    """Mean inner products and norms of mixed last-layer gradients for all pairs of classes, at several weights.
+
+    Args:
+        features: (N, d) float64, float32, float16 or bfloat16: the inputs of the last layer.
+        logits: (N, C), finite: its outputs.
+        labels: (N,) int64 class indices in [0, C), or (N, C) floating-point label vectors.
+        index: (N,) int64 in [0, num_classes): the class that each row counts for.
+        num_classes: P.
+        reference: (C, d + 1), or (C, d) for a last layer without bias.
+        lams: (L,) floating point, weights of the row of the first class, in [0, 1].
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        :class:`gradmix.ops.mixed_alignment.MixedAlignment` of two (L, P, P) tensors, float64 for float64 features and
+        float32 otherwise; NaN for classes without a pair of rows.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes that do not fit, or values out of range.
+        RuntimeError: the backend named cannot run these tensors or is not available.
+
+    >>> import torch
+    >>> from gradmix.ops.class_pairs import class_pair_alignment
+    >>> h, z, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    >>> G = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    >>> class_pair_alignment(h, z, y, y, 2, G, torch.tensor([0.5, 1.0])).inner
+    tensor([[[    nan,  0.0000],
+             [ 0.0000,     nan]],
+    <BLANKLINE>
+            [[    nan, -0.5000],
+             [ 1.0000,     nan]]])
+    """
+    for name, value in (("features", features), ("logits", logits)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+        if value.ndim != 2 or len(value) != len(features):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected one row for each of features")
+    check_labels("labels", labels, len(features), logits.shape[1])
+    check_labels("index", index, len(features), num_classes)
+    if index.is_floating_point():
+        raise TypeError(f"index: got dtype {index.dtype}, expected int64")
+    check_reference(reference, logits.shape[1], features.shape[1])
+    weights = as_lams(lams, features.device)
+    return MixedAlignment(
+        *_class_pair_alignment_op(features, logits, labels, index, num_classes, reference, weights, backend)
+    )

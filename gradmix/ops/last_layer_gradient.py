@@ -1,0 +1,194 @@
+"""The sum over rows of the cross-entropy gradient of the last layer, from the rows' features, logits and labels.
+
+With features h_n, logits z_n and labels y_n it is
+
+    sum_n r_n [h_n; 1]^T        r_n = softmax(z_n) - y_n
+
+C x (d + 1). :func:`last_layer_gradient_reference` says exactly this. The other bodies never hold the residuals of all
+rows: the torch body takes rows in parts, and the Triton body forms residuals where the product needs them. For a label
+that is a class index, p - 1 is taken as minus the sum of the other classes' probabilities, which has no cancellation:
+the gradient of well-fitted rows keeps its relative accuracy in float32.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from gradmix.ops import _triton
+from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.labels import check_labels, dense_labels
+from gradmix.ops.mixed_alignment import Precision
+
+RESIDUALS = 1 << 24
+"""Elements of the residuals, and of the rows' cast features, held at a time (64 MiB of float32)."""
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def last_layer_gradient_reference(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3"
+) -> None:
+    """The formula, row by row, added to ``out`` (C, d + 1) or, without bias, (C, d)."""
+    targets = dense_labels(labels, logits.shape[1], out.dtype)
+    for h, z, y in zip(features.to(out.dtype), logits.to(out.dtype), targets, strict=True):
+        if out.shape[1] == len(h) + 1:
+            h = torch.cat([h, h.new_ones(1)])
+        out += torch.outer(torch.softmax(z, 0) - y, h)
+
+
+# ---------------------------------------------------------------------------------------------------------------- torch
+
+
+def last_layer_gradient_torch(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3"
+) -> None:
+    """Batched torch calls, rows in parts. Arguments as :func:`last_layer_gradient_reference`.
+
+    The product is as precise as torch's own setting has it; ``precision`` is the Triton body's.
+    """
+    rows, width = features.shape
+    step = max(1, RESIDUALS // max(1, logits.shape[1], width))
+    with torch.autocast(features.device.type, enabled=False):
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            residual = _residual(logits[part].to(out.dtype), labels[part])
+            out[:, :width].addmm_(residual.T, features[part].to(out.dtype))
+            if out.shape[1] > width:
+                out[:, width] += residual.sum(0)
+
+
+def _residual(logits: Tensor, labels: Tensor) -> Tensor:
+    """softmax(z) - y, (N, C)."""
+    p = torch.softmax(logits, 1)
+    if labels.is_floating_point():
+        return p.sub_(labels)
+    label = labels[:, None]
+    p.scatter_(1, label, 0.0)
+    return p.scatter_(1, label, -p.sum(1, keepdim=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- triton
+
+
+def last_layer_gradient_triton(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3"
+) -> None:
+    """Residuals formed inside the product. Arguments as :func:`last_layer_gradient_reference`."""
+    from gradmix.kernels import last_layer_gradient as kernel
+
+    kernel.last_layer_gradient(out, features, logits, labels, precision)
+
+
+def _triton_can_run(out: Tensor, features: Tensor, logits: Tensor, *_rest: object) -> str | None:
+    return _triton.can_run(out, features, logits)
+
+
+# -------------------------------------------------------------------------------------------- dispatch and registration
+
+OPERATOR = Operator(
+    "last_layer_gradient",
+    (
+        Backend(
+            "triton",
+            last_layer_gradient_triton,
+            can_run=_triton_can_run,
+            worth=_triton.not_measured,
+            available=_triton.unavailable_reason,
+        ),
+        Backend("torch", last_layer_gradient_torch),
+        Backend("reference", last_layer_gradient_reference),
+    ),
+)
+
+
+@torch.library.custom_op("gradmix::last_layer_gradient", mutates_args=("out",))
+def _last_layer_gradient_op(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str, backend: str
+) -> None:
+    arguments = (out, features, logits, labels, precision)
+    OPERATOR.choose(backend, *arguments).run(*arguments)
+
+
+@_last_layer_gradient_op.register_fake
+def _(out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str, backend: str) -> None:
+    return None
+
+
+def last_layer_gradient(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    bias: bool = True,
+    out: Tensor | None = None,
+    precision: Precision = "tf32x3",
+    backend: str = "auto",
+) -> Tensor:
+    """The sum over rows of (softmax(z) - y) [h; 1]^T, the cross-entropy gradient of a last layer's weight and bias.
+
+    Args:
+        features: (N, d) float64, float32, float16 or bfloat16: the inputs of the last layer. N may be 0.
+        logits: (N, C): its outputs.
+        labels: (N,) int64 class indices in [0, C), or (N, C) floating-point label vectors.
+        bias: whether the last layer has a bias, and the result a last column for it.
+        out: None, or a tensor of the result's shape, dtype and device, to which the sum is added.
+        precision: of the Triton body's product: ``"ieee"``, ``"tf32x3"`` (about as precise, on the matrix units) or
+            ``"tf32"`` (ten bits). The torch body follows ``torch.backends.cuda.matmul``. The bias's column is a sum in
+            float32 in any case.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        (C, d + 1), or (C, d) without bias: ``out`` if it was given, else a new tensor, float64 for float64 features and
+        float32 otherwise. It carries no gradient.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, labels out of range (under torch.compile values are not looked
+            at), or an unknown precision or backend.
+        RuntimeError: the backend named cannot run these tensors or is not available.
+
+    >>> import torch
+    >>> from gradmix.ops.last_layer_gradient import last_layer_gradient
+    >>> last_layer_gradient(torch.tensor([[2.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([[ 1.0000,  0.5000],
+            [-1.0000, -0.5000]])
+    """
+    for name, value in (("features", features), ("logits", logits)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+        if value.ndim != 2:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected two dimensions")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
+    rows, width = features.shape
+    classes = logits.shape[1]
+    if classes == 0:
+        raise ValueError("logits: got no classes, expected at least one")
+    if logits.shape[0] != rows:
+        raise ValueError(f"logits: got {logits.shape[0]} rows, expected {rows} as features")
+    check_labels("labels", labels, rows, classes)
+    for name, value in (("logits", logits), ("labels", labels)):
+        if value.device != features.device:
+            raise ValueError(f"{name}: got a tensor on {value.device}, expected {features.device} as features")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}")
+    shape, dtype = (classes, width + bool(bias)), work_dtype(features.dtype)
+    if out is None:
+        out = torch.zeros(shape, dtype=dtype, device=features.device)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"out: got {type(out).__name__}, expected a tensor or None")
+    elif out.shape != shape:
+        raise ValueError(f"out: got shape {tuple(out.shape)}, expected {shape}")
+    elif out.dtype != dtype:
+        raise TypeError(f"out: got dtype {out.dtype}, expected {dtype}")
+    elif out.device != features.device:
+        raise ValueError(f"out: got a tensor on {out.device}, expected {features.device} as features")
+    elif out.requires_grad:
+        raise ValueError("out: got a tensor that requires grad, expected one that does not")
+    _last_layer_gradient_op(out, features.detach(), logits.detach(), labels.detach(), precision, backend)
+    return out

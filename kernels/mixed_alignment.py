@@ -1,0 +1,754 @@
+"""Mixed alignment in one pass over the classes: all sums of a tile of pairs from the same tiles of exponentials.
+
+The mathematics is that of `gradmix/ops/mixed_alignment.py`. A program owns a tile of pairs. For a block of classes it
+loads logits and U of its rows on either side once, forms the exponentials once, and feeds them to all the products:
+
+    Z  +=  A B^T        U  +=  (lam A*U_a) B^T + A (mu B*U_b)^T        S  +=  A^2 (B^2)^T
+
+with the label classes of the rows (class indices) at zero. The Gram product of the features follows in the same
+program, over an accumulator that takes the place of the three. The epilogue adds the two labels' terms in the log
+domain, and either stores the pairs or sums them over groups of rows, so that no N x M array is written. A kernel
+launched before it leaves for each row the largest logit outside of its label, ||h||^2 and, for label vectors, <y, u>
+and ||y||^2.
+
+Both exponentials are scaled by 2^27, so that products and squares have float32's whole range: their largest sums,
+2^54 C and 2^108 C, are finite for up to 2^19 classes, and what is lost is less than 2^-180 of the largest possible
+square. Pairs whose Z is less than 1e-20 of its largest possible term are recomputed by the same program, row by row,
+from the mixed logits: their differences in float64, the exponentials and sums in float32.
+
+Several mixing weights are served by one launch. The program loops over them and has the Gram product, which does not
+depend on them, kept in registers: formed anew for each, it would cost 2 d operations a pair beside 8 C.
+
+The block of classes is the same in every configuration, and the order of summation with it. Errors, relative to the
+largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and 1e-6 is typical
+(tests/test_kernels_mixed_alignment.py). With label vectors ||p - y||^2 is the sum of three terms, accurate to 2e-6 of
+the features' squared norm; its root, where p is all but y, to half the digits. On a GPU ``"tf32x3"`` is held to the
+same figures, and ``"tf32"`` to 5e-3 (tests/test_gpu_kernels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from gradmix.kernels import Variant
+from torch import Tensor
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+LOG_SCALE = tl.constexpr(27.0)
+UNSCALE = tl.constexpr(2.0**-54)
+PAIR_SCALE = tl.constexpr(2.0**54)
+UNDERFLOW = tl.constexpr(1e-20)
+LOG2_E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(-1e30)  # the logarithm of an empty sum; finite, so that 0 times it is 0
+
+# What the row kernel leaves for each row.
+TOP = tl.constexpr(0)
+SQUARE = tl.constexpr(1)
+LABEL_U = tl.constexpr(2)
+LABEL_SQUARE = tl.constexpr(3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@triton.jit
+def _statistics(
+    block,
+    features,
+    logits,
+    labels,
+    u,
+    out,
+    rows,
+    classes,
+    width,
+    features_stride,
+    logits_stride,
+    labels_stride,
+    u_stride,
+    SOFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(4, rows) ``out`` of ROWS rows, from number ``block`` of such blocks."""
+    r = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = r < rows
+    r = tl.minimum(r, rows - 1)
+    top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    label_u = tl.zeros((ROWS, COLUMNS), tl.float32)
+    label_square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if not SOFT:
+        label = tl.load(labels + r * labels_stride)
+    for start in range(0, classes, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)[None, :]
+        z = tl.load(logits + r[:, None] * logits_stride + c, mask=c < classes, other=float("-inf")).to(tl.float32)
+        if SOFT:
+            y = tl.load(labels + r[:, None] * labels_stride + c, mask=c < classes, other=0.0).to(tl.float32)
+            v = tl.load(u + r[:, None] * u_stride + c, mask=c < classes, other=0.0)
+            label_u += y * v
+            label_square += y * y
+        else:
+            z = tl.where(c == label[:, None], float("-inf"), z)
+        top = tl.maximum(top, z)
+    largest = tl.max(top, 1)
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)[None, :]
+        h = tl.load(features + r[:, None] * features_stride + c, mask=c < width, other=0.0).to(tl.float32)
+        square += h * h
+    tl.store(out + TOP * rows + r, tl.where(largest == float("-inf"), NOTHING, largest), mask=there)
+    tl.store(out + SQUARE * rows + r, tl.sum(square, 1), mask=there)
+    if SOFT:
+        tl.store(out + LABEL_U * rows + r, tl.sum(label_u, 1), mask=there)
+        tl.store(out + LABEL_SQUARE * rows + r, tl.sum(label_square, 1), mask=there)
+
+
+@triton.jit
+def _row_kernel(
+    features_a,
+    logits_a,
+    labels_a,
+    u_a,
+    out_a,
+    features_b,
+    logits_b,
+    labels_b,
+    u_b,
+    out_b,
+    rows_a,
+    rows_b,
+    classes,
+    width,
+    features_a_stride,
+    logits_a_stride,
+    labels_a_stride,
+    u_a_stride,
+    features_b_stride,
+    logits_b_stride,
+    labels_b_stride,
+    u_b_stride,
+    SOFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Statistics of both sides' rows: the first programs have the rows of a, the others those of b."""
+    block = tl.program_id(0)
+    blocks_a = tl.cdiv(rows_a, ROWS)
+    if block < blocks_a:
+        _statistics(
+            block, features_a, logits_a, labels_a, u_a, out_a, rows_a, classes, width,
+            features_a_stride, logits_a_stride, labels_a_stride, u_a_stride, SOFT, ROWS, COLUMNS,
+        )  # fmt: skip
+    else:
+        _statistics(
+            block - blocks_a, features_b, logits_b, labels_b, u_b, out_b, rows_b, classes, width,
+            features_b_stride, logits_b_stride, labels_b_stride, u_b_stride, SOFT, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+@triton.jit
+def _with_labels(rest, rest_u, rest_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu):
+    """<r, u>, ||r||^2 and Z from the sums over the classes that are neither label, scaled by 2^54 (squares 2^108)."""
+    shift = tl.maximum(tl.maximum(log_own, log_other), log_rest)
+    own = tl.exp((log_own - shift).to(tl.float32))
+    other = tl.where(same, 0.0, tl.exp((log_other - shift).to(tl.float32)))
+    scale = tl.exp((log_rest - shift).to(tl.float32))
+    z_sum = scale * (rest * UNSCALE) + own + other
+    whole = tl.where(z_sum < UNDERFLOW, 1.0, z_sum)  # what is lost will be recomputed
+    scale = scale * UNSCALE / whole
+    # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
+    residual_own = tl.where(same, -(scale * rest), own / whole - lam)
+    residual_other = tl.where(same, 0.0, other / whole - mu)
+    inner = scale * rest_u + residual_own * u_own + residual_other * u_other
+    # In this order: the square of the scale leaves float32's range where its product with the squares does not.
+    residual = (scale * rest_square) * scale + residual_own * residual_own + residual_other * residual_other
+    return inner, residual, z_sum
+
+
+@triton.jit
+def _gram(
+    features_a, row_a, stride_a, features_b, row_b, stride_b, width,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<h_i, h_j> of a tile."""
+    gram = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        h_a = tl.load(features_a + row_a[:, None] * stride_a + k, mask=k < width, other=0.0).to(tl.float32)
+        h_b = tl.load(features_b + row_b[:, None] * stride_b + k, mask=k < width, other=0.0).to(tl.float32)
+        gram = tl.dot(h_a, tl.trans(h_b), gram, input_precision=PRECISION)
+    return gram
+
+
+@triton.jit
+def _row_again(
+    i, features_a, logits_a, labels_a, u_a, features_b, logits_b, labels_b, u_b, row_b, square_a, square_b,
+    features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
+    features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
+    classes, width, lam64, mu64, lam, mu,
+    SOFT: tl.constexpr, BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """<r, u> and ||g|| of row ``i`` of the first side with the tile's rows of the second, by their mixed logits."""
+    most = tl.full((BLOCK_B,), float("-inf"), tl.float64)
+    first = tl.zeros((BLOCK_B,), tl.float32)
+    second = tl.zeros((BLOCK_B,), tl.float32)
+    third = tl.zeros((BLOCK_B,), tl.float32)
+    if not SOFT:
+        label_a = tl.load(labels_a + i * labels_a_stride)
+        label_b = tl.load(labels_b + row_b * labels_b_stride)
+    for start in range(0, classes, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        use = (c < classes) & (row_b >= 0)[:, None]
+        if not SOFT:
+            use = use & (c != label_a) & (c != label_b[:, None])
+        z_a = tl.load(logits_a + i * logits_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        most = tl.maximum(most, tl.max(tl.where(use, lam64 * z_a + mu64 * z_b, float("-inf")), 1))
+    for start in range(0, classes, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        use = (c < classes) & (row_b >= 0)[:, None]
+        if not SOFT:
+            use = use & (c != label_a) & (c != label_b[:, None])
+        z_a = tl.load(logits_a + i * logits_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        e = tl.where(use, lam64 * z_a + mu64 * z_b - most[:, None], 0.0)
+        e = tl.where(use, tl.exp(e.to(tl.float32)), 0.0)
+        if SOFT:
+            third += tl.sum(e, 1)
+        else:
+            v_a = tl.load(u_a + i * u_a_stride + c, mask=c < classes, other=0.0)
+            v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=c < classes, other=0.0)
+            e *= PAIR_SCALE
+            first += tl.sum(e * (lam * v_a + mu * v_b), 1)
+            second += tl.sum(e * e, 1)
+            third += tl.sum(e, 1)
+    if SOFT:
+        for start in range(0, classes, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)[None, :]
+            inside = c < classes
+            at_b = row_b[:, None]
+            z_a = tl.load(logits_a + i * logits_a_stride + c, mask=inside, other=0.0).to(tl.float64)
+            z_b = tl.load(logits_b + at_b * logits_b_stride + c, mask=inside, other=0.0).to(tl.float64)
+            e = tl.where(inside, lam64 * z_a + mu64 * z_b - most[:, None], 0.0)
+            e = tl.where(inside, tl.exp(e.to(tl.float32)), 0.0)
+            y_a = tl.load(labels_a + i * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
+            y_b = tl.load(labels_b + at_b * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
+            v_a = tl.load(u_a + i * u_a_stride + c, mask=inside, other=0.0)
+            v_b = tl.load(u_b + at_b * u_b_stride + c, mask=inside, other=0.0)
+            r = e / third[:, None] - (lam * y_a + mu * y_b)
+            first += tl.sum(r * (lam * v_a + mu * v_b), 1)
+            second += tl.sum(r * r, 1)
+        inner = first
+        residual = second
+    else:
+        own_b = logits_b + row_b * logits_b_stride
+        log_own = (
+            lam64 * tl.load(logits_a + i * logits_a_stride + label_a).to(tl.float64)
+            + mu64 * tl.load(own_b + label_a).to(tl.float64)
+        )  # fmt: skip
+        log_other = (
+            lam64 * tl.load(logits_a + i * logits_a_stride + label_b).to(tl.float64)
+            + mu64 * tl.load(own_b + label_b).to(tl.float64)
+        )  # fmt: skip
+        v_own = u_b + row_b * u_b_stride
+        u_own = lam * tl.load(u_a + i * u_a_stride + label_a) + mu * tl.load(v_own + label_a)
+        u_other = lam * tl.load(u_a + i * u_a_stride + label_b) + mu * tl.load(v_own + label_b)
+        log_rest = tl.where(most == float("-inf"), NOTHING, most)
+        inner, residual, _ = _with_labels(
+            third, first, second, log_rest, log_own, log_other, u_own, u_other, label_b == label_a, lam, mu
+        )
+    gram = tl.zeros((BLOCK_B,), tl.float32)
+    for start in range(0, width, BLOCK_C):
+        k = start + tl.arange(0, BLOCK_C)[None, :]
+        h_a = tl.load(features_a + i * features_a_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        h_b = tl.load(features_b + row_b[:, None] * features_b_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        gram += tl.sum(h_a * h_b, 1)
+    return inner, _norm(residual, gram, square_a, square_b, lam, mu, BIAS)
+
+
+@triton.jit
+def _not_negative(x):
+    """The larger of x and 0; NaN stays NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _norm(residual, gram, square_a, square_b, lam, mu, BIAS: tl.constexpr):
+    """||r|| ||lam h_i + mu h_j||, the features with a 1 appended if there is a bias."""
+    mixed = lam * lam * square_a + 2.0 * lam * mu * gram + mu * mu * square_b
+    mixed = _not_negative(mixed)
+    if BIAS:
+        mixed += 1.0
+    return tl.sqrt_rn(_not_negative(residual)) * tl.sqrt_rn(mixed)
+
+
+@triton.jit
+def _pair_kernel(
+    features_a, logits_a, labels_a, u_a, statistics_a,
+    features_b, logits_b, labels_b, u_b, statistics_b,
+    lams, slots, inner_out, norm_out,
+    n, m, rows_a, rows_b, classes, width, count,
+    features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
+    features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
+    SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows."""
+    tiles_b = tl.cdiv(m, BLOCK_B)
+    tile_a = (tl.program_id(0) // tiles_b).to(tl.int64)
+    tile_b = (tl.program_id(0) % tiles_b).to(tl.int64)
+    at_a = tile_a * BLOCK_A + tl.arange(0, BLOCK_A)
+    at_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    # Rows that are not there take another's place: what is loaded for them is not used.
+    if GROUP > 0:
+        row_a = tl.load(slots + at_a, mask=at_a < n, other=-1)
+        row_b = tl.load(slots + at_b, mask=at_b < m, other=-1)
+        counted = (row_a >= 0)[:, None] & (row_b >= 0)[None, :] & (row_a[:, None] != row_b[None, :])
+        row_a = tl.maximum(row_a, 0)
+        row_b = tl.maximum(row_b, 0)
+    else:
+        counted = (at_a < n)[:, None] & (at_b < m)[None, :]
+        row_a = tl.minimum(at_a, n - 1)
+        row_b = tl.minimum(at_b, m - 1)
+    top_a = tl.load(statistics_a + TOP * rows_a + row_a)
+    top_b = tl.load(statistics_b + TOP * rows_b + row_b)
+    if not SOFT:
+        label_a = tl.load(labels_a + row_a * labels_a_stride)
+        label_b = tl.load(labels_b + row_b * labels_b_stride)
+    if SEVERAL:
+        gram = _gram(
+            features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
+            BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
+        )  # fmt: skip
+    for node in range(count if SEVERAL else 1):
+        lam64 = tl.load(lams + node)
+        mu64 = 1.0 - lam64
+        lam = lam64.to(tl.float32)
+        mu = mu64.to(tl.float32)
+        rate_a = (lam64 * LOG2_E).to(tl.float32)
+        rate_b = (mu64 * LOG2_E).to(tl.float32)
+        total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        if SOFT:
+            total_y = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        for start in range(0, classes, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)[None, :]
+            inside = c < classes
+            z_a = tl.load(logits_a + row_a[:, None] * logits_a_stride + c, mask=inside, other=0.0).to(tl.float32)
+            z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=inside, other=0.0).to(tl.float32)
+            v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
+            v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
+            use_a = inside
+            use_b = inside
+            if not SOFT:
+                use_a = use_a & (c != label_a[:, None])
+                use_b = use_b & (c != label_b[:, None])
+            # Of a label's logit, which may be far above the others, the exponential might be infinite.
+            a = tl.where(use_a, tl.exp2(tl.where(use_a, z_a - top_a[:, None], 0.0) * rate_a + LOG_SCALE), 0.0)
+            b = tl.where(use_b, tl.exp2(tl.where(use_b, z_b - top_b[:, None], 0.0) * rate_b + LOG_SCALE), 0.0)
+            total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+            total_u = tl.dot(a * (lam * v_a), tl.trans(b), total_u, input_precision=PRECISION)
+            total_u = tl.dot(a, tl.trans(b * (mu * v_b)), total_u, input_precision=PRECISION)
+            total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
+            if SOFT:
+                y_a = tl.load(labels_a + row_a[:, None] * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
+                y_b = tl.load(labels_b + row_b[:, None] * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
+                total_y = tl.dot(a * (lam * y_a), tl.trans(b), total_y, input_precision=PRECISION)
+                total_y = tl.dot(a, tl.trans(b * (mu * y_b)), total_y, input_precision=PRECISION)
+        if SOFT:
+            label_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+            label_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+            for start in range(0, classes, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)[None, :]
+                inside = c < classes
+                v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
+                v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
+                y_a = tl.load(labels_a + row_a[:, None] * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
+                y_b = tl.load(labels_b + row_b[:, None] * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
+                label_u = tl.dot(y_a, tl.trans(v_b), label_u, input_precision=PRECISION)
+                label_u = tl.dot(v_a, tl.trans(y_b), label_u, input_precision=PRECISION)
+                label_square = tl.dot(y_a, tl.trans(y_b), label_square, input_precision=PRECISION)
+            own_u_a = tl.load(statistics_a + LABEL_U * rows_a + row_a)[:, None]
+            own_u_b = tl.load(statistics_b + LABEL_U * rows_b + row_b)[None, :]
+            own_square_a = tl.load(statistics_a + LABEL_SQUARE * rows_a + row_a)[:, None]
+            own_square_b = tl.load(statistics_b + LABEL_SQUARE * rows_b + row_b)[None, :]
+            z_sum = total * UNSCALE
+            inverse = 1.0 / tl.where(z_sum < UNDERFLOW, 1.0, total)
+            inner = total_u * inverse - (lam * lam * own_u_a + lam * mu * label_u + mu * mu * own_u_b)
+            residual = (
+                (total_square * inverse) * inverse - 2.0 * (total_y * inverse)
+                + lam * lam * own_square_a + 2.0 * lam * mu * label_square + mu * mu * own_square_b
+            )  # fmt: skip
+        else:
+            # Zero, which the compiler cannot know: or else it forms the tile's addresses before the loop over the
+            # classes, and they fill the registers all through it.
+            zero = (tl.sum(tl.sum(total, 1), 0) < 0.0).to(tl.int64)
+            at_a_z = row_a * logits_a_stride + zero
+            at_b_z = row_b * logits_b_stride + zero
+            own_a = tl.load(logits_a + at_a_z + label_a).to(tl.float64)
+            own_b = tl.load(logits_b + at_b_z + label_b).to(tl.float64)
+            a_at_b = tl.load(logits_a + at_a_z[:, None] + label_b[None, :]).to(tl.float64)
+            b_at_a = tl.load(logits_b + at_b_z[None, :] + label_a[:, None]).to(tl.float64)
+            # Logits of 1e4 leave float32 no digits for their differences.
+            log_own = (lam64 * own_a)[:, None] + mu64 * b_at_a
+            log_other = lam64 * a_at_b + (mu64 * own_b)[None, :]
+            log_rest = (lam64 * top_a.to(tl.float64))[:, None] + (mu64 * top_b.to(tl.float64))[None, :]
+            at_a_u = row_a * u_a_stride + zero
+            at_b_u = row_b * u_b_stride + zero
+            u_own_a = tl.load(u_a + at_a_u + label_a)
+            u_own_b = tl.load(u_b + at_b_u + label_b)
+            u_a_at_b = tl.load(u_a + at_a_u[:, None] + label_b[None, :])
+            u_b_at_a = tl.load(u_b + at_b_u[None, :] + label_a[:, None])
+            u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
+            u_other = lam * u_a_at_b + (mu * u_own_b)[None, :]
+            same = label_a[:, None] == label_b[None, :]
+            inner, residual, z_sum = _with_labels(
+                total, total_u, total_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu
+            )
+        lost = counted & (z_sum < UNDERFLOW)
+        if not SEVERAL:
+            gram = _gram(
+                features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
+                BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
+            )  # fmt: skip
+        square_a = tl.load(statistics_a + SQUARE * rows_a + row_a)
+        square_b = tl.load(statistics_b + SQUARE * rows_b + row_b)
+        norm = _norm(residual, gram, square_a[:, None], square_b[None, :], lam, mu, BIAS)
+        inner = tl.where(counted, inner, 0.0)
+        norm = tl.where(counted, norm, 0.0)
+        if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
+            for t in range(BLOCK_A):
+                here = (tl.arange(0, BLOCK_A) == t)[:, None]
+                lost_t = tl.max((lost & here).to(tl.int32), 0) > 0
+                if tl.max(lost_t.to(tl.int32), 0) > 0:
+                    i = tl.sum(tl.where(tl.arange(0, BLOCK_A) == t, row_a, 0), 0)
+                    inner_t, norm_t = _row_again(
+                        i, features_a, logits_a, labels_a, u_a, features_b, logits_b, labels_b, u_b, row_b,
+                        tl.load(statistics_a + SQUARE * rows_a + i), square_b,
+                        features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
+                        features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
+                        classes, width, lam64, mu64, lam, mu, SOFT, BIAS, BLOCK_B, BLOCK_C,
+                    )  # fmt: skip
+                    replace = here & lost_t[None, :]
+                    inner = tl.where(replace, inner_t[None, :], inner)
+                    norm = tl.where(replace, norm_t[None, :], norm)
+        if GROUP > 1:
+            inner = tl.sum(tl.reshape(inner, (BLOCK_A, BLOCK_B // GROUP, GROUP)), 2)
+            inner = tl.sum(tl.reshape(inner, (BLOCK_A // GROUP, GROUP, BLOCK_B // GROUP)), 1)
+            norm = tl.sum(tl.reshape(norm, (BLOCK_A, BLOCK_B // GROUP, GROUP)), 2)
+            norm = tl.sum(tl.reshape(norm, (BLOCK_A // GROUP, GROUP, BLOCK_B // GROUP)), 1)
+            out_a = tile_a * (BLOCK_A // GROUP) + tl.arange(0, BLOCK_A // GROUP)
+            out_b = tile_b * (BLOCK_B // GROUP) + tl.arange(0, BLOCK_B // GROUP)
+            columns = m // GROUP
+            lines = n // GROUP
+        else:
+            out_a = at_a
+            out_b = at_b
+            columns = m
+            lines = n
+        at = (node * lines + out_a)[:, None] * columns + out_b[None, :]
+        within = (out_a < lines)[:, None] & (out_b < columns)[None, :]
+        tl.store(inner_out + at, inner, mask=within)
+        tl.store(norm_out + at, norm, mask=within)
+
+
+# ------------------------------------------------------------------------------------------------------ configurations
+
+
+class Configuration(NamedTuple):
+    """How the pairs are cut into tiles.
+
+    Attributes:
+        rows_a: rows of the first side in a tile.
+        rows_b: rows of the second side.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+        max_spills: bytes a thread may spill. Almost all of it is outside of the loop over the classes: the epilogue
+            gathers four entries a pair, once a tile and mixing weight, and the recomputation of lost pairs seldom runs.
+    """
+
+    rows_a: int
+    rows_b: int
+    num_warps: int
+    num_stages: int
+    max_spills: int = 0
+
+
+CLASSES = 16
+"""Classes (and features) of a block, in every configuration. With 32, fragments of the tiles fill the registers."""
+
+HARD = (Configuration(64, 32, 8, 2, max_spills=640), Configuration(32, 32, 4, 2, max_spills=896))
+"""For class indices, from the largest tile to the smallest."""
+
+SOFT = (Configuration(32, 32, 4, 2, max_spills=768),)
+"""For label vectors, whose sums are twice as many."""
+
+ENOUGH_TILES = 112
+"""Tiles that keep a large GPU's 108 to 132 multiprocessors busy; with fewer, a smaller tile is better."""
+
+ROWS, COLUMNS, ROW_WARPS = 4, 256, 4  # of the row kernel
+
+LARGEST_GROUP = 32
+
+
+def configuration(n: int, m: int, soft: bool) -> Configuration:
+    """The configuration for n x m pairs: the largest tile of which there are enough, or else the smallest."""
+    table = SOFT if soft else HARD
+    for choice in table:
+        if triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b) >= ENOUGH_TILES:
+            return choice
+    return table[-1]
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+
+class _Rows(NamedTuple):
+    """One side's rows, each of them contiguous."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+    u: Tensor
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        return self.features.stride(0), self.logits.stride(0), self.labels.stride(0), self.u.stride(0)
+
+
+def _rows(features: Tensor, logits: Tensor, labels: Tensor, u: Tensor) -> _Rows:
+    def lined_up(x: Tensor) -> Tensor:
+        return x if x.ndim < 2 or x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
+
+    return _Rows(lined_up(features), lined_up(logits), lined_up(labels), lined_up(u))
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+
+
+def _row_statistics(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor]:
+    """(4, N) and (4, M) float32, of both sides in one launch, and of one if it is both."""
+    n, classes = a.logits.shape
+    m = len(b.logits)
+    width = a.features.shape[1]
+    out_a = a.u.new_empty(4, n)
+    out_b = out_a if b is a else a.u.new_empty(4, m)
+    blocks = triton.cdiv(n, ROWS) + (0 if b is a else triton.cdiv(m, ROWS))
+    _row_kernel[(blocks,)](
+        *a, out_a, *b, out_b, n, m, classes, width, *a.strides, *b.strides,
+        SOFT=a.labels.is_floating_point(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return out_a, out_b
+
+
+def _launch(
+    a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    soft = a.labels.is_floating_point()
+    n, m = (len(a.logits), len(b.logits)) if slots is None else (len(slots), len(slots))
+    shape = (len(lams), n // group, m // group)
+    inner, norm = a.u.new_empty(shape), a.u.new_empty(shape)
+    if not inner.numel():
+        return inner, norm
+    if not len(a.logits):
+        return inner.zero_(), norm.zero_()  # every slot is empty
+    choice = configuration(n, m, soft)
+    with torch.cuda.device_of(a.logits):
+        statistics_a, statistics_b = _row_statistics(a, b)
+        _pair_kernel[(triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b),)](
+            *a, statistics_a, *b, statistics_b, lams, lams if slots is None else slots, inner, norm,
+            n, m, len(a.logits), len(b.logits), a.logits.shape[1], a.features.shape[1], len(lams),
+            *a.strides, *b.strides,
+            SOFT=soft, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, PRECISION=precision,
+            BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
+            num_warps=choice.num_warps, num_stages=choice.num_stages,
+        )  # fmt: skip
+    return inner, norm
+
+
+def mixed_alignment(
+    features_a: Tensor,
+    logits_a: Tensor,
+    labels_a: Tensor,
+    u_a: Tensor,
+    features_b: Tensor,
+    logits_b: Tensor,
+    labels_b: Tensor,
+    u_b: Tensor,
+    lams: Tensor,
+    *,
+    bias: bool,
+    precision: str = "tf32x3",
+) -> tuple[Tensor, Tensor]:
+    """Inner products with a reference gradient, and norms, of all pairs' mixed last-layer gradients, in two launches.
+
+    The formula is that of :func:`gradmix.ops.mixed_alignment.mixed_alignment`. Nothing waits for the device.
+
+    Args:
+        features_a: (N, d) float32, bfloat16 or float16.
+        logits_a: (N, C), likewise.
+        labels_a: (N,) int64 class indices in [0, C), or (N, C) floating-point label vectors; of the same kind on both
+            sides.
+        u_a: (N, C) float32, [h; 1] G^T, of magnitude below 1e18.
+        features_b: (M, d).
+        logits_b: (M, C).
+        labels_b: (M,) or (M, C).
+        u_b: (M, C).
+        lams: (L,) float64 on the device of the others, mixing weights in [0, 1], read when the kernel runs.
+        bias: whether the features have a 1 appended in the gradient's norm.
+        precision: of the products, ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
+
+    Returns:
+        ``(inner, norm)``, both (L, N, M) float32. Pairs of a row with a NaN are NaN.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    _check_precision(precision)
+    same = features_a is features_b and logits_a is logits_b and labels_a is labels_b and u_a is u_b
+    a = _rows(features_a, logits_a, labels_a, u_a)
+    b = a if same else _rows(features_b, logits_b, labels_b, u_b)
+    return _launch(a, b, lams.contiguous(), None, 1, bias, precision)
+
+
+def class_pair_sums(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    u: Tensor,
+    lams: Tensor,
+    rows: Tensor,
+    group: int,
+    *,
+    bias: bool,
+    precision: str = "tf32x3",
+) -> tuple[Tensor, Tensor]:
+    """Sums over groups of rows of what :func:`mixed_alignment` gives for their pairs, which are never written.
+
+    With rows[s] the row in slot s, and group p made of the slots s with s // group = p,
+
+        inner[l, p, q] = sum over slots s in p and t in q, both filled, with rows[s] != rows[t], of the pair's inner
+
+    and likewise for the norms. The sums are the same, to the bit, in every run.
+
+    Args:
+        features: (N, d), as ``features_a`` of :func:`mixed_alignment`; so are the next three.
+        logits: (N, C).
+        labels: (N,) or (N, C).
+        u: (N, C) float32.
+        lams: (L,) float64, mixing weights in [0, 1].
+        rows: (G * group,) int64, row index in [0, N) of every slot, or -1 where it is empty.
+        group: slots of a group, a power of two up to 32.
+        bias: whether the features have a 1 appended in the gradient's norm.
+        precision: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
+
+    Returns:
+        ``(inner, norm)``, both (L, G, G) float32; 0 for a pair of groups without a pair of rows.
+
+    Raises:
+        ValueError: an unknown precision, a group that is no power of two up to 32, or slots that are no whole groups.
+    """
+    _check_precision(precision)
+    if not 1 <= group <= LARGEST_GROUP or group & (group - 1):
+        raise ValueError(f"group: got {group}, expected a power of two up to {LARGEST_GROUP}")
+    if len(rows) % group:
+        raise ValueError(f"rows: got {len(rows)} slots, expected a multiple of the group of {group}")
+    a = _rows(features, logits, labels, u)
+    return _launch(a, a, lams.contiguous(), rows.contiguous(), group, bias, precision)
+
+
+# ----------------------------------------------------------------------------------------------------- ahead of time
+
+
+def variants() -> Iterator[Variant]:
+    """The kernels of this module as they are worth compiling ahead of time."""
+    for soft in (False, True):
+        yield _row_variant(soft)
+        for choice in SOFT if soft else HARD:
+            yield _pair_variant(choice, soft)
+            yield _pair_variant(choice, soft, several=True)
+            yield _pair_variant(choice, soft, several=True, group=16)
+        for precision in ("ieee", "tf32"):
+            yield _pair_variant((SOFT if soft else HARD)[-1], soft, precision=precision)
+    yield _pair_variant(HARD[-1], soft=False, element="*bf16")
+    yield _pair_variant(HARD[-1], soft=False, ones=True)
+
+
+def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]]:
+    for side in "ab":
+        yield from (
+            (f"features_{side}", element),
+            (f"logits_{side}", element),
+            (f"labels_{side}", "*fp32" if soft else "*i64"),
+            (f"u_{side}", "*fp32"),
+            (f"{last}_{side}", "*fp32"),
+        )
+
+
+_STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "u"))
+
+
+def _row_variant(soft: bool) -> Variant:
+    constants = {"SOFT": soft, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    signature = dict(_side_types(soft, "out", "*fp32"))
+    signature |= dict.fromkeys(("rows_a", "rows_b", "classes", "width", *_STRIDES), "i32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    name = f"mixed_alignment rows, {'label vectors' if soft else 'class indices'}"
+    return Variant(name, _row_kernel, signature, constants, ROW_WARPS, 3, max_registers=128)
+
+
+def _pair_variant(
+    choice: Configuration,
+    soft: bool,
+    *,
+    several: bool = False,
+    group: int = 0,
+    precision: str = "tf32x3",
+    element: str = "*fp32",
+    ones: bool = False,
+) -> Variant:
+    """``ones``: every size is 1, for which Triton compiles anew with the size a constant."""
+    constants: dict[str, Any] = {
+        "SOFT": soft,
+        "GROUP": group,
+        "BIAS": True,
+        "SEVERAL": several,
+        "PRECISION": precision,
+        "BLOCK_A": choice.rows_a,
+        "BLOCK_B": choice.rows_b,
+        "BLOCK_C": CLASSES,
+    }
+    sizes = dict.fromkeys(("n", "m", "rows_a", "rows_b", "classes", "width", "count", *_STRIDES), 1)
+    signature = dict(_side_types(soft, "statistics", element))
+    signature |= {"lams": "*fp64", "slots": "*i64", "inner_out": "*fp32", "norm_out": "*fp32"}
+    signature |= dict.fromkeys(sizes, "constexpr" if ones else "i32") | dict.fromkeys(constants, "constexpr")
+    parts = [
+        f"mixed_alignment {choice.rows_a}x{choice.rows_b}",
+        "label vectors" if soft else "class indices",
+        precision,
+        *(["several weights"] if several else []),
+        *([f"groups of {group}"] if group else []),
+        *(["bfloat16"] if element == "*bf16" else []),
+        *(["sizes of 1"] if ones else []),
+    ]
+    return Variant(
+        ", ".join(parts),
+        _pair_kernel,
+        signature,
+        constants | (sizes if ones else {}),
+        choice.num_warps,
+        choice.num_stages,
+        max_shared=65_536,
+        max_spills=choice.max_spills,
+    )

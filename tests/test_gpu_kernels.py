@@ -1,0 +1,133 @@
+"""The Triton kernels of mixed_alignment on a GPU: float64 truth, streams, graphs, and no waiting for the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_mixed_alignment import CASES, in_double, make
+from torch import Tensor
+from truth import assert_decisions_agree
+
+from gradmix.ops.labels import dense_labels
+from gradmix.ops.mixed_alignment import mixed_alignment_reference
+
+pytestmark = pytest.mark.gpu
+
+UNITS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 5e-3}
+# One mantissa of TF32 leaves nothing of logits whose differences are what counts, nor of a residual of all but zero.
+MODERATE = [name for name, case in CASES.items() if case.get("scale", 1.0) <= 30.0]
+
+
+@pytest.fixture
+def kernel():
+    from gradmix.kernels import mixed_alignment
+
+    return mixed_alignment
+
+
+def weights(*lams: float) -> Tensor:
+    return torch.tensor(lams, dtype=torch.float64, device="cuda")
+
+
+def prepared(arguments: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """The kernel's arguments on the GPU, but for the mixing weights, from the operator's."""
+    h_a, z_a, y_a, h_b, z_b, y_b, reference = arguments
+    width = h_a.shape[1]
+    bias = reference.shape[1] > width
+    if y_a.is_floating_point() != y_b.is_floating_point():
+        y_a, y_b = (dense_labels(y, z_a.shape[1], torch.float32) for y in (y_a, y_b))
+    u_a, u_b = (
+        (h.double() @ reference[:, :width].double().T + (reference[:, width].double() if bias else 0)).float()
+        for h in (h_a, h_b)
+    )
+    return [t.cuda() for t in (h_a, z_a, y_a, u_a, h_b, z_b, y_b, u_b)], bias
+
+
+def poison_free_memory() -> None:
+    """What torch hands out next, uninitialised, is NaN."""
+    for elements in (1 << 8, 1 << 14, 1 << 18, 1 << 22):
+        kept = [torch.full((elements,), torch.nan, device="cuda") for _ in range(8)]
+        del kept
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("precision", UNITS)
+@pytest.mark.parametrize("case", MODERATE)
+def test_equals_float64(case: str, precision: str, seed: int, kernel) -> None:
+    arguments = make(**CASES[case], dtype=torch.float32, seed=seed)
+    parts, bias = prepared(arguments)
+    poison_free_memory()
+    result = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision)
+    expected = mixed_alignment_reference(*in_double(arguments), 0.3)
+    for part, exact in zip(result, expected, strict=True):
+        assert (part[0].cpu() - exact).abs().max() <= UNITS[precision] * exact.abs().max()
+    assert_decisions_agree(result[0][0].cpu(), expected.inner, band=1e-6 if precision != "tf32" else 2e-2)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_underflows_is_recomputed(soft: bool, kernel) -> None:
+    arguments = make(n=70, m=40, classes=50, scale=300.0, soft=(soft, soft), dtype=torch.float32)
+    parts, bias = prepared(arguments)
+    result = kernel.mixed_alignment(*parts, weights(0.5), bias=bias)
+    expected = mixed_alignment_reference(*in_double(arguments), 0.5)
+    for part, exact in zip(result, expected, strict=True):
+        assert (part[0].cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_a_large_problem_and_its_sums_over_groups(kernel) -> None:
+    arguments = make(n=500, m=1, classes=1000, d=300, dtype=torch.float32)
+    side, bias = prepared([*arguments[:3], *arguments[:3], arguments[6]])
+    inner, norm = kernel.mixed_alignment(*side[:4], *side[:4], weights(0.2, 0.5), bias=bias)
+    rows = torch.arange(512, device="cuda").where(torch.arange(512, device="cuda") < 500, -1)
+    sums = kernel.class_pair_sums(*side[:4], weights(0.2, 0.5), rows, 16, bias=bias)
+    for total, pairs in zip(sums, (inner, norm), strict=True):
+        full = torch.nn.functional.pad(pairs.double() * (1 - torch.eye(500, device="cuda")), (0, 12, 0, 12))
+        exact = full.view(2, 32, 16, 32, 16).sum((2, 4))
+        assert (total - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_the_same_bits_back_to_back_and_on_other_streams(kernel) -> None:
+    parts, bias = prepared(make(n=300, m=200, classes=130, d=70, dtype=torch.float32))
+    lams = weights(0.3, 0.6)
+    expected = kernel.mixed_alignment(*parts, lams, bias=bias)
+    poison_free_memory()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(kernel.mixed_alignment(*parts, lams, bias=bias))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
+def test_a_graph_replayed_with_another_weight_gives_what_a_call_gives(kernel) -> None:
+    parts, bias = prepared(make(n=60, m=50, classes=40, d=30, dtype=torch.float32))
+    lams = weights(0.3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        kernel.mixed_alignment(*parts, lams, bias=bias)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernel.mixed_alignment(*parts, lams, bias=bias)
+    lams.fill_(0.7)
+    graph.replay()
+    torch.cuda.synchronize()
+    called = kernel.mixed_alignment(*parts, weights(0.7), bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(captured, called, strict=True))
+
+
+def test_the_host_does_not_wait(kernel) -> None:
+    parts, bias = prepared(make(n=60, m=50, scale=300.0, dtype=torch.float32))
+    lams = weights(0.3)
+    kernel.mixed_alignment(*parts, lams, bias=bias)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.mixed_alignment(*parts, lams, bias=bias)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            lams.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

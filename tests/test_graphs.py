@@ -1,0 +1,132 @@
+"""GradMix(cuda_graph=True): on the CPU with a stand-in for CUDA's graphs, which replays by calling again."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from models import CLASSES, MLP, rows
+from no_looking import behind_the_host
+from torch import Tensor
+
+from gradmix import GradMix, graphs
+from gradmix.ops import waiting
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Product(NamedTuple):
+    value: Tensor
+    other: Tensor | None
+
+
+class Recorder:
+    """Counts captures; a replay computes anew from the same memory into the same memory, as a graph does."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        self.captures += 1
+        first = function()
+        results = type(first)(*(None if v is None else torch.full_like(v, 7) for v in first))
+
+        def replay() -> None:
+            self.replays += 1
+            for own, new in zip(results, function(), strict=True):
+                if own is not None:
+                    own.copy_(new)
+
+        return replay, results
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    behind_the_host(monkeypatch)
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "capture", recorder)
+    monkeypatch.setattr(graphs.Graphs, "serve", lambda self, device: True)
+    yield recorder
+    waiting._underway.clear()
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["own rows", "candidates"])
+@pytest.mark.parametrize("policy", ["uniform", "permute", "best"])
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+def test_replays_choose_what_calls_choose(criterion: str, policy: str, foreign: bool, recorder: Recorder) -> None:
+    model = MLP()
+    buffer = rows(30, 3)
+    how = {"criterion": criterion, "policy": policy, "refresh": 4}
+    plain = GradMix(model, buffer, generator=generator(), **how)
+    replayed = GradMix(model, buffer, generator=generator(), cuda_graph=True, **how)
+    kept = []
+    for step in range(6):
+        batch = rows(8, 10 + step)
+        more = {"candidates": rows(5, 50 + step)} if foreign else {}
+        if step == 3:  # what is kept changes without a refresh: also in place
+            with torch.no_grad():
+                for mixup in (plain, replayed):
+                    mixup.reference.mul_(-1)
+                    if mixup.table is not None:
+                        mixup.table.inner.mul_(-1)
+        expected, pairs = plain.select(*batch, **more), replayed.select(*batch, **more)
+        kept.append((expected, pairs))
+    for expected, pairs in kept:  # a later step leaves earlier results alone
+        assert torch.equal(pairs.partner, expected.partner)
+        assert torch.equal(pairs.helpful, expected.helpful)
+        assert torch.equal(pairs.lam, expected.lam)
+        torch.testing.assert_close(pairs.alignment, expected.alignment, equal_nan=True)
+        for value, known in zip(pairs.mix(), expected.mix(), strict=True):
+            assert torch.equal(value, known)
+    assert recorder.replays == 6
+    assert recorder.captures == 1
+    assert len({float(pairs.lam.min()) for _, pairs in kept}) > 1
+
+
+def test_every_shape_has_its_graph_and_the_oldest_goes(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "GRAPHS", 2)
+    mixup = GradMix(MLP(), rows(12, 3), criterion="sample", refresh="epoch", generator=generator(), cuda_graph=True)
+    captures = []
+    for n in (8, 8, 5, 8, 3, 8, 5):
+        mixup(*rows(n, 1))
+        captures.append(recorder.captures)
+    assert captures == [1, 1, 2, 2, 3, 3, 4]
+    mixup(rows(5, 1)[0].double().float(), torch.softmax(torch.randn(5, CLASSES), 1))
+    assert recorder.captures == 5  # other labels
+
+
+def test_a_tensor_that_did_not_change_is_not_copied(recorder: Recorder) -> None:
+    run = graphs.Graphs()
+    seen = []
+
+    def function(x: Tensor, y: Tensor | None, lam: Tensor) -> Product:
+        seen.append(x)
+        return Product(x * lam, y)
+
+    x = torch.ones(3)
+    assert run(function, (x, None, 0.5)).value.tolist() == [0.5] * 3
+    own = seen[-1]
+    own.fill_(2)  # what the graph holds, behind its back
+    assert run(function, (x, None, 0.5)).value.tolist() == [1.0] * 3
+    x.add_(1)
+    assert run(function, (x, None, 0.25)).value.tolist() == [0.5] * 3
+    assert run(function, (torch.full((3,), 8.0), None, 0.25)).value.tolist() == [2.0] * 3
+    assert recorder.captures == 1
+
+
+def test_without_a_gpu_it_makes_no_difference() -> None:
+    with_graph, plain = (GradMix(MLP(), rows(12, 3), generator=generator(), cuda_graph=flag) for flag in (True, False))
+    with_graph._model.load_state_dict(plain._model.state_dict())
+    for value, known in zip(with_graph(*rows(6, 1)), plain(*rows(6, 1)), strict=True):
+        assert torch.equal(value, known)
+
+
+@pytest.mark.parametrize("estimator", ["mixed", "jvp", "sketch"])
+def test_forward_passes_of_mixed_inputs_are_not_captured(estimator: str) -> None:
+    with pytest.raises(ValueError, match=f"cuda_graph: got True with the estimator {estimator!r} by sample"):
+        GradMix(MLP(), rows(12, 3), criterion="sample", estimator=estimator, cuda_graph=True)
+    GradMix(MLP(), rows(12, 3), criterion="class", estimator=estimator, cuda_graph=True)
+    with pytest.raises(TypeError, match="cuda_graph: got str, expected a bool"):
+        GradMix(MLP(), rows(12, 3), cuda_graph="yes")

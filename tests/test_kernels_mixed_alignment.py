@@ -1,0 +1,290 @@
+"""The Triton kernels of mixed_alignment in the interpreter: values and decisions against float64, in every tile.
+
+The interpreter computes every precision in float32; what TF32 does to the products is for tests/test_gpu_kernels.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import pytest
+import torch
+from test_mixed_alignment import CASES, in_double, largest_inner, make
+from torch import Tensor
+from truth import assert_decisions_agree
+
+from gradmix.ops.labels import dense_labels
+from gradmix.ops.mixed_alignment import MixedAlignment, mixed_alignment_reference
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is a GPU, so Triton's interpreter is off", allow_module_level=True)
+
+from gradmix.kernels import mixed_alignment as kernel
+
+CONFIGURATIONS = sorted({choice[:4] for choice in (*kernel.HARD, *kernel.SOFT)})
+
+
+def weights(*lams: float) -> Tensor:
+    return torch.tensor(lams, dtype=torch.float64)
+
+
+def projected(features: Tensor, reference: Tensor) -> Tensor:
+    """U = [h; 1] G^T in float32."""
+    width = features.shape[1]
+    u = features.double() @ reference[:, :width].double().T
+    return (u + reference[:, width].double() if reference.shape[1] > width else u).float()
+
+
+def prepared(arguments: list[Tensor], device: str = "cpu") -> tuple[list[Tensor], bool]:
+    """The kernel's arguments, but for the mixing weights, from the operator's."""
+    h_a, z_a, y_a, h_b, z_b, y_b, reference = arguments
+    if y_a.is_floating_point() != y_b.is_floating_point():
+        y_a, y_b = (dense_labels(y, z_a.shape[1], torch.float32) for y in (y_a, y_b))
+    parts = [h_a, z_a, y_a, projected(h_a, reference), h_b, z_b, y_b, projected(h_b, reference)]
+    return [part.to(device) for part in parts], reference.shape[1] > h_a.shape[1]
+
+
+def run(arguments: list[Tensor], *lams: float) -> MixedAlignment:
+    parts, bias = prepared(arguments)
+    return MixedAlignment(*kernel.mixed_alignment(*parts, weights(*lams), bias=bias, precision="ieee"))
+
+
+def truth(arguments: list[Tensor], *lams: float) -> MixedAlignment:
+    results = [mixed_alignment_reference(*in_double(arguments), lam) for lam in lams]
+    return MixedAlignment(*(torch.stack(parts) for parts in zip(*results, strict=True)))
+
+
+def assert_close(result: MixedAlignment, expected: MixedAlignment, unit: float = 1e-5) -> None:
+    for part, exact in zip(result, expected, strict=True):
+        assert part.shape == exact.shape and part.dtype == torch.float32
+        assert (part - exact).abs().max() <= unit * exact.abs().max()
+    assert_decisions_agree(result.inner, expected.inner)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, choice: kernel.Configuration) -> None:
+    monkeypatch.setattr(kernel, "configuration", lambda n, m, soft: choice)
+
+
+SIZES = {
+    "tiles and one row": {"n": 65, "m": 33, "classes": 33, "d": 40},
+    "one row and tiles": {"n": 1, "m": 65, "classes": 100, "d": 3},
+    "many classes": {"n": 5, "m": 33, "classes": 257, "d": 1},
+    "few classes": {"n": 33, "m": 5, "classes": 7, "d": 40},
+    "two classes": {"n": 33, "m": 34, "classes": 2, "d": 3},
+    "one class": {"n": 5, "m": 1, "classes": 1, "d": 3},
+}
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case: str, lam: float) -> None:
+    arguments = make(**CASES[case], dtype=torch.float32)
+    assert_close(run(arguments, lam), truth(arguments, lam))
+
+
+@pytest.mark.parametrize("soft", [(False, False), (True, True)], ids=["hard", "soft"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_awkward_sizes(case: str, bias: bool, soft: tuple[bool, bool]) -> None:
+    arguments = make(**SIZES[case], soft=soft, bias=bias, dtype=torch.float32)
+    result, expected = run(arguments, 0.3), truth(arguments, 0.3)
+    if not soft[0]:
+        assert_close(result, expected)
+        return
+    # ||p - y||^2 by its three terms: with few classes it may be all but zero, and its root then has half the digits.
+    scale = largest_inner(arguments)
+    assert (result.inner - expected.inner).abs().max() <= 1e-6 * scale
+    largest = torch.cat([arguments[0], arguments[3]]).double().square().sum(1).max() + 1
+    assert (result.norm.double().square() - expected.norm.square()).abs().max() <= 2e-6 * largest
+    assert_decisions_agree(result.inner, expected.inner, band=1e-6 if SIZES[case]["classes"] > 1 else 1.0)
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_against_float64_of_the_same_numbers(features: torch.dtype, logits: torch.dtype) -> None:
+    arguments = make(n=7, m=6, classes=35, d=40, dtype=torch.float32)
+    for at, dtype in ((0, features), (3, features), (1, logits), (4, logits)):
+        arguments[at] = arguments[at].to(dtype)
+    assert_close(run(arguments, 0.3), truth(arguments, 0.3))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_several_weights_give_what_each_gives_alone(soft: bool) -> None:
+    arguments = make(n=33, m=34, classes=20, soft=(soft, soft), dtype=torch.float32)
+    lams = (0.0, 0.2, 0.5, 1.0)
+    result = run(arguments, *lams)
+    assert_close(result, truth(arguments, *lams))
+    for k, lam in enumerate(lams):
+        alone = run(arguments, lam)
+        assert torch.equal(result.inner[k], alone.inner[0]) and torch.equal(result.norm[k], alone.norm[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("choice", CONFIGURATIONS, ids=str)
+def test_no_result_depends_on_the_configuration(
+    choice: tuple[int, int, int, int], soft: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, m = (66, 67) if scale == 1.0 else (6, 35)  # what underflows is slow to interpret
+    arguments = make(n=n, m=m, classes=20, d=20, scale=scale, soft=(soft, soft), dtype=torch.float32)
+    expected = run(arguments, 0.3, 0.5)
+    force(monkeypatch, kernel.Configuration(*choice))
+    result = run(arguments, 0.3, 0.5)
+    assert_close(result, MixedAlignment(*(part.double() for part in expected)), unit=1e-6)
+    part = truth([t[:5] if at < 3 else t for at, t in enumerate(arguments)], 0.3, 0.5)
+    assert (result.inner[:, :5] - part.inner).abs().max() <= 1e-5 * part.inner.abs().max()
+
+
+def test_the_same_rows_on_both_sides_give_what_copies_give() -> None:
+    (h, z, y, u, *_), bias = prepared(make(n=35, dtype=torch.float32))
+    same = kernel.mixed_alignment(h, z, y, u, h, z, y, u, weights(0.3), bias=bias)
+    copies = kernel.mixed_alignment(h, z, y, u, *(t.clone() for t in (h, z, y, u)), weights(0.3), bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(same, copies, strict=True))
+    other = (y + 1) % 6  # the same rows with other labels are other rows
+    result = kernel.mixed_alignment(h, z, y, u, h, z, other, u, weights(0.3), bias=bias)
+    copies = kernel.mixed_alignment(h, z, y, u, h.clone(), z.clone(), other, u.clone(), weights(0.3), bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(result, copies, strict=True))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_strided_inputs_give_the_same(soft: bool) -> None:
+    parts, bias = prepared(make(n=6, m=5, soft=(soft, soft), dtype=torch.float32))
+    expected = kernel.mixed_alignment(*parts, weights(0.4), bias=bias)
+    columns = [torch.stack([t, t], -1)[..., 0] for t in parts]
+    rows = [torch.cat([t, t + 1], -1)[..., : t.shape[-1]] if t.ndim == 2 else t for t in parts]
+    for strided in (columns, rows):
+        assert not strided[0].is_contiguous()
+        result = kernel.mixed_alignment(*strided, weights(0.4), bias=bias)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_rows_that_favour_different_classes_underflow_and_are_recomputed(soft: bool) -> None:
+    z_a = torch.tensor([[400.0, 0.0, -3.0, -5.0], [1.0, 0.0, 2.0, 1.0]])
+    z_b = torch.tensor([[0.0, 400.0, -5.0, -4.0], [0.0, 1.0, 1.0, 3.0]])
+    y = torch.tensor([2, 0]) if not soft else torch.tensor([[0.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    other = torch.tensor([3, 0]) if not soft else y.flip(0)
+    arguments = [torch.randn(2, 3), z_a, y, torch.randn(2, 3), z_b, other, torch.randn(4, 4)]
+    result, expected = run(arguments, 0.5, 0.2), truth(arguments, 0.5, 0.2)
+    torch.testing.assert_close(result.inner.double(), expected.inner, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.norm.double(), expected.norm, rtol=1e-5, atol=0)
+
+
+def test_confidently_wrong_rows_of_two_classes_leave_the_rest_empty_and_are_recomputed() -> None:
+    z_a, z_b = torch.tensor([[0.0, 200.0]]), torch.tensor([[300.0, 0.0]])
+    arguments = [
+        torch.randn(1, 3),
+        z_a,
+        torch.tensor([0]),
+        torch.randn(1, 3),
+        z_b,
+        torch.tensor([1]),
+        torch.randn(2, 4),
+    ]
+    for lam in (0.5, 0.599, 0.6, 0.7):
+        result, expected = run(arguments, lam), truth(arguments, lam)
+        torch.testing.assert_close(result.norm.double(), expected.norm, rtol=2e-5, atol=0)
+
+
+def test_a_well_fitted_pair_keeps_its_relative_accuracy() -> None:
+    z = torch.tensor([[25.0, 1.0, 0.0], [24.0, 0.0, 2.0]])
+    arguments = [torch.randn(2, 3), z, torch.tensor([0, 0])] * 2 + [torch.randn(3, 4)]
+    result, expected = run(arguments, 0.3), truth(arguments, 0.3)
+    assert (result.inner - expected.inner).abs().max() <= 1e-5 * expected.inner.abs().max() <= 1e-9
+    torch.testing.assert_close(result.norm.double(), expected.norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("where", ["label", "other class", "feature", "u"])
+def test_a_nan_makes_its_row_nan_and_no_other(where: str) -> None:
+    parts, bias = prepared(make(n=4, m=5, dtype=torch.float32))
+    clean = kernel.mixed_alignment(*parts, weights(0.3), bias=bias)
+    label = int(parts[2][1])
+    at = {"label": (1, label), "other class": (1, (label + 1) % 6), "feature": (0, 0), "u": (3, 2)}[where]
+    parts[at[0]][1, at[1]] = math.nan
+    inner, norm = kernel.mixed_alignment(*parts, weights(0.3), bias=bias)
+    others = torch.tensor([0, 2, 3])
+    assert torch.equal(inner[:, others], clean[0][:, others]) and torch.equal(norm[:, others], clean[1][:, others])
+    if where == "feature":
+        assert norm[:, 1].isnan().all()
+    elif where == "u":
+        assert inner[:, 1].isnan().all()
+    else:
+        assert inner[:, 1].isnan().all() and norm[:, 1].isnan().all()
+
+
+# -------------------------------------------------------------------------------------------------------- grouped sums
+
+
+def grouped_truth(arguments: list[Tensor], rows: Tensor, group: int, *lams: float) -> MixedAlignment:
+    pairs = truth(arguments, *lams)
+    filled = rows >= 0
+    counted = filled[:, None] & filled & (rows[:, None] != rows)
+    at = rows.clamp(min=0)
+    groups = len(rows) // group
+    return MixedAlignment(
+        *(
+            torch.where(counted, part[:, at][:, :, at], 0).view(len(lams), groups, group, groups, group).sum((2, 4))
+            for part in pairs
+        )
+    )
+
+
+@pytest.mark.parametrize("case", ["hard", "soft", "lost pairs", "soft lost pairs", "no bias"])
+@pytest.mark.parametrize("group", [1, 2, 8, 32])
+def test_sums_over_groups(group: int, case: str) -> None:
+    soft, scale = "soft" in case, 300.0 if "lost" in case else 1.0
+    side = make(n=9, m=1, classes=7, soft=(soft, soft), scale=scale, bias=case != "no bias", dtype=torch.float32)
+    arguments = [*side[:3], *side[:3], side[6]]
+    rows = torch.randint(-1, 9, (group * max(3, 16 // group),))
+    rows[:group] = -1  # a group without rows
+    parts, bias = prepared(arguments)
+    lams = (0.3, 0.5)
+    result = kernel.class_pair_sums(*parts[:4], weights(*lams), rows, group, bias=bias, precision="ieee")
+    assert_close(MixedAlignment(*result), grouped_truth(arguments, rows, group, *lams))
+    assert not result[0][:, 0].any() and not result[1][:, :, 0].any()
+
+
+@pytest.mark.parametrize("choice", kernel.HARD, ids=str)
+def test_sums_over_groups_in_every_configuration(choice: kernel.Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = make(n=90, m=1, classes=20, dtype=torch.float32)
+    arguments = [*side[:3], *side[:3], side[6]]
+    parts, bias = prepared(arguments)
+    rows = torch.randperm(96) - 6
+    force(monkeypatch, choice)
+    result = kernel.class_pair_sums(*parts[:4], weights(0.3), rows.clamp(min=-1), 16, bias=bias, precision="ieee")
+    assert_close(MixedAlignment(*result), grouped_truth(arguments, rows.clamp(min=-1), 16, 0.3))
+
+
+# ------------------------------------------------------------------------------------------------- arguments and sizes
+
+
+def test_no_rows_and_no_weights_give_empty_results() -> None:
+    parts, bias = prepared(make(n=0, dtype=torch.float32))
+    assert kernel.mixed_alignment(*parts, weights(0.3), bias=bias)[0].shape == (1, 0, 4)
+    parts, bias = prepared(make(dtype=torch.float32))
+    assert kernel.mixed_alignment(*parts, weights(), bias=bias)[1].shape == (0, 5, 4)
+    none = torch.full((8,), -1)
+    empty = [t[:0] for t in parts[:4]]
+    assert not kernel.class_pair_sums(*empty, weights(0.3), none, 4, bias=bias)[0].any()
+
+
+def test_bad_arguments_are_named() -> None:
+    parts, bias = prepared(make(dtype=torch.float32))
+    with pytest.raises(ValueError, match="precision: got 'bf16', expected one of ieee, tf32x3, tf32"):
+        kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision="bf16")
+    rows = torch.arange(5)
+    with pytest.raises(ValueError, match="group: got 3, expected a power of two up to 32"):
+        kernel.class_pair_sums(*parts[:4], weights(0.3), rows, 3, bias=bias)
+    with pytest.raises(ValueError, match="rows: got 5 slots, expected a multiple of the group of 2"):
+        kernel.class_pair_sums(*parts[:4], weights(0.3), rows, 2, bias=bias)
+
+
+@pytest.mark.parametrize(
+    "n, m, soft, tile", [(256, 256, False, 32), (8192, 8192, False, 64), (1, 1, False, 32), (4096, 4096, True, 32)]
+)
+def test_the_configuration_is_a_function_of_the_sizes(n: int, m: int, soft: bool, tile: int) -> None:
+    assert kernel.configuration(n, m, soft).rows_a == tile

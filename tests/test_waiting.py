@@ -1,0 +1,249 @@
+"""Selection on a device that runs behind the host: nothing is waited for, and what is chosen is the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import CLASSES, MLP, rows
+from no_looking import Looked, behind_the_host, watched
+from torch import Tensor
+from truth import one_hot
+
+import gradmix
+from gradmix import GradMix, select_pairs
+from gradmix.head import HeadCapture
+from gradmix.ops import mixed_alignment as operator
+from gradmix.ops import waiting
+from gradmix.ops.mixed_alignment import mixed_alignment
+
+BUFFER = rows(12, 3)
+
+STEPS = {
+    f"{criterion}, {policy}, {kind}": {"criterion": criterion, "policy": policy, "kind": kind}
+    for criterion in ("sample", "class")
+    for policy in ("uniform", "permute", "best")
+    for kind in ("own rows", "candidates", "soft labels", "outputs")
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(kind: str, model: Any) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    x, y = rows(11, 1)
+    if kind == "candidates":
+        return (x, y), {"candidates": rows(7, 2)}
+    if kind == "soft labels":
+        return (x, one_hot(y, CLASSES).float() * 0.9 + 0.1 / CLASSES), {}
+    if kind == "outputs":
+        with HeadCapture(model, example=x[:1]) as capture, torch.no_grad():
+            model(x)
+        return (x, y), {"outputs": capture.output}
+    return (x, y), {}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Any:
+    waiting._underway.clear()
+    yield
+    waiting._underway.clear()
+
+
+def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
+    assert torch.equal(pairs.partner, expected.partner)
+    assert torch.equal(pairs.helpful, expected.helpful)
+    assert torch.equal(pairs.lam, expected.lam)
+    if expected.classes is None:
+        assert pairs.classes is None
+    else:
+        assert torch.equal(pairs.classes, expected.classes)
+    torch.testing.assert_close(pairs.alignment, expected.alignment, equal_nan=True)
+    for value, known in zip(pairs.mix(), expected.mix(), strict=True):
+        torch.testing.assert_close(value, known)
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_a_call_looks_at_nothing_and_chooses_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = dict(STEPS[case])
+    model = MLP()
+    batch, more = made(how.pop("kind"), model)
+    more = {**how, **more, "lam": 0.3}
+    expected = select_pairs(model, BUFFER, batch, generator=generator(), **more)
+    behind_the_host(monkeypatch)
+    with watched():
+        pairs = select_pairs(model, BUFFER, batch, generator=generator(), **more)
+        mixed = pairs.mix()
+    assert all(torch.isfinite(v).all() for v in mixed)
+    waiting.settle()
+    assert_same(pairs, expected)
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_a_step_between_refreshes_looks_at_nothing_and_chooses_the_same(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = dict(STEPS[case])
+    model = MLP()
+    (x, y), more = made(how.pop("kind"), model)
+    known, unseen = (GradMix(model, BUFFER, refresh="epoch", generator=generator(), **how) for _ in "ab")
+    expected = [known.select(x, y, lam=lam, **more) for lam in (0.3, 0.8)]
+    behind_the_host(monkeypatch)
+    pairs = [unseen.select(x, y, lam=0.3, **more)]  # makes the table
+    waiting.settle()
+    with watched():
+        pairs.append(unseen.select(x, y, lam=0.8, **more))
+    for one, other in zip(pairs, expected, strict=True):
+        assert_same(one, other)
+    assert unseen.refreshes == known.refreshes == 1
+
+
+def test_mixed_inputs_of_drawn_pairs_look_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = MLP(), rows(11, 1)
+    how = {"criterion": "sample", "estimator": "mixed", "policy": "permute", "lam": 0.3}
+    expected = select_pairs(model, BUFFER, batch, generator=generator(), **how)
+    behind_the_host(monkeypatch)
+    with watched():
+        pairs = select_pairs(model, BUFFER, batch, generator=generator(), **how)
+    assert_same(pairs, expected)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda v: bool(v.any()),
+        lambda v: v.sum().item(),
+        lambda v: v.tolist(),
+        lambda v: v.nonzero(),
+        lambda v: torch.unique(v),
+        lambda v: v[v > 0],
+        lambda v: torch.equal(v, v),
+        lambda v: torch.nn.functional.one_hot(v, 5),
+    ],
+)
+def test_the_watch_sees_a_look(look: Any) -> None:
+    values = torch.tensor([1, 2])
+    with watched(), pytest.raises(Looked):
+        look(values)
+
+
+def nan_in(x: Tensor, row: int) -> Tensor:
+    x = x.clone()
+    x[row, 0, 0, 0] = torch.nan
+    return x
+
+
+def label_of(y: Tensor, row: int, label: int) -> Tensor:
+    y = y.clone()
+    y[row] = label
+    return y
+
+
+X, Y = rows(6, 1)
+BAD = {
+    "NaN": ((nan_in(X, 4), Y), "batch: row 4 holds NaN"),
+    "label too large": ((X, label_of(Y, 2, CLASSES)), f"batch labels: row 2 is {CLASSES}, expected a class index in"),
+    "negative label": ((X, label_of(Y, 5, -3)), "batch labels: row 5 is -3, expected a class index in"),
+    "soft labels": ((X, torch.full((6, CLASSES), 0.9)), "batch labels: row 0 sums to"),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["select_pairs", "GradMix"])
+@pytest.mark.parametrize("criterion", ["class", "sample"])
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input_is_named_by_the_next_call(
+    case: str, criterion: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, message = BAD[case]
+    model = MLP()
+    behind_the_host(monkeypatch)
+    mixup = GradMix(model, BUFFER, criterion=criterion, refresh="epoch", generator=generator())
+    mixup(X, Y)
+    waiting.settle()
+
+    def call(x: Tensor, y: Tensor) -> gradmix.Pairs:
+        return mixup.select(x, y) if kept else select_pairs(model, BUFFER, (x, y), criterion=criterion)
+
+    pairs = call(*batch)
+    if case == "NaN" and criterion == "sample":  # it is mixed with nothing, and nothing with it
+        assert not pairs.helpful[4] and not (pairs.partner[pairs.helpful] == 4).any()
+    assert pairs.mix()[1].shape == (6, CLASSES)
+    with pytest.raises(ValueError, match=rf"{message}.*\(found on the GPU in an earlier call"):
+        call(X, Y)
+    call(X, Y)
+    waiting.settle()
+
+
+def test_a_call_that_raises_leaves_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    with pytest.raises(ValueError, match="num_classes"):
+        select_pairs(MLP(), BUFFER, (nan_in(X, 0), Y), num_classes=99)
+    select_pairs(MLP(), BUFFER, (X, Y))
+    waiting.settle()
+
+
+def test_checks_now_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    monkeypatch.setenv("GRADMIX_CHECKS", "now")
+    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+        select_pairs(MLP(), BUFFER, BAD["NaN"][0])
+    monkeypatch.setenv("GRADMIX_CHECKS", "soon")
+    with pytest.raises(ValueError, match="environment variable GRADMIX_CHECKS: got 'soon', expected 'now' or 'later'"):
+        select_pairs(MLP(), BUFFER, (X, Y))
+
+
+def test_a_new_class_is_left_alone_for_a_step_and_known_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    mixup = GradMix(MLP(), BUFFER, refresh="epoch", generator=generator())
+    old = X, torch.tensor([0, 1, 0, 1, 0, 1])
+    buffer = BUFFER[0], BUFFER[1].clamp(max=1)
+    mixup._buffer = buffer
+    mixup.select(*old)
+    new = X, torch.tensor([0, 1, 4, 1, 0, 1])
+    pairs = mixup.select(*new, lam=0.5)
+    assert not pairs.helpful[2] and not (pairs.partner[pairs.helpful] == 2).any()
+    assert mixup.refreshes == 1 and 4 not in mixup.table.classes
+    mixup.select(*new, lam=0.5)
+    assert mixup.refreshes == 2 and 4 in mixup.table.classes
+
+
+# ---------------------------------------------------------------------------------------------------- the operator
+
+
+def far_apart(soft: bool) -> list[Tensor]:
+    """Rows of which every second favours another class by far: many pairs underflow."""
+    torch.manual_seed(1)
+    z = torch.randn(9, 6)
+    z[::2, 0] += 300
+    z[1::2, 1] += 300
+    y = torch.tensor([2, 3, 4, 5, 2, 3, 4, 5, 2])
+    labels = one_hot(y, 6).float() if soft else y
+    return [torch.randn(9, 3), z, labels, torch.randn(9, 3), z.flip(0), labels.flip(0), torch.randn(6, 4)]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = far_apart(soft)
+    lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
+    expected = mixed_alignment(*arguments, lams, backend="torch")
+    behind_the_host(monkeypatch)
+    with waiting.later(), watched():
+        result = operator.mixed_alignment_torch(*arguments, lams)
+    torch.testing.assert_close(result.inner, expected.inner)
+    torch.testing.assert_close(result.norm, expected.norm)
+
+
+def test_what_there_is_no_room_for_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = far_apart(soft=False)
+    lams = torch.tensor([0.5], dtype=torch.float64)
+    expected = mixed_alignment(*arguments, lams).inner
+    behind_the_host(monkeypatch)
+    monkeypatch.setattr(operator, "LOST_ELEMENTS", 3 * 6)
+    result = operator.mixed_alignment_torch(*arguments, lams)
+    lost = result.inner.isnan()
+    assert torch.equal(lost, result.norm.isnan())
+    torch.testing.assert_close(result.inner[~lost], expected[~lost])
+    monkeypatch.setattr(operator, "LOST_ELEMENTS", 2 * 6)
+    assert operator.mixed_alignment_torch(*arguments, lams).inner.isnan().sum() == lost.sum() + 1
+    # They go unmixed: nothing that was not evaluated is helpful.
+    assert not (result.inner >= 0)[lost].any()
