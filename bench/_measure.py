@@ -113,13 +113,50 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def seconds_of(call: Call, device: torch.device) -> float:
-    """Wall-clock seconds of one call, up to the end of what it queued on the device."""
+def seconds_of(call: Call, device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call, up to the end of what it queued on the device; the mean of so many calls back to back.
+
+    On a CUDA device its own clock is read, before the first call and after the last; the device is idle before, so that
+    the time a host needs to get the work queued counts.
+    """
+    if device.type == "cuda":
+        return _device_seconds(call, device, calls, ahead=0.0)
     synchronize(device)
     start = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
+
+
+def queued_seconds(call: Call, device: torch.device) -> float:
+    """Seconds a CUDA device takes for one call while the host is ahead of it, as in a training step: what it queued.
+
+    A call that waits for the device is shown with its waiting.
+    """
+    return _device_seconds(call, device, 1, ahead=2 * seconds_of(call, device) + 1e-4)
+
+
+def _device_seconds(call: Call, device: torch.device, calls: int, ahead: float) -> float:
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        if ahead:
+            # No clock of today's devices is above 3 GHz, so the pause lasts at least so long.
+            torch.cuda._sleep(int(3e9 * ahead))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
+
+
+def back_to_back(call: Call, device: torch.device) -> int:
+    """Calls that make one sample: on a CUDA device enough for 2 ms, at most 100, else one."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(100, math.ceil(2e-3 / seconds_of(call, device))))
 
 
 def warm_up(call: Call, device: torch.device, most: int = 10) -> int:
@@ -143,12 +180,13 @@ def interleaved(
 
     Args:
         calls: by name; warmed up before.
-        device: where they run.
+        device: where they run; a sample on a CUDA device is the mean of :func:`back_to_back` calls.
         repeats: rounds.
         seconds: once this much time has gone by, rounds stop, though not before ``least`` of them.
         least: rounds made in any case, unless ``repeats`` is less.
     """
     names = list(calls)
+    in_a_row = {name: back_to_back(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for done in range(repeats):
@@ -156,7 +194,7 @@ def interleaved(
             break
         first = done % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(seconds_of(calls[name], device))
+            samples[name].append(seconds_of(calls[name], device, in_a_row[name]))
     return samples
 
 

@@ -1,29 +1,81 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and without a network: build, test, measure. Results go to the folder given.
+# Everything that needs a GPU, without a network: build, test, measure. Results go to the folder given.
 #
-#   bash bench/on_gpu.sh [FOLDER [STEP...]]      FOLDER: $OUT, else bench/results
-#   STEP: build, test, operators, engine, selection, sanitize (default: all, in this order)
+#   bash bench/on_gpu.sh [FOLDER [STEP...]]      FOLDER: bench/results, or where $OUT is set one archive in that folder
+#   STEP: build, test, kernels, selection, step, tune, operators, engine, sanitize (default: all, in this order of worth)
+#   LIMIT=570 bash bench/on_gpu.sh ...           no longer than so many seconds; what is not done by then is cut off
+#
+# Where a machine is had for ten minutes at a time, these three fit (estimates in seconds, on an H100; not all measured):
+#
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build test kernels       90 + 180 + 240
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build selection          90 + 420
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build step tune          90 + 240 + 180
 #
 # It needs torch with CUDA, triton, numpy, scikit-build-core, pybind11, cmake, ninja, pytest, hypothesis and scikit-learn.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:-${OUT:-bench/results}}
+folder=${1:-${OUT:-bench/results}}
 steps=${*:2}
-mkdir -p "$out"
-failed=0
-try() { printf '\n=== %s (%ds)\n' "$*" "$SECONDS"; "$@" || { failed=1; echo "FAILED: $*"; }; }
-wanted() { [[ " ${steps:-build test operators engine selection sanitize} " == *" $1 "* ]]; }
-
+limit=${LIMIT:-0}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+out=$folder
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())') || exit 1
+log=/dev/null
+failed=0
+
+if [[ -n ${OUT:-} && $folder == "$(cd "$OUT" && pwd)" ]]; then
+  # Few files may come out of such a folder: one archive holds them all, whatever happens on the way.
+  out=$(mktemp -d)
+  log=$out/on_gpu.log
+  pack() { tar -czf "$folder/on_gpu_${device}_$(date -u +%H%M%S).tar.gz" -C "$out" . && rm -rf "$out"; }
+  trap pack EXIT
+fi
+
+# Run a command, for as long as is left at the most.
+try() {
+  printf '\n=== %s (%ds)\n' "$*" "$SECONDS" | tee -a "$log"
+  local within=()
+  if ((limit)); then
+    if ((SECONDS >= limit)); then
+      failed=1
+      echo "FAILED: no time was left: $*"
+      return
+    fi
+    within=(timeout $((limit - SECONDS)))
+  fi
+  "${within[@]}" "$@" 2>&1 | tee -a "$log" || { failed=1; echo "FAILED: $*" | tee -a "$log"; }
+}
+wanted() { [[ " ${steps:-build test kernels selection step tune operators engine sanitize} " == *" $1 "* ]]; }
+
 if wanted build; then
   # A build without the CUDA part would be an error here, not a reason to fall back on torch.
-  GRADMIX_EXTENSION=1 GRADMIX_CUDA=1 try python3 -m pip install -q --no-build-isolation --no-deps .
+  export GRADMIX_EXTENSION=1 GRADMIX_CUDA=1
+  try python3 -m pip install -q --no-build-isolation --no-deps .
 fi
 if wanted test; then
   # Only the files with GPU tests: the others may need packages of other extras.
   mapfile -t files < <(grep -lE 'mark\.gpu|"cuda"' tests/test_*.py)
   try pytest -q -m gpu "${files[@]}"
   try gradmix doctor
+fi
+if wanted kernels; then
+  try python3 bench/alignment_kernels.py --device cuda --seconds 2 --json "$out/alignment_kernels_$device.json"
+fi
+if wanted selection; then
+  for preset in imagenet imagenet-vit imagenet21k cifar100 tiny-imagenet cifar10; do
+    try python3 bench/selection_throughput.py --device cuda --preset "$preset" --seconds 20 \
+      --json "$out/selection_throughput_${preset}_$device.json"
+  done
+fi
+if wanted step; then
+  for preset in resnet50 vit-b; do
+    try python3 bench/training_step.py --device cuda --preset "$preset" --seconds 50 \
+      --json "$out/training_step_${preset}_$device.json"
+  done
+fi
+if wanted tune; then
+  try python3 bench/tune_kernels.py --device cuda --wide --limit 120 --seconds 1 --json "$out/tune_kernels_$device.json"
 fi
 if wanted operators; then
   for operator in sketch_project class_sketch; do
@@ -35,11 +87,6 @@ fi
 if wanted engine; then
   for preset in resnet18 resnet50 vit-b; do
     try python3 bench/gradient_engine.py --device cuda --preset "$preset" --json "$out/gradient_engine_${preset}_$device.json"
-  done
-fi
-if wanted selection; then
-  for preset in imagenet cifar100 cifar10; do
-    try python3 bench/selection_throughput.py --device cuda --preset "$preset" --json "$out/selection_throughput_${preset}_$device.json"
   done
 fi
 if wanted sanitize; then
