@@ -186,11 +186,10 @@ def mixed_alignment_torch(
             products, residual, z_sum = sums(a, b, lam)
             products, residual = _without_losses(products, residual, z_sum, a, b, lam)
             mu = 1.0 - lam
-            # lam^2 |h_a|^2 + 2 lam mu <h_a, h_b> + mu^2 |h_b|^2
-            mixed = (gram * (2 * lam * mu)).add_((lam * lam * a.square)[:, None]).add_(mu * mu * b.square)
-            mixed.clamp_(min=0).add_(bias)
+            # lam^2 |h_a|^2 + 2 lam mu <h_a, h_b> + mu^2 |h_b|^2, and 1 for the bias
+            mixed = _plus((lam * lam * a.square + bias)[:, None] + mu * mu * b.square, gram, 2 * lam * mu)
             inner[k] = products
-            torch.sqrt(residual.clamp_(min=0).mul_(mixed), out=norm[k])
+            torch.sqrt(residual.clamp_(min=0).mul_(mixed.clamp_(min=bias)), out=norm[k])
     return MixedAlignment(inner, norm)
 
 
@@ -238,35 +237,41 @@ def _hard_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tenso
         rest_b = _added(rest_b, e_a, e_b * b.u[:, part])
         rest_square = _added(rest_square, e_a.square_(), e_b.square_())
     assert rest is not None and rest_a is not None and rest_b is not None and rest_square is not None
-    rest_u = rest_a.mul_(lam).add_(rest_b.mul_(mu)).mul_(SCALE**-2)
-    rest.mul_(SCALE**-2)
+    rest_u = _plus(rest_a.mul_(lam), rest_b, mu)
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
     same_rows = a is b
     z_own_a, z_a_at_b, z_b_at_a, z_own_b = (v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, same_rows))
-    log_own = (lam * z_own_a)[:, None] + mu * z_b_at_a
-    log_other = lam * z_a_at_b + mu * z_own_b
+    log_own = _plus((lam * z_own_a)[:, None], z_b_at_a, mu)
+    log_other = _plus(mu * z_own_b, z_a_at_b, lam)
     log_rest = (lam * a.top.to(exact))[:, None] + mu * b.top.to(exact)
     shift = torch.maximum(torch.maximum(log_own, log_other), log_rest)
     same = a.y[:, None] == b.y
-    own = torch.exp((log_own - shift).to(dtype))
-    other = torch.exp((log_other - shift).to(dtype)).masked_fill_(same, 0)
-    scale = torch.exp((log_rest - shift).to(dtype))
+    own = log_own.sub_(shift).to(dtype).exp_()
+    other = log_other.sub_(shift).to(dtype).exp_().masked_fill_(same, 0)
+    scale = log_rest.sub_(shift).to(dtype).exp_()
 
-    z_sum = scale * rest + own + other
-    scale = scale / z_sum
+    z_sum = torch.addcmul(own + other, scale, rest, value=SCALE**-2)
+    scale.div_(z_sum).mul_(SCALE**-2)
     u_own_a, u_a_at_b, u_b_at_a, u_own_b = _at_labels(a.u, a.y, b.u, b.y, same_rows)
-    u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
-    u_other = lam * u_a_at_b + mu * u_own_b
+    u_own = _plus((lam * u_own_a)[:, None], u_b_at_a, mu)
+    u_other = _plus(mu * u_own_b, u_a_at_b, lam)
     # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
-    residual_own = torch.where(same, -scale * rest, own / z_sum - lam)
-    residual_other = (other / z_sum - mu).masked_fill_(same, 0)
+    residual_own = torch.where(same, rest.mul_(scale).neg_(), own.div_(z_sum).sub_(lam))
+    residual_other = other.div_(z_sum).sub_(mu).masked_fill_(same, 0)
 
-    inner = scale * rest_u + residual_own * u_own + residual_other * u_other
+    inner = rest_u.mul_(scale).addcmul_(residual_own, u_own).addcmul_(residual_other, u_other)
     # By the root, since the scale of the squares, and a well-fitted pair's own, leave float32's range if squared first.
-    square = rest_square.sqrt_().mul_(SCALE**-2).mul_(scale).square_()
-    residual = square + residual_own.square() + residual_other.square()
+    residual = rest_square.sqrt_().mul_(scale).square_()
+    residual.addcmul_(residual_own, residual_own).addcmul_(residual_other, residual_other)
     return inner, residual, z_sum
+
+
+def _plus(base: Tensor, x: Tensor, weight: Weight) -> Tensor:
+    """``base`` + weight x, in one pass."""
+    if isinstance(weight, Tensor):
+        return torch.addcmul(base, x, weight.to(x.dtype))
+    return torch.add(base, x, alpha=weight)
 
 
 def _at_labels(
@@ -293,8 +298,8 @@ def _soft_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tenso
         square = _added(square, e_a.square_(), e_b.square_())
     assert z_sum is not None and u_a is not None and u_b is not None
     assert y_a is not None and y_b is not None and square is not None
-    p_u = u_a.mul_(lam).add_(u_b.mul_(mu)) / z_sum
-    p_y = y_a.mul_(lam).add_(y_b.mul_(mu)) / z_sum
+    p_u = _plus(u_a.mul_(lam), u_b, mu) / z_sum
+    p_y = _plus(y_a.mul_(lam), y_b, mu) / z_sum
     # The scale of the squares leaves float32's range if it is squared as a whole.
     p_square = square * z_sum.reciprocal().square_()
     y_u = (
