@@ -9,6 +9,7 @@ The package is kept in ``kernels/`` of the source tree and installed as ``gradmi
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -42,9 +43,17 @@ class Variant(NamedTuple):
     max_spills: int = 0
 
 
+OLDEST = (3, 6)
+"""The oldest Triton that the kernels were compiled with; 3.1 refuses them."""
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels are run by its interpreter, on the CPU: ``TRITON_INTERPRET=1`` is set."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def unavailable_reason() -> str | None:
@@ -59,6 +68,12 @@ def unavailable_reason() -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        version = None  # a build of one's own, without metadata
+    if version is not None and _numbers(version) < OLDEST:
+        return f"triton {version} is installed, {'.'.join(map(str, OLDEST))} or later is needed"
     if not interpreted() and not torch.cuda.is_available():
         return "no CUDA or ROCm device is visible to torch"
     return None

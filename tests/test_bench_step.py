@@ -356,7 +356,8 @@ def test_tuning_does_not_time_the_interpreter(
 
 
 def test_compile_figures_need_no_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    if _triton.unavailable_reason() is not None:
+        pytest.skip(str(_triton.unavailable_reason()))
     done = run(
         "tune_kernels.py", "--compile-only", "--only", "draw_partners permute", "--json", "result.json",
         cwd=tmp_path, TRITON_INTERPRET="0",

@@ -5,7 +5,6 @@ The interpreter computes every precision in float32; what TF32 does to the produ
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 
@@ -15,11 +14,12 @@ from test_mixed_alignment import CASES, in_double, largest_inner, make
 from torch import Tensor
 from truth import assert_decisions_agree
 
+from gradmix import kernels
 from gradmix.ops.labels import dense_labels
 from gradmix.ops.mixed_alignment import MixedAlignment, mixed_alignment_reference
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+if kernels.unavailable_reason() is not None:
+    pytest.skip(str(kernels.unavailable_reason()), allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a GPU, so Triton's interpreter is off", allow_module_level=True)
 

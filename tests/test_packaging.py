@@ -80,6 +80,9 @@ def test_kernels_reason(monkeypatch):
     assert kernels.unavailable_reason() == "triton is not installed"
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: "3.1.0")
+    assert kernels.unavailable_reason() == "triton 3.1.0 is installed, 3.6 or later is needed"
+    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: "3.10.0+git")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels.unavailable_reason() is None
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -12,15 +12,13 @@ The references say so directly: the first in float64, the second by forming the 
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.mixed_alignment import MixedAlignment, Precision, as_lams
+from gradmix.ops.mixed_alignment import MixedAlignment, Precision, as_lams, check_precision
 
 # ----------------------------------------------------------------------------------------------------------- references
 
@@ -276,8 +274,7 @@ def _check_batches(x: Tensor, y: Tensor, precision: str) -> None:
     if y.shape[0] != x.shape[0] or y.shape[2] != x.shape[2]:
         raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({x.shape[0]}, Q, {x.shape[2]}) as x")
     _check_like("y", y, x)
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}")
+    check_precision(precision)
 
 
 def _check_like(name: str, value: Tensor, x: Tensor) -> None:

@@ -22,6 +22,7 @@ from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.waiting import look_is_free
 
 DrawPolicy = Literal["uniform", "best", "permute"]
+POLICIES = get_args(DrawPolicy)
 
 
 class DrawnPartners(NamedTuple):
@@ -226,7 +227,7 @@ def draw_partners(
     >>> draw_partners(allowed, torch.tensor([0.7, 0.2], dtype=torch.float64))
     DrawnPartners(partner=tensor([2, 0]), found=tensor([ True, False]))
     """
-    if policy not in get_args(DrawPolicy):
+    if policy not in POLICIES:
         raise ValueError(f"policy: got {policy!r}, expected 'uniform', 'best' or 'permute'")
     expected = torch.int64 if policy == "permute" else torch.float64
     if not isinstance(drawn, Tensor):

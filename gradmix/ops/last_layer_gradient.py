@@ -12,8 +12,6 @@ the gradient of well-fitted rows keeps its relative accuracy in float32.
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_labels, dense_labels
-from gradmix.ops.mixed_alignment import Precision
+from gradmix.ops.mixed_alignment import Precision, check_precision
 
 RESIDUALS = 1 << 24
 """Elements of the residuals, and of the rows' cast features, held at a time (64 MiB of float32)."""
@@ -175,8 +173,7 @@ def last_layer_gradient(
     for name, value in (("logits", logits), ("labels", labels)):
         if value.device != features.device:
             raise ValueError(f"{name}: got a tensor on {value.device}, expected {features.device} as features")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}")
+    check_precision(precision)
     shape, dtype = (classes, width + bool(bias)), work_dtype(features.dtype)
     if out is None:
         out = torch.zeros(shape, dtype=dtype, device=features.device)

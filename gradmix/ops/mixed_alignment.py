@@ -64,6 +64,8 @@ So many pairs are always recomputed there, and more than these become NaN: not e
 Precision = Literal["ieee", "tf32x3", "tf32"]
 """Of the products in the Triton body: float32, or TF32 on the matrix units, in three products or one."""
 
+PRECISIONS = get_args(Precision)
+
 
 class MixedAlignment(NamedTuple):
     """Inner products and gradient norms of all pairs.
@@ -570,8 +572,7 @@ def mixed_alignment(
         raise ValueError(f"logits_b: got {logits_b.shape[1]} classes, expected {logits_a.shape[1]} as logits_a")
     classes, width = logits_a.shape[1], features_a.shape[1]
     check_reference(reference, classes, width)
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, get_args(Precision)))}")
+    check_precision(precision)
     lams = as_lams(lam, features_a.device)
     inner, norm = mixed_alignment_op(
         features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, precision, backend
@@ -579,6 +580,12 @@ def mixed_alignment(
     if isinstance(lam, Tensor) and lam.ndim == 1:
         return MixedAlignment(inner, norm)
     return MixedAlignment(inner[0], norm[0])
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
 
 
 def check_reference(reference: Tensor, classes: int, width: int) -> None:
