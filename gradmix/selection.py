@@ -280,7 +280,8 @@ def select_pairs(
 
     Raises:
         ValueError: a value out of range, a NaN or infinity (its row is named), labels beyond the model's classes, an
-            empty batch, or no certain head.
+            empty batch, or no certain head. What is wrong with values on a GPU is raised by the next call, as this one
+            waits for nothing (:mod:`gradmix.ops.waiting`; estimators ``feature`` and ``mixed``).
         TypeError: an argument of the wrong type.
 
     >>> import torch, gradmix

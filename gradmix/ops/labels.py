@@ -78,7 +78,7 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
 def within_range(labels: Tensor, classes: int) -> Tensor:
     """The labels, held in [0, classes) where their check is still under way: an index out of range ends CUDA's context.
 
-    What is made of such labels is never used: the next call raises the error.
+    What is made of such labels lasts for a step: the next call raises the error.
     """
     if labels.is_floating_point() or look_is_free(labels.device):
         return labels

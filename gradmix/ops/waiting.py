@@ -3,8 +3,8 @@
 To look at a value on a GPU the host must wait until everything queued before it is done, and the GPU is idle until it
 gets new work: a check for NaN would cost more than the selection it guards. So where a look is not free, a check only
 queues the question. What it found is read at the beginning of the next call, when the answer has long been there, and
-an error is raised then, as CUDA's own errors are. Meanwhile nothing wrong is used: NaN alignments are not helpful, and
-labels are held in their range.
+an error is raised then, as CUDA's own errors are. In the step in between a NaN helps nobody, as its alignments are not
+helpful, and labels are held in their range.
 
 On the CPU a check looks at once. ``GRADMIX_CHECKS=now`` makes it look at once everywhere, to find the line at fault.
 """
