@@ -7,10 +7,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from fresh import run_python
 
 import gradmix
 
@@ -138,3 +140,14 @@ def test_the_doctor_knows_every_extra():
         for name, requirements in extras.items()
     }
     assert known == declared
+
+
+def test_a_bare_checkout_imports_without_its_kernels(tmp_path):
+    shutil.copytree(ROOT / "gradmix", tmp_path / "gradmix", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    code = (
+        "import gradmix; from gradmix.ops import draw_partners, mixed_alignment;"
+        "print(gradmix.__file__); print(draw_partners.OPERATOR.explain()[0][1])"
+    )
+    where, why = run_python(code, PYTHONPATH=str(tmp_path))
+    assert where.startswith(str(tmp_path))
+    assert why == "gradmix.kernels is not installed (a bare checkout does not have it)"

@@ -28,9 +28,14 @@ def can_run(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
             return f"it serves float32, bfloat16 and float16, and got {tensor.dtype}"
-        if tensor.device.type != "cuda" and not interpreted():
-            return f"it serves GPUs, and the tensors are on {tensor.device}"
-    return None
+    return next(filter(None, (device_reason(tensor.device) for tensor in tensors)), None)
+
+
+def device_reason(device: torch.device) -> str | None:
+    """None, or why Triton kernels cannot take tensors on ``device``."""
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+        return None
+    return f"it serves GPUs, and the tensors are on {device}"
 
 
 @lru_cache(maxsize=1)

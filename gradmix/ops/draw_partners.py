@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gradmix import kernels
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.waiting import look_is_free
+from gradmix.ops.waiting import look_is_free, require
 
 DrawPolicy = Literal["uniform", "best", "permute"]
 POLICIES = get_args(DrawPolicy)
@@ -135,9 +134,7 @@ def draw_partners_triton(
 
 
 def _triton_can_run(allowed: Tensor | None, drawn: Tensor, *_args: Any) -> str | None:
-    if drawn.is_cuda or (drawn.device.type == "cpu" and kernels.interpreted()):
-        return None
-    return f"it serves GPUs, and the tensors are on {drawn.device}"
+    return _triton.device_reason(drawn.device)
 
 
 # -------------------------------------------------------------------------------------------- dispatch and registration
@@ -270,8 +267,8 @@ def draw_partners(
 def _check_range(drawn: Tensor, partners: int | None) -> None:
     """Raise unless ``drawn`` is in [0, 1), or for ``partners`` columns one of them."""
     end = 1 if partners is None else partners
-    bad = ~((drawn >= 0) & (drawn < end))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        what = "a number in [0, 1)" if partners is None else f"a column in [0, {partners})"
-        raise ValueError(f"drawn: row {row} is {drawn[row].item()}, expected {what}")
+    what = "a number in [0, 1)" if partners is None else f"a column in [0, {partners})"
+    require(
+        ~((drawn >= 0) & (drawn < end)),
+        lambda row: ValueError(f"drawn: row {row} is {drawn[row].item()}, expected {what}"),
+    )
