@@ -46,12 +46,12 @@ from gradmix.estimators import (
 )
 from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature
-from gradmix.ops.class_pairs import class_pair_alignment
+from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixed_alignment_op
-from gradmix.ops.waiting import look_is_free, require
-from gradmix.probe import device_of, require_finite, untouched, unwrap
+from gradmix.ops.waiting import look_is_free
+from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
 
 Estimator = Literal["feature", "mixed", "jvp", "sketch"]
@@ -385,7 +385,7 @@ def mixed_input_alignment(
         with HeadCapture(model, head) as capture:
             model(lam * x[i] + mu * other_x[j])
         features, logits = capture.output
-        _require_finite_pairs(logits, i, j)
+        require_finite_pairs(logits, i, j)
         own, other = (dense_labels(v, logits.shape[1], dtype) for v in (y[i], other_y[j]))
         labels = lam * own + mu * other
         part = row_alignment(features, logits, labels, reference)
@@ -393,20 +393,6 @@ def mixed_input_alignment(
         norm.append(part[1])
     empty = reference.new_empty(0)
     return torch.cat([empty, *inner]), torch.cat([empty, *norm])
-
-
-def _require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
-    if look_is_free(logits.device) and torch.isfinite(logits.sum(dtype=torch.float32)):
-        return
-    largest = torch.linalg.vector_norm(logits, torch.inf, dim=1)
-
-    def error(k: int) -> ValueError:
-        content = "NaN" if torch.isnan(largest[k]) else "an infinity"
-        return ValueError(
-            f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
-        )
-
-    require(~torch.isfinite(largest), error)
 
 
 def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -448,18 +434,10 @@ class ClassMean:
 
     def add_matrix(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor, own_rows: bool) -> None:
         """Add all pairs of an (N, M) matrix but those that are NaN and, if ``own_rows``, a row with itself."""
-        dtype = inner.dtype
-        left = (y_a[:, None] == self.classes).to(dtype)
-        right = (y_b[:, None] == self.classes).to(dtype)
-        valid = ~torch.isnan(inner)
-        if own_rows:
-            valid.fill_diagonal_(False)
-        for total, value in (
-            (self._inner, inner.masked_fill(~valid, 0)),
-            (self._norm, norm.masked_fill(~valid, 0)),
-            (self._count, valid.to(dtype)),
-        ):
-            total += (left.T @ value @ right).flatten()
+        left, right = (class_members(y, self.classes, inner.dtype) for y in (y_a, y_b))
+        sums = class_pair_sums((inner, norm), left, right, own_rows)
+        for total, value in zip((self._inner, self._norm, self._count), sums, strict=True):
+            total += value.flatten()
 
     def add_pairs(self, inner: Tensor, norm: Tensor, y_a: Tensor, y_b: Tensor) -> None:
         """Add single pairs: all arguments (K,), the labels among ``classes``."""
@@ -502,7 +480,6 @@ def class_table(
     if estimator == "feature":
         limit = max(1, min(class_samples, TABLE_ROWS // len(classes)))
         rows = rows.take(ClassQuota(limit).admit(rows.y))
-        lams = torch.tensor(TABLE_LAMS, dtype=torch.float64).to(reference.device)
         inner, norm = class_pair_alignment(
             rows.features,
             rows.logits,
@@ -510,7 +487,7 @@ def class_table(
             class_index(classes, class_of(rows.y)),
             len(classes),
             reference,
-            lams,
+            torch.tensor(TABLE_LAMS, dtype=torch.float64),
             backend=backend,
         )
         return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)

@@ -8,7 +8,7 @@ running statistics and does not update them, and dropout is off.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -91,17 +91,37 @@ def require_finite(first_row: int = 0, **named: Tensor) -> None:
         named: tensors (N, ...) by the name that the error uses; underscores are shown as spaces.
     """
     floats = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
-    if not floats:
-        return
-    free = all(look_is_free(value.device) for value in floats.values())
-    if free and torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in floats.values()]).sum()):
+    if not floats or _seen_finite(*floats.values()):
         return
     for name, value in floats.items():
-        # The error must not keep a batch of images alive until the next call.
-        largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
-        require(~torch.isfinite(largest), partial(_not_finite, name.replace("_", " "), first_row, largest))
+        _require_rows(value, partial(_row_not_finite, name.replace("_", " "), first_row))
 
 
-def _not_finite(name: str, first_row: int, largest: Tensor, row: int) -> ValueError:
-    content = "NaN" if torch.isnan(largest[row]) else "an infinity"
+def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
+    """The same for logits (K, C) of mixed rows ``i`` and ``j``, both (K,)."""
+    if not _seen_finite(logits):
+        _require_rows(logits, partial(_pair_not_finite, i, j))
+
+
+def _seen_finite(*values: Tensor) -> bool:
+    """Whether a look is free and finds everything finite, by one synchronisation."""
+    if not all(look_is_free(value.device) for value in values):
+        return False
+    return bool(torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in values]).sum()))
+
+
+def _require_rows(value: Tensor, error: Callable[[int, str], ValueError]) -> None:
+    """Require the rows of ``value`` to be finite; ``error`` is made of the first that is not, and what it holds."""
+    # The largest entries: the question must not keep a batch of images alive until the next call.
+    largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
+    require(~torch.isfinite(largest), lambda row: error(row, "NaN" if torch.isnan(largest[row]) else "an infinity"))
+
+
+def _row_not_finite(name: str, first_row: int, row: int, content: str) -> ValueError:
     return ValueError(f"{name}: row {first_row + row} holds {content}, expected finite values")
+
+
+def _pair_not_finite(i: Tensor, j: Tensor, k: int, content: str) -> ValueError:
+    return ValueError(
+        f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
+    )

@@ -58,9 +58,9 @@ from gradmix.head import HeadOutput, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
-from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, check_reference
+from gradmix.ops.mixed_alignment import Weight, check_lam, check_reference
 from gradmix.ops.waiting import later, look_is_free, require
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.rows import CHUNK, RowSource, as_pair
@@ -451,7 +451,7 @@ class Decision(NamedTuple):
 
 
 def _decided(alignment: Alignment, drawn: DrawnPartners, lam: Weight) -> Decision:
-    kept = torch.ones((), dtype=as_lams(1.0, drawn.found.device).dtype, device=drawn.found.device)
+    kept = torch.ones((), dtype=exact_dtype(drawn.found.device), device=drawn.found.device)
     weights = torch.where(drawn.found, lam, kept)
     return Decision(drawn.partner, drawn.found, weights, alignment.inner, alignment.cosine, alignment.classes)
 
@@ -578,7 +578,7 @@ def _score_whole(
     extent: Extent,
     generator: torch.Generator,
 ) -> tuple[Alignment, Tensor, Tensor, Screening | None]:
-    """As :func:`_score` over all parameters, and for the estimator ``sketch`` how the decisions were made."""
+    """As :func:`_score_mixed` over all parameters, and for the estimator ``sketch`` how the decisions were made."""
     estimator, partner_pair = settings.whole, batch if candidates is None else candidates
     assert estimator is not None
     chunk, width = extent

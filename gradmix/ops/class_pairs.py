@@ -63,17 +63,15 @@ def class_pairs_torch(
 ) -> MixedAlignment:
     """All pairs in plain torch, then products with the rows' classes. As :func:`class_pair_alignment`."""
     inner, norm = _empty(features, classes, lams)
-    member = _member(index, classes, inner.dtype)
+    member = class_members(index, torch.arange(classes, device=index.device), inner.dtype)
     rows = (features, logits, labels)
     at_once = max(1, PAIRS_AT_A_TIME // max(1, len(index)) ** 2)
     done = 0
     for part in lams.split(at_once):
         pairs = mixed_alignment_torch(*rows, *rows, reference, part)
-        valid = ~torch.isnan(pairs.inner)
-        valid.diagonal(dim1=1, dim2=2).fill_(False)
-        count = member.T @ valid.to(member.dtype) @ member
-        for out, value in ((inner, pairs.inner), (norm, pairs.norm)):
-            out[done : done + len(part)] = (member.T @ value.masked_fill_(~valid, 0) @ member) / count
+        *sums, count = class_pair_sums(pairs, member, member, own_rows=True)
+        for out, value in zip((inner, norm), sums, strict=True):
+            out[done : done + len(part)] = value / count
         done += len(part)
     return MixedAlignment(inner, norm)
 
@@ -91,7 +89,7 @@ def class_pairs_triton(
         sums = kernel.class_pair_sums(
             features, logits, labels, u, lams, rows, group, bias=has_bias(features, reference), precision="tf32x3"
         )
-        member = _member(groups, classes, torch.float32)
+        member = class_members(groups, torch.arange(classes, device=index.device), torch.float32)
         pairs = counts[:, None] * counts - torch.diag(counts)
         # 0 / 0 is the NaN of a pair of classes without a pair of rows.
         inner, norm = ((member.T @ value @ member) / pairs for value in sums)
@@ -121,9 +119,30 @@ def layout(index: Tensor, counts: Tensor) -> tuple[Tensor, int, Tensor]:
     return rows.scatter_(0, slot, order), group, groups
 
 
-def _member(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """(N, P), 1 where a row is of a class."""
-    return (index[:, None] == torch.arange(classes, device=index.device)).to(dtype)
+def class_members(labels: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, P), 1 where a row of ``labels`` (N,) is of one of the ``classes`` (P,), else 0."""
+    return (labels[:, None] == classes).to(dtype)
+
+
+def class_pair_sums(
+    values: tuple[Tensor, Tensor], left: Tensor, right: Tensor, own_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two matrices of pairs summed by class pair, and the number of pairs summed; those that are NaN are left out.
+
+    Args:
+        values: (..., N, M) both, inner products and norms, NaN in the same places.
+        left: (N, P), :func:`class_members` of the rows.
+        right: (M, P), of the partners.
+        own_rows: the partners are the rows themselves, and no row counts with itself.
+
+    Returns:
+        (..., P, P) sums of the first, of the second, and the count.
+    """
+    valid = ~torch.isnan(values[0])
+    if own_rows:
+        valid.diagonal(dim1=-2, dim2=-1).fill_(False)
+    first, second = (left.T @ value.masked_fill(~valid, 0) @ right for value in values)
+    return first, second, left.T @ valid.to(left.dtype) @ right
 
 
 def _empty(features: Tensor, classes: int, lams: Tensor) -> MixedAlignment:

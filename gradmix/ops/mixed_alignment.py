@@ -37,7 +37,7 @@ from torch import Tensor
 
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_labels, dense_labels
 from gradmix.ops.waiting import look_is_free
 
@@ -230,7 +230,7 @@ def _hard_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tenso
     The products run over the classes that are neither row's label; ``own`` and ``other`` are the two labels' terms.
     """
     mu = 1.0 - lam
-    dtype, exact = a.z.dtype, _exact_dtype(a.z)
+    dtype, exact = a.z.dtype, exact_dtype(a.z.device)
     rest = rest_a = rest_b = rest_square = None
     for part in _parts(a, b):
         e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
@@ -365,7 +365,7 @@ def _exact(i: Tensor, j: Tensor, a: _Side, b: _Side, lam: Weight) -> tuple[Tenso
     """<r, u> and ||r||^2 of the pairs (i, j), both (K,), by the softmax of the mixed logits, in float64."""
     mu = 1.0 - lam
     classes = a.z.shape[1]
-    exact = _exact_dtype(a.z)
+    exact = exact_dtype(a.z.device)
     p = torch.softmax(lam * a.z[i].to(exact) + mu * b.z[j].to(exact), 1)
     r = p - lam * dense_labels(a.y[i], classes, exact) - mu * dense_labels(b.y[j], classes, exact)
     u = lam * a.u[i].to(exact) + mu * b.u[j].to(exact)
@@ -386,10 +386,6 @@ def has_bias(features: Tensor, reference: Tensor) -> bool:
 
 def _append_one(features: Tensor, reference: Tensor) -> Tensor:
     return torch.nn.functional.pad(features, (0, 1), value=1.0) if has_bias(features, reference) else features
-
-
-def _exact_dtype(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # MPS has no float64
 
 
 # -------------------------------------------------------------------------------------------- dispatch and registration
@@ -603,7 +599,7 @@ def as_lams(lam: float | Tensor, device: torch.device) -> Tensor:
     Raises:
         TypeError, ValueError: not a number, or not a floating-point tensor () or (L,), or a weight outside [0, 1].
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = exact_dtype(device)
     if not isinstance(lam, Tensor):
         check_lam(lam)
         # A fill takes the number along with its launch; a copy from the host would be waited for.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,23 +43,6 @@ def look_is_free(device: torch.device) -> bool:
     return setting == "now" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-@dataclass
-class Questions:
-    """Checks queued in one call.
-
-    Attributes:
-        first: of each check a scalar int64 tensor: the first bad row, or -1.
-        consequences: of each check, what follows from a bad row.
-    """
-
-    first: list[Tensor] = field(default_factory=list)
-    consequences: list[Consequence] = field(default_factory=list)
-
-    def flags(self) -> Tensor | None:
-        """(K,) int64 on the device: the first bad row of every check, or -1; None where there is no check."""
-        return torch.stack(self.first) if self.first else None
-
-
 @dataclass(frozen=True)
 class _Answers:
     """Flags on their way to the host."""
@@ -69,7 +52,7 @@ class _Answers:
     consequences: list[Consequence]
 
 
-_asking: Questions | None = None
+_asking: list[tuple[Tensor, Consequence]] | None = None
 _underway: list[_Answers] = []
 
 
@@ -88,42 +71,37 @@ def require(bad: Tensor, consequence: Consequence) -> None:
             if error is not None:
                 raise error
         return
-    _asking.first.append(torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1))
-    _asking.consequences.append(consequence)
-
-
-@contextmanager
-def questions() -> Iterator[Questions]:
-    """Queue the checks of the body; the caller sends the flags by :func:`send`. A body that raises leaves none."""
-    global _asking
-    before, _asking = _asking, Questions()
-    try:
-        yield _asking
-    finally:
-        _asking = before
+    _asking.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
 
 
 @contextmanager
 def later() -> Iterator[None]:
-    """Around one call: raise what the last call found, and let the next one raise what this one finds."""
+    """Around one call: raise what earlier calls found, and let the next one raise what this one finds.
+
+    A body that raises leaves no question behind.
+    """
+    global _asking
     settle()
-    with questions() as asked:
+    before, _asking = _asking, []
+    try:
         yield
-    send(asked.flags(), asked.consequences)
+        asked = _asking
+    finally:
+        _asking = before
+    if asked:
+        _send(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
 
 
-def send(flags: Tensor | None, consequences: list[Consequence]) -> None:
-    """Have ``flags`` (K,) copied to the host without waiting; :func:`settle` will draw the consequences."""
-    if flags is None:
-        return
-    if flags.is_cuda:
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(flags.device))
-        _underway.append(_Answers(host, event, consequences))
-    else:
+def _send(flags: Tensor, consequences: list[Consequence]) -> None:
+    """Have ``flags`` (K,), first bad rows or -1, copied to the host without waiting."""
+    if not flags.is_cuda:
         _underway.append(_Answers(flags, None, consequences))
+        return
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(flags.device))
+    _underway.append(_Answers(host, event, consequences))
 
 
 def settle() -> None:
