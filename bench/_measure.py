@@ -368,3 +368,60 @@ def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: got {options.device!r}: {str(error).splitlines()[0]}")
+
+
+def add_run_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    quick_repeats: int,
+    seconds: float,
+    stop: str,
+    seed: str,
+    devices: str = "cpu, cuda, cuda:1",
+) -> None:
+    """Add what every benchmark with rounds is told: how long, where, from which seed, and where its figures go.
+
+    Args:
+        parser: to add to; :func:`check_run` completes what it has parsed.
+        quick_repeats: rounds under ``--quick``.
+        seconds: default of ``--seconds``.
+        stop: what ``--seconds`` does.
+        seed: what ``--seed`` is of.
+        devices: examples of ``--device``.
+    """
+    absent = argparse.SUPPRESS
+    parser.add_argument("--repeats", type=count, help=f"rounds (default: 60, quick: {quick_repeats})", default=absent)
+    parser.add_argument("--seconds", type=positive, default=seconds, help=stop)
+    parser.add_argument("--device", default="cpu", help=devices)
+    parser.add_argument("--threads", type=count, help="CPU threads (default: torch's own choice)", default=absent)
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--json", type=Path, help="also write all figures to this file", default=absent)
+    parser.set_defaults(quick_repeats=quick_repeats)
+
+
+def check_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in the rounds, and stop with a plain word where :func:`check_places` does."""
+    options.repeats = getattr(options, "repeats", options.quick_repeats if options.quick else 60)
+    check_places(parser, options)
+
+
+def begin(options: argparse.Namespace) -> torch.device:
+    """Set threads and TF32 as told; the device."""
+    if "threads" in options:
+        torch.set_num_threads(options.threads)
+    if "tf32" in options:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    return torch.device(options.device)
+
+
+def run_values(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run was told, for its result file."""
+    values = {name: getattr(options, name) for name in ("quick", "device", "seed", "repeats", "seconds")}
+    return values | {"threads": getattr(options, "threads", None)}
+
+
+def finish(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the result file, if one was asked for."""
+    if "json" in options:
+        write_json(options.json, result)
+        print(f"written to {options.json}")

@@ -12,21 +12,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from _measure import (
-    check_places,
-    count,
+    add_run_arguments,
+    begin,
+    check_run,
+    finish,
     interleaved,
     keep_freed_memory,
     load_average,
     machine,
     machine_line,
     paired_ratio,
-    positive,
     quantiles,
+    run_values,
     show_table,
     show_time,
     warm_up,
@@ -609,26 +610,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", help="tasks in whose title this occurs", default="")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few repeats: a look, not a measurement")
-    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 3)", default=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=positive, default=4.0, help="stop a task's rounds then, though not before 5")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument(
-        "--threads", type=count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
+    add_run_arguments(
+        parser,
+        quick_repeats=3,
+        seconds=4.0,
+        stop="stop a task's rounds then, though not before 5",
+        seed="of the inputs",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file", default=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.repeats = getattr(options, "repeats", 3 if options.quick else 60)
-    check_places(parser, options)
+    check_run(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 2 if no task has such a title."""
     options = parse(arguments)
-    device = torch.device(options.device)
-    if "threads" in options:
-        torch.set_num_threads(options.threads)
+    device = begin(options)
     keeps = keep_freed_memory()
     described = {**machine(device), "keeps_freed_memory": keeps}
     print(machine_line(described) + "\n")
@@ -638,13 +635,8 @@ def main(arguments: list[str] | None = None) -> int:
         "benchmark": "alignment_kernels",
         "machine": described,
         "arguments": {
-            "quick": options.quick,
+            **run_values(options),
             "only": options.only,
-            "device": options.device,
-            "threads": getattr(options, "threads", None),
-            "seed": options.seed,
-            "repeats": options.repeats,
-            "seconds": options.seconds,
         },
         "rates": {**rates.as_figures(), "product": str(product)},
         "tasks": [],
@@ -657,13 +649,12 @@ def main(arguments: list[str] | None = None) -> int:
         show_task(found, device.type == "cuda")
         result["tasks"].append(found)
         described["load_at_end"] = load_average()
-        if "json" in options:  # after each task: the time of a borrowed machine may end
+        if "json" in options:  # after each task, so that a run cut short is not lost
             write_json(options.json, result)
     if not result["tasks"]:
         print(f"argument --only: no task's title holds {options.only!r}", file=sys.stderr)
         return 2
-    if "json" in options:
-        print(f"written to {options.json}")
+    finish(options, result)
     return 0
 
 

@@ -17,14 +17,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from _measure import (
-    check_places,
+    add_run_arguments,
+    begin,
+    check_run,
     count,
+    finish,
     free_memory,
     interleaved,
     keep_freed_memory,
@@ -33,15 +35,14 @@ from _measure import (
     machine_line,
     paired_ratio,
     peak_memory,
-    positive,
     quantiles,
+    run_values,
     seconds_of,
     show_bytes,
     show_table,
     show_time,
     synchronize,
     warm_up,
-    write_json,
 )
 from _networks import NETWORKS, NORMS, Tokens, make_network
 from _peers import (
@@ -1179,38 +1180,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="a tiny network unless named, few repeats: a look, not a measurement"
     )
     parser.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
-    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 3)", default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--seconds", type=positive, default=60.0, help="stop the rounds then, though not before 5; less for slow ways"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--tf32", action="store_true", help="let float32 products on a GPU use TF32")
-    parser.add_argument(
-        "--threads", type=count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
+    add_run_arguments(
+        parser,
+        quick_repeats=3,
+        seconds=60.0,
+        stop="stop the rounds then, though not before 5; less for slow ways",
+        seed="of weights, rows and sketch",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, rows and sketch")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file", default=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["resnet18"]
     names = ("network", "norm", "batch", "classes", "rank", "dtype")
     options.case = replace(base, **{name: getattr(options, name) for name in names if name in options})
-    options.repeats = getattr(options, "repeats", 3 if options.quick else 60)
     if options.case.classes > NETWORKS[options.case.network].classes:
         parser.error(
             f"argument --classes: got {options.case.classes}, expected at most the "
             f"{NETWORKS[options.case.network].classes} of {options.case.network}"
         )
-    check_places(parser, options)
+    check_run(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
-    device = torch.device(options.device)
-    if "threads" in options:
-        torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    device = begin(options)
     # The peers warn of their own doings, in every call.
     warnings.simplefilter("ignore")
     keeps = keep_freed_memory()
@@ -1218,14 +1212,9 @@ def main(arguments: list[str] | None = None) -> int:
         "benchmark": "gradient_engine",
         "machine": {**machine(device), "keeps_freed_memory": keeps, "peers": versions()},
         "arguments": {
-            "quick": options.quick,
+            **run_values(options),
             "preset": getattr(options, "preset", None),
-            "device": options.device,
             "tf32": options.tf32,
-            "threads": getattr(options, "threads", None),
-            "seed": options.seed,
-            "repeats": options.repeats,
-            "seconds": options.seconds,
             "peers": not options.no_peers,
         },
         "case": vars(options.case),
@@ -1241,9 +1230,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     result["machine"]["load_at_end"] = load_average()
     print_report(result)
-    if "json" in options:
-        write_json(options.json, result)
-        print(f"written to {options.json}")
+    finish(options, result)
     return 0
 
 

@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from _measure import (
     Call,
-    check_places,
+    add_run_arguments,
+    begin,
+    check_run,
     count,
+    finish,
     interleaved,
     keep_freed_memory,
     load_average,
@@ -29,16 +32,15 @@ from _measure import (
     machine_line,
     paired_ratio,
     peak_memory,
-    positive,
     quantiles,
     queued_seconds,
+    run_values,
     seconds_of,
     show_bytes,
     show_count,
     show_table,
     show_time,
     warm_up,
-    write_json,
 )
 from _peers import versions
 from _rates import PRECISIONS, Product, measure_rates
@@ -533,14 +535,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the sweep: .png, .svg or .pdf; implies one", default=absent
     )
-    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 5)", default=absent)
-    parser.add_argument(
-        "--seconds", type=positive, default=75.0, help="stop the rounds of a table then, though not before 10"
+    add_run_arguments(
+        parser,
+        quick_repeats=5,
+        seconds=75.0,
+        stop="stop the rounds of a table then, though not before 10",
+        seed="of the inputs",
+        devices="cpu, cuda, cuda:1, mps",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=count, help="CPU threads (default: torch's own choice)", default=absent)
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file", default=absent)
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["imagenet"]
     given = ("n", "m", "classes", "features", "buffer")
@@ -549,7 +551,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if own_rows and "n" in options:
         named["m"] = options.n
     options.sizes = replace(base, **named, own_rows=own_rows)
-    options.repeats = getattr(options, "repeats", 5 if options.quick else 60)
     swept = getattr(options, "classes_sweep", [] if "plot" in options else None)
     if swept is not None:
         swept = sorted(set(swept or (SWEPT_QUICK if options.quick else SWEPT)))
@@ -558,34 +559,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         complaint = check_picture(options.plot)
         if complaint:
             parser.error(f"argument --plot: {complaint}")
-    check_places(parser, options)
+    check_run(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
-    device = torch.device(options.device)
-    if "threads" in options:
-        torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    device = begin(options)
     warmups = 2 if options.quick else 10
     keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "selection_throughput",
         "machine": {**machine(device), "keeps_freed_memory": keeps},
         "arguments": {
-            "quick": options.quick,
+            **run_values(options),
             "preset": getattr(options, "preset", None),
-            "device": options.device,
             "dtype": options.dtype,
             "precision": options.precision,
             "tf32": options.tf32,
             "peers": not options.no_peers,
-            "threads": getattr(options, "threads", None),
-            "seed": options.seed,
-            "repeats": options.repeats,
-            "seconds": options.seconds,
             "classes_sweep": options.classes_sweep,
         },
         "peers": versions(),
@@ -622,9 +615,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     result["machine"]["load_at_end"] = load_average()
     print_report(result)
-    if "json" in options:
-        write_json(options.json, result)
-        print(f"written to {options.json}")
+    finish(options, result)
     if "plot" in options:
         draw(options.plot, result)
         print(f"drawn to {options.plot}")

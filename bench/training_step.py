@@ -12,15 +12,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from _measure import (
-    check_places,
+    add_run_arguments,
+    begin,
+    check_run,
     count,
+    finish,
     interleaved,
     keep_freed_memory,
     load_average,
@@ -28,14 +30,13 @@ from _measure import (
     machine_line,
     paired_ratio,
     peak_memory,
-    positive,
     quantiles,
+    run_values,
     seconds_of,
     show_bytes,
     show_table,
     show_time,
     warm_up,
-    write_json,
 )
 from _networks import NETWORKS, make_network
 from torch import Tensor, nn
@@ -484,45 +485,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny network unless named, few repeats: a look, not a measurement"
     )
-    parser.add_argument("--repeats", type=count, help="rounds (default: 60, quick: 3)", default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--seconds", type=positive, default=90.0, help=f"stop the rounds then, though not before {ROUNDS}"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--tf32", action="store_true", help="let float32 products on a GPU use TF32")
-    parser.add_argument(
-        "--threads", type=count, help="CPU threads (default: torch's own choice)", default=argparse.SUPPRESS
+    add_run_arguments(
+        parser,
+        quick_repeats=3,
+        seconds=90.0,
+        stop=f"stop the rounds then, though not before {ROUNDS}",
+        seed="of weights, rows and selection",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, rows and selection")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file", default=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["cpu"]
     options.case = replace(base, **{name: getattr(options, name) for name in vars(base) if name in options})
-    options.repeats = getattr(options, "repeats", 3 if options.quick else 60)
-    check_places(parser, options)
+    check_run(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
-    device = torch.device(options.device)
-    if "threads" in options:
-        torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    device = begin(options)
     keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "training_step",
         "machine": {**machine(device), "keeps_freed_memory": keeps},
         "arguments": {
-            "quick": options.quick,
+            **run_values(options),
             "preset": getattr(options, "preset", None),
-            "device": options.device,
             "tf32": options.tf32,
-            "threads": getattr(options, "threads", None),
-            "seed": options.seed,
-            "repeats": options.repeats,
-            "seconds": options.seconds,
         },
         "case": vars(options.case),
         "step": measure(
@@ -531,9 +520,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     result["machine"]["load_at_end"] = load_average()
     print_report(result)
-    if "json" in options:
-        write_json(options.json, result)
-        print(f"written to {options.json}")
+    finish(options, result)
     return 0
 
 

@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def keep() -> None:
         described["load_at_end"] = load_average()
-        if "json" in options:  # after each part: the time of a borrowed machine may end
+        if "json" in options:  # after each part, so that a run cut short is not lost
             write_json(options.json, result)
 
     if not options.compile_only:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import captured, no_waiting, on_other_streams, poison_free_memory
 from test_mixed_alignment import CASES, in_double, make
 from torch import Tensor
 from truth import assert_decisions_agree
@@ -41,13 +42,6 @@ def prepared(arguments: list[Tensor]) -> tuple[list[Tensor], bool]:
         for h in (h_a, h_b)
     )
     return [t.cuda() for t in (h_a, z_a, y_a, u_a, h_b, z_b, y_b, u_b)], bias
-
-
-def poison_free_memory() -> None:
-    """What torch hands out next, uninitialised, is NaN."""
-    for elements in (1 << 8, 1 << 14, 1 << 18, 1 << 22):
-        kept = [torch.full((elements,), torch.nan, device="cuda") for _ in range(8)]
-        del kept
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -91,43 +85,26 @@ def test_the_same_bits_back_to_back_and_on_other_streams(kernel) -> None:
     lams = weights(0.3, 0.6)
     expected = kernel.mixed_alignment(*parts, lams, bias=bias)
     poison_free_memory()
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    results = []
-    for _ in range(5):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(kernel.mixed_alignment(*parts, lams, bias=bias))
-    torch.cuda.synchronize()
+    results = on_other_streams(lambda: kernel.mixed_alignment(*parts, lams, bias=bias))
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
 
 
 def test_a_graph_replayed_with_another_weight_gives_what_a_call_gives(kernel) -> None:
     parts, bias = prepared(make(n=60, m=50, classes=40, d=30, dtype=torch.float32))
     lams = weights(0.3)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        kernel.mixed_alignment(*parts, lams, bias=bias)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = kernel.mixed_alignment(*parts, lams, bias=bias)
+    graph, kept = captured(lambda: kernel.mixed_alignment(*parts, lams, bias=bias))
     lams.fill_(0.7)
     graph.replay()
     torch.cuda.synchronize()
     called = kernel.mixed_alignment(*parts, weights(0.7), bias=bias)
-    assert all(torch.equal(a, b) for a, b in zip(captured, called, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, called, strict=True))
 
 
 def test_the_host_does_not_wait(kernel) -> None:
     parts, bias = prepared(make(n=60, m=50, scale=300.0, dtype=torch.float32))
     lams = weights(0.3)
     kernel.mixed_alignment(*parts, lams, bias=bias)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         kernel.mixed_alignment(*parts, lams, bias=bias)
         with pytest.raises(RuntimeError, match="synchroniz"):
             lams.item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

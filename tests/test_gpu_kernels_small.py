@@ -13,6 +13,7 @@ import test_cosine_alignment as cosines
 import test_draw_partners as draws
 import test_last_layer_gradient as gradients
 import torch
+from gpu import captured, no_waiting, on_other_streams, poison_free_memory
 from torch import Tensor
 
 from gradmix import kernels
@@ -33,13 +34,6 @@ def test_the_kernels_are_there() -> None:
 
 def on_gpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.cuda() for t in tensors)
-
-
-def poison_free_memory() -> None:
-    """What torch hands out next, uninitialised, is NaN."""
-    for elements in (1 << 8, 1 << 14, 1 << 18, 1 << 22):
-        kept = [torch.full((elements,), torch.nan, device="cuda") for _ in range(8)]
-        del kept
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -160,13 +154,9 @@ def test_nothing_makes_the_host_wait(backend: str) -> None:
     prepared = calls(backend)
     for _, call in prepared.values():
         call()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _, call in prepared.values():
             call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_same_bits_in_every_run_back_to_back_and_on_other_streams() -> None:
@@ -174,15 +164,7 @@ def test_the_same_bits_in_every_run_back_to_back_and_on_other_streams() -> None:
         expected = call()
         poison_free_memory()
         assert all(equal(call(), expected) for _ in range(10)), name
-        torch.cuda.synchronize()
-        streams = [torch.cuda.Stream() for _ in range(3)]
-        results = []
-        for _ in range(5):
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    results.append(call())
-        torch.cuda.synchronize()
-        assert all(equal(result, expected) for result in results), name
+        assert all(equal(result, expected) for result in on_other_streams(call)), name
 
 
 def test_work_is_queued_behind_what_its_stream_has_to_do_first() -> None:
@@ -207,14 +189,7 @@ def test_work_is_queued_behind_what_its_stream_has_to_do_first() -> None:
 @pytest.mark.parametrize("backend", BODIES)
 def test_a_graph_follows_its_inputs(backend: str) -> None:
     for name, (changing, call) in calls(backend).items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
+        graph, result = captured(call)
         for t in changing:
             t.mul_(0.7)  # the mixing weight too
         graph.replay()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import captured, on_other_streams, poison_free_memory
 from test_class_sketch import CASES, TOLERANCE
 from test_class_sketch import truth as class_sketch_truth
 from test_cuda_bodies import SKETCH_PROJECT, STRIDED, sketch_project_truth
@@ -48,13 +49,6 @@ def assert_close(result: Tensor, expected: Tensor, dtype: torch.dtype, unit: flo
     if expected.numel():
         scale = float(expected.abs().max().clamp_min(1e-30)) if unit is None else unit
         assert (result.cpu().double() - expected).abs().max() <= TOLERANCE[dtype] * scale
-
-
-def poison_free_memory() -> None:
-    """What torch hands out next, uninitialised, is NaN."""
-    for elements in (1 << 8, 1 << 14, 1 << 18, 1 << 22):
-        kept = [torch.full((elements,), torch.nan, device="cuda") for _ in range(8)]
-        del kept
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -160,15 +154,7 @@ def test_the_same_bits_in_every_run_back_to_back_and_on_other_streams() -> None:
         expected = call()
         poison_free_memory()
         assert all(torch.equal(call(), expected) for _ in range(10)), name
-        torch.cuda.synchronize()
-        streams = [torch.cuda.Stream() for _ in range(3)]
-        results = []
-        for _ in range(5):
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    results.append(call())
-        torch.cuda.synchronize()
-        assert all(torch.equal(result, expected) for result in results), name
+        assert all(torch.equal(result, expected) for result in on_other_streams(call)), name
 
 
 def test_work_is_queued_behind_what_its_stream_has_to_do_first() -> None:
@@ -202,14 +188,7 @@ def test_a_graph_of_both_follows_its_inputs() -> None:
             sketch_project(x, 16, 1, backend="cuda"),
         )
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        both()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = both()
+    graph, results = captured(both)
     deltas.normal_()
     x.normal_()
     labels.copy_(labels.flip(0))

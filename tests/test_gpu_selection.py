@@ -1,11 +1,10 @@
 """Selection on a GPU: the host waits for nothing, and a captured graph chooses what calls choose."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from gpu import no_waiting
 from models import CLASSES, MLP, rows
 from torch import Tensor
 from truth import one_hot
@@ -24,17 +23,6 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def on_gpu(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return pair[0].cuda(), pair[1].cuda()
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any synchronisation with the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_watch_sees_a_wait() -> None:
