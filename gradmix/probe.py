@@ -46,16 +46,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the body with ``model`` in evaluation mode and without autograd, then restore everything.
 
     The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
-    merge layers in them.
+    merge layers in them. Autocast keeps no half-precision copies of weights meanwhile: made without autograd, they
+    would serve the caller's next forward pass too, which then had no gradient (seen with torch 2.5).
     """
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
+    cached = torch.is_autocast_cache_enabled()
     with preserved_rng(device), torch.no_grad():
         try:
+            torch.set_autocast_cache_enabled(False)
             for module in training:
                 module.training = False
             yield
         finally:
+            torch.set_autocast_cache_enabled(cached)
             for module in training:
                 module.training = True
 

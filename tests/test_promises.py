@@ -253,3 +253,31 @@ def test_inside_autocast_the_callers_context_is_left() -> None:
         gradients = gradmix.class_gradients(model, rows(8, 2), rank=4)
         assert model(rows(2)[0]).dtype == torch.bfloat16
     assert pairs.alignment.dtype == gradients.vectors.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "use", ["select_pairs", "GradMix", "class_gradients", "sample_gradients", "reference_gradient"]
+)
+def test_inside_autocast_the_callers_next_pass_still_has_gradients(use: str) -> None:
+    """Half-precision copies of weights that a pass without autograd made must not serve the caller's own pass."""
+    model, batch, buffer = ConvNet().eval(), rows(8, 2), rows(6, 1)
+    calls = {
+        "select_pairs": lambda: gradmix.select_pairs(model, buffer, batch),
+        "GradMix": lambda: gradmix.GradMix(model, buffer, criterion="sample")(*batch),
+        "class_gradients": lambda: gradmix.class_gradients(model, batch, rank=4),
+        "sample_gradients": lambda: gradmix.sample_gradients(model, batch, rank=4),
+        "reference_gradient": lambda: gradmix.reference_gradient(model, buffer),
+    }
+    found = []
+    for called in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.is_autocast_cache_enabled()
+            if called:
+                calls[use]()
+            assert torch.is_autocast_cache_enabled()
+            loss = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(g.abs().sum() > 0 for g in found[0])
+    assert all(torch.equal(alone, after) for alone, after in zip(*found, strict=True))
