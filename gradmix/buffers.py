@@ -9,14 +9,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 BufferPolicy = Literal["class", "balanced", "reservoir"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_STATES_READ = (1, 2)  # 1: without extra columns
+
+
+class BufferRows(NamedTuple):
+    """Rows drawn from a buffer, with all that is kept with them.
+
+    Attributes:
+        x: ``(n, ...)`` inputs.
+        y: ``(n,)`` int64 labels.
+        extras: ``(n, ...)`` by the name given to :meth:`ReplayBuffer.add`; empty if nothing was given.
+    """
+
+    x: Tensor
+    y: Tensor
+    extras: dict[str, Tensor]
 
 
 class ReplayBuffer:
@@ -32,6 +47,10 @@ class ReplayBuffer:
 
     What is held depends on the seed and on the sequence of rows alone: not on how the rows were split into calls of
     :meth:`add`, not on the device, not on how often the buffer was sampled. No global random state is read or changed.
+
+    Anything else known of a row can be kept with it, under a name of the caller's: extra columns, which follow their
+    rows through every policy. DER++ keeps the logits that the model gave a row when it was added, and later trains it
+    to give them again.
 
     Args:
         capacity: Rows per class for policy ``class``, rows in total otherwise; at least 1.
@@ -53,6 +72,14 @@ class ReplayBuffer:
         (torch.Size([3, 2]), torch.Size([3]))
         >>> buffer
         ReplayBuffer(capacity=2, policy='class', held=5, seen=6, classes=3, device=cpu)
+
+        With logits kept, as DER++ does:
+
+        >>> buffer = ReplayBuffer(2, policy="class", seed=0)
+        >>> buffer.add(torch.rand(6, 2), torch.tensor([0, 0, 0, 1, 1, 5]), logits=torch.rand(6, 10))
+        >>> rows = buffer.sample_rows(3)
+        >>> rows.x.shape, rows.extras["logits"].shape
+        (torch.Size([3, 2]), torch.Size([3, 10]))
     """
 
     def __init__(
@@ -73,13 +100,13 @@ class ReplayBuffer:
         # Two generators: how often the buffer is sampled must not change what it holds.
         self._key_generator = torch.Generator().manual_seed(_derived_seed(seed, "keys"))
         self._draw_generator = torch.Generator().manual_seed(_derived_seed(seed, "draws"))
-        # The ledger lies on the CPU, in order of arrival, one entry per row held; the rows themselves lie in
-        # `_store_x` and `_store_y` on the buffer's device, at `_slots`. Decisions never wait for the rows.
+        # The ledger lies on the CPU, in order of arrival, one entry per row held; the rows themselves lie in the
+        # columns "x", "y" and the extra ones on the buffer's device, at `_slots`. Decisions never wait for the rows,
+        # and nothing depends on the slots, nor on the columns' spare room: they need not be saved.
         self._keys = torch.empty(0, dtype=torch.float64)
         self._labels = torch.empty(0, dtype=torch.int64)
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._store_x: Tensor | None = None
-        self._store_y: Tensor | None = None
+        self._columns: dict[str, Tensor] | None = None
         self._classes = torch.empty(0, dtype=torch.int64)
         self._seen = torch.empty(0, dtype=torch.int64)
 
@@ -106,18 +133,24 @@ class ReplayBuffer:
 
         It shares memory with the buffer: read it before the next :meth:`add`, and do not write to it.
         """
-        self._compact()
-        if self._store_x is None:
-            return torch.empty(0, device=self._device)
-        return self._store_x[: len(self)]
+        columns = self._compact()
+        return torch.empty(0, device=self._device) if columns is None else columns["x"][: len(self)]
 
     @property
     def y(self) -> Tensor:
         """The labels held, ``(len,)`` int64, in the order of :attr:`x`; it shares memory with the buffer."""
-        self._compact()
-        if self._store_y is None:
+        columns = self._compact()
+        if columns is None:
             return torch.empty(0, dtype=torch.int64, device=self._device)
-        return self._store_y[: len(self)]
+        return columns["y"][: len(self)]
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """What is kept with the rows, ``(len, ...)`` by name, in the order of :attr:`x`; it shares memory as that does.
+
+        Empty before the first :meth:`add`, and if that was given none.
+        """
+        return _extras_of(self._compact() or {}, len(self))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -150,7 +183,7 @@ class ReplayBuffer:
 
     # -------------------------------------------------------------------------------------------------- filling it
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, **extras: Tensor) -> None:
         """Shows rows to the buffer, which keeps copies of those within the quota.
 
         Which rows are kept is decided on their keys alone; only those are copied, so rows that are turned away cost
@@ -159,16 +192,19 @@ class ReplayBuffer:
         Args:
             x: Inputs ``(N, ...)``, on any device; kept detached. The first call fixes the shape and dtype of a row.
             y: Labels ``(N,)``, integers of at least 0, on any device.
+            extras: Tensors ``(N, ...)`` kept with the rows, by name, on any device; kept detached. The first call fixes
+                the names, and the shape and dtype of each one's rows.
 
         Raises:
-            TypeError: ``x`` or ``y`` is not a tensor, or ``y`` does not hold integers, or ``x`` has another dtype than
-                the rows held.
-            ValueError: The shapes do not fit each other or the rows held, or a label is negative.
+            TypeError: An argument is not a tensor, or ``y`` does not hold integers, or a dtype is not that of the rows
+                held.
+            ValueError: The shapes do not fit each other or the rows held, a label is negative, or the names of
+                ``extras`` are not those of the first call.
         """
-        labels = self._check_rows(x, y)
+        labels = self._check_rows(x, y, extras)
+        if self._columns is None:
+            self._columns = self._opened(x, extras)
         if len(labels) == 0:
-            if self._store_x is None:
-                self._open_store(x)
             return
         keys = torch.rand(len(labels), dtype=torch.float64, generator=self._key_generator)
         classes, seen = self._count(labels)
@@ -178,17 +214,18 @@ class ReplayBuffer:
         old, new = keep[:held], keep[held:].nonzero().squeeze(1)
         slots = self._slots[old]
         if len(new) > 0:
-            slots_new = self._reserve(x, slots, len(new))
-            self._write(x, labels, new, slots_new)
+            self._columns, slots_new = self._with_room(self._columns, slots, len(new))
+            for name, rows in {"x": x, "y": labels, **extras}.items():
+                column = self._columns[name]
+                values = rows.detach().index_select(0, new.to(rows.device)).to(column.device)
+                column.index_copy_(0, slots_new.to(column.device), values)
             slots = torch.cat([slots, slots_new])
-        elif self._store_x is None:
-            self._open_store(x)
         self._keys, self._labels, self._slots = all_keys[keep], all_labels[keep], slots
         self._classes, self._seen = classes, seen
 
-    def _check_rows(self, x: Tensor, y: Tensor) -> Tensor:
+    def _check_rows(self, x: Tensor, y: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """Checks the arguments of :meth:`add` and returns the labels as int64 on the CPU, never the caller's own."""
-        for name, value in (("x", x), ("y", y)):
+        for name, value in {"x": x, "y": y, **extras}.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
         if x.dim() < 1:
@@ -197,18 +234,34 @@ class ReplayBuffer:
             raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({x.shape[0]},), one label for every row of x")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(f"y: got dtype {y.dtype}, expected integer labels (int64)")
-        if self._store_x is not None:
-            if x.shape[1:] != self._store_x.shape[1:]:
+        for name, value in extras.items():
+            if value.shape[:1] != x.shape[:1]:
                 raise ValueError(
-                    f"x: got rows of shape {tuple(x.shape[1:])}, expected {tuple(self._store_x.shape[1:])} "
-                    "as in the rows added before"
+                    f"{name}: got shape {tuple(value.shape)}, expected ({x.shape[0]}, ...), an entry for every row of x"
                 )
-            if x.dtype != self._store_x.dtype:
-                raise TypeError(f"x: got dtype {x.dtype}, expected {self._store_x.dtype} as in the rows added before")
+        if self._columns is not None:
+            self._check_alike({"x": x, **extras}, self._columns)
         labels = y.detach().to("cpu", torch.int64)
         if len(labels) > 0 and int(labels.min()) < 0:
             raise ValueError(f"y: got label {int(labels.min())}, expected labels of at least 0")
         return labels
+
+    @staticmethod
+    def _check_alike(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
+        """Refuses other names, shapes or dtypes than those of the first rows."""
+        expected = columns.keys() - {"y"}
+        if rows.keys() != expected:
+            got, before = (", ".join(sorted(names - {"x"})) or "none" for names in (rows.keys(), expected))
+            raise ValueError(f"extras: got {got}, expected {before} as with the rows added before")
+        for name, value in rows.items():
+            column = columns[name]
+            if value.shape[1:] != column.shape[1:]:
+                raise ValueError(
+                    f"{name}: got rows of shape {tuple(value.shape[1:])}, expected {tuple(column.shape[1:])} "
+                    "as in the rows added before"
+                )
+            if value.dtype != column.dtype:
+                raise TypeError(f"{name}: got dtype {value.dtype}, expected {column.dtype} as in the rows added before")
 
     def _count(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Classes ``(P,)``, ascending, and rows seen of each ``(P,)``, with ``labels`` counted in."""
@@ -219,47 +272,37 @@ class ReplayBuffer:
         seen[torch.searchsorted(classes, new_classes)] += new_counts
         return classes, seen
 
-    def _open_store(self, x: Tensor) -> None:
-        """Fixes device, row shape and dtype by the first rows; room is made by need."""
+    def _opened(self, x: Tensor, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Columns without rows, of the first rows' device, names, row shapes and dtypes; room comes by need."""
         if self._device is None:
             self._device = x.device
-        self._store_x = torch.empty((0, *x.shape[1:]), dtype=x.dtype, device=self._device)
-        self._store_y = torch.empty(0, dtype=torch.int64, device=self._device)
+        columns = {
+            name: torch.empty((0, *value.shape[1:]), dtype=value.dtype, device=self._device)
+            for name, value in {"x": x, **extras}.items()
+        }
+        return columns | {"y": torch.empty(0, dtype=torch.int64, device=self._device)}
 
-    def _reserve(self, x: Tensor, used: Tensor, count: int) -> Tensor:
-        """Finds ``count`` slots outside ``used``, enlarging the store where needed; returns them ``(count,)``."""
-        if self._store_x is None or self._store_y is None:
-            self._open_store(x)
-        assert self._store_x is not None and self._store_y is not None
-        rows, needed = len(self._store_x), len(used) + count
+    def _with_room(self, columns: dict[str, Tensor], used: Tensor, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The columns, enlarged where needed, and ``count`` of their slots outside ``used``, ``(count,)``."""
+        rows, needed = len(columns["y"]), len(used) + count
         if needed > rows:
             # Doubling keeps the copying of many small calls linear; a total capacity is never exceeded.
-            grown = max(needed, 2 * rows)
+            rows = max(needed, 2 * rows)
             if self._policy != "class":
-                grown = min(grown, self._capacity)
-            self._store_x = _enlarged(self._store_x, grown)
-            self._store_y = _enlarged(self._store_y, grown)
-            rows = grown
+                rows = min(rows, self._capacity)
+            columns = {name: _enlarged(column, rows) for name, column in columns.items()}
         free = torch.ones(rows, dtype=torch.bool)
         free[used] = False
-        return free.nonzero().squeeze(1)[:count]
+        return columns, free.nonzero().squeeze(1)[:count]
 
-    def _write(self, x: Tensor, labels: Tensor, rows: Tensor, slots: Tensor) -> None:
-        assert self._store_x is not None and self._store_y is not None
-        at = slots.to(self._store_x.device)
-        values = x.detach().index_select(0, rows.to(x.device)).to(self._store_x.device)
-        self._store_x.index_copy_(0, at, values)
-        self._store_y.index_copy_(0, at, labels[rows].to(self._store_x.device))
-
-    def _compact(self) -> None:
-        """Brings the store into order of arrival: done when the rows are read, so that adding need not move any."""
-        held = len(self)
-        in_order = torch.arange(held)
-        if self._store_x is None or self._store_y is None or torch.equal(self._slots, in_order):
-            return
-        at = self._slots.to(self._store_x.device)
-        self._store_x, self._store_y = self._store_x.index_select(0, at), self._store_y.index_select(0, at)
-        self._slots = in_order
+    def _compact(self) -> dict[str, Tensor] | None:
+        """The columns, in order of arrival: brought into it when rows are read, so that adding need not move any."""
+        in_order = torch.arange(len(self))
+        if self._columns is not None and not torch.equal(self._slots, in_order):
+            at = self._slots.to(self._columns["y"].device)
+            self._columns = {name: column.index_select(0, at) for name, column in self._columns.items()}
+            self._slots = in_order
+        return self._columns
 
     # ---------------------------------------------------------------------------------------------- drawing from it
 
@@ -272,6 +315,23 @@ class ReplayBuffer:
 
         Returns:
             Copies ``x (n, ...)`` and ``y (n,)`` int64, on the buffer's device.
+
+        Raises:
+            TypeError: ``n`` is not an integer.
+            ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
+        """
+        rows = self.sample_rows(n, generator)
+        return rows.x, rows.y
+
+    def sample_rows(self, n: int, generator: torch.Generator | None = None) -> BufferRows:
+        """The same draw as :meth:`sample`, with what is kept with the rows: one generator, the same rows.
+
+        Args:
+            n: Rows to draw.
+            generator: Source of randomness, on any device; ``None``: the buffer's own.
+
+        Returns:
+            Copies ``x (n, ...)``, ``y (n,)`` int64 and ``extras`` by name ``(n, ...)``, on the buffer's device.
 
         Raises:
             TypeError: ``n`` is not an integer.
@@ -307,7 +367,7 @@ class ReplayBuffer:
         generator = self._draw_generator if generator is None else generator
         device = generator.device
         if n == 0:
-            return self._take(torch.empty(0, dtype=torch.int64))
+            return self._take(torch.empty(0, dtype=torch.int64))[:2]
         classes, counts = torch.unique(self._labels, return_counts=True)
         # A random order within every class: sorted by label, shuffled beforehand.
         shuffled = torch.randperm(len(self), generator=generator, device=device).cpu()
@@ -317,42 +377,45 @@ class ReplayBuffer:
         draws = torch.arange(n)
         which = torch.randperm(len(classes), generator=generator, device=device).cpu()[draws % len(classes)]
         rows = by_class[starts[which] + (draws // len(classes)) % counts[which]]
-        return self._take(rows[torch.randperm(n, generator=generator, device=device).cpu()])
+        return self._take(rows[torch.randperm(n, generator=generator, device=device).cpu()])[:2]
 
     def _check_draw(self, n: int) -> None:
         _check_int("n", n, minimum=0)
         if n > 0 and len(self) == 0:
             raise ValueError(f"n: got {n}, but the buffer is empty; add rows before drawing any")
 
-    def _take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _take(self, rows: Tensor) -> BufferRows:
         """Copies of the rows at places ``rows (n,)`` of the ledger."""
-        if self._store_x is None or self._store_y is None:
-            return self.x, self.y
-        at = self._slots[rows.cpu()].to(self._store_x.device)
-        return self._store_x.index_select(0, at), self._store_y.index_select(0, at)
+        if self._columns is None:
+            return BufferRows(self.x, self.y, {})
+        at = self._slots[rows.cpu()].to(self._columns["y"].device)
+        taken = {name: column.index_select(0, at) for name, column in self._columns.items()}
+        return BufferRows(taken["x"], taken["y"], _extras_of(taken, len(rows)))
 
     # ------------------------------------------------------------------------------------------ moving and keeping it
 
     def to(self, device: torch.device | str) -> ReplayBuffer:
         """Moves the rows to ``device`` and returns the buffer itself; what it holds and will hold stays the same."""
         self._device = torch.device(device)
-        if self._store_x is not None and self._store_y is not None:
-            self._store_x, self._store_y = self._store_x.to(self._device), self._store_y.to(self._device)
+        if self._columns is not None:
+            self._columns = {name: column.to(self._device) for name, column in self._columns.items()}
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on identically: rows, keys, seen counts and both generators' states.
+        """Everything needed to go on identically: rows with their extras, keys, seen counts, both generators' states.
 
-        The values are tensors, integers and one string, so that ``torch.load(..., weights_only=True)`` reads them.
+        The values are tensors, integers, one string and one dict of tensors, so that
+        ``torch.load(..., weights_only=True)`` reads them.
         Tensors are copies.
         """
         return {
             "version": _STATE_VERSION,
             "capacity": self._capacity,
             "policy": str(self._policy),
-            "opened": int(self._store_x is not None),
+            "opened": int(self._columns is not None),
             "x": self.x.clone(),
             "y": self.y.clone(),
+            "extras": {name: value.clone() for name, value in self.extras.items()},
             "keys": self._keys.clone(),
             "seen_classes": self._classes.clone(),
             "seen_counts": self._seen.clone(),
@@ -364,7 +427,8 @@ class ReplayBuffer:
         """Takes over a state made by :meth:`state_dict`; rows go to this buffer's device, or stay where they lie.
 
         Args:
-            state: As :meth:`state_dict` gives it, of a buffer with the same capacity and policy. It is not kept.
+            state: As :meth:`state_dict` gives it, of a buffer with the same capacity and policy. It is not kept. One of
+                version 1 has no extras.
 
         Raises:
             ValueError: An entry is missing or does not fit this buffer or the other entries; the buffer is unchanged.
@@ -372,7 +436,9 @@ class ReplayBuffer:
         missing = sorted(_STATE_KEYS - set(state))
         if missing:
             raise ValueError(f"state: lacks {', '.join(missing)}; expected what ReplayBuffer.state_dict() returns")
-        for name, mine in (("version", _STATE_VERSION), ("capacity", self._capacity), ("policy", self._policy)):
+        if state["version"] not in _STATES_READ:
+            raise ValueError(f"state: has version {state['version']!r}, expected at most {_STATE_VERSION}")
+        for name, mine in (("capacity", self._capacity), ("policy", self._policy)):
             if state[name] != mine:
                 raise ValueError(f"state: has {name} {state[name]!r}, expected {mine!r} as in this buffer")
         for name in _STATE_TENSORS:
@@ -396,17 +462,26 @@ class ReplayBuffer:
         by_total = self._policy == "reservoir"
         if held != min(int(seen.sum()), self._capacity) if by_total else not torch.equal(counts, quota):
             raise ValueError(f"state: the {held} rows held do not fit the seen counts and the capacity")
+        extras = state.get("extras", {})
+        if not isinstance(extras, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) and value.shape[:1] == (held,)
+            for name, value in extras.items()
+        ):
+            raise ValueError(f"state: extras is not a dict of tensors by name, each with the {held} rows held")
+        if extras.keys() & {"x", "y"}:
+            raise ValueError("state: extras holds x or y, expected other names")
         generators = torch.Generator(), torch.Generator()
         for generator, name in zip(generators, ("key_generator", "draw_generator"), strict=True):
             try:
                 generator.set_state(state[name].cpu())
             except (RuntimeError, TypeError) as error:
                 raise ValueError(f"state: {name} is not the state of a torch.Generator on the CPU ({error})") from error
-        self._store_x = self._store_y = None
+        self._columns = None
         if state["opened"]:
-            self._open_store(x)
-            self._store_x = x.detach().to(self._device, copy=True)
-            self._store_y = y.detach().to(self._device, torch.int64, copy=True)
+            self._columns = {
+                name: torch.cat([column, rows.detach().to(column.device, column.dtype)])
+                for (name, column), rows in zip(self._opened(x, extras).items(), (x, *extras.values(), y), strict=True)
+            }
         self._keys, self._labels, self._slots = keys.clone(), labels.clone(), torch.arange(held)
         self._classes, self._seen = classes.clone(), seen.clone()
         self._key_generator, self._draw_generator = generators
@@ -456,6 +531,11 @@ def _quotas(policy: BufferPolicy, capacity: int, seen: Tensor) -> Tensor:
     quota = seen.clamp(max=int(level))
     more = seen > level
     return quota + (more & (torch.cumsum(more, 0) <= capacity - quota.sum()))
+
+
+def _extras_of(columns: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The first ``rows`` entries of the extra columns."""
+    return {name: column[:rows] for name, column in columns.items() if name not in ("x", "y")}
 
 
 def _enlarged(store: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.buffers import ReplayBuffer, _quotas
+from gradmix.buffers import BufferRows, ReplayBuffer, _quotas
 
 POLICIES = ("class", "balanced", "reservoir")
 DEVICES = [
@@ -395,6 +395,172 @@ def test_global_random_state_is_untouched():
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
+# ---------------------------------------------------------------------------------------------------- extra columns
+
+
+def extras_of(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Columns of several shapes and dtypes that tell which row they belong to."""
+    number = x[:, 0]
+    return {
+        "logits": number[:, None] * torch.arange(1.0, 4.0, device=x.device),
+        "index": number.long(),
+        "mask": (number.long() % 2 == 0)[:, None, None].expand(-1, 2, 2),
+        "half": number.to(torch.bfloat16)[:, None],
+        "nothing": number.new_empty(len(x), 0),
+    }
+
+
+def assert_extras(rows: BufferRows | ReplayBuffer) -> None:
+    expected = extras_of(rows.x)
+    assert list(rows.extras) == list(expected)
+    for name, value in rows.extras.items():
+        assert value.dtype == expected[name].dtype and value.device == rows.x.device and not value.requires_grad
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("capacity", [1, 4, 23, 500])
+def test_extras_follow_their_rows(policy, capacity, device):
+    x, y = (t.to(device) for t in stream(150))
+    plain = ReplayBuffer(capacity, policy=policy, seed=5)
+    kept = ReplayBuffer(capacity, policy=policy, seed=5)
+    for part_x, part_y in zip(x.split([1, 0, 80, 3, 66]), y.split([1, 0, 80, 3, 66]), strict=True):
+        plain.add(part_x, part_y)
+        kept.add(part_x, part_y, **extras_of(part_x))
+        rows = kept.sample_rows(5)  # before the rows are put in order
+        assert_extras(rows)
+        assert torch.equal(rows.x, plain.sample(5)[0])
+        assert_extras(kept)
+        assert torch.equal(kept.x, plain.x) and torch.equal(kept.y, plain.y), "extras change nothing else"
+        assert torch.equal(kept.draw_balanced(3)[0], plain.draw_balanced(3)[0])
+    assert plain.extras == {}
+
+
+@pytest.mark.parametrize("n", [0, 1, 6, 30, 31, 200])
+def test_sample_rows_draws_as_sample_does(n):
+    x, y = stream(90)
+    buffer, twin = (fill(ReplayBuffer(30, policy="reservoir", seed=1), x, y, [90]) for _ in range(2))
+    for generator in (None, torch.Generator().manual_seed(4)):
+        rows = buffer.sample_rows(n, None if generator is None else torch.Generator().manual_seed(4))
+        drawn_x, drawn_y = twin.sample(n, generator)
+        assert isinstance(rows, BufferRows) and rows.extras == {}
+        assert torch.equal(rows.x, drawn_x) and torch.equal(rows.y, drawn_y)
+    assert torch.equal(buffer.state_dict()["draw_generator"], twin.state_dict()["draw_generator"])
+
+
+def test_rows_drawn_and_kept_are_copies_without_a_graph():
+    x, y = stream(6)
+    logits = torch.ones(6, 2, requires_grad=True)
+    buffer = ReplayBuffer(6, policy="reservoir")
+    buffer.add(x, y, logits=logits * 2)
+    with torch.no_grad():
+        logits.zero_()
+    rows = buffer.sample_rows(6)
+    assert not rows.extras["logits"].requires_grad
+    rows.extras["logits"].zero_()
+    assert torch.equal(buffer.extras["logits"], torch.full((6, 2), 2.0))
+
+
+def test_an_empty_buffer_has_no_extras():
+    buffer = ReplayBuffer(3)
+    assert buffer.extras == {} and buffer.sample_rows(0).extras == {}
+    buffer.add(torch.empty(0, 2), torch.empty(0, dtype=torch.int64), logits=torch.empty(0, 7))
+    assert buffer.extras["logits"].shape == (0, 7) and buffer.sample_rows(0).extras["logits"].shape == (0, 7)
+    with pytest.raises(ValueError, match="the buffer is empty"):
+        buffer.sample_rows(1)
+    with pytest.raises(ValueError, match="extras: got none, expected logits"):
+        buffer.add(*stream(3, width=2))
+
+
+BAD_EXTRAS = {
+    "missing": ({}, ValueError, "extras: got none, expected index, logits as with the rows added before"),
+    "one missing": ({"logits": torch.ones(3, 2)}, ValueError, "extras: got logits, expected index, logits"),
+    "another": (
+        {"logits": torch.ones(3, 2), "index": torch.ones(3).long(), "z": torch.ones(3)},
+        ValueError,
+        "extras: got index, logits, z, expected index, logits",
+    ),
+    "other rows": (
+        {"logits": torch.ones(3, 4), "index": torch.ones(3).long()},
+        ValueError,
+        r"logits: got rows of shape \(4,\), expected \(2,\)",
+    ),
+    "other dtype": (
+        {"logits": torch.ones(3, 2), "index": torch.ones(3)},
+        TypeError,
+        "index: got dtype torch.float32, expected torch.int64",
+    ),
+    "too few": (
+        {"logits": torch.ones(2, 2), "index": torch.ones(3).long()},
+        ValueError,
+        r"logits: got shape \(2, 2\), expected \(3, ...\), an entry for every row of x",
+    ),
+    "no dimensions": (
+        {"logits": torch.tensor(1.0), "index": torch.ones(3).long()},
+        ValueError,
+        r"logits: got shape \(\), expected \(3, ...\)",
+    ),
+    "list": ({"logits": [1, 2, 3], "index": torch.ones(3).long()}, TypeError, "logits: got list, expected a torch.T"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXTRAS)
+def test_bad_extras_are_refused_and_leave_no_trace(case):
+    extras, error, message = BAD_EXTRAS[case]
+    x, y = stream(3)
+    buffer = ReplayBuffer(4)
+    buffer.add(x, y, logits=torch.ones(3, 2), index=torch.arange(3))
+    before = buffer.state_dict()
+    with pytest.raises(error, match=message):
+        buffer.add(x, y, **extras)
+    after = buffer.state_dict()
+    assert buffer.seen == 3 and torch.equal(after["key_generator"], before["key_generator"])
+    assert all(torch.equal(after["extras"][name], value) for name, value in before["extras"].items())
+
+
+def test_extras_come_late_to_a_buffer_without():
+    buffer = fill(ReplayBuffer(4), *stream(3), [3])
+    with pytest.raises(ValueError, match="extras: got logits, expected none as with the rows added before"):
+        buffer.add(*stream(3), logits=torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_extras_go_on_identically_after_saving(policy):
+    x, y = stream(120)
+    whole, first = (ReplayBuffer(9, policy=policy, seed=2) for _ in range(2))
+    for each in (whole, first):
+        for part_x, part_y in zip(x[:60].split(7), y[:60].split(7), strict=True):
+            each.add(part_x, part_y, **extras_of(part_x))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    # Into a buffer that held other rows, without extras: nothing of it may be left.
+    loaded = fill(ReplayBuffer(9, policy=policy, seed=77), *stream(50, seed=9, width=5), [50])
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for part_x, part_y in zip(x[60:].split(7), y[60:].split(7), strict=True):
+        for each in (whole, loaded):
+            each.add(part_x, part_y, **extras_of(part_x))
+        rows, again = whole.sample_rows(5), loaded.sample_rows(5)
+        assert_extras(again)
+        assert torch.equal(rows.x, again.x)
+        # The spare room of the two differs, and their rows lie in other places of it.
+        assert torch.equal(whole.draw_balanced(4)[0], loaded.draw_balanced(4)[0])
+    assert_extras(loaded)
+    assert torch.equal(loaded.x, whole.x)
+
+
+def test_a_state_of_version_1_has_no_extras():
+    buffer = fill(ReplayBuffer(3), *stream(40), [40])
+    state = buffer.state_dict()
+    del state["extras"]
+    state["version"] = 1
+    loaded = ReplayBuffer(3, seed=9)
+    loaded.load_state_dict(state)
+    assert loaded.extras == {} and torch.equal(loaded.x, buffer.x)
+    assert torch.equal(loaded.sample(4)[0], buffer.sample(4)[0])
+
+
 # ------------------------------------------------------------------------------------------------- moving and saving
 
 
@@ -449,6 +615,10 @@ BAD_STATES = {
     "keys of another dtype": (lambda s: s.update(keys=s["keys"].float()), "do not belong together"),
     "label never seen": (lambda s: s.update(y=s["y"] + 50), "do not belong to the labels"),
     "counts too small": (lambda s: s.update(seen_counts=s["seen_counts"] * 0), "do not fit the seen counts"),
+    "extras no dict": (lambda s: s.update(extras=[torch.ones(4)]), "extras is not a dict of tensors"),
+    "extras cut off": (lambda s: s.update(extras={"a": torch.ones(2)}), "extras is not a dict of tensors by name"),
+    "extras of no rows": (lambda s: s.update(extras={"a": torch.tensor(1)}), "extras is not a dict of tensors"),
+    "extra called y": (lambda s: s.update(extras={"y": s["y"]}), "extras holds x or y"),
     "generator": (lambda s: s.update(key_generator=torch.zeros(3)), "key_generator is not the state"),
 }
 
@@ -469,11 +639,14 @@ def test_bad_states_are_refused_and_change_nothing(case):
 @pytest.mark.parametrize("target", DEVICES)
 def test_to_moves_rows_and_keeps_decisions(target):
     x, y = stream(80)
-    stays, moves = (fill(ReplayBuffer(5, policy="balanced"), x[:40], y[:40], [40]) for _ in range(2))
+    stays, moves = ReplayBuffer(5, policy="balanced"), ReplayBuffer(5, policy="balanced")
+    for each in (stays, moves):
+        each.add(x[:40], y[:40], **extras_of(x[:40]))
     assert moves.to(target) is moves
     assert moves.device == torch.device(target) and moves.x.device.type == target
     for each in (stays, moves):
-        each.add(x[40:], y[40:])  # rows may lie elsewhere than the buffer
+        each.add(x[40:], y[40:], **extras_of(x[40:]))  # rows may lie elsewhere than the buffer
+        assert_extras(each)
     assert torch.equal(moves.x.cpu(), stays.x) and torch.equal(moves.y.cpu(), stays.y)
 
 
