@@ -45,6 +45,7 @@ OPERATORS: tuple[Operator, ...] = (
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy"),
     "gradients": ("safetensors",),
+    "policies": ("kornia",),
     "bench": ("rich",),
     "test": ("pytest", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),

@@ -112,6 +112,19 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.partner)
 
+    def by_row(self, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+        """What was judged, row by row, also where it was judged by class.
+
+        Args:
+            threshold: smallest cosine of a helpful mixture.
+
+        Returns:
+            (N, M) bool, whether the mixture of row i and candidate j is helpful; and (N, M), its cosine or that of its
+            classes, NaN where none was evaluated.
+        """
+        other_y = (self._batch if self._candidates is None else self._candidates)[1]
+        return _decisions(self._judged, self._batch[1], other_y, threshold)
+
     def mix(self, x: Tensor | None = None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mixed rows: lam x_i + (1 - lam) x_partner, and their labels likewise.
 

@@ -110,9 +110,57 @@ def test_validation_is_the_same_each_time_and_whatever_the_class_order(cut):
 
 def test_inputs_are_scaled_by_the_data_sets_constants(cut):
     data = dataclasses.replace(labelled(SKEWED), maximum=2.0, mean=(0.25,), std=(0.5,))
-    stream = cut(data)
-    values = torch.cat([task.train_x for task in stream.tasks]).flatten().sort().values
-    assert torch.equal(values, ((data.train_x / 2 - 0.25) / 0.5).flatten().sort().values)
+    for given, expected in {
+        True: (data.train_x / 2 - 0.25) / 0.5,
+        False: data.train_x / 2,
+        None: data.train_x / 2,  # split-mnist's protocol keeps pixels in [0, 1]
+    }.items():
+        stream = cut(data, normalise=given)
+        values = torch.cat([task.train_x for task in stream.tasks]).flatten().sort().values
+        assert torch.equal(values, expected.flatten().sort().values)
+        assert (stream.mean, stream.std) == (((0.25,), (0.5,)) if given else (None, None))
+
+
+def test_normalisation_by_unknown_constants_is_refused():
+    with pytest.raises(
+        ValueError, match="normalise: got True, but no mean and standard deviation are known of split-digits"
+    ):
+        make_stream("split-digits", normalise=True)
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 5])
+def test_the_first_tasks_alone(cut, tasks: int):
+    data = labelled(SKEWED)
+    whole, part = cut(data, class_order_seed=4), cut(data, class_order_seed=4, tasks=tasks)
+    assert part.num_classes == 2 * tasks == len(part.class_names) and part.class_order == whole.class_order[: 2 * tasks]
+    assert len(part.tasks) == tasks
+    for a, b in zip(part.tasks, whole.tasks, strict=False):
+        assert a.classes == b.classes and torch.equal(a.train_x, b.train_x) and torch.equal(a.test_y, b.test_y)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_first_rows_of_each_class_alone(cut, rows: int):
+    data = labelled(SKEWED)
+    stream = cut(data, rows_per_class=rows)
+    for task in stream.tasks:
+        for label in task.classes:
+            mine = task.train_x[task.train_y == label][:, 0, 0, 0]
+            all_of_it = data.train_x[data.train_y == label][:, 0, 0, 0].float() / data.maximum
+            assert torch.equal(mine, all_of_it[:rows])
+        assert len(task.test_y) == int(sum((data.test_y == label).sum() for label in task.classes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": 0}, "tasks: got 0, expected 1 to 5, the tasks of split-mnist"),
+        ({"tasks": 6}, "tasks: got 6, expected 1 to 5"),
+        ({"rows_per_class": 0}, "rows_per_class: got 0, expected at least 1"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused(cut, options, message: str):
+    with pytest.raises(ValueError, match=message):
+        cut(labelled(SKEWED), **options)
 
 
 ABSENT = {
@@ -171,19 +219,22 @@ PUBLISHED = {
     "split-mnist": dict(
         tasks=5, classes_per_task=2, model="mlp", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(), epochs=5,
         batch=64, replay_batch=64, buffer_policy="class", buffer_size=32, augment="none",
+        normalise=False,
     ),
     "split-fashion-mnist": dict(
         tasks=5, classes_per_task=2, model="mlp", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(), epochs=5,
         batch=64, replay_batch=64, buffer_policy="class", buffer_size=32, augment="none",
+        normalise=False,
     ),
     "split-cifar10": dict(
         tasks=5, classes_per_task=2, model="resnet18", lr=0.01, momentum=0.9, weight_decay=0.0, lr_milestones=(),
         epochs=50, batch=256, replay_batch=256, buffer_policy="class", buffer_size=32, augment="crop-flip",
+        normalise=True,
     ),
     "split-cifar100": dict(
         tasks=10, classes_per_task=10, model="resnet18", lr=0.1, momentum=0.9, weight_decay=2e-4,
         lr_milestones=(0.5, 0.75), epochs=200, batch=128, replay_batch=128, buffer_policy="balanced", buffer_size=2000,
-        augment="crop-flip",
+        augment="crop-flip", normalise=True,
     ),
 }  # fmt: skip
 
@@ -210,8 +261,10 @@ def test_every_benchmark_is_complete(name):
 def test_resolve_fills_every_open_field(name):
     open_config = TrainConfig(data=DataConfig(benchmark=name))
     resolved, protocol = resolve(open_config), BENCHMARKS[name].protocol
-    for section in (resolved.optim, resolved.replay):
-        assert None not in dataclasses.asdict(section).values()
+    left_open = {
+        key for section in (resolved.optim, resolved.replay) for key, value in vars(section).items() if value is None
+    }
+    assert left_open == {"distillation"}  # the method's own
     assert resolved.optim == OptimConfig(
         model=protocol.model,
         lr=protocol.lr,
@@ -225,7 +278,8 @@ def test_resolve_fills_every_open_field(name):
     assert resolved.replay == ReplayConfig(
         policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch
     )
-    assert (resolved.data, resolved.mix, resolved.seeds) == (open_config.data, open_config.mix, open_config.seeds)
+    assert resolved.data == dataclasses.replace(open_config.data, normalise=protocol.normalise)
+    assert (resolved.mix, resolved.seeds) == (open_config.mix, open_config.seeds)
     assert resolve(resolved) == resolved
     assert open_config.optim.lr is None
 

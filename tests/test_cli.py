@@ -31,9 +31,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.delenv("GRADMIX_DEBUG", raising=False)
     calls: Calls = []
 
-    def train_one(
-        config: TrainConfig, method: Any, seed: int, *, stream: Any, on_step: Callable[..., None]
-    ) -> RunResult:
+    def train_one(config: TrainConfig, method: Any, seed: int, *, on_step: Callable[..., None], **_: Any) -> RunResult:
         calls.append((config, method, seed))
         for task in (1, 2, 3):
             for step in range(5):
@@ -80,6 +78,7 @@ def test_train_writes_runs_and_table(trained: Calls, tmp_path: Path, capsys: pyt
 def test_flags_reach_the_configuration(trained: Calls) -> None:
     flags = (
         "--methods mixup --seeds 3 --benchmark split-digits --data-dir d --class-order-seed 5 --validation 0.2 "
+        "--tasks 3 --no-normalise --rows-per-class 9 --amp bf16 --channels-last --checkpoint 0 --mix-control anti "
         "--model mlp --lr 1e-3 --momentum 0.5 --weight-decay 0.1 --lr-milestones 0.5 0.75 --epochs 2 --batch 7 "
         "--augment none --replay-policy reservoir --replay-size 50 --replay-batch 9 --replay-tau 2 --mix-alpha 0.4 "
         "--mix-originals --mix-estimator mixed --mix-policy best --mix-threshold -0.5 --mix-refresh 3 "
@@ -90,12 +89,14 @@ def test_flags_reach_the_configuration(trained: Calls) -> None:
     text = """
         methods: [mixup]
         seeds: [3]
-        data: {benchmark: split-digits, data_dir: d, class_order_seed: 5, validation: 0.2}
+        data: {benchmark: split-digits, data_dir: d, class_order_seed: 5, validation: 0.2, tasks: 3, normalise: false,
+               rows_per_class: 9}
         optim: {model: mlp, lr: 1e-3, momentum: 0.5, weight_decay: 0.1, lr_milestones: [0.5, 0.75], epochs: 2,
-                batch: 7, augment: none}
+                batch: 7, augment: none, amp: bf16, channels_last: true}
         replay: {policy: reservoir, size: 50, batch: 9, tau: 2}
         mix: {alpha: 0.4, originals: true, estimator: mixed, policy: best, threshold: -0.5, refresh: 3,
-              candidates: balanced, class_samples: 4}
+              candidates: balanced, class_samples: 4, control: anti}
+        checkpoint: 0
         device: cpu
         threads: 1
         output: out
@@ -121,6 +122,13 @@ def test_default_output_is_new_each_time(trained: Calls, tmp_path: Path) -> None
     assert len(names) == 2 and all(name.startswith("split-digits-2") for name in names)
 
 
+def test_a_draft_left_by_a_killed_process_takes_no_folder(trained: Calls) -> None:
+    Path("out").mkdir()
+    Path("out/.config.yaml").write_text("methods: [er")
+    assert run("train", "--methods", "er", "--seeds", "0", "--output", "out") == 0
+    assert load_config("out/config.yaml").methods == ("er",) and not Path("out/.config.yaml").exists()
+
+
 def test_taken_output_is_refused_before_training(trained: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/mine").write_text("mine")
@@ -140,7 +148,7 @@ def test_taken_output_is_refused_before_training(trained: Calls, capsys: pytest.
         (["train", "--output", "bad.yaml"], ["bad.yaml", "not a folder"]),
         (["compare"], ["compare", "run folder"]),
         (["compare", "nowhere"], ["nowhere"]),
-        (["trian"], ["trian", "train, compare, doctor"]),
+        (["trian"], ["trian", "train, experiment, compare, doctor"]),
     ],
     ids=" ".join,
 )
@@ -236,7 +244,7 @@ def test_ctrl_c_before_anything(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmarks, "make_stream", stop)
+    monkeypatch.setattr(benchmarks, "stream_of", stop)
     assert run("train") == 130
     assert capsys.readouterr().err == "gradmix: interrupted\n"
 
@@ -280,7 +288,7 @@ def test_compare_refuses_two_benchmarks(saved: Path, capsys: pytest.CaptureFixtu
 # --------------------------------------------------------------------------------------------- help, version, doctor
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["experiment"], ["compare"], ["doctor"]])
 def test_help_is_complete_and_fits(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,9 +297,10 @@ def test_help_is_complete_and_fits(
     text = capsys.readouterr().out
     flat = " ".join(text.replace("│", " ").split())
     expected = {
-        (): ["train", "compare", "doctor", "--version"],
+        (): ["train", "experiment", "compare", "doctor", "--version"],
         ("train",): [
             "--config",
+            "--resume",
             "--methods",
             "--data-dir",
             "--lr",
@@ -299,6 +308,7 @@ def test_help_is_complete_and_fits(
             "--mix-alpha",
             "Beta(alpha, alpha)",
         ],
+        ("experiment",): ["NAME_OR_FILE", "--jobs", "--report-only", "--dry-run", "--list", "results.json"],
         ("compare",): ["RUN", "--output", "--format"],
         ("doctor",): ["--json"],
     }[tuple(command)]
@@ -325,6 +335,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "versions" in json.loads(capsys.readouterr().out)
 
 
+def test_as_a_module() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['gradmix', '--version']\n"
+        "try: runpy.run_module('gradmix.cli', run_name='__main__')\n"
+        "except SystemExit as stop: print(stop.code)"
+    )
+    assert run_python(code) == [f"gradmix {__version__}", "0"]
+
+
 @pytest.mark.parametrize("absent", ["tyro", "rich", "yaml", "matplotlib", "scipy", "sklearn"])
 def test_missing_package_is_named(
     absent: str, trained: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -342,7 +361,9 @@ def test_core_commands_need_core_packages_only() -> None:
         "import sys\n"
         "for name in ('tyro', 'rich', 'yaml', 'matplotlib', 'scipy', 'sklearn'): sys.modules[name] = None\n"
         "from gradmix import cli\n"
-        "assert cli.main(['--version']) == cli.main(['doctor']) == cli.main(['--help']) == 0\n"
+        "assert cli.main(['--version']) == cli.main(['--help']) == 0\n"
+        "assert not [name for name in sys.modules if name.startswith('gradmix.training')]\n"
+        "assert cli.main(['doctor']) == 0\n"
     )
     assert any(line.startswith("gradmix ") for line in run_python(code))
 

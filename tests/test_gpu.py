@@ -1,6 +1,7 @@
 """Selection and training on a GPU: the same values, decisions and draws as in float64 on the CPU."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import gradmix
 from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
 from gradmix.training.benchmarks import make_stream
 from gradmix.training.clock import Clock
-from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
 from gradmix.training.methods import METHODS
-from gradmix.training.trainer import train_one
+from gradmix.training.metrics import average_accuracy
+from gradmix.training.trainer import Progress, train_one
 
 pytestmark = pytest.mark.gpu
 BUFFER = rows(12, 3)
@@ -99,12 +101,64 @@ def test_the_random_state_of_the_gpu_is_left_alone() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
+def needs_kornia(method: str) -> None:
+    if method.endswith("augment"):
+        pytest.importorskip("kornia", reason="policies are drawn with kornia, which is not installed")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_runs_and_is_timed_on_the_device(method: str) -> None:
+    needs_kornia(method)
     config = TrainConfig(optim=OptimConfig(epochs=1), mix=MixConfig(originals=True), device="cuda")
     result = train_one(config, method, 0, stream=make_stream("split-digits"))
     assert result.status == "complete" and np.isfinite(result.accuracy).all()
     assert 0 < result.timing.seconds_step < result.timing.seconds_total
+    assert 0 < result.timing.seconds_data < result.timing.seconds_step
+    assert 2**20 < result.timing.peak_memory_bytes < 2**34
+
+
+@pytest.mark.parametrize("method", ["er", "mixup", "a-gem", "gradmix", "gradmix-sample", "der++-gradmix-sample"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_as_float32_does(method: str, amp: str) -> None:
+    stream = make_stream("split-digits")
+    scores = []
+    for precision in ("none", amp):
+        config = TrainConfig(optim=OptimConfig(epochs=2, amp=precision), device="cuda")
+        scores.append(average_accuracy(train_one(config, method, 0, stream=stream).accuracy))
+    assert abs(scores[0] - scores[1]) < 0.08
+
+
+@pytest.mark.parametrize("method", ["er", "gradmix-sample"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what torch.compile itself imports
+def test_the_path_of_cifar(method: str, compiled: bool) -> None:
+    """Half precision, channels last, crops and flips, batch normalisation, a buffer on the device."""
+    optim = OptimConfig(
+        model="resnet8", epochs=6, lr=0.02, amp="bf16", channels_last=True, compile=compiled, augment="crop-flip"
+    )
+    stream = make_stream("split-digits", tasks=2)
+    config = TrainConfig(data=DataConfig(tasks=2), optim=optim, device="cuda")
+    result = train_one(config, method, 0, stream=stream)
+    assert result.status == "complete" and result.accuracy[0, 0] > 0.6
+
+
+@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample", "der++-gradmix"])
+def test_a_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
+    """The same steps and, up to the rounding of sums whose order a GPU does not fix, the same accuracies."""
+    stream = make_stream("split-digits", tasks=3)
+    config = TrainConfig(data=DataConfig(tasks=3), optim=OptimConfig(epochs=2, amp="fp16"), device="cuda")
+    whole = train_one(config, method, 0, stream=stream)
+
+    def stop(progress: Progress) -> None:
+        if progress.step in (1, 40, 61):
+            raise KeyboardInterrupt
+
+    path, parts = tmp_path / "run.pt", []
+    for _ in range(4):
+        parts.append(train_one(config, method, 0, stream=stream, on_step=stop, checkpoint=path))
+    assert [part.status for part in parts] == ["interrupted"] * 3 + ["complete"]
+    assert parts[-1].timing.steps == whole.timing.steps
+    np.testing.assert_allclose(parts[-1].accuracy, whole.accuracy, atol=0.08)
 
 
 def test_the_clock_reads_events() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmix.training.models import BasicBlock, build_model
+from gradmix.training.models import BasicBlock, NarrowResNet, build_model
 
 PARAMETERS = {
     # 784*256+256 + 256*256+256 + 256*10+10
@@ -16,6 +16,22 @@ PARAMETERS = {
     "mlp, digits": ("mlp", (1, 8, 8), 10, 64 * 256 + 256 + 256 * 256 + 256 + 2570),
     "resnet18, CIFAR-10": ("resnet18", (3, 32, 32), 10, 11_173_962),
     "resnet18, CIFAR-100": ("resnet18", (3, 32, 32), 100, 11_173_962 + 90 * 513),
+    # stem 27*16; stages of 2 * (9*16*16), 9*16*32 + 9*32*32 + 16*32, 9*32*64 + 9*64*64 + 32*64; norms; head 650
+    "resnet8, CIFAR-10": (
+        "resnet8",
+        (3, 32, 32),
+        10,
+        432 + 4608 + 14_336 + 57_344 + 2 * (3 * 16 + 3 * 32 + 3 * 64) + 650,
+    ),
+    "resnet20, CIFAR-10": ("resnet20", (3, 32, 32), 10, 272_474),
+    # each further block of a stage: 2 convolutions, 2 norms
+    "resnet32, CIFAR-10": (
+        "resnet32",
+        (3, 32, 32),
+        10,
+        272_474 + 2 * sum(2 * (9 * c * c + 2 * c) for c in (16, 32, 64)),
+    ),
+    "resnet32, CIFAR-100": ("resnet32", (3, 32, 32), 100, 466_906 + 90 * 65),
     "resnet18, grey": ("resnet18", (1, 32, 32), 10, 11_173_962 - 2 * 9 * 64),
 }
 
@@ -30,6 +46,9 @@ FORWARDS = {
     "mlp": ("mlp", (1, 28, 28), 10, 5),
     "mlp, flat rows": ("mlp", (7,), 3, 5),
     "mlp, one row": ("mlp", (2, 3, 3), 1, 1),
+    "resnet8, 8x8": ("resnet8", (3, 8, 8), 4, 3),
+    "resnet20, odd size": ("resnet20", (1, 9, 7), 4, 2),
+    "resnet32, one pixel": ("resnet32", (2, 1, 1), 2, 2),
     "resnet18, 8x8": ("resnet18", (3, 8, 8), 4, 3),
     "resnet18, odd size": ("resnet18", (1, 9, 7), 4, 2),
     "resnet18, one pixel": ("resnet18", (2, 1, 1), 2, 2),
@@ -74,6 +93,48 @@ def test_resnet_keeps_the_stem_and_halves_three_times():
     assert not any(isinstance(module, nn.MaxPool2d) for module in model.modules())
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3), ("resnet32", 5)])
+def test_narrow_resnet_has_three_stages(name, blocks):
+    model = build_model(name, (3, 32, 32), 10).eval()
+    seen: list[tuple[int, ...]] = []
+    for module in (model.conv1, *model.blocks):
+        module.register_forward_hook(lambda _m, _i, output: seen.append(tuple(output.shape[1:])))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    stages = [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert seen == [(16, 32, 32)] + [stage for stage in stages for _ in range(blocks)]
+    layers = [
+        m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and getattr(m, "kernel_size", 0) != (1, 1)
+    ]
+    assert len(layers) == int(name.removeprefix("resnet"))
+
+
+@pytest.mark.parametrize("depth", [2, 9, 18, -4])
+def test_narrow_resnet_refuses_other_depths(depth):
+    with pytest.raises(ValueError, match=f"depth: got {depth}, expected 6n \\+ 2"):
+        NarrowResNet(3, 10, depth)
+
+
+HIDDEN = {
+    "mlp": ((1, 8, 8), [(256,), (256,)]),
+    "resnet8": ((3, 8, 8), [(16, 8, 8), (32, 4, 4)]),
+    "resnet32": ((3, 8, 8), [(16, 8, 8), (32, 4, 4)]),
+    "resnet18": ((3, 8, 8), [(64, 8, 8), (128, 4, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_stages_take_in_the_first_two_after_relu(name):
+    shape, expected = HIDDEN[name]
+    model = build_model(name, shape, 3)
+    seen: list[torch.Tensor] = []
+    for stage in model.hidden_stages:
+        stage.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    model(torch.randn(2, *shape))
+    assert [tuple(h.shape[1:]) for h in seen] == expected
+    assert all((h >= 0).all() and (h == 0).any() for h in seen)
+
+
 def test_block_adds_its_input():
     block = BasicBlock(4, 4, 1).eval()
     nn.init.zeros_(block.conv2.weight)
@@ -93,7 +154,7 @@ def test_resnet_initial_weights():
             assert torch.equal(module.weight, torch.ones_like(module.weight)) and not module.bias.any()
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "resnet8", "resnet18"])
 def test_seed_settles_the_weights_and_no_global_state_is_touched(name):
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
@@ -108,7 +169,7 @@ def test_seed_settles_the_weights_and_no_global_state_is_touched(name):
     assert torch.equal(build_model(name, (1, 8, 8), 3, seed=1).head.weight, first.head.weight)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "resnet8", "resnet18"])
 def test_head_is_the_last_linear_layer(name):
     model = build_model(name, (3, 8, 8), 6)
     assert isinstance(model.head, nn.Linear) and model.head.out_features == 6
@@ -116,10 +177,14 @@ def test_head_is_the_last_linear_layer(name):
 
 
 BAD = {
-    "name": (("vgg", (1, 8, 8), 2), "name: got 'vgg', expected one of 'mlp', 'resnet18'"),
+    "name": (
+        ("vgg", (1, 8, 8), 2),
+        "name: got 'vgg', expected one of 'mlp', 'resnet8', 'resnet20', 'resnet32', 'resnet18'",
+    ),
     "no shape": (("mlp", (), 2), "input_shape: got"),
     "size 0": (("mlp", (3, 0), 2), r"input_shape: got \(3, 0\)"),
     "flat rows for resnet": (("resnet18", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\)"),
+    "flat rows for resnet8": (("resnet8", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\) for resnet8"),
     "no classes": (("mlp", (4,), 0), "num_classes: got 0"),
 }
 

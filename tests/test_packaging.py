@@ -58,7 +58,7 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     core = [r for r in DISTRIBUTION.requires if "extra ==" not in r]
     assert sorted(re.match(r"[a-z]+", r)[0] for r in core) == ["numpy", "torch"]
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "gradients", "bench", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "gradients", "policies", "bench", "test", "dev"}
 
 
 @INSTALLED

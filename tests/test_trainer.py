@@ -1,6 +1,7 @@
 """Training end to end on real digits, and the parts of the trainer one by one."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from gradmix.training import trainer
 from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.environment import pick_device
+from gradmix.training.memory import peak_memory, start_peak_memory
 from gradmix.training.methods import METHODS, Context, Method, StepRows, weighted_cross_entropy
 from gradmix.training.metrics import average_accuracy
-from gradmix.training.trainer import Progress, evaluate, make_optimiser, make_schedule, pick_device, train_one
+from gradmix.training.trainer import Progress, evaluate, make_optimiser, make_schedule, train_one
 
 SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
 
@@ -250,14 +253,11 @@ def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
 
 
 def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
-    open_mix, given = MixConfig(), MixConfig(estimator="feature", refresh=5)
-    assert (METHODS["gradmix"].settled(open_mix).estimator, METHODS["gradmix"].settled(open_mix).refresh) == (
-        "mixed",
-        0,
-    )
-    assert METHODS["gradmix-sample"].settled(open_mix) == replace(open_mix, estimator="feature", refresh=1)
+    left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5))
+    assert METHODS["gradmix"].settled(left_open).mix == MixConfig(estimator="mixed", refresh=0)
+    assert METHODS["gradmix-sample"].settled(left_open).mix == MixConfig(estimator="feature", refresh=1)
     assert METHODS["gradmix"].settled(given) == given
-    assert METHODS["er"].settled(open_mix) == open_mix
+    assert METHODS["er"].settled(left_open) == left_open
 
 
 def test_the_learning_rate_falls_at_its_milestones() -> None:
@@ -329,3 +329,162 @@ def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
     for method in ("gradmix", "gradmix-sample"):
         result = train_one(config, method, 0, stream=small)
         assert result.status == "complete" and len(result.alignments) == 1
+
+
+# --------------------------------------------------------------------------------------------------- streams and counts
+
+
+def test_a_shuffled_stream_holds_every_row_once_an_epoch(spy, stream) -> None:
+    config = replace(
+        SHORT, optim=OptimConfig(epochs=1, batch=20), replay=ReplayConfig(size=5, stream="shuffled", tau=7.0)
+    )
+    seen: list[Progress] = []
+    result = train_one(config, "er", 0, stream=stream, on_step=seen.append)
+    held = [0, 10, 20, 30, 40]
+    steps = [-(-(len(task.train_y) + kept) // 20) for task, kept in zip(stream.tasks, held, strict=True)]
+    assert result.timing.steps == sum(steps) == seen[-1].steps_total
+    third = spy.seen[sum(steps[:2]) : sum(steps[:3])]
+    labels = torch.cat([rows.y for rows in third]).bincount(minlength=10)
+    assert labels.tolist() == [5, 5, 5, 5, *stream.tasks[2].train_y.bincount()[4:].tolist(), 0, 0, 0, 0]
+    for rows in third:  # one stream, one weight: tau has no part in it
+        torch.testing.assert_close(rows.weight, torch.full((len(rows.y),), 1 / len(rows.y)))
+    assert any((rows.y[:-3] < 4).any() and (rows.y[3:] >= 4).any() for rows in third)  # shuffled
+
+
+@pytest.mark.parametrize(
+    "replay", [ReplayConfig(policy="balanced", size=23), ReplayConfig(policy="reservoir", size=23)]
+)
+def test_steps_of_a_shuffled_stream_are_counted_ahead(spy, stream, replay: ReplayConfig) -> None:
+    seen: list[Progress] = []
+    config = replace(SHORT, optim=OptimConfig(epochs=2), replay=replace(replay, stream="shuffled"))
+    result = train_one(config, "er", 0, stream=stream, on_step=seen.append)
+    assert {progress.steps_total for progress in seen} == {result.timing.steps}
+
+
+def test_a_method_without_replay_has_no_shuffled_stream_either(monkeypatch: pytest.MonkeyPatch, spy, stream) -> None:
+    monkeypatch.setattr(spy, "replays", False)
+    config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(stream="shuffled"))
+    train_one(config, "er", 0, stream=stream)
+    assert len(spy.seen) == sum(-(-len(task.train_y) // 16) for task in stream.tasks)
+
+
+@pytest.mark.parametrize("method", ["er", "mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("candidates", ["batch", "balanced"])
+def test_methods_train_on_a_shuffled_stream(stream, method: str, candidates: str) -> None:
+    config = replace(
+        SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(stream="shuffled"), mix=MixConfig(candidates=candidates)
+    )
+    assert train_one(config, method, 0, stream=stream).status == "complete"
+
+
+class Counting(Spy):
+    """Notes the class counts and extra replayed rows that a method is given, and keeps something with the rows."""
+
+    def loss(self, rows: StepRows) -> torch.Tensor:
+        replayed = self.context.draw_replayed()
+        type(self).seen.append((self.context.counts.clone(), replayed, rows))
+        return 0 * self.parameter.sum()
+
+    def extras(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"label_again": y.clone(), "brightness": x.flatten(1).sum(1)}
+
+
+def test_a_method_is_told_counts_and_given_more_rows_with_what_it_kept(monkeypatch: pytest.MonkeyPatch, stream) -> None:
+    Counting.seen = []
+    monkeypatch.setitem(METHODS, "mixup", Counting)
+    train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "mixup", 0, stream=stream)
+    own = [task.train_y.bincount(minlength=10) for task in stream.tasks]
+    steps = np.cumsum([0] + [-(-len(task.train_y) // 16) for task in stream.tasks])
+    for task in range(5):
+        counts, replayed, rows = Counting.seen[steps[task]]
+        expected = own[task].clone()
+        expected[: 2 * task] = 8
+        assert torch.equal(counts, expected)
+        if task == 0:
+            assert replayed is None
+            continue
+        assert replayed is not None and len(replayed.y) == len(rows.y) - len(stream.tasks[task].train_y[:16])
+        assert torch.equal(replayed.extras["label_again"], replayed.y)
+        torch.testing.assert_close(replayed.extras["brightness"], replayed.x.flatten(1).sum(1))
+
+
+def test_more_replayed_rows_leave_the_step_as_it_was(spy, stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    Counting.seen = []
+    config = replace(SHORT, optim=OptimConfig(epochs=1, augment="crop-flip"))
+    train_one(config, "er", 3, stream=stream)
+    monkeypatch.setitem(METHODS, "mixup", Counting)
+    train_one(config, "mixup", 3, stream=stream)
+    assert all(torch.equal(a.x, b.x) for a, (_, _, b) in zip(spy.seen, Counting.seen, strict=True))
+
+
+def test_a_method_that_wants_balanced_candidates_gets_them(spy, stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spy, "wants_balanced", True)
+    train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "er", 0, stream=stream)
+    assert all(rows.candidates is not None for rows in spy.seen)
+
+
+# ----------------------------------------------------------------------------------------------- precision and layout
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("method", "originals"),
+    [("er", False), ("mixup", False), ("mixup", True), ("gradmix", True), ("gradmix-sample", False)],
+)
+def test_mixed_precision_learns_as_float32_does(stream, method: str, originals: bool, amp: str) -> None:
+    dtypes = set()
+    linear = F.linear
+
+    def watching(*args: torch.Tensor) -> torch.Tensor:
+        out = linear(*args)
+        dtypes.add(out.dtype)
+        return out
+
+    config = replace(SHORT, optim=replace(SHORT.optim, amp=amp), mix=MixConfig(originals=originals))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", watching)
+        result = train_one(config, method, 0, stream=stream)
+    assert dtypes == {torch.bfloat16 if amp == "bf16" else torch.float16}
+    plain = train_one(replace(SHORT, mix=MixConfig(originals=originals)), method, 0, stream=stream)
+    assert abs(average_accuracy(result.accuracy) - average_accuracy(plain.accuracy)) < 0.08
+
+
+def test_channels_last_reaches_the_model(stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = []
+
+    def build(*args: object, **kwargs: object) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+        model[0].register_forward_hook(
+            lambda m, inputs, _o: formats.append(
+                all(t.is_contiguous(memory_format=torch.channels_last) for t in (m.weight, inputs[0]))
+            )
+        )
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", build)
+    optim = OptimConfig(epochs=1, channels_last=True, augment="crop-flip")
+    result = train_one(replace(SHORT, optim=optim), "gradmix-sample", 0, stream=stream)
+    assert result.status == "complete" and formats and all(formats)
+
+
+def test_time_and_memory_are_accounted_for(results) -> None:
+    for result in results.values():
+        timing = result.timing
+        assert 0 < timing.seconds_data < timing.seconds_step
+        assert timing.seconds_selection >= 0 and timing.seconds_forward_backward > 0
+        parts = timing.seconds_data + timing.seconds_selection + timing.seconds_forward_backward
+        assert parts == pytest.approx(timing.seconds_step)
+        assert timing.peak_memory_bytes > 10 * 2**20
+
+
+def test_the_peak_is_the_runs_own() -> None:
+    """Memory that was given back before the run does not count in it, where the system can tell."""
+    device = torch.device("cpu")
+    hog = torch.ones(100 * 2**20)  # 400 MiB
+    high = peak_memory(device)
+    assert high > hog.numel() * 4
+    del hog
+    start_peak_memory(device)
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak can be begun anew on Linux only")
+    assert peak_memory(device) < high - 300 * 2**20

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmix.training.config import TrainConfig, check
+from gradmix.training.config import DataConfig, TrainConfig, check
 from gradmix.training.datasets import DATASETS, LabelledImages, rank_in_class
 
 
@@ -33,11 +33,12 @@ class Protocol:
         buffer_policy: Policy of the replay buffer.
         buffer_size: Rows per class for policy ``class``, in total otherwise.
         augment: ``none``, or ``crop-flip``: a random crop after padding by 4, and a random horizontal flip.
+        normalise: Whether pixels are normalised by the data set's mean and standard deviation, or stay in [0, 1].
     """
 
     tasks: int
     classes_per_task: int
-    model: Literal["mlp", "resnet18"]
+    model: Literal["mlp", "resnet8", "resnet20", "resnet32", "resnet18"]
     lr: float
     epochs: int
     batch: int
@@ -48,6 +49,7 @@ class Protocol:
     lr_milestones: tuple[float, ...] = ()
     buffer_policy: Literal["class", "balanced", "reservoir"] = "class"
     augment: Literal["none", "crop-flip"] = "none"
+    normalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 replay_batch=256,
                 buffer_size=32,
                 augment="crop-flip",
+                normalise=True,
             ),
         ),
         Benchmark(
@@ -117,6 +120,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 buffer_policy="balanced",
                 buffer_size=2000,
                 augment="crop-flip",
+                normalise=True,
             ),
         ),
     )
@@ -156,6 +160,8 @@ class TaskStream:
         class_order: Label of every class in the data set, by new label.
         input_shape: Shape of one input, ``(C, H, W)``.
         protocol: The benchmark's protocol.
+        mean: By channel, what was subtracted from pixels in [0, 1]; ``None``: nothing.
+        std: By channel, what they were divided by after that; ``None``: nothing.
     """
 
     name: str
@@ -164,6 +170,8 @@ class TaskStream:
     class_order: tuple[int, ...]
     input_shape: tuple[int, ...]
     protocol: Protocol
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -171,8 +179,28 @@ class TaskStream:
         return len(self.class_names)
 
 
+def stream_of(data: DataConfig) -> TaskStream:
+    """The stream that the data section of a configuration describes; :func:`make_stream` says more."""
+    return make_stream(
+        data.benchmark,
+        data.data_dir,
+        class_order_seed=data.class_order_seed,
+        validation=data.validation,
+        tasks=data.tasks,
+        normalise=data.normalise,
+        rows_per_class=data.rows_per_class,
+    )
+
+
 def make_stream(
-    name: str, data_dir: str | Path = "data", *, class_order_seed: int | None = None, validation: float = 0.0
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    class_order_seed: int | None = None,
+    validation: float = 0.0,
+    tasks: int | None = None,
+    normalise: bool | None = None,
+    rows_per_class: int | None = None,
 ) -> TaskStream:
     """Reads a benchmark's data and cuts them into its tasks.
 
@@ -182,13 +210,17 @@ def make_stream(
         class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
         validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
             the data set (the same rows each time), and takes the place of the test rows, which are then not used.
+        tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: the protocol's.
+        normalise: Whether pixels are normalised; ``None``: as the protocol has it.
+        rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
+            all of them.
 
     Returns:
         The stream; rows within a task stand in the order of the data set.
 
     Raises:
-        ValueError: The name is unknown, ``validation`` is outside [0, 1), or a class is left without training or test
-            rows.
+        ValueError: The name is unknown, ``validation`` is outside [0, 1), ``tasks`` or ``rows_per_class`` is out of
+            range, or a class is left without training or test rows.
         FileNotFoundError: A data file is missing.
         DataError: A data file is damaged.
     """
@@ -197,10 +229,26 @@ def make_stream(
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
-    return _cut(benchmark, DATASETS[benchmark.dataset](data_dir), class_order_seed, validation)
+    if tasks is not None and not 1 <= tasks <= benchmark.protocol.tasks:
+        raise ValueError(f"tasks: got {tasks}, expected 1 to {benchmark.protocol.tasks}, the tasks of {name}")
+    if rows_per_class is not None and rows_per_class < 1:
+        raise ValueError(f"rows_per_class: got {rows_per_class}, expected at least 1")
+    data = DATASETS[benchmark.dataset](data_dir)
+    if not (benchmark.protocol.normalise if normalise is None else normalise):
+        data = dataclasses.replace(data, mean=None, std=None)
+    elif data.mean is None:
+        raise ValueError(f"normalise: got True, but no mean and standard deviation are known of {name}")
+    return _cut(benchmark, data, class_order_seed, validation, tasks, rows_per_class)
 
 
-def _cut(benchmark: Benchmark, data: LabelledImages, class_order_seed: int | None, validation: float) -> TaskStream:
+def _cut(
+    benchmark: Benchmark,
+    data: LabelledImages,
+    class_order_seed: int | None = None,
+    validation: float = 0.0,
+    tasks: int | None = None,
+    rows_per_class: int | None = None,
+) -> TaskStream:
     protocol, count = benchmark.protocol, len(data.class_names)
     order = np.arange(count)
     if class_order_seed is not None:
@@ -214,6 +262,9 @@ def _cut(benchmark: Benchmark, data: LabelledImages, class_order_seed: int | Non
         held_out = _spread(train_y, validation)
         test_x, test_y = train_x[held_out], train_y[held_out]
         train_x, train_y = train_x[~held_out], train_y[~held_out]
+    if rows_per_class is not None:
+        first = rank_in_class(train_y) < rows_per_class
+        train_x, train_y = train_x[first], train_y[first]
     for part, labels in (("training", train_y), ("test" if validation == 0.0 else "validation", test_y)):
         absent = (torch.bincount(labels, minlength=count) == 0).nonzero().squeeze(1).tolist()
         if absent:
@@ -221,12 +272,12 @@ def _cut(benchmark: Benchmark, data: LabelledImages, class_order_seed: int | Non
             raise ValueError(f"{benchmark.name}: no {part} rows of class {names}")
 
     train_y, test_y = new_label[train_y], new_label[test_y]
-    tasks = []
-    for index in range(protocol.tasks):
-        first = index * protocol.classes_per_task
-        classes = tuple(range(first, first + protocol.classes_per_task))
+    cut = []
+    for index in range(protocol.tasks if tasks is None else tasks):
+        start = index * protocol.classes_per_task
+        classes = tuple(range(start, start + protocol.classes_per_task))
         train, test = (torch.isin(labels, torch.tensor(classes)) for labels in (train_y, test_y))
-        tasks.append(
+        cut.append(
             Task(
                 index,
                 classes,
@@ -236,13 +287,16 @@ def _cut(benchmark: Benchmark, data: LabelledImages, class_order_seed: int | Non
                 test_y[test],
             )
         )
+    known = order if tasks is None else order[: tasks * protocol.classes_per_task]
     return TaskStream(
         name=benchmark.name,
-        tasks=tuple(tasks),
-        class_names=tuple(data.class_names[label] for label in order),
-        class_order=tuple(int(label) for label in order),
+        tasks=tuple(cut),
+        class_names=tuple(data.class_names[label] for label in known),
+        class_order=tuple(int(label) for label in known),
         input_shape=tuple(data.train_x.shape[1:]),
         protocol=protocol,
+        mean=data.mean,
+        std=data.std,
     )
 
 
@@ -292,7 +346,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         classes = protocol.tasks * protocol.classes_per_task
         size = max(1, size // classes) if config.replay.policy == "class" else size * classes
     replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
-    resolved = dataclasses.replace(config, optim=optim, replay=replay)
+    data = _filled(config.data, normalise=protocol.normalise)
+    if data.tasks is not None and data.tasks > protocol.tasks:
+        raise ValueError(f"data.tasks: got {data.tasks}, expected at most {protocol.tasks}, the tasks of {name}")
+    resolved = dataclasses.replace(config, optim=optim, replay=replay, data=data)
     check(resolved)
     return resolved
 

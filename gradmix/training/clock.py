@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -54,6 +54,16 @@ class Clock:
         """Seconds spent in ``section`` so far; 0 if it was never entered."""
         self._read()
         return self._seconds[section]
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds of every section so far."""
+        self._read()
+        return dict(self._seconds)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a state of :meth:`state_dict`."""
+        self._pending.clear()
+        self._seconds = defaultdict(float, state)
 
     def _read(self) -> None:
         for section, first, last in self._pending:

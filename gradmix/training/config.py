@@ -19,7 +19,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-MethodName = Literal["finetune", "er", "mixup", "gradmix", "gradmix-sample"]
+MethodName = Literal[
+    "finetune",
+    "er",
+    "a-gem",
+    "der++",
+    "autoaugment",
+    "randaugment",
+    "trivialaugment",
+    "mixup",
+    "manifold-mixup",
+    "cutmix",
+    "remix",
+    "balanced-mixup",
+    "gradmix",
+    "gradmix-sample",
+    "der++-mixup",
+    "der++-gradmix",
+    "der++-gradmix-sample",
+]
 BenchmarkName = Literal["split-digits", "split-mnist", "split-fashion-mnist", "split-cifar10", "split-cifar100"]
 
 
@@ -35,14 +53,22 @@ class DataConfig:
     """Shuffles the order in which classes arrive; None: in the order of their labels. Apart from the training seeds."""
     validation: float = 0.0
     """Share of each class's training rows held out and scored in place of the test set, for choosing settings."""
+    tasks: int | None = None
+    """Stop after this many tasks; the classes of later ones are left out. None: all of them."""
+    normalise: bool | None = None
+    """Subtract the data set's mean pixel and divide by its standard deviation, by channel; otherwise pixels are in
+    [0, 1]. None: the benchmark's own: yes for CIFAR."""
+    rows_per_class: int | None = None
+    """Keep this many training rows of each class, the first ones. None: all of them."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Model and optimiser; what is not given is taken from the benchmark's protocol."""
 
-    model: Literal["mlp", "resnet18"] | None = None
-    """mlp: two hidden layers of 256; resnet18: with a stem for small images."""
+    model: Literal["mlp", "resnet8", "resnet20", "resnet32", "resnet18"] | None = None
+    """mlp: two hidden layers of 256; resnet8, resnet20, resnet32: the narrow ones made for CIFAR; resnet18: the wide
+    one, with a stem for small images."""
     lr: float | None = None
     """Learning rate of SGD."""
     momentum: float | None = None
@@ -57,6 +83,12 @@ class OptimConfig:
     """Rows of the current task in a step."""
     augment: Literal["none", "crop-flip"] | None = None
     """crop-flip: padded random crop and horizontal flip of every training row."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision of the forward passes; fp16 with a loss scale that adapts itself."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last layout, which GPUs' half-precision convolutions want."""
+    compile: bool = False
+    """Compile the model by torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,12 @@ class ReplayConfig:
     """Replayed rows in a step."""
     tau: float = 1.0
     """Weight of the replayed rows' loss: loss = CE(current) + tau * CE(replayed)."""
+    stream: Literal["dual", "shuffled"] = "dual"
+    """dual: every step holds current and replayed rows, in fixed numbers; shuffled: the current task's rows and the
+    buffer's are shuffled into one stream, of which a step takes the next rows, all of one weight."""
+    distillation: float | None = None
+    """Weight of DER++'s squared error between the logits of replayed rows and those kept with them. None: the method's
+    own: 0.5 for der++ and what builds on it, nothing for others."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +136,12 @@ class MixConfig:
     """Where partners come from: the step's own rows, or a class-balanced draw from the current task and the buffer."""
     class_samples: int = 32
     """Rows per class behind a class-pair decision."""
+    control: Literal["none", "random", "random-partner", "anti", "small-gradient", "large-gradient"] = "none"
+    """What a selective method is held against: random: as many rows as it would mix, any rows, with any partners;
+    random-partner: the same rows with any partners; anti: detrimental partners only; small-gradient, large-gradient: as
+    many pairs, by the norm of the mixture's gradient."""
+    control_rate: float | None = None
+    """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +149,10 @@ class TrainConfig:
     """Class-incremental training with replay, by one or several methods over several seeds."""
 
     methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix")
-    """finetune: no replay; er: experience replay; mixup: replay, random partners; gradmix: partners selected by class
-    pair; gradmix-sample: partners selected sample by sample."""
+    """finetune: no replay; er: experience replay; a-gem: projected gradients; der++: replay with kept logits;
+    autoaugment, randaugment, trivialaugment: replay, augmented by policy; mixup: replay, random partners;
+    manifold-mixup, cutmix, remix, balanced-mixup: its kin; gradmix: partners selected by class pair; gradmix-sample:
+    partners selected sample by sample; der++-...: the same on top of der++."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds: initial weights, batches, buffer and mixing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -117,6 +163,8 @@ class TrainConfig:
     """auto: a GPU if there is one; or a torch device such as cpu or cuda:0."""
     threads: int | None = None
     """CPU threads for torch; None: torch's own choice."""
+    checkpoint: float = 60.0
+    """Seconds between two checkpoints, from which an interrupted run goes on; 0: none are kept."""
     output: Path | None = None
     """Run folder, new or empty; None: runs/BENCHMARK-DATE-TIME."""
 
@@ -233,6 +281,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("seeds", "integers of at least 0", lambda v: min(v) >= 0),
     ("data.class_order_seed", "an integer of at least 0", lambda v: v >= 0),
     ("data.validation", "a share from 0 to less than 1", lambda v: 0 <= v < 1),
+    ("data.tasks", "an integer of at least 1", lambda v: v >= 1),
+    ("data.rows_per_class", "an integer of at least 1", lambda v: v >= 1),
     ("optim.lr", "a number above 0", lambda v: v > 0),
     ("optim.momentum", "a number from 0 to less than 1", lambda v: 0 <= v < 1),
     ("optim.weight_decay", "a number of at least 0", lambda v: v >= 0),
@@ -242,10 +292,13 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("replay.size", "an integer of at least 1", lambda v: v >= 1),
     ("replay.batch", "an integer of at least 1", lambda v: v >= 1),
     ("replay.tau", "a number of at least 0", lambda v: v >= 0),
+    ("replay.distillation", "a number of at least 0", lambda v: v >= 0),
     ("mix.alpha", "a number above 0", lambda v: v > 0),
     ("mix.threshold", "a cosine from -1 to 1", lambda v: -1 <= v <= 1),
     ("mix.refresh", "an integer of at least 0", lambda v: v >= 0),
     ("mix.class_samples", "an integer of at least 1", lambda v: v >= 1),
+    ("checkpoint", "a number of seconds, or 0", lambda v: v >= 0),
+    ("mix.control_rate", "a share from 0 to 1", lambda v: 0 <= v <= 1),
     ("device", "a device's name, such as auto, cpu or cuda:0", lambda v: bool(v.strip())),
     ("threads", "an integer of at least 1", lambda v: v >= 1),
 )

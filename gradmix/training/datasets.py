@@ -20,7 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Per-channel mean and standard deviation of the 50,000 training images, values in [0, 1].
+# Per-channel mean and standard deviation of the training images, values in [0, 1].
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
+FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -130,7 +132,7 @@ def load_mnist(data_dir: str | Path) -> LabelledImages:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES)
+    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES, MNIST_MEAN, MNIST_STD)
 
 
 def load_fashion_mnist(data_dir: str | Path) -> LabelledImages:
@@ -143,7 +145,7 @@ def load_fashion_mnist(data_dir: str | Path) -> LabelledImages:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES)
+    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES, FASHION_MEAN, FASHION_STD)
 
 
 def load_cifar10(data_dir: str | Path) -> LabelledImages:
@@ -260,13 +262,15 @@ def read_idx(path: str | Path) -> npt.NDArray[Any]:
     return values.astype(dtype.newbyteorder("="))
 
 
-def _load_idx(data_dir: Path, folder_name: str, names: tuple[str, ...]) -> LabelledImages:
+def _load_idx(
+    data_dir: Path, folder_name: str, names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+) -> LabelledImages:
     folder = data_dir / folder_name / "raw"
     stems = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
     _require(paths, folder_name, folder_name, suffix="[.gz]")
     train, test = (_idx_rows(x_path, y_path, len(names)) for x_path, y_path in (paths[:2], paths[2:]))
-    return LabelledImages(*train, *test, class_names=names)
+    return LabelledImages(*train, *test, class_names=names, mean=mean, std=std)
 
 
 def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:

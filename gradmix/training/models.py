@@ -1,4 +1,4 @@
-"""The protocol's models: a perceptron for small grey images and the ResNet-18 used on CIFAR."""
+"""The protocol's models: a perceptron for small grey images, and the narrow and wide ResNets used on CIFAR."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MODELS = ("mlp", "resnet18")
+MODELS = ("mlp", "resnet8", "resnet20", "resnet32", "resnet18")
 
 
 def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, *, seed: int = 0) -> nn.Module:
     """Builds a model with initial weights settled by ``seed``; no global random state is read or changed.
 
     Args:
-        name: ``mlp`` or ``resnet18``.
-        input_shape: Shape of one row: anything for ``mlp``, ``(C, H, W)`` for ``resnet18``.
+        name: One of ``MODELS``.
+        input_shape: Shape of one row: anything for ``mlp``, ``(C, H, W)`` for the others.
         num_classes: Classes over the whole stream, the width of the output.
         seed: Seeds the initial weights.
 
@@ -32,15 +32,17 @@ def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, *, se
         raise ValueError(f"input_shape: got {tuple(input_shape)}, expected positive sizes of one row")
     if num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes}, expected at least 1")
-    if name == "resnet18" and len(input_shape) != 3:
-        raise ValueError(f"input_shape: got {tuple(input_shape)}, expected (C, H, W) for resnet18")
+    if name != "mlp" and len(input_shape) != 3:
+        raise ValueError(f"input_shape: got {tuple(input_shape)}, expected (C, H, W) for {name}")
     # Layers draw their weights from the global CPU generator: lend it out, seeded, and put its state back. Seeding by
     # torch.manual_seed would reach the generators of other devices too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if name == "mlp":
             return MLP(math.prod(input_shape), num_classes)
-        return ResNet18(input_shape[0], num_classes)
+        if name == "resnet18":
+            return ResNet18(input_shape[0], num_classes)
+        return NarrowResNet(input_shape[0], num_classes, depth=int(name.removeprefix("resnet")))
 
 
 class MLP(nn.Module):
@@ -59,6 +61,11 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, num_classes)
+
+    @property
+    def hidden_stages(self) -> tuple[nn.Module, nn.Module]:
+        """The modules that take in the first and the second hidden layer, after ReLU."""
+        return self.fc2, self.head
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of rows ``x (N, ...)``."""
@@ -118,12 +125,69 @@ class ResNet18(nn.Module):
             before = channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(before, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
+
+    @property
+    def hidden_stages(self) -> tuple[nn.Module, nn.Module]:
+        """The modules that take in what comes out of the first and the second stage."""
+        return self.blocks[2], self.blocks[4]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``x (N, in_channels, H, W)``."""
         h = self.blocks(F.relu(self.bn1(self.conv1(x))))
         logits: Tensor = self.head(h.mean(dim=(2, 3)))
         return logits
+
+
+class NarrowResNet(nn.Module):
+    """The ResNet that He et al. (2016) made for CIFAR: 6n + 2 layers in three stages of 16, 32 and 64 channels.
+
+    A 3x3 stem of stride 1, n basic blocks a stage, the mean over all places, the classifier. Departing from the paper's
+    CIFAR experiments, the two blocks that change the shape have a 1x1 convolution and batch normalisation as their
+    shortcut (the paper's option B, which it has for ImageNet) instead of subsampling and zero padding. Initialised as
+    :class:`ResNet18`. With three channels and 10 classes, depths 8, 20 and 32 make 78,042, 272,474 and 466,906
+    parameters.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Width of the output.
+        depth: Layers with weights, shortcuts not counted: 6n + 2 with n of at least 1.
+
+    Raises:
+        ValueError: ``depth`` is not of that form.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, depth: int) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth: got {depth}, expected 6n + 2 with n of at least 1, such as 8, 20 or 32")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks: list[nn.Module] = []
+        before = 16
+        for channels, stride in ((16, 1), (32, 2), (64, 2)):
+            for block in range(depth // 6):
+                blocks.append(BasicBlock(before, channels, stride if block == 0 else 1))
+                before = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(before, num_classes)
+        _initialise(self)
+
+    @property
+    def hidden_stages(self) -> tuple[nn.Module, nn.Module]:
+        """The modules that take in what comes out of the first and the second stage."""
+        per_stage = len(self.blocks) // 3
+        return self.blocks[per_stage], self.blocks[2 * per_stage]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``x (N, in_channels, H, W)``."""
+        h = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        logits: Tensor = self.head(h.mean(dim=(2, 3)))
+        return logits
+
+
+def _initialise(model: nn.Module) -> None:
+    """Convolutions as in He et al. (2015), fan out; batch normalisation is the identity from the start."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -7,15 +7,17 @@ and detrimental pairs are crossed.
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gradmix.training.metrics import Interval, mean_interval
 from gradmix.training.results import AlignmentRecord, RunResult, metric_values, task_names
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI = 150
 _EMPTY = "#B8B8B8"
+# Black, told apart from other blacks, so that a page can put the colour of its text in its place.
+_INK = "#010203"
 
 
 def curve(result: RunResult) -> Figure:
@@ -230,6 +234,126 @@ def alignment(result: RunResult) -> Figure:
     return figure
 
 
+def dots(labels: Sequence[str], values: Sequence[Sequence[float]], name: str) -> Figure:
+    """Draws a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
+
+    Args:
+        labels: Names of the rows, from top to bottom.
+        values: Their values, any number each.
+        name: What the values are.
+    """
+    figure, axes = _rows(labels, name)
+    for place, row in enumerate(values):
+        if not row:
+            continue
+        spread = np.linspace(-0.16, 0.16, len(row)) if len(row) > 1 else np.zeros(1)
+        axes.scatter(row, place + spread, s=16, color="#56B4E9", alpha=0.9, linewidths=0, zorder=2)
+        _interval(axes, place, mean_interval(row), "#0072B2")
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def forest(labels: Sequence[str], intervals: Sequence[Interval], name: str) -> Figure:
+    """Draws a row for each difference: its mean and 95 % t-interval, and a line at 0.
+
+    Intervals that leave 0 out are drawn full, the others hollow.
+
+    Args:
+        labels: Names of the rows, from top to bottom.
+        intervals: Their means and half widths.
+        name: What the differences are of.
+    """
+    figure, axes = _rows(labels, name)
+    axes.axvline(0.0, color=_INK, linewidth=1.0, alpha=0.6)
+    for place, interval in enumerate(intervals):
+        told = abs(interval.mean) > interval.half_width
+        _interval(axes, place, interval, ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _EMPTY, told)
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
+    """Draws a line for each label: the mean over seeds of some measure after each task, with a band of one deviation.
+
+    Args:
+        lines: For each label ``(S, T)`` values: S seeds, T tasks.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(7.2, 4.4)
+    for index, (label, values) in enumerate(lines.items()):
+        numbers = np.arange(1, values.shape[1] + 1)
+        _line(axes, index, label, numbers, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None)
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("mean accuracy on the tasks seen")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    _key(axes, len(lines))
+    return figure
+
+
+def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
+    """Draws a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
+
+    Args:
+        key: The setting.
+        values: Its values; numbers that span a factor of eight or more are spaced by their logarithm, anything but
+            numbers evenly.
+        panels: For each panel and label, an interval for each value; NaN where there is none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    logarithmic = numeric and min(values) > 0 and max(values) >= 8 * min(values)
+    places = np.array(values if numeric else range(len(values)), dtype=np.float64)
+    order = np.argsort(places)
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.0 + 4.2 * columns, 0.5 + 3.4 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for index, (label, intervals) in enumerate(lines.items()):
+            mean = np.array([interval.mean for interval in intervals])[order]
+            half = np.array([interval.half_width for interval in intervals])[order]
+            _line(axes, index, label, places[order], mean, half if np.isfinite(half).any() else None)
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_xticks(places, [str(v) for v in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(key)
+        axes.set_title(name, fontsize=11)
+        axes.grid(alpha=0.25)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    _key(grid.flat[0], max(map(len, panels.values())))
+    return figure
+
+
+def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
+    """Renders a figure as an SVG element, the same text for the same figure.
+
+    Args:
+        figure: The figure.
+        name: Told apart from the others on a page by it, so that their parts do not mix.
+        themed: Without ground, and with the colour of the text around it for its own text and lines, so that it suits a
+            light page and a dark one.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    FigureCanvasSVG(figure)
+    if themed:
+        _take_ink(figure)
+    text = io.StringIO()
+    # Names of parts are digests of this salt and the part; without one, they differ from call to call.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", transparent=themed, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return svg.replace(_INK.lower(), "currentColor") if themed else svg
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -253,6 +377,76 @@ def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         array([1.   , 0.625])
     """
     return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
+
+
+def _take_ink(figure: Figure) -> None:
+    """Draws in the ink what matplotlib draws in black by itself, and takes the ground from under the legends."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
+    from matplotlib.spines import Spine
+    from matplotlib.text import Text
+
+    black = (0.0, 0.0, 0.0)
+    for text in figure.findobj(Text):
+        if to_rgb(text.get_color()) == black:
+            text.set_color(_INK)
+    for line in figure.findobj(Line2D):
+        if to_rgb(line.get_color()) == black:
+            line.set_color(_INK)
+        if line.get_markeredgecolor() != "none" and to_rgb(line.get_markeredgecolor()) == black:
+            line.set_markeredgecolor(_INK)
+    for spine in figure.findobj(Spine):
+        spine.set_edgecolor(_INK)
+    for legend in figure.findobj(Legend):
+        legend.get_frame().set_facecolor("none")
+
+
+def _rows(labels: Sequence[str], name: str) -> tuple[Figure, Axes]:
+    """A figure with a place for each label, the first on top."""
+    figure, axes = _figure(7.2, 0.9 + 0.27 * max(len(labels), 2))
+    axes.set_yticks(range(len(labels)), list(labels), fontsize=9)
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
+    axes.set_xlabel(name)
+    return figure, axes
+
+
+def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: bool = True) -> None:
+    half = None if math.isnan(interval.half_width) else [interval.half_width]
+    axes.errorbar(
+        [interval.mean],
+        [place],
+        xerr=half,
+        fmt="D",
+        markersize=5,
+        color=colour,
+        markerfacecolor=colour if full else "none",
+        capsize=3,
+        linewidth=1.5,
+        zorder=3,
+    )
+
+
+def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None:
+    colour = _INK if index % len(_COLOURS) == 0 else _COLOURS[index % len(_COLOURS)]
+    if band is not None:
+        axes.fill_between(x, y - band, y + band, color=colour, alpha=0.14, linewidth=0)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        marker=_MARKERS[index % len(_MARKERS)],
+        linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
+        markersize=5,
+        linewidth=1.6,
+        label=label,
+    )
+
+
+def _key(axes: Axes, lines: int) -> None:
+    # Many names would hide the lines; they stand beside them then.
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if lines > 5 else {"loc": "best"}
+    axes.legend(framealpha=0.6, fontsize=9, **beside)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -37,11 +37,20 @@ class Timing:
     """The part of the steps spent on choosing pairs, refreshes of the reference gradient included."""
     seconds_evaluation: float
     """Scoring the test rows after each task."""
+    seconds_data: float = math.nan
+    """The part of the steps spent on drawing and augmenting their rows; NaN if it was not measured."""
+    peak_memory_bytes: int = 0
+    """On a GPU the most that tensors took up, elsewhere the process's peak resident size; 0 where unknown."""
 
     @property
     def step_ms(self) -> float:
         """Milliseconds per training step; NaN if no step was taken."""
         return 1000.0 * self.seconds_step / self.steps if self.steps else math.nan
+
+    @property
+    def seconds_forward_backward(self) -> float:
+        """The rest of the steps: forward and backward passes of the loss, and the optimiser."""
+        return self.seconds_step - self.seconds_selection - self.seconds_data
 
     @property
     def selection_share(self) -> float:
@@ -180,14 +189,15 @@ def refuse_occupied(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if folder.is_dir():
-        if any(folder.iterdir()):
+        # A process that was killed while it wrote the configuration leaves its draft behind, and nothing else.
+        if any(path.name != ".config.yaml" for path in folder.iterdir()):
             raise ValueError(f"output: {folder} exists and is not empty, expected a new or an empty folder")
     elif folder.exists() or folder.is_symlink():
         raise ValueError(f"output: {folder} is not a folder, expected a new or an empty folder")
     return folder
 
 
-def save_run(result: RunResult, folder: str | Path) -> Path:
+def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) -> Path:
     """Writes one run's folder, whole or not at all.
 
     It holds ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json``, ``accuracy_matrix.csv``,
@@ -196,6 +206,7 @@ def save_run(result: RunResult, folder: str | Path) -> Path:
     Args:
         result: The run.
         folder: A new or an empty folder; its parents are made.
+        pictures: Whether the pictures are drawn, which takes about a second.
 
     Returns:
         The folder.
@@ -212,9 +223,10 @@ def save_run(result: RunResult, folder: str | Path) -> Path:
         (staging / "config.yaml").write_text(_config_text(result.config), encoding="utf-8")
         (staging / "metrics.json").write_text(to_json(_to_dict(result)), encoding="utf-8")
         (staging / "accuracy_matrix.csv").write_text(_accuracy_csv(result), encoding="utf-8")
-        plots.save(plots.curve(result), staging / "curve.png")
-        plots.save(plots.heatmap(result), staging / "heatmap.png")
-        if result.alignments:
+        if pictures:
+            plots.save(plots.curve(result), staging / "curve.png")
+            plots.save(plots.heatmap(result), staging / "heatmap.png")
+        if pictures and result.alignments:
             plots.save(plots.alignment(result), staging / "alignment.png")
         staging.chmod(0o777 & ~_umask())
         if folder.is_dir():
@@ -334,6 +346,9 @@ def _to_dict(result: RunResult) -> dict[str, Any]:
             "seconds_step": timing.seconds_step,
             "seconds_selection": timing.seconds_selection,
             "seconds_evaluation": timing.seconds_evaluation,
+            "seconds_data": timing.seconds_data,
+            "seconds_forward_backward": timing.seconds_forward_backward,
+            "peak_memory_bytes": timing.peak_memory_bytes,
             "step_ms": timing.step_ms,
             "selection_share": timing.selection_share,
         },
@@ -371,6 +386,8 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
                 name: _number(timing[name])
                 for name in ("seconds_total", "seconds_step", "seconds_selection", "seconds_evaluation")
             },
+            seconds_data=_number(timing.get("seconds_data")),
+            peak_memory_bytes=int(timing.get("peak_memory_bytes", 0)),
         ),
         config=config,
         mixed_share=tuple(_number(v) for v in values["mixed_share"]),

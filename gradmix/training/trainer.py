@@ -1,29 +1,38 @@
-"""Class-incremental training with replay: one method, one seed, from the first task to the accuracy matrix."""
+"""Class-incremental training with replay: one method, one seed, from the first task to the accuracy matrix.
+
+A run can be left at any step and taken up again, to the bit (on one machine, with the same versions and number of
+threads; a GPU's own kernels may round differently from one time to the next). Everything that the rest of the run
+depends on is in the state that :class:`_Run` gives to :mod:`gradmix.training.checkpoint`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import platform
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import gradmix
-from gradmix.buffers import ReplayBuffer
+from gradmix.buffers import BufferRows, ReplayBuffer
 from gradmix.head import logits_of
 from gradmix.probe import preserved_rng, untouched
+from gradmix.training import checkpoint as checkpoints
 from gradmix.training.augment import random_crop_flip
-from gradmix.training.benchmarks import Task, TaskStream, make_stream, resolve
+from gradmix.training.benchmarks import Task, TaskStream, resolve, stream_of
 from gradmix.training.clock import Clock
-from gradmix.training.config import MethodName, OptimConfig, TrainConfig
-from gradmix.training.methods import METHODS, Context, Method, StepRows
+from gradmix.training.config import MethodName, OptimConfig, TrainConfig, to_dict
+from gradmix.training.environment import describe_environment, pick_device
+from gradmix.training.memory import peak_memory, start_peak_memory
+from gradmix.training.methods import METHODS, Context, Method, Pixels, StepRows
 from gradmix.training.models import build_model
+from gradmix.training.random_state import restore_rng, rng_state
 from gradmix.training.results import AlignmentRecord, RunResult, Timing
 
 EVALUATION_ROWS = 1024
@@ -31,6 +40,9 @@ EVALUATION_ROWS = 1024
 
 LOSS_EVERY = 25
 """Steps between two losses shown: reading one waits for the device."""
+
+CIRCUMSTANCES = ("methods", "seeds", "output", "device", "threads", "checkpoint", "data.data_dir")
+"""Settings that do not tell one run from another: they change where and how it is made, not what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,18 @@ class Progress:
     loss: float | None
 
 
+def settled(config: TrainConfig, method: str, seed: int) -> TrainConfig:
+    """The complete configuration of one run: narrowed to it, and nothing left to the benchmark's or method's default.
+
+    Raises:
+        ValueError: an unknown method, or a setting out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)))
+    return METHODS[method].settled(config)
+
+
 def train_one(
     config: TrainConfig,
     method: str,
@@ -55,6 +79,8 @@ def train_one(
     *,
     stream: TaskStream | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> RunResult:
     """Train one method with one seed on all tasks of a benchmark.
 
@@ -67,23 +93,21 @@ def train_one(
         seed: the training seed.
         stream: the benchmark's tasks if they were read already.
         on_step: called after every step.
+        checkpoint: a file. If it is there, the run goes on from it. It is replaced, whole or not at all, every
+            ``checkpoint_seconds``, and when ``on_step`` raises KeyboardInterrupt; it is the caller's to remove.
+        checkpoint_seconds: seconds between two checkpoints, at least; 0: after every step.
 
     Returns:
         The result; of status ``interrupted``, with what was reached, if a KeyboardInterrupt came.
 
     Raises:
-        ValueError: a setting out of range, or damaged data.
+        ValueError: a setting out of range, damaged data, or a checkpoint that is damaged, of another run or cannot be
+            written (:class:`gradmix.training.checkpoint.CheckpointError`).
         FileNotFoundError: missing data.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)))
-    config = replace(config, mix=METHODS[method].settled(config.mix))
-    data = config.data
+    config = settled(config, method, seed)
     if stream is None:
-        stream = make_stream(
-            data.benchmark, data.data_dir, class_order_seed=data.class_order_seed, validation=data.validation
-        )
+        stream = stream_of(config.data)
     device = pick_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
@@ -91,9 +115,21 @@ def train_one(
     try:
         with preserved_rng(device):
             torch.manual_seed(derived_seed(seed, "global"))
-            return _Run(config, method, seed, stream, device, on_step).result()
+            run = _Run(config, method, seed, stream, device, on_step)
+            if checkpoint is not None:
+                run.keep_at(Path(checkpoint), checkpoint_seconds)
+            return run.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What makes a run the one it is: its settled configuration without :data:`CIRCUMSTANCES`, but method and seed."""
+    plain = to_dict(config)
+    for key in CIRCUMSTANCES:
+        section, _, name = key.rpartition(".")
+        del (plain[section] if section else plain)[name]
+    return {"method": config.methods[0], "seed": config.seeds[0], **plain}
 
 
 class _Run:
@@ -113,32 +149,66 @@ class _Run:
         optim, replay = config.optim, config.replay
         assert optim.model and optim.epochs and optim.batch and replay.policy and replay.size and replay.batch
         self.epochs, self.batch, self.replay_batch = optim.epochs, optim.batch, replay.batch
+        self.shuffled = replay.stream == "shuffled"
+        self.channels_last = optim.channels_last and len(stream.input_shape) == 3
         self.model = build_model(optim.model, stream.input_shape, stream.num_classes, seed=seed).to(device)
+        if self.channels_last:
+            # torch's annotation lacks the overload without a device.
+            self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.buffer = ReplayBuffer(replay.size, policy=replay.policy, device=device, seed=seed)
         self.clock = Clock(device)
-        self.batches = generator_for(seed, "batches")
-        self.augmenting = generator_for(seed, "augmentation")
-        self.candidates = generator_for(seed, "candidates")
+        # One generator for each purpose: a method that draws more for one leaves the others as they are.
+        purposes = ("batches", "augmentation", "candidates", "mixing", "replay", "replay augmentation")
+        self.generators = {purpose: generator_for(seed, purpose) for purpose in purposes}
+        self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
+        self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         self.method: Method = METHODS[method](
-            Context(self.model, self.buffer, stream.num_classes, config.mix, generator_for(seed, "mixing"), self.clock)
+            Context(
+                model=cast(nn.Module, torch.compile(self.model)) if optim.compile else self.model,
+                buffer=self.buffer,
+                num_classes=stream.num_classes,
+                mix=config.mix,
+                generator=self.generators["mixing"],
+                clock=self.clock,
+                replay=replay,
+                counts=self.counts,
+                draw_replayed=self.draw_replayed,
+                pixels=None if stream.mean is None or stream.std is None else Pixels(stream.mean, stream.std),
+                autocast=self.autocast,
+                scaler=self.scaler,
+            )
         )
         tasks = len(stream.tasks)
         self.accuracy = np.full((tasks, tasks), np.nan)
         self.mixed_share = [float("nan")] * tasks
         self.alignments: list[AlignmentRecord] = []
         self.steps = 0
-        self.steps_total = sum(self.epochs * -(-len(task.train_y) // self.batch) for task in stream.tasks)
+        self.steps_total = sum(self.epochs * -(-rows // self.batch) for rows in self.rows_per_epoch())
+        self.seconds_before, self.peak_before = 0.0, 0
+        # Where the run is: steps done of an epoch whose rows come in `order`; None: the task has not begun.
+        self.task, self.epoch, self.batches_done = 0, 0, 0
+        self.order: Tensor | None = None
+        self.mixed, self.seen = torch.zeros((), dtype=torch.int64, device=device), 0
+        self.optimiser: torch.optim.SGD
+        self.schedule: torch.optim.lr_scheduler.MultiStepLR
+        self.checkpoint: Path | None = None
+        self.checkpoint_seconds = 0.0
+
+    # ---------------------------------------------------------------------------------------------------- the course
 
     def result(self) -> RunResult:
         """Run to the end, or to a KeyboardInterrupt."""
-        start = time.perf_counter()
+        self.start = self.checkpoint_time = time.perf_counter()
+        start_peak_memory(self.device)
         environment = describe_environment(self.device)
         status: Any = "complete"
         try:
-            for task in self.stream.tasks:
+            while self.task < len(self.stream.tasks):
+                task = self.stream.tasks[self.task]
                 self.learn(task)
                 with self.clock("evaluation"):
-                    self.accuracy[task.index] = evaluate(self.model, self.stream, self.device)
+                    self.accuracy[task.index] = evaluate(self.model, self.stream, self.device, self.autocast)
+                self.task += 1
         except KeyboardInterrupt:
             status = "interrupted"
         return RunResult(
@@ -151,10 +221,12 @@ class _Run:
             accuracy=self.accuracy,
             timing=Timing(
                 steps=self.steps,
-                seconds_total=time.perf_counter() - start,
+                seconds_total=self.seconds_total(),
                 seconds_step=self.clock.seconds("step"),
                 seconds_selection=self.clock.seconds("selection"),
                 seconds_evaluation=self.clock.seconds("evaluation"),
+                seconds_data=self.clock.seconds("data"),
+                peak_memory_bytes=self.peak_memory(),
             ),
             config=self.config,
             mixed_share=tuple(self.mixed_share),
@@ -163,76 +235,165 @@ class _Run:
         )
 
     def learn(self, task: Task) -> None:
-        """Train on one task, record its class table, then show it to the buffer."""
-        x, y = task.train_x.to(self.device), task.train_y.to(self.device)
-        optimiser = make_optimiser(self.model, self.config.optim)
-        schedule = make_schedule(optimiser, self.config.optim, self.epochs)
-        mixed, seen = torch.zeros((), dtype=torch.int64, device=self.device), 0
-        rows: StepRows | None = None
+        """Train on one task, or on what is left of it, then show it to the buffer."""
+        own_x, own_y = task.train_x.to(self.device), task.train_y.to(self.device)
+        x, y = own_x, own_y
+        if self.shuffled and self.method.replays and len(self.buffer):
+            x, y = torch.cat([x, self.buffer.x]), torch.cat([y, self.buffer.y])
+        self.count_classes(own_y)
+        if self.order is None:
+            self.start_optimiser()
+            self.mixed.zero_()
+            self.seen = 0
         self.model.train()
-        for epoch in range(self.epochs):
-            self.method.start_epoch()
-            for index in self.epoch_batches(len(y)):
-                with self.clock("step"):
-                    rows = self.step_rows(x, y, index.to(self.device), task)
-                    loss = self.method.loss(rows)
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimiser.step()
-                count = self.method.mixed_rows()
-                if count is not None:
-                    mixed, seen = mixed + count, seen + len(rows.y)
+        while self.epoch < self.epochs:
+            if self.order is None:
+                self.method.start_epoch()
+                self.order = torch.randperm(len(y), generator=self.generators["batches"])
+            batches = self.order.split(self.batch)
+            for index in batches[self.batches_done :]:
+                rows, loss = self.step(x, y, index, task)
+                self.batches_done += 1
                 self.steps += 1
-                self.report(task, epoch, loss)
-            schedule.step()
-        if seen:
-            self.mixed_share[task.index] = int(mixed) / seen
-        if rows is not None:
-            self.record_table(task, rows)
-        self.buffer.add(x, y)
+                if self.batches_done == len(batches):
+                    self.schedule.step()
+                    if self.epoch == self.epochs - 1:
+                        self.mixed_share[task.index] = int(self.mixed) / self.seen if self.seen else float("nan")
+                        self.record_table(task, rows)
+                # The last thing in a step: here a run may be left, and nothing is to be done twice or left out.
+                self.after_step(task, loss)
+            self.epoch, self.batches_done, self.order = self.epoch + 1, 0, None
+        self.buffer.add(own_x, own_y, **self.method.extras(own_x, own_y))
+        self.epoch = 0
 
-    def epoch_batches(self, count: int) -> Iterator[Tensor]:
-        """Indices of the batches of one epoch; the last one may be smaller."""
-        return iter(torch.randperm(count, generator=self.batches).split(self.batch))
+    def step(self, x: Tensor, y: Tensor, index: Tensor, task: Task) -> tuple[StepRows, Tensor]:
+        """One step of the optimiser; returns its rows and its loss, detached."""
+        with self.clock("step"):
+            with self.clock("data"):
+                rows = self.step_rows(x, y, index.to(self.device), task)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss = self.method.backward(rows)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        count = self.method.mixed_rows()
+        if count is not None:
+            self.mixed += count
+            self.seen += len(rows.y)
+        return rows, loss
+
+    def after_step(self, task: Task, loss: Tensor) -> None:
+        """Tell the caller where the run is, and keep a checkpoint if it is due or the caller wants to stop."""
+        try:
+            self.report(task, loss)
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        if self.checkpoint is not None and time.perf_counter() - self.checkpoint_time >= self.checkpoint_seconds:
+            self.save()
+
+    def report(self, task: Task, loss: Tensor) -> None:
+        if self.on_step is None:
+            return
+        shown = float(loss) if self.steps % LOSS_EVERY == 0 else None
+        self.on_step(
+            Progress(
+                self.method_name,
+                self.seed,
+                task.index + 1,
+                len(self.stream.tasks),
+                self.epoch + 1,
+                self.epochs,
+                self.steps,
+                self.steps_total,
+                shown,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------------ a step's rows
 
     def step_rows(self, x: Tensor, y: Tensor, index: Tensor, task: Task) -> StepRows:
         """The step's current rows, then its replayed ones, with the weights of their losses."""
         step_x, step_y = x[index], y[index]
         current = len(step_y)
         weight = torch.full((current,), 1.0 / current, device=self.device)
-        if self.method.replays and len(self.buffer):
+        if self.method.replays and len(self.buffer) and not self.shuffled:
             replay_x, replay_y = self.buffer.sample(self.replay_batch)
             step_x, step_y = torch.cat([step_x, replay_x]), torch.cat([step_y, replay_y])
             tau = self.config.replay.tau
             weight = torch.cat([weight, torch.full((len(replay_y),), tau / len(replay_y), device=self.device)])
         candidates = None
-        if self.config.mix.candidates == "balanced":
+        if self.config.mix.candidates == "balanced" or self.method.wants_balanced:
             candidates = self.draw_candidates(x, y, task, len(step_y))
-        if self.config.optim.augment == "crop-flip":
-            step_x = random_crop_flip(step_x, generator=self.augmenting)
-            if candidates is not None:
-                candidates = (random_crop_flip(candidates[0], generator=self.augmenting), candidates[1])
+        step_x = self.as_seen(step_x, "augmentation")
+        if candidates is not None:
+            candidates = self.as_seen(candidates[0], "augmentation"), candidates[1]
         return StepRows(step_x, step_y, weight, candidates)
 
     def draw_candidates(self, x: Tensor, y: Tensor, task: Task, count: int) -> tuple[Tensor, Tensor]:
         """``count`` rows, each of a class drawn uniformly from those seen; old classes' rows come from the buffer."""
+        generator = self.generators["candidates"]
         old = len(self.buffer.classes) if self.method.replays else 0
-        drawn = torch.randint(old + len(task.classes), (count,), generator=self.candidates)
+        drawn = torch.randint(old + len(task.classes), (count,), generator=generator)
         from_buffer = int((drawn < old).sum())
         picked = []
         for label, number in zip(*torch.unique(drawn[drawn >= old] - old, return_counts=True), strict=True):
             members = (y == task.classes[int(label)]).nonzero().squeeze(1)
-            chosen = torch.randint(len(members), (int(number),), generator=self.candidates).to(self.device)
+            chosen = torch.randint(len(members), (int(number),), generator=generator).to(self.device)
             picked.append(members[chosen])
         index = torch.cat(picked) if picked else torch.empty(0, dtype=torch.int64, device=self.device)
         parts = [(x[index], y[index])]
         if from_buffer:
-            parts.append(self.buffer.draw_balanced(from_buffer, self.candidates))
+            parts.append(self.buffer.draw_balanced(from_buffer, generator))
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def draw_replayed(self) -> BufferRows | None:
+        """Replayed rows besides the step's own, by generators of their own."""
+        if not len(self.buffer):
+            return None
+        with self.clock("data"):
+            rows = self.buffer.sample_rows(self.replay_batch, self.generators["replay"])
+            return rows._replace(x=self.as_seen(rows.x, "replay augmentation"))
+
+    def as_seen(self, x: Tensor, purpose: str) -> Tensor:
+        """Rows as the model is to see them: augmented, in the layout asked for."""
+        if self.config.optim.augment == "crop-flip":
+            x = random_crop_flip(x, generator=self.generators[purpose])
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def count_classes(self, own_y: Tensor) -> None:
+        """Bring the rows of each class that training draws from up to date."""
+        labels = torch.cat([own_y, self.buffer.y]) if self.method.replays and len(self.buffer) else own_y
+        self.counts.copy_(torch.bincount(labels, minlength=len(self.counts)))
+
+    def rows_per_epoch(self) -> list[int]:
+        """Rows of one epoch, by task."""
+        own = [len(task.train_y) for task in self.stream.tasks]
+        if not (self.shuffled and self.method.replays):
+            return own
+        # What the buffer will hold depends on nothing but the labels, so a buffer of labels tells.
+        assert self.config.replay.size is not None and self.config.replay.policy is not None
+        labels = ReplayBuffer(self.config.replay.size, policy=self.config.replay.policy)
+        rows = []
+        for task, count in zip(self.stream.tasks, own, strict=True):
+            rows.append(count + len(labels))
+            labels.add(task.train_y.float(), task.train_y)
+        return rows
+
+    # ---------------------------------------------------------------------------------------- what a step is made of
+
+    def start_optimiser(self) -> None:
+        self.optimiser = make_optimiser(self.model, self.config.optim)
+        self.schedule = make_schedule(self.optimiser, self.config.optim, self.epochs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.optim.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def record_table(self, task: Task, rows: StepRows) -> None:
         """Keep the class-pair alignment in force at the end of a task."""
-        table = self.method.class_table(rows)
+        with self.autocast():
+            table = self.method.class_table(rows)
         if table is None or table.classes is None:
             return
         threshold = self.config.mix.threshold
@@ -246,30 +407,115 @@ class _Run:
             )
         )
 
-    def report(self, task: Task, epoch: int, loss: Tensor) -> None:
-        """Tell the caller where the run is."""
-        if self.on_step is None:
-            return
-        shown = float(loss.detach()) if self.steps % LOSS_EVERY == 0 else None
-        self.on_step(
-            Progress(
-                self.method_name,
-                self.seed,
-                task.index + 1,
-                len(self.stream.tasks),
-                epoch + 1,
-                self.epochs,
-                self.steps,
-                self.steps_total,
-                shown,
+    def seconds_total(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def peak_memory(self) -> int:
+        return max(self.peak_before, peak_memory(self.device))
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def keep_at(self, path: Path, seconds: float) -> None:
+        """Keep checkpoints at ``path``, and go on from the one that is there."""
+        self.checkpoint, self.checkpoint_seconds = path, seconds
+        self.description = json.dumps(identity(self.config), indent=1)
+        if path.is_file():
+            self.load_state_dict(checkpoints.load(path, run=self.description))
+
+    def save(self) -> None:
+        """Replace the checkpoint, if one is to be kept."""
+        if self.checkpoint is not None:
+            checkpoints.save(self.state_dict(), self.checkpoint, run=self.description)
+        self.checkpoint_time = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on, between two steps."""
+        schedule = self.schedule.state_dict()
+        return {
+            "task": self.task,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "order": self.order,
+            "steps": self.steps,
+            "mixed": int(self.mixed),
+            "seen": self.seen,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            # A Counter is no plain dictionary.
+            "schedule": {**schedule, "milestones": dict(schedule["milestones"])},
+            "scaler": self.scaler.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "method": self.method.state_dict(),
+            "generators": {purpose: generator.get_state() for purpose, generator in self.generators.items()},
+            "global_generators": rng_state(self.device),
+            "accuracy": torch.from_numpy(self.accuracy),
+            "mixed_share": self.mixed_share,
+            "alignments": [
+                {
+                    "task": record.task,
+                    "classes": torch.from_numpy(record.classes),
+                    "cosine": torch.from_numpy(record.cosine),
+                    "helpful": torch.from_numpy(record.helpful),
+                    "threshold": record.threshold,
+                }
+                for record in self.alignments
+            ],
+            "clock": self.clock.state_dict(),
+            "seconds_total": self.seconds_total(),
+            "peak_memory": self.peak_memory(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of :meth:`state_dict`."""
+        self.task, self.epoch, self.batches_done = state["task"], state["epoch"], state["batches_done"]
+        self.order, self.steps = state["order"], state["steps"]
+        self.mixed.fill_(state["mixed"])
+        self.seen = state["seen"]
+        self.model.load_state_dict(state["model"])
+        self.start_optimiser()
+        self.optimiser.load_state_dict(state["optimiser"])
+        milestones = type(self.schedule.milestones)(state["schedule"]["milestones"])
+        self.schedule.load_state_dict({**state["schedule"], "milestones": milestones})
+        self.scaler.load_state_dict(state["scaler"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.method.load_state_dict(_moved(state["method"], self.device))
+        for purpose, generator in self.generators.items():
+            generator.set_state(state["generators"][purpose])
+        restore_rng(state["global_generators"], self.device)
+        self.accuracy = state["accuracy"].numpy()
+        self.mixed_share = list(state["mixed_share"])
+        self.alignments = [
+            AlignmentRecord(
+                task=record["task"],
+                classes=record["classes"].numpy(),
+                cosine=record["cosine"].numpy(),
+                helpful=record["helpful"].numpy(),
+                threshold=record["threshold"],
             )
-        )
+            for record in state["alignments"]
+        ]
+        self.clock.load_state_dict(state["clock"])
+        self.seconds_before, self.peak_before = state["seconds_total"], state["peak_memory"]
 
 
-def evaluate(model: nn.Module, stream: TaskStream, device: torch.device) -> list[float]:
+def _moved(value: Any, device: torch.device) -> Any:
+    """A state with its tensors on a device; generators' states, which are bytes, belong on the CPU."""
+    if isinstance(value, Tensor):
+        return value if value.dtype == torch.uint8 else value.to(device)
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return [_moved(v, device) for v in value] if isinstance(value, list) else value
+
+
+def evaluate(
+    model: nn.Module,
+    stream: TaskStream,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float]:
     """Accuracy on the test rows of every task, future ones included, among all classes; each in [0, 1]."""
     accuracies = []
-    with untouched(model):
+    with untouched(model), autocast():
         for task in stream.tasks:
             correct = 0
             for x, y in zip(task.test_x.split(EVALUATION_ROWS), task.test_y.split(EVALUATION_ROWS), strict=True):
@@ -292,25 +538,6 @@ def make_schedule(
     return torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=0.1)
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device called ``name``; for ``auto`` a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: no such device, or it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: got {name!r}, expected auto, cpu or a device torch can use here ({reason})"
-        ) from None
-    return device
-
-
 def derived_seed(seed: int, purpose: str) -> int:
     """A seed for one purpose, so that drawing more for one leaves the others as they are."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
@@ -320,17 +547,3 @@ def derived_seed(seed: int, purpose: str) -> int:
 def generator_for(seed: int, purpose: str) -> torch.Generator:
     """A CPU generator for one purpose of a run."""
     return torch.Generator().manual_seed(derived_seed(seed, purpose))
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads and date, as plain values."""
-    return {
-        "gradmix": gradmix.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }

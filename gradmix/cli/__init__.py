@@ -1,0 +1,90 @@
+"""The command line: ``gradmix train``, ``experiment``, ``compare`` and ``doctor``.
+
+Every command has a module of its own, imported when it is called. Only torch and numpy are needed for ``doctor`` and
+``--version``; the rest is imported when a command needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gradmix._version import __version__
+from gradmix.cli.errors import ERROR, INTERRUPTED, StopNow, UsageError, message
+
+_USAGE = """\
+usage: gradmix [-h] [--version] COMMAND ...
+
+Gradient-based selective Mixup for class-incremental learning.
+
+commands:
+  train       train methods on a benchmark, and compare them over seeds
+  experiment  run a table of methods, settings and seeds, and write its report
+  compare     tabulate and plot runs that were saved before
+  doctor      show versions, devices and backends, and why something is missing
+
+options:
+  -h, --help  show this help message and exit
+  --version   show the version and exit
+
+'gradmix COMMAND --help' shows what a command takes. With GRADMIX_DEBUG=1 in the
+environment, errors come with their traceback.
+"""
+
+COMMANDS = ("train", "experiment", "compare", "doctor")
+"""Each is a module of this package, with a function ``main(args) -> status``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments after the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0; 1 if some runs of an experiment are missing; 2 after an error that the user can mend; 130 after
+        Ctrl-C, 143 after SIGTERM.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a sign gets a question mark in its place, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return _dispatch(args)
+    except SystemExit as stop:
+        # The parsers end so after --help (0) and after bad flags (2).
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else ERROR
+    except KeyboardInterrupt:
+        print("gradmix: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except StopNow as stop:
+        print("gradmix: stopped at once", file=sys.stderr)
+        return 128 + stop.signal
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has gone; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (ValueError, OSError, ModuleNotFoundError, UsageError) as error:
+        if os.environ.get("GRADMIX_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"gradmix: error: {' '.join(message(error).split())}", file=sys.stderr)
+        return ERROR
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args:
+        print(_USAGE, end="", file=sys.stderr)
+        return ERROR
+    command, rest = args[0], args[1:]
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"gradmix {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UsageError(f"got command {command!r}, expected one of {', '.join(COMMANDS)} (see gradmix --help)")
+    return int(importlib.import_module(f"gradmix.cli.{command}").main(rest))

@@ -1,0 +1,273 @@
+"""``gradmix experiment``: the runs of a specification, as far as they are not there yet, and the report on them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from gradmix.cli.errors import UsageError, require
+from gradmix.cli.progress import Interruption, Reporter, figures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradmix.training.experiments import Experiment, Run
+    from gradmix.training.results import RunResult
+    from gradmix.training.trainer import Progress
+
+_MISSING = 1
+_DEFAULT_OUTPUT = Path("runs") / "experiments"
+_RUNS = "runs"
+
+
+def main(args: list[str]) -> int:
+    """Runs what is missing, and writes the report; with some flags only the one, or neither."""
+    require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
+    import tyro
+
+    from gradmix.training import experiments
+
+    options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
+    if options.list:
+        titles = experiments.shipped()
+        for name, title in titles.items():
+            print(f"{name:<{max(map(len, titles))}}  {title}")
+        return 0
+    if options.experiment is None:
+        raise UsageError("experiment: got no name, expected one of gradmix experiment --list, or a YAML file")
+    if options.experiment.endswith(".json"):
+        return _again(options)
+    experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
+    if options.jobs < 1:
+        raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
+    changes: dict[str, Any] = {}
+    if options.data_dir is not None:
+        changes["data_dir"] = options.data_dir
+    if options.device is not None:
+        changes["device"] = options.device
+    if options.jobs > 1 and experiment.base.get("threads") is None:
+        # As many threads as cores in each of several processes would be in one another's way.
+        changes["threads"] = 1
+    runs = experiment.runs(**changes)
+    if runs[0].config.data.benchmark == "split-digits":
+        require("experiment on split-digits", sklearn="scikit-learn")
+    output = _DEFAULT_OUTPUT if options.output is None else options.output
+    if options.dry_run:
+        return _plan(runs, output / _RUNS)
+    command = _command(experiment, options)
+    if options.report_only:
+        return _report_only(experiment, runs, output, command)
+    return _run(experiment, runs, output, command, options.jobs)
+
+
+def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, jobs: int) -> int:
+    from gradmix.training import running
+
+    root = output / _RUNS
+    todo = [run for run in runs if running.state_of(run, root) != "complete"]
+    print(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(todo)} of them complete", flush=True)
+    outcome = running.Outcome()
+    with Interruption() as interruption:
+        try:
+            running.check_data(todo)
+            with interruption.deferred(), Reporter(len(todo), max(len(run.label) for run in runs)) as reporter:
+                outcome = running.run_all(
+                    runs,
+                    root,
+                    jobs=jobs,
+                    watcher=_watcher(reporter, len(todo)),
+                    stopping=lambda: interruption.signal is not None,
+                )
+                _write(experiment, runs, output, command, outcome.failed)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+    again = _again_command(command, output)
+    if outcome.interrupted:
+        print(f"gradmix: interrupted; go on with: {again}", file=sys.stderr)
+        return interruption.status
+    if outcome.failed:
+        print(
+            f"gradmix: {len(outcome.failed)} of {len(runs)} runs failed; try them again with: {again}", file=sys.stderr
+        )
+        return _MISSING
+    return 0
+
+
+def _watcher(reporter: Reporter, todo: int) -> Any:
+    from gradmix.training.running import Watcher
+
+    class Shown(Watcher):
+        """Shows each run's steps, or, of runs in other processes, their ends."""
+
+        def __init__(self) -> None:
+            self.begun = time.monotonic()
+            self.done = 0
+
+        def start(self, run: Run) -> None:
+            reporter.start(run.label, run.seed)
+
+        def step(self, progress: Progress) -> None:
+            # In a log the lines of finished runs are enough: there are many.
+            if reporter.bar is not None:
+                reporter.step(progress)
+
+        def finish(self, run: Run, result: RunResult) -> None:
+            self.done += 1
+            reporter.say(f"{self._name(run)}  {figures(result)}{self._left()}")
+
+        def fail(self, run: Run, reason: str) -> None:
+            self.done += 1
+            reporter.say(f"{self._name(run)}  failed: {reason}")
+
+        def wait(self, runs: int) -> None:
+            reporter.say("waiting for runs that another command is at")
+
+        def _name(self, run: Run) -> str:
+            width = len(str(todo))
+            return f"[{self.done:>{width}}/{todo}] {run.label:<{reporter.width}}  seed {run.seed}"
+
+        def _left(self) -> str:
+            if self.done >= todo:
+                return ""
+            seconds = (time.monotonic() - self.begun) / self.done * (todo - self.done)
+            return f"  ({_duration(seconds)} to go)"
+
+    return Shown()
+
+
+def _write(
+    experiment: Experiment, runs: Sequence[Run], output: Path, command: str, failed: Sequence[tuple[Run, str]]
+) -> dict[str, Any]:
+    from gradmix.training import report
+
+    values = report.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
+    folder = report.write(values, output / experiment.name)
+    _say(values, folder)
+    return values
+
+
+def _say(values: dict[str, Any], folder: Path) -> None:
+    from gradmix.training import report
+    from gradmix.training.tables import SHOWN
+
+    rows, _ = report.summarise(values)
+    print()
+    if rows:
+        width = max(len(row.label) for row in rows)
+        print(f"{'':<{width}}  {'average accuracy':<18}{'final accuracy':<18}{'forgetting':<18}seeds")
+        for row in rows:
+            cells = (_plus_minus(row.metrics[name].mean, row.metrics[name].half_width) for name in SHOWN)
+            print(f"{row.label:<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
+        print("mean ± half of its 95 % t-interval")
+    if values["missing"]:
+        print(f"{len(values['missing'])} of {len(values['missing']) + len(values['runs'])} runs are missing")
+    print(f"Report: {folder / 'report.html'}")
+
+
+def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
+    from gradmix.training import report, running
+
+    saved = output / experiment.name / "results.json"
+    if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
+        # The runs were thrown away; what they had to say is here.
+        values = report.from_results(saved)
+        _say(values, report.write(values, saved.parent))
+    else:
+        values = _write(experiment, runs, output, command, ())
+    return _MISSING if values["missing"] else 0
+
+
+def _again(options: Any) -> int:
+    """The report on a ``results.json``, beside it or in the folder asked for."""
+    from gradmix.training import report
+
+    if options.seeds or options.arms or options.dry_run:
+        raise UsageError("got --seeds, --arms or --dry-run with a results.json, expected --report-only and --output")
+    if not options.report_only:
+        raise UsageError(f"got {options.experiment}, from which nothing can be run, expected --report-only with it")
+    file = Path(options.experiment)
+    values = report.from_results(file)
+    _say(values, report.write(values, file.parent if options.output is None else options.output))
+    return 0
+
+
+def _plan(runs: Sequence[Run], root: Path) -> int:
+    from gradmix.training.running import state_of
+
+    states = [state_of(run, root) for run in runs]
+    width = max(len(run.label) for run in runs)
+    for run, state in zip(runs, states, strict=True):
+        print(f"{run.label:<{width}}  seed {run.seed:<4}{state:<12}{run.folder.as_posix()}")
+    print(f"{len(runs)} runs: " + ", ".join(f"{states.count(s)} {s}" for s in ("complete", "unfinished", "absent")))
+    return 0
+
+
+def _command(experiment: Experiment, options: Any) -> str:
+    """What makes the same report; where the data lie and by which device is up to whoever runs it."""
+    words = ["gradmix", "experiment", experiment.source]
+    if options.seeds:
+        words += ["--seeds", *map(str, options.seeds)]
+    if options.arms:
+        words += ["--arms", *options.arms]
+    return shlex.join(words)
+
+
+def _again_command(command: str, output: Path) -> str:
+    return command if output == _DEFAULT_OUTPUT else f"{command} --output {shlex.quote(str(output))}"
+
+
+def _plus_minus(mean: float, half: float) -> str:
+    if mean != mean:
+        return "-"
+    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _flags() -> type:
+    import tyro
+
+    def flag(kind: Any, default: Any, text: str, hint: str | None = None, **others: Any) -> Any:
+        return Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint, **others)], field(default=default)
+
+    positional = Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="NAME_OR_FILE",
+            help="An experiment that comes with gradmix, a YAML file of one's own, or, with --report-only, a "
+            "results.json.",
+            help_behavior_hint="",
+        ),
+    ]
+    members: dict[str, Any] = {
+        "experiment": (positional, field(default=None)),
+        "output": flag(
+            Path | None,
+            None,
+            "Folder for the report and, in runs/, all runs; experiments that share it share their runs.",
+            f"(default: {_DEFAULT_OUTPUT.as_posix()})",
+            metavar="FOLDER",
+        ),
+        "seeds": flag(tuple[int, ...], (), "Training seeds.", "(default: the experiment's)", metavar="INT [INT ...]"),
+        "arms": flag(tuple[str, ...], (), "Names of the arms to be run.", "(default: all)", metavar="ARM [ARM ...]"),
+        "jobs": flag(int, 1, "Runs at a time, each in a process of its own, of one thread unless the file has more."),
+        "data_dir": flag(
+            Path | None, None, "Where the data sets lie.", "(default: the experiment's)", metavar="FOLDER"
+        ),
+        "device": flag(str | None, None, "auto, or a torch device.", "(default: the experiment's)", metavar="STR"),
+        "report_only": flag(bool, False, "Run nothing; write the report on the runs that are there."),
+        "dry_run": flag(bool, False, "Run and write nothing; list the runs and what there is of them."),
+        "list": flag(bool, False, "List the experiments that come with gradmix."),
+    }
+    made = make_dataclass("Experiment", [(name, *member) for name, member in members.items()], frozen=True)
+    made.__doc__ = "Run what is missing of a table of methods and seeds; write its report."
+    return made

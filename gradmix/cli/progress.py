@@ -1,0 +1,168 @@
+"""What a user sees of runs while they go on, and how Ctrl-C or SIGTERM ends them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gradmix.cli.errors import INTERRUPTED, StopNow
+
+if TYPE_CHECKING:
+    from gradmix.training.results import RunResult
+    from gradmix.training.trainer import Progress
+
+
+class Reporter:
+    """Shows how far training is: a bar on a terminal, a line for each task elsewhere.
+
+    Args:
+        runs: Number of runs to come.
+        width: Characters of the longest name of what is run.
+    """
+
+    def __init__(self, runs: int, width: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.runs, self.width = runs, width
+        self.run = 0
+        self.name = ""
+        self.task = 0
+        self.shown = 0.0
+        self.loss: float | None = None
+        # Highlighting would colour the figures in lines that are the same elsewhere.
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+                # Drawing takes time from training, and is timed with it.
+                refresh_per_second=4,
+                expand=False,
+            )
+            self.row = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> Reporter:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start(self, name: str, seed: int) -> None:
+        """Begins a run of what is called ``name``."""
+        self.run += 1
+        self.task, self.shown, self.loss = 0, 0.0, None
+        self.name = f"{name:<{self.width}}  seed {seed}"
+        if self.bar is not None:
+            self.bar.reset(
+                self.row, total=None, description=f"[{self.run}/{self.runs}] {self.name}".replace("[", r"\[")
+            )
+
+    def step(self, progress: Progress) -> None:
+        """Takes note of a training step."""
+        self.loss = self.loss if progress.loss is None else progress.loss
+        if self.bar is None:
+            if progress.task != self.task:
+                self.task = progress.task
+                print(f"{self.name}  task {progress.task} of {progress.tasks}", flush=True)
+            return
+        now = time.monotonic()
+        if now - self.shown < 0.1 and progress.step < progress.steps_total:
+            return
+        self.shown = now
+        text = f"[{self.run}/{self.runs}] {self.name}  task {progress.task}/{progress.tasks}"
+        if self.loss is not None:
+            text += f"  loss {self.loss:.3f}"
+        self.bar.update(
+            self.row, completed=progress.step, total=progress.steps_total, description=text.replace("[", r"\[")
+        )
+
+    def finish(self, result: RunResult, note: str = "") -> None:
+        """Shows a run's figures in a line that stays."""
+        self.say(f"{self.name}  {figures(result)}{note}")
+
+    def say(self, line: str) -> None:
+        """Shows a line that stays."""
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.console.print(line, markup=False)
+
+
+def figures(result: RunResult) -> str:
+    """A run's figures in a few words."""
+    from gradmix.training.results import metric_values, tasks_reached
+
+    if result.status == "interrupted":
+        return f"interrupted after {tasks_reached(result)} of {result.tasks} tasks"
+    values = metric_values(result)
+    return (
+        f"average accuracy {values['average_accuracy']:.3f}  final {values['final_accuracy']:.3f}"
+        f"  {result.timing.seconds_total:.1f} s"
+    )
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM, heeded where a run can be left: the first waits for such a place, the second does not.
+
+    While the context is open, the first signal raises a KeyboardInterrupt at once, or, within :meth:`deferred`, at the
+    next call of :meth:`check`. A second one raises a :class:`~gradmix.cli.errors.StopNow` wherever the program is.
+    Outside the main thread nothing is caught, as Python allows it there alone.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._deferring = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 after Ctrl-C, 143 after SIGTERM."""
+        return INTERRUPTED if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises the KeyboardInterrupt that a signal has left to be raised."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Holds the first signal back within the block; :meth:`check` and the block's end raise it."""
+        before, self._deferring = self._deferring, True
+        try:
+            yield
+        finally:
+            self._deferring = before
+        if not before:
+            self.check()
+
+    def _arrived(self, number: int, _: object) -> None:
+        if self.signal is not None:
+            raise StopNow(number)
+        self.signal = number
+        if not self._deferring:
+            raise KeyboardInterrupt
+        print("gradmix: stopping after this step; once more stops at once", file=sys.stderr, flush=True)

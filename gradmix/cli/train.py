@@ -1,0 +1,263 @@
+"""``gradmix train``: methods over seeds into a run folder, anew or going on from where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmix.cli.errors import UsageError, require
+from gradmix.cli.flags import parse_train
+from gradmix.cli.progress import Interruption, Reporter
+
+if TYPE_CHECKING:
+    from gradmix.training.config import TrainConfig
+    from gradmix.training.results import RunResult
+
+_CHECKPOINTS = ".checkpoints"
+_CONFIG, _METRICS = "config.yaml", "metrics.json"
+
+
+def main(args: list[str]) -> int:
+    """Trains, saves every run and the table over them."""
+    require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
+    resumed = _resumed(args)
+    config = parse_train(args) if resumed is None else resumed
+    if config.data.benchmark == "split-digits":
+        require("train --benchmark split-digits", sklearn="scikit-learn")
+
+    from gradmix.training.benchmarks import resolve, stream_of
+    from gradmix.training.config import check
+    from gradmix.training.results import save_config
+
+    check(config)
+    config = resolve(config)
+    if resumed is None:
+        config = replace(config, output=_new_output(config))
+    assert config.output is not None
+    output = config.output
+    results = {} if resumed is None else _complete(config)
+    todo = [run for run in _runs(config) if run not in results]
+    if not todo:
+        print(f"Nothing is left to do: all {len(results)} runs of {output} are complete.")
+    stream = stream_of(config.data) if todo else None
+    if resumed is None:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output)
+    interrupted = False
+    with Interruption() as interruption:
+        try:
+            try:
+                _run_all(config, todo, stream, results, interruption)
+            finally:
+                # Also after a failure: what was reached is summarised.
+                if results:
+                    with interruption.deferred():
+                        _report(config, results)
+        except KeyboardInterrupt:
+            interrupted = True
+    if not interrupted:
+        _tidy(output)
+        return 0
+    kept = f"the results so far are in {output}" if results else "no run was saved"
+    print(f"gradmix: interrupted; {kept}; go on with: {_resume_command(output)}", file=sys.stderr)
+    return interruption.status
+
+
+def _runs(config: TrainConfig) -> list[tuple[str, int]]:
+    return [(method, seed) for method in config.methods for seed in config.seeds]
+
+
+def _run_all(
+    config: TrainConfig,
+    todo: list[tuple[str, int]],
+    stream: Any,
+    results: dict[tuple[str, int], RunResult],
+    interruption: Interruption,
+) -> None:
+    """Trains, saves and adds to ``results`` run by run.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
+    """
+    from gradmix.training import checkpoint, trainer
+
+    def step(progress: trainer.Progress) -> None:
+        reporter.step(progress)
+        interruption.check()
+
+    assert config.output is not None
+    with Reporter(len(todo), max(map(len, config.methods))) as reporter:
+        for method, seed in todo:
+            reporter.start(method, seed)
+            file = config.output / _CHECKPOINTS / f"{method}-seed-{seed}.pt"
+            with interruption.deferred():
+                result = trainer.train_one(
+                    config,
+                    method,
+                    seed,
+                    stream=stream,
+                    on_step=step,
+                    checkpoint=file if config.checkpoint > 0 else None,
+                    checkpoint_seconds=config.checkpoint,
+                )
+                _save(result, config.output / method / f"seed-{seed}")
+                results[method, seed] = result
+                reporter.finish(result)
+                if result.status == "complete":
+                    # Only now: until the run was saved, the checkpoint was all there was of it.
+                    checkpoint.remove(file)
+            if result.status == "interrupted":
+                raise KeyboardInterrupt
+
+
+def _save(result: RunResult, folder: Path) -> None:
+    """Saves a run; an interrupted one that lies in its place stays until the new one is whole."""
+    from gradmix.training import results
+
+    if not folder.exists():
+        results.save_run(result, folder)
+        return
+    new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    results.save_run(result, new)
+    os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old)
+
+
+def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
+    from gradmix.training import tables
+    from gradmix.training.results import save_summary
+
+    assert config.output is not None
+    ordered = [results[run] for run in _runs(config) if run in results]
+    save_summary(ordered, config.output)
+    print()
+    print(tables.to_text(tables.summarise(ordered)))
+    print(f"Run folder: {config.output}")
+
+
+def _tidy(output: Path) -> None:
+    folder = output / _CHECKPOINTS
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+def _resumed(args: list[str]) -> TrainConfig | None:
+    """The configuration of the folder given by ``--resume``; None without the flag.
+
+    Raises:
+        UsageError: There is another flag than those which may differ.
+        FileNotFoundError, ValueError: The folder or its configuration is missing or damaged.
+    """
+    if not any(arg == "--resume" or arg.startswith("--resume=") for arg in args) or {"-h", "--help"} & set(args):
+        return None
+    from gradmix.training.config import check, load_config
+
+    parser = argparse.ArgumentParser(prog="gradmix train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int)
+    given, others = parser.parse_known_args(args)
+    if others:
+        raise UsageError(
+            f"got {others[0].split('=')[0]} with --resume, expected none but --data-dir, --device and --threads: a run "
+            "goes on with its own settings"
+        )
+    folder: Path = given.resume
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    if (folder / _METRICS).is_file():
+        raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
+    config = load_config(folder / _CONFIG)
+    changed = replace(config, output=folder)
+    if given.data_dir is not None:
+        changed = replace(changed, data=replace(config.data, data_dir=given.data_dir))
+    if given.device is not None:
+        changed = replace(changed, device=given.device)
+    if given.threads is not None:
+        changed = replace(changed, threads=given.threads)
+    check(changed)
+    differing = [
+        f"{name} {before} -> {now}"
+        for name, before, now in (
+            ("data-dir", config.data.data_dir, changed.data.data_dir),
+            ("device", config.device, changed.device),
+            ("threads", config.threads or "torch's own", changed.threads or "torch's own"),
+        )
+        if before != now
+    ]
+    if differing:
+        print(f"gradmix: changed: {', '.join(differing)}; the same bits are no longer promised", file=sys.stderr)
+    return changed
+
+
+def _complete(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
+    """The runs of a folder that are complete, by method and seed."""
+    from gradmix.training.results import load_run
+
+    assert config.output is not None
+    found = {}
+    for method, seed in _runs(config):
+        folder = config.output / method / f"seed-{seed}"
+        old = folder.with_name(f".{folder.name}-old")
+        if not folder.exists() and old.is_dir():
+            # The process ended between the two steps of the exchange.
+            os.replace(old, folder)
+        if (folder / _METRICS).is_file():
+            result = load_run(folder)
+            if result.status == "complete":
+                found[method, seed] = result
+    return found
+
+
+def _resume_command(output: Path) -> str:
+    return f"gradmix train --resume {shlex.quote(str(output))}"
+
+
+def _new_output(config: TrainConfig) -> Path:
+    """The run folder, new or empty.
+
+    Raises:
+        ValueError: It is taken; if by training that was interrupted, the message says how to go on with that.
+    """
+    from gradmix.training.config import load_config
+    from gradmix.training.results import refuse_occupied
+
+    output = config.output or _default_output(config.data.benchmark)
+    try:
+        return refuse_occupied(output)
+    except ValueError as error:
+        file = output / _CONFIG
+        if not file.is_file() or (output / _METRICS).is_file():
+            raise
+        try:
+            there = replace(load_config(file), output=output)
+            unfinished = len(_runs(there)) - len(_complete(there))
+        except (ValueError, OSError):
+            raise error from None
+        if not unfinished:
+            raise
+        raise ValueError(
+            f"output: {output} has {unfinished} unfinished runs; go on with them by: {_resume_command(output)}"
+        ) from None
+
+
+def _default_output(benchmark: str) -> Path:
+    stem = f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = Path("runs") / stem, 2
+    while path.exists():
+        path, number = Path("runs") / f"{stem}-{number}", number + 1
+    return path

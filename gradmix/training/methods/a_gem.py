@@ -1,0 +1,63 @@
+"""A-GEM: the current rows' gradient, with what points against replayed rows taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradmix.head import logits_of
+from gradmix.training.methods.base import Finetune, StepRows, weighted_cross_entropy
+
+
+class AGEM(Finetune):
+    """A-GEM (Chaudhry et al. 2019): g <- g - (g.r / r.r) r where g.r < 0, all parameters taken as one vector.
+
+    g is the gradient of the current rows' loss, r that of the mean cross-entropy of a batch of replayed rows, which are
+    not trained on otherwise. As in the authors' code both passes are made in training mode, the reference's first, and
+    weight decay and momentum come after the projection. While the buffer is empty it is plain finetuning.
+    """
+
+    def backward(self, rows: StepRows) -> Tensor:
+        context = self.context
+        replayed = context.draw_replayed()
+        if replayed is None:
+            return super().backward(rows)
+        parameters = [p for p in context.model.parameters() if p.requires_grad]
+        with context.autocast():
+            logits = logits_of(context.model(replayed.x))
+            weight = torch.full((len(replayed.y),), 1.0 / len(replayed.y), device=logits.device)
+            loss = weighted_cross_entropy(logits, replayed.y, weight)
+        # Scaled as the step's own gradient is: the projection is the same, and neither underflows alone.
+        reference = torch.autograd.grad(context.scaler.scale(loss), parameters, allow_unused=True)
+        loss = super().backward(rows)
+        project(parameters, reference)
+        return loss
+
+
+@torch.no_grad()
+def project(parameters: Sequence[Tensor], reference: Sequence[Tensor | None]) -> None:
+    """Take the part along ``reference`` out of the parameters' ``.grad``, in place, if it points against it.
+
+    Nothing waits for the device. A missing gradient counts as zero. Where the inner product is not a number the
+    gradient becomes so too, and a scaler skips the step.
+
+    Args:
+        parameters: of any shapes.
+        reference: a gradient of the shape of each, or None.
+    """
+    used = [(p, r) for p, r in zip(parameters, reference, strict=True) if r is not None]
+    if not used:
+        return
+    gradients = []
+    for p, _ in used:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        gradients.append(p.grad)
+    dot = torch.stack([(g.float() * r.float()).sum() for g, (_, r) in zip(gradients, used, strict=True)]).sum()
+    square = torch.stack([r.float().square().sum() for _, r in used]).sum()
+    # Not where(dot < 0): a NaN must come through.
+    share = torch.where(dot >= 0, torch.zeros_like(dot), dot / square)
+    for g, (_, r) in zip(gradients, used, strict=True):
+        g.sub_(share * r)

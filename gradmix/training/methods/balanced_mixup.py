@@ -1,0 +1,45 @@
+"""Balanced-MixUp: rows as they come, mixed with rows drawn class by class."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradmix.head import HeadOutput
+from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.mixup import Mixing
+
+ALPHA = 0.2
+"""The parameter of Beta(alpha, 1): the larger of the two values the paper settles on, 0.1 and 0.2."""
+
+_SEED_LIMIT = 1 << 62
+
+
+class BalancedMixup(Mixing):
+    """Balanced-MixUp (Galdran et al. 2021): x~ = (1 - lam) x + lam x', one lam ~ Beta(alpha, 1) a step.
+
+    x is a row of the step, x' one of a class-balanced draw from the current task and the buffer; labels likewise. The
+    weight falls on the row with 1 / (1 + alpha) on average, so alpha has another meaning than Mixup's: it is
+    :data:`ALPHA`, not ``mix.alpha``. Departing from the paper, whose first stream is a plain data set, a step's rows
+    are current and replayed ones.
+
+    Raises:
+        ValueError: a step brings no balanced rows, or fewer than rows.
+    """
+
+    wants_balanced = True
+
+    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+        if rows.candidates is None or len(rows.candidates[1]) < len(rows.y):
+            got = "none" if rows.candidates is None else len(rows.candidates[1])
+            raise ValueError(f"candidates: got {got}, expected {len(rows.y)} class-balanced rows for balanced-mixup")
+        lam = draw_balanced_lam(ALPHA, self.context.generator)
+        other_x, other_y = self.drawn_partners(rows)
+        return (1 - lam) * rows.x + lam * other_x, (1 - lam) * self.one_hot(rows.y) + lam * self.one_hot(other_y)
+
+
+def draw_balanced_lam(alpha: float, generator: torch.Generator) -> float:
+    """One weight of the balanced row from Beta(alpha, 1), drawn by numpy as :func:`gradmix.mixing.draw_lam` does."""
+    seed = int(torch.randint(_SEED_LIMIT, (1,), generator=generator, device=generator.device))
+    return float(np.random.default_rng(seed).beta(alpha, 1.0))

@@ -1,0 +1,84 @@
+"""Controls: pairs chosen otherwise than by alignment, but as many of them, so that what alignment itself does shows.
+
+Mixing fewer rows changes training whatever the rows, so a selection's gain over Mixup is not all the criterion's. Each
+control starts from what GradMix chose in the very step, and keeps its mixing weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.alignment import feature_alignment, forward_all
+from gradmix.head import resolve_head
+from gradmix.mixing import draw_lam
+from gradmix.ops.draw_partners import draw_partners
+from gradmix.probe import untouched, unwrap
+from gradmix.rows import CHUNK
+from gradmix.selection import Pairs
+from gradmix.training.config import MixConfig
+
+
+def controlled(pairs: Pairs, model: nn.Module, mix: MixConfig, generator: torch.Generator) -> Pairs:
+    """The pairs of the control ``mix.control`` in place of those GradMix chose.
+
+    - ``random``: as many rows are mixed, any rows, with any partners; or a fixed share, ``mix.control_rate``.
+    - ``random-partner``: the same rows are mixed, with any partners.
+    - ``anti``: a row is mixed with a detrimental partner, where it has one; the rate is its own.
+    - ``small-gradient``, ``large-gradient``: as many pairs are allowed, those with the smallest or the largest norm of
+      the mixture's last-layer gradient, mixed in feature space.
+
+    Args:
+        pairs: GradMix's choice for the step.
+        model: the network in training; left as it was.
+        mix: the settings.
+        generator: source of the draws.
+    """
+    device, count = pairs.partner.device, len(pairs)
+    own_rows = pairs._candidates is None
+    other = pairs._batch if pairs._candidates is None else pairs._candidates
+    drawn = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+    if mix.control in ("random", "random-partner"):
+        partner, found = draw_partners(
+            None, drawn, policy="uniform", score=None, own_rows=own_rows, partners=len(other[1])
+        )
+        kept = pairs.helpful
+        if mix.control == "random":
+            shuffled = torch.randperm(count, generator=generator, device=generator.device).to(device)
+            kept = kept[shuffled] if mix.control_rate is None else shuffled < round(mix.control_rate * count)
+        found = found & kept
+    else:
+        helpful, cosine = pairs.by_row(mix.threshold)
+        if mix.control == "anti":
+            allowed = ~helpful & ~cosine.isnan()
+        else:
+            allowed = _as_many_by_norm(pairs, model, other, helpful, largest=mix.control == "large-gradient")
+        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own_rows)
+    # lam is 1 where a row stays as it is; the step's own weight is that of any row GradMix mixed.
+    lam = pairs.lam.min() if bool(pairs.helpful.any()) else draw_lam(mix.alpha, generator)
+    return replace(pairs, partner=partner, helpful=found, lam=torch.where(found, lam, torch.ones_like(pairs.lam)))
+
+
+def _as_many_by_norm(
+    pairs: Pairs, model: nn.Module, other: tuple[Tensor, Tensor], helpful: Tensor, *, largest: bool
+) -> Tensor:
+    """(N, M) bool: as many pairs as are helpful, those with the smallest or largest gradient."""
+    model = unwrap(model)
+    with untouched(model):
+        head = resolve_head(model, None, other[0][:1])
+        rows = forward_all(model, head, "batch", pairs._batch, CHUNK)
+        partners = rows if pairs._candidates is None else forward_all(model, head, "candidates", other, CHUNK)
+        # The norm does not depend on the reference.
+        nothing = rows.features.new_zeros(rows.logits.shape[1], rows.features.shape[1] + 1)
+        lam = float(pairs.lam.min())
+        norm = feature_alignment(rows, partners, nothing, lam)[1]
+    if pairs._candidates is None:
+        # A row is not its own partner: such pairs are neither counted nor taken.
+        helpful = helpful.clone().fill_diagonal_(False)
+        norm = norm.clone().fill_diagonal_(-torch.inf if largest else torch.inf)
+    ranked = norm.flatten().argsort(descending=largest, stable=True)
+    allowed = torch.zeros_like(helpful).flatten()
+    allowed[ranked[: int(helpful.sum())]] = True
+    return allowed.view_as(helpful)

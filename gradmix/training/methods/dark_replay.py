@@ -1,0 +1,108 @@
+"""DER++ on top of any method: replayed rows are to keep the logits they had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradmix.alignment import Alignment
+from gradmix.head import logits_of
+from gradmix.probe import untouched, unwrap
+from gradmix.training.config import TrainConfig
+from gradmix.training.methods.base import ER, Context, Method, StepRows
+from gradmix.training.methods.mixup import Mixup
+from gradmix.training.methods.selective import GradMixClass, GradMixSample
+
+LOGITS = "logits"
+"""Name under which the buffer keeps the logits."""
+
+_ROWS = 1024  # of one forward pass when logits are kept
+
+
+class DarkReplay(Method):
+    """DER++ (Buzzega et al. 2020) with any method as its cross-entropy: loss = inner loss + a MSE(model(x'), z').
+
+    x' is a batch of replayed rows of its own and z' the logits kept with them; the mean is over rows and all classes,
+    those to come included, for the head has all outputs from the start. The original's beta is ``replay.tau``.
+
+    Departing from the original, whose reservoir keeps logits as rows pass by in training, augmented, logits are those
+    of the model at the end of a row's task, in evaluation mode and without augmentation. So all methods see the same
+    buffer, and logits of a half-trained model are not held on to. Rows x' are augmented as all replayed rows are.
+
+    Attributes:
+        inner: the method's class.
+    """
+
+    inner: ClassVar[type[Method]] = ER
+    weight: ClassVar[float] = 0.5
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        own = context.replay.distillation
+        self._weight = self.weight if own is None else own
+        self._inner = self.inner(context)
+        self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
+
+    @classmethod
+    def settled(cls, config: TrainConfig) -> TrainConfig:
+        own = config.replay.distillation
+        replay = replace(config.replay, distillation=cls.weight if own is None else own)
+        return cls.inner.settled(replace(config, replay=replay))
+
+    def loss(self, rows: StepRows) -> Tensor:
+        loss = self._inner.loss(rows)
+        replayed = self.context.draw_replayed()
+        if replayed is None:
+            return loss
+        if LOGITS not in replayed.extras:
+            raise ValueError(f"draw_replayed: got rows without {LOGITS!r}, expected those kept with them")
+        logits = logits_of(self.context.model(replayed.x))
+        return loss + self._weight * F.mse_loss(logits.float(), replayed.extras[LOGITS].to(logits.device))
+
+    def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        model = unwrap(self.context.model)
+        with untouched(model):
+            logits = [logits_of(model(part)).float() for part in x.split(_ROWS)]
+        return self._inner.extras(x, y) | {LOGITS: torch.cat(logits)}
+
+    def start_epoch(self) -> None:
+        self._inner.start_epoch()
+
+    def mixed_rows(self) -> Tensor | None:
+        return self._inner.mixed_rows()
+
+    def class_table(self, rows: StepRows) -> Alignment | None:
+        return self._inner.class_table(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
+
+class DarkER(DarkReplay):
+    """DER++ itself."""
+
+
+class DarkMixup(DarkReplay):
+    """Mixup on top of DER++."""
+
+    inner = Mixup
+
+
+class DarkGradMixClass(DarkReplay):
+    """GradMix by class on top of DER++."""
+
+    inner = GradMixClass
+
+
+class DarkGradMixSample(DarkReplay):
+    """GradMix by sample on top of DER++."""
+
+    inner = GradMixSample

@@ -1,0 +1,61 @@
+"""Remix: Mixup whose labels favour the rarer class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradmix.head import HeadOutput
+from gradmix.mixing import draw_lam
+from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.mixup import Mixing
+
+KAPPA = 3.0
+"""How many times as many rows a class must have to give way to another: the paper's."""
+TAU = 0.5
+"""The weight below which the more frequent class's input may be ignored in the label: the paper's."""
+
+
+class Remix(Mixing):
+    """Remix (Chou et al. 2020): inputs as in Mixup, labels by :func:`label_weight`.
+
+    The class counts are those of what training draws from now: the current task's rows and the buffer's.
+
+    Raises:
+        ValueError: the context has no class counts.
+    """
+
+    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+        counts = self.context.counts
+        if counts.shape != (self.context.num_classes,):
+            raise ValueError(
+                f"counts: got shape {tuple(counts.shape)}, expected ({self.context.num_classes},) for remix"
+            )
+        lam = draw_lam(self.context.mix.alpha, self.context.generator)
+        other_x, other_y = self.drawn_partners(rows)
+        counts = counts.to(rows.y.device)
+        weight = label_weight(lam, counts[rows.y], counts[other_y]).unsqueeze(1)
+        x = lam * rows.x + (1 - lam) * other_x
+        return x, weight * self.one_hot(rows.y) + (1 - weight) * self.one_hot(other_y)
+
+
+def label_weight(lam: float, count: Tensor, other: Tensor) -> Tensor:
+    """The label weight of rows mixed with weight ``lam``.
+
+    0 where n_i / n_j >= kappa and lam < tau; 1 where n_i / n_j <= 1 / kappa and 1 - lam < tau; else lam.
+
+    Args:
+        lam: the rows' weight in the mixed inputs.
+        count: (N,) rows n_i of each row's own class; a class without any is taken to have one.
+        other: (N,) rows n_j of its partner's class.
+
+    Returns:
+        (N,) float32.
+    """
+    count, other = count.clamp(min=1), other.clamp(min=1)
+    weight = torch.full(count.shape, lam, dtype=torch.float32, device=count.device)
+    if lam < TAU:
+        weight = weight.masked_fill(count >= KAPPA * other, 0.0)
+    if 1 - lam < TAU:
+        weight = weight.masked_fill(KAPPA * count <= other, 1.0)
+    return weight

@@ -1,0 +1,812 @@
+"""The report of an experiment: tables, plots and what they mean, as Markdown and as one self-contained HTML page.
+
+Everything is rendered from plain values, those of ``results.json``: so a report can be made again from that file alone,
+without the runs.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradmix.training import metrics, plots
+from gradmix.training.config import to_dict
+from gradmix.training.experiments import Experiment, Run, flatten, label_of, protocol
+from gradmix.training.metrics import Interval, mean_interval, paired_difference
+from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_run, metric_values, to_json
+from gradmix.training.running import state_of
+from gradmix.training.tables import SHOWN, holm, paired_p_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = 1
+"""Version of what ``results.json`` holds."""
+
+_KEYS = (
+    "format", "name", "title", "about", "command", "seeds", "arms", "vary", "differences", "references", "protocol",
+    "runs", "missing",
+)  # fmt: skip
+# Plots stay legible up to these numbers of rows and lines.
+_DOTS_UP_TO, _LINES_UP_TO = 80, 8
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm at some varied values, over its complete runs.
+
+    Attributes:
+        arm: The arm's name.
+        values: The varied values.
+        runs: The runs, as they stand in ``results.json``.
+        metrics: Mean, standard deviation and half of the 95 % t-interval of each metric.
+        mixed: Mean share of rows mixed, from 0 to 1; NaN where nothing is selected.
+        step_ms: Mean milliseconds of a training step.
+        shares: Mean shares of that time, from 0 to 1: of selection, of forward and backward passes, of data.
+        peak_memory: Highest peak memory of the runs in bytes; 0 if unknown.
+    """
+
+    arm: str
+    values: Mapping[str, Any]
+    runs: tuple[Mapping[str, Any], ...]
+    metrics: Mapping[str, Interval]
+    mixed: float
+    step_ms: float
+    shares: Mapping[str, float]
+    peak_memory: int
+
+    @property
+    def label(self) -> str:
+        """The arm and the varied values."""
+        return label_of(self.arm, self.values)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm minus another at the same varied values, paired over the seeds that both have.
+
+    Attributes:
+        arm: The first.
+        minus: The second.
+        values: The varied values.
+        seeds: The shared seeds.
+        metrics: Mean, standard deviation and half of the 95 % t-interval of each metric's differences.
+        p: Two-sided p-value of the paired t-test for average accuracy; NaN with fewer than two seeds.
+        holm: The same, adjusted by Holm's method for all the differences of the report.
+    """
+
+    arm: str
+    minus: str
+    values: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    metrics: Mapping[str, Interval]
+    p: float
+    holm: float
+
+    @property
+    def label(self) -> str:
+        """Both arms and the varied values."""
+        return label_of(f"{self.arm} − {self.minus}", self.values)
+
+
+# ---------------------------------------------------------------------------------------------------------- the figures
+
+
+def collect(
+    experiment: Experiment,
+    runs: Sequence[Run],
+    root: str | Path,
+    *,
+    command: str = "",
+    failed: Sequence[tuple[Run, str]] = (),
+) -> dict[str, Any]:
+    """Reads the runs of an experiment that are there, as the plain values of ``results.json``.
+
+    Args:
+        experiment: The specification.
+        runs: Its runs.
+        root: Folder of all runs.
+        command: What makes the report; empty: ``gradmix experiment`` with the experiment's name.
+        failed: Runs that failed, and why.
+
+    Raises:
+        ValueError: A saved run is damaged.
+    """
+    root = Path(root)
+    reasons = {run.folder: reason for run, reason in failed}
+    words = {"unfinished": "begun, not finished", "absent": "not begun"}
+    found, missing = [], []
+    for run in runs:
+        state = state_of(run, root)
+        if state == "complete":
+            found.append({"arm": run.arm, "values": dict(run.values)} | _run_values(run, load_run(root / run.folder)))
+        else:
+            why = f"failed: {reasons[run.folder]}" if run.folder in reasons else words[state]
+            missing.append({"arm": run.arm, "values": dict(run.values), "seed": run.seed, "why": why})
+    return {
+        "format": FORMAT,
+        "name": experiment.name,
+        "title": experiment.title,
+        "about": experiment.about,
+        "command": command or f"gradmix experiment {experiment.source or experiment.name}",
+        "seeds": list(experiment.seeds),
+        "arms": [
+            {"name": arm.name, "method": arm.method, "settings": dict(flatten(arm.settings))} for arm in experiment.arms
+        ],
+        "vary": {key: list(values) for key, values in experiment.vary.items()},
+        "differences": [list(pair) for pair in experiment.differences],
+        "references": [asdict(reference) for reference in experiment.references],
+        "protocol": protocol(runs),
+        "runs": found,
+        "missing": missing,
+    }
+
+
+def from_results(path: str | Path) -> dict[str, Any]:
+    """Reads a ``results.json``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or not written by gradmix, or by a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
+    absent = [key for key in _KEYS if key not in values] if isinstance(values, dict) else list(_KEYS)
+    if absent:
+        raise ValueError(f"{path}: damaged, or not written by gradmix: {', '.join(absent)} missing")
+    if values["format"] != FORMAT:
+        raise ValueError(f"{path}: got format {values['format']}, expected {FORMAT}")
+    # A run whose values were cut out would fail far from here.
+    try:
+        summarise(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
+    return dict(values)
+
+
+def summarise(values: Mapping[str, Any]) -> tuple[list[Row], list[Difference]]:
+    """Computes the rows and the paired differences over the complete runs of ``results.json``'s values."""
+    rows: dict[tuple[str, str], Row] = {}
+    for run in values["runs"]:
+        key = _place(run["arm"], run["values"])
+        if key not in rows:
+            members = tuple(r for r in values["runs"] if _place(r["arm"], r["values"]) == key)
+            rows[key] = _row(run["arm"], run["values"], members)
+    order = [_place(arm["name"], point) for arm in values["arms"] for point in _points(values["vary"])]
+    ordered = [rows[key] for key in order if key in rows]
+    found = []
+    for first, second in values["differences"]:
+        for point in _points(values["vary"]):
+            a, b = rows.get(_place(first, point)), rows.get(_place(second, point))
+            if a is not None and b is not None:
+                found += _difference(a, b)
+    adjusted = holm([p for *_, p in found])
+    differences = [
+        Difference(a.arm, b.arm, a.values, seeds, intervals, p, q)
+        for (a, b, seeds, intervals, p), q in zip(found, adjusted, strict=True)
+    ]
+    return ordered, differences
+
+
+def _run_values(run: Run, result: RunResult) -> dict[str, Any]:
+    timing = result.timing
+    return {
+        "method": result.method,
+        "seed": result.seed,
+        "metrics": metric_values(result),
+        "seen_accuracy": plots.seen_accuracy(result.accuracy).tolist(),
+        "mixed_share": list(result.mixed_share),
+        "timing": {
+            "steps": timing.steps,
+            "seconds_total": timing.seconds_total,
+            "seconds_step": timing.seconds_step,
+            "seconds_selection": timing.seconds_selection,
+            "seconds_forward_backward": timing.seconds_forward_backward,
+            "seconds_data": timing.seconds_data,
+            "seconds_evaluation": timing.seconds_evaluation,
+            "peak_memory_bytes": timing.peak_memory_bytes,
+        },
+        "environment": dict(result.environment),
+        "folder": run.folder.as_posix(),
+        "config": {key: value for key, value in flatten(to_dict(result.config)) if key != "data.data_dir"},
+    }
+
+
+def _row(arm: str, point: Mapping[str, Any], runs: tuple[Mapping[str, Any], ...]) -> Row:
+    timings = [run["timing"] for run in runs]
+    return Row(
+        arm=arm,
+        values=dict(point),
+        runs=runs,
+        metrics={name: mean_interval([_number(run["metrics"][name]) for run in runs]) for name in METRIC_LABELS},
+        mixed=_mean([_mixed(run["mixed_share"]) for run in runs]),
+        step_ms=_mean([1000.0 * _share(t["seconds_step"], t["steps"]) for t in timings]),
+        shares={
+            name: _mean([_share(t[f"seconds_{name}"], t["seconds_step"]) for t in timings])
+            for name in ("selection", "forward_backward", "data")
+        },
+        peak_memory=max(int(t["peak_memory_bytes"] or 0) for t in timings),
+    )
+
+
+def _difference(a: Row, b: Row) -> list[tuple[Row, Row, tuple[int, ...], dict[str, Interval], float]]:
+    left, right = ({run["seed"]: run["metrics"] for run in row.runs} for row in (a, b))
+    seeds = tuple(seed for seed in left if seed in right)
+    if not seeds:
+        return []
+    intervals = {
+        name: paired_difference([_number(left[s][name]) for s in seeds], [_number(right[s][name]) for s in seeds])
+        for name in METRIC_LABELS
+    }
+    return [(a, b, seeds, intervals, paired_p_value(intervals["average_accuracy"], len(seeds)))]
+
+
+def _mixed(shares: Sequence[float | None]) -> float:
+    # In the first task there is nothing to select by, and every row is mixed.
+    later = [_number(v) for v in (shares[1:] or shares)]
+    return _mean(later)
+
+
+def _points(vary: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = [{}]
+    for key, listed in vary.items():
+        points = [point | {key: value} for point in points for value in listed]
+    return points
+
+
+def _place(arm: str, point: Mapping[str, Any]) -> tuple[str, str]:
+    return arm, json.dumps(point, sort_keys=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the document
+
+
+@dataclass(frozen=True)
+class _Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class _Code:
+    text: str
+
+
+@dataclass(frozen=True)
+class _List:
+    items: Sequence[tuple[str, str]]
+    """What is said, and a formula behind it that is set as code; either may be empty."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+    """The first columns, which are text; the others are figures."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+
+_Block = _Heading | _Text | _Code | _List | _Table | _Picture
+
+
+def _document(values: Mapping[str, Any]) -> list[_Block]:
+    rows, differences = summarise(values)
+    planned = len(values["runs"]) + len(values["missing"])
+    blocks: list[_Block] = [_Heading(values["title"], 1)]
+    if values["about"]:
+        blocks.append(_Text(values["about"]))
+    blocks += [_Text("Made by, and made again by:"), _Code(values["command"])]
+    if values["missing"]:
+        count = len(values["missing"])
+        blocks.append(_Text(f"Not complete: {count} of {planned} runs are missing; they are named at the end."))
+    if not rows:
+        blocks.append(_Text("No run is complete, so there is no figure to show."))
+    else:
+        blocks += _results(values, rows)
+        blocks += _comparisons(values, differences)
+        blocks += _costs(rows)
+    blocks += _meaning(values)
+    return blocks
+
+
+def _results(values: Mapping[str, Any], rows: list[Row]) -> list[_Block]:
+    vary = list(values["vary"])
+    header = ["arm", *vary, *(METRIC_LABELS[name] for name in SHOWN), "rows mixed", "seeds"]
+    body = [
+        [
+            row.arm,
+            *(_short(row.values[key]) for key in vary),
+            *(_figure_of(row.metrics[name]) for name in SHOWN),
+            _percent(row.mixed),
+            str(len(row.runs)),
+        ]
+        for row in rows
+    ]
+    caption = "Mean ± standard deviation over seeds (± half of the mean's 95 % t-interval)."
+    blocks: list[_Block] = [_Heading("Results"), _Table(caption, header, body, 1 + len(vary))]
+    if values["references"]:
+        blocks.append(_references(values["references"], rows, bool(vary)))
+    label = METRIC_LABELS["average_accuracy"]
+    if len(rows) <= _DOTS_UP_TO:
+        figure = plots.dots([r.label for r in rows], [_values(r, "average_accuracy") for r in rows], label)
+        alt = f"{label.capitalize()} by arm. " + "; ".join(
+            f"{row.label}: {row.metrics['average_accuracy'].mean:.3f}" for row in rows
+        )
+        title = "Average accuracy: a dot for each seed, their mean and its 95 % interval."
+        blocks.append(_Picture("average_accuracy", title, f"{alt}.", figure))
+    lines = _lines(values, rows)
+    if lines:
+        title = "Mean accuracy on the tasks seen after each task; band: one standard deviation over seeds."
+        alt = f"Mean accuracy on the tasks seen, over tasks learnt, of {', '.join(lines)}. At the end: " + "; ".join(
+            f"{name} {float(line[:, -1].mean()):.3f}" for name, line in lines.items()
+        )
+        blocks.append(_Picture("after_tasks", title, f"{alt}.", plots.after_tasks(lines)))
+    if vary:
+        panels = _panels(values, rows)
+        figure = plots.varied(vary[0], values["vary"][vary[0]], panels)
+        title = f"Over {vary[0]}: mean and 95 % interval."
+        alt = f"Lines over {vary[0]} for {', '.join(next(iter(panels.values())))}; the figures are in the table above."
+        blocks.append(_Picture("varied", title, alt, figure))
+    return blocks
+
+
+def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> list[_Block]:
+    if not differences:
+        return []
+    vary = list(values["vary"])
+    header = ["difference", *vary, *(METRIC_LABELS[name] for name in SHOWN), "p", "p, Holm", "seeds"]
+    body = [
+        [
+            f"{d.arm} − {d.minus}",
+            *(_short(d.values[key]) for key in vary),
+            *(_signed(d.metrics[name]) for name in SHOWN),
+            _probability(d.p),
+            _probability(d.holm),
+            str(len(d.seeds)),
+        ]
+        for d in differences
+    ]
+    shown = sum(not math.isnan(d.metrics[name].half_width) for d in differences for name in SHOWN)
+    tests = sum(not math.isnan(d.p) for d in differences)
+    told = sum(d.holm < 0.05 for d in differences)
+    caption = (
+        "Paired differences: mean over the shared seeds ± half of its 95 % t-interval; * where that leaves out 0. p: "
+        "two-sided paired t-test of average accuracy."
+    )
+    many = (
+        f"{shown} intervals are shown. Were there no difference anywhere, about {0.05 * shown:.1f} of them would still "
+        f"leave out 0. Holm's p allows for that among the {tests} tests of average accuracy: {told} of them stay below "
+        "0.05."
+    )
+    alt = "Differences of average accuracy. " + "; ".join(
+        f"{d.label}: {_signed(d.metrics['average_accuracy'])}" for d in differences
+    )
+    picture = _Picture(
+        "differences",
+        "Paired differences of average accuracy with 95 % intervals; hollow where the interval holds 0.",
+        f"{alt}.",
+        plots.forest(
+            [d.label for d in differences],
+            [d.metrics["average_accuracy"] for d in differences],
+            "difference of average accuracy",
+        ),
+    )
+    blocks: list[_Block] = [_Heading("Differences"), _Table(caption, header, body, 1 + len(vary)), _Text(many)]
+    return [*blocks, picture] if len(differences) <= _DOTS_UP_TO else blocks
+
+
+def _costs(rows: list[Row]) -> list[_Block]:
+    base: dict[str, Row] = {}
+    for row in rows:
+        # Plain replay is what the others are measured by; without it, the first arm.
+        key = json.dumps(row.values, sort_keys=True)
+        if key not in base or (row.runs[0]["method"] == "er" and base[key].runs[0]["method"] != "er"):
+            base[key] = row
+    names = list(dict.fromkeys(row.arm for row in base.values()))
+    body = []
+    for row in rows:
+        against = base[json.dumps(row.values, sort_keys=True)].step_ms
+        body.append(
+            [
+                row.label,
+                _decimal(row.step_ms),
+                f"{row.step_ms / against:.2f}" if row.step_ms > 0 and against > 0 else "-",
+                *(_percent(row.shares[name]) for name in ("selection", "forward_backward", "data")),
+                f"{row.peak_memory / _MIB:.0f}" if row.peak_memory else "-",
+            ]
+        )
+    header = ["arm", "ms/step", f"× {' or '.join(names)}", "selection", "forward + backward", "data", "peak MiB"]
+    caption = (
+        "Cost of a training step, and the shares of its parts. Times are comparable only between runs on the same "
+        "machine with nothing else on it. Peak memory: on a GPU what tensors took up; elsewhere of the whole process, "
+        "which grows with the runs made before in it."
+    )
+    return [_Heading("Cost"), _Table(caption, header, body)]
+
+
+def _meaning(values: Mapping[str, Any]) -> list[_Block]:
+    vary = {key: " / ".join(map(_short, listed)) for key, listed in values["vary"].items()}
+    common = [[key, _short(value)] for key, value in values["protocol"].items()]
+    blocks: list[_Block] = [
+        _Heading("Protocol"),
+        _Table("Arms: method, and what each sets.", ["arm", "method", "settings"], _arms(values), 3),
+        _Table("Settings that all runs share.", ["setting", "value"], common, 2),
+    ]
+    if vary:
+        blocks.append(_List([(f"Varied: {key}: {listed}.", "") for key, listed in vary.items()]))
+    blocks.append(_Text(f"Seeds: {', '.join(map(str, values['seeds']))}."))
+    environment = _environments([run["environment"] for run in values["runs"]])
+    if environment:
+        blocks += [_Heading("Environment"), _List([(f"{key}: {value}", "") for key, value in environment.items()])]
+    formulas = [
+        (f"{METRIC_LABELS[name].capitalize()}: ", metrics.FORMULAS[name]) for name in METRIC_LABELS if name in SHOWN
+    ]
+    share = (
+        "Rows mixed: mean over the tasks after the first of the share of rows that found a partner; - where all are "
+        "mixed, or none."
+    )
+    blocks += [_Heading("Formulae"), _Text(f"{R_MEANING}."), _List([*formulas, (share, "")])]
+    if values["missing"]:
+        names = [
+            (f"{label_of(run['arm'], run['values'])}, seed {run['seed']}: {run['why']}", "")
+            for run in values["missing"]
+        ]
+        blocks += [_Heading("Missing runs"), _List(names)]
+    return blocks
+
+
+def _references(references: Sequence[Mapping[str, Any]], rows: list[Row], varied: bool) -> _Table:
+    by_arm = {} if varied else {row.arm: row for row in rows}
+    body = []
+    for item in references:
+        row = by_arm.get(item["arm"])
+        here = "-" if row is None else f"{row.metrics[item['metric']].mean:.3f} ({row.arm})"
+        body.append(
+            [
+                item["label"],
+                item["source"],
+                item["differs"] or "-",
+                METRIC_LABELS[item["metric"]],
+                f"{item['value']:.3f}",
+                here,
+            ]
+        )
+    return _Table(
+        "Published figures, with what differs.", ["what", "source", "differs", "metric", "published", "here"], body, 4
+    )
+
+
+def _lines(values: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
+    chosen = rows
+    if len(chosen) > _LINES_UP_TO:
+        wanted = {name for pair in values["differences"] for name in pair}
+        chosen = [row for row in rows if row.arm in wanted]
+    if len(chosen) > _LINES_UP_TO:
+        return {}
+    lines = {row.label: np.array([run["seen_accuracy"] for run in row.runs], dtype=np.float64) for row in chosen}
+    return lines if len({line.shape[1] for line in lines.values()}) == 1 else {}
+
+
+def _panels(values: Mapping[str, Any], rows: list[Row]) -> dict[str, dict[str, list[Interval]]]:
+    """A panel for each metric; with two varied settings, one for each value of the second."""
+    first, *second = values["vary"]
+    nothing = Interval(math.nan, math.nan, math.nan)
+    at = {_place(row.arm, row.values): row for row in rows}
+    arms = [arm["name"] for arm in values["arms"] if any(row.arm == arm["name"] for row in rows)]
+
+    def line(arm: str, metric: str, rest: Mapping[str, Any]) -> list[Interval]:
+        found = (at.get(_place(arm, {first: value, **rest})) for value in values["vary"][first])
+        return [nothing if row is None else row.metrics[metric] for row in found]
+
+    if not second:
+        return {METRIC_LABELS[name]: {arm: line(arm, name, {}) for arm in arms} for name in SHOWN}
+    return {
+        f"average accuracy, {second[0]} {_short(value)}": {
+            arm: line(arm, "average_accuracy", {second[0]: value}) for arm in arms
+        }
+        for value in values["vary"][second[0]]
+    }
+
+
+def _arms(values: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [arm["name"], arm["method"], ", ".join(f"{k} {_short(v)}" for k, v in arm["settings"].items()) or "-"]
+        for arm in values["arms"]
+    ]
+
+
+def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    keys = dict.fromkeys(key for environment in found for key in environment)
+    listed = {key: list(dict.fromkeys(str(e.get(key, "-")) for e in found)) for key in keys}
+    return {
+        key: f"{min(seen)} to {max(seen)}" if key == "date" and len(seen) > 1 else ", ".join(seen)
+        for key, seen in listed.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- renderings
+
+
+def to_markdown(values: Mapping[str, Any]) -> str:
+    """Renders the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
+    return _markdown(_document(values))
+
+
+def to_html(values: Mapping[str, Any]) -> str:
+    """Renders the report as one HTML page that needs nothing else, light or dark as the reader has it."""
+    return _html(_document(values))
+
+
+def write(values: Mapping[str, Any], folder: str | Path) -> Path:
+    """Writes ``report.md``, ``report.html``, ``results.json`` and the plots as SVG; each replaces the one before whole.
+
+    Args:
+        values: Those of :func:`collect` or :func:`from_results`.
+        folder: Where to; made if it is not there.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = _document(values)
+    files = {
+        "results.json": to_json({key: values[key] for key in _KEYS} | {"summary": _summary(values)}),
+        "report.html": _html(blocks),
+        "report.md": _markdown(blocks),
+    }
+    for block in blocks:
+        if isinstance(block, _Picture):
+            files[f"{block.name}.svg"] = plots.to_svg(block.figure, block.name)
+    for left in folder.glob("*.svg"):
+        # A plot of an earlier report that this one does not have.
+        if left.stem in ("average_accuracy", "after_tasks", "varied", "differences") and left.name not in files:
+            left.unlink()
+    for name, text in files.items():
+        staging = folder / f".{name}.part"
+        try:
+            staging.write_text(text, encoding="utf-8")
+            os.replace(staging, folder / name)
+        finally:
+            staging.unlink(missing_ok=True)
+    return folder
+
+
+def _summary(values: Mapping[str, Any]) -> dict[str, Any]:
+    rows, differences = summarise(values)
+    return {
+        "confidence": 0.95,
+        "formulas": {name: metrics.FORMULAS[name] for name in METRIC_LABELS},
+        "formula_terms": R_MEANING,
+        "rows": [
+            {
+                "label": row.label,
+                "seeds": [run["seed"] for run in row.runs],
+                "metrics": {name: interval._asdict() for name, interval in row.metrics.items()},
+                "mixed": row.mixed,
+                "step_ms": row.step_ms,
+                "shares": dict(row.shares),
+                "peak_memory_bytes": row.peak_memory,
+            }
+            for row in rows
+        ],
+        "differences": [
+            {
+                "label": d.label,
+                "seeds": list(d.seeds),
+                "metrics": {name: interval._asdict() for name, interval in d.metrics.items()},
+                "p": d.p,
+                "p_holm": d.holm,
+            }
+            for d in differences
+        ],
+    }
+
+
+def _markdown(blocks: Sequence[_Block]) -> str:
+    parts = []
+    for block in blocks:
+        if isinstance(block, _Heading):
+            parts.append(f"{'#' * block.level} {_escaped(block.text)}")
+        elif isinstance(block, _Text):
+            parts.append(_escaped(block.text))
+        elif isinstance(block, _Code):
+            parts.append(f"```bash\n{block.text}\n```")
+        elif isinstance(block, _List):
+            parts.append("\n".join(f"- {_escaped(t)}{f'`{code}`' if code else ''}" for t, code in block.items))
+        elif isinstance(block, _Table):
+            rule = ["---" if i < block.text_columns else "---:" for i in range(len(block.header))]
+            cells = [[_escaped(c).replace("|", "\\|") for c in row] for row in (block.header, *block.rows)]
+            lines = [cells[0], rule, *cells[1:]]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts.append(f"{_escaped(block.caption)}\n\n{table}")
+        else:
+            alt = _escaped(block.alt).replace("[", "(").replace("]", ")")
+            parts.append(f"{_escaped(block.title)}\n\n![{alt}]({block.name}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    for sign in ("\\", "*", "_", "`", "<"):
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+_STYLE = """\
+:root { color-scheme: light dark;
+  --ink: #1b1b1b; --ground: #ffffff; --quiet: #5c5c5c; --rule: #d4d4d4; --band: #f5f5f5; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --ground: #17181a; --quiet: #a8a8a8; --rule: #3c3e42; --band: #202226; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; color: var(--ink); background: var(--ground);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; }
+pre { padding: 0.6rem 0.9rem; overflow-x: auto; background: var(--band); border-radius: 4px; }
+code, pre { font-family: ui-monospace, monospace; font-size: 0.9em; }
+.table { overflow-x: auto; margin: 1rem 0 1.5rem; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+caption { caption-side: top; text-align: left; color: var(--quiet); padding-bottom: 0.4rem; }
+th, td { padding: 0.3rem 0.75rem 0.3rem 0; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; }
+thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom; white-space: normal; }
+tbody th { font-weight: 500; }
+.text { text-align: left; white-space: normal; }
+figure { margin: 1.5rem 0; }
+figure svg { max-width: 100%; height: auto; display: block; }
+figcaption { color: var(--quiet); font-size: 0.9rem; margin-bottom: 0.4rem; }
+@media print {
+  :root { --ink: #000000; --ground: #ffffff; --quiet: #333333; --rule: #999999; --band: #ffffff; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .table { overflow: visible; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
+"""
+
+
+def _html(blocks: Sequence[_Block]) -> str:
+    said = html.escape
+    parts = []
+    title = next(block.text for block in blocks if isinstance(block, _Heading))
+    for block in blocks:
+        if isinstance(block, _Heading):
+            parts.append(f"<h{block.level}>{said(block.text)}</h{block.level}>")
+        elif isinstance(block, _Text):
+            parts.append(f"<p>{said(block.text)}</p>")
+        elif isinstance(block, _Code):
+            parts.append(f"<pre><code>{said(block.text)}</code></pre>")
+        elif isinstance(block, _List):
+            items = [f"<li>{said(t)}{f'<code>{said(code)}</code>' if code else ''}</li>" for t, code in block.items]
+            parts.append("<ul>\n" + "\n".join(items) + "\n</ul>")
+        elif isinstance(block, _Table):
+            parts.append(_html_table(block))
+        else:
+            svg = plots.to_svg(block.figure, block.name, themed=True)
+            labelled = svg.replace("<svg", f'<svg role="img" aria-label="{said(block.alt)}"', 1)
+            parts.append(f"<figure>\n<figcaption>{said(block.title)}</figcaption>\n{labelled}</figure>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{said(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _html_table(block: _Table) -> str:
+    def cell(kind: str, column: int, text: str, scope: str = "") -> str:
+        named = ' class="text"' if column < block.text_columns else ""
+        return f"<{kind}{scope}{named}>{html.escape(text)}</{kind}>"
+
+    head = "".join(cell("th", i, text, ' scope="col"') for i, text in enumerate(block.header))
+    rows = [
+        "<tr>"
+        + "".join(
+            cell("th" if i == 0 else "td", i, text, ' scope="row"' if i == 0 else "") for i, text in enumerate(row)
+        )
+        + "</tr>"
+        for row in block.rows
+    ]
+    # What is wider than the page can be scrolled, by keyboard too.
+    return (
+        f'<div class="table" tabindex="0" role="region" aria-label="{html.escape(block.caption)}">\n<table>\n'
+        f"<caption>{html.escape(block.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody>\n</table>\n</div>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def _values(row: Row, metric: str) -> list[float]:
+    found = [_number(run["metrics"][metric]) for run in row.runs]
+    return [value for value in found if not math.isnan(value)]
+
+
+def _figure_of(interval: Interval) -> str:
+    if math.isnan(interval.mean):
+        return "-"
+    if math.isnan(interval.half_width):
+        return f"{interval.mean:.3f}"
+    return f"{interval.mean:.3f} ± {interval.std:.3f} (± {interval.half_width:.3f})"
+
+
+def _signed(interval: Interval) -> str:
+    if math.isnan(interval.mean):
+        return "-"
+    if math.isnan(interval.half_width):
+        return f"{interval.mean:+.3f}"
+    star = " *" if abs(interval.mean) > interval.half_width else ""
+    return f"{interval.mean:+.3f} ± {interval.half_width:.3f}{star}"
+
+
+def _probability(p: float) -> str:
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _decimal(value: float) -> str:
+    return (
+        "-"
+        if math.isnan(value)
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 100
+        else f"{value:.0f}"
+    )
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "default"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _share(part: float | None, whole: float | None) -> float:
+    return _number(part) / whole if whole else math.nan
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,198 @@
+"""``gradmix experiment``: what is run, what is written, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import make_result
+
+from gradmix import cli
+from gradmix.training import trainer
+from gradmix.training.results import RunResult
+
+TEXT = """
+title: Mine
+seeds: [0, 1]
+base: {data: {benchmark: split-digits}, optim: {epochs: 1}, threads: 1}
+arms: [{name: er, method: er}, {name: best, method: mixup}]
+differences: [[best, er]]
+"""
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Replaces training by made-up results of three steps, in a folder with a specification; returns the calls."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRADMIX_DEBUG", raising=False)
+    Path("mine.yaml").write_text(TEXT)
+    calls: list[Any] = []
+
+    def train_one(config: Any, method: Any, seed: int, *, on_step: Callable[..., None], **_: Any) -> RunResult:
+        calls.append(config)
+        try:
+            for step in (1, 2, 3):
+                on_step(trainer.Progress(method, seed, 1, 1, 1, 1, step, 3, None))
+        except KeyboardInterrupt:
+            return replace(make_result(method, seed, reached=0), config=config)
+        return replace(make_result(method, seed, level=0.8 + 0.1 * (method == "mixup")), config=config)
+
+    monkeypatch.setattr(trainer, "train_one", train_one)
+    return calls
+
+
+def run(*args: str) -> int:
+    return cli.main(["experiment", *args])
+
+
+def asked(calls: list[Any]) -> list[tuple[str, int]]:
+    return [(config.methods[0], config.seeds[0]) for config in calls]
+
+
+ALL = [("er", 0), ("mixup", 0), ("er", 1), ("mixup", 1)]
+
+
+def test_an_experiment_from_start_to_report(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("mine.yaml") == 0
+    assert asked(trained) == ALL
+    said = capsys.readouterr().out
+    assert "Mine: 4 runs, 0 of them complete" in said and "[4/4] best  seed 1  average accuracy 0." in said
+    assert said.splitlines()[-1] == "Report: runs/experiments/mine/report.html"
+    folder = Path("runs/experiments/mine")
+    assert "gradmix experiment mine.yaml" in (folder / "report.md").read_text(encoding="utf-8")
+    stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert len(stored["runs"]) == 4 and stored["missing"] == []
+    assert run("mine.yaml") == 0
+    assert len(trained) == 4, "nothing is run twice"
+    Path("other.yaml").write_text(TEXT.replace("[0, 1]", "[1, 2]").replace("Mine", "Other"))
+    assert run("other.yaml") == 0
+    assert asked(trained)[4:] == [("er", 2), ("mixup", 2)], "what another experiment has run is shared"
+
+
+def test_narrowed_elsewhere_and_with_other_circumstances(trained: list[Any]) -> None:
+    more = ("--arms", "best", "--output", "my out", "--data-dir", "d", "--device", "cpu")
+    assert run("mine.yaml", "--seeds", "7", *more) == 0
+    (config,) = trained
+    assert asked(trained) == [("mixup", 7)]
+    assert (config.data.data_dir, config.device, config.threads) == (Path("d"), "cpu", 1)
+    text = Path("my out/mine/report.md").read_text(encoding="utf-8")
+    assert "gradmix experiment mine.yaml --seeds 7 --arms best\n" in text
+
+
+def test_a_dry_run_changes_nothing(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("mine.yaml", "--dry-run") == 0
+    assert trained == [] and [p.name for p in Path().iterdir()] == ["mine.yaml"]
+    assert "4 runs: 0 complete, 0 unfinished, 4 absent" in capsys.readouterr().out
+    assert run("mine.yaml", "--seeds", "0") == 0
+    capsys.readouterr()
+    assert run("mine.yaml", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "4 runs: 2 complete, 0 unfinished, 2 absent"
+    assert [line.split()[3] for line in lines[:-1]] == ["complete", "complete", "absent", "absent"]
+
+
+def test_a_failing_run_ends_with_1(
+    trained: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = trainer.train_one
+
+    def fails(config: Any, method: Any, seed: int, **others: Any) -> RunResult:
+        if (method, seed) == ("mixup", 0):
+            raise RuntimeError("out of memory")
+        return good(config, method, seed, **others)
+
+    monkeypatch.setattr(trainer, "train_one", fails)
+    assert run("mine.yaml", "--output", "out") == 1
+    said = capsys.readouterr()
+    assert "best  seed 0  failed: RuntimeError: out of memory" in said.out and "1 of 4 runs are missing" in said.out
+    assert "1 of 4 runs failed; try them again with: gradmix experiment mine.yaml --output out" in said.err
+    assert "best, seed 0: failed: RuntimeError: out of memory" in Path("out/mine/report.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(trainer, "train_one", good)
+    assert run("mine.yaml", "--output", "out") == 0
+    assert "failed" not in Path("out/mine/report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted(
+    number: int,
+    status: int,
+    trained: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = trainer.train_one
+
+    def stopped(config: Any, method: Any, seed: int, **others: Any) -> RunResult:
+        if (method, seed) == ("er", 1):
+            os.kill(os.getpid(), number)
+        return good(config, method, seed, **others)
+
+    monkeypatch.setattr(trainer, "train_one", stopped)
+    assert run("mine.yaml") == status
+    assert "interrupted; go on with: gradmix experiment mine.yaml\n" in capsys.readouterr().err
+    assert "2 of 4 runs are missing" in Path("runs/experiments/mine/report.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(trainer, "train_one", good)
+    assert run("mine.yaml") == 0
+    assert asked(trained) == [*ALL[:3], *ALL[2:]], "only what was not complete"
+
+
+def test_the_report_alone(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("mine.yaml", "--report-only") == 1
+    assert "4 of 4 runs are missing" in capsys.readouterr().out and trained == []
+    assert run("mine.yaml") == 0
+    folder = Path("runs/experiments/mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / "report.md").unlink()
+    assert run("mine.yaml", "--report-only") == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert run(str(folder / "results.json"), "--report-only", "--output", "again") == 0
+    assert {p.name: p.read_bytes() for p in Path("again").iterdir()} == before
+    Path("runs/experiments/runs").rename("gone")
+    (folder / "report.html").unlink()
+    assert run("mine.yaml", "--report-only") == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before, "the JSON is enough"
+    assert len(trained) == 4
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("digits ") and "to try out" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ([], ["no name", "--list"]),
+        (["nothing"], ["nothing", "digits"]),
+        (["nothing.yaml"], ["nothing.yaml"]),
+        (["bad.yaml"], ["bad.yaml: arms[0].method", "'erx'", "finetune, er"]),
+        (["mine.yaml", "--arms", "ER"], ["arms", "'ER'", "'er', 'best'"]),
+        (["mine.yaml", "--seeds", "1", "1"], ["seeds", "twice"]),
+        (["mine.yaml", "--jobs", "0"], ["jobs", "0"]),
+        (["mnist.yaml", "--data-dir", "nowhere"], ["nowhere"]),
+        (["bad.json"], ["bad.json", "--report-only"]),
+        (["bad.json", "--report-only"], ["bad.json", "damaged"]),
+        (["bad.json", "--report-only", "--seeds", "1"], ["--seeds"]),
+    ],
+    ids=" ".join,
+)
+def test_errors_take_one_line(
+    args: list[str], parts: list[str], trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.yaml").write_text(TEXT.replace("method: er", "method: erx"))
+    Path("mnist.yaml").write_text(TEXT.replace("split-digits", "split-mnist"))
+    Path("bad.json").write_text("{")
+    before = {p.name for p in Path().iterdir()}
+    assert run(*args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gradmix: error: ")
+    for part in parts:
+        assert part in line
+    assert trained == [] and {p.name for p in Path().iterdir()} == before, "nothing is written"

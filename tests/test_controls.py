@@ -1,0 +1,203 @@
+"""The controls that a selection is held against: what they keep of it, and what they replace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradmix
+from gradmix.alignment import feature_alignment
+from gradmix.selection import Pairs
+from gradmix.training.benchmarks import make_stream
+from gradmix.training.config import MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.methods.controls import controlled
+from gradmix.training.trainer import train_one
+
+CONTROLS = ("random", "random-partner", "anti", "small-gradient", "large-gradient")
+
+
+def problem(rows: int = 23, candidates: int | None = None, **options: object) -> tuple[nn.Module, Pairs]:
+    """A model, and pairs selected for it of which some are detrimental."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(*parameter.shape))
+    buffer = draw(12, 5), torch.arange(12) % 4
+    batch = draw(rows, 5), torch.randint(4, (rows,), generator=generator)
+    other = None if candidates is None else (draw(candidates, 5), torch.randint(4, (candidates,), generator=generator))
+    pairs = gradmix.select_pairs(
+        model, buffer, batch, candidates=other, lam=0.3, generator=torch.Generator().manual_seed(1), **options
+    )
+    return model, pairs
+
+
+def control(name: str, model: nn.Module, pairs: Pairs, seed: int = 0, **mix: object) -> Pairs:
+    return controlled(pairs, model, MixConfig(control=name, **mix), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+@pytest.mark.parametrize("candidates", [None, 1, 40])
+def test_rows_without_a_partner_stay_whole(name: str, criterion: str, candidates: int | None) -> None:
+    model, pairs = problem(criterion=criterion, candidates=candidates)
+    found = control(name, model, pairs)
+    if pairs.helpful.any():  # otherwise there is no weight to keep
+        assert torch.equal(found.lam[found.helpful], torch.full_like(found.lam[found.helpful], 0.3))
+    assert (found.lam[~found.helpful] == 1).all()
+    if candidates is None:
+        assert (found.partner[found.helpful] != torch.arange(len(found))[found.helpful]).all()
+    else:
+        assert ((found.partner >= 0) & (found.partner < candidates)).all()
+    x, y = found.mix()
+    assert torch.equal(x[~found.helpful], pairs._batch[0][~found.helpful])
+    torch.testing.assert_close(y.sum(1), torch.ones(len(pairs)))
+
+
+def test_random_mixes_as_many_rows_but_others() -> None:
+    model, pairs = problem(candidates=3, criterion="sample", threshold=0.6)
+    count = int(pairs.helpful.sum())
+    assert 0 < count < len(pairs)
+    runs = [control("random", model, pairs, seed) for seed in range(200)]
+    assert all(int(run.helpful.sum()) == count for run in runs)
+    often = torch.stack([run.helpful for run in runs]).double().mean(0)
+    # Every row as often as any other: five standard errors of a share around count / N.
+    share = count / len(pairs)
+    assert ((often - share).abs() < 5 * (share * (1 - share) / 200) ** 0.5).all()
+    partners = torch.stack([run.partner[run.helpful] for run in runs]).flatten().bincount(minlength=3).double()
+    drawn = partners.sum()
+    # Any partner, detrimental ones among them.
+    assert ((partners - drawn / 3).abs() < 5 * (drawn * 2 / 9) ** 0.5).all()
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (0.5, 12), (0.91, 21), (1.0, 23)])
+def test_random_at_a_given_rate(rate: float, count: int) -> None:
+    model, pairs = problem(criterion="sample")
+    assert int(control("random", model, pairs, control_rate=rate).helpful.sum()) == count
+
+
+def test_random_partner_keeps_the_rows_and_changes_the_partners() -> None:
+    model, pairs = problem(candidates=3, criterion="sample", threshold=0.6)
+    runs = [control("random-partner", model, pairs, seed) for seed in range(100)]
+    assert 0 < pairs.helpful.sum() < len(pairs)
+    assert all(torch.equal(run.helpful, pairs.helpful) for run in runs)
+    helpful, _ = pairs.by_row(0.6)
+    row = torch.arange(len(pairs))
+    kept = torch.stack([helpful[row, run.partner] for run in runs])[:, pairs.helpful].double().mean()
+    expected = helpful[pairs.helpful].double().mean()
+    assert abs(kept - expected) < 0.05 and kept < 0.95
+
+
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+def test_anti_takes_detrimental_partners_alone(criterion: str) -> None:
+    model, pairs = problem(criterion=criterion)
+    found = control("anti", model, pairs)
+    helpful, cosine = pairs.by_row()
+    row = torch.arange(len(pairs))
+    assert (cosine[row, found.partner][found.helpful] < 0).all() and found.helpful.any()
+    off = ~torch.eye(len(pairs), dtype=torch.bool)
+    assert torch.equal(found.helpful, (~helpful & off).any(1))
+
+
+def norms(model: nn.Module, pairs: Pairs) -> Tensor:
+    """(N, N) norms of all mixtures' gradients, each from its own outer product."""
+    x, y = pairs._batch
+    hidden = model[1](model[0](x)).detach().double()
+    logits = model[2](hidden.float()).detach().double()
+    one_hot = torch.eye(4, dtype=torch.float64)[y]
+    found = torch.zeros(len(y), len(y), dtype=torch.float64)
+    for i in range(len(y)):
+        for j in range(len(y)):
+            mixed = [0.3 * v[i] + 0.7 * v[j] for v in (hidden, logits, one_hot)]
+            residual = mixed[1].softmax(0) - mixed[2]
+            found[i, j] = torch.outer(residual, torch.cat([mixed[0], torch.ones(1, dtype=torch.float64)])).norm()
+    return found
+
+
+@pytest.mark.parametrize("name", ["small-gradient", "large-gradient"])
+def test_gradients_are_chosen_by_norm_as_many_pairs_as_were_helpful(name: str) -> None:
+    model, pairs = problem(criterion="sample", threshold=0.2)
+    helpful, _ = pairs.by_row(0.2)
+    off = ~torch.eye(len(pairs), dtype=torch.bool)
+    count = int((helpful & off).sum())
+    ordered = norms(model, pairs)[off].sort(descending=name == "large-gradient").values
+    bound = ordered[count - 1]
+    row = torch.arange(len(pairs))
+    seen = set()
+    for seed in range(60):
+        found = control(name, model, pairs, seed, threshold=0.2)
+        chosen = norms(model, pairs)[row, found.partner][found.helpful]
+        slack = 1e-5 * bound
+        assert (chosen <= bound + slack).all() if name == "small-gradient" else (chosen >= bound - slack).all()
+        seen |= {(i, int(j)) for i, j in zip(row[found.helpful].tolist(), found.partner[found.helpful], strict=True)}
+    inside = (norms(model, pairs) <= bound) if name == "small-gradient" else (norms(model, pairs) >= bound)
+    assert len(seen) > 0.6 * int((inside & off).sum())  # drawn from all of them, not the extreme ones alone
+
+
+def test_the_norm_does_not_depend_on_the_reference() -> None:
+    model, pairs = problem(criterion="sample")
+    from gradmix.alignment import forward_all
+
+    rows = forward_all(model, model[2], "batch", pairs._batch, 64)
+    zero, other = (feature_alignment(rows, rows, scale * torch.ones(4, 9), 0.3)[1] for scale in (0.0, 5.0))
+    assert torch.equal(zero, other)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+def test_a_run_under_control(name: str, method: str) -> None:
+    stream = make_stream("split-digits", tasks=2, rows_per_class=40)
+    config = TrainConfig(
+        optim=OptimConfig(epochs=1), replay=ReplayConfig(size=8), mix=MixConfig(control=name), threads=1
+    )
+    config = replace(config, data=replace(config.data, tasks=2, rows_per_class=40))
+    first, second = (train_one(config, method, 0, stream=stream) for _ in range(2))
+    assert first.status == "complete" and (first.accuracy == second.accuracy).all()
+    plain = train_one(replace(config, mix=MixConfig()), method, 0, stream=stream)
+    # Before there is a buffer nothing is selected, so a control has nothing to replace.
+    assert first.accuracy[0, 0] == plain.accuracy[0, 0] and first.mixed_share[0] == plain.mixed_share[0]
+    assert first.mixed_share[1] <= 1
+
+
+def test_a_control_leaves_the_model_alone() -> None:
+    model, pairs = problem(criterion="sample")
+    before = [p.clone() for p in model.parameters()]
+    control("small-gradient", model, pairs)
+    assert model.training and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_unhelpful_step_still_has_a_weight_for_its_control() -> None:
+    """Where GradMix mixes nothing at all, anti-selection still mixes, with a weight drawn anew."""
+    model, pairs = problem(criterion="sample", threshold=1.0)
+    assert not pairs.helpful.any()
+    found = control("anti", model, pairs, threshold=1.0)
+    assert found.helpful.all() and ((found.lam > 0) & (found.lam < 1)).all() and len(found.lam.unique()) == 1
+
+
+def test_methods_know_their_mixed_rows() -> None:
+    model, _ = problem()
+    buffer = gradmix.ReplayBuffer(3)
+    buffer.add(torch.randn(12, 5), torch.arange(12) % 4)
+    from gradmix.training.clock import Clock
+
+    context = Context(
+        model,
+        buffer,
+        4,
+        MixConfig(control="random", control_rate=0.5),
+        torch.Generator().manual_seed(0),
+        Clock(torch.device("cpu")),
+    )
+    method = METHODS["gradmix-sample"](context)
+    assert method.mixed_rows() is None
+    method.loss(StepRows(torch.randn(10, 5), torch.arange(10) % 4, torch.full((10,), 0.1))).backward()
+    assert int(method.mixed_rows()) == 5

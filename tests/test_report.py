@@ -1,0 +1,329 @@
+"""Reports: the figures behind them, what they say, and that both renderings say the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_runs import make_result
+
+from gradmix.training import plots, report
+from gradmix.training.experiments import Experiment, from_yaml
+from gradmix.training.metrics import Interval, mean_interval, paired_difference
+from gradmix.training.results import METRIC_LABELS, metric_values, save_run
+from gradmix.training.tables import holm, paired_p_value
+
+TEXT = """
+title: Digits & <company>
+about: A *paragraph* with a|b_c.
+seeds: [0, 1, 2]
+base: {data: {benchmark: split-digits}}
+arms:
+  - {name: mixup, method: mixup}
+  - {name: er, method: er}
+  - {name: gradmix, method: gradmix}
+differences: [[gradmix, mixup], [mixup, er], [gradmix, er]]
+reference: [{label: Mixup, metric: average_accuracy, value: 0.896, source: "a paper, 2025", differs: all, arm: mixup}]
+"""
+
+
+def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds: Any = None) -> dict[str, Any]:
+    """The values of a report over made-up runs, saved under ``folder``; those in ``skip`` are missing."""
+    experiment = from_yaml(text, "table").narrowed(seeds=seeds)
+    runs = experiment.runs()
+    levels = {"er": 0.8, "mixup": 0.85, "gradmix": 0.9}
+    for number, run in enumerate(runs):
+        if (run.arm, run.seed) not in skip:
+            result = make_result(run.method, run.seed, level=levels.get(run.method, 0.7) + 0.001 * (number % 7))
+            save_run(replace(result, config=run.config), folder / run.folder, pictures=False)
+    return report.collect(experiment, runs, folder)
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    return made(TEXT, tmp_path / "runs")
+
+
+class Page(HTMLParser):
+    """The tags of a page, checked to be closed in order, the rows of its tables, and its text."""
+
+    EMPTY = ("meta", "br", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open or "svg" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+
+def test_figures(values: dict[str, Any]) -> None:
+    rows, differences = report.summarise(values)
+    assert [row.arm for row in rows] == ["mixup", "er", "gradmix"], "as the specification has them"
+    by_arm = {row.arm: row for row in rows}
+    for name in METRIC_LABELS:
+        found = [run["metrics"][name] for run in values["runs"] if run["arm"] == "er"]
+        assert by_arm["er"].metrics[name] == mean_interval(found)
+    assert by_arm["gradmix"].mixed == 0.75 and math.isnan(by_arm["er"].mixed)
+    assert by_arm["gradmix"].step_ms == 2.5 and by_arm["gradmix"].shares["selection"] == pytest.approx(0.4)
+    of = {
+        arm: [run["metrics"]["average_accuracy"] for run in values["runs"] if run["arm"] == arm]
+        for arm in ("er", "mixup", "gradmix")
+    }
+    first = differences[0]
+    assert (first.arm, first.minus, first.seeds) == ("gradmix", "mixup", (0, 1, 2))
+    assert first.metrics["average_accuracy"] == paired_difference(of["gradmix"], of["mixup"])
+    assert [d.holm for d in differences] == holm([d.p for d in differences])
+
+
+def test_p_values_agree_with_scipy() -> None:
+    from scipy.stats import ttest_rel
+
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 30):
+        a, b = rng.normal(0.9, 0.01, n), rng.normal(0.89, 0.01, n)
+        assert paired_p_value(paired_difference(a, b), n) == pytest.approx(float(ttest_rel(a, b).pvalue), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("interval", "n", "expected"),
+    [
+        (Interval(0.1, 0.0, 0.0), 3, 0.0),
+        (Interval(0.0, 0.0, 0.0), 3, 1.0),
+        (Interval(0.1, math.nan, math.nan), 1, math.nan),
+        (Interval(math.nan, math.nan, math.nan), 4, math.nan),
+    ],
+    ids=["all the same", "all 0", "one seed", "no values"],
+)
+def test_p_values_of_the_extremes(interval: Interval, n: int, expected: float) -> None:
+    assert paired_p_value(interval, n) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        ([], []),
+        ([0.2], [0.2]),
+        ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
+        ([0.03, 0.01, 0.02], [0.04, 0.03, 0.04]),
+        ([0.5, 0.9, 0.6], [1.0, 1.0, 1.0]),
+        ([0.02, math.nan, 0.02], [0.04, math.nan, 0.04]),
+        ([0.0, 1.0], [0.0, 1.0]),
+    ],
+    ids=["none", "one", "monotone", "order kept", "at most 1", "a tie and a gap", "ends"],
+)
+def test_holm(p: list[float], expected: list[float]) -> None:
+    assert holm(p) == pytest.approx(expected, nan_ok=True)
+
+
+def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
+    page = Page(report.to_html(values))
+    lines = [line for line in report.to_markdown(values).splitlines() if line.startswith("| ")]
+    cells = [re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |")) for line in lines]
+    plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if not row[0].startswith("---")]
+    assert plain == [row for table in page.tables for row in table]
+    header, first = page.tables[0][:2]
+    assert header == ["arm", "average accuracy", "final accuracy", "forgetting", "rows mixed", "seeds"]
+    mean, std, half = mean_interval([r["metrics"]["average_accuracy"] for r in values["runs"] if r["arm"] == "mixup"])
+    assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} (± {half:.3f})"] and first[-2:] == ["-", "3"]
+    reference = page.tables[1][1]
+    assert reference[:2] == ["Mixup", "a paper, 2025"] and reference[-2:] == ["0.896", f"{mean:.3f} (mixup)"]
+
+
+def test_what_is_said(values: dict[str, Any]) -> None:
+    page = Page(report.to_html(values))
+    for part in (
+        "Digits & <company>",
+        "A *paragraph* with a|b_c.",
+        "gradmix experiment table",
+        "mean over t of mean_{j<=t} R[t,j]",
+        "9 intervals are shown",
+        "3 tests of average accuracy",
+        "torch: 2.0",
+        "Seeds: 0, 1, 2.",
+    ):
+        assert part in page.text
+    assert "missing" not in page.text
+    cost = next(t for t in page.tables if t[0][1] == "ms/step")
+    assert cost[0][2] == "× er", "plain replay is what others are measured by, wherever it stands"
+    assert [row[2] for row in cost[1:]] == ["1.00"] * 3
+
+
+def test_the_page_needs_nothing_else_and_is_accessible(values: dict[str, Any]) -> None:
+    text = report.to_html(values)
+    page = Page(text)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
+    assert not re.search(r"(?:src|href)=\"(?!#)", text.replace("http://www.w3.org", "")) and "@import" not in text
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(pictures) == 3
+    assert all(a["role"] == "img" and re.search(r"0\.\d{3}", a["aria-label"]) for a in pictures)
+    assert {a.get("scope") for tag, a in page.tags if tag == "th"} == {"col", "row"}
+    assert sum(tag == "caption" for tag, _ in page.tags) == len(page.tables)
+    assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "#010203" not in text and "currentColor" in text
+
+
+def test_missing_runs_are_named(tmp_path: Path) -> None:
+    values = made(TEXT, tmp_path, skip=(("er", 1), ("mixup", 0), ("mixup", 1), ("mixup", 2)))
+    page = Page(report.to_html(values))
+    assert "4 of 9 runs are missing" in page.text
+    assert "er, seed 1: not begun" in page.text and "mixup, seed 2: not begun" in page.text
+    rows, differences = report.summarise(values)
+    assert [(row.arm, len(row.runs)) for row in rows] == [("er", 2), ("gradmix", 3)]
+    assert [(d.label, d.seeds) for d in differences] == [("gradmix − er", (0, 2))], "paired over the seeds they share"
+
+
+def test_failures_are_told(tmp_path: Path) -> None:
+    experiment = from_yaml(TEXT, "table")
+    runs = experiment.runs()
+    values = report.collect(experiment, runs, tmp_path, failed=[(runs[1], "out of memory")], command="make it")
+    text = report.to_markdown(values)
+    assert "er, seed 0: failed: out of memory" in text and "No run is complete" in text and "make it" in text
+    Page(report.to_html(values))
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one seed", "two"])
+def test_few_seeds(seeds: list[int], tmp_path: Path) -> None:
+    values = made(TEXT, tmp_path, seeds=seeds)
+    text = report.to_markdown(values)
+    assert "nan" not in text.lower().replace("nanmax", "")
+    Page(report.to_html(values))
+
+
+VARIED = {
+    "one": TEXT + "vary: {replay.size: [128, 2, 8]}\n",
+    "two": TEXT + "vary: {replay.size: [2, 8], mix.policy: [uniform, best]}\n",
+    "words": TEXT + "vary: {mix.policy: [uniform, permute]}\n",
+    "unset": TEXT + "vary: {data.class_order_seed: [null, 3]}\n",
+}
+
+
+@pytest.mark.parametrize("text", VARIED.values(), ids=VARIED.keys())
+def test_varied_settings(text: str, tmp_path: Path) -> None:
+    values = made(text, tmp_path, skip=(("er", 0),))
+    experiment = from_yaml(text, "table")
+    rows, differences = report.summarise(values)
+    assert len(rows) == 3 * len(experiment.points) and len(differences) == len(rows)
+    assert all(len(d.seeds) == (2 if "er" in (d.arm, d.minus) else 3) for d in differences)
+    page = Page(report.to_html(values))
+    assert page.tables[0][0][1 : 1 + len(experiment.vary)] == list(experiment.vary)
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert any(label.startswith(f"Lines over {next(iter(experiment.vary))}") for label in labels)
+
+
+def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
+    arms = "\n".join(f"  - {{name: arm number {k}, method: gradmix, mix: {{threshold: {k / 100}}}}}" for k in range(30))
+    pairs = ", ".join(f"[arm number {k}, arm number 0]" for k in range(1, 4))
+    text = f"title: Many\nseeds: [0, 1]\nbase: {{}}\narms:\n{arms}\ndifferences: [{pairs}]\n"
+    values = made(text, tmp_path)
+    page = Page(report.to_html(values))
+    assert len(page.tables[0]) == 31
+    figures = {b.name: b.figure for b in report._document(values) if isinstance(b, report._Picture)}
+    assert float(figures["average_accuracy"].get_figheight()) > 8
+    lines = {line.get_label() for line in figures["after_tasks"].axes[0].lines}
+    assert lines == {f"arm number {k}" for k in range(4)}, "only those that are compared"
+
+
+def test_written_and_made_again(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = report.write(values, tmp_path / "deep" / "report")
+    names = {"report.md", "report.html", "results.json", "average_accuracy.svg", "after_tasks.svg", "differences.svg"}
+    assert {p.name for p in folder.iterdir()} == names
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(f"({name})" in text for name in names if name.endswith(".svg"))
+    stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    rows, differences = report.summarise(values)
+    assert stored["summary"]["rows"][0]["metrics"]["forgetting"]["mean"] == rows[0].metrics["forgetting"].mean
+    assert stored["summary"]["differences"][0]["p_holm"] == differences[0].holm
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    again = report.write(report.from_results(folder / "results.json"), tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == before, "from the JSON alone, to the byte"
+    (folder / "varied.svg").write_text("an earlier report's")
+    report.write(values, folder)
+    assert {p.name for p in folder.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda v: "no JSON", "damaged"),
+        (lambda v: [], "format, name"),
+        (lambda v: {k: v[k] for k in v if k != "runs"}, "runs missing"),
+        (lambda v: v | {"format": 99}, "format 99, expected 1"),
+        (lambda v: v | {"runs": [{"arm": "er", "seed": 0}]}, "'values' is missing"),
+        (lambda v: v | {"runs": 5}, "damaged"),
+    ],
+    ids=["no JSON", "a list", "a key", "later", "a run", "runs"],
+)
+def test_damaged_results(damage: Any, said: str, values: dict[str, Any], tmp_path: Path) -> None:
+    found = damage(values)
+    path = tmp_path / "results.json"
+    path.write_text(found if isinstance(found, str) else json.dumps(found))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        report.from_results(path)
+    assert str(caught.value).startswith(str(path))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        report.from_results(tmp_path / "absent.json")
+
+
+def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
+    experiment: Experiment = from_yaml(TEXT, "table").narrowed(arms=["er", "mixup"])
+    runs = experiment.runs()
+    for run in runs:
+        result = make_result(run.method, run.seed, tasks=1)
+        assert math.isnan(metric_values(result)["forgetting"])
+        save_run(replace(result, config=run.config), tmp_path / run.folder, pictures=False)
+    page = Page(report.to_html(report.collect(experiment, runs, tmp_path)))
+    assert [row[3] for row in page.tables[0][1:]] == ["-", "-"]
+
+
+def test_forest_marks_what_leaves_out_0() -> None:
+    figure = plots.forest(["a", "b"], [Interval(0.1, 0.1, 0.05), Interval(-0.1, 0.1, 0.2)], "difference")
+    full = [line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert full[0] != "none" and full[1] == "none"
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1], "the first stands on top"
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([8, 16, 128], "log"), ([1, 2, 3], "linear"), ([0, 8], "linear"), (["a", "b"], "linear")]
+)
+def test_varied_values_are_spaced(values: list[Any], scale: str) -> None:
+    lines = {"er": [Interval(0.5 + 0.1 * k, 0.1, 0.1) for k in range(len(values))]}
+    axes = plots.varied("replay.size", values, {"average accuracy": lines}).axes[0]
+    assert axes.get_xscale() == scale
+    assert [t.get_text() for t in axes.get_xticklabels()] == [str(v) for v in values]
+
+
+def test_svg_is_the_same_each_time() -> None:
+    draw = [plots.to_svg(plots.dots(["a"], [[0.1, 0.2]], "x"), "name") for _ in range(2)]
+    assert draw[0] == draw[1] and draw[0].startswith("<svg") and "currentColor" not in draw[0]
