@@ -14,7 +14,10 @@ import pytest
 from synthetic_runs import make_result
 
 from gradmix import cli
-from gradmix.training import trainer
+from gradmix.cli.experiment import _watcher
+from gradmix.cli.progress import Reporter
+from gradmix.training import experiments, trainer
+from gradmix.training.findings import signed
 from gradmix.training.results import RunResult
 
 TEXT = """
@@ -142,6 +145,53 @@ def test_interrupted(
     assert asked(trained) == [*ALL[:3], *ALL[2:]], "only what was not complete"
 
 
+def test_going_on_takes_all_that_was_given(
+    trained: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> RunResult:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("too late")
+
+    monkeypatch.setattr(trainer, "train_one", stopped)
+    given = ("mine.yaml", "--seeds", "3", "--arms", "er", "--output", "my out", "--data-dir", "d", "--device", "cpu")
+    assert run(*given) == 130
+    expected = "gradmix experiment mine.yaml --seeds 3 --arms er --output 'my out' --data-dir d --device cpu"
+    assert f"go on with: {expected}\n" in capsys.readouterr().err
+
+
+def test_differences_are_printed(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("mine.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("best − er")]
+    stored = json.loads(Path("runs/experiments/mine/results.json").read_text(encoding="utf-8"))
+    (difference,) = stored["summary"]["differences"]
+    interval = difference["metrics"]["average_accuracy"]
+    assert f"{signed(interval['mean'])} ± {interval['half_width']:.3f}" in line and line.endswith(" 2")
+    assert f"{difference['p_holm']:.3f}" in line
+    assert (" * " in line) == (abs(interval["mean"]) > interval["half_width"])
+
+
+@pytest.mark.parametrize(
+    ("jobs", "shown"), [(2, ["0 of 3 runs, 2 at a time", "2 of 3 runs, 1 at a time"]), (1, ["", ""])]
+)
+def test_the_bar_counts_the_runs_of_other_processes(
+    jobs: int, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr(Console, "is_terminal", True)
+    runs = experiments.load("mine.yaml").runs()
+    reporter = Reporter(3, 4)
+    assert reporter.bar is not None
+    watcher = _watcher(reporter, 3, jobs)
+    found = [reporter.bar.tasks[0].description]
+    watcher.finish(runs[0], make_result("er", 0))
+    watcher.fail(runs[1], "out of memory")
+    found.append(reporter.bar.tasks[0].description)
+    assert found == shown
+    assert "[2/3] best  seed 0  failed: out of memory" in capsys.readouterr().out
+
+
 def test_the_report_alone(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("mine.yaml", "--report-only") == 1
     assert "4 of 4 runs are missing" in capsys.readouterr().out and trained == []
@@ -177,6 +227,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         (["mine.yaml", "--seeds", "1", "1"], ["seeds", "twice"]),
         (["mine.yaml", "--jobs", "0"], ["jobs", "0"]),
         (["mnist.yaml", "--data-dir", "nowhere"], ["nowhere"]),
+        (["mine.yaml", "--device", "cuda:99"], ["device", "cuda:99"]),
         (["bad.json"], ["bad.json", "--report-only"]),
         (["bad.json", "--report-only"], ["bad.json", "damaged"]),
         (["bad.json", "--report-only", "--seeds", "1"], ["--seeds"]),

@@ -7,18 +7,22 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
 from gradmix.training import plots, report
+from gradmix.training.document import Picture
 from gradmix.training.experiments import Experiment, from_yaml
 from gradmix.training.metrics import Interval, mean_interval, paired_difference
 from gradmix.training.results import METRIC_LABELS, metric_values, save_run
-from gradmix.training.tables import holm, paired_p_value
+from gradmix.training.running import RUNS_AT_A_TIME
+from gradmix.training.significance import holm
 
 TEXT = """
 title: Digits & <company>
@@ -107,46 +111,6 @@ def test_figures(values: dict[str, Any]) -> None:
     assert [d.holm for d in differences] == holm([d.p for d in differences])
 
 
-def test_p_values_agree_with_scipy() -> None:
-    from scipy.stats import ttest_rel
-
-    rng = np.random.default_rng(0)
-    for n in (2, 5, 30):
-        a, b = rng.normal(0.9, 0.01, n), rng.normal(0.89, 0.01, n)
-        assert paired_p_value(paired_difference(a, b), n) == pytest.approx(float(ttest_rel(a, b).pvalue), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("interval", "n", "expected"),
-    [
-        (Interval(0.1, 0.0, 0.0), 3, 0.0),
-        (Interval(0.0, 0.0, 0.0), 3, 1.0),
-        (Interval(0.1, math.nan, math.nan), 1, math.nan),
-        (Interval(math.nan, math.nan, math.nan), 4, math.nan),
-    ],
-    ids=["all the same", "all 0", "one seed", "no values"],
-)
-def test_p_values_of_the_extremes(interval: Interval, n: int, expected: float) -> None:
-    assert paired_p_value(interval, n) == pytest.approx(expected, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        ([], []),
-        ([0.2], [0.2]),
-        ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),
-        ([0.03, 0.01, 0.02], [0.04, 0.03, 0.04]),
-        ([0.5, 0.9, 0.6], [1.0, 1.0, 1.0]),
-        ([0.02, math.nan, 0.02], [0.04, math.nan, 0.04]),
-        ([0.0, 1.0], [0.0, 1.0]),
-    ],
-    ids=["none", "one", "monotone", "order kept", "at most 1", "a tie and a gap", "ends"],
-)
-def test_holm(p: list[float], expected: list[float]) -> None:
-    assert holm(p) == pytest.approx(expected, nan_ok=True)
-
-
 def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
     page = Page(report.to_html(values))
     lines = [line for line in report.to_markdown(values).splitlines() if line.startswith("| ")]
@@ -156,7 +120,10 @@ def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
     header, first = page.tables[0][:2]
     assert header == ["arm", "average accuracy", "final accuracy", "forgetting", "rows mixed", "seeds"]
     mean, std, half = mean_interval([r["metrics"]["average_accuracy"] for r in values["runs"] if r["arm"] == "mixup"])
-    assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} (± {half:.3f})"] and first[-2:] == ["-", "3"]
+    assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} [{mean - half:.3f}, {mean + half:.3f}]"] and first[-2:] == [
+        "-",
+        "3",
+    ]
     reference = page.tables[1][1]
     assert reference[:2] == ["Mixup", "a paper, 2025"] and reference[-2:] == ["0.896", f"{mean:.3f} (mixup)"]
 
@@ -176,8 +143,52 @@ def test_what_is_said(values: dict[str, Any]) -> None:
         assert part in page.text
     assert "missing" not in page.text
     cost = next(t for t in page.tables if t[0][1] == "ms/step")
-    assert cost[0][2] == "× er", "plain replay is what others are measured by, wherever it stands"
-    assert [row[2] for row in cost[1:]] == ["1.00"] * 3
+    assert cost[0][3] == "× er", "plain replay is what others are measured by, wherever it stands"
+    assert [row[1:4] for row in cost[1:]] == [["2.50", "2.50 to 2.50", "1.00"]] * 3
+    assert "Runs at a time: unknown." in page.text
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "shown"),
+    [("cpu", 3, "≤ 3"), ("a GPU", 9, "9")],
+    ids=["the closest bound of a process", "the most that tensors took"],
+)
+def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path) -> None:
+    experiment = from_yaml(TEXT, "table").narrowed(arms=["er"])
+    runs = experiment.runs()
+    for run, seconds, mib in zip(runs, (0.1, 0.3, 9.0), (3, 5, 9), strict=True):
+        result = make_result(run.method, run.seed)
+        timing = replace(result.timing, seconds_step=seconds, seconds_data=0.1, peak_memory_bytes=mib * 2**20)
+        environment = {"device": device, RUNS_AT_A_TIME: 2}
+        made = replace(result, config=run.config, timing=timing, environment=environment)
+        save_run(made, tmp_path / run.folder, pictures=False)
+    values = report.collect(experiment, runs, tmp_path)
+    ((row,), _) = report.summarise(values)
+    assert row.step_ms == pytest.approx(3.0), "one disturbed run moves a mean, not the median"
+    assert row.step_range == pytest.approx((1.0, 90.0)) and row.shares["data"] == pytest.approx(1 / 3)
+    assert row.peak_memory == memory * 2**20
+    page = Page(report.to_html(values))
+    cost = next(t for t in page.tables if t[0][1] == "ms/step")
+    assert cost[1][2] == "1.00 to 90.0" and cost[1][-1] == shown
+    assert "Runs at a time: 2." in page.text
+
+
+def test_settings_that_are_unset_are_told_from_those_that_are_not(values: dict[str, Any]) -> None:
+    page = Page(report.to_html(values))
+    shared = next(t for t in page.tables if t[0] == ["of", "settings", "unset"])
+    lines = {row[0]: row[1:] for row in shared[1:]}
+    assert "benchmark split-digits" in lines["data"][0] and "tasks" in lines["data"][1].split(", ")
+    named = {f"{section}.{name}" for section, (_, unset) in lines.items() for name in unset.split(", ") if name != "-"}
+    assert named == {key for key, value in values["protocol"].items() if value is None}
+
+
+def test_the_findings_come_first(values: dict[str, Any]) -> None:
+    text = report.to_markdown(values)
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heads[:2] == ["## What the figures say", "## Results"]
+    _, differences = report.summarise(values)
+    told = sum(d.holm < 0.05 for d in differences)
+    assert told and len(re.findall(r"^- \w+ is (?:above|below) ", text, re.M)) >= told
 
 
 def test_the_page_needs_nothing_else_and_is_accessible(values: dict[str, Any]) -> None:
@@ -192,6 +203,14 @@ def test_the_page_needs_nothing_else_and_is_accessible(values: dict[str, Any]) -
     assert sum(tag == "caption" for tag, _ in page.tags) == len(page.tables)
     assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in text and "@media print" in text
     assert "#010203" not in text and "currentColor" in text
+
+
+def test_what_is_unknown_of_some_runs_is_said(values: dict[str, Any]) -> None:
+    for number, run in enumerate(values["runs"]):
+        run["environment"] = {"date": f"2025-01-0{number + 1}"} | ({RUNS_AT_A_TIME: 2} if number < 4 else {})
+    text = report.to_markdown(values)
+    assert "- date: 2025-01-01 to 2025-01-09\n" in text
+    assert "- runs at a time: 2 (of 5 of 9 runs it is unknown)\n" in text
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
@@ -249,10 +268,16 @@ def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
     values = made(text, tmp_path)
     page = Page(report.to_html(values))
     assert len(page.tables[0]) == 31
-    figures = {b.name: b.figure for b in report._document(values) if isinstance(b, report._Picture)}
+    figures = {b.name: b.figure for b in report._document(values) if isinstance(b, Picture)}
     assert float(figures["average_accuracy"].get_figheight()) > 8
     lines = {line.get_label() for line in figures["after_tasks"].axes[0].lines}
     assert lines == {f"arm number {k}" for k in range(4)}, "only those that are compared"
+    shown = [t.get_text() for t in figures["after_tasks"].axes[0].texts]
+    assert len(shown) == 4 and all(re.fullmatch(r"arm number \d  0\.\d{3}", text) for text in shown)
+    many = ", ".join(f"[arm number {2 * k}, arm number {2 * k + 1}]" for k in range(6))
+    values = report.collect(from_yaml(text.replace(pairs, many), "table"), (), tmp_path) | {"runs": values["runs"]}
+    rows, _ = report.summarise(values)
+    assert list(report._lines(values, rows)) == [f"arm number {k}" for k in range(8)], "the first eight, not none"
 
 
 def test_written_and_made_again(values: dict[str, Any], tmp_path: Path) -> None:
@@ -308,9 +333,15 @@ def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
 
 
 def test_forest_marks_what_leaves_out_0() -> None:
-    figure = plots.forest(["a", "b"], [Interval(0.1, 0.1, 0.05), Interval(-0.1, 0.1, 0.2)], "difference")
-    full = [line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "D"]
-    assert full[0] != "none" and full[1] == "none"
+    told, not_told, lone = Interval(0.1, 0.1, 0.05), Interval(-0.1, 0.1, 0.2), Interval(0.1, math.nan, math.nan)
+    figure = plots.forest(["a", "b", "c", "d"], [told, not_told, told, lone], "difference", [True, False, False, False])
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [line.get_markerfacecolor() != "none" for line in drawn] == [True, False, False, False]
+    colours = [line.get_color() for line in drawn]
+    assert colours[0] == colours[2] != colours[1] == colours[3], "told by itself is hollow, but not grey"
+    assert [t.get_text() for t in figure.axes[0].texts[1:3]] == ["+0.100 [+0.050, +0.150]", "−0.100 [−0.300, +0.100]"]
+    assert figure.axes[0].texts[4].get_text() == "+0.100"
+    assert plots.forest(["a"], [told], "x").axes[0].lines[1].get_markerfacecolor() != "none"
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1], "the first stands on top"
 
 
@@ -327,3 +358,46 @@ def test_varied_values_are_spaced(values: list[Any], scale: str) -> None:
 def test_svg_is_the_same_each_time() -> None:
     draw = [plots.to_svg(plots.dots(["a"], [[0.1, 0.2]], "x"), "name") for _ in range(2)]
     assert draw[0] == draw[1] and draw[0].startswith("<svg") and "currentColor" not in draw[0]
+
+
+def test_published_figures_are_starred(values: dict[str, Any]) -> None:
+    (figure,) = [b.figure for b in report._document(values) if isinstance(b, Picture) and b.name == "average_accuracy"]
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    stars = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets()) == 1]
+    assert [tuple(np.asarray(star.get_offsets())[0]) for star in stars] == [(0.896, labels.index("mixup"))]
+    assert "Star: the published figure." in report.to_markdown(values)
+
+
+@pytest.mark.parametrize("lines", [2, 8], ids=["few", "many"])
+def test_names_at_the_ends_of_lines_do_not_touch(lines: int) -> None:
+    rng = np.random.default_rng(0)
+    data = {f"line {k}": 0.8 + 0.001 * k + rng.normal(0, 0.001, (3, 5)) for k in range(lines)}
+    figure = plots.after_tasks(data)
+    figure.draw_without_rendering()
+    boxes = sorted((t.get_window_extent() for t in figure.axes[0].texts), key=lambda box: float(box.y0))
+    assert len(boxes) == lines and all(a.y1 <= b.y0 for a, b in pairwise(boxes))
+    assert figure.axes[0].get_legend() is None
+    assert len(figure.axes[0].collections) == (lines if lines <= plots.BANDS_UP_TO else 0), "bands of few lines only"
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [([], []), ([5.0], [5.0]), ([0.0, 9.0], [0.0, 9.0]), ([1.0, 1.0], [-0.5, 2.5]), ([0, 1, 2, 20], [-2, 1, 4, 20])],
+)
+def test_apart(places: list[float], expected: list[float]) -> None:
+    assert plots.apart(np.array(places), 3.0).tolist() == pytest.approx(expected)
+
+
+def test_the_key_of_varied_settings_hides_no_line() -> None:
+    lines = {f"arm {k}": [Interval(0.5 + 0.1 * k, 0.1, 0.1)] * 2 for k in range(3)}
+    figure = plots.varied("replay.size", [8, 16], {"average accuracy": lines, "final accuracy": lines})
+    figure.draw_without_rendering()
+    (key,) = figure.legends
+    assert [t.get_text() for t in key.get_texts()] == list(lines)
+    assert all(key.get_window_extent().y1 < axes.get_window_extent().y0 for axes in figure.axes)
+
+
+def test_colours_that_are_too_dark_follow_the_page(values: dict[str, Any]) -> None:
+    style, _, body = report.to_html(values).partition("</style>")
+    assert "var(--blue)" in body and "#0072b2" not in body.lower()
+    assert len(re.findall(r"--blue: #\w{6};", style)) == 3, "of light pages, dark ones, and print"

@@ -18,7 +18,7 @@ from synthetic_runs import make_result
 from gradmix.training import running, trainer
 from gradmix.training.experiments import Run, from_yaml
 from gradmix.training.results import RunResult, load_run
-from gradmix.training.running import Watcher, run_all, state_of
+from gradmix.training.running import RUNS_AT_A_TIME, Watcher, run_all, state_of
 
 TINY = """
 title: Tiny
@@ -229,6 +229,7 @@ def test_several_processes_of_which_one_dies(
     run_all(others[-1:], alone)
     a, b = (load_run(folder / others[-1].folder) for folder in (tmp_path, alone))
     assert (a.accuracy == b.accuracy).all(), "whichever process makes it"
+    assert [run.environment[RUNS_AT_A_TIME] for run in (a, b)] == [2, 1]
 
 
 def test_several_processes_stop_with_checkpoints(runs: tuple[Run, ...], tmp_path: Path) -> None:

@@ -61,11 +61,12 @@ def main(args: list[str]) -> int:
     command = _command(experiment, options)
     if options.report_only:
         return _report_only(experiment, runs, output, command)
-    return _run(experiment, runs, output, command, options.jobs)
+    return _run(experiment, runs, output, command, _again_command(command, options), options.jobs)
 
 
-def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, jobs: int) -> int:
+def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
     from gradmix.training import running
+    from gradmix.training.environment import pick_device
 
     root = output / _RUNS
     todo = [run for run in runs if running.state_of(run, root) != "complete"]
@@ -73,19 +74,22 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     outcome = running.Outcome()
     with Interruption() as interruption:
         try:
+            # What would fail every run is told before the first, and leaves no report of failures.
+            for device in dict.fromkeys(run.config.device for run in todo):
+                pick_device(device)
             running.check_data(todo)
-            with interruption.deferred(), Reporter(len(todo), max(len(run.label) for run in runs)) as reporter:
-                outcome = running.run_all(
-                    runs,
-                    root,
-                    jobs=jobs,
-                    watcher=_watcher(reporter, len(todo)),
-                    stopping=lambda: interruption.signal is not None,
-                )
+            with interruption.deferred():
+                with Reporter(len(todo), max(len(run.label) for run in runs)) as reporter:
+                    outcome = running.run_all(
+                        runs,
+                        root,
+                        jobs=jobs,
+                        watcher=_watcher(reporter, len(todo), jobs),
+                        stopping=lambda: interruption.signal is not None,
+                    )
                 _write(experiment, runs, output, command, outcome.failed)
         except KeyboardInterrupt:
             outcome.interrupted = True
-    again = _again_command(command, output)
     if outcome.interrupted:
         print(f"gradmix: interrupted; go on with: {again}", file=sys.stderr)
         return interruption.status
@@ -97,7 +101,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     return 0
 
 
-def _watcher(reporter: Reporter, todo: int) -> Any:
+def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
     from gradmix.training.running import Watcher
 
     class Shown(Watcher):
@@ -106,6 +110,7 @@ def _watcher(reporter: Reporter, todo: int) -> Any:
         def __init__(self) -> None:
             self.begun = time.monotonic()
             self.done = 0
+            self._count()
 
         def start(self, run: Run) -> None:
             reporter.start(run.label, run.seed)
@@ -118,13 +123,19 @@ def _watcher(reporter: Reporter, todo: int) -> Any:
         def finish(self, run: Run, result: RunResult) -> None:
             self.done += 1
             reporter.say(f"{self._name(run)}  {figures(result)}{self._left()}")
+            self._count()
 
         def fail(self, run: Run, reason: str) -> None:
             self.done += 1
             reporter.say(f"{self._name(run)}  failed: {reason}")
+            self._count()
 
         def wait(self, runs: int) -> None:
             reporter.say("waiting for runs that another command is at")
+
+        def _count(self) -> None:
+            if jobs > 1:
+                reporter.count(self.done, min(jobs, todo - self.done))
 
         def _name(self, run: Run) -> str:
             width = len(str(todo))
@@ -154,7 +165,7 @@ def _say(values: dict[str, Any], folder: Path) -> None:
     from gradmix.training import report
     from gradmix.training.tables import SHOWN
 
-    rows, _ = report.summarise(values)
+    rows, differences = report.summarise(values)
     print()
     if rows:
         width = max(len(row.label) for row in rows)
@@ -163,6 +174,13 @@ def _say(values: dict[str, Any], folder: Path) -> None:
             cells = (_plus_minus(row.metrics[name].mean, row.metrics[name].half_width) for name in SHOWN)
             print(f"{row.label:<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
         print("mean ± half of its 95 % t-interval")
+    if differences:
+        width = max(len(d.label) for d in differences)
+        print(f"\n{'average accuracy, paired':<{width}}  {'difference':<18}{'p, Holm':<10}seeds")
+        for d in differences:
+            mean, _, half = d.metrics["average_accuracy"]
+            print(f"{d.label:<{width}}  {_signed(mean, half):<18}{_probability(d.holm):<10}{len(d.seeds)}")
+        print("* where the 95 % t-interval leaves out 0")
     if values["missing"]:
         print(f"{len(values['missing'])} of {len(values['missing']) + len(values['runs'])} runs are missing")
     print(f"Report: {folder / 'report.html'}")
@@ -216,14 +234,32 @@ def _command(experiment: Experiment, options: Any) -> str:
     return shlex.join(words)
 
 
-def _again_command(command: str, output: Path) -> str:
-    return command if output == _DEFAULT_OUTPUT else f"{command} --output {shlex.quote(str(output))}"
+def _again_command(command: str, options: Any) -> str:
+    """What goes on with the runs: here the data, the device and the processes count too."""
+    words = [command]
+    for name in ("output", "data_dir", "device"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
+    return " ".join([*words, f"--jobs {options.jobs}"] if options.jobs > 1 else words)
 
 
 def _plus_minus(mean: float, half: float) -> str:
     if mean != mean:
         return "-"
     return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
+
+
+def _signed(mean: float, half: float) -> str:
+    from gradmix.training.findings import signed
+
+    if mean != mean:
+        return "-"
+    return signed(mean) if half != half else f"{signed(mean)} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+
+
+def _probability(p: float) -> str:
+    return "-" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _duration(seconds: float) -> str:

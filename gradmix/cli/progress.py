@@ -94,6 +94,16 @@ class Reporter:
         """Shows a run's figures in a line that stays."""
         self.say(f"{self.name}  {figures(result)}{note}")
 
+    def count(self, done: int, running: int) -> None:
+        """Shows how many runs are over and how many are going on, where their steps are other processes'."""
+        if self.bar is not None:
+            self.bar.update(
+                self.row,
+                completed=done,
+                total=self.runs,
+                description=f"{done} of {self.runs} runs, {running} at a time",
+            )
+
     def say(self, line: str) -> None:
         """Shows a line that stays."""
         if self.bar is None:

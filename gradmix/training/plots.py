@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, without its yellow, which is too pale for lines on white.
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BANDS_UP_TO = 4
+"""Number of lines up to which bands are drawn; those of more hide one another."""
+
+# Okabe and Ito's palette, with a grey for its yellow, which is too pale for lines on white.
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _DPI = 150
-_EMPTY = "#B8B8B8"
+_EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
 # Black, told apart from other blacks, so that a page can put the colour of its text in its place.
 _INK = "#010203"
 
@@ -234,61 +237,83 @@ def alignment(result: RunResult) -> Figure:
     return figure
 
 
-def dots(labels: Sequence[str], values: Sequence[Sequence[float]], name: str) -> Figure:
+def dots(
+    labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
+) -> Figure:
     """Draws a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
 
     Args:
         labels: Names of the rows, from top to bottom.
         values: Their values, any number each.
         name: What the values are.
+        marks: For each row a figure from elsewhere, drawn as a star, or None.
     """
-    figure, axes = _rows(labels, name)
+    figure, axes = _rows(labels, name, "mean")
     for place, row in enumerate(values):
         if not row:
             continue
         spread = np.linspace(-0.16, 0.16, len(row)) if len(row) > 1 else np.zeros(1)
-        axes.scatter(row, place + spread, s=16, color="#56B4E9", alpha=0.9, linewidths=0, zorder=2)
-        _interval(axes, place, mean_interval(row), "#0072B2")
-    axes.grid(axis="x", alpha=0.25)
+        axes.scatter(row, place + spread, s=15, color=_GREY, alpha=0.9, linewidths=0, zorder=2)
+        interval = mean_interval(row)
+        _interval(axes, place, interval, "#0072B2")
+        _beside(axes, place, f"{interval.mean:.3f}")
+    for place, mark in enumerate(marks):
+        if mark is not None:
+            axes.scatter([mark], [place], s=70, marker="*", color="#D55E00", linewidths=0, zorder=4)
     return figure
 
 
-def forest(labels: Sequence[str], intervals: Sequence[Interval], name: str) -> Figure:
+def forest(
+    labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
+) -> Figure:
     """Draws a row for each difference: its mean and 95 % t-interval, and a line at 0.
 
-    Intervals that leave 0 out are drawn full, the others hollow.
+    Intervals that hold 0 are drawn hollow and grey. The others are blue above 0 and orange below, and full if they are
+    sure.
 
     Args:
         labels: Names of the rows, from top to bottom.
         intervals: Their means and half widths.
         name: What the differences are of.
+        sure: For each row whether its difference is told from 0 among all of them; None: those whose intervals leave
+            out 0.
     """
-    figure, axes = _rows(labels, name)
+    figure, axes = _rows(labels, name, "mean [95 % interval]")
     axes.axvline(0.0, color=_INK, linewidth=1.0, alpha=0.6)
     for place, interval in enumerate(intervals):
         told = abs(interval.mean) > interval.half_width
-        _interval(axes, place, interval, ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _EMPTY, told)
-    axes.grid(axis="x", alpha=0.25)
+        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _GREY
+        _interval(axes, place, interval, colour, told and (sure is None or sure[place]))
+        low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
+        text = f"{interval.mean:+.3f}" if math.isnan(low) else f"{interval.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        _beside(axes, place, text.replace("-", "−"))
     return figure
 
 
 def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
-    """Draws a line for each label: the mean over seeds of some measure after each task, with a band of one deviation.
+    """Draws a line for each label: the mean over seeds of some measure after each task, its last value at its end.
+
+    Up to :data:`BANDS_UP_TO` lines have a band of one standard deviation over seeds.
 
     Args:
         lines: For each label ``(S, T)`` values: S seeds, T tasks.
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(7.2, 4.4)
+    figure, axes = _figure(7.6, 4.4)
+    ends = []
     for index, (label, values) in enumerate(lines.items()):
         numbers = np.arange(1, values.shape[1] + 1)
-        _line(axes, index, label, numbers, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None)
+        mean = values.mean(axis=0)
+        banded = len(lines) <= BANDS_UP_TO and len(values) > 1
+        _line(axes, index, label, numbers, mean, values.std(axis=0, ddof=1) if banded else None)
+        ends.append((f"{label}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _colour(index)))
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("mean accuracy on the tasks seen")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    _key(axes, len(lines))
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ends(figure, axes, ends)
     return figure
 
 
@@ -324,9 +349,12 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
         axes.set_xlabel(key)
         axes.set_title(name, fontsize=11)
         axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    _key(grid.flat[0], max(map(len, panels.values())))
+    # Below all panels, where it hides no line.
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * columns), frameon=False)
     return figure
 
 
@@ -402,13 +430,23 @@ def _take_ink(figure: Figure) -> None:
         legend.get_frame().set_facecolor("none")
 
 
-def _rows(labels: Sequence[str], name: str) -> tuple[Figure, Axes]:
-    """A figure with a place for each label, the first on top."""
-    figure, axes = _figure(7.2, 0.9 + 0.27 * max(len(labels), 2))
+def _rows(labels: Sequence[str], name: str, beside: str) -> tuple[Figure, Axes]:
+    """A figure with a place for each label, the first on top, and a column of figures beside them."""
+    figure, axes = _figure(7.6, 1.1 + 0.27 * max(len(labels), 2))
     axes.set_yticks(range(len(labels)), list(labels), fontsize=9)
     axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     axes.set_xlabel(name)
+    axes.grid(axis="x", alpha=0.25)
+    # The eye follows a line from a name to its figures.
+    axes.grid(axis="y", alpha=0.18, linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    _beside(axes, -0.85, beside)
     return figure, axes
+
+
+def _beside(axes: Axes, place: float, text: str) -> None:
+    axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center")
 
 
 def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: bool = True) -> None:
@@ -427,8 +465,12 @@ def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: boo
     )
 
 
+def _colour(index: int) -> str:
+    return _INK if index % len(_COLOURS) == 0 else _COLOURS[index % len(_COLOURS)]
+
+
 def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None:
-    colour = _INK if index % len(_COLOURS) == 0 else _COLOURS[index % len(_COLOURS)]
+    colour = _colour(index)
     if band is not None:
         axes.fill_between(x, y - band, y + band, color=colour, alpha=0.14, linewidth=0)
     axes.plot(
@@ -443,10 +485,57 @@ def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None
     )
 
 
-def _key(axes: Axes, lines: int) -> None:
-    # Many names would hide the lines; they stand beside them then.
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if lines > 5 else {"loc": "best"}
-    axes.legend(framealpha=0.6, fontsize=9, **beside)
+def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes a text beside each point, in the order of their heights and far enough from one another to be read."""
+    figure.draw_without_rendering()
+    below, above = axes.get_ylim()
+    points = float(axes.bbox.height) * 72.0 / figure.dpi
+    axes.set_ylim(below, above)
+    ordered = sorted(ends, key=lambda end: end[2])
+    wanted = np.array([(y - below) / (above - below) * points for _, _, y, _ in ordered])
+    for (text, x, y, colour), from_, to in zip(ordered, wanted, apart(wanted, 11.5), strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(18, float(to - from_)),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
+    """Moves ascending places by as little as possible, in squares, until neighbours are ``gap`` apart.
+
+    Args:
+        places: ``(n,)`` ascending places.
+        gap: The least distance of two neighbours.
+
+    Returns:
+        ``(n,)`` places.
+
+    Example:
+        >>> apart(np.array([0.0, 1.0, 10.0]), 3.0)
+        array([-1.,  2., 10.])
+    """
+    # With k * gap taken off the k-th place it is isotonic regression: neighbours in the wrong order are pooled.
+    blocks: list[list[float]] = []
+    for k, place in enumerate(places):
+        blocks.append([float(place) - k * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, size = blocks.pop()
+            former, count = blocks[-1]
+            blocks[-1] = [(former * count + mean * size) / (count + size), count + size]
+    pooled = [mean for mean, size in blocks for _ in range(int(size))]
+    return np.array([mean + k * gap for k, mean in enumerate(pooled)])
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -6,27 +6,26 @@ without the runs.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from gradmix.training import metrics, plots
+from gradmix.training import document, findings, metrics, plots
 from gradmix.training.config import to_dict
+from gradmix.training.document import Block, Code, Heading, Items, Picture, Table, Text
 from gradmix.training.experiments import Experiment, Run, flatten, label_of, protocol
 from gradmix.training.metrics import Interval, mean_interval, paired_difference
 from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_run, metric_values, to_json
-from gradmix.training.running import state_of
-from gradmix.training.tables import SHOWN, holm, paired_p_value
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from gradmix.training.running import RUNS_AT_A_TIME, state_of
+from gradmix.training.significance import holm, paired_p_value
+from gradmix.training.tables import SHOWN
 
 FORMAT = 1
 """Version of what ``results.json`` holds."""
@@ -50,9 +49,11 @@ class Row:
         runs: The runs, as they stand in ``results.json``.
         metrics: Mean, standard deviation and half of the 95 % t-interval of each metric.
         mixed: Mean share of rows mixed, from 0 to 1; NaN where nothing is selected.
-        step_ms: Mean milliseconds of a training step.
-        shares: Mean shares of that time, from 0 to 1: of selection, of forward and backward passes, of data.
-        peak_memory: Highest peak memory of the runs in bytes; 0 if unknown.
+        step_ms: Median over the runs of the milliseconds of a training step.
+        step_range: The lowest and the highest of them.
+        shares: Medians of the shares of that time, from 0 to 1: of selection, of forward and backward passes, of data.
+        peak_memory: Peak memory in bytes, 0 if unknown. On a GPU the highest of the runs. On a CPU, where a process's
+            peak includes what it did before the run, the lowest: the closest bound there is.
     """
 
     arm: str
@@ -61,6 +62,7 @@ class Row:
     metrics: Mapping[str, Interval]
     mixed: float
     step_ms: float
+    step_range: tuple[float, float]
     shares: Mapping[str, float]
     peak_memory: int
 
@@ -229,18 +231,20 @@ def _run_values(run: Run, result: RunResult) -> dict[str, Any]:
 
 def _row(arm: str, point: Mapping[str, Any], runs: tuple[Mapping[str, Any], ...]) -> Row:
     timings = [run["timing"] for run in runs]
+    steps = [1000.0 * _share(t["seconds_step"], t["steps"]) for t in timings]
     return Row(
         arm=arm,
         values=dict(point),
         runs=runs,
         metrics={name: mean_interval([_number(run["metrics"][name]) for run in runs]) for name in METRIC_LABELS},
         mixed=_mean([_mixed(run["mixed_share"]) for run in runs]),
-        step_ms=_mean([1000.0 * _share(t["seconds_step"], t["steps"]) for t in timings]),
+        step_ms=_median(steps),
+        step_range=(min(steps), max(steps)),
         shares={
-            name: _mean([_share(t[f"seconds_{name}"], t["seconds_step"]) for t in timings])
+            name: _median([_share(t[f"seconds_{name}"], t["seconds_step"]) for t in timings])
             for name in ("selection", "forward_backward", "data")
         },
-        peak_memory=max(int(t["peak_memory_bytes"] or 0) for t in timings),
+        peak_memory=_peak(runs),
     )
 
 
@@ -254,6 +258,16 @@ def _difference(a: Row, b: Row) -> list[tuple[Row, Row, tuple[int, ...], dict[st
         for name in METRIC_LABELS
     }
     return [(a, b, seeds, intervals, paired_p_value(intervals["average_accuracy"], len(seeds)))]
+
+
+def _peak(runs: Sequence[Mapping[str, Any]]) -> int:
+    found = [int(run["timing"]["peak_memory_bytes"] or 0) for run in runs]
+    closest: Callable[[list[int]], int] = min if _on_cpu(runs) else max
+    return closest([size for size in found if size] or [0])
+
+
+def _on_cpu(runs: Sequence[Mapping[str, Any]]) -> bool:
+    return all(run["environment"].get("device", "cpu") == "cpu" for run in runs)
 
 
 def _mixed(shares: Sequence[float | None]) -> float:
@@ -276,61 +290,20 @@ def _place(arm: str, point: Mapping[str, Any]) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------------------------- the document
 
 
-@dataclass(frozen=True)
-class _Heading:
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class _Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class _Code:
-    text: str
-
-
-@dataclass(frozen=True)
-class _List:
-    items: Sequence[tuple[str, str]]
-    """What is said, and a formula behind it that is set as code; either may be empty."""
-
-
-@dataclass(frozen=True)
-class _Table:
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: int = 1
-    """The first columns, which are text; the others are figures."""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    title: str
-    alt: str
-    figure: Figure
-
-
-_Block = _Heading | _Text | _Code | _List | _Table | _Picture
-
-
-def _document(values: Mapping[str, Any]) -> list[_Block]:
+def _document(values: Mapping[str, Any]) -> list[Block]:
     rows, differences = summarise(values)
     planned = len(values["runs"]) + len(values["missing"])
-    blocks: list[_Block] = [_Heading(values["title"], 1)]
+    blocks: list[Block] = [Heading(values["title"], 1)]
     if values["about"]:
-        blocks.append(_Text(values["about"]))
-    blocks += [_Text("Made by, and made again by:"), _Code(values["command"])]
+        blocks.append(Text(values["about"]))
+    blocks += [Text("Made by, and made again by:"), Code(values["command"])]
     if values["missing"]:
         count = len(values["missing"])
-        blocks.append(_Text(f"Not complete: {count} of {planned} runs are missing; they are named at the end."))
+        blocks.append(Text(f"Not complete: {count} of {planned} runs are missing; they are named at the end."))
     if not rows:
-        blocks.append(_Text("No run is complete, so there is no figure to show."))
+        blocks.append(Text("No run is complete, so there is no figure to show."))
     else:
+        blocks += _findings(values, rows, differences)
         blocks += _results(values, rows)
         blocks += _comparisons(values, differences)
         blocks += _costs(rows)
@@ -338,7 +311,19 @@ def _document(values: Mapping[str, Any]) -> list[_Block]:
     return blocks
 
 
-def _results(values: Mapping[str, Any], rows: list[Row]) -> list[_Block]:
+def _findings(values: Mapping[str, Any], rows: list[Row], differences: list[Difference]) -> list[Block]:
+    blocks: list[Block] = [Heading("What the figures say")]
+    if differences:
+        blocks.append(Text("Differences of average accuracy, paired over seeds, ± half of their 95 % t-intervals."))
+    for head, said in findings.comparisons(differences).items():
+        blocks += [Text(head), Items([(sentence, "") for sentence in said])]
+    kept = findings.controls(values, rows, differences)
+    if kept:
+        blocks += [Text("What controls keep of the gain:"), Items([(sentence, "") for sentence in kept])]
+    return [*blocks, Text("To be kept in mind:"), Items([(line, "") for line in findings.caveats(values, rows)])]
+
+
+def _results(values: Mapping[str, Any], rows: list[Row]) -> list[Block]:
     vary = list(values["vary"])
     header = ["arm", *vary, *(METRIC_LABELS[name] for name in SHOWN), "rows mixed", "seeds"]
     body = [
@@ -351,35 +336,41 @@ def _results(values: Mapping[str, Any], rows: list[Row]) -> list[_Block]:
         ]
         for row in rows
     ]
-    caption = "Mean ± standard deviation over seeds (± half of the mean's 95 % t-interval)."
-    blocks: list[_Block] = [_Heading("Results"), _Table(caption, header, body, 1 + len(vary))]
+    caption = "Mean ± standard deviation over seeds [95 % t-interval of the mean]."
+    blocks: list[Block] = [Heading("Results"), Table(caption, header, body, 1 + len(vary))]
     if values["references"]:
         blocks.append(_references(values["references"], rows, bool(vary)))
+    published = [] if vary else [r for r in values["references"] if r["metric"] == "average_accuracy"]
+    marks = {r["arm"]: r["value"] for r in published}
     label = METRIC_LABELS["average_accuracy"]
     if len(rows) <= _DOTS_UP_TO:
-        figure = plots.dots([r.label for r in rows], [_values(r, "average_accuracy") for r in rows], label)
+        shown = [_values(row, "average_accuracy") for row in rows]
+        figure = plots.dots([row.label for row in rows], shown, label, [marks.get(row.arm) for row in rows])
         alt = f"{label.capitalize()} by arm. " + "; ".join(
             f"{row.label}: {row.metrics['average_accuracy'].mean:.3f}" for row in rows
         )
-        title = "Average accuracy: a dot for each seed, their mean and its 95 % interval."
-        blocks.append(_Picture("average_accuracy", title, f"{alt}.", figure))
+        star = " Star: the published figure." if any(row.arm in marks for row in rows) else ""
+        title = f"Average accuracy: a dot for each seed, their mean and its 95 % interval.{star}"
+        blocks.append(Picture("average_accuracy", title, f"{alt}.", figure))
     lines = _lines(values, rows)
     if lines:
-        title = "Mean accuracy on the tasks seen after each task; band: one standard deviation over seeds."
+        band = "" if len(lines) > plots.BANDS_UP_TO else "; band: one standard deviation over seeds"
+        some = "" if len(lines) == len(rows) else f" Shown are {len(lines)} of {len(rows)} arms, those compared first."
+        title = f"Mean accuracy on the tasks seen after each task, and at the end{band}.{some}"
         alt = f"Mean accuracy on the tasks seen, over tasks learnt, of {', '.join(lines)}. At the end: " + "; ".join(
             f"{name} {float(line[:, -1].mean()):.3f}" for name, line in lines.items()
         )
-        blocks.append(_Picture("after_tasks", title, f"{alt}.", plots.after_tasks(lines)))
+        blocks.append(Picture("after_tasks", title, f"{alt}.", plots.after_tasks(lines)))
     if vary:
         panels = _panels(values, rows)
         figure = plots.varied(vary[0], values["vary"][vary[0]], panels)
         title = f"Over {vary[0]}: mean and 95 % interval."
         alt = f"Lines over {vary[0]} for {', '.join(next(iter(panels.values())))}; the figures are in the table above."
-        blocks.append(_Picture("varied", title, alt, figure))
+        blocks.append(Picture("varied", title, alt, figure))
     return blocks
 
 
-def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> list[_Block]:
+def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> list[Block]:
     if not differences:
         return []
     vary = list(values["vary"])
@@ -410,21 +401,23 @@ def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> li
     alt = "Differences of average accuracy. " + "; ".join(
         f"{d.label}: {_signed(d.metrics['average_accuracy'])}" for d in differences
     )
-    picture = _Picture(
+    picture = Picture(
         "differences",
-        "Paired differences of average accuracy with 95 % intervals; hollow where the interval holds 0.",
+        "Paired differences of average accuracy with 95 % intervals. Full: told apart from 0 as one of all of these "
+        "comparisons (Holm); hollow: by itself only; grey: not.",
         f"{alt}.",
         plots.forest(
             [d.label for d in differences],
             [d.metrics["average_accuracy"] for d in differences],
-            "difference of average accuracy",
+            "difference of average accuracy (above 0: the first is better)",
+            [d.holm < 0.05 for d in differences],
         ),
     )
-    blocks: list[_Block] = [_Heading("Differences"), _Table(caption, header, body, 1 + len(vary)), _Text(many)]
+    blocks: list[Block] = [Heading("Differences"), Table(caption, header, body, 1 + len(vary)), Text(many)]
     return [*blocks, picture] if len(differences) <= _DOTS_UP_TO else blocks
 
 
-def _costs(rows: list[Row]) -> list[_Block]:
+def _costs(rows: list[Row]) -> list[Block]:
     base: dict[str, Row] = {}
     for row in rows:
         # Plain replay is what the others are measured by; without it, the first arm.
@@ -434,39 +427,47 @@ def _costs(rows: list[Row]) -> list[_Block]:
     names = list(dict.fromkeys(row.arm for row in base.values()))
     body = []
     for row in rows:
-        against = base[json.dumps(row.values, sort_keys=True)].step_ms
+        unit = base[json.dumps(row.values, sort_keys=True)].step_ms
         body.append(
             [
                 row.label,
                 _decimal(row.step_ms),
-                f"{row.step_ms / against:.2f}" if row.step_ms > 0 and against > 0 else "-",
+                " to ".join(map(_decimal, row.step_range)) if len(row.runs) > 1 else "-",
+                f"{row.step_ms / unit:.2f}" if row.step_ms > 0 and unit > 0 else "-",
                 *(_percent(row.shares[name]) for name in ("selection", "forward_backward", "data")),
-                f"{row.peak_memory / _MIB:.0f}" if row.peak_memory else "-",
+                f"{'≤ ' if _on_cpu(row.runs) else ''}{row.peak_memory / _MIB:.0f}" if row.peak_memory else "-",
             ]
         )
-    header = ["arm", "ms/step", f"× {' or '.join(names)}", "selection", "forward + backward", "data", "peak MiB"]
-    caption = (
-        "Cost of a training step, and the shares of its parts. Times are comparable only between runs on the same "
-        "machine with nothing else on it. Peak memory: on a GPU what tensors took up; elsewhere of the whole process, "
-        "which grows with the runs made before in it."
+    against = f"× {' or '.join(names)}"
+    header = ["arm", "ms/step", "lowest to highest", against, "selection", "forward + backward", "data", "peak MiB"]
+    at_once = sorted({str(run["environment"].get(RUNS_AT_A_TIME, "unknown")) for row in rows for run in row.runs})
+    memory = (
+        "the whole process's, with its libraries and data and the runs made before in it; the lowest over seeds is the "
+        "closest bound"
+        if all(_on_cpu(row.runs) for row in rows)
+        else "on a GPU what tensors took up; elsewhere the whole process's, a bound from above"
     )
-    return [_Heading("Cost"), _Table(caption, header, body)]
+    caption = (
+        "Cost of a training step, and the shares of its parts: medians over seeds. Times are comparable only between "
+        "runs on the same machine with nothing else on it; where the lowest and the highest are far apart, something "
+        f"else was. Runs at a time: {', '.join(at_once)}. Peak memory: {memory}."
+    )
+    return [Heading("Cost"), Table(caption, header, body)]
 
 
-def _meaning(values: Mapping[str, Any]) -> list[_Block]:
+def _meaning(values: Mapping[str, Any]) -> list[Block]:
     vary = {key: " / ".join(map(_short, listed)) for key, listed in values["vary"].items()}
-    common = [[key, _short(value)] for key, value in values["protocol"].items()]
-    blocks: list[_Block] = [
-        _Heading("Protocol"),
-        _Table("Arms: method, and what each sets.", ["arm", "method", "settings"], _arms(values), 3),
-        _Table("Settings that all runs share.", ["setting", "value"], common, 2),
+    blocks: list[Block] = [
+        Heading("Protocol"),
+        Table("Arms: method, and what each sets.", ["arm", "method", "settings"], _arms(values), 3),
+        Table("Settings that all runs share.", ["of", "settings", "unset"], _shared(values["protocol"]), 3),
     ]
     if vary:
-        blocks.append(_List([(f"Varied: {key}: {listed}.", "") for key, listed in vary.items()]))
-    blocks.append(_Text(f"Seeds: {', '.join(map(str, values['seeds']))}."))
+        blocks.append(Items([(f"Varied: {key}: {listed}.", "") for key, listed in vary.items()]))
+    blocks.append(Text(f"Seeds: {', '.join(map(str, values['seeds']))}."))
     environment = _environments([run["environment"] for run in values["runs"]])
     if environment:
-        blocks += [_Heading("Environment"), _List([(f"{key}: {value}", "") for key, value in environment.items()])]
+        blocks += [Heading("Environment"), Items([(f"{key}: {value}", "") for key, value in environment.items()])]
     formulas = [
         (f"{METRIC_LABELS[name].capitalize()}: ", metrics.FORMULAS[name]) for name in METRIC_LABELS if name in SHOWN
     ]
@@ -474,17 +475,17 @@ def _meaning(values: Mapping[str, Any]) -> list[_Block]:
         "Rows mixed: mean over the tasks after the first of the share of rows that found a partner; - where all are "
         "mixed, or none."
     )
-    blocks += [_Heading("Formulae"), _Text(f"{R_MEANING}."), _List([*formulas, (share, "")])]
+    blocks += [Heading("Formulae"), Text(f"{R_MEANING}."), Items([*formulas, (share, "")])]
     if values["missing"]:
         names = [
             (f"{label_of(run['arm'], run['values'])}, seed {run['seed']}: {run['why']}", "")
             for run in values["missing"]
         ]
-        blocks += [_Heading("Missing runs"), _List(names)]
+        blocks += [Heading("Missing runs"), Items(names)]
     return blocks
 
 
-def _references(references: Sequence[Mapping[str, Any]], rows: list[Row], varied: bool) -> _Table:
+def _references(references: Sequence[Mapping[str, Any]], rows: list[Row], varied: bool) -> Table:
     by_arm = {} if varied else {row.arm: row for row in rows}
     body = []
     for item in references:
@@ -500,7 +501,7 @@ def _references(references: Sequence[Mapping[str, Any]], rows: list[Row], varied
                 here,
             ]
         )
-    return _Table(
+    return Table(
         "Published figures, with what differs.", ["what", "source", "differs", "metric", "published", "here"], body, 4
     )
 
@@ -508,10 +509,13 @@ def _references(references: Sequence[Mapping[str, Any]], rows: list[Row], varied
 def _lines(values: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
     chosen = rows
     if len(chosen) > _LINES_UP_TO:
-        wanted = {name for pair in values["differences"] for name in pair}
+        if values["vary"]:
+            return {}
+        there, wanted = {row.arm for row in rows}, set[str]()
+        for pair in values["differences"]:
+            more = wanted | (there & set(pair))
+            wanted = more if len(more) <= _LINES_UP_TO else wanted
         chosen = [row for row in rows if row.arm in wanted]
-    if len(chosen) > _LINES_UP_TO:
-        return {}
     lines = {row.label: np.array([run["seen_accuracy"] for run in row.runs], dtype=np.float64) for row in chosen}
     return lines if len({line.shape[1] for line in lines.values()}) == 1 else {}
 
@@ -537,6 +541,19 @@ def _panels(values: Mapping[str, Any], rows: list[Row]) -> dict[str, dict[str, l
     }
 
 
+def _shared(common: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each section: what is set in it, and what is not."""
+    sections: dict[str, tuple[list[str], list[str]]] = {}
+    for key, value in common.items():
+        section, _, name = key.rpartition(".")
+        put, unset = sections.setdefault(section, ([], []))
+        if value is None:
+            unset.append(name)
+        else:
+            put.append(f"{name} {_short(value)}")
+    return [[name or "the run", *(", ".join(part) or "-" for part in parts)] for name, parts in sections.items()]
+
+
 def _arms(values: Mapping[str, Any]) -> list[list[str]]:
     return [
         [arm["name"], arm["method"], ", ".join(f"{k} {_short(v)}" for k, v in arm["settings"].items()) or "-"]
@@ -546,11 +563,14 @@ def _arms(values: Mapping[str, Any]) -> list[list[str]]:
 
 def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     keys = dict.fromkeys(key for environment in found for key in environment)
-    listed = {key: list(dict.fromkeys(str(e.get(key, "-")) for e in found)) for key in keys}
-    return {
-        key: f"{min(seen)} to {max(seen)}" if key == "date" and len(seen) > 1 else ", ".join(seen)
-        for key, seen in listed.items()
-    }
+    told = {}
+    for key in keys:
+        seen = list(dict.fromkeys(str(e[key]) for e in found if key in e))
+        told[key] = f"{min(seen)} to {max(seen)}" if key == "date" and len(seen) > 1 else ", ".join(seen)
+        lacking = sum(key not in e for e in found)
+        if lacking:
+            told[key] += f" (of {lacking} of {len(found)} runs it is unknown)"
+    return told
 
 
 # ----------------------------------------------------------------------------------------------------------- renderings
@@ -558,12 +578,12 @@ def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def to_markdown(values: Mapping[str, Any]) -> str:
     """Renders the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
-    return _markdown(_document(values))
+    return document.to_markdown(_document(values))
 
 
 def to_html(values: Mapping[str, Any]) -> str:
     """Renders the report as one HTML page that needs nothing else, light or dark as the reader has it."""
-    return _html(_document(values))
+    return document.to_html(_document(values))
 
 
 def write(values: Mapping[str, Any], folder: str | Path) -> Path:
@@ -581,11 +601,11 @@ def write(values: Mapping[str, Any], folder: str | Path) -> Path:
     blocks = _document(values)
     files = {
         "results.json": to_json({key: values[key] for key in _KEYS} | {"summary": _summary(values)}),
-        "report.html": _html(blocks),
-        "report.md": _markdown(blocks),
+        "report.html": document.to_html(blocks),
+        "report.md": document.to_markdown(blocks),
     }
     for block in blocks:
-        if isinstance(block, _Picture):
+        if isinstance(block, Picture):
             files[f"{block.name}.svg"] = plots.to_svg(block.figure, block.name)
     for left in folder.glob("*.svg"):
         # A plot of an earlier report that this one does not have.
@@ -614,6 +634,7 @@ def _summary(values: Mapping[str, Any]) -> dict[str, Any]:
                 "metrics": {name: interval._asdict() for name, interval in row.metrics.items()},
                 "mixed": row.mixed,
                 "step_ms": row.step_ms,
+                "step_ms_range": list(row.step_range),
                 "shares": dict(row.shares),
                 "peak_memory_bytes": row.peak_memory,
             }
@@ -632,122 +653,6 @@ def _summary(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _markdown(blocks: Sequence[_Block]) -> str:
-    parts = []
-    for block in blocks:
-        if isinstance(block, _Heading):
-            parts.append(f"{'#' * block.level} {_escaped(block.text)}")
-        elif isinstance(block, _Text):
-            parts.append(_escaped(block.text))
-        elif isinstance(block, _Code):
-            parts.append(f"```bash\n{block.text}\n```")
-        elif isinstance(block, _List):
-            parts.append("\n".join(f"- {_escaped(t)}{f'`{code}`' if code else ''}" for t, code in block.items))
-        elif isinstance(block, _Table):
-            rule = ["---" if i < block.text_columns else "---:" for i in range(len(block.header))]
-            cells = [[_escaped(c).replace("|", "\\|") for c in row] for row in (block.header, *block.rows)]
-            lines = [cells[0], rule, *cells[1:]]
-            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            parts.append(f"{_escaped(block.caption)}\n\n{table}")
-        else:
-            alt = _escaped(block.alt).replace("[", "(").replace("]", ")")
-            parts.append(f"{_escaped(block.title)}\n\n![{alt}]({block.name}.svg)")
-    return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    for sign in ("\\", "*", "_", "`", "<"):
-        text = text.replace(sign, f"\\{sign}")
-    return text
-
-
-_STYLE = """\
-:root { color-scheme: light dark;
-  --ink: #1b1b1b; --ground: #ffffff; --quiet: #5c5c5c; --rule: #d4d4d4; --band: #f5f5f5; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --ground: #17181a; --quiet: #a8a8a8; --rule: #3c3e42; --band: #202226; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; color: var(--ink); background: var(--ground);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; }
-pre { padding: 0.6rem 0.9rem; overflow-x: auto; background: var(--band); border-radius: 4px; }
-code, pre { font-family: ui-monospace, monospace; font-size: 0.9em; }
-.table { overflow-x: auto; margin: 1rem 0 1.5rem; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-caption { caption-side: top; text-align: left; color: var(--quiet); padding-bottom: 0.4rem; }
-th, td { padding: 0.3rem 0.75rem 0.3rem 0; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; }
-thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom; white-space: normal; }
-tbody th { font-weight: 500; }
-.text { text-align: left; white-space: normal; }
-figure { margin: 1.5rem 0; }
-figure svg { max-width: 100%; height: auto; display: block; }
-figcaption { color: var(--quiet); font-size: 0.9rem; margin-bottom: 0.4rem; }
-@media print {
-  :root { --ink: #000000; --ground: #ffffff; --quiet: #333333; --rule: #999999; --band: #ffffff; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  .table { overflow: visible; }
-  figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
-
-
-def _html(blocks: Sequence[_Block]) -> str:
-    said = html.escape
-    parts = []
-    title = next(block.text for block in blocks if isinstance(block, _Heading))
-    for block in blocks:
-        if isinstance(block, _Heading):
-            parts.append(f"<h{block.level}>{said(block.text)}</h{block.level}>")
-        elif isinstance(block, _Text):
-            parts.append(f"<p>{said(block.text)}</p>")
-        elif isinstance(block, _Code):
-            parts.append(f"<pre><code>{said(block.text)}</code></pre>")
-        elif isinstance(block, _List):
-            items = [f"<li>{said(t)}{f'<code>{said(code)}</code>' if code else ''}</li>" for t, code in block.items]
-            parts.append("<ul>\n" + "\n".join(items) + "\n</ul>")
-        elif isinstance(block, _Table):
-            parts.append(_html_table(block))
-        else:
-            svg = plots.to_svg(block.figure, block.name, themed=True)
-            labelled = svg.replace("<svg", f'<svg role="img" aria-label="{said(block.alt)}"', 1)
-            parts.append(f"<figure>\n<figcaption>{said(block.title)}</figcaption>\n{labelled}</figure>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{said(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _html_table(block: _Table) -> str:
-    def cell(kind: str, column: int, text: str, scope: str = "") -> str:
-        named = ' class="text"' if column < block.text_columns else ""
-        return f"<{kind}{scope}{named}>{html.escape(text)}</{kind}>"
-
-    head = "".join(cell("th", i, text, ' scope="col"') for i, text in enumerate(block.header))
-    rows = [
-        "<tr>"
-        + "".join(
-            cell("th" if i == 0 else "td", i, text, ' scope="row"' if i == 0 else "") for i, text in enumerate(row)
-        )
-        + "</tr>"
-        for row in block.rows
-    ]
-    # What is wider than the page can be scrolled, by keyboard too.
-    return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{html.escape(block.caption)}">\n<table>\n'
-        f"<caption>{html.escape(block.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody>\n</table>\n</div>"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 
@@ -760,17 +665,18 @@ def _figure_of(interval: Interval) -> str:
     if math.isnan(interval.mean):
         return "-"
     if math.isnan(interval.half_width):
-        return f"{interval.mean:.3f}"
-    return f"{interval.mean:.3f} ± {interval.std:.3f} (± {interval.half_width:.3f})"
+        return f"{interval.mean:.3f}".replace("-", "−")
+    low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
+    return f"{interval.mean:.3f} ± {interval.std:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
 
 
 def _signed(interval: Interval) -> str:
     if math.isnan(interval.mean):
         return "-"
     if math.isnan(interval.half_width):
-        return f"{interval.mean:+.3f}"
+        return findings.signed(interval.mean)
     star = " *" if abs(interval.mean) > interval.half_width else ""
-    return f"{interval.mean:+.3f} ± {interval.half_width:.3f}{star}"
+    return f"{findings.signed(interval.mean)} ± {interval.half_width:.3f}{star}"
 
 
 def _probability(p: float) -> str:
@@ -810,3 +716,8 @@ def _number(value: float | None) -> float:
 def _mean(values: Sequence[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return statistics.median(known) if known else math.nan

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import connection
 from pathlib import Path
@@ -32,6 +32,9 @@ except ImportError:  # A system without advisory locks: two commands at once may
     fcntl = None  # type: ignore[assignment]
 
 State = Literal["complete", "unfinished", "absent"]
+
+RUNS_AT_A_TIME = "runs at a time"
+"""Key of a run's environment: how many runs its command made at a time, as its times depend on that."""
 
 _CHECKPOINTS, _LOCKS = ".checkpoints", ".locks"
 # Seconds until a run that another process is at is looked at again, and between two looks for a signal.
@@ -83,13 +86,16 @@ def checkpoint_of(run: Run, root: str | Path) -> Path:
     return Path(root) / _CHECKPOINTS / f"{_flat(run)}.pt"
 
 
-def attempt(run: Run, root: str | Path, on_step: Callable[[trainer.Progress], None] | None = None) -> RunResult | None:
+def attempt(
+    run: Run, root: str | Path, on_step: Callable[[trainer.Progress], None] | None = None, *, jobs: int = 1
+) -> RunResult | None:
     """Trains and saves a run, unless it is there already, or another process is at it.
 
     Args:
         run: The run.
         root: Folder of all runs.
         on_step: Called after every step; a KeyboardInterrupt that it raises ends the run, with a checkpoint.
+        jobs: Number of runs that the caller makes at a time; noted with the run.
 
     Returns:
         The result; None if another process is at it. One of status ``interrupted`` is not saved.
@@ -114,6 +120,7 @@ def attempt(run: Run, root: str | Path, on_step: Callable[[trainer.Progress], No
             checkpoint=file if keep else None,
             checkpoint_seconds=run.config.checkpoint,
         )
+        result = replace(result, environment={**result.environment, RUNS_AT_A_TIME: jobs})
         if result.status == "complete":
             results.save_run(result, folder, pictures=False)
             checkpoint.remove(file)
@@ -227,7 +234,7 @@ def _at_once(todo: deque[Run], root: Path, jobs: int, watcher: Watcher, stopping
                     worker.run = todo.popleft()
                     # If it is gone, the pipe's end says so below.
                     with suppress(BrokenPipeError):
-                        worker.pipe.send((worker.run, root))
+                        worker.pipe.send((worker.run, root, jobs))
             busy = {worker.pipe: worker for worker in workers if worker.run is not None}
             if not busy:
                 time.sleep(_LOOK)
@@ -292,8 +299,8 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
         if order is None:
             return
         try:
-            run, root = order
-            result = attempt(run, root, step)
+            run, root, jobs = order
+            result = attempt(run, root, step, jobs=jobs)
             answer: tuple[str, Any] = ("busy", None) if result is None else ("done", result)
         except Exception as error:
             answer = ("failed", _reason(error))

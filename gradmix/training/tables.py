@@ -145,57 +145,6 @@ def summarise(results: Sequence[RunResult]) -> Summary:
     return Summary(results[0].benchmark, tuple(rows), tuple(differences), tuple(notes))
 
 
-def paired_p_value(interval: Interval, n: int) -> float:
-    """The two-sided p-value of the paired t-test that belongs to a :func:`~gradmix.training.metrics.paired_difference`.
-
-    With the statistic ``t = mean / (std / sqrt(n))`` and Student's t-distribution of n - 1 degrees of freedom it is
-    P(abs(T) >= abs(t)). Differences that are all the same give 0, or 1 if they are 0.
-
-    Args:
-        interval: Mean and standard deviation of the differences.
-        n: Number of differences.
-
-    Returns:
-        The p-value; NaN for fewer than two differences.
-
-    Example:
-        >>> round(paired_p_value(Interval(0.25, 0.125, math.nan), 4), 3)
-        0.028
-    """
-    from scipy.stats import t
-
-    if n < 2 or math.isnan(interval.std):
-        return math.nan
-    if interval.std == 0.0:
-        return 1.0 if interval.mean == 0.0 else 0.0
-    return float(2.0 * t.sf(abs(interval.mean) / (interval.std / math.sqrt(n)), n - 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: max over i <= k of min(1, (m - i) p[i]), with the m p-values ascending and i from 0.
-
-    Calling those below a level significant keeps the probability of any false one below that level, however the tests
-    depend on each other (Holm, 1979).
-
-    Args:
-        p_values: ``(m,)`` p-values. NaN ones are no test, and stay NaN.
-
-    Returns:
-        The adjusted ones, in the order given.
-
-    Example:
-        >>> holm([0.04, 0.01, 0.03])
-        [0.06, 0.03, 0.06]
-    """
-    adjusted = [math.nan] * len(p_values)
-    order = sorted((k for k, p in enumerate(p_values) if not math.isnan(p)), key=lambda k: p_values[k])
-    highest = 0.0
-    for i, k in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - i) * p_values[k]))
-        adjusted[k] = highest
-    return adjusted
-
-
 def to_text(summary: Summary, width: int = 80) -> str:
     """Renders the tables as plain text, at most ``width`` columns wide where the labels allow it."""
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)

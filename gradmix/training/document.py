@@ -1,0 +1,233 @@
+"""Documents of headings, text, tables and plots, as Markdown and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradmix.training import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; the first of a document, of level 1, is its title."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """A command."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list: what is said, and a formula behind it that is set as code; either may be empty."""
+
+    items: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption; its first ``text_columns`` are text, the others figures."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot; ``name`` is its file's, without the suffix, and ``alt`` says what it shows to who does not see it."""
+
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+
+Block = Heading | Text | Code | Items | Table | Picture
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """Renders GitHub-flavoured Markdown, with links to the plots as ``NAME.svg``."""
+    parts = []
+    for block in blocks:
+        if isinstance(block, Heading):
+            parts.append(f"{'#' * block.level} {_escaped(block.text)}")
+        elif isinstance(block, Text):
+            parts.append(_escaped(block.text))
+        elif isinstance(block, Code):
+            parts.append(f"```bash\n{block.text}\n```")
+        elif isinstance(block, Items):
+            parts.append("\n".join(f"- {_escaped(t)}{f'`{code}`' if code else ''}" for t, code in block.items))
+        elif isinstance(block, Table):
+            rule = ["---" if i < block.text_columns else "---:" for i in range(len(block.header))]
+            cells = [[_escaped(c).replace("|", "\\|") for c in row] for row in (block.header, *block.rows)]
+            lines = [cells[0], rule, *cells[1:]]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts.append(f"{_escaped(block.caption)}\n\n{table}")
+        else:
+            alt = _escaped(block.alt).replace("[", "(").replace("]", ")")
+            parts.append(f"{_escaped(block.title)}\n\n![{alt}]({block.name}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(blocks: Sequence[Block]) -> str:
+    """Renders one HTML page that needs nothing else, light or dark as the reader has it."""
+    said = html.escape
+    parts = []
+    title = next(block.text for block in blocks if isinstance(block, Heading))
+    for block in blocks:
+        if isinstance(block, Heading):
+            parts.append(f"<h{block.level}>{said(block.text)}</h{block.level}>")
+        elif isinstance(block, Text):
+            parts.append(f"<p>{said(block.text)}</p>")
+        elif isinstance(block, Code):
+            parts.append(f"<pre><code>{said(block.text)}</code></pre>")
+        elif isinstance(block, Items):
+            items = [f"<li>{said(t)}{f'<code>{said(code)}</code>' if code else ''}</li>" for t, code in block.items]
+            parts.append("<ul>\n" + "\n".join(items) + "\n</ul>")
+        elif isinstance(block, Table):
+            parts.append(_html_table(block))
+        else:
+            svg = _coloured(plots.to_svg(block.figure, block.name, themed=True))
+            labelled = svg.replace("<svg", f'<svg role="img" aria-label="{said(block.alt)}"', 1)
+            parts.append(
+                f'<figure>\n<figcaption>{said(block.title)}</figcaption>\n<div class="wide" tabindex="0" role="region" '
+                f'aria-label="{said(block.title)}">\n{labelled}</div>\n</figure>'
+            )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{said(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+# Plots have one set of colours; on a dark ground these two are too dark to be told from it.
+_LIGHTER = {"#0072b2": ("--blue", "#6f97f5"), "#009e73": ("--green", "#2cc49a")}
+
+_STYLE = (
+    f"""\
+:root {{ color-scheme: light dark;
+  --ink: #1b1b1b; --ground: #ffffff; --quiet: #5c5c5c; --rule: #d4d4d4; --band: #f5f5f5;
+  {" ".join(f"{name}: {dark};" for dark, (name, _) in _LIGHTER.items())} }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e8e8e8; --ground: #17181a; --quiet: #a8a8a8; --rule: #3c3e42; --band: #202226;
+    {" ".join(f"{name}: {light};" for name, light in _LIGHTER.values())} }}
+}}
+"""
+    + """\
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 73rem; color: var(--ink); background: var(--ground);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; }
+p, ul, figcaption { max-width: 46rem; }
+p:has(+ ul) { margin-bottom: 0.3rem; }
+p + ul { margin-top: 0.3rem; }
+ul { padding-left: 1.2rem; }
+li { margin: 0.3rem 0; }
+pre { padding: 0.6rem 0.9rem; overflow-x: auto; background: var(--band); border-radius: 4px; }
+code, pre { font-family: ui-monospace, monospace; font-size: 0.9em; }
+.wide { overflow-x: auto; }
+.table { margin: 1rem 0 1.5rem; }
+/* Collapsed, the lines below cells would not move with those that stay; with broken heights they would not meet. */
+table { border-collapse: separate; border-spacing: 0; font-size: 0.875rem; line-height: 1.375rem; }
+caption { caption-side: top; text-align: left; color: var(--quiet); padding-bottom: 0.4rem; }
+/* What is wider than the screen is scrolled, its caption and its first column stay. */
+caption span { display: block; position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2.5rem)); }
+th, td { padding: 0.25rem 0 0.25rem 1rem; text-align: right; border-bottom: 1px solid var(--rule);
+  vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child { position: sticky; left: 0; padding-left: 0; padding-right: 0.4rem; background: var(--ground); }
+th { font-weight: 600; }
+thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom; white-space: normal; }
+tbody th { font-weight: 500; }
+tbody tr:hover > * { background: var(--band); }
+th.text, td.text { text-align: left; white-space: normal; }
+.star { display: inline-block; width: 0.9em; text-align: left; white-space: pre; }
+figure { margin: 1.5rem 0; }
+figure svg { width: 100%; max-width: 54rem; min-width: 34rem; height: auto; display: block; }
+figcaption { color: var(--quiet); font-size: 0.9rem; margin-bottom: 0.4rem; }
+@media (max-width: 40rem) {
+  tbody th:first-child { min-width: 8rem; max-width: 11rem; }
+  td.text { min-width: 9rem; }
+}
+@media print {
+  :root { --ink: #000000; --ground: #ffffff; --quiet: #333333; --rule: #999999; --band: #ffffff;
+    --blue: #0072b2; --green: #009e73; }
+  body { max-width: none; padding: 0; font-size: 9.5pt; }
+  table { font-size: 8pt; line-height: 1.4; }
+  th, td { padding-left: 0.8em; }
+  .wide { overflow: visible; }
+  th:first-child, caption span { position: static; }
+  caption, figcaption { font-size: 8.5pt; }
+  figure svg { min-width: 0; max-width: 16cm; max-height: 23cm; }
+  figure, tr, li { break-inside: avoid; }
+  h2, figcaption, caption, p:has(+ ul) { break-after: avoid; }
+}
+"""
+)
+
+
+def _html_table(block: Table) -> str:
+    # Figures stay under one another, with a star behind them or without.
+    starred = {i for row in block.rows for i, text in enumerate(row) if text.endswith(" *")}
+
+    def cell(kind: str, column: int, text: str, scope: str = "") -> str:
+        named = ' class="text"' if column < block.text_columns else ""
+        content = html.escape(text)
+        if column in starred and kind == "td":
+            star = " *" if text.endswith(" *") else ""
+            content = f'{html.escape(text.removesuffix(" *"))}<span class="star">{star}</span>'
+        return f"<{kind}{scope}{named}>{content}</{kind}>"
+
+    head = "".join(cell("th", i, text, ' scope="col"') for i, text in enumerate(block.header))
+    rows = [
+        "<tr>"
+        + "".join(
+            cell("th" if i == 0 else "td", i, text, ' scope="row"' if i == 0 else "") for i, text in enumerate(row)
+        )
+        + "</tr>"
+        for row in block.rows
+    ]
+    # What is wider than the page can be scrolled, by keyboard too.
+    said = html.escape(block.caption)
+    return (
+        f'<div class="wide table" tabindex="0" role="region" aria-label="{said}">\n<table>\n'
+        f"<caption><span>{said}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody>\n</table>\n</div>"
+    )
+
+
+def _coloured(svg: str) -> str:
+    """Leaves to the page those colours that it has in two brightnesses."""
+    for dark, (name, _) in _LIGHTER.items():
+        svg = re.sub(f"(?i){dark}", f"var({name})", svg)
+    return svg
+
+
+def _escaped(text: str) -> str:
+    for sign in ("\\", "*", "_", "`", "<"):
+        text = text.replace(sign, f"\\{sign}")
+    return text
