@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gradmix.graphs import sent
+
 BufferPolicy = Literal["class", "balanced", "reservoir"]
 
 _STATE_VERSION = 2
@@ -388,7 +390,7 @@ class ReplayBuffer:
         """Copies of the rows at places ``rows (n,)`` of the ledger."""
         if self._columns is None:
             return BufferRows(self.x, self.y, {})
-        at = self._slots[rows.cpu()].to(self._columns["y"].device)
+        at = sent(self._slots[rows.cpu()], self._columns["y"].device)
         taken = {name: column.index_select(0, at) for name, column in self._columns.items()}
         return BufferRows(taken["x"], taken["y"], _extras_of(taken, len(rows)))
 

@@ -636,13 +636,13 @@ def _score_whole(
 
 
 def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """By pair (N, M): whether its classes may be mixed, and their cosine; a class not in the table may not."""
+    """By pair (N, M): whether its classes may be mixed, and their cosine; of a class not in the table, no and NaN."""
     assert table.classes is not None
     i, j = (class_index(table.classes, class_of(labels)) for labels in (y, other_y))
     known = (i >= 0)[:, None] & (j >= 0)
     i, j = i.clamp(min=0), j.clamp(min=0)
     helpful, score = (v.index_select(0, i).index_select(1, j) for v in (table.helpful(threshold), table.cosine))
-    return helpful & known, score
+    return helpful & known, score.masked_fill(~known, torch.nan)
 
 
 def _empty_buffer_alignment(

@@ -117,6 +117,11 @@ def test_load_config(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+def test_replayed_candidates_need_rows_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"mix\.candidates: got 'replayed' with replay\.stream 'shuffled'"):
+        from_yaml("{mix: {candidates: replayed}, replay: {stream: shuffled}}")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_check_refuses_what_yaml_did_not_bring(value: float) -> None:
     with pytest.raises(ValueError, match=r"replay\.tau"):

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.alignment import feature_alignment
 from gradmix.selection import Pairs
-from gradmix.training.benchmarks import make_stream
+from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.config import MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.methods.controls import controlled
 from gradmix.training.trainer import train_one
 
-CONTROLS = ("random", "random-partner", "anti", "small-gradient", "large-gradient")
+CONTROLS = (
+    "random",
+    "random-partner",
+    "partner-class",
+    "replayed-partner",
+    "anti",
+    "small-gradient",
+    "large-gradient",
+)
+BUFFER_CLASSES = torch.tensor([0, 2, 2])
 
 
 def problem(rows: int = 23, candidates: int | None = None, **options: object) -> tuple[nn.Module, Pairs]:
@@ -41,7 +50,7 @@ def problem(rows: int = 23, candidates: int | None = None, **options: object) ->
 
 
 def control(name: str, model: nn.Module, pairs: Pairs, seed: int = 0, **mix: object) -> Pairs:
-    return controlled(pairs, model, MixConfig(control=name, **mix), torch.Generator().manual_seed(seed))
+    return controlled(pairs, model, MixConfig(control=name, **mix), torch.Generator().manual_seed(seed), BUFFER_CLASSES)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -84,6 +93,14 @@ def test_random_at_a_given_rate(rate: float, count: int) -> None:
     assert int(control("random", model, pairs, control_rate=rate).helpful.sum()) == count
 
 
+@pytest.mark.parametrize("name", ["none", *CONTROLS[1:]])
+def test_a_rate_without_a_control_that_heeds_it_is_refused(name: str) -> None:
+    config = TrainConfig(mix=MixConfig(control=name, control_rate=0.9))
+    with pytest.raises(ValueError, match=f"mix.control_rate: got 0.9 .* with mix.control '{name}', expected nothing"):
+        resolve(config)
+    resolve(replace(config, mix=MixConfig(control="random", control_rate=0.9)))
+
+
 def test_random_partner_keeps_the_rows_and_changes_the_partners() -> None:
     model, pairs = problem(candidates=3, criterion="sample", threshold=0.6)
     runs = [control("random-partner", model, pairs, seed) for seed in range(100)]
@@ -96,6 +113,34 @@ def test_random_partner_keeps_the_rows_and_changes_the_partners() -> None:
     assert abs(kept - expected) < 0.05 and kept < 0.95
 
 
+@pytest.mark.parametrize("candidates", [None, 40])
+def test_partners_of_the_same_classes_or_of_the_buffers(candidates: int | None) -> None:
+    model, pairs = problem(criterion="sample", threshold=0.7, candidates=candidates)
+    labels = pairs._batch[1] if candidates is None else pairs._candidates[1]
+    rows = pairs.helpful
+    assert 0 < rows.sum() < len(pairs)
+    wanted = {
+        "partner-class": labels[pairs.partner].unsqueeze(1) == labels,
+        "replayed-partner": ((labels == 0) | (labels == 2)).expand(len(pairs), -1),
+    }
+    for name, fitting in wanted.items():
+        fitting = fitting.clone() if candidates else fitting.clone().fill_diagonal_(False)
+        runs = [control(name, model, pairs, seed) for seed in range(150)]
+        assert all(torch.equal(run.helpful, rows) for run in runs)
+        assert all(torch.equal(run.lam, pairs.lam) for run in runs)
+        often = torch.stack([torch.eye(len(labels))[run.partner] for run in runs]).mean(0)[rows]
+        assert (often[~fitting[rows]] == 0).all()
+        # Each as often as any other: five standard errors.
+        share = 1 / fitting[rows].sum(1, keepdim=True).expand_as(often)[fitting[rows]].double()
+        assert ((often[fitting[rows]] - share).abs() <= 5 * (share * (1 - share) / 150) ** 0.5).all()
+
+
+def test_replayed_partners_need_the_buffers_labels() -> None:
+    model, pairs = problem(criterion="sample")
+    with pytest.raises(ValueError, match="replayed: got None, expected the labels"):
+        controlled(pairs, model, MixConfig(control="replayed-partner"), torch.Generator())
+
+
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 def test_anti_takes_detrimental_partners_alone(criterion: str) -> None:
     model, pairs = problem(criterion=criterion)
@@ -105,6 +150,21 @@ def test_anti_takes_detrimental_partners_alone(criterion: str) -> None:
     assert (cosine[row, found.partner][found.helpful] < 0).all() and found.helpful.any()
     off = ~torch.eye(len(pairs), dtype=torch.bool)
     assert torch.equal(found.helpful, (~helpful & off).any(1))
+
+
+def test_a_class_that_was_not_judged_is_neither_helpful_nor_detrimental() -> None:
+    """As where a table on a GPU meets a class that it does not know."""
+    model, pairs = problem(criterion="class")
+    table, y = pairs._judged, pairs._batch[1]
+    known = replace(table, inner=table.inner[:3, :3], cosine=table.cosine[:3, :3], classes=table.classes[:3])
+    helpful, cosine = replace(pairs, _judged=known).by_row()
+    whole_helpful, whole_cosine = pairs.by_row()
+    judged = (y < 3)[:, None] & (y < 3)
+    assert not judged.all()
+    assert torch.equal(helpful, whole_helpful & judged)
+    assert torch.equal(cosine[judged], whole_cosine[judged]) and cosine[~judged].isnan().all()
+    found = control("anti", model, replace(pairs, _judged=known))
+    assert found.helpful.any() and (y[found.helpful] < 3).all() and (y[found.partner[found.helpful]] < 3).all()
 
 
 def norms(model: nn.Module, pairs: Pairs) -> Tensor:

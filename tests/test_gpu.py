@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu import no_waiting
 from models import NETWORKS, rows
 from test_mixed_alignment import CASES, FAST, in_double, largest_inner, make
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from truth import assert_decisions_agree
 
 import gradmix
 from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
+from gradmix.training import trainer
 from gradmix.training.benchmarks import make_stream
 from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
@@ -140,6 +142,28 @@ def test_the_path_of_cifar(method: str, compiled: bool) -> None:
     config = TrainConfig(data=DataConfig(tasks=2), optim=optim, device="cuda")
     result = train_one(config, method, 0, stream=stream)
     assert result.status == "complete" and result.accuracy[0, 0] > 0.6
+
+
+WAIT_FOR_NOTHING = ("er", "mixup", "manifold-mixup", "cutmix", "remix", "balanced-mixup", "a-gem", "der++", "gradmix")
+
+
+@pytest.mark.parametrize("method", [*WAIT_FOR_NOTHING, "gradmix-sample"])
+def test_the_host_runs_ahead_of_the_steps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for the device, but for an epoch's first, in which a class table is made."""
+    taken, watched = trainer._Run.step, []
+
+    def step(run: trainer._Run, index: Tensor) -> object:
+        if run.batches_done == 0:
+            return taken(run, index)
+        with no_waiting():
+            watched.append(run.steps)
+            return taken(run, index)
+
+    monkeypatch.setattr(trainer._Run, "step", step)
+    optim = OptimConfig(model="resnet8", epochs=2, amp="bf16", channels_last=True, augment="crop-flip")
+    config = TrainConfig(data=DataConfig(tasks=2, rows_per_class=40), optim=optim, device="cuda")
+    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, rows_per_class=40))
+    assert result.status == "complete" and len(watched) == result.timing.steps - 4
 
 
 @pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample", "der++-gradmix"])

@@ -647,6 +647,33 @@ def test_policies_draw_for_every_image_by_the_generator_alone(name: str, shape: 
     assert first.shape == x.shape and first.dtype == x.dtype and ((first >= 0) & (first <= 1)).all()
 
 
+@pytest.mark.parametrize("candidates", [False, True])
+def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch, candidates: bool) -> None:
+    """The method inside sees augmented rows, augmented candidates, and the labels and weights as they were."""
+    pytest.importorskip("kornia")
+    seen: list[StepRows] = []
+
+    class Inner(METHODS["mixup"]):
+        def loss(self, rows: StepRows) -> torch.Tensor:
+            seen.append(rows)
+            return super().loss(rows)
+
+    monkeypatch.setattr(METHODS["trivialaugment-mixup"], "inner", Inner)
+    x, y, weight = torch.rand(12, *COLOUR), torch.arange(12) % 4, torch.rand(12)
+    other = (torch.rand(5, *COLOUR), torch.arange(5) % 4) if candidates else None
+    context = make_context(COLOUR)
+    METHODS["trivialaugment-mixup"](context).loss(StepRows(x, y, weight, other)).backward()
+    (rows,) = seen
+    assert rows.x.shape == x.shape and not torch.equal(rows.x, x)
+    assert torch.equal(rows.y, y) and torch.equal(rows.weight, weight)
+    if other is None:
+        assert rows.candidates is None
+    else:
+        assert not torch.equal(rows.candidates[0], other[0]) and torch.equal(rows.candidates[1], other[1])
+    alone = METHODS["trivialaugment"](make_context(COLOUR)).augmented(x)
+    assert torch.equal(rows.x, alone)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_normalised_rows_are_augmented_as_pixels(name: str) -> None:
     pytest.importorskip("kornia")
@@ -702,6 +729,17 @@ def test_randaugment_and_trivialaugment_draw_uniformly() -> None:
             assert len(levels) == 31 and levels.min() > 350
         else:
             assert (drawn.strength == 0.4).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_augmenting_counts_as_drawing_the_rows(name: str) -> None:
+    pytest.importorskip("kornia")
+    context = make_context()
+    METHODS[name](context).loss(make_rows(7))
+    assert context.clock.seconds("data") > 0
+    plain = make_context()
+    METHODS["er"](plain).loss(make_rows(7))
+    assert plain.clock.seconds("data") == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)

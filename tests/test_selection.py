@@ -472,3 +472,29 @@ def test_a_nan_among_mixed_inputs_names_a_pair_of_rows() -> None:
     x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     with pytest.raises(ValueError, match="the model's logits of mixed rows 0 and 1: NaN"):
         select_pairs(Squares(), BUFFER, (x, torch.tensor([0, 1])), lam=0.5, estimator="mixed", head="fc")
+
+
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_by_row_says_what_partners_were_drawn_from(criterion: str, threshold: float) -> None:
+    """Foreign candidates, one of their classes unknown to the batch: the mask is what selection itself used."""
+    generator = torch.Generator().manual_seed(5)
+    model = nn.Linear(6, 4)
+    batch = torch.randn(9, 6, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    other = torch.randn(7, 6, generator=generator), torch.tensor([3, 0, 1, 2, 3, 0, 1])
+    buffer = torch.randn(8, 6, generator=generator), torch.arange(8) % 4
+    pairs = gradmix.select_pairs(
+        model, buffer, batch, candidates=other, criterion=criterion, threshold=threshold, lam=0.4
+    )
+    helpful, cosine = pairs.by_row(threshold)
+    assert helpful.shape == cosine.shape == (9, 7)
+    assert torch.equal(pairs.helpful, helpful.any(1))
+    assert helpful[torch.arange(9), pairs.partner][pairs.helpful].all()
+    for i in range(9):
+        for j in range(7):
+            if criterion == "sample":
+                expected = pairs.alignment[i, j]
+            else:
+                a, b = ((pairs.classes == y).nonzero().item() for y in (batch[1][i], other[1][j]))
+                expected = pairs.alignment[a, b]
+            assert cosine[i, j] == expected and helpful[i, j] == (expected >= threshold)

@@ -15,10 +15,13 @@ from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.environment import pick_device
+from gradmix.training.evaluation import evaluate
 from gradmix.training.memory import peak_memory, start_peak_memory
 from gradmix.training.methods import METHODS, Context, Method, StepRows, weighted_cross_entropy
 from gradmix.training.metrics import average_accuracy
-from gradmix.training.trainer import Progress, evaluate, make_optimiser, make_schedule, train_one
+from gradmix.training.models import build_model
+from gradmix.training.optimiser import make_optimiser, make_schedule
+from gradmix.training.trainer import Progress, train_one
 
 SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
 
@@ -149,6 +152,18 @@ def test_balanced_candidates_are_drawn_from_all_classes_seen(spy, stream) -> Non
         assert (known[0][known[1] == label] == row).flatten(1).all(1).any()
 
 
+@pytest.mark.parametrize("stream_kind", ["dual", "shuffled"])
+def test_candidates_leave_the_step_as_it_was(spy, stream, stream_kind: str) -> None:
+    """They are drawn and augmented apart, so that methods with and without them learn from the same rows."""
+    optim, replay = OptimConfig(epochs=1, augment="crop-flip"), ReplayConfig(size=8, stream=stream_kind)
+    config = replace(SHORT, optim=optim, replay=replay)
+    train_one(config, "er", 3, stream=stream)
+    without, spy.seen = spy.seen, []
+    train_one(replace(config, mix=MixConfig(candidates="balanced")), "er", 3, stream=stream)
+    assert without[0].candidates is None and spy.seen[0].candidates is not None
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(without, spy.seen, strict=True))
+
+
 @pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
 def test_balanced_candidates_train(stream, method: str) -> None:
     config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(candidates="balanced"))
@@ -165,7 +180,6 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
         model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
         return model
 
-    build_model = trainer.build_model
     monkeypatch.setattr(trainer, "build_model", build)
     per_step: list[list[int]] = []
 
@@ -238,6 +252,23 @@ def test_originals_and_mixed_rows_have_half_the_weight_each(method: str) -> None
     both = METHODS[method](method_context(MixConfig(originals=True), model)).loss(rows)
     mixed = METHODS[method](method_context(MixConfig(), model)).loss(rows)
     torch.testing.assert_close(both, 0.5 * mixed + 0.5 * F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("method", ["mixup", "cutmix", "manifold-mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what torch.compile itself imports
+def test_originals_train_through_a_compiled_model(method: str) -> None:
+    """Compiled code passes by hooks that are set after its first call: the second step is the one that matters."""
+    model = build_model("mlp", (1, 8, 8), 4)
+    compiled = torch.compile(model, backend="eager")
+    x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    rows = StepRows(x, y, torch.full((6,), 1 / 6))
+    losses = []
+    for network in (model, compiled):
+        context = method_context(MixConfig(originals=True), network)
+        context.buffer.add(x.flip(0), y)
+        steps = METHODS[method](context)
+        losses.append(torch.stack([steps.loss(rows).detach() for _ in range(3)]))
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
@@ -375,6 +406,40 @@ def test_methods_train_on_a_shuffled_stream(stream, method: str, candidates: str
         SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(stream="shuffled"), mix=MixConfig(candidates=candidates)
     )
     assert train_one(config, method, 0, stream=stream).status == "complete"
+
+
+def test_replayed_candidates_are_the_steps_replayed_rows(spy, stream) -> None:
+    config = replace(
+        SHORT,
+        optim=OptimConfig(epochs=1, augment="crop-flip"),
+        replay=ReplayConfig(batch=7, size=4),
+        mix=MixConfig(candidates="replayed"),
+    )
+    train_one(config, "er", 0, stream=stream)
+    first = -(-len(stream.tasks[0].train_y) // 16)
+    assert all(rows.candidates is None for rows in spy.seen[:first])
+    for rows in spy.seen[first:]:
+        assert rows.candidates is not None
+        x, y = rows.candidates
+        assert torch.equal(x, rows.x[-7:]) and torch.equal(y, rows.y[-7:])
+
+
+@pytest.mark.parametrize("method", ["mixup", "manifold-mixup", "cutmix", "remix", "gradmix", "gradmix-sample"])
+def test_methods_mix_with_fewer_candidates_than_rows(stream, method: str) -> None:
+    config = replace(
+        SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(batch=3), mix=MixConfig(candidates="replayed")
+    )
+    assert train_one(config, method, 0, stream=stream).status == "complete"
+
+
+def test_partners_from_fewer_candidates_are_drawn_one_by_one() -> None:
+    method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
+    candidates = 10 + torch.arange(3.0)[:, None].expand(3, 5), torch.tensor([3, 1, 2])
+    rows = StepRows(torch.zeros(300, 5), torch.zeros(300, dtype=torch.int64), torch.ones(300), candidates)
+    x, y = method.drawn_partners(rows)
+    assert torch.equal(y, candidates[1][(x[:, 0] - 10).long()])
+    counts = torch.bincount((x[:, 0] - 10).long(), minlength=3)
+    assert ((counts - 100).abs() < 5 * (300 * 2 / 9) ** 0.5).all()
 
 
 class Counting(Spy):

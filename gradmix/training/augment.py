@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradmix.graphs import sent
+
 
 def random_crop_flip(x: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
     """Pads every image with zeros, cuts a random window of the old size, and mirrors it left to right half the time.
@@ -31,9 +33,8 @@ def random_crop_flip(x: Tensor, padding: int = 4, generator: torch.Generator | N
     n, channels, height, width = x.shape
     source = torch.device("cpu") if generator is None else generator.device
     span = 2 * padding + 1
-    draws = torch.stack(
-        [torch.randint(limit, (n,), generator=generator, device=source) for limit in (span, span, 2)]
-    ).to(x.device)
+    draws = torch.stack([torch.randint(limit, (n,), generator=generator, device=source) for limit in (span, span, 2)])
+    draws = sent(draws, x.device)
     top, left, mirrored = draws.unsqueeze(2)
     rows = top + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device)

@@ -37,6 +37,9 @@ MethodName = Literal[
     "der++-mixup",
     "der++-gradmix",
     "der++-gradmix-sample",
+    "trivialaugment-mixup",
+    "trivialaugment-gradmix",
+    "trivialaugment-gradmix-sample",
 ]
 BenchmarkName = Literal["split-digits", "split-mnist", "split-fashion-mnist", "split-cifar10", "split-cifar100"]
 
@@ -119,7 +122,8 @@ class MixConfig:
     alpha: float = 1.0
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
     originals: bool = False
-    """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass."""
+    """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass (but not a
+    compiled one's)."""
     estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
     """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
     inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
@@ -132,14 +136,25 @@ class MixConfig:
     refresh: int | None = None
     """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
     own: 0 for gradmix, 1 for gradmix-sample."""
-    candidates: Literal["batch", "balanced"] = "batch"
-    """Where partners come from: the step's own rows, or a class-balanced draw from the current task and the buffer."""
+    candidates: Literal["batch", "balanced", "replayed"] = "batch"
+    """Where partners come from: batch: the step's own rows; balanced: a class-balanced draw from the current task and
+    the buffer; replayed: the step's replayed rows."""
     class_samples: int = 32
     """Rows per class behind a class-pair decision."""
-    control: Literal["none", "random", "random-partner", "anti", "small-gradient", "large-gradient"] = "none"
+    control: Literal[
+        "none",
+        "random",
+        "random-partner",
+        "partner-class",
+        "replayed-partner",
+        "anti",
+        "small-gradient",
+        "large-gradient",
+    ] = "none"
     """What a selective method is held against: random: as many rows as it would mix, any rows, with any partners;
-    random-partner: the same rows with any partners; anti: detrimental partners only; small-gradient, large-gradient: as
-    many pairs, by the norm of the mixture's gradient."""
+    random-partner: the same rows with any partners; partner-class: with any of the class of the partner chosen;
+    replayed-partner: with any of the buffer's classes; anti: detrimental partners only; small-gradient, large-gradient:
+    as many pairs, by the norm of the mixture's gradient."""
     control_rate: float | None = None
     """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
 
@@ -152,7 +167,7 @@ class TrainConfig:
     """finetune: no replay; er: experience replay; a-gem: projected gradients; der++: replay with kept logits;
     autoaugment, randaugment, trivialaugment: replay, augmented by policy; mixup: replay, random partners;
     manifold-mixup, cutmix, remix, balanced-mixup: its kin; gradmix: partners selected by class pair; gradmix-sample:
-    partners selected sample by sample; der++-...: the same on top of der++."""
+    partners selected sample by sample; der++-..., trivialaugment-...: the same on top of these."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds: initial weights, batches, buffer and mixing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -248,6 +263,16 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
         if value is not None and not holds(value):
             raise ValueError(f"{key}: got {_show(value)}, expected {expected}")
+    if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
+        raise ValueError(
+            "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
+            "rows are not told apart in one stream"
+        )
+    if config.mix.control_rate is not None and config.mix.control != "random":
+        raise ValueError(
+            f"mix.control_rate: got {_show(config.mix.control_rate)} with mix.control {config.mix.control!r}, expected "
+            "nothing, or the control 'random', which alone is given a rate"
+        )
 
 
 def field_docs(cls: type) -> dict[str, str]:

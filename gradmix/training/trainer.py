@@ -7,7 +7,6 @@ depends on is in the state that :class:`_Run` gives to :mod:`gradmix.training.ch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,23 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradmix.buffers import BufferRows, ReplayBuffer
-from gradmix.head import logits_of
-from gradmix.probe import preserved_rng, untouched
+from gradmix.buffers import ReplayBuffer
+from gradmix.probe import preserved_rng
 from gradmix.training import checkpoint as checkpoints
-from gradmix.training.augment import random_crop_flip
 from gradmix.training.benchmarks import Task, TaskStream, resolve, stream_of
 from gradmix.training.clock import Clock
-from gradmix.training.config import MethodName, OptimConfig, TrainConfig, to_dict
+from gradmix.training.config import MethodName, TrainConfig, to_dict
 from gradmix.training.environment import describe_environment, pick_device
+from gradmix.training.evaluation import evaluate
 from gradmix.training.memory import peak_memory, start_peak_memory
 from gradmix.training.methods import METHODS, Context, Method, Pixels, StepRows
 from gradmix.training.models import build_model
+from gradmix.training.optimiser import make_optimiser, make_schedule
 from gradmix.training.random_state import restore_rng, rng_state
 from gradmix.training.results import AlignmentRecord, RunResult, Timing
-
-EVALUATION_ROWS = 1024
-"""Rows forwarded at a time when scoring."""
+from gradmix.training.sampler import StepSampler
+from gradmix.training.seeds import derived_seed, generator_for
 
 LOSS_EVERY = 25
 """Steps between two losses shown: reading one waits for the device."""
@@ -147,19 +145,17 @@ class _Run:
         self.config, self.seed, self.stream, self.device, self.on_step = config, seed, stream, device, on_step
         self.method_name = method
         optim, replay = config.optim, config.replay
-        assert optim.model and optim.epochs and optim.batch and replay.policy and replay.size and replay.batch
-        self.epochs, self.batch, self.replay_batch = optim.epochs, optim.batch, replay.batch
-        self.shuffled = replay.stream == "shuffled"
-        self.channels_last = optim.channels_last and len(stream.input_shape) == 3
+        assert optim.model and optim.epochs and optim.batch and replay.policy and replay.size
+        self.epochs, self.batch = optim.epochs, optim.batch
+        channels_last = optim.channels_last and len(stream.input_shape) == 3
         self.model = build_model(optim.model, stream.input_shape, stream.num_classes, seed=seed).to(device)
-        if self.channels_last:
+        if channels_last:
             # torch's annotation lacks the overload without a device.
             self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.buffer = ReplayBuffer(replay.size, policy=replay.policy, device=device, seed=seed)
         self.clock = Clock(device)
-        # One generator for each purpose: a method that draws more for one leaves the others as they are.
-        purposes = ("batches", "augmentation", "candidates", "mixing", "replay", "replay augmentation")
-        self.generators = {purpose: generator_for(seed, purpose) for purpose in purposes}
+        self.sampler = StepSampler(config, seed, self.buffer, self.clock, device, channels_last=channels_last)
+        self.generators = {**self.sampler.generators, "mixing": generator_for(seed, "mixing")}
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         self.method: Method = METHODS[method](
@@ -172,7 +168,7 @@ class _Run:
                 clock=self.clock,
                 replay=replay,
                 counts=self.counts,
-                draw_replayed=self.draw_replayed,
+                draw_replayed=self.sampler.replayed,
                 pixels=None if stream.mean is None or stream.std is None else Pixels(stream.mean, stream.std),
                 autocast=self.autocast,
                 scaler=self.scaler,
@@ -236,10 +232,8 @@ class _Run:
 
     def learn(self, task: Task) -> None:
         """Train on one task, or on what is left of it, then show it to the buffer."""
-        own_x, own_y = task.train_x.to(self.device), task.train_y.to(self.device)
-        x, y = own_x, own_y
-        if self.shuffled and self.method.replays and len(self.buffer):
-            x, y = torch.cat([x, self.buffer.x]), torch.cat([y, self.buffer.y])
+        balanced = self.config.mix.candidates == "balanced" or self.method.wants_balanced
+        own_x, own_y = self.sampler.start_task(task, replays=self.method.replays, balanced=balanced)
         self.count_classes(own_y)
         if self.order is None:
             self.start_optimiser()
@@ -249,10 +243,10 @@ class _Run:
         while self.epoch < self.epochs:
             if self.order is None:
                 self.method.start_epoch()
-                self.order = torch.randperm(len(y), generator=self.generators["batches"])
-            batches = self.order.split(self.batch)
+                self.order = self.sampler.epoch_order()
+            batches = self.sampler.batches(self.order)
             for index in batches[self.batches_done :]:
-                rows, loss = self.step(x, y, index, task)
+                rows, loss = self.step(index)
                 self.batches_done += 1
                 self.steps += 1
                 if self.batches_done == len(batches):
@@ -266,11 +260,11 @@ class _Run:
         self.buffer.add(own_x, own_y, **self.method.extras(own_x, own_y))
         self.epoch = 0
 
-    def step(self, x: Tensor, y: Tensor, index: Tensor, task: Task) -> tuple[StepRows, Tensor]:
-        """One step of the optimiser; returns its rows and its loss, detached."""
+    def step(self, index: Tensor) -> tuple[StepRows, Tensor]:
+        """One step of the optimiser on the rows at ``index``; returns them and their loss, detached."""
         with self.clock("step"):
             with self.clock("data"):
-                rows = self.step_rows(x, y, index.to(self.device), task)
+                rows = self.sampler.rows(index)
             self.optimiser.zero_grad(set_to_none=True)
             loss = self.method.backward(rows)
             self.scaler.step(self.optimiser)
@@ -309,56 +303,7 @@ class _Run:
             )
         )
 
-    # ------------------------------------------------------------------------------------------------ a step's rows
-
-    def step_rows(self, x: Tensor, y: Tensor, index: Tensor, task: Task) -> StepRows:
-        """The step's current rows, then its replayed ones, with the weights of their losses."""
-        step_x, step_y = x[index], y[index]
-        current = len(step_y)
-        weight = torch.full((current,), 1.0 / current, device=self.device)
-        if self.method.replays and len(self.buffer) and not self.shuffled:
-            replay_x, replay_y = self.buffer.sample(self.replay_batch)
-            step_x, step_y = torch.cat([step_x, replay_x]), torch.cat([step_y, replay_y])
-            tau = self.config.replay.tau
-            weight = torch.cat([weight, torch.full((len(replay_y),), tau / len(replay_y), device=self.device)])
-        candidates = None
-        if self.config.mix.candidates == "balanced" or self.method.wants_balanced:
-            candidates = self.draw_candidates(x, y, task, len(step_y))
-        step_x = self.as_seen(step_x, "augmentation")
-        if candidates is not None:
-            candidates = self.as_seen(candidates[0], "augmentation"), candidates[1]
-        return StepRows(step_x, step_y, weight, candidates)
-
-    def draw_candidates(self, x: Tensor, y: Tensor, task: Task, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` rows, each of a class drawn uniformly from those seen; old classes' rows come from the buffer."""
-        generator = self.generators["candidates"]
-        old = len(self.buffer.classes) if self.method.replays else 0
-        drawn = torch.randint(old + len(task.classes), (count,), generator=generator)
-        from_buffer = int((drawn < old).sum())
-        picked = []
-        for label, number in zip(*torch.unique(drawn[drawn >= old] - old, return_counts=True), strict=True):
-            members = (y == task.classes[int(label)]).nonzero().squeeze(1)
-            chosen = torch.randint(len(members), (int(number),), generator=generator).to(self.device)
-            picked.append(members[chosen])
-        index = torch.cat(picked) if picked else torch.empty(0, dtype=torch.int64, device=self.device)
-        parts = [(x[index], y[index])]
-        if from_buffer:
-            parts.append(self.buffer.draw_balanced(from_buffer, generator))
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-    def draw_replayed(self) -> BufferRows | None:
-        """Replayed rows besides the step's own, by generators of their own."""
-        if not len(self.buffer):
-            return None
-        with self.clock("data"):
-            rows = self.buffer.sample_rows(self.replay_batch, self.generators["replay"])
-            return rows._replace(x=self.as_seen(rows.x, "replay augmentation"))
-
-    def as_seen(self, x: Tensor, purpose: str) -> Tensor:
-        """Rows as the model is to see them: augmented, in the layout asked for."""
-        if self.config.optim.augment == "crop-flip":
-            x = random_crop_flip(x, generator=self.generators[purpose])
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+    # ---------------------------------------------------------------------------------------- what a step is made of
 
     def count_classes(self, own_y: Tensor) -> None:
         """Bring the rows of each class that training draws from up to date."""
@@ -368,7 +313,7 @@ class _Run:
     def rows_per_epoch(self) -> list[int]:
         """Rows of one epoch, by task."""
         own = [len(task.train_y) for task in self.stream.tasks]
-        if not (self.shuffled and self.method.replays):
+        if self.config.replay.stream != "shuffled" or not self.method.replays:
             return own
         # What the buffer will hold depends on nothing but the labels, so a buffer of labels tells.
         assert self.config.replay.size is not None and self.config.replay.policy is not None
@@ -378,8 +323,6 @@ class _Run:
             rows.append(count + len(labels))
             labels.add(task.train_y.float(), task.train_y)
         return rows
-
-    # ---------------------------------------------------------------------------------------- what a step is made of
 
     def start_optimiser(self) -> None:
         self.optimiser = make_optimiser(self.model, self.config.optim)
@@ -505,45 +448,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _moved(v, device) for k, v in value.items()}
     return [_moved(v, device) for v in value] if isinstance(value, list) else value
-
-
-def evaluate(
-    model: nn.Module,
-    stream: TaskStream,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> list[float]:
-    """Accuracy on the test rows of every task, future ones included, among all classes; each in [0, 1]."""
-    accuracies = []
-    with untouched(model), autocast():
-        for task in stream.tasks:
-            correct = 0
-            for x, y in zip(task.test_x.split(EVALUATION_ROWS), task.test_y.split(EVALUATION_ROWS), strict=True):
-                correct += int((logits_of(model(x.to(device))).argmax(1) == y.to(device)).sum())
-            accuracies.append(correct / len(task.test_y))
-    return accuracies
-
-
-def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """SGD as configured, with no momentum left over from the task before."""
-    assert optim.lr is not None and optim.momentum is not None and optim.weight_decay is not None
-    return torch.optim.SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-
-
-def make_schedule(
-    optimiser: torch.optim.Optimizer, optim: OptimConfig, epochs: int
-) -> torch.optim.lr_scheduler.MultiStepLR:
-    """The learning rate divided by ten after each milestone, a share of the task's epochs."""
-    milestones = sorted({max(1, round(share * epochs)) for share in optim.lr_milestones or ()})
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=0.1)
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, so that drawing more for one leaves the others as they are."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
-
-
-def generator_for(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator for one purpose of a run."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose))

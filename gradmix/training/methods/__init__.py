@@ -9,13 +9,21 @@ from gradmix.training.methods.base import (
     Method,
     Pixels,
     StepRows,
+    Wrapping,
     weighted_cross_entropy,
 )
 from gradmix.training.methods.cutmix import CutMix
 from gradmix.training.methods.dark_replay import DarkER, DarkGradMixClass, DarkGradMixSample, DarkMixup, DarkReplay
 from gradmix.training.methods.manifold_mixup import ManifoldMixup
 from gradmix.training.methods.mixup import Mixing, Mixup
-from gradmix.training.methods.policies import AutoAugment, RandAugment, TrivialAugment
+from gradmix.training.methods.policies import (
+    AutoAugment,
+    RandAugment,
+    TrivialAugment,
+    TrivialAugmentGradMixClass,
+    TrivialAugmentGradMixSample,
+    TrivialAugmentMixup,
+)
 from gradmix.training.methods.remix import Remix
 from gradmix.training.methods.selective import GradMixClass, GradMixSample, SelectiveMixup
 
@@ -37,6 +45,9 @@ METHODS: dict[str, type[Method]] = {
     "der++-mixup": DarkMixup,
     "der++-gradmix": DarkGradMixClass,
     "der++-gradmix-sample": DarkGradMixSample,
+    "trivialaugment-mixup": TrivialAugmentMixup,
+    "trivialaugment-gradmix": TrivialAugmentGradMixClass,
+    "trivialaugment-gradmix-sample": TrivialAugmentGradMixSample,
 }
 """All methods by name."""
 
@@ -66,5 +77,9 @@ __all__ = [
     "SelectiveMixup",
     "StepRows",
     "TrivialAugment",
+    "TrivialAugmentGradMixClass",
+    "TrivialAugmentGradMixSample",
+    "TrivialAugmentMixup",
+    "Wrapping",
     "weighted_cross_entropy",
 ]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class Context:
         num_classes: width of the model's output.
         mix: the mixing settings.
         generator: source of the method's randomness.
-        clock: times the section ``selection``.
+        clock: times the sections ``selection`` and, where a method draws or augments rows itself, ``data``.
         replay: the replay settings.
         counts: (num_classes,) int64, the rows of each class that the current task's training draws from: all of the
             current classes', those in the buffer of the old ones. Kept up to date by the trainer.
@@ -156,3 +156,43 @@ class Finetune(ER):
     """Cross-entropy on the current rows alone."""
 
     replays = False
+
+
+class Wrapping(Method):
+    """A method on top of another, ``inner``, which has the say in everything that is not overridden.
+
+    Attributes:
+        inner: the other method's class.
+    """
+
+    inner: ClassVar[type[Method]] = ER
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._inner = self.inner(context)
+        self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
+
+    @classmethod
+    def settled(cls, config: TrainConfig) -> TrainConfig:
+        return cls.inner.settled(config)
+
+    def loss(self, rows: StepRows) -> Tensor:
+        return self._inner.loss(rows)
+
+    def start_epoch(self) -> None:
+        self._inner.start_epoch()
+
+    def mixed_rows(self) -> Tensor | None:
+        return self._inner.mixed_rows()
+
+    def class_table(self, rows: StepRows) -> Alignment | None:
+        return self._inner.class_table(rows)
+
+    def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return self._inner.extras(x, y)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._inner.load_state_dict(state)

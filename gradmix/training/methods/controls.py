@@ -12,43 +12,68 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.alignment import feature_alignment, forward_all
+from gradmix.graphs import sent
 from gradmix.head import resolve_head
 from gradmix.mixing import draw_lam
 from gradmix.ops.draw_partners import draw_partners
+from gradmix.ops.labels import class_of
 from gradmix.probe import untouched, unwrap
 from gradmix.rows import CHUNK
 from gradmix.selection import Pairs
 from gradmix.training.config import MixConfig
 
 
-def controlled(pairs: Pairs, model: nn.Module, mix: MixConfig, generator: torch.Generator) -> Pairs:
+def controlled(
+    pairs: Pairs, model: nn.Module, mix: MixConfig, generator: torch.Generator, replayed: Tensor | None = None
+) -> Pairs:
     """The pairs of the control ``mix.control`` in place of those GradMix chose.
 
-    - ``random``: as many rows are mixed, any rows, with any partners; or a fixed share, ``mix.control_rate``.
+    - ``random``: as many rows are mixed, any rows, with any partners; or a fixed share, ``mix.control_rate``. As many
+      as GradMix would mix in this step of a model that the control has trained: a run of GradMix may have another rate.
     - ``random-partner``: the same rows are mixed, with any partners.
+    - ``partner-class``: the same rows are mixed, each with any row of the class its partner had. What is left of the
+      criterion is which classes meet.
+    - ``replayed-partner``: the same rows are mixed, with any partners of the buffer's classes. What is left of the
+      criterion is that it favours replayed rows.
     - ``anti``: a row is mixed with a detrimental partner, where it has one; the rate is its own.
     - ``small-gradient``, ``large-gradient``: as many pairs are allowed, those with the smallest or the largest norm of
-      the mixture's last-layer gradient, mixed in feature space.
+      the mixture's last-layer gradient, mixed in feature space; how many rows that leaves a partner is their own.
+
+    Partners are drawn uniformly from those a control allows, whatever ``mix.policy``.
 
     Args:
         pairs: GradMix's choice for the step.
         model: the network in training; left as it was.
         mix: the settings.
         generator: source of the draws.
+        replayed: (K,) int64 labels of the buffer's rows, for ``replayed-partner``.
+
+    Raises:
+        ValueError: ``replayed`` is missing.
     """
     device, count = pairs.partner.device, len(pairs)
     own_rows = pairs._candidates is None
     other = pairs._batch if pairs._candidates is None else pairs._candidates
-    drawn = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+    drawn = sent(torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64), device)
     if mix.control in ("random", "random-partner"):
         partner, found = draw_partners(
             None, drawn, policy="uniform", score=None, own_rows=own_rows, partners=len(other[1])
         )
         kept = pairs.helpful
         if mix.control == "random":
-            shuffled = torch.randperm(count, generator=generator, device=generator.device).to(device)
+            shuffled = sent(torch.randperm(count, generator=generator, device=generator.device), device)
             kept = kept[shuffled] if mix.control_rate is None else shuffled < round(mix.control_rate * count)
         found = found & kept
+    elif mix.control in ("partner-class", "replayed-partner"):
+        other_class = class_of(other[1])
+        if mix.control == "partner-class":
+            fitting = other_class[pairs.partner].unsqueeze(1) == other_class
+        elif replayed is None:
+            raise ValueError("replayed: got None, expected the labels of the buffer's rows for replayed-partner")
+        else:
+            fitting = torch.isin(other_class, replayed.to(device)).expand(count, -1)
+        allowed = fitting & pairs.helpful.unsqueeze(1)
+        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own_rows)
     else:
         helpful, cosine = pairs.by_row(mix.threshold)
         if mix.control == "anti":

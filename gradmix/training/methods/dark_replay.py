@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmix.alignment import Alignment
 from gradmix.head import logits_of
 from gradmix.probe import untouched, unwrap
 from gradmix.training.config import TrainConfig
-from gradmix.training.methods.base import ER, Context, Method, StepRows
+from gradmix.training.methods.base import Context, StepRows, Wrapping
 from gradmix.training.methods.mixup import Mixup
 from gradmix.training.methods.selective import GradMixClass, GradMixSample
 
@@ -24,7 +22,7 @@ LOGITS = "logits"
 _ROWS = 1024  # of one forward pass when logits are kept
 
 
-class DarkReplay(Method):
+class DarkReplay(Wrapping):
     """DER++ (Buzzega et al. 2020) with any method as its cross-entropy: loss = inner loss + a MSE(model(x'), z').
 
     x' is a batch of replayed rows of its own and z' the logits kept with them; the mean is over rows and all classes,
@@ -33,29 +31,23 @@ class DarkReplay(Method):
     Departing from the original, whose reservoir keeps logits as rows pass by in training, augmented, logits are those
     of the model at the end of a row's task, in evaluation mode and without augmentation. So all methods see the same
     buffer, and logits of a half-trained model are not held on to. Rows x' are augmented as all replayed rows are.
-
-    Attributes:
-        inner: the method's class.
     """
 
-    inner: ClassVar[type[Method]] = ER
     weight: ClassVar[float] = 0.5
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         own = context.replay.distillation
         self._weight = self.weight if own is None else own
-        self._inner = self.inner(context)
-        self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
 
     @classmethod
     def settled(cls, config: TrainConfig) -> TrainConfig:
         own = config.replay.distillation
         replay = replace(config.replay, distillation=cls.weight if own is None else own)
-        return cls.inner.settled(replace(config, replay=replay))
+        return super().settled(replace(config, replay=replay))
 
     def loss(self, rows: StepRows) -> Tensor:
-        loss = self._inner.loss(rows)
+        loss = super().loss(rows)
         replayed = self.context.draw_replayed()
         if replayed is None:
             return loss
@@ -68,22 +60,7 @@ class DarkReplay(Method):
         model = unwrap(self.context.model)
         with untouched(model):
             logits = [logits_of(model(part)).float() for part in x.split(_ROWS)]
-        return self._inner.extras(x, y) | {LOGITS: torch.cat(logits)}
-
-    def start_epoch(self) -> None:
-        self._inner.start_epoch()
-
-    def mixed_rows(self) -> Tensor | None:
-        return self._inner.mixed_rows()
-
-    def class_table(self, rows: StepRows) -> Alignment | None:
-        return self._inner.class_table(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._inner.load_state_dict(state)
+        return super().extras(x, y) | {LOGITS: torch.cat(logits)}
 
 
 class DarkER(DarkReplay):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmix.graphs import sent
 from gradmix.mixing import draw_lam
 from gradmix.training.methods.base import Context, StepRows, weighted_cross_entropy
 from gradmix.training.methods.mixup import Mixup
@@ -42,7 +43,7 @@ class ManifoldMixup(Mixup):
         lam = draw_lam(context.mix.alpha, generator)
         if rows.candidates is None:
             x = rows.x
-            partner = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
+            partner = sent(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
             other_y = rows.y[partner]
         else:
             other_x, other_y = self.drawn_partners(rows)

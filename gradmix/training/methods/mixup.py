@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from gradmix.head import HeadCapture, HeadOutput
+from gradmix.graphs import sent
+from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.ops.labels import dense_labels
 from gradmix.training.methods.base import Method, StepRows, weighted_cross_entropy
@@ -21,24 +22,32 @@ class Mixing(Method):
         if not self.context.mix.originals:
             x, y = self.mixed(rows, None)
             return weighted_cross_entropy(model(x), y, rows.weight)
-        capture = HeadCapture(model, example=rows.x[:1])
-        with capture:
-            logits = model(rows.x)
-        x, y = self.mixed(rows, capture.output)
+        logits, outputs = self.originals(rows.x)
+        x, y = self.mixed(rows, outputs)
         return 0.5 * (
             weighted_cross_entropy(logits, rows.y, rows.weight) + weighted_cross_entropy(model(x), y, rows.weight)
         )
 
+    def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
+        """Logits of the original rows, and what of their forward pass is of use to :meth:`mixed`."""
+        return self.context.model(x), None
+
     @abstractmethod
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
-        """Mixed inputs and label vectors; ``outputs`` of the original rows if they were forwarded."""
+        """Mixed inputs and label vectors; ``outputs`` as :meth:`originals` gave them."""
 
     def drawn_partners(self, rows: StepRows) -> tuple[Tensor, Tensor]:
-        """A random partner for every row, ``x (N, ...)`` and ``y (N,)``: a permutation of the rows or candidates."""
+        """A random partner for every row, ``x (N, ...)`` and ``y (N,)``: a permutation of the rows or candidates.
+
+        Of candidates that are fewer than the rows, each row draws one by itself.
+        """
         generator = self.context.generator
         x, y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
-        drawn = torch.randperm(len(y), generator=generator, device=generator.device)
-        index = drawn[: len(rows.y)].to(rows.x.device)
+        if len(y) >= len(rows.y):
+            drawn = torch.randperm(len(y), generator=generator, device=generator.device)[: len(rows.y)]
+        else:
+            drawn = torch.randint(len(y), (len(rows.y),), generator=generator, device=generator.device)
+        index = sent(drawn, rows.x.device)
         return x[index], y[index]
 
     def one_hot(self, y: Tensor) -> Tensor:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradmix.training.methods.base import ER, Context, Pixels, StepRows
+from gradmix.graphs import sent
+from gradmix.training.methods.base import Context, Pixels, StepRows, Wrapping
+from gradmix.training.methods.mixup import Mixup
+from gradmix.training.methods.selective import GradMixClass, GradMixSample
 
 
 class Strength(NamedTuple):
@@ -82,8 +86,10 @@ class Drawn(NamedTuple):
     applied: Tensor
 
 
-class PolicyAugmented(ER):
-    """Experience replay on rows augmented by a policy; crops and flips of the protocol come before it.
+class PolicyAugmented(Wrapping):
+    """Any method, experience replay if nothing is said, on rows augmented by a policy.
+
+    Crops and flips of the protocol come before it, mixing after it; candidates from elsewhere are augmented too.
 
     Grey images stay so: what three equal channels would become, their one channel becomes. Places that a geometric
     operation leaves empty are black, and pixels move to the nearest place, as in the papers. Labels stay as they are.
@@ -101,7 +107,11 @@ class PolicyAugmented(ER):
         self._range_checked = False
 
     def loss(self, rows: StepRows) -> Tensor:
-        return super().loss(StepRows(self.augmented(rows.x), rows.y, rows.weight))
+        with self.context.clock("data"):
+            rows = replace(rows, x=self.augmented(rows.x))
+            if rows.candidates is not None:
+                rows = replace(rows, candidates=(self.augmented(rows.candidates[0]), rows.candidates[1]))
+        return super().loss(rows)
 
     @abstractmethod
     def draw(self, count: int, channels: int) -> Drawn:
@@ -181,6 +191,24 @@ class TrivialAugment(PolicyAugmented):
         return Drawn(operation, level.double() / 30, _signs(shape, generator), torch.ones(shape, dtype=torch.bool))
 
 
+class TrivialAugmentMixup(TrivialAugment):
+    """Mixup of rows that TrivialAugment augmented."""
+
+    inner = Mixup
+
+
+class TrivialAugmentGradMixClass(TrivialAugment):
+    """GradMix by class of rows that TrivialAugment augmented."""
+
+    inner = GradMixClass
+
+
+class TrivialAugmentGradMixSample(TrivialAugment):
+    """GradMix by sample of rows that TrivialAugment augmented."""
+
+    inner = GradMixSample
+
+
 def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tensor:
     """One round of operations.
 
@@ -206,11 +234,11 @@ def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tens
             moved.append(rows)
             matrices.append(_matrices(name, values[rows], image.shape[2], image.shape[3]))
             continue
-        on_device = rows.to(image.device)
-        result[on_device] = _PIXELWISE[name](image[on_device], values[rows].to(image.device, image.dtype))
+        on_device = sent(rows, image.device)
+        result[on_device] = _PIXELWISE[name](image[on_device], sent(values[rows].to(image.dtype), image.device))
     if moved:
-        on_device = torch.cat(moved).to(image.device)
-        matrix = torch.cat(matrices).to(image.device, image.dtype)
+        on_device = sent(torch.cat(moved), image.device)
+        matrix = sent(torch.cat(matrices).to(image.dtype), image.device)
         transform = require_kornia().geometry.transform
         size = (image.shape[2], image.shape[3])
         result[on_device] = transform.warp_affine(image[on_device], matrix, size, mode="nearest")
@@ -297,8 +325,8 @@ def _by_channel(pixels: Pixels | None, x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"pixels: got {len(mean)} means and {len(std)} deviations, expected {channels}, one a channel")
     shape = (1, channels, 1, 1)
     return (
-        torch.tensor(mean, dtype=torch.float32, device=x.device).view(shape),
-        torch.tensor(std, dtype=torch.float32, device=x.device).view(shape),
+        sent(torch.tensor(mean, dtype=torch.float32), x.device).view(shape),
+        sent(torch.tensor(std, dtype=torch.float32), x.device).view(shape),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradmix.alignment import Alignment, Criterion, Estimator
-from gradmix.head import HeadOutput
+from gradmix.head import HeadCapture, HeadOutput
+from gradmix.probe import unwrap
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
@@ -59,12 +60,21 @@ class SelectiveMixup(Mixing):
     def start_epoch(self) -> None:
         self._mixup.start_epoch()
 
+    def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
+        model = self.context.model
+        if unwrap(model) is not model:
+            # Compiled code passes by the hook that captures the head, so the selection makes a pass of its own.
+            return super().originals(x)
+        with HeadCapture(model, example=x[:1]) as capture:
+            logits = model(x)
+        return logits, capture.output
+
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         context = self.context
         with context.clock("selection"):
             pairs = self._mixup.select(rows.x, rows.y, candidates=rows.candidates, outputs=outputs)
             if context.mix.control != "none" and self._mixup.reference is not None:
-                pairs = controlled(pairs, context.model, context.mix, context.generator)
+                pairs = controlled(pairs, context.model, context.mix, context.generator, context.buffer.y)
         self._pairs = pairs
         return pairs.mix()
 
