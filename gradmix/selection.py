@@ -237,7 +237,7 @@ def select_pairs(
     batch: tuple[Tensor, Tensor],
     *,
     candidates: tuple[Tensor, Tensor] | None = None,
-    criterion: Criterion = "class",
+    criterion: Criterion = "sample",
     estimator: Estimator | WholeEstimator = "feature",
     alpha: float = 1.0,
     lam: float | None = None,
@@ -265,8 +265,8 @@ def select_pairs(
             indices or (N, C) label vectors.
         candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own
             partner.
-        criterion: ``"class"``: pairs of classes are judged, by the mean over the rows at hand; ``"sample"``: every
-            pair.
+        criterion: ``"sample"``: every pair is judged by itself; ``"class"``, as in the paper: pairs of classes, by the
+            mean over the rows at hand.
         estimator: for the last layer's gradient ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed
             inputs are forwarded, all N x M of them, or with policy ``permute`` only the N drawn. For the gradient with
             respect to all parameters ``"jvp"``: likewise, exactly; ``"sketch"``: sketched gradients of the rows are
@@ -762,7 +762,7 @@ class GradMix:
         model: nn.Module,
         buffer: RowSource,
         *,
-        criterion: Criterion = "class",
+        criterion: Criterion = "sample",
         estimator: Estimator | WholeEstimator = "feature",
         alpha: float = 1.0,
         threshold: float = 0.0,

@@ -209,7 +209,9 @@ def test_the_budget_goes_to_the_least_certain() -> None:
 
 def test_pairs_of_classes_are_checked_by_rows_of_these_classes() -> None:
     model, estimator = network(), SketchEstimator(rank=4, errors=1e6, budget=10_000, rows_per_class=400)
-    pairs = gradmix.select_pairs(model, BUFFER, BATCH, estimator=estimator, lam=LAM, generator=generator())
+    pairs = gradmix.select_pairs(
+        model, BUFFER, BATCH, criterion="class", estimator=estimator, lam=LAM, generator=generator()
+    )
     assert pairs.screening is not None and pairs.classes is not None
     gradients = true_pairs(model, BATCH, BATCH, LAM) @ true_reference(model, BUFFER)
     norms = true_pairs(model, BATCH, BATCH, LAM).norm(dim=2) * true_reference(model, BUFFER).norm()
@@ -273,7 +275,12 @@ def test_gradmix_keeps_reference_and_table(estimator: str, criterion: str) -> No
 def test_the_class_table_of_sketches_is_linear_in_lam() -> None:
     model = network()
     mixup = GradMix(
-        model, BUFFER, estimator=SketchEstimator(sketch="identity", budget=0), generator=generator(), class_samples=50
+        model,
+        BUFFER,
+        criterion="class",
+        estimator=SketchEstimator(sketch="identity", budget=0),
+        generator=generator(),
+        class_samples=50,
     )
     mixup.select(*BATCH)
     assert mixup.table is not None
@@ -288,10 +295,10 @@ def test_the_class_table_of_sketches_is_linear_in_lam() -> None:
 @pytest.mark.parametrize("estimator", ["jvp", "sketch"])
 def test_its_state_loads_with_weights_only(estimator: str, tmp_path: object) -> None:
     model = network()
-    first = GradMix(model, BUFFER, estimator=estimator, refresh=9, generator=generator())
+    first = GradMix(model, BUFFER, estimator=estimator, refresh=9, generator=generator(), criterion="class")
     first.select(*BATCH)
     torch.save(first.state_dict(), f"{tmp_path}/state.pt")
-    second = GradMix(model, BUFFER, estimator=estimator, refresh=9, generator=generator(5))
+    second = GradMix(model, BUFFER, estimator=estimator, refresh=9, generator=generator(5), criterion="class")
     second.load_state_dict(torch.load(f"{tmp_path}/state.pt", weights_only=True))
     a, b = first.select(*BATCH), second.select(*BATCH)
     assert torch.equal(a.partner, b.partner) and torch.equal(a.lam, b.lam)

@@ -123,7 +123,7 @@ def test_bad_input_is_named_by_the_next_call(cuda_graph: bool, monkeypatch: pyte
 def test_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     model, buffer = MLP().cuda(), on_gpu(rows(30, 3))
     batch = on_gpu(rows(8, 1))
-    expected = select_pairs(model, buffer, batch, generator=generator())
+    expected = select_pairs(model, buffer, batch, generator=generator(), criterion="class")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -139,7 +139,9 @@ def test_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_summary_waits_and_says_the_same() -> None:
     model, buffer, batch = MLP(), rows(12, 3), rows(9, 1)
-    known = select_pairs(model, buffer, batch, generator=generator()).summary()
-    found = select_pairs(model.cuda(), on_gpu(buffer), on_gpu(batch), generator=generator()).summary()
+    known = select_pairs(model, buffer, batch, generator=generator(), criterion="class").summary()
+    found = select_pairs(
+        model.cuda(), on_gpu(buffer), on_gpu(batch), generator=generator(), criterion="class"
+    ).summary()
     assert found == {name: pytest.approx(value, abs=1e-4) for name, value in known.items()}
     assert isinstance(gradmix.alignment_matrix(model, on_gpu(buffer), on_gpu(batch), lam=0.3).inner, Tensor)

@@ -45,7 +45,7 @@ def test_it_refreshes_when_it_says(criterion: str, refresh: object) -> None:
 
 def test_what_is_kept_is_the_reference_gradient() -> None:
     model, buffer = MLP(), filled()
-    mixup = GradMix(model, buffer, refresh=2)
+    mixup = GradMix(model, buffer, refresh=2, criterion="class")
     mixup(*rows(6, 1))
     first = mixup.reference
     torch.testing.assert_close(first, gradmix.reference_gradient(model, buffer))
@@ -67,7 +67,7 @@ def test_by_sample_it_selects_as_select_pairs_does() -> None:
 @pytest.mark.parametrize("estimator", ["feature", "mixed"])
 def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: str) -> None:
     model, calls = MLP(), []
-    mixup = GradMix(model, filled(40), refresh="epoch", estimator=estimator)
+    mixup = GradMix(model, filled(40), refresh="epoch", estimator=estimator, criterion="class")
     mixup(*rows(6, 1))
     model.register_forward_hook(lambda *_: calls.append(1))
     mixup(*rows(6, 2))
@@ -86,14 +86,14 @@ def test_only_mixed_inputs_keep_inputs_alive(monkeypatch: pytest.MonkeyPatch, es
 
     class_table = gradmix.selection.class_table
     monkeypatch.setattr(gradmix.selection, "class_table", spy)
-    mixup = GradMix(MLP(), filled(40), estimator=estimator)
+    mixup = GradMix(MLP(), filled(40), estimator=estimator, criterion="class")
     mixup(*rows(6, 1))
     mixup.select(*rows(6, 1), candidates=rows(5, 2))
     assert widths == [width, width]
 
 
 def test_choices_follow_the_kept_table() -> None:
-    mixup = GradMix(MLP(), filled(40))
+    mixup = GradMix(MLP(), filled(40), criterion="class")
     x, y = rows(30, 1)
     refused = 0
     for lam in (0.1, 0.5, 0.9):
@@ -106,7 +106,7 @@ def test_choices_follow_the_kept_table() -> None:
 
 
 def test_one_table_serves_every_weight() -> None:
-    mixup = GradMix(MLP(), filled(40), refresh="epoch")
+    mixup = GradMix(MLP(), filled(40), refresh="epoch", criterion="class")
     x, y = rows(30, 1)
     low, high = (mixup.select(x, y, lam=lam).alignment for lam in (0.05, 0.95))
     assert mixup.refreshes == 1 and not torch.equal(low, high)
@@ -118,7 +118,7 @@ def test_a_class_the_table_does_not_know_has_it_made_anew() -> None:
     x, y = rows(40, 3)
     buffer = ReplayBuffer(100)
     buffer.add(x[y < 2], y[y < 2])
-    mixup = GradMix(MLP(), buffer, refresh="epoch")
+    mixup = GradMix(MLP(), buffer, refresh="epoch", criterion="class")
     mixup(x[:6], y[:6] % 2)
     assert mixup.table.classes.tolist() == [0, 1]
     mixup(x[:6], torch.tensor([0, 1, 4, 4, 0, 1]))
@@ -129,7 +129,7 @@ def test_a_class_the_table_does_not_know_has_it_made_anew() -> None:
 
 def test_a_buffer_filled_later_is_noticed() -> None:
     buffer = ReplayBuffer(5)
-    mixup = GradMix(MLP(), buffer, refresh="epoch")
+    mixup = GradMix(MLP(), buffer, refresh="epoch", criterion="class")
     mixup(*rows(6, 1))
     assert mixup.reference is None and mixup.table is None
     assert mixup.pairs.helpful.all()
@@ -139,7 +139,7 @@ def test_a_buffer_filled_later_is_noticed() -> None:
 
 
 def test_foreign_candidates_join_the_table() -> None:
-    mixup = GradMix(MLP(), filled())
+    mixup = GradMix(MLP(), filled(), criterion="class")
     x, y = rows(6, 1)
     pairs = mixup.select(x, torch.zeros_like(y), candidates=(rows(4, 2)[0], torch.full((4,), 3)))
     assert {0, 3} <= set(mixup.table.classes.tolist())
@@ -184,14 +184,14 @@ def test_state_survives_saving_and_goes_on_identically(criterion: str) -> None:
 
 
 def test_a_fresh_state_can_be_saved_too() -> None:
-    mixup = GradMix(MLP(), filled())
-    other = GradMix(MLP(), filled())
+    mixup = GradMix(MLP(), filled(), criterion="class")
+    other = GradMix(MLP(), filled(), criterion="class")
     other.load_state_dict(mixup.state_dict())
     assert other.reference is None and other.table is None
 
 
 def test_a_wrong_state_changes_nothing() -> None:
-    mixup = GradMix(MLP(), filled())
+    mixup = GradMix(MLP(), filled(), criterion="class")
     mixup(*rows(6, 1))
     reference = mixup.reference
     with pytest.raises(ValueError, match=r"state: got the keys \['age'\], expected \['age', 'generator'"):
@@ -215,7 +215,7 @@ def test_bad_settings_are_named_at_once(change: dict, error: type[Exception], me
 
 
 def test_bad_rows_are_named_at_the_call() -> None:
-    mixup = GradMix(MLP(), filled(40), refresh="epoch")
+    mixup = GradMix(MLP(), filled(40), refresh="epoch", criterion="class")
     mixup(*rows(6, 1))
     x, y = rows(4, 2)
     x[1] = float("nan")

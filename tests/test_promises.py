@@ -75,7 +75,7 @@ class NoisyDataset(torch.utils.data.Dataset):
 
 CALLS: dict[str, Callable] = {
     "select_pairs": lambda model, buffer, batch: gradmix.select_pairs(model, buffer, batch).mix(),
-    "by sample": lambda model, buffer, batch: gradmix.select_pairs(model, buffer, batch, criterion="sample").mix(),
+    "by class": lambda model, buffer, batch: gradmix.select_pairs(model, buffer, batch, criterion="class").mix(),
     "mixed inputs": lambda model, buffer, batch: gradmix.select_pairs(model, buffer, batch, estimator="mixed").mix(),
     "noisy data set": lambda model, buffer, batch: gradmix.select_pairs(model, NoisyDataset(*buffer), batch).mix(),
     "shuffling loader": lambda model, buffer, batch: gradmix.select_pairs(
@@ -83,6 +83,7 @@ CALLS: dict[str, Callable] = {
     ).mix(),
     "empty buffer": lambda model, buffer, batch: gradmix.select_pairs(model, gradmix.ReplayBuffer(1), batch).mix(),
     "GradMix": lambda model, buffer, batch: gradmix.GradMix(model, buffer)(*batch),
+    "GradMix by class": lambda model, buffer, batch: gradmix.GradMix(model, buffer, criterion="class")(*batch),
     "reference_gradient": lambda model, buffer, batch: gradmix.reference_gradient(model, buffer),
     "alignment_matrix": lambda model, buffer, batch: gradmix.alignment_matrix(model, buffer, batch, lam=0.5),
     "sample_gradients": lambda model, buffer, batch: gradmix.sample_gradients(model, batch, rank=4, chunk_size=4),
@@ -145,7 +146,7 @@ def test_the_failures_above_do_happen() -> None:
 
 def test_a_refresh_that_fails_leaves_what_was_kept() -> None:
     model, buffer = Failing(), rows(8, 2)
-    mixup = gradmix.GradMix(model, buffer, generator=torch.Generator().manual_seed(0))
+    mixup = gradmix.GradMix(model, buffer, generator=torch.Generator().manual_seed(0), criterion="class")
     mixup(*rows(6, 1))
     reference, table, state = mixup.reference, mixup.table, mixup.state_dict()
     model.when = 2

@@ -194,7 +194,7 @@ def test_checks_now_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_new_class_is_left_alone_for_a_step_and_known_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
-    mixup = GradMix(MLP(), BUFFER, refresh="epoch", generator=generator())
+    mixup = GradMix(MLP(), BUFFER, refresh="epoch", generator=generator(), criterion="class")
     old = X, torch.tensor([0, 1, 0, 1, 0, 1])
     buffer = BUFFER[0], BUFFER[1].clamp(max=1)
     mixup._buffer = buffer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Train methods class-incrementally, over several seeds, and compare them.
 
-With nothing given, er, mixup and gradmix learn scikit-learn's digits."""
+With nothing given, er, mixup and both GradMix learn scikit-learn's digits."""
 
 
 def parse_train(args: list[str]) -> TrainConfig:

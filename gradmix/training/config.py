@@ -163,7 +163,7 @@ class MixConfig:
 class TrainConfig:
     """Class-incremental training with replay, by one or several methods over several seeds."""
 
-    methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix")
+    methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix", "gradmix-sample")
     """finetune: no replay; er: experience replay; a-gem: projected gradients; der++: replay with kept logits;
     autoaugment, randaugment, trivialaugment: replay, augmented by policy; mixup: replay, random partners;
     manifold-mixup, cutmix, remix, balanced-mixup: its kin; gradmix: partners selected by class pair; gradmix-sample:
