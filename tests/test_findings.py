@@ -127,6 +127,8 @@ def test_what_a_control_keeps(tmp_path: Path) -> None:
     assert line.endswith("(4 seeds). It mixed 50.0 % of the rows, not 75.0 %."), "the other refresh is another method"
     (line,) = controls_of(values_of(levels, tmp_path / "b"))
     assert line.endswith(" Both mixed 75.0 % of the rows.")
+    (line,) = controls_of(values_of(levels, tmp_path / "c", mixed=0.745))
+    assert line.endswith(" It mixed 74.5 % of the rows, as good as 75.0 %.")
 
 
 def test_no_share_of_a_gain_that_is_none(tmp_path: Path) -> None:

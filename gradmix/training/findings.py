@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _METRIC = "average_accuracy"
 _CONTROL = ("mix.control", "mix.control_rate")
+# Shares of rows mixed that differ by less count as one rate.
+_SAME_RATE = 0.01
 
 
 def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
@@ -149,7 +151,11 @@ def _rates(control: Row, method: Row) -> str:
     if math.isnan(control.mixed) or math.isnan(method.mixed):
         return ""
     mixed, others = _percent(control.mixed), _percent(method.mixed)
-    return f" Both mixed {mixed} of the rows." if mixed == others else f" It mixed {mixed} of the rows, not {others}."
+    if mixed == others:
+        return f" Both mixed {mixed} of the rows."
+    if abs(control.mixed - method.mixed) < _SAME_RATE:
+        return f" It mixed {mixed} of the rows, as good as {others}."
+    return f" It mixed {mixed} of the rows, not {others}."
 
 
 def signed(value: float) -> str:
