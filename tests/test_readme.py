@@ -13,9 +13,9 @@ import gradmix
 README = Path(__file__).parents[1] / "README.md"
 
 
-def blocks() -> list[str]:
-    """The Python blocks, without the indentation they have inside a list."""
-    found = re.findall(r"^( *)```python\n(.*?)^ *```", README.read_text(encoding="utf-8"), re.M | re.S)
+def blocks(language: str = "python") -> list[str]:
+    """The blocks of a language, without the indentation they have inside a list."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README.read_text(encoding="utf-8"), re.M | re.S)
     return ["\n".join(line.removeprefix(indent) for line in code.splitlines()) for indent, code in found]
 
 
@@ -52,3 +52,11 @@ def test_the_options_named_exist() -> None:
         for value in re.findall(r"`(\w+)`", table[option]):
             pairs = gradmix.select_pairs(MLP(), rows(6, 2), rows(4, 1), **{option: value})
             assert len(pairs) == 4
+
+
+def test_the_experiment_is_accepted() -> None:
+    from gradmix.training.experiments import from_yaml
+
+    (text,) = blocks("yaml")
+    experiment = from_yaml(text, "mine")
+    assert len(experiment.runs()) == 3 * 3 * 3 and len(experiment.differences) == 2

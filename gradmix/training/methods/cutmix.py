@@ -17,7 +17,8 @@ class CutMix(Mixing):
     """CutMix (Yun et al. 2019): one rectangle a step, taken from each row's random partner.
 
     lam ~ Beta(alpha, alpha). The rectangle has 1 - lam of the image's area and its centre anywhere in the image; what
-    would stick out is cut off. The label weight is the share of the image that the row kept, counted in pixels.
+    would stick out is cut off. The label weight is the share of the image that the row kept, counted in pixels. As the
+    other mixing methods do here it mixes in every step; the authors' code for CIFAR does so in every other one.
 
     Raises:
         ValueError: the rows are no images (N, C, H, W).
