@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_default_output_is_new_each_time(trained: Calls, tmp_path: Path) -> None
         assert run("train", "--methods", "er", "--seeds", "0") == 0
     names = sorted(p.name for p in (tmp_path / "runs").iterdir())
     assert len(names) == 2 and all(name.startswith("split-digits-2") for name in names)
+
+
+def test_a_package_that_a_method_needs_is_missed_at_once(
+    trained: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kornia", None)  # as if it were not installed
+    assert run("train", "--methods", "er", "randaugment", "--output", "out") == 2
+    assert "pip install 'gradmix[policies]'" in error_of(capsys)
+    assert trained == [] and not Path("out").exists()
 
 
 def test_a_draft_left_by_a_killed_process_takes_no_folder(trained: Calls) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +248,13 @@ def test_errors_take_one_line(
     for part in parts:
         assert part in line
     assert trained == [] and {p.name for p in Path().iterdir()} == before, "nothing is written"
+
+
+def test_a_package_that_an_arm_needs_is_missed_before_anything_is_run(
+    trained: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kornia", None)  # as if it were not installed
+    Path("mine.yaml").write_text(TEXT.replace("method: mixup", "method: trivialaugment-mixup"))
+    assert run("mine.yaml", "--output", "out") == 2
+    assert "pip install 'gradmix[policies]'" in capsys.readouterr().err
+    assert trained == [] and not Path("out").exists()

@@ -67,6 +67,7 @@ def main(args: list[str]) -> int:
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
     from gradmix.training import running
     from gradmix.training.environment import pick_device
+    from gradmix.training.methods import METHODS
 
     root = output / _RUNS
     todo = [run for run in runs if running.state_of(run, root) != "complete"]
@@ -77,6 +78,8 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
             # What would fail every run is told before the first, and leaves no report of failures.
             for device in dict.fromkeys(run.config.device for run in todo):
                 pick_device(device)
+            for method in dict.fromkeys(run.method for run in todo):
+                METHODS[method].check_installed()
             running.check_data(todo)
             with interruption.deferred():
                 with Reporter(len(todo), max(len(run.label) for run in runs)) as reporter:

@@ -34,10 +34,13 @@ def main(args: list[str]) -> int:
 
     from gradmix.training.benchmarks import resolve, stream_of
     from gradmix.training.config import check
+    from gradmix.training.methods import METHODS
     from gradmix.training.results import save_config
 
     check(config)
     config = resolve(config)
+    for method in config.methods:
+        METHODS[method].check_installed()
     if resumed is None:
         config = replace(config, output=_new_output(config))
     assert config.output is not None

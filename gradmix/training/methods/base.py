@@ -115,6 +115,14 @@ class Method(ABC):
         """Called before every epoch."""
 
     @classmethod
+    def check_installed(cls) -> None:  # noqa: B027 - as start_epoch
+        """Look for the packages the method needs besides those of training.
+
+        Raises:
+            ModuleNotFoundError: one is not installed; the message names the extra that brings it.
+        """
+
+    @classmethod
     def settled(cls, config: TrainConfig) -> TrainConfig:
         """``config`` with the method's own values where it leaves them to the method."""
         return config

@@ -103,8 +103,12 @@ class PolicyAugmented(Wrapping):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        require_kornia()
+        self.check_installed()
         self._range_checked = False
+
+    @classmethod
+    def check_installed(cls) -> None:
+        require_kornia()
 
     def loss(self, rows: StepRows) -> Tensor:
         with self.context.clock("data"):
