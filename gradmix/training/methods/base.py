@@ -114,8 +114,8 @@ class Method(ABC):
     def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
         """Called before every epoch."""
 
-    @classmethod
-    def check_installed(cls) -> None:  # noqa: B027 - as start_epoch
+    @classmethod  # noqa: B027 - as start_epoch
+    def check_installed(cls) -> None:
         """Look for the packages the method needs besides those of training.
 
         Raises:
