@@ -297,17 +297,19 @@ def test_resolve_keeps_what_the_user_said():
 
 
 SIZES = {
-    "MNIST, per class": ("split-mnist", "class", 32),
-    "MNIST, total": ("split-mnist", "reservoir", 320),
-    "CIFAR-100, total": ("split-cifar100", "reservoir", 2000),
-    "CIFAR-100, per class": ("split-cifar100", "class", 20),
+    "MNIST, per class": ("split-mnist", "class", None, 32),
+    "MNIST, total": ("split-mnist", "reservoir", None, 320),
+    "MNIST, total of two tasks": ("split-mnist", "reservoir", 2, 128),
+    "CIFAR-100, total": ("split-cifar100", "reservoir", None, 2000),
+    "CIFAR-100, per class": ("split-cifar100", "class", None, 20),
+    "CIFAR-100, per class of four tasks": ("split-cifar100", "class", 4, 50),
 }
 
 
 @pytest.mark.parametrize("case", SIZES)
 def test_a_size_follows_the_meaning_of_the_policy(case):
-    name, policy, size = SIZES[case]
-    config = TrainConfig(data=DataConfig(benchmark=name), replay=ReplayConfig(policy=policy))
+    name, policy, tasks, size = SIZES[case]
+    config = TrainConfig(data=DataConfig(benchmark=name, tasks=tasks), replay=ReplayConfig(policy=policy))
     assert resolve(config).replay.size == size
 
 

@@ -343,7 +343,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     # The protocol's size is meant for its own policy: a size per class says nothing about a total.
     size = protocol.buffer_size
     if config.replay.policy is not None and (config.replay.policy == "class") != (protocol.buffer_policy == "class"):
-        classes = protocol.tasks * protocol.classes_per_task
+        classes = (config.data.tasks or protocol.tasks) * protocol.classes_per_task
         size = max(1, size // classes) if config.replay.policy == "class" else size * classes
     replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
     data = _filled(config.data, normalise=protocol.normalise)
