@@ -18,7 +18,7 @@ from gradmix import cli
 from gradmix.cli.experiment import _watcher
 from gradmix.cli.progress import Reporter
 from gradmix.training import experiments, trainer
-from gradmix.training.findings import signed
+from gradmix.training.cells import signed
 from gradmix.training.results import RunResult
 
 TEXT = """

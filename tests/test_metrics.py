@@ -159,3 +159,12 @@ def test_bad_values(case):
     call, message = BAD_VALUES[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.5, NAN, 1.0], 0.75), ([0.0], 0.0), ([], NAN), ([NAN, NAN], NAN)],
+    ids=["some known", "one", "none", "none known"],
+)
+def test_known_mean(values: list[float], expected: float) -> None:
+    assert metrics.known_mean(values) == pytest.approx(expected, nan_ok=True)

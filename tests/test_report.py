@@ -268,7 +268,7 @@ def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
     values = made(text, tmp_path)
     page = Page(report.to_html(values))
     assert len(page.tables[0]) == 31
-    figures = {b.name: b.figure for b in report._document(values) if isinstance(b, Picture)}
+    figures = {b.name: b.figure for b in report._document(values, *report.summarise(values)) if isinstance(b, Picture)}
     assert float(figures["average_accuracy"].get_figheight()) > 8
     lines = {line.get_label() for line in figures["after_tasks"].axes[0].lines}
     assert lines == {f"arm number {k}" for k in range(4)}, "only those that are compared"
@@ -361,7 +361,11 @@ def test_svg_is_the_same_each_time() -> None:
 
 
 def test_published_figures_are_starred(values: dict[str, Any]) -> None:
-    (figure,) = [b.figure for b in report._document(values) if isinstance(b, Picture) and b.name == "average_accuracy"]
+    (figure,) = [
+        b.figure
+        for b in report._document(values, *report.summarise(values))
+        if isinstance(b, Picture) and b.name == "average_accuracy"
+    ]
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     stars = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets()) == 1]
     assert [tuple(np.asarray(star.get_offsets())[0]) for star in stars] == [(0.896, labels.index("mixup"))]

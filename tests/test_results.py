@@ -298,6 +298,17 @@ def test_different_settings_get_rows_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"checkpoint": 0.0}, {"device": "cuda:0"}, {"threads": 3}, {"output": Path("x")}],
+    ids=["checkpoints", "device", "threads", "folder"],
+)
+def test_circumstances_make_no_row_of_their_own(changes: dict[str, Any]) -> None:
+    here, there = make_result("er", 0), make_result("er", 1)
+    (row,) = tables.summarise([here, replace(there, config=replace(there.config, **changes))]).rows
+    assert (row.label, row.seeds) == ("er", (0, 1))
+
+
+@pytest.mark.parametrize(
     ("results", "expected"),
     [
         ([], "no run"),

@@ -166,6 +166,7 @@ def _write(
 
 def _say(values: dict[str, Any], folder: Path) -> None:
     from gradmix.training import report
+    from gradmix.training.cells import difference, interval, probability
     from gradmix.training.tables import SHOWN
 
     rows, differences = report.summarise(values)
@@ -174,15 +175,15 @@ def _say(values: dict[str, Any], folder: Path) -> None:
         width = max(len(row.label) for row in rows)
         print(f"{'':<{width}}  {'average accuracy':<18}{'final accuracy':<18}{'forgetting':<18}seeds")
         for row in rows:
-            cells = (_plus_minus(row.metrics[name].mean, row.metrics[name].half_width) for name in SHOWN)
+            cells = (interval(row.metrics[name], "{mean:.3f} ± {half:.3f}") for name in SHOWN)
             print(f"{row.label:<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
         print("mean ± half of its 95 % t-interval")
     if differences:
         width = max(len(d.label) for d in differences)
         print(f"\n{'average accuracy, paired':<{width}}  {'difference':<18}{'p, Holm':<10}seeds")
         for d in differences:
-            mean, _, half = d.metrics["average_accuracy"]
-            print(f"{d.label:<{width}}  {_signed(mean, half):<18}{_probability(d.holm):<10}{len(d.seeds)}")
+            apart = difference(d.metrics["average_accuracy"])
+            print(f"{d.label:<{width}}  {apart:<18}{probability(d.holm):<10}{len(d.seeds)}")
         print("* where the 95 % t-interval leaves out 0")
     if values["missing"]:
         print(f"{len(values['missing'])} of {len(values['missing']) + len(values['runs'])} runs are missing")
@@ -245,24 +246,6 @@ def _again_command(command: str, options: Any) -> str:
         if value is not None:
             words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
     return " ".join([*words, f"--jobs {options.jobs}"] if options.jobs > 1 else words)
-
-
-def _plus_minus(mean: float, half: float) -> str:
-    if mean != mean:
-        return "-"
-    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
-
-
-def _signed(mean: float, half: float) -> str:
-    from gradmix.training.findings import signed
-
-    if mean != mean:
-        return "-"
-    return signed(mean) if half != half else f"{signed(mean)} ± {half:.3f}{' *' if abs(mean) > half else ''}"
-
-
-def _probability(p: float) -> str:
-    return "-" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -220,17 +220,26 @@ def from_yaml(text: str) -> TrainConfig:
     Raises:
         ValueError: The text is no YAML mapping, or :func:`from_dict` refuses it.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"no valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text)
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ValueError(f"got {_show(values)} at the top, expected a mapping of {_names(TrainConfig)}")
     return from_dict(values)
+
+
+def parse_yaml(text: str) -> Any:
+    """Reads plain values from YAML.
+
+    Raises:
+        ValueError: The text is no YAML; the message, of one line, says where.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"no valid YAML: {' '.join(str(error).split())}") from error
 
 
 def load_config(path: str | Path) -> TrainConfig:

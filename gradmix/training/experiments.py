@@ -16,8 +16,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-from gradmix.training.config import MethodName, TrainConfig, from_dict, to_dict
-from gradmix.training.trainer import CIRCUMSTANCES, settled
+from gradmix.training.cells import setting
+from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
+from gradmix.training.settings import distinguishing
+from gradmix.training.trainer import settled
 
 SECTIONS = ("data", "optim", "replay", "mix")
 """Parts of a configuration that an arm may set."""
@@ -130,7 +132,7 @@ class Experiment:
     @property
     def points(self) -> tuple[dict[str, Any], ...]:
         """The combinations of the varied values; one empty one if nothing is varied."""
-        return tuple(dict(zip(self.vary, values, strict=True)) for values in product(*self.vary.values()))
+        return points_of(self.vary)
 
     def narrowed(self, seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Experiment:
         """The same with other seeds, or with some of the arms; differences and references of the others go.
@@ -178,6 +180,16 @@ class Experiment:
         )
 
 
+def points_of(vary: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
+    """The combinations of values by key, the last key's changing first; one empty one if there is no key.
+
+    Example:
+        >>> points_of({"replay.size": [2, 8]})
+        ({'replay.size': 2}, {'replay.size': 8})
+    """
+    return tuple(dict(zip(vary, values, strict=True)) for values in product(*vary.values()))
+
+
 def label_of(arm: str, values: Mapping[str, Any]) -> str:
     """The name of an arm at some varied values.
 
@@ -185,7 +197,7 @@ def label_of(arm: str, values: Mapping[str, Any]) -> str:
         >>> label_of("er", {"replay.size": 8})
         'er, replay.size 8'
     """
-    return ", ".join([arm, *(f"{key} {_plainly(value)}" for key, value in values.items())])
+    return ", ".join([arm, *(f"{key} {setting(value, ',')}" for key, value in values.items())])
 
 
 def content_hash(config: TrainConfig) -> str:
@@ -195,8 +207,7 @@ def content_hash(config: TrainConfig) -> str:
     what is off (null, false or ``none``): so a feature added later, which is off in all runs made before, leaves their
     hashes as they are, and a default that changes later does not give its name to runs made under the former.
     """
-    flat = flatten(to_dict(config))
-    told = {k: v for k, v in flat if k not in CIRCUMSTANCES and not (v is None or v is False or v == "none")}
+    told = {k: v for k, v in distinguishing(config).items() if not (v is None or v is False or v == "none")}
     told["method"] = config.methods[0]
     text = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
@@ -206,22 +217,9 @@ def protocol(runs: Iterable[Run]) -> dict[str, Any]:
     """The settings that all runs have in common, by key and as plain values; circumstances left out."""
     common: dict[str, Any] | None = None
     for run in runs:
-        flat = {key: value for key, value in flatten(to_dict(run.config)) if key not in CIRCUMSTANCES}
+        flat = distinguishing(run.config)
         common = flat if common is None else {k: v for k, v in common.items() if flat[k] == v}
     return common or {}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested dictionaries as pairs of a dotted key and a value.
-
-    Example:
-        >>> flatten({"mix": {"alpha": 1.0}, "device": "cpu"})
-        [('mix.alpha', 1.0), ('device', 'cpu')]
-    """
-    flat: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        flat += flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return flat
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -271,12 +269,7 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
     Raises:
         ValueError: Naming the key, what came and what is expected.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"no valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text)
     _mapping(values, "the top", _KEYS)
     if name in ("", "runs") or name.startswith("."):
         raise ValueError(f"name: got {name!r}, expected one that can be a folder beside 'runs'")
@@ -424,7 +417,3 @@ def _string(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: got {value!r}, expected a text")
     return value.strip()
-
-
-def _plainly(value: Any) -> str:
-    return "default" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)

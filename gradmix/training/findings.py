@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmix.training.cells import percent, probability, signed
 from gradmix.training.experiments import label_of
 from gradmix.training.metrics import mean_interval
 from gradmix.training.significance import Ratio, ratio_interval
@@ -107,7 +108,8 @@ def _comparison(d: Difference, kind: str) -> str:
     if kind == "not":
         low, high = signed(mean - half), signed(mean + half)
         return f"{first} and {second}{where}: {signed(mean)} ± {half:.3f} ({seeds}), anything from {low} to {high}."
-    p = f", Holm's {_probability(d.holm)}" if kind == "alone" else ""
+    # By itself only: so Holm's p is known, and 0.05 or above.
+    p = f", Holm's p = {probability(d.holm)}" if kind == "alone" else ""
     return (
         f"{first} is {'above' if mean > 0 else 'below'} {second} by {abs(mean):.3f} ± {half:.3f} ({seeds}{where}{p})."
     )
@@ -150,7 +152,7 @@ def _rates(control: Row, method: Row) -> str:
     """How much either mixed: a control that mixes another share of the rows controls for less."""
     if math.isnan(control.mixed) or math.isnan(method.mixed):
         return ""
-    mixed, others = _percent(control.mixed), _percent(method.mixed)
+    mixed, others = percent(control.mixed), percent(method.mixed)
     if mixed == others:
         return f" Both mixed {mixed} of the rows."
     if abs(control.mixed - method.mixed) < _SAME_RATE:
@@ -158,18 +160,5 @@ def _rates(control: Row, method: Row) -> str:
     return f" It mixed {mixed} of the rows, not {others}."
 
 
-def signed(value: float) -> str:
-    """A figure with its sign and three decimals, as ``+0.020`` or ``−0.003``."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _probability(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def _share(value: float) -> str:
     return f"{100 * value:.0f} %".replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

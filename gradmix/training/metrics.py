@@ -206,6 +206,17 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     return Interval(mean, std, float(t.ppf((1.0 + confidence) / 2.0, n - 1)) * std / math.sqrt(n))
 
 
+def known_mean(values: Sequence[float]) -> float:
+    """The mean of those values that are not NaN; NaN if there is none.
+
+    Example:
+        >>> known_mean([0.5, math.nan, 1.0])
+        0.75
+    """
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
+
+
 def paired_difference(
     a: Sequence[float] | npt.NDArray[np.float64],
     b: Sequence[float] | npt.NDArray[np.float64],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gradmix.training import cells
 from gradmix.training.metrics import Interval, mean_interval
 from gradmix.training.results import AlignmentRecord, RunResult, metric_values, task_names
+from gradmix.training.whole_files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,9 +285,8 @@ def forest(
         told = abs(interval.mean) > interval.half_width
         colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _GREY
         _interval(axes, place, interval, colour, told and (sure is None or sure[place]))
-        low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
-        text = f"{interval.mean:+.3f}" if math.isnan(low) else f"{interval.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        _beside(axes, place, text.replace("-", "−"))
+        text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")
+        _beside(axes, place, text)
     return figure
 
 
@@ -386,15 +386,10 @@ def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path = Path(path)
-    staging = path.with_name(f".{path.name}.part")
     FigureCanvasAgg(figure)
-    try:
+    with replacing(Path(path)) as staging:
         # Without the writer's name and version, the same run gives the same bytes.
         figure.savefig(staging, format="png", dpi=_DPI, metadata={"Software": None})
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from gradmix.training import document, findings, metrics, plots
+from gradmix.training import cells, document, findings, metrics, plots
 from gradmix.training.config import to_dict
 from gradmix.training.document import Block, Code, Heading, Items, Picture, Table, Text
-from gradmix.training.experiments import Experiment, Run, flatten, label_of, protocol
-from gradmix.training.metrics import Interval, mean_interval, paired_difference
-from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_run, metric_values, to_json
+from gradmix.training.experiments import Experiment, Run, label_of, points_of, protocol
+from gradmix.training.metrics import Interval, known_mean, mean_interval, paired_difference
+from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_run, metric_values, number, to_json
 from gradmix.training.running import RUNS_AT_A_TIME, state_of
+from gradmix.training.settings import flatten
 from gradmix.training.significance import holm, paired_p_value
 from gradmix.training.tables import SHOWN
+from gradmix.training.whole_files import write_text
 
 FORMAT = 1
 """Version of what ``results.json`` holds."""
@@ -37,6 +38,7 @@ _KEYS = (
 # Plots stay legible up to these numbers of rows and lines.
 _DOTS_UP_TO, _LINES_UP_TO = 80, 8
 _MIB = 2**20
+_RESULT = "{mean:.3f} ± {std:.3f} [{low:.3f}, {high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,11 @@ def summarise(values: Mapping[str, Any]) -> tuple[list[Row], list[Difference]]:
         if key not in rows:
             members = tuple(r for r in values["runs"] if _place(r["arm"], r["values"]) == key)
             rows[key] = _row(run["arm"], run["values"], members)
-    order = [_place(arm["name"], point) for arm in values["arms"] for point in _points(values["vary"])]
+    order = [_place(arm["name"], point) for arm in values["arms"] for point in points_of(values["vary"])]
     ordered = [rows[key] for key in order if key in rows]
     found = []
     for first, second in values["differences"]:
-        for point in _points(values["vary"]):
+        for point in points_of(values["vary"]):
             a, b = rows.get(_place(first, point)), rows.get(_place(second, point))
             if a is not None and b is not None:
                 found += _difference(a, b)
@@ -236,8 +238,8 @@ def _row(arm: str, point: Mapping[str, Any], runs: tuple[Mapping[str, Any], ...]
         arm=arm,
         values=dict(point),
         runs=runs,
-        metrics={name: mean_interval([_number(run["metrics"][name]) for run in runs]) for name in METRIC_LABELS},
-        mixed=_mean([_mixed(run["mixed_share"]) for run in runs]),
+        metrics={name: mean_interval([number(run["metrics"][name]) for run in runs]) for name in METRIC_LABELS},
+        mixed=known_mean([_mixed(run["mixed_share"]) for run in runs]),
         step_ms=_median(steps),
         step_range=(min(steps), max(steps)),
         shares={
@@ -254,7 +256,7 @@ def _difference(a: Row, b: Row) -> list[tuple[Row, Row, tuple[int, ...], dict[st
     if not seeds:
         return []
     intervals = {
-        name: paired_difference([_number(left[s][name]) for s in seeds], [_number(right[s][name]) for s in seeds])
+        name: paired_difference([number(left[s][name]) for s in seeds], [number(right[s][name]) for s in seeds])
         for name in METRIC_LABELS
     }
     return [(a, b, seeds, intervals, paired_p_value(intervals["average_accuracy"], len(seeds)))]
@@ -272,15 +274,8 @@ def _on_cpu(runs: Sequence[Mapping[str, Any]]) -> bool:
 
 def _mixed(shares: Sequence[float | None]) -> float:
     # In the first task there is nothing to select by, and every row is mixed.
-    later = [_number(v) for v in (shares[1:] or shares)]
-    return _mean(later)
-
-
-def _points(vary: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    points: list[dict[str, Any]] = [{}]
-    for key, listed in vary.items():
-        points = [point | {key: value} for point in points for value in listed]
-    return points
+    later = [number(v) for v in (shares[1:] or shares)]
+    return known_mean(later)
 
 
 def _place(arm: str, point: Mapping[str, Any]) -> tuple[str, str]:
@@ -290,8 +285,7 @@ def _place(arm: str, point: Mapping[str, Any]) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------------------------- the document
 
 
-def _document(values: Mapping[str, Any]) -> list[Block]:
-    rows, differences = summarise(values)
+def _document(values: Mapping[str, Any], rows: list[Row], differences: list[Difference]) -> list[Block]:
     planned = len(values["runs"]) + len(values["missing"])
     blocks: list[Block] = [Heading(values["title"], 1)]
     if values["about"]:
@@ -329,9 +323,9 @@ def _results(values: Mapping[str, Any], rows: list[Row]) -> list[Block]:
     body = [
         [
             row.arm,
-            *(_short(row.values[key]) for key in vary),
-            *(_figure_of(row.metrics[name]) for name in SHOWN),
-            _percent(row.mixed),
+            *(cells.setting(row.values[key]) for key in vary),
+            *(cells.interval(row.metrics[name], _RESULT, minus="−") for name in SHOWN),
+            cells.percent(row.mixed),
             str(len(row.runs)),
         ]
         for row in rows
@@ -378,10 +372,10 @@ def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> li
     body = [
         [
             f"{d.arm} − {d.minus}",
-            *(_short(d.values[key]) for key in vary),
-            *(_signed(d.metrics[name]) for name in SHOWN),
-            _probability(d.p),
-            _probability(d.holm),
+            *(cells.setting(d.values[key]) for key in vary),
+            *(cells.difference(d.metrics[name]) for name in SHOWN),
+            cells.probability(d.p),
+            cells.probability(d.holm),
             str(len(d.seeds)),
         ]
         for d in differences
@@ -399,7 +393,7 @@ def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> li
         "0.05."
     )
     alt = "Differences of average accuracy. " + "; ".join(
-        f"{d.label}: {_signed(d.metrics['average_accuracy'])}" for d in differences
+        f"{d.label}: {cells.difference(d.metrics['average_accuracy'])}" for d in differences
     )
     picture = Picture(
         "differences",
@@ -431,10 +425,10 @@ def _costs(rows: list[Row]) -> list[Block]:
         body.append(
             [
                 row.label,
-                _decimal(row.step_ms),
-                " to ".join(map(_decimal, row.step_range)) if len(row.runs) > 1 else "-",
+                cells.decimal(row.step_ms),
+                " to ".join(map(cells.decimal, row.step_range)) if len(row.runs) > 1 else "-",
                 f"{row.step_ms / unit:.2f}" if row.step_ms > 0 and unit > 0 else "-",
-                *(_percent(row.shares[name]) for name in ("selection", "forward_backward", "data")),
+                *(cells.percent(row.shares[name]) for name in ("selection", "forward_backward", "data")),
                 f"{'≤ ' if _on_cpu(row.runs) else ''}{row.peak_memory / _MIB:.0f}" if row.peak_memory else "-",
             ]
         )
@@ -456,7 +450,7 @@ def _costs(rows: list[Row]) -> list[Block]:
 
 
 def _meaning(values: Mapping[str, Any]) -> list[Block]:
-    vary = {key: " / ".join(map(_short, listed)) for key, listed in values["vary"].items()}
+    vary = {key: " / ".join(map(cells.setting, listed)) for key, listed in values["vary"].items()}
     blocks: list[Block] = [
         Heading("Protocol"),
         Table("Arms: method, and what each sets.", ["arm", "method", "settings"], _arms(values), 3),
@@ -534,7 +528,7 @@ def _panels(values: Mapping[str, Any], rows: list[Row]) -> dict[str, dict[str, l
     if not second:
         return {METRIC_LABELS[name]: {arm: line(arm, name, {}) for arm in arms} for name in SHOWN}
     return {
-        f"average accuracy, {second[0]} {_short(value)}": {
+        f"average accuracy, {second[0]} {cells.setting(value)}": {
             arm: line(arm, "average_accuracy", {second[0]: value}) for arm in arms
         }
         for value in values["vary"][second[0]]
@@ -550,13 +544,13 @@ def _shared(common: Mapping[str, Any]) -> list[list[str]]:
         if value is None:
             unset.append(name)
         else:
-            put.append(f"{name} {_short(value)}")
+            put.append(f"{name} {cells.setting(value)}")
     return [[name or "the run", *(", ".join(part) or "-" for part in parts)] for name, parts in sections.items()]
 
 
 def _arms(values: Mapping[str, Any]) -> list[list[str]]:
     return [
-        [arm["name"], arm["method"], ", ".join(f"{k} {_short(v)}" for k, v in arm["settings"].items()) or "-"]
+        [arm["name"], arm["method"], ", ".join(f"{k} {cells.setting(v)}" for k, v in arm["settings"].items()) or "-"]
         for arm in values["arms"]
     ]
 
@@ -578,12 +572,12 @@ def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def to_markdown(values: Mapping[str, Any]) -> str:
     """Renders the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
-    return document.to_markdown(_document(values))
+    return document.to_markdown(_document(values, *summarise(values)))
 
 
 def to_html(values: Mapping[str, Any]) -> str:
     """Renders the report as one HTML page that needs nothing else, light or dark as the reader has it."""
-    return document.to_html(_document(values))
+    return document.to_html(_document(values, *summarise(values)))
 
 
 def write(values: Mapping[str, Any], folder: str | Path) -> Path:
@@ -598,9 +592,10 @@ def write(values: Mapping[str, Any], folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = _document(values)
+    rows, differences = summarise(values)
+    blocks = _document(values, rows, differences)
     files = {
-        "results.json": to_json({key: values[key] for key in _KEYS} | {"summary": _summary(values)}),
+        "results.json": to_json({key: values[key] for key in _KEYS} | {"summary": _summary(rows, differences)}),
         "report.html": document.to_html(blocks),
         "report.md": document.to_markdown(blocks),
     }
@@ -612,17 +607,11 @@ def write(values: Mapping[str, Any], folder: str | Path) -> Path:
         if left.stem in ("average_accuracy", "after_tasks", "varied", "differences") and left.name not in files:
             left.unlink()
     for name, text in files.items():
-        staging = folder / f".{name}.part"
-        try:
-            staging.write_text(text, encoding="utf-8")
-            os.replace(staging, folder / name)
-        finally:
-            staging.unlink(missing_ok=True)
+        write_text(folder / name, text)
     return folder
 
 
-def _summary(values: Mapping[str, Any]) -> dict[str, Any]:
-    rows, differences = summarise(values)
+def _summary(rows: Sequence[Row], differences: Sequence[Difference]) -> dict[str, Any]:
     return {
         "confidence": 0.95,
         "formulas": {name: metrics.FORMULAS[name] for name in METRIC_LABELS},
@@ -653,69 +642,16 @@ def _summary(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- cells
+# ---------------------------------------------------------------------------------------------------- the runs' numbers
 
 
 def _values(row: Row, metric: str) -> list[float]:
-    found = [_number(run["metrics"][metric]) for run in row.runs]
+    found = [number(run["metrics"][metric]) for run in row.runs]
     return [value for value in found if not math.isnan(value)]
 
 
-def _figure_of(interval: Interval) -> str:
-    if math.isnan(interval.mean):
-        return "-"
-    if math.isnan(interval.half_width):
-        return f"{interval.mean:.3f}".replace("-", "−")
-    low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
-    return f"{interval.mean:.3f} ± {interval.std:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
-
-
-def _signed(interval: Interval) -> str:
-    if math.isnan(interval.mean):
-        return "-"
-    if math.isnan(interval.half_width):
-        return findings.signed(interval.mean)
-    star = " *" if abs(interval.mean) > interval.half_width else ""
-    return f"{findings.signed(interval.mean)} ± {interval.half_width:.3f}{star}"
-
-
-def _probability(p: float) -> str:
-    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _decimal(value: float) -> str:
-    return (
-        "-"
-        if math.isnan(value)
-        else f"{value:.2f}"
-        if value < 10
-        else f"{value:.1f}"
-        if value < 100
-        else f"{value:.0f}"
-    )
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "default"
-    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
-
-
 def _share(part: float | None, whole: float | None) -> float:
-    return _number(part) / whole if whole else math.nan
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan
+    return number(part) / whole if whole else math.nan
 
 
 def _median(values: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gradmix.training import metrics
 from gradmix.training.config import MethodName, TrainConfig, load_config, to_yaml
+from gradmix.training.whole_files import write_text
 
 Status = Literal["complete", "interrupted"]
 
@@ -280,7 +281,7 @@ def load_runs(folder: str | Path) -> dict[Path, RunResult]:
 
 def save_config(config: TrainConfig, folder: str | Path) -> None:
     """Writes the ``config.yaml`` of several runs into their common folder."""
-    _write(Path(folder) / "config.yaml", _config_text(config))
+    write_text(Path(folder) / "config.yaml", _config_text(config))
 
 
 def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
@@ -294,16 +295,19 @@ def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
     folder = Path(folder)
     summary = tables.summarise(results)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "summary.json", to_json(tables.to_json_dict(summary)))
-    _write(folder / "summary.md", tables.to_markdown(summary))
-    picture = folder / ".compare.png"
-    plots.save(plots.compare(results), picture)
-    os.replace(picture, folder / "compare.png")
+    write_text(folder / "summary.json", to_json(tables.to_json_dict(summary)))
+    write_text(folder / "summary.md", tables.to_markdown(summary))
+    plots.save(plots.compare(results), folder / "compare.png")
 
 
 def to_json(value: Any) -> str:
     """Renders plain values as strict JSON: numbers that are not finite become null, flat lists take one line."""
     return _json(value, "") + "\n"
+
+
+def number(value: float | None) -> float:
+    """A number as :func:`to_json` writes it: null, which is None here, stands for one that is not known."""
+    return math.nan if value is None else float(value)
 
 
 def _json(value: Any, indent: str) -> str:
@@ -383,21 +387,21 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         timing=Timing(
             steps=int(timing["steps"]),
             **{
-                name: _number(timing[name])
+                name: number(timing[name])
                 for name in ("seconds_total", "seconds_step", "seconds_selection", "seconds_evaluation")
             },
-            seconds_data=_number(timing.get("seconds_data")),
+            seconds_data=number(timing.get("seconds_data")),
             peak_memory_bytes=int(timing.get("peak_memory_bytes", 0)),
         ),
         config=config,
-        mixed_share=tuple(_number(v) for v in values["mixed_share"]),
+        mixed_share=tuple(number(v) for v in values["mixed_share"]),
         alignments=tuple(
             AlignmentRecord(
                 task=int(record["task"]),
                 classes=np.asarray(record["classes"], dtype=np.int64),
                 cosine=_array(record["cosine"]),
                 helpful=np.asarray(record["helpful"], dtype=np.bool_),
-                threshold=_number(record["threshold"]),
+                threshold=number(record["threshold"]),
             )
             for record in values["alignments"]
         ),
@@ -411,12 +415,8 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     return str(values[key])
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _array(rows: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    return np.array([[_number(v) for v in row] for row in rows], dtype=np.float64).reshape(len(rows), -1)
+    return np.array([[number(v) for v in row] for row in rows], dtype=np.float64).reshape(len(rows), -1)
 
 
 def _accuracy_csv(result: RunResult) -> str:
@@ -435,12 +435,6 @@ def _config_text(config: TrainConfig) -> str:
     if data.data_dir.exists():
         data = replace(data, data_dir=data.data_dir.absolute())
     return "# Run again with: gradmix train --config FILE\n" + to_yaml(replace(config, data=data, output=None))
-
-
-def _write(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _umask() -> int:

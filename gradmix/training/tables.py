@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from gradmix.training import metrics
-from gradmix.training.config import TrainConfig, to_dict
+from gradmix.training import cells, metrics
 from gradmix.training.metrics import Interval
 from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
+from gradmix.training.settings import distinguishing
 
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting")
 """The metrics that have a column."""
 
 # All pairs of six rows are fifteen lines; beyond that only the differences to the first row are shown.
 _ALL_PAIRS_UP_TO = 6
-# Settings that do not change what is learnt.
-_CIRCUMSTANCES = ("methods", "seeds", "output", "device", "threads", "data.data_dir")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
         if len(set(found)) > 1:
             listed = ", ".join(map(str, dict.fromkeys(found)))
             raise ValueError(f"runs of different {name} cannot be compared: {listed}")
-    settings = [_settings(r.config) for r in results]
+    settings = [distinguishing(r.config) for r in results]
     groups: dict[str, list[RunResult]] = {}
     for result, own in zip(results, settings, strict=True):
         others = [s for r, s in zip(results, settings, strict=True) if r.method == result.method]
@@ -122,8 +120,8 @@ def summarise(results: Sequence[RunResult]) -> Summary:
                 metrics={
                     name: metrics.mean_interval([v[name] for v in values[label].values()]) for name in METRIC_LABELS
                 },
-                step_ms=_mean([r.timing.step_ms for r in complete]),
-                selection_share=_mean([r.timing.selection_share for r in complete]),
+                step_ms=metrics.known_mean([r.timing.step_ms for r in complete]),
+                selection_share=metrics.known_mean([r.timing.selection_share for r in complete]),
             )
         )
     labels = list(values)
@@ -148,7 +146,9 @@ def summarise(results: Sequence[RunResult]) -> Summary:
 def to_text(summary: Summary, width: int = 80) -> str:
     """Renders the tables as plain text, at most ``width`` columns wide where the labels allow it."""
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
-    blocks = [_text_table(*_result_cells(summary, "{:.3f} ± {:.3f}\n95 %: ± {:.3f}", "{:.3f}"))] if summary.rows else []
+    blocks = []
+    if summary.rows:
+        blocks.append(_text_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f}\n95 %: ± {half:.3f}")))
     blocks.append("\n".join(wrap.fill(line) for line in _legend(summary)))
     if summary.differences:
         table = _text_table(*_difference_cells(summary, " - "))
@@ -163,7 +163,7 @@ def to_markdown(summary: Summary) -> str:
     """Renders the tables as GitHub-flavoured Markdown."""
     blocks = [f"# {summary.benchmark}"]
     if summary.rows:
-        blocks.append(_markdown_table(*_result_cells(summary, "{:.3f} ± {:.3f} (95 %: ± {:.3f})", "{:.3f}")))
+        blocks.append(_markdown_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})")))
     blocks.append("\n".join(f"- {line}" for line in _legend(summary)))
     if summary.differences:
         blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
@@ -215,16 +215,14 @@ _DIFFERENCE_LEGEND = (
 _Table = tuple[list[str], list[list[str]]]
 
 
-def _result_cells(summary: Summary, cell: str, single: str) -> _Table:
+def _result_cells(summary: Summary, cell: str) -> _Table:
     header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "seeds"]
     body = [
         [
             row.label,
-            *(_cell(row.metrics[name], cell, single) for name in SHOWN),
-            _decimal(row.step_ms),
-            "-"
-            if math.isnan(row.selection_share) or row.selection_share == 0
-            else f"{100 * row.selection_share:.1f} %",
+            *(cells.interval(row.metrics[name], cell) for name in SHOWN),
+            cells.decimal(row.step_ms),
+            cells.percent(row.selection_share or math.nan),
             str(len(row.seeds)),
         ]
         for row in summary.rows
@@ -236,17 +234,12 @@ def _difference_cells(summary: Summary, minus: str) -> _Table:
     header = ["difference", *(METRIC_LABELS[name] for name in SHOWN), "seeds"]
     body = []
     for difference in summary.differences:
-        cells = []
-        for name in SHOWN:
-            mean, _, half = difference.metrics[name]
-            if math.isnan(mean):
-                cells.append("-")
-            elif math.isnan(half):
-                cells.append(f"{mean:+.3f}")
-            else:
-                # The figures stay under one another, with a star or without.
-                cells.append(f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else '  '}")
-        body.append([f"{difference.label}{minus}{difference.minus}", *cells, str(len(difference.seeds))])
+        # The figures stay under one another, with a star or without.
+        shown = [
+            cells.interval(difference.metrics[name], "{mean:+.3f} ± {half:.3f}{star:2}", "{mean:+.3f}")
+            for name in SHOWN
+        ]
+        body.append([f"{difference.label}{minus}{difference.minus}", *shown, str(len(difference.seeds))])
     return header, body
 
 
@@ -267,22 +260,16 @@ def _interrupted(label: str, run: RunResult) -> str:
     return f"{note} (average accuracy so far {metric_values(run)['average_accuracy']:.3f})." if reached else f"{note}."
 
 
-def _cell(interval: Interval, cell: str, single: str) -> str:
-    if math.isnan(interval.mean):
-        return "-"
-    return single.format(interval.mean) if math.isnan(interval.half_width) else cell.format(*interval)
-
-
 def _text_table(header: list[str], body: list[list[str]]) -> str:
-    rows = [[cell.split("\n") for cell in cells] for cells in [_stacked(header), *body]]
-    widths = [max(len(line) for cells in rows for line in cells[column]) for column in range(len(header))]
+    rows = [[cell.split("\n") for cell in row] for row in [_stacked(header), *body]]
+    widths = [max(len(line) for row in rows for line in row[column]) for column in range(len(header))]
     rule = "  ".join("-" * w for w in widths)
     blocks = []
-    for cells in rows:
-        height = max(map(len, cells))
+    for row in rows:
+        height = max(map(len, row))
         lines = []
         for i in range(height):
-            parts = [cell[i] if i < len(cell) else "" for cell in cells]
+            parts = [cell[i] if i < len(cell) else "" for cell in row]
             first, *others = (
                 text.ljust(w) if column == 0 else text.rjust(w)
                 for column, (text, w) in enumerate(zip(parts, widths, strict=True))
@@ -300,30 +287,8 @@ def _stacked(header: list[str]) -> list[str]:
 
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:
     lines = [header, ["---", *("---:" for _ in header[1:])], *([c.replace("|", "\\|") for c in row] for row in body)]
-    return "\n".join("| " + " | ".join(map(str.strip, cells)) + " |" for cells in lines)
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in _flat(to_dict(config)) if key not in _CIRCUMSTANCES}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return flat
+    return "\n".join("| " + " | ".join(map(str.strip, line)) + " |" for line in lines)
 
 
 def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _decimal(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _mean(values: list[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan

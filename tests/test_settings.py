@@ -1,0 +1,53 @@
+"""Which settings tell runs apart, and how nested ones are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
+from gradmix.training.settings import distinguishing, flatten
+from gradmix.training.trainer import CIRCUMSTANCES
+
+BASE = TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("nested", "flat"),
+    [
+        ({}, []),
+        ({"a": {}}, []),
+        ({"a": {"b": {"c": 1}}, "d": None}, [("a.b.c", 1), ("d", None)]),
+        ({"a": [{"b": 1}]}, [("a", [{"b": 1}])]),
+    ],
+    ids=["nothing", "an empty section", "deep", "a list stays"],
+)
+def test_flatten(nested: dict[str, Any], flat: list[tuple[str, Any]]) -> None:
+    assert flatten(nested) == flat
+
+
+CHANGED = {
+    "methods": replace(BASE, methods=("mixup",)),
+    "seeds": replace(BASE, seeds=(7,)),
+    "output": replace(BASE, output=Path("x")),
+    "device": replace(BASE, device="cuda:0"),
+    "threads": replace(BASE, threads=5),
+    "checkpoint": replace(BASE, checkpoint=0.0),
+    "data.data_dir": replace(BASE, data=replace(BASE.data, data_dir=Path("elsewhere"))),
+    "optim.lr": replace(BASE, optim=OptimConfig(lr=0.5)),
+    "mix.originals": replace(BASE, mix=MixConfig(originals=not BASE.mix.originals)),
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_circumstances_tell_nothing_apart(key: str) -> None:
+    found, base = distinguishing(CHANGED[key]), distinguishing(BASE)
+    assert [k for k in base if found[k] != base[k]] == ([] if key in CIRCUMSTANCES else [key])
+
+
+def test_every_circumstance_is_a_case_and_none_is_left_in() -> None:
+    assert set(CIRCUMSTANCES) <= set(CHANGED)
+    assert not set(CIRCUMSTANCES) & set(distinguishing(BASE)) and "mix.alpha" in distinguishing(BASE)
