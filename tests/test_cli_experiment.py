@@ -85,8 +85,40 @@ def test_narrowed_elsewhere_and_with_other_circumstances(trained: list[Any]) -> 
     (config,) = trained
     assert asked(trained) == [("mixup", 7)]
     assert (config.data.data_dir, config.device, config.threads) == (Path("d"), "cpu", 1)
-    text = Path("my out/mine/report.md").read_text(encoding="utf-8")
+    text = Path("my out/mine/seeds-7-arms-best/report.md").read_text(encoding="utf-8")
     assert "gradmix experiment mine.yaml --seeds 7 --arms best\n" in text
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "part", "missing"),
+    [
+        (("--seeds", "1"), "seeds-1", 0),
+        (("--arms", "best"), "arms-best", 0),
+        (("--seeds", "0", "1", "2"), "seeds-0-1-2", 2),
+        (("--seeds", "1", "0", "--arms", "best", "er"), "", 0),
+    ],
+    ids=["fewer seeds", "fewer arms", "more seeds", "all, said otherwise"],
+)
+def test_a_narrowed_report_leaves_the_whole_one_alone(
+    narrowed: tuple[str, ...], part: str, missing: int, trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("mine.yaml") == 0
+    whole = Path("runs/experiments/mine")
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert run("mine.yaml", "--report-only", *narrowed) == (1 if missing else 0)
+    assert run("mine.yaml", *narrowed) == 0
+    assert len(trained) == 4 + missing, "the runs are shared"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {(whole / part / 'report.html').as_posix()}"
+    stored = json.loads((whole / part / "results.json").read_text(encoding="utf-8"))
+    assert " ".join(narrowed) in stored["command"] and len(stored["runs"]) == len(stored["arms"]) * len(stored["seeds"])
+    after = {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()}
+    assert after.keys() == before.keys() and (not part or after == before)
+    # Without the runs each is made again from its own figures.
+    Path("runs/experiments/runs").rename("gone")
+    kept = (whole / part / "report.md").read_bytes()
+    (whole / part / "report.md").unlink()
+    assert run("mine.yaml", "--report-only", *narrowed) == 0
+    assert (whole / part / "report.md").read_bytes() == kept
 
 
 def test_a_dry_run_changes_nothing(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,35 @@ def test_narrowed() -> None:
             experiment.narrowed(arms=arms)
     with pytest.raises(ValueError, match="seeds"):
         experiment.narrowed(seeds=[-1])
+
+
+@pytest.mark.parametrize(
+    ("others", "part"),
+    [
+        ({}, ""),
+        ({"seeds": [5, 3], "arms": ["threshold 0.1", "er"]}, ""),
+        ({"seeds": [9, 3]}, "seeds-3-9"),
+        ({"seeds": [3, 5, 9], "arms": ["er"]}, "seeds-3-5-9-arms-er"),
+        ({"arms": ["threshold 0.1"]}, r"arms-threshold_0\.1-[0-9a-f]{8}"),
+        ({"seeds": list(range(100))}, r"seeds-0-1-2-[-\d]*-[0-9a-f]{8}"),
+    ],
+    ids=["nothing", "all, in another order", "seeds", "both", "no name of a folder", "many"],
+)
+def test_a_part_is_told_by_its_folder(others: dict[str, Any], part: str) -> None:
+    folder = from_yaml(TEXT, "table").narrowed(**others).folder
+    assert re.fullmatch(f"table/{part}" if part else "table", folder.as_posix()) and len(folder.name) < 80
+
+
+def test_parts_have_folders_of_their_own() -> None:
+    names = ["a", "b", "A", "a-b", "a_b", "a b", "a/b", "../a", "ä", "a" * 300, "a" * 301]
+    # The method is the same for all: what tells them apart is a setting.
+    arms = ", ".join(f"{{name: {name!r}, method: gradmix, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names))
+    experiment = from_yaml(f"title: x\nbase: {{}}\narms: [{arms}]\n", "table")
+    narrowed = [experiment.narrowed(arms=chosen) for chosen in ([name] for name in names)]
+    narrowed += [experiment.narrowed(arms=["a", "b"]), narrowed[0].narrowed(seeds=[1]), narrowed[0].narrowed(seeds=[2])]
+    folders = [part.folder for part in narrowed]
+    assert len({folder.as_posix().lower() for folder in folders}) == len(folders)
+    assert all(len(folder.parts) == 2 and folder.name.isascii() for folder in folders)
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -159,7 +159,7 @@ def _write(
     from gradmix.training import report
 
     values = report.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
-    folder = report.write(values, output / experiment.name)
+    folder = report.write(values, output / experiment.folder)
     _say(values, folder)
     return values
 
@@ -193,7 +193,7 @@ def _say(values: dict[str, Any], folder: Path) -> None:
 def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
     from gradmix.training import report, running
 
-    saved = output / experiment.name / "results.json"
+    saved = output / experiment.folder / "results.json"
     if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
         # The runs were thrown away; what they had to say is here.
         values = report.from_results(saved)
@@ -275,12 +275,24 @@ def _flags() -> type:
         "output": flag(
             Path | None,
             None,
-            "Folder for the report and, in runs/, all runs; experiments that share it share their runs.",
+            "Folder for the report, in NAME/, and, in runs/, all runs; experiments that share it share their runs.",
             f"(default: {_DEFAULT_OUTPUT.as_posix()})",
             metavar="FOLDER",
         ),
-        "seeds": flag(tuple[int, ...], (), "Training seeds.", "(default: the experiment's)", metavar="INT [INT ...]"),
-        "arms": flag(tuple[str, ...], (), "Names of the arms to be run.", "(default: all)", metavar="ARM [ARM ...]"),
+        "seeds": flag(
+            tuple[int, ...],
+            (),
+            "Training seeds; the report on others than the experiment's lies in NAME/seeds-...",
+            "(default: the experiment's)",
+            metavar="INT [INT ...]",
+        ),
+        "arms": flag(
+            tuple[str, ...],
+            (),
+            "Names of the arms to be run; the report on some of them lies in NAME/arms-...",
+            "(default: all)",
+            metavar="ARM [ARM ...]",
+        ),
         "jobs": flag(int, 1, "Runs at a time, each in a process of its own, of one thread unless the file has more."),
         "data_dir": flag(
             Path | None, None, "Where the data sets lie.", "(default: the experiment's)", metavar="FOLDER"

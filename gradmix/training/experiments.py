@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -27,6 +28,8 @@ SECTIONS = ("data", "optim", "replay", "mix")
 _BASE = (*SECTIONS, "device", "threads", "checkpoint")
 _KEYS = ("title", "about", "seeds", "base", "arms", "vary", "differences", "reference")
 _ARM_KEYS = ("name", "method", *SECTIONS)
+# Longer names of folders are cut.
+_PART_UP_TO = 60
 _REFERENCE_KEYS = ("label", "metric", "value", "source", "differs", "arm")
 
 
@@ -116,6 +119,7 @@ class Experiment:
         differences: Pairs of arms' names, of which the first minus the second is reported.
         references: Figures published elsewhere.
         source: The file as given or the name of a shipped one, to be named in commands.
+        part: What :meth:`narrowed` made of it, e.g. ``seeds-0-arms-er``; empty: all.
     """
 
     name: str
@@ -128,6 +132,15 @@ class Experiment:
     differences: tuple[tuple[str, str], ...] = ()
     references: tuple[Reference, ...] = ()
     source: str = ""
+    part: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its report lies, beside the folder of all runs: ``NAME``, or of a part ``NAME/PART``.
+
+        So the report on a few seeds or arms never takes the place of the one on all of them.
+        """
+        return Path(self.name) / self.part
 
     @property
     def points(self) -> tuple[dict[str, Any], ...]:
@@ -141,8 +154,11 @@ class Experiment:
             ValueError: There is no such arm; or none, or the same seed or arm twice, is asked for.
         """
         changed = self
+        others: dict[str, Sequence[Any]] = {}
         if seeds is not None:
             changed = replace(changed, seeds=_seeds(list(seeds)))
+            if set(seeds) != set(self.seeds):
+                others["seeds"] = sorted(seeds)
         if arms is not None:
             known = {arm.name: arm for arm in self.arms}
             for name in arms:
@@ -156,7 +172,9 @@ class Experiment:
                 differences=tuple(pair for pair in self.differences if set(pair) <= set(arms)),
                 references=tuple(r for r in self.references if r.arm is None or r.arm in arms),
             )
-        return changed
+            if set(arms) != set(known):
+                others["arms"] = [arm.name for arm in changed.arms]
+        return replace(changed, part="-".join(filter(None, (self.part, _part(others)))))
 
     def runs(self, **circumstances: Any) -> tuple[Run, ...]:
         """All runs: seeds outermost, so that one seed of everything comes first; then values, then arms.
@@ -311,6 +329,17 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
 def _shipped_names() -> list[str]:
     files = (resources.files("gradmix") / "experiments").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def _part(others: Mapping[str, Sequence[Any]]) -> str:
+    """A name of a folder for lists of seeds and arms: readable, and another one for other lists."""
+    words = [word for key, listed in others.items() for word in (key, *map(str, listed))]
+    plain = [re.sub(r"[^a-z0-9._]+", "_", word.lower()) for word in words]
+    told = "-".join(plain)
+    if plain == words and len(told) <= _PART_UP_TO:
+        return told
+    digest = hashlib.blake2b(json.dumps(words).encode(), digest_size=4).hexdigest()
+    return f"{told[:_PART_UP_TO]}-{digest}"
 
 
 def _config(
