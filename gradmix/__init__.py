@@ -15,6 +15,7 @@ from gradmix.buffers import ReplayBuffer
 from gradmix.estimators import JvpEstimator, SketchEstimator
 from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
 from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
+from gradmix.mixing_stage import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
 from gradmix.selection import GradMix, Pairs, select_pairs
 
@@ -35,6 +36,7 @@ __all__ = [
     "alignment_matrix",
     "class_gradients",
     "get_backend",
+    "mixed_forward",
     "reference_gradient",
     "sample_gradients",
     "select_pairs",

@@ -24,6 +24,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
+from itertools import islice
 from typing import Literal, get_args
 
 import torch
@@ -47,12 +48,14 @@ from gradmix.estimators import (
 from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixed_alignment_op
 from gradmix.ops.waiting import look_is_free
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
-from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of
+from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
+from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
 
 Estimator = Literal["feature", "mixed", "jvp", "sketch"]
 Criterion = Literal["class", "sample"]
@@ -225,12 +228,34 @@ def forwarded(
         ValueError: a row with a NaN or an infinity in it, or for which the model returns one, named; a label out of
             range.
     """
-    start = 0
-    for x, y in chunks_of(name, source, chunk, device):
+    for _, rows in _forwarded_share(model, head, name, source, chunk, device, None):
+        yield rows
+
+
+def _forwarded_share(
+    model: nn.Module,
+    head: nn.Module | str | None,
+    name: str,
+    source: object,
+    chunk: int,
+    device: torch.device,
+    group: Group,
+) -> Iterator[tuple[int, Rows]]:
+    """This process's share of ``source``, forwarded, and the number of each chunk's first row.
+
+    A process without a share of rows that there are gets one chunk of no rows, so that it knows their shapes.
+    """
+    empty = True
+    for start, x, y in numbered_chunks(name, source, chunk, device, group):
         with HeadCapture(model, head, x[:1]) as capture:
             model(x)
-        yield checked_rows(name, x, y, capture.output, start)
-        start += len(x)
+        yield start, checked_rows(name, x, y, capture.output, start)
+        empty = False
+    if empty and group is not None:
+        for x, y in islice(chunks_of(name, source, 1, device), 1):
+            with HeadCapture(model, head, x) as capture:
+                model(x)
+            yield 0, checked_rows(name, x, y, capture.output).take(torch.arange(0, device=y.device))
 
 
 def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row: int = 0) -> Rows:
@@ -261,13 +286,45 @@ class ReferenceSum:
         self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=self._bias, out=self._sum)
         self.count += len(rows)
 
-    def mean(self) -> Tensor | None:
-        """(C, d + 1), or (C, d) without bias; None if no row was added."""
-        return None if self._sum is None else self._sum / self.count
+    def mean(self, group: Group = None) -> Tensor | None:
+        """(C, d + 1), or (C, d) without bias, over the rows of all processes of a group; None if there were none.
+
+        Every process must have added rows, be it none of them (:func:`_forwarded_share`), or none may have.
+        """
+        if self._sum is None or group is None:
+            return None if self._sum is None else self._sum / self.count
+        total, count = sum_over([self._sum, torch.full_like(self._sum[0, 0], self.count)], group)
+        return total / count
+
+
+def marked_reference(rows: Rows, marked: Tensor, bias: bool, group: Group = None) -> tuple[Tensor, Tensor]:
+    """The mean last-layer gradient of those rows that are marked; nothing is waited for.
+
+    Args:
+        rows: N rows with their features and logits.
+        marked: (N,) bool.
+        bias: whether the head has one.
+        group: processes, each with rows of its own, over all of which the mean is taken.
+
+    Returns:
+        (C, d + 1), or (C, d) without bias, and () bool, whether no row was marked: then it is zero.
+    """
+    h = rows.features.to(work_dtype(rows.features.dtype))
+    if bias:
+        h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+    # The row [h; 1] of zeros adds nothing, and how many such rows there are need not be known.
+    total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), rows.logits, rows.y, bias=False)
+    total, count = sum_over([total, marked.sum().to(total.dtype)], group)
+    return total / count.clamp(min=1), count == 0
 
 
 def reference_gradient(
-    model: nn.Module, buffer: RowSource, *, head: nn.Module | str | None = None, chunk_size: int = CHUNK
+    model: nn.Module,
+    buffer: RowSource,
+    *,
+    head: nn.Module | str | None = None,
+    chunk_size: int = CHUNK,
+    group: Group = None,
 ) -> Tensor:
     """Mean last-layer gradient of the buffer's cross-entropy: G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
 
@@ -278,6 +335,10 @@ def reference_gradient(
         buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
         head: the classifier, or its name; None: found by itself.
         chunk_size: rows forwarded at a time.
+        group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each
+            forwards its share of the rows, and all get the same result, to the bit. Every process must call this; one
+            that fails leaves the others waiting (:mod:`gradmix.processes`). A DataLoader must give the same batches in
+            all of them. None: this process forwards all rows.
 
     Returns:
         (C, d + 1) float32 (float64 for a float64 model), the last column the bias's; (C, d) for a head without bias.
@@ -292,10 +353,11 @@ def reference_gradient(
     >>> G.shape
     torch.Size([2, 3])
     """
+    check_group(group)
     model = unwrap(model)
     device = device_of(model)
     with untouched(model):
-        reference, _ = read_buffer(model, buffer, head, chunk_size, device)
+        reference, _ = read_buffer(model, buffer, head, chunk_size, device, group=group)
     if reference is None:
         raise ValueError("buffer: got no rows, expected at least one")
     return reference
@@ -309,18 +371,29 @@ def read_buffer(
     device: torch.device,
     keep: int = 0,
     keep_inputs: bool = True,
+    group: Group = None,
 ) -> tuple[Tensor | None, list[Rows]]:
-    """The reference gradient, or None for an empty buffer, and up to ``keep`` rows a class of those forwarded."""
+    """The reference gradient, or None for an empty buffer, and the first ``keep`` rows of each class.
+
+    Both are the same in all processes of a group, each of which forwards its share.
+    """
     total: ReferenceSum | None = None
     kept: list[Rows] = []
+    places: list[Tensor] = []
     quota = ClassQuota(keep)
-    for rows in forwarded(model, head, "buffer", buffer, chunk, device):
+    for start, rows in _forwarded_share(model, head, "buffer", buffer, chunk, device, group):
         total = total or ReferenceSum(resolve_head(model, head))
         total.add(rows)
         if keep:
             index = quota.admit(rows.y)
             kept.append((rows if keep_inputs else rows.without_inputs()).take(index))
-    return (None if total is None else total.mean()), kept
+            places.append(start + index)
+    if kept and group is not None:
+        # The first rows of all are among the first rows of each share.
+        everyone = gathered(concatenate(kept), group)
+        everyone = everyone.take(gather_rows(torch.cat(places), group).argsort())
+        kept = [everyone.take(ClassQuota(keep).admit(everyone.y))]
+    return (None if total is None else total.mean(group)), kept
 
 
 class ClassQuota:
@@ -641,6 +714,17 @@ def forward_all(model: nn.Module, head: nn.Module, name: str, pair: tuple[Tensor
     """All rows of ``pair`` with their head outputs; call it inside ``untouched``."""
     parts = list(forwarded(model, head, name, pair, chunk, pair[0].device))
     return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def gathered(rows: Rows, group: Group) -> Rows:
+    """The rows of all processes of a group, in the order of their ranks."""
+    return Rows(*(gather_rows(part, group) for part in (rows.x, rows.y, rows.features, rows.logits)))
+
+
+def agreed(table: ClassTable, group: Group) -> ClassTable:
+    """The table of a group's first process; those of the others differ from it by their draws and by rounding."""
+    inner, norm = as_the_first([table.inner, table.norm], group)
+    return replace(table, inner=inner, norm=norm)
 
 
 def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:

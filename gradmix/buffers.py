@@ -3,23 +3,34 @@
 Every row seen is given an independent uniform key, and the rows with the smallest keys within a quota are held. The
 k smallest of n independent keys sit at a uniformly random set of k rows, so what is held is a uniform sample without
 replacement of what was seen, however the rows were split into calls. The policies differ only in the quota.
+
+Rows lie in memory, or, where they exceed it, in files of a folder (:mod:`gradmix.storage`); what is held and drawn is
+the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from gradmix.graphs import sent
+from gradmix.storage import Column, RowFiles
 
 BufferPolicy = Literal["class", "balanced", "reservoir"]
 
 _STATE_VERSION = 2
 _STATES_READ = (1, 2)  # 1: without extra columns
+_FOLDER_STATE_VERSION = 3  # the rows lie in a folder
+
+_STATES_KEPT = 2
+"""States whose rows in a folder are not overwritten: the one that was saved last, and the one being saved."""
 
 
 class BufferRows(NamedTuple):
@@ -54,15 +65,24 @@ class ReplayBuffer:
     rows through every policy. DER++ keeps the logits that the model gave a row when it was added, and later trains it
     to give them again.
 
+    With a ``folder`` the rows lie in its files and only the ledger in memory: some 40 bytes a row, and what is drawn.
+    :meth:`state_dict` then holds the ledger and where the rows are, not the rows themselves, and goes with the folder.
+    To be able to go on from a state after a crash at any moment, rows that left the buffer are not overwritten as long
+    as one of the two states taken last has them: one of these is the last that was saved, if every state is saved
+    before the next one is taken. So the files hold more rows than the buffer, by those that were replaced meanwhile.
+
     Args:
         capacity: Rows per class for policy ``class``, rows in total otherwise; at least 1.
         policy: One of the three above.
-        device: Where the rows are kept; ``None``: where the first rows added lie.
+        device: Where the rows are kept; ``None``: where the first rows added lie. With a folder, where drawn rows go;
+            ``None``: the CPU.
         seed: Seeds the keys and, apart from them, the draws of :meth:`sample` and :meth:`draw_balanced`.
+        folder: A new or empty folder of the buffer's own for its rows, or the one it had before, if its state is loaded
+            before any rows are added; ``None``: rows lie in memory. One buffer at a time may use a folder.
 
     Raises:
-        TypeError: ``capacity`` or ``seed`` is not an integer.
-        ValueError: ``capacity`` is below 1 or ``policy`` is unknown.
+        TypeError: ``capacity`` or ``seed`` is not an integer, or ``folder`` no path.
+        ValueError: ``capacity`` is below 1 or ``policy`` is unknown, or there is something else in the folder.
 
     Example:
         >>> buffer = ReplayBuffer(2, policy="class", seed=0)
@@ -91,6 +111,7 @@ class ReplayBuffer:
         policy: BufferPolicy = "class",
         device: torch.device | str | None = None,
         seed: int = 0,
+        folder: str | Path | None = None,
     ) -> None:
         _check_int("capacity", capacity, minimum=1)
         _check_int("seed", seed)
@@ -98,19 +119,28 @@ class ReplayBuffer:
             raise ValueError(f"policy: got {policy!r}, expected one of {', '.join(map(repr, get_args(BufferPolicy)))}")
         self._capacity = int(capacity)
         self._policy: BufferPolicy = policy
+        if folder is not None and not isinstance(folder, (str, Path)):
+            raise TypeError(f"folder: got {type(folder).__name__}, expected a path or None")
         self._device = None if device is None else torch.device(device)
+        self._files = None if folder is None else RowFiles(folder)
         # Two generators: how often the buffer is sampled must not change what it holds.
         self._key_generator = torch.Generator().manual_seed(_derived_seed(seed, "keys"))
         self._draw_generator = torch.Generator().manual_seed(_derived_seed(seed, "draws"))
         # The ledger lies on the CPU, in order of arrival, one entry per row held; the rows themselves lie in the
         # columns "x", "y" and the extra ones on the buffer's device, at `_slots`. Decisions never wait for the rows,
-        # and nothing depends on the slots, nor on the columns' spare room: they need not be saved.
+        # and nothing depends on the slots, nor on the columns' spare room: they need not be saved. With a folder the
+        # columns have no rows and only say what they are like; "y" has no file, as the ledger has the labels.
         self._keys = torch.empty(0, dtype=torch.float64)
         self._labels = torch.empty(0, dtype=torch.int64)
         self._slots = torch.empty(0, dtype=torch.int64)
         self._columns: dict[str, Tensor] | None = None
         self._classes = torch.empty(0, dtype=torch.int64)
         self._seen = torch.empty(0, dtype=torch.int64)
+        # Only with a folder: of each row held, what tells that it is still there; slots that states refer to.
+        self._stamps = torch.empty(0, dtype=torch.int64)
+        self._kept_slots: deque[Tensor] = deque(maxlen=_STATES_KEPT)
+        self._reader: ThreadPoolExecutor | None = None
+        self._pending: _Pending | None = None
 
     # ---------------------------------------------------------------------------------------------- what it holds
 
@@ -133,14 +163,20 @@ class ReplayBuffer:
     def x(self) -> Tensor:
         """The inputs held, ``(len, ...)``, in order of arrival; of shape ``(0,)`` before the first :meth:`add`.
 
-        It shares memory with the buffer: read it before the next :meth:`add`, and do not write to it.
+        It shares memory with the buffer: read it before the next :meth:`add`, and do not write to it. With a folder it
+        is mapped from the file, on the CPU, as long as no row was replaced; after that it is a copy of all rows, in
+        memory: :meth:`part` gives some of them.
         """
+        if self._files is not None and self._columns is not None:
+            return self._from_files("x")
         columns = self._compact()
         return torch.empty(0, device=self._device) if columns is None else columns["x"][: len(self)]
 
     @property
     def y(self) -> Tensor:
         """The labels held, ``(len,)`` int64, in the order of :attr:`x`; it shares memory with the buffer."""
+        if self._files is not None:
+            return self._labels.to(self._device or "cpu")
         columns = self._compact()
         if columns is None:
             return torch.empty(0, dtype=torch.int64, device=self._device)
@@ -152,7 +188,26 @@ class ReplayBuffer:
 
         Empty before the first :meth:`add`, and if that was given none.
         """
+        if self._files is not None and self._columns is not None:
+            return {name: self._from_files(name) for name in self._columns if name not in ("x", "y")}
         return _extras_of(self._compact() or {}, len(self))
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Some of the rows held, in order of arrival: those that ``x[start:stop]`` and ``y[start:stop]`` are.
+
+        With a folder they are read from it, on the buffer's device, and copies; else they share memory with the buffer.
+        """
+        if self._files is None or self._columns is None:
+            return self.x[start:stop], self.y[start:stop]
+        taken = self._take(torch.arange(len(self))[start:stop])
+        return taken.x, taken.y
+
+    def _from_files(self, name: str) -> Tensor:
+        """A whole column, in order of arrival, on the CPU."""
+        assert self._files is not None
+        if torch.equal(self._slots, torch.arange(len(self))):
+            return self._files.mapped(name, len(self))
+        return self._files.read(self._slots, names=(name,))[name]
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -201,29 +256,61 @@ class ReplayBuffer:
             TypeError: An argument is not a tensor, or ``y`` does not hold integers, or a dtype is not that of the rows
                 held.
             ValueError: The shapes do not fit each other or the rows held, a label is negative, or the names of
-                ``extras`` are not those of the first call.
+                ``extras`` are not those of the first call; or the folder is another buffer's.
+            OSError: The rows cannot be written to the folder; the buffer holds what it held before.
         """
         labels = self._check_rows(x, y, extras)
         if self._columns is None:
             self._columns = self._opened(x, extras)
         if len(labels) == 0:
             return
+        self._undo_prefetch()
+        generator_state = self._key_generator.get_state()
+        try:
+            self._add(x, labels, extras)
+        except OSError:
+            self._key_generator.set_state(generator_state)
+            raise
+
+    def _add(self, x: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """:meth:`add` with checked arguments, of at least one row."""
+        assert self._columns is not None
         keys = torch.rand(len(labels), dtype=torch.float64, generator=self._key_generator)
         classes, seen = self._count(labels)
         held = len(self)
         all_keys, all_labels = torch.cat([self._keys, keys]), torch.cat([self._labels, labels])
         keep = _smallest_keys(all_keys, all_labels, self._policy, self._capacity, classes, seen)
         old, new = keep[:held], keep[held:].nonzero().squeeze(1)
-        slots = self._slots[old]
-        if len(new) > 0:
+        slots, stamps = self._slots[old], self._stamps
+        if self._files is not None:
+            slots, stamps = self._written(self._files, x, extras, new, slots, stamps[old])
+        elif len(new) > 0:
             self._columns, slots_new = self._with_room(self._columns, slots, len(new))
             for name, rows in {"x": x, "y": labels, **extras}.items():
                 column = self._columns[name]
                 values = rows.detach().index_select(0, new.to(rows.device)).to(column.device)
                 column.index_copy_(0, slots_new.to(column.device), values)
             slots = torch.cat([slots, slots_new])
-        self._keys, self._labels, self._slots = all_keys[keep], all_labels[keep], slots
+        self._keys, self._labels, self._slots, self._stamps = all_keys[keep], all_labels[keep], slots, stamps
         self._classes, self._seen = classes, seen
+
+    def _written(
+        self, files: RowFiles, x: Tensor, extras: Mapping[str, Tensor], new: Tensor, slots: Tensor, stamps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the ``new`` rows ``(k,)`` into the folder, and returns slots and stamps with theirs appended."""
+        if len(new) == 0:
+            return slots, stamps
+        # Rows that are given up now too: should writing fail, they are still held.
+        taken = torch.cat([self._slots, *self._kept_slots]).unique()
+        files.reserve(len(taken) + len(new))
+        free = torch.ones(files.room, dtype=torch.bool)
+        free[taken] = False
+        slots_new = free.nonzero().squeeze(1)[: len(new)]
+        rows = {
+            name: column.detach().index_select(0, new.to(column.device)).cpu()
+            for name, column in {"x": x, **extras}.items()
+        }
+        return torch.cat([slots, slots_new]), torch.cat([stamps, files.write(slots_new, rows)])
 
     def _check_rows(self, x: Tensor, y: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """Checks the arguments of :meth:`add` and returns the labels as int64 on the CPU, never the caller's own."""
@@ -276,6 +363,9 @@ class ReplayBuffer:
 
     def _opened(self, x: Tensor, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Columns without rows, of the first rows' device, names, row shapes and dtypes; room comes by need."""
+        if self._files is not None:
+            self._device = self._device or torch.device("cpu")
+            self._files.create({name: Column.of(value) for name, value in {"x": x, **extras}.items()})
         if self._device is None:
             self._device = x.device
         columns = {
@@ -340,13 +430,70 @@ class ReplayBuffer:
             ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
         """
         self._check_draw(n)
-        generator = self._draw_generator if generator is None else generator
+        if generator is None:
+            if self._pending is not None and self._pending.n == n:
+                return self._fetched()
+            self._undo_prefetch()
+            generator = self._draw_generator
+        return self._take(self._drawn(n, generator))
+
+    def prefetch(self, n: int) -> None:
+        """Begins to copy the rows that the next ``sample(n)`` or ``sample_rows(n)`` will return, in the background.
+
+        They are drawn here and now; only the copying, and the reading of a folder's files, is left to a thread. Nothing
+        else changes: if rows are added meanwhile, or another number or balanced rows are drawn by the buffer's own
+        generator, the draw is taken back, and is made anew when it is asked for. A state taken meanwhile is that of
+        before the draw. Draws by a generator of the caller's have nothing to do with it.
+
+        Args:
+            n: Rows to draw.
+
+        Raises:
+            TypeError: ``n`` is not an integer.
+            ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
+        """
+        self._check_draw(n)
+        if self._pending is not None and self._pending.n == n:
+            return
+        self._undo_prefetch()
+        before = self._draw_generator.get_state()
+        take = self._taking(self._drawn(n, self._draw_generator))
+        rows: Future[BufferRows] = Future()
+        if self._files is None and self._device is not None and self._device.type != "cpu":
+            # A copy on a device is queued there and then, behind what the caller's own stream has to do.
+            rows.set_result(take())
+        else:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="gradmix replay buffer")
+            rows = self._reader.submit(take)
+        self._pending = _Pending(n, before, rows)
+
+    def _fetched(self) -> BufferRows:
+        """The rows that were drawn ahead."""
+        pending = self._pending
+        assert pending is not None
+        try:
+            rows = pending.rows.result()
+        except BaseException:
+            self._undo_prefetch()
+            raise
+        self._pending = None
+        return self._handed_out(rows)
+
+    def _undo_prefetch(self) -> None:
+        """Takes back a draw that was made ahead; nothing is read any more when this returns."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._draw_generator.set_state(pending.before)
+            if not pending.rows.cancel():
+                pending.rows.exception()
+
+    def _drawn(self, n: int, generator: torch.Generator) -> Tensor:
+        """Places of ``n`` rows drawn uniformly, ``(n,)`` on the CPU."""
         held = len(self)
         if n <= held:
-            rows = torch.randperm(held, generator=generator, device=generator.device)[:n]
-        else:
-            rows = torch.randint(held, (n,), generator=generator, device=generator.device)
-        return self._take(rows)
+            return torch.randperm(held, generator=generator, device=generator.device)[:n].cpu()
+        return torch.randint(held, (n,), generator=generator, device=generator.device).cpu()
 
     def draw_balanced(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draws rows class-balanced: every class held gets ``n // P`` or one more of the ``n`` rows, in random order.
@@ -366,7 +513,9 @@ class ReplayBuffer:
             ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
         """
         self._check_draw(n)
-        generator = self._draw_generator if generator is None else generator
+        if generator is None:
+            self._undo_prefetch()
+            generator = self._draw_generator
         device = generator.device
         if n == 0:
             return self._take(torch.empty(0, dtype=torch.int64))[:2]
@@ -388,20 +537,61 @@ class ReplayBuffer:
 
     def _take(self, rows: Tensor) -> BufferRows:
         """Copies of the rows at places ``rows (n,)`` of the ledger."""
-        if self._columns is None:
-            return BufferRows(self.x, self.y, {})
-        at = sent(self._slots[rows.cpu()], self._columns["y"].device)
-        taken = {name: column.index_select(0, at) for name, column in self._columns.items()}
-        return BufferRows(taken["x"], taken["y"], _extras_of(taken, len(rows)))
+        return self._handed_out(self._taking(rows.cpu())())
+
+    def _taking(self, rows: Tensor) -> Callable[[], BufferRows]:
+        """What copies the rows at places ``rows (n,)``, as they are now; it may be called in another thread."""
+        columns, files, slots = self._columns, self._files, self._slots[rows]
+        if columns is None:
+            empty = BufferRows(self.x, self.y, {})
+            return lambda: empty
+        if files is not None:
+            labels, pin = self._labels[rows], self._device is not None and self._device.type == "cuda"
+
+            def read() -> BufferRows:
+                taken = files.read(slots, pin=pin)
+                return BufferRows(taken["x"], labels, _extras_of(taken, len(rows)))
+
+            return read
+        at = sent(slots, columns["y"].device)
+
+        def copy() -> BufferRows:
+            taken = {name: column.index_select(0, at) for name, column in columns.items()}
+            return BufferRows(taken["x"], taken["y"], _extras_of(taken, len(rows)))
+
+        return copy
+
+    def _handed_out(self, rows: BufferRows) -> BufferRows:
+        """The rows on the buffer's device; those of a folder were read into memory."""
+        if self._files is None or self._device is None or self._device.type == "cpu":
+            return rows
+        x, y, *extras = (sent(value, self._device) for value in (rows.x, rows.y, *rows.extras.values()))
+        return BufferRows(x, y, dict(zip(rows.extras, extras, strict=True)))
 
     # ------------------------------------------------------------------------------------------ moving and keeping it
 
     def to(self, device: torch.device | str) -> ReplayBuffer:
-        """Moves the rows to ``device`` and returns the buffer itself; what it holds and will hold stays the same."""
+        """Moves the rows to ``device`` and returns the buffer itself; what it holds and will hold stays the same.
+
+        Rows in a folder stay there, and those drawn from it go to ``device``.
+        """
+        self._undo_prefetch()
         self._device = torch.device(device)
         if self._columns is not None:
             self._columns = {name: column.to(self._device) for name, column in self._columns.items()}
         return self
+
+    def close(self) -> None:
+        """Ends the thread that :meth:`prefetch` may have begun, and gives the folder free, if there is one.
+
+        Rows in a folder cannot be read any more then, unless a state of them is loaded. Rows in memory stay.
+        """
+        self._undo_prefetch()
+        if self._reader is not None:
+            self._reader.shutdown()
+            self._reader = None
+        if self._files is not None:
+            self._files.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on identically: rows with their extras, keys, seen counts, both generators' states.
@@ -409,20 +599,38 @@ class ReplayBuffer:
         The values are tensors, integers, one string and one dict of tensors, so that
         ``torch.load(..., weights_only=True)`` reads them.
         Tensors are copies.
+
+        Of rows in a folder the state has the places instead. Everything has reached the disk when this returns, and the
+        rows of this state and of the one taken before are not overwritten until another one is taken: save a state
+        before you take the next one, and after a crash the last one saved can be loaded.
         """
-        return {
+        pending = self._pending
+        state = {
             "version": _STATE_VERSION,
             "capacity": self._capacity,
             "policy": str(self._policy),
             "opened": int(self._columns is not None),
-            "x": self.x.clone(),
-            "y": self.y.clone(),
-            "extras": {name: value.clone() for name, value in self.extras.items()},
             "keys": self._keys.clone(),
             "seen_classes": self._classes.clone(),
             "seen_counts": self._seen.clone(),
             "key_generator": self._key_generator.get_state(),
-            "draw_generator": self._draw_generator.get_state(),
+            "draw_generator": self._draw_generator.get_state() if pending is None else pending.before.clone(),
+        }
+        if self._files is None:
+            extras = {name: value.clone() for name, value in self.extras.items()}
+            return state | {"x": self.x.clone(), "y": self.y.clone(), "extras": extras}
+        self._files.flush()
+        self._kept_slots.append(self._slots.clone())
+        columns = {} if self._columns is None else self._files.columns
+        return state | {
+            "version": _FOLDER_STATE_VERSION,
+            "y": self._labels.clone(),
+            "files": {
+                "identity": self._files.identity,
+                "columns": {name: column.plain() for name, column in columns.items()},
+                "slots": self._slots.clone(),
+                "stamps": self._stamps.clone(),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -430,23 +638,31 @@ class ReplayBuffer:
 
         Args:
             state: As :meth:`state_dict` gives it, of a buffer with the same capacity and policy. It is not kept. One of
-                version 1 has no extras.
+                version 1 has no extras. One of a buffer with a folder goes with that folder, which must not have been
+                written to since by anybody but this buffer's own earlier process.
 
         Raises:
-            ValueError: An entry is missing or does not fit this buffer or the other entries; the buffer is unchanged.
+            ValueError: An entry is missing or does not fit this buffer or the other entries, or the rows that it speaks
+                of are not in the folder; the buffer is unchanged.
+            OSError: The folder cannot be read.
         """
-        missing = sorted(_STATE_KEYS - set(state))
+        in_folder = "files" in state
+        missing = sorted((_STATE_KEYS - {"x"} if in_folder else _STATE_KEYS) - set(state))
         if missing:
             raise ValueError(f"state: lacks {', '.join(missing)}; expected what ReplayBuffer.state_dict() returns")
-        if state["version"] not in _STATES_READ:
+        if in_folder != (self._files is not None):
+            came, expected = ("in a folder", "folder= to name it") if in_folder else ("in the state", "folder=None")
+            raise ValueError(f"state: has its rows {came}, expected a buffer made with {expected}")
+        if state["version"] not in ((_FOLDER_STATE_VERSION,) if in_folder else _STATES_READ):
             raise ValueError(f"state: has version {state['version']!r}, expected at most {_STATE_VERSION}")
         for name, mine in (("capacity", self._capacity), ("policy", self._policy)):
             if state[name] != mine:
                 raise ValueError(f"state: has {name} {state[name]!r}, expected {mine!r} as in this buffer")
-        for name in _STATE_TENSORS:
+        for name in _STATE_TENSORS[1:] if in_folder else _STATE_TENSORS:
             if not isinstance(state[name], Tensor):
                 raise ValueError(f"state: {name} is a {type(state[name]).__name__}, expected a torch.Tensor")
-        x, y = state["x"], state["y"]
+        y = state["y"]
+        x = y if in_folder else state["x"]
         keys, classes, seen = state["keys"].cpu(), state["seen_classes"].cpu(), state["seen_counts"].cpu()
         held = len(keys)
         if len(x) != held or y.shape != (held,) or keys.dim() != 1 or keys.dtype != torch.float64:
@@ -478,15 +694,54 @@ class ReplayBuffer:
                 generator.set_state(state[name].cpu())
             except (RuntimeError, TypeError) as error:
                 raise ValueError(f"state: {name} is not the state of a torch.Generator on the CPU ({error})") from error
-        self._columns = None
-        if state["opened"]:
-            self._columns = {
-                name: torch.cat([column, rows.detach().to(column.device, column.dtype)])
-                for (name, column), rows in zip(self._opened(x, extras).items(), (x, *extras.values(), y), strict=True)
-            }
-        self._keys, self._labels, self._slots = keys.clone(), labels.clone(), torch.arange(held)
+        self._undo_prefetch()
+        if self._files is not None:
+            self._adopt(self._files, state["files"], held)
+        else:
+            self._slots, self._columns = torch.arange(held), None
+            if state["opened"]:
+                opened = self._opened(x, extras)
+                self._columns = {
+                    name: torch.cat([column, rows.detach().to(column.device, column.dtype)])
+                    for (name, column), rows in zip(opened.items(), (x, *extras.values(), y), strict=True)
+                }
+        self._keys, self._labels = keys.clone(), labels.clone()
         self._classes, self._seen = classes.clone(), seen.clone()
         self._key_generator, self._draw_generator = generators
+
+    def _adopt(self, files: RowFiles, told: Mapping[str, Any], held: int) -> None:
+        """Takes up the rows of a state in the folder, or raises and changes nothing."""
+        try:
+            slots, stamps = (told[name].to("cpu", torch.int64) for name in ("slots", "stamps"))
+            columns = {str(name): Column.from_plain(column) for name, column in told["columns"].items()}
+            identity = str(told["identity"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"state: files does not say where the rows are ({error})") from error
+        if slots.shape != (held,) or stamps.shape != (held,) or len(slots.unique()) < held or bool((slots < 0).any()):
+            raise ValueError(f"state: files does not have a slot for each of the {held} rows held")
+        files.adopt(identity, columns, slots, stamps)
+        self._slots, self._stamps = slots.clone(), stamps.clone()
+        self._kept_slots.clear()
+        self._kept_slots.append(self._slots.clone())
+        self._columns = None
+        if columns:
+            self._device = self._device or torch.device("cpu")
+            self._columns = {name: torch.empty((0, *c.shape), dtype=c.dtype) for name, c in columns.items()}
+            self._columns["y"] = torch.empty(0, dtype=torch.int64)
+
+
+class _Pending(NamedTuple):
+    """Rows drawn ahead.
+
+    Attributes:
+        n: how many.
+        before: the generator's state before they were drawn.
+        rows: the rows, when they are there.
+    """
+
+    n: int
+    before: Tensor
+    rows: Future[BufferRows]
 
 
 _STATE_TENSORS = ("x", "y", "keys", "seen_classes", "seen_counts", "key_generator", "draw_generator")

@@ -28,6 +28,7 @@ from gradmix.gradients.sketches import Identity, Sketch
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.probe import require_finite
+from gradmix.processes import Group
 
 WholeReference: TypeAlias = Mapping[str, Tensor]
 """A gradient with respect to all parameters, by name."""
@@ -166,14 +167,26 @@ class Cells:
 
 
 def whole_reference(
-    model: nn.Module, estimator: WholeEstimator, source: object, chunk: int
+    model: nn.Module,
+    estimator: WholeEstimator,
+    source: object,
+    chunk: int,
+    group: Group = None,
+    *,
+    name: str = "buffer",
+    shared: bool = True,
 ) -> dict[str, Tensor] | None:
-    """The mean gradient of the buffer; None if it is empty."""
+    """The mean gradient of the buffer; None if it is empty.
+
+    Args:
+        group, shared: as :func:`gradmix.gradients.directions.mean_gradient_of`.
+        name: how errors call the rows.
+    """
     engine = Engine.of(
         model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
     with engine.probing():
-        return mean_gradient_of(engine, "buffer", source)
+        return mean_gradient_of(engine, name, source, group, shared=shared)
 
 
 def reference_norm(reference: WholeReference) -> Tensor:

@@ -35,6 +35,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether :func:`unwrap` finds a module compiled by ``torch.compile`` on its way in."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            return True
+        if not isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            return False
+        model = model.module
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter (or buffer); the CPU for a model with neither."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

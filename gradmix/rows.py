@@ -7,10 +7,11 @@ from typing import TypeAlias, Union
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gradmix.buffers import ReplayBuffer
 from gradmix.ops.labels import check_labels
+from gradmix.processes import Group, rank_of, share, size_of
 
 RowSource: TypeAlias = Union[
     "tuple[Tensor, Tensor]", ReplayBuffer, "Dataset[tuple[Tensor, Tensor]]", "DataLoader[tuple[Tensor, Tensor]]"
@@ -51,21 +52,49 @@ def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> It
     Raises:
         TypeError, ValueError: as :func:`as_pair`, for any source and any of its batches.
     """
+    for _, x, y in numbered_chunks(name, source, chunk, device):
+        yield x, y
+
+
+def numbered_chunks(
+    name: str, source: object, chunk: int, device: torch.device, group: Group = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """:func:`chunks_of`, each with the number of its first row in the source; of a group, this process's share.
+
+    All processes hold the same rows, in the same order. Of a pair, a buffer or a Dataset each reads its own part; of a
+    DataLoader or an IterableDataset, which can only be read as a whole, it takes every batch whose turn it is.
+    """
+    first = 0
     if isinstance(source, Dataset) and not isinstance(source, DataLoader):
-        if not isinstance(source, IterableDataset) and len(source) == 0:  # type: ignore[arg-type]
-            return
+        if not isinstance(source, IterableDataset):
+            own = share(len(source), group)  # type: ignore[arg-type]
+            if len(own) == 0:
+                return
+            if group is not None:
+                # Its batches are this process's already.
+                source, first, group = Subset(source, own), own.start, None
         source = DataLoader(source, batch_size=chunk)
     if isinstance(source, DataLoader):
-        for batch in source:
-            pair = as_pair(name, tuple(batch[:2]) if isinstance(batch, (tuple, list)) else batch)
-            yield from _split(*pair, chunk, device)
+        for turn, batch in enumerate(source):
+            x, y = as_pair(name, tuple(batch[:2]) if isinstance(batch, (tuple, list)) else batch)
+            if turn % size_of(group) == rank_of(group):
+                yield from _split(x, y, chunk, device, first)
+            first += len(x)
         return
     if not isinstance(source, (ReplayBuffer, tuple, list)):
         raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
-    yield from _split(*as_pair(name, source), chunk, device)
+    if isinstance(source, ReplayBuffer):
+        own = share(len(source), group)
+        for start in range(own.start, own.stop, chunk):
+            # Part by part: it may not fit into memory as a whole.
+            yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
+        return
+    x, y = as_pair(name, source)
+    own = share(len(x), group)
+    yield from _split(x[own.start : own.stop], y[own.start : own.stop], chunk, device, own.start)
 
 
-def _split(x: Tensor, y: Tensor, chunk: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _split(x: Tensor, y: Tensor, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     for start in range(0, len(x), chunk):
-        stop = start + chunk
-        yield x[start:stop].to(device, non_blocking=True), y[start:stop].to(device, non_blocking=True)
+        part = slice(start, start + chunk)
+        yield first + start, x[part].to(device, non_blocking=True), y[part].to(device, non_blocking=True)

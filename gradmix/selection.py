@@ -7,7 +7,7 @@ A mixture is allowed if its gradient does not point against the gradient of the 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from gradmix.alignment import (
     Criterion,
     Estimator,
     Rows,
+    agreed,
     as_estimator,
     bare_rows,
     buffer_rows,
@@ -31,7 +32,9 @@ from gradmix.alignment import (
     concatenate,
     feature_alignment,
     forward_all,
+    gathered,
     judge,
+    marked_reference,
     mixed_input_alignment,
     pair_alignment,
     read_buffer,
@@ -54,15 +57,16 @@ from gradmix.estimators import (
     whole_reference,
 )
 from gradmix.graphs import Graphs, Inputs, call, sent
-from gradmix.head import HeadOutput, head_classes, resolve_head
+from gradmix.head import HeadOutput, has_bias, head_classes, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
 from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.mixed_alignment import Weight, check_lam, check_reference
-from gradmix.ops.waiting import later, look_is_free, require
+from gradmix.ops.waiting import later, look_is_free, require, settle
 from gradmix.probe import require_finite, untouched, unwrap
+from gradmix.processes import Group, any_over, as_the_first, check_group
 from gradmix.rows import CHUNK, RowSource, as_pair
 
 Policy = Literal["uniform", "permute", "best"]
@@ -137,12 +141,16 @@ class Pairs:
             x (N, ...) of the input's dtype; y (N, num_classes) label vectors, float64 for float64 inputs, else float32.
 
         Raises:
-            TypeError: integer inputs, which cannot be mixed.
+            TypeError: integer inputs, which cannot be mixed; see :func:`gradmix.mixed_forward`.
             ValueError: a wrong number of rows, or shapes that do not fit.
         """
         own_x, own_y = self._inputs(x, y)
         if not own_x.is_floating_point():
-            raise TypeError(f"x: got dtype {own_x.dtype}, expected a floating-point dtype, in which rows can be mixed")
+            raise TypeError(
+                f"x: got dtype {own_x.dtype}, expected a floating-point dtype, in which rows can be mixed; rows of "
+                "token ids are mixed inside the model, by gradmix.mixed_forward(model, stage, x, pairs.other_x(), "
+                "pairs.lam) with the labels of pairs.mix_labels()"
+            )
         other_x, other_y = (own_x, own_y) if self._candidates is None else self._candidates
         if other_x.shape[1:] != own_x.shape[1:]:
             raise ValueError(
@@ -150,10 +158,43 @@ class Pairs:
             )
         lam = self.lam.to(own_x.dtype).view(-1, *[1] * (own_x.ndim - 1))
         mixed = lam * own_x + (1 - lam) * other_x[self.partner].to(own_x.dtype)
-        dtype = work_dtype(own_x.dtype)
+        return mixed, self._mixed_labels(own_y, other_y, work_dtype(own_x.dtype))
+
+    def mix_labels(self, y: Tensor | None = None) -> Tensor:
+        """The labels of the mixed rows, for inputs that are mixed elsewhere (:func:`gradmix.mixed_forward`).
+
+        Args:
+            y: (N,) or (N, C) in place of the labels that were selected on, as in :meth:`mix`.
+
+        Returns:
+            (N, num_classes) label vectors, float64 for float64 inputs, else float32.
+
+        Raises:
+            ValueError: a wrong number of rows.
+        """
+        own_x, own_y = self._inputs(None, y)
+        other_y = own_y if self._candidates is None else self._candidates[1]
+        return self._mixed_labels(own_y, other_y, work_dtype(own_x.dtype))
+
+    def other_x(self, x: Tensor | None = None) -> Tensor:
+        """Every row's partner, (N, ...), unmixed; a row without one has itself, or among candidates the first of them.
+
+        Args:
+            x: (N, ...) in place of the inputs that were selected on, where partners are of the batch's own rows.
+
+        Raises:
+            ValueError: a wrong number of rows, or rows given though partners came from other candidates.
+        """
+        if self._candidates is None:
+            return self._inputs(x, None)[0][self.partner]
+        if x is not None:
+            raise ValueError(f"x: got {len(x)} rows, expected None, as partners are among the candidates")
+        return self._candidates[0][self.partner]
+
+    def _mixed_labels(self, own_y: Tensor, other_y: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.lam.to(dtype)[:, None]
         labels = weight * dense_labels(own_y, self.num_classes, dtype)
-        return mixed, labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
+        return labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
 
     def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(x, y_a, y_b, lam)``: mixed inputs, both labels and lam (N,): loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
@@ -202,6 +243,8 @@ class _Settings:
     num_classes: int | None
     backend: str
     chunk_size: int
+    group: Group = None
+    shared_batch: bool = False
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, get_args(Criterion))
@@ -216,6 +259,12 @@ class _Settings:
         check_count("chunk_size", self.chunk_size)
         if self.num_classes is not None:
             check_count("num_classes", self.num_classes)
+        check_group(self.group)
+
+    @property
+    def batch_group(self) -> Group:
+        """The processes that hold the batch's other rows."""
+        return None if self.shared_batch else self.group
 
     @property
     def whole(self) -> WholeEstimator | None:
@@ -233,7 +282,7 @@ class _Settings:
 
 def select_pairs(
     model: nn.Module,
-    buffer: RowSource,
+    buffer: RowSource | Tensor,
     batch: tuple[Tensor, Tensor],
     *,
     candidates: tuple[Tensor, Tensor] | None = None,
@@ -250,6 +299,7 @@ def select_pairs(
     reference: Tensor | WholeReference | None = None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
     chunk_size: int = CHUNK,
+    group: Group = None,
 ) -> Pairs:
     """Choose for each row a partner with which it may be mixed without harm to the replay buffer.
 
@@ -260,9 +310,11 @@ def select_pairs(
 
     Args:
         model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
-        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
-        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype and y, (N,) int64 class
-            indices or (N, C) label vectors.
+        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader. Or (N,) bool, which of
+            the batch's own rows are replayed ones: the reference gradient is then their mean, from the outputs at hand,
+            and no buffer is forwarded. If no row is marked, that is an empty buffer.
+        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype, or with the estimator
+            ``feature`` token ids of dtype int64 or int32; and y, (N,) int64 class indices or (N, C) label vectors.
         candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own
             partner.
         criterion: ``"sample"``: every pair is judged by itself; ``"class"``, as in the paper: pairs of classes, by the
@@ -287,6 +339,8 @@ def select_pairs(
         outputs: features (N, d) and logits (N, C) of the batch from a forward pass that was made anyway
             (:class:`gradmix.HeadCapture`), in place of one made here; of no use to ``jvp`` and ``sketch``.
         chunk_size: rows forwarded at a time.
+        group: processes that share the reference gradient, each with a batch of its own, as
+            :func:`gradmix.reference_gradient`; with marked rows it is the mean over the marked rows of all of them.
 
     Returns:
         :class:`Pairs`.
@@ -304,16 +358,19 @@ def select_pairs(
     >>> x.shape, y.shape
     (torch.Size([5, 4]), torch.Size([5, 3]))
     """
-    settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size)
+    settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size, group)
     if lam is not None:
         check_lam(lam)
     generator = default_generator() if generator is None else generator
     model = unwrap(model)
     with _checks(settings), untouched(model):
-        batch, candidates = _checked_rows_to_mix(batch, candidates)
-        if reference is None:
+        batch, candidates = _checked_rows_to_mix(batch, candidates, settings)
+        marked = None
+        if reference is None and isinstance(buffer, Tensor):
+            marked = _checked_marks("buffer", buffer, batch)
+        elif reference is None:
             reference = _reference(model, buffer, settings, batch[0])
-        return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs)
+        return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs, marked=marked)
 
 
 def _checks(settings: _Settings) -> AbstractContextManager[None]:
@@ -322,14 +379,13 @@ def _checks(settings: _Settings) -> AbstractContextManager[None]:
 
 
 def _checked_rows_to_mix(
-    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None
+    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, settings: _Settings
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Both arguments as checked pairs on the batch's device."""
     x, y = as_pair("batch", batch)
     if len(x) == 0:
         raise ValueError("batch: got no rows, expected at least one")
-    if not x.is_floating_point():
-        raise TypeError(f"batch: got x of dtype {x.dtype}, expected a floating-point dtype, in which rows can be mixed")
+    _check_mixable(x, settings)
     if candidates is None:
         return (x, y), None
     other_x, other_y = as_pair("candidates", candidates)
@@ -339,15 +395,56 @@ def _checked_rows_to_mix(
         raise ValueError(
             f"candidates: got rows of shape {tuple(other_x.shape[1:])}, expected {tuple(x.shape[1:])} as the batch"
         )
+    if other_x.is_floating_point() != x.is_floating_point():
+        raise TypeError(f"candidates: got x of dtype {other_x.dtype}, expected {x.dtype} as the batch")
     return (x, y), (other_x.to(x.device), other_y.to(x.device))
+
+
+def _check_mixable(x: Tensor, settings: _Settings) -> None:
+    """Refuse inputs that the estimator cannot judge: token ids have no mixtures to forward."""
+    if x.is_floating_point():
+        return
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"batch: got x of dtype {x.dtype}, expected a floating-point dtype, in which rows can be mixed, or token "
+            "ids of dtype int64 or int32"
+        )
+    kind = as_estimator(settings.estimator)
+    if kind != "feature":
+        name = kind if isinstance(kind, str) else type(kind).__name__
+        raise TypeError(
+            f"batch: got x of dtype {x.dtype} with the estimator {name!r}, which mixes inputs, expected a "
+            "floating-point dtype; token ids are served by the estimator 'feature'"
+        )
+
+
+def _checked_marks(name: str, marked: object, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Which rows of the batch are replayed ones, (N,) bool on its device."""
+    if not isinstance(marked, Tensor):
+        raise TypeError(f"{name}: got {type(marked).__name__}, expected a bool tensor that marks rows of the batch")
+    if marked.dtype != torch.bool:
+        raise TypeError(f"{name}: got a tensor of dtype {marked.dtype}, expected bool, which marks rows of the batch")
+    x, _ = batch
+    if marked.shape != (len(x),):
+        raise ValueError(f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({len(x)},) as the batch's rows")
+    return sent(marked, x.device)
 
 
 def _reference(model: nn.Module, buffer: object, settings: _Settings, x: Tensor) -> Tensor | WholeReference | None:
     """The buffer's gradient that the estimator wants; None for an empty buffer."""
     if settings.whole is not None:
         chunk = extent_of(model, settings.whole, x, settings.chunk_size).chunk
-        return whole_reference(model, settings.whole, buffer, chunk)
-    return read_buffer(model, buffer, settings.head, settings.chunk_size, x.device)[0]
+        return whole_reference(model, settings.whole, buffer, chunk, settings.group)
+    return read_buffer(model, buffer, settings.head, settings.chunk_size, x.device, group=settings.group)[0]
+
+
+def _whole_marked_reference(
+    model: nn.Module, batch: tuple[Tensor, Tensor], marked: Tensor, settings: _Settings, chunk: int
+) -> WholeReference | None:
+    """The marked rows' gradient with respect to all parameters; None if no row is marked."""
+    estimator, own = settings.whole, (batch[0][marked], batch[1][marked])
+    assert estimator is not None
+    return whole_reference(model, estimator, own, chunk, settings.batch_group, name="replayed rows", shared=False)
 
 
 def _select(
@@ -361,8 +458,12 @@ def _select(
     table: ClassTable | None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
     graphs: Graphs | None = None,
+    marked: Tensor | None = None,
 ) -> Pairs:
-    """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``."""
+    """Select with a reference gradient (None: the buffer is empty) and maybe a class table; inside ``untouched``.
+
+    With rows ``marked``, the reference gradient is theirs.
+    """
     run = graphs if graphs is not None and graphs.serve(batch[0].device) else call
     lam = draw_lam(settings.alpha, generator) if lam is None else float(lam)
     draw = _Draw(
@@ -370,7 +471,7 @@ def _select(
     )
     partner_pair = batch if candidates is None else candidates
     screening = None
-    if reference is None or table is not None or settings.whole is not None:
+    if (reference is None and marked is None) or table is not None or settings.whole is not None:
         extent = None
         if settings.whole is None:
             width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
@@ -380,6 +481,9 @@ def _select(
             _check_width(settings.num_classes, width)
         batch, candidates = _checked_labels(batch, candidates, width)
         partner_pair = batch if candidates is None else candidates
+        if marked is not None:
+            assert extent is not None
+            reference = _whole_marked_reference(model, batch, marked, settings, extent.chunk)
         if reference is None:
             alignment = _empty_buffer_alignment(batch, partner_pair, settings.criterion)
             decision = _decided(alignment, draw.partners(None, None), lam)
@@ -394,7 +498,7 @@ def _select(
             )
             decision = _decided(alignment, draw.partners(allowed, score), lam)
     else:
-        if not isinstance(reference, Tensor):
+        if marked is None and not isinstance(reference, Tensor):
             raise TypeError(
                 f"reference: got {type(reference).__name__}, expected a tensor as gradmix.reference_gradient gives it"
             )
@@ -409,6 +513,10 @@ def _select(
         )
         _check_width(settings.num_classes, rows.logits.shape[1])
         width = rows.logits.shape[1]
+        nothing = None
+        if marked is not None:
+            reference, nothing = marked_reference(rows, marked, has_bias(module), settings.batch_group)
+        assert isinstance(reference, Tensor)
         check_reference(reference, width, rows.features.shape[1])
         batch = batch[0], rows.y
         candidates = None if candidates is None else (candidates[0], partners.y)
@@ -416,9 +524,11 @@ def _select(
             by_features = _ByFeatures(
                 settings.criterion, settings.threshold, settings.policy, draw.own_rows, settings.backend
             )
-            decision = run(by_features, by_features.inputs(rows, partners, reference, lam, draw.numbers()))
+            decision = run(by_features, by_features.inputs(rows, partners, reference, nothing, lam, draw.numbers()))
         else:
-            alignment, allowed, score = _score_mixed(model, module, rows, partners, settings, lam, reference, draw)
+            alignment, allowed, score = _score_mixed(
+                model, module, rows, partners, settings, lam, reference, nothing, draw
+            )
             decision = _decided(alignment, draw.partners(allowed, score), lam)
     return Pairs(
         decision.partner,
@@ -510,10 +620,12 @@ class _ByFeatures:
     own_rows: bool
     backend: str
 
-    def inputs(self, rows: Rows, partners: Rows, reference: Tensor, lam: Weight, drawn: Tensor) -> Inputs:
+    def inputs(
+        self, rows: Rows, partners: Rows, reference: Tensor, nothing: Tensor | None, lam: Weight, drawn: Tensor
+    ) -> Inputs:
         """The arguments of a call, all tensors but maybe lam."""
         other = (None,) * 3 if self.own_rows else (partners.features, partners.logits, partners.y)
-        return (rows.features, rows.logits, rows.y, lam, drawn, reference, *other)
+        return (rows.features, rows.logits, rows.y, lam, drawn, reference, nothing, *other)
 
     def __call__(
         self,
@@ -523,6 +635,7 @@ class _ByFeatures:
         lam: Weight,
         drawn: Tensor,
         reference: Tensor,
+        nothing: Tensor | None,
         other_features: Tensor | None,
         other_logits: Tensor | None,
         other_y: Tensor | None,
@@ -532,7 +645,7 @@ class _ByFeatures:
             partners = Rows(other_y, other_y, other_features, other_logits)
         inner, norm = feature_alignment(rows, partners, reference, lam, self.backend)
         alignment = judge(inner, norm, rows, partners, reference, self.criterion, self.own_rows)
-        allowed, score = _decisions(alignment, rows.y, partners.y, self.threshold)
+        alignment, allowed, score = _decisions_unless(nothing, alignment, rows.y, partners.y, self.threshold)
         return _decided(alignment, _partners(allowed, score, drawn, self.policy, self.own_rows), lam)
 
 
@@ -544,6 +657,7 @@ def _score_mixed(
     settings: _Settings,
     lam: float,
     reference: Tensor,
+    nothing: Tensor | None,
     draw: _Draw,
 ) -> tuple[Alignment, Tensor, Tensor]:
     """The alignment by the estimator ``mixed``, and by pair (N, M): whether it is allowed, and its score."""
@@ -570,7 +684,23 @@ def _score_mixed(
             backend=settings.backend,
         )
     alignment = judge(inner, norm, rows, partners, reference, settings.criterion, draw.own_rows)
-    return (alignment, *_decisions(alignment, rows.y, partners.y, settings.threshold))
+    return _decisions_unless(nothing, alignment, rows.y, partners.y, settings.threshold)
+
+
+def _decisions_unless(
+    nothing: Tensor | None, alignment: Alignment, y: Tensor, other_y: Tensor, threshold: float
+) -> tuple[Alignment, Tensor, Tensor]:
+    """The alignment, and by pair (N, M) whether it is allowed, and its score; unless there is no reference gradient.
+
+    Args:
+        nothing: () bool, whether no row is behind the reference, decided on the device: then everything is allowed, and
+            all zeros, as with an empty buffer. None: there are such rows.
+    """
+    if nothing is not None:
+        inner, angle = (v.masked_fill(nothing, 0) for v in (alignment.inner, alignment.cosine))
+        alignment = Alignment(inner, angle, alignment.classes)
+    allowed, score = _decisions(alignment, y, other_y, threshold)
+    return alignment, allowed if nothing is None else allowed | nothing, score
 
 
 def _decisions(alignment: Alignment, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -732,13 +862,22 @@ class GradMix:
     Args:
         model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
             :func:`select_pairs`.
-        buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between.
+        buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between. None: there is none,
+            and every call marks the replayed rows of its batch.
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
         class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for
             each pair of classes).
         cuda_graph: on a GPU, capture what follows the rows' own forward pass in a CUDA graph, one for each shape of
             batch, and replay it, so that a selection costs the host one launch; elsewhere it makes no difference. For
             the estimator ``feature``, and by class for all of them. Same results.
+        group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
+            make the same calls, each with a batch of its own. Each forwards its share of the buffer, and all keep the
+            same reference gradient, to the bit; and the same class table, made of the buffer's rows and the batches of
+            all of them, in the order of the ranks, as one process would of the whole batch. By class every call asks
+            all processes whether one of them has met an unknown class. A process that fails leaves the others waiting
+            (:mod:`gradmix.processes`).
+        shared_batch: whether every process of the group is given the same batch, the whole one, as where the outputs of
+            its parts have been gathered already; they then make the same decisions if their generators are alike.
 
     On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes): what a check finds
     is raised by the next call (:mod:`gradmix.ops.waiting`), and a class that the table does not know has its rows stay
@@ -760,7 +899,7 @@ class GradMix:
     def __init__(
         self,
         model: nn.Module,
-        buffer: RowSource,
+        buffer: RowSource | None,
         *,
         criterion: Criterion = "sample",
         estimator: Estimator | WholeEstimator = "feature",
@@ -775,9 +914,21 @@ class GradMix:
         backend: str = "auto",
         chunk_size: int = CHUNK,
         cuda_graph: bool = False,
+        group: Group = None,
+        shared_batch: bool = False,
     ) -> None:
         self._settings = _Settings(
-            criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size
+            criterion,
+            estimator,
+            alpha,
+            threshold,
+            policy,
+            head,
+            num_classes,
+            backend,
+            chunk_size,
+            group,
+            shared_batch,
         )
         if not isinstance(cuda_graph, bool):
             raise TypeError(f"cuda_graph: got {type(cuda_graph).__name__}, expected a bool")
@@ -801,9 +952,9 @@ class GradMix:
         self._age = 0
         self._stale = True
 
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor, *, replayed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C)."""
-        return self.select(x, y).mix()
+        return self.select(x, y, replayed=replayed).mix()
 
     def select(
         self,
@@ -813,14 +964,32 @@ class GradMix:
         candidates: tuple[Tensor, Tensor] | None = None,
         lam: float | None = None,
         outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
+        replayed: Tensor | None = None,
     ) -> Pairs:
-        """The pairs for a batch; arguments as :func:`select_pairs`."""
+        """The pairs for a batch.
+
+        Args:
+            x, y: the batch.
+            candidates, lam, outputs: as :func:`select_pairs`.
+            replayed: (N,) bool, which rows of the batch are replayed ones. Their mean gradient is then the reference of
+                this call in place of the buffer's, which is not read. By sample what is kept between steps is neither
+                used nor changed. By class the table is refreshed as ever, its reference the marked rows' gradient, and
+                made of the rows at hand alone; as long as there is none, whether a row is marked is found out as
+                whether a class is unknown.
+
+        Raises:
+            ValueError, TypeError: as :func:`select_pairs`; no ``replayed`` where there is no buffer.
+        """
         if lam is not None:
             check_lam(lam)
+        if replayed is None and self._buffer is None:
+            raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
         with _checks(self._settings), untouched(self._model):
-            batch, candidates = _checked_rows_to_mix((x, y), candidates)
-            if self._is_due(batch, candidates):
-                self._update(batch, candidates, outputs)
+            batch, candidates = _checked_rows_to_mix((x, y), candidates, self._settings)
+            marked = None if replayed is None else _checked_marks("replayed", replayed, batch)
+            once = marked is not None and self._settings.criterion == "sample"
+            if not once and self._is_due(batch, candidates, marked):
+                self._update(batch, candidates, outputs, marked)
             self.pairs = _select(
                 self._model,
                 batch,
@@ -828,10 +997,11 @@ class GradMix:
                 self._settings,
                 lam,
                 self._generator,
-                self.reference,
+                None if once else self.reference,
                 self.table,
                 outputs,
                 self._graphs,
+                marked if once else None,
             )
         self._age += 1
         return self.pairs
@@ -840,21 +1010,28 @@ class GradMix:
         """Have the next call compute everything anew."""
         self._stale = True
 
-    def _is_due(self, batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None) -> bool:
+    def _is_due(
+        self, batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, marked: Tensor | None
+    ) -> bool:
         if self._stale or (self._refresh != "epoch" and self._age >= self._refresh):
             return True
         if self.reference is None:
-            return _has_rows(self._buffer)
+            return _has_rows(self._buffer) if marked is None else self._is_met(marked)
         if self.table is None:
             return False
         labels = [class_of(pair[1]) for pair in (batch, candidates) if pair is not None]
-        unknown = torch.cat([class_index(self.table.classes, label) < 0 for label in labels])
-        if look_is_free(unknown.device) or self._settings.whole is not None:
-            return bool(unknown.any())
-        require(unknown, self._met_unknown_class)
+        return self._is_met(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
+
+    def _is_met(self, flags: Tensor) -> bool:
+        """Whether any of ``flags`` (K,) is set, in any process; where the host may not look, the next call knows."""
+        if self._settings.group is not None:
+            flags = any_over(flags, self._settings.group)
+        if look_is_free(flags.device) or self._settings.whole is not None:
+            return bool(flags.any())
+        require(flags, self._is_stale)
         return False
 
-    def _met_unknown_class(self, _row: int) -> None:
+    def _is_stale(self, _row: int) -> None:
         self._stale = True
 
     def _update(
@@ -862,30 +1039,40 @@ class GradMix:
         batch: tuple[Tensor, Tensor],
         candidates: tuple[Tensor, Tensor] | None,
         outputs: HeadOutput | tuple[Tensor, Tensor] | None,
+        marked: Tensor | None,
     ) -> None:
         settings, by_class = self._settings, self._settings.criterion == "class"
         if settings.whole is not None:
-            self._update_whole(settings.whole, batch, candidates)
+            self._update_whole(settings.whole, batch, candidates, marked)
             return
-        reference, kept = read_buffer(
-            self._model,
-            self._buffer,
-            settings.head,
-            settings.chunk_size,
-            batch[0].device,
-            keep=self._class_samples if by_class else 0,
-            keep_inputs=settings.last_layer == "mixed",
-        )
+        reference: Tensor | None = None
+        kept: list[Rows] = []
+        if marked is None:
+            reference, kept = read_buffer(
+                self._model,
+                self._buffer,
+                settings.head,
+                settings.chunk_size,
+                batch[0].device,
+                keep=self._class_samples if by_class else 0,
+                keep_inputs=settings.last_layer == "mixed",
+                group=settings.group,
+            )
         table = None
-        if reference is not None and by_class:
+        if by_class and (reference is not None or marked is not None):
             head = resolve_head(self._model, settings.head, batch[0][:1])
             given = None if outputs is None else HeadOutput(*outputs)
             at_hand = [checked_rows("batch", *batch, given)] if given is not None else []
             sources = [("batch", batch)] if given is None else []
             sources += [("candidates", candidates)] if candidates is not None else []
             at_hand += [forward_all(self._model, head, name, pair, settings.chunk_size) for name, pair in sources]
+            if marked is not None:
+                reference, nothing = marked_reference(at_hand[0], marked, has_bias(head), settings.batch_group)
+                reference = None if bool(nothing) else reference
             if settings.last_layer == "feature":
                 at_hand = [rows.without_inputs() for rows in at_hand]
+        if by_class and reference is not None:
+            at_hand = [gathered(rows, settings.batch_group) for rows in at_hand]
             table = class_table(
                 self._model,
                 head,
@@ -897,6 +1084,7 @@ class GradMix:
                 chunk=settings.chunk_size,
                 backend=settings.backend,
             )
+            table = agreed(table, settings.group)
         # All or nothing: a model that raises above leaves what was kept before.
         self.reference, self.table = reference, table
         self._age, self._stale = 0, False
@@ -907,15 +1095,23 @@ class GradMix:
         estimator: WholeEstimator,
         batch: tuple[Tensor, Tensor],
         candidates: tuple[Tensor, Tensor] | None,
+        marked: Tensor | None,
     ) -> None:
         """:meth:`_update` for an estimator over all parameters."""
         settings = self._settings
         chunk, width = extent_of(self._model, estimator, batch[0], settings.chunk_size)
-        reference = whole_reference(self._model, estimator, self._buffer, chunk)
+        kept: list[Rows] = []
+        reference: WholeReference | None
+        if marked is None:
+            reference = whole_reference(self._model, estimator, self._buffer, chunk, settings.group)
+        else:
+            reference = _whole_marked_reference(self._model, batch, marked, settings, chunk)
         table = screening = None
         if reference is not None and settings.criterion == "class":
-            kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, batch[0].device)
-            rows = [*kept, bare_rows(*batch)] + ([] if candidates is None else [bare_rows(*candidates)])
+            if marked is None:
+                kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, batch[0].device)
+            at_hand = [batch] if candidates is None else [batch, candidates]
+            rows = [*kept, *(gathered(bare_rows(*pair), settings.batch_group) for pair in at_hand)]
             for part in rows:
                 check_label_range("batch", part.y, width)
             everything = concatenate(rows, width)
@@ -931,12 +1127,22 @@ class GradMix:
                 chunk=chunk,
                 backend=settings.backend,
             )
+            table = agreed(table, settings.group)
+            if screening is not None:
+                told = torch.tensor(astuple(screening), device=batch[0].device)
+                screening = Screening(*as_the_first([told], settings.group)[0].tolist())
         self.reference, self.table, self.screening = reference, table, screening
         self._age, self._stale = 0, False
         self.refreshes += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept between steps, of tensors and plain numbers; loads with ``torch.load(weights_only=True)``."""
+        """What is kept between steps, of tensors and plain numbers; loads with ``torch.load(weights_only=True)``.
+
+        Raises:
+            ValueError: the call before was given what it should not have been, found on a GPU.
+        """
+        # Whether the table is to be made anew may still be on its way from the GPU.
+        settle()
         table = self.table
         return {
             "reference": self.reference,

@@ -79,6 +79,23 @@ def test_a_call_looks_at_nothing_and_chooses_the_same(case: str, monkeypatch: py
     assert_same(pairs, expected)
 
 
+@pytest.mark.parametrize("marks", [[2, 5, 9], [4], [], list(range(11))], ids=["some", "one", "none", "all"])
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_marked_rows_are_not_looked_at(case: str, marks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    how = dict(STEPS[case])
+    model = MLP()
+    batch, more = made(how.pop("kind"), model)
+    more = {**how, **more, "lam": 0.3, "threshold": 0.2}
+    buffer = tuple(v[marks] for v in batch)
+    expected = select_pairs(model, buffer, batch, generator=generator(), **more)
+    marked = torch.zeros(11, dtype=torch.bool).index_fill_(0, torch.tensor(marks, dtype=torch.int64), True)
+    behind_the_host(monkeypatch)
+    with watched():
+        pairs = select_pairs(model, marked, batch, generator=generator(), **more)
+    waiting.settle()
+    assert_same(pairs, expected)
+
+
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_a_step_between_refreshes_looks_at_nothing_and_chooses_the_same(
     case: str, monkeypatch: pytest.MonkeyPatch

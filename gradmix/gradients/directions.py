@@ -22,7 +22,8 @@ from gradmix.gradients.sketches import Identity
 from gradmix.head import logits_of
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range
-from gradmix.probe import require_finite
+from gradmix.probe import device_of, require_finite
+from gradmix.processes import Group, sum_over
 from gradmix.rows import RowSource, as_pair
 
 
@@ -68,13 +69,22 @@ def mean_gradient(
     return result
 
 
-def mean_gradient_of(engine: Engine, name: str, source: object) -> dict[str, Tensor] | None:
-    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no rows."""
+def mean_gradient_of(
+    engine: Engine, name: str, source: object, group: Group = None, *, shared: bool = True
+) -> dict[str, Tensor] | None:
+    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no rows.
+
+    Args:
+        engine, name: what computes, and how errors call the rows.
+        source: the rows.
+        group: processes over which the mean is taken; all have the same result.
+        shared: whether all of them hold the same rows, of which each takes its share; False: each has rows of its own.
+    """
     trainable = trainable_parameters(engine.model)
     wanted = {n: trainable[n] for n in select(trainable, engine.layers)}
     total = {n: torch.zeros_like(p, dtype=work_dtype(p.dtype), requires_grad=False) for n, p in wanted.items()}
     count = 0
-    for start, x, y in engine.chunks(name, source):
+    for start, x, y in engine.chunks(name, source, group if shared else None):
         scale = engine.scale(x)
         with torch.enable_grad():
             logits = check_output(logits_of(engine.model(x.detach())), len(x))
@@ -86,6 +96,9 @@ def mean_gradient_of(engine: Engine, name: str, source: object) -> dict[str, Ten
             if gradient is not None:
                 sum_.add_(gradient.to(sum_.dtype), alpha=1 / scale)
         count += len(x)
+    if group is not None:
+        *sums, rows = sum_over([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
+        total, count = dict(zip(total, sums, strict=True)), int(rows)
     if count == 0:
         return None
     for n, sum_ in total.items():

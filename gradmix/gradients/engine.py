@@ -29,7 +29,8 @@ from gradmix.ops.backends import check_backend
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of
 from gradmix.probe import device_of, require_finite, untouched, unwrap
-from gradmix.rows import RowSource, as_pair, chunks_of
+from gradmix.processes import Group
+from gradmix.rows import RowSource, as_pair, numbered_chunks
 
 Scaler: TypeAlias = "float | torch.amp.GradScaler | None"
 
@@ -247,15 +248,13 @@ class Engine:
         """Of sketches and sums: float64 for a float64 model, else float32."""
         return work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
 
-    def chunks(self, name: str, source: object) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """First row, x and y of each chunk that is not empty."""
-        start = 0
-        for x, y in chunks_of(name, source, self.chunk, device_of(self.model)):
+    def chunks(self, name: str, source: object, group: Group = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, x and y of each chunk that is not empty; of a group, this process's share of them."""
+        for start, x, y in numbered_chunks(name, source, self.chunk, device_of(self.model), group):
             if len(x):
                 require_finite(start, **{name: x})
                 # A tensor of inference mode cannot be kept for a backward pass.
                 yield start, x.clone() if x.is_inference() else x, y.clone() if y.is_inference() else y
-            start += len(x)
 
     def run(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan, consumers: Sequence[Consumer]) -> None:
         """One forward and one backward pass, see :func:`gradmix.gradients.passes.run_pass`."""
