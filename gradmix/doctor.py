@@ -43,14 +43,15 @@ OPERATORS: tuple[Operator, ...] = (
 
 # Import names of what an extra brings; the names to install differ for some.
 _EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy"),
+    "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy", "PIL"),
     "gradients": ("safetensors",),
     "policies": ("kornia",),
+    "images": ("PIL",),
     "bench": ("rich",),
     "test": ("pytest", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),
 }
-_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def report() -> dict[str, Any]:

@@ -58,7 +58,15 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     core = [r for r in DISTRIBUTION.requires if "extra ==" not in r]
     assert sorted(re.match(r"[a-z]+", r)[0] for r in core) == ["numpy", "torch"]
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "gradients", "policies", "bench", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "train",
+        "gradients",
+        "policies",
+        "images",
+        "bench",
+        "test",
+        "dev",
+    }
 
 
 @INSTALLED
