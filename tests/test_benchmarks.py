@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from gradmix.training import benchmarks
-from gradmix.training.benchmarks import BENCHMARKS, Benchmark, TaskStream, make_stream, resolve
+from gradmix.training.benchmarks import BENCHMARKS, Benchmark, make_stream, resolve
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.datasets import LabelledImages
 from gradmix.training.models import build_model
+from gradmix.training.streams import TaskStream
 
 
 def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledImages:
@@ -52,7 +53,8 @@ def test_every_row_arrives_once_in_the_task_of_its_class(cut, class_order_seed):
         arrived = []
         for index, task in enumerate(stream.tasks):
             assert (task.index, task.classes) == (index, (2 * index, 2 * index + 1))
-            x, y = getattr(task, f"{part}_x"), getattr(task, f"{part}_y")
+            rows = getattr(task, part)
+            x, y = rows.x, rows.y
             assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (len(y), 1, 2, 2)
             rows = x[:, 0, 0, 0].long().tolist()
             assert rows == sorted(rows), "rows stand in the order of the data set"
@@ -87,8 +89,8 @@ def test_validation_holds_out_a_share_of_every_class(cut, share):
     for task in stream.tasks:
         for label in task.classes:
             original = stream.class_order[label]
-            held = task.test_x[task.test_y == label][:, 0, 0, 0].long().tolist()
-            left = task.train_x[task.train_y == label][:, 0, 0, 0].long().tolist()
+            held = task.test.x[task.test.y == label][:, 0, 0, 0].long().tolist()
+            left = task.train.x[task.train.y == label][:, 0, 0, 0].long().tolist()
             assert len(held) == int(np.floor(int(total[original]) * share + 0.5))
             assert all(data.train_y[row] == original for row in held + left), "held-out rows are training rows"
             # Evenly spread: no stretch of the data set goes without.
@@ -102,7 +104,7 @@ def test_validation_holds_out_a_share_of_every_class(cut, share):
 def test_validation_is_the_same_each_time_and_whatever_the_class_order(cut):
     data = labelled([n + 4 for n in SKEWED])
     held = [
-        sorted(row for task in stream.tasks for row in task.test_x[:, 0, 0, 0].tolist())
+        sorted(row for task in stream.tasks for row in task.test.x[:, 0, 0, 0].tolist())
         for stream in (cut(data, validation=0.2), cut(data, validation=0.2, class_order_seed=9))
     ]
     assert held[0] == held[1]
@@ -116,7 +118,7 @@ def test_inputs_are_scaled_by_the_data_sets_constants(cut):
         None: data.train_x / 2,  # split-mnist's protocol keeps pixels in [0, 1]
     }.items():
         stream = cut(data, normalise=given)
-        values = torch.cat([task.train_x for task in stream.tasks]).flatten().sort().values
+        values = torch.cat([task.train.x for task in stream.tasks]).flatten().sort().values
         assert torch.equal(values, expected.flatten().sort().values)
         assert (stream.mean, stream.std) == (((0.25,), (0.5,)) if given else (None, None))
 
@@ -135,7 +137,7 @@ def test_the_first_tasks_alone(cut, tasks: int):
     assert part.num_classes == 2 * tasks == len(part.class_names) and part.class_order == whole.class_order[: 2 * tasks]
     assert len(part.tasks) == tasks
     for a, b in zip(part.tasks, whole.tasks, strict=False):
-        assert a.classes == b.classes and torch.equal(a.train_x, b.train_x) and torch.equal(a.test_y, b.test_y)
+        assert a.classes == b.classes and torch.equal(a.train.x, b.train.x) and torch.equal(a.test.y, b.test.y)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -144,10 +146,10 @@ def test_the_first_rows_of_each_class_alone(cut, rows: int):
     stream = cut(data, rows_per_class=rows)
     for task in stream.tasks:
         for label in task.classes:
-            mine = task.train_x[task.train_y == label][:, 0, 0, 0]
+            mine = task.train.x[task.train.y == label][:, 0, 0, 0]
             all_of_it = data.train_x[data.train_y == label][:, 0, 0, 0].float() / data.maximum
             assert torch.equal(mine, all_of_it[:rows])
-        assert len(task.test_y) == int(sum((data.test_y == label).sum() for label in task.classes))
+        assert len(task.test.y) == int(sum((data.test_y == label).sum() for label in task.classes))
 
 
 @pytest.mark.parametrize(
@@ -206,10 +208,10 @@ def test_missing_data(tmp_path):
 def test_split_digits():
     pytest.importorskip("sklearn", reason="scikit-learn, with which the digits come")
     stream = make_stream("split-digits")
-    assert [len(task.train_y) for task in stream.tasks] == [289, 289, 291, 289, 284]
-    assert sum(len(task.test_y) for task in stream.tasks) == 355
+    assert [len(task.train.y) for task in stream.tasks] == [289, 289, 291, 289, 284]
+    assert sum(len(task.test.y) for task in stream.tasks) == 355
     assert stream.input_shape == (1, 8, 8) and stream.class_names == tuple("0123456789")
-    assert all(task.train_x.min() >= 0 and task.train_x.max() == 1 for task in stream.tasks)
+    assert all(task.train.x.min() >= 0 and task.train.x.max() == 1 for task in stream.tasks)
 
 
 # ---------------------------------------------------------------------------------------------------------- protocols
@@ -241,17 +243,24 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_protocols_as_published(name):
-    assert dataclasses.asdict(BENCHMARKS[name].protocol) == PUBLISHED[name]
+    assert dataclasses.asdict(BENCHMARKS[name].protocol) == PUBLISHED[name] | {"space": None, "reference": None}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_is_complete(name):
     benchmark = BENCHMARKS[name]
     assert isinstance(benchmark, Benchmark) and benchmark.name == name and benchmark.title
-    assert benchmark.dataset in benchmarks.DATASETS
+    assert callable(benchmark.read)
     protocol = benchmark.protocol
-    classes = protocol.tasks * protocol.classes_per_task
-    assert build_model(protocol.model, (1, 8, 8), classes)(torch.zeros(2, 1, 8, 8)).shape == (2, classes)
+    assert (protocol.tasks is None) is (protocol.classes_per_task is None), (
+        "or classes are shared out as they are found"
+    )
+    classes = (protocol.tasks or 3) * (protocol.classes_per_task or 2)
+    vocabulary = 9 if protocol.model == "text-transformer" else None
+    x = torch.zeros(2, 1, 8, 8) if vocabulary is None else torch.ones(2, 8, dtype=torch.int64)
+    model = build_model(protocol.model, tuple(x.shape[1:]), classes, vocabulary=vocabulary)
+    assert model(x).shape == (2, classes)
+    assert (protocol.space is None) is (vocabulary is None), "ids cannot be mixed"
 
 
 # -------------------------------------------------------------------------------------------------------- resolution
@@ -264,7 +273,8 @@ def test_resolve_fills_every_open_field(name):
     left_open = {
         key for section in (resolved.optim, resolved.replay) for key, value in vars(section).items() if value is None
     }
-    assert left_open == {"distillation"}  # the method's own
+    # The method's own, one pass, and where rows lie.
+    assert left_open == {"distillation", "accumulate", "storage"}
     assert resolved.optim == OptimConfig(
         model=protocol.model,
         lr=protocol.lr,
@@ -279,7 +289,8 @@ def test_resolve_fills_every_open_field(name):
         policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch
     )
     assert resolved.data == dataclasses.replace(open_config.data, normalise=protocol.normalise)
-    assert (resolved.mix, resolved.seeds) == (open_config.mix, open_config.seeds)
+    assert resolved.mix == dataclasses.replace(open_config.mix, space=protocol.space, reference=protocol.reference)
+    assert resolved.seeds == open_config.seeds
     assert resolve(resolved) == resolved
     assert open_config.optim.lr is None
 

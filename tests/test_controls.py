@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ import gradmix
 from gradmix.alignment import feature_alignment
 from gradmix.selection import Pairs
 from gradmix.training.benchmarks import make_stream, resolve
-from gradmix.training.config import MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.methods import METHODS, Context, StepRows, selective
 from gradmix.training.methods.controls import controlled
 from gradmix.training.trainer import train_one
 
@@ -225,6 +226,30 @@ def test_a_run_under_control(name: str, method: str) -> None:
     # Before there is a buffer nothing is selected, so a control has nothing to replace.
     assert first.accuracy[0, 0] == plain.accuracy[0, 0] and first.mixed_share[0] == plain.mixed_share[0]
     assert first.mixed_share[1] <= 1
+
+
+@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("reference", [None, "replayed"])
+def test_a_control_takes_the_place_of_every_selection(
+    reference: Literal["replayed"] | None, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def count(pairs: Pairs, *_args: object) -> Pairs:
+        calls.append(len(pairs))
+        return pairs
+
+    monkeypatch.setattr(selective, "controlled", count)
+    config = TrainConfig(
+        data=DataConfig(tasks=2, rows_per_class=40),
+        optim=OptimConfig(epochs=1),
+        replay=ReplayConfig(size=8),
+        mix=MixConfig(control="random", reference=reference),
+        threads=1,
+    )
+    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, rows_per_class=40))
+    # In the first task's steps there is nothing to select by.
+    assert 0 < len(calls) == result.timing.steps // 2
 
 
 def test_a_control_leaves_the_model_alone() -> None:

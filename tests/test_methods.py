@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import get_args
 
@@ -654,9 +654,9 @@ def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch
     seen: list[StepRows] = []
 
     class Inner(METHODS["mixup"]):
-        def loss(self, rows: StepRows) -> torch.Tensor:
+        def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
             seen.append(rows)
-            return super().loss(rows)
+            return super().losses(rows)
 
     monkeypatch.setattr(METHODS["trivialaugment-mixup"], "inner", Inner)
     x, y, weight = torch.rand(12, *COLOUR), torch.arange(12) % 4, torch.rand(12)

@@ -8,22 +8,21 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from fresh import run_python
+from resuming import StopAt, assert_same_result, goes_on_to_the_bit
 
 import gradmix
-from gradmix.training import checkpoint
-from gradmix.training.benchmarks import TaskStream, make_stream
+from gradmix.training import checkpoint, trainer
+from gradmix.training.benchmarks import make_stream
 from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.methods import METHODS
-from gradmix.training.results import RunResult
+from gradmix.training.streams import TaskStream
 from gradmix.training.trainer import Progress, train_one
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kill_and_resume.py"
@@ -36,8 +35,6 @@ OPTIM = OptimConfig(epochs=EPOCHS, batch=BATCH, lr=0.05, momentum=0.9, weight_de
 BASE = TrainConfig(
     data=DataConfig(tasks=TASKS, rows_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
 )
-# Not to be resumed from: when and how long.
-LEFT_OUT = ("clock", "seconds_total", "peak_memory")
 
 
 @pytest.fixture(scope="module")
@@ -45,85 +42,12 @@ def stream() -> TaskStream:
     return make_stream("split-digits", tasks=TASKS, rows_per_class=ROWS)
 
 
-@dataclass
-class StopAt:
-    """Raises KeyboardInterrupt after given steps, each once."""
-
-    steps: list[int]
-    seen: list[int] = field(default_factory=list)
-
-    def __call__(self, progress: Progress) -> None:
-        self.seen.append(progress.step)
-        if self.steps and progress.step == self.steps[0]:
-            self.steps.pop(0)
-            raise KeyboardInterrupt
-
-
-def same(a: Any, b: Any, key: str = "") -> None:
-    """Asserts that two nested values are equal to the bit."""
-    assert type(a) is type(b), key
-    if isinstance(a, dict):
-        assert list(a) == list(b), key
-        for name in a:
-            same(a[name], b[name], f"{key}[{name!r}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), key
-        for index, (one, other) in enumerate(zip(a, b, strict=True)):
-            same(one, other, f"{key}[{index}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape, key
-        assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes(), key
-        assert a.contiguous().view(-1).numpy(force=True).tobytes() == b.contiguous().view(-1).numpy().tobytes(), key
-    else:
-        assert a == b or (a != a and b != b), f"{key}: {a} and {b}"
-
-
-def assert_same_result(result: RunResult, expected: RunResult) -> None:
-    assert result.status == expected.status == "complete"
-    assert result.timing.steps == expected.timing.steps
-    assert np.array_equal(result.accuracy, expected.accuracy)
-    assert np.array_equal(result.mixed_share, expected.mixed_share, equal_nan=True)
-    assert len(result.alignments) == len(expected.alignments)
-    for one, other in zip(result.alignments, expected.alignments, strict=True):
-        assert one.task == other.task and np.array_equal(one.classes, other.classes)
-        assert one.cosine.tobytes() == other.cosine.tobytes() and np.array_equal(one.helpful, other.helpful)
-
-
-def state_at(path: Path) -> dict[str, Any]:
-    return {name: value for name, value in checkpoint.load(path).items() if name not in LEFT_OUT}
-
-
-def interrupted_run(
-    config: TrainConfig, method: str, stream: TaskStream, path: Path, stops: list[int]
-) -> tuple[RunResult, dict[str, Any]]:
-    """Stops after each of ``stops``, each time in a run of its own; the completed run and its last checkpoint."""
-    seen: list[int] = []
-    for stop in stops:
-        # Whatever the state of the process is when a run is taken up, it must not matter.
-        torch.manual_seed(stop)
-        stopper = StopAt([stop])
-        result = train_one(config, method, 1, stream=stream, on_step=stopper, checkpoint=path)
-        assert result.status == "interrupted" and result.timing.steps == stop
-        seen += stopper.seen
-    last, stopper = state_at(path), StopAt([])
-    result = train_one(config, method, 1, stream=stream, on_step=stopper, checkpoint=path)
-    assert seen + stopper.seen == list(range(1, result.timing.steps + 1)), "every step is taken once"
-    return result, last
-
-
 def assert_goes_on_to_the_bit(
     config: TrainConfig, method: str, stream: TaskStream, folder: Path, stops: list[int] | None = None
 ) -> None:
-    expected = train_one(config, method, 1, stream=stream)
-    end = expected.timing.steps
-    undisturbed, last = interrupted_run(config, method, stream, folder / "undisturbed.pt", [end])
-    assert_same_result(undisturbed, expected)
     # The first step, within an epoch, before and after the last step of an epoch and of a task, the last of all.
-    awkward = [1, 2, STEPS_PER_EPOCH, STEPS_PER_TASK - 1, STEPS_PER_TASK, STEPS_PER_TASK + 1, end - 3, end]
-    result, resumed_last = interrupted_run(config, method, stream, folder / "resumed.pt", stops or awkward)
-    assert_same_result(result, expected)
-    # Of what the accuracies of so few rows do not show: weights, momentum, buffer, random numbers, all of it.
-    same(resumed_last, last, "state")
+    awkward = [1, 2, STEPS_PER_EPOCH, STEPS_PER_TASK - 1, STEPS_PER_TASK, STEPS_PER_TASK + 1, STEPS - 3, STEPS]
+    goes_on_to_the_bit(config, method, stream, folder, stops or awkward)
 
 
 NO_KORNIA = pytest.mark.skipif(importlib.util.find_spec("kornia") is None, reason="kornia is not installed")
@@ -260,6 +184,27 @@ def test_where_and_how_a_run_is_made_makes_no_other_run(stream: TaskStream, tmp_
     )
     expected = train_one(BASE, "er", 1, stream=stream)
     assert_same_result(train_one(elsewhere, "er", 1, stream=stream, checkpoint=path), expected)
+
+
+@pytest.mark.parametrize("key", ["width", "sampler", "generators.candidate augmentation"])
+def test_a_checkpoint_that_lacks_what_is_kept_now_is_refused(
+    key: str, stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.pt"
+    complete = trainer._Run.state_dict
+
+    def former(self: Any) -> dict[str, Any]:
+        state = complete(self)
+        *sections, name = key.split(".")
+        del (state[sections[0]] if sections else state)[name]
+        return state
+
+    monkeypatch.setattr(trainer._Run, "state_dict", former)
+    train_one(BASE, "er", 1, stream=stream, on_step=StopAt([5]), checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"run\.pt: whole, but of an earlier version .* '{key.split('.')[-1]}'"):
+        train_one(BASE, "er", 1, stream=stream, checkpoint=path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ CHANGED = {
     "device": replace(BASE, device="cuda:0"),
     "threads": replace(BASE, threads=5),
     "checkpoint": replace(BASE, checkpoint=0.0),
+    "data.workers": replace(BASE, data=replace(BASE.data, workers=3)),
     "data.data_dir": replace(BASE, data=replace(BASE.data, data_dir=Path("elsewhere"))),
     "optim.lr": replace(BASE, optim=OptimConfig(lr=0.5)),
     "mix.originals": replace(BASE, mix=MixConfig(originals=not BASE.mix.originals)),

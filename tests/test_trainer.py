@@ -1,5 +1,6 @@
 """Training end to end on real digits, and the parts of the trainer one by one."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gradmix.training.methods import METHODS, Context, Method, StepRows, weighte
 from gradmix.training.metrics import average_accuracy
 from gradmix.training.models import build_model
 from gradmix.training.optimiser import make_optimiser, make_schedule
+from gradmix.training.rows import TensorRows
 from gradmix.training.trainer import Progress, train_one
 
 SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
@@ -46,7 +48,7 @@ def test_a_run_is_complete(results, method: str) -> None:
     assert result.accuracy[0, 0] > 0.9  # two classes, nothing to forget yet
     assert (result.accuracy[0, 1:] == 0).all()  # classes never seen are never predicted right
     timing = result.timing
-    assert timing.steps == sum(2 * -(-len(task.train_y) // 16) for task in make_stream("split-digits").tasks)
+    assert timing.steps == sum(2 * -(-len(task.train.y) // 16) for task in make_stream("split-digits").tasks)
     assert 0 < timing.seconds_step < timing.seconds_total
     assert result.config.methods == (method,) and result.config.seeds == (0,)
     assert result.environment["torch"] == torch.__version__
@@ -103,9 +105,9 @@ class Spy(Method):
         super().__init__(context)
         self.parameter = next(context.model.parameters())
 
-    def loss(self, rows: StepRows) -> torch.Tensor:
+    def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
         type(self).seen.append(rows)
-        return 0 * self.parameter.sum()
+        yield 0 * self.parameter.sum()
 
 
 @pytest.fixture
@@ -118,10 +120,10 @@ def spy(monkeypatch: pytest.MonkeyPatch):
 def test_a_step_holds_current_rows_then_replayed_ones(spy, stream) -> None:
     config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(batch=7, size=4, tau=3.0))
     train_one(config, "er", 0, stream=stream)
-    steps = [-(-len(task.train_y) // 16) for task in stream.tasks]
+    steps = [-(-len(task.train.y) // 16) for task in stream.tasks]
     first, second = spy.seen[: steps[0]], spy.seen[steps[0] : steps[0] + steps[1]]
     assert all(len(rows.y) <= 16 and set(rows.y.tolist()) <= {0, 1} for rows in first)
-    assert torch.cat([rows.y for rows in first]).bincount().tolist() == stream.tasks[0].train_y.bincount().tolist()
+    assert torch.cat([rows.y for rows in first]).bincount().tolist() == stream.tasks[0].train.y.bincount().tolist()
     for rows in second:
         current = len(rows.y) - 7
         assert set(rows.y[:current].tolist()) <= {2, 3} and set(rows.y[current:].tolist()) <= {0, 1}
@@ -147,7 +149,7 @@ def test_balanced_candidates_are_drawn_from_all_classes_seen(spy, stream) -> Non
     expected = len(last) / 10
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
     x, y = spy.seen[-1].candidates
-    known = torch.cat([task.train_x for task in stream.tasks]), torch.cat([task.train_y for task in stream.tasks])
+    known = torch.cat([task.train.x for task in stream.tasks]), torch.cat([task.train.y for task in stream.tasks])
     for row, label in zip(x, y, strict=True):  # each candidate is a real row of its class
         assert (known[0][known[1] == label] == row).flatten(1).all(1).any()
 
@@ -189,7 +191,7 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
 
     config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals))
     train_one(config, method, 0, stream=stream, on_step=on_step)
-    second_task = per_step[len(stream.tasks[0].train_y) // 16 + 2 :][:10]
+    second_task = per_step[len(stream.tasks[0].train.y) // 16 + 2 :][:10]
     held = 2 * 8
     expected = {
         ("mixup", False): [32],
@@ -211,7 +213,7 @@ def test_an_interrupted_run_keeps_what_it_reached(stream, when: int) -> None:
     result = train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix", 0, stream=stream, on_step=on_step)
     assert result.status == "interrupted" and result.timing.steps == when
     reached = np.isfinite(result.accuracy).all(1).tolist()
-    steps = np.cumsum([-(-len(task.train_y) // 16) for task in stream.tasks])
+    steps = np.cumsum([-(-len(task.train.y) // 16) for task in stream.tasks])
     assert reached == [bool(when > end) for end in steps]
     assert np.isnan(result.accuracy[~np.array(reached)]).all()
 
@@ -294,7 +296,7 @@ def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
 def test_the_learning_rate_falls_at_its_milestones() -> None:
     optim = resolve(TrainConfig(optim=OptimConfig(lr=1.0, lr_milestones=(0.5, 0.75)))).optim
     optimiser = make_optimiser(nn.Linear(1, 1), optim)
-    schedule = make_schedule(optimiser, optim, epochs=8)
+    schedule = make_schedule(optimiser, optim, length=8)
     rates = []
     for _ in range(8):
         rates.append(optimiser.param_groups[0]["lr"])
@@ -311,15 +313,15 @@ def test_evaluation_scores_every_task_and_leaves_the_model_training(stream) -> N
 
     model = Constant().train()
     accuracies = evaluate(model, stream, torch.device("cpu"))
-    threes = int((stream.tasks[1].test_y == 3).sum())
-    assert accuracies == [0, threes / len(stream.tasks[1].test_y), 0, 0, 0]
+    threes = int((stream.tasks[1].test.y == 3).sum())
+    assert accuracies == [0, threes / len(stream.tasks[1].test.y), 0, 0, 0]
     assert model.training
 
 
 def test_augmentation_is_applied_to_rows_and_candidates(spy, stream) -> None:
     config = replace(SHORT, optim=OptimConfig(epochs=1, augment="crop-flip"), mix=MixConfig(candidates="balanced"))
     train_one(config, "er", 0, stream=stream)
-    known = torch.cat([task.train_x for task in stream.tasks]).flatten(1)
+    known = torch.cat([task.train.x for task in stream.tasks]).flatten(1)
     for x in (spy.seen[-1].x, spy.seen[-1].candidates[0]):
         found = (x.flatten(1)[:, None] == known).all(2).any(1).float().mean()
         assert found < 0.5
@@ -342,10 +344,8 @@ def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
     few = tuple(
         replace(
             task,
-            train_x=F.pad(task.train_x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)),
-            train_y=task.train_y[:24],
-            test_x=F.pad(task.test_x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)),
-            test_y=task.test_y[:8],
+            train=TensorRows(F.pad(task.train.x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.train.y[:24]),
+            test=TensorRows(F.pad(task.test.x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.test.y[:8]),
         )
         for task in stream.tasks[:2]
     )
@@ -372,11 +372,11 @@ def test_a_shuffled_stream_holds_every_row_once_an_epoch(spy, stream) -> None:
     seen: list[Progress] = []
     result = train_one(config, "er", 0, stream=stream, on_step=seen.append)
     held = [0, 10, 20, 30, 40]
-    steps = [-(-(len(task.train_y) + kept) // 20) for task, kept in zip(stream.tasks, held, strict=True)]
+    steps = [-(-(len(task.train.y) + kept) // 20) for task, kept in zip(stream.tasks, held, strict=True)]
     assert result.timing.steps == sum(steps) == seen[-1].steps_total
     third = spy.seen[sum(steps[:2]) : sum(steps[:3])]
     labels = torch.cat([rows.y for rows in third]).bincount(minlength=10)
-    assert labels.tolist() == [5, 5, 5, 5, *stream.tasks[2].train_y.bincount()[4:].tolist(), 0, 0, 0, 0]
+    assert labels.tolist() == [5, 5, 5, 5, *stream.tasks[2].train.y.bincount()[4:].tolist(), 0, 0, 0, 0]
     for rows in third:  # one stream, one weight: tau has no part in it
         torch.testing.assert_close(rows.weight, torch.full((len(rows.y),), 1 / len(rows.y)))
     assert any((rows.y[:-3] < 4).any() and (rows.y[3:] >= 4).any() for rows in third)  # shuffled
@@ -396,7 +396,7 @@ def test_a_method_without_replay_has_no_shuffled_stream_either(monkeypatch: pyte
     monkeypatch.setattr(spy, "replays", False)
     config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(stream="shuffled"))
     train_one(config, "er", 0, stream=stream)
-    assert len(spy.seen) == sum(-(-len(task.train_y) // 16) for task in stream.tasks)
+    assert len(spy.seen) == sum(-(-len(task.train.y) // 16) for task in stream.tasks)
 
 
 @pytest.mark.parametrize("method", ["er", "mixup", "gradmix", "gradmix-sample"])
@@ -416,7 +416,7 @@ def test_replayed_candidates_are_the_steps_replayed_rows(spy, stream) -> None:
         mix=MixConfig(candidates="replayed"),
     )
     train_one(config, "er", 0, stream=stream)
-    first = -(-len(stream.tasks[0].train_y) // 16)
+    first = -(-len(stream.tasks[0].train.y) // 16)
     assert all(rows.candidates is None for rows in spy.seen[:first])
     for rows in spy.seen[first:]:
         assert rows.candidates is not None
@@ -445,10 +445,12 @@ def test_partners_from_fewer_candidates_are_drawn_one_by_one() -> None:
 class Counting(Spy):
     """Notes the class counts and extra replayed rows that a method is given, and keeps something with the rows."""
 
-    def loss(self, rows: StepRows) -> torch.Tensor:
+    def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
         replayed = self.context.draw_replayed()
         type(self).seen.append((self.context.counts.clone(), replayed, rows))
-        return 0 * self.parameter.sum()
+        yield 0 * self.parameter.sum()
+
+    keeps_more = True
 
     def extras(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"label_again": y.clone(), "brightness": x.flatten(1).sum(1)}
@@ -458,8 +460,8 @@ def test_a_method_is_told_counts_and_given_more_rows_with_what_it_kept(monkeypat
     Counting.seen = []
     monkeypatch.setitem(METHODS, "mixup", Counting)
     train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "mixup", 0, stream=stream)
-    own = [task.train_y.bincount(minlength=10) for task in stream.tasks]
-    steps = np.cumsum([0] + [-(-len(task.train_y) // 16) for task in stream.tasks])
+    own = [task.train.y.bincount(minlength=10) for task in stream.tasks]
+    steps = np.cumsum([0] + [-(-len(task.train.y) // 16) for task in stream.tasks])
     for task in range(5):
         counts, replayed, rows = Counting.seen[steps[task]]
         expected = own[task].clone()
@@ -468,7 +470,7 @@ def test_a_method_is_told_counts_and_given_more_rows_with_what_it_kept(monkeypat
         if task == 0:
             assert replayed is None
             continue
-        assert replayed is not None and len(replayed.y) == len(rows.y) - len(stream.tasks[task].train_y[:16])
+        assert replayed is not None and len(replayed.y) == len(rows.y) - len(stream.tasks[task].train.y[:16])
         assert torch.equal(replayed.extras["label_again"], replayed.y)
         torch.testing.assert_close(replayed.extras["brightness"], replayed.x.flatten(1).sum(1))
 

@@ -7,12 +7,11 @@ Every command has a module of its own, imported when it is called. Only torch an
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from gradmix._version import __version__
-from gradmix.cli.errors import ERROR, INTERRUPTED, StopNow, UsageError, message
+from gradmix.cli.errors import ERROR, UsageError, reported
 
 _USAGE = """\
 usage: gradmix [-h] [--version] COMMAND ...
@@ -54,24 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         return _dispatch(args)
-    except SystemExit as stop:
-        # The parsers end so after --help (0) and after bad flags (2).
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else ERROR
-    except KeyboardInterrupt:
-        print("gradmix: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except StopNow as stop:
-        print("gradmix: stopped at once", file=sys.stderr)
-        return 128 + stop.signal
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has gone; nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except (ValueError, OSError, ModuleNotFoundError, UsageError) as error:
-        if os.environ.get("GRADMIX_DEBUG", "0") not in ("", "0"):
-            raise
-        print(f"gradmix: error: {' '.join(message(error).split())}", file=sys.stderr)
-        return ERROR
+    except BaseException as error:
+        return reported(error)
 
 
 def _dispatch(args: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 
 ERROR, INTERRUPTED = 2, 130
 """Exit statuses: after an error that the user can mend, and after Ctrl-C."""
@@ -27,6 +29,10 @@ class StopNow(BaseException):
         self.signal = signal
 
 
+class LostProcessError(Exception):
+    """One of several processes that train together has ended, or cannot be reached."""
+
+
 def require(command: str, *modules: str, **others: str) -> None:
     """Refuses to go on without the packages that a command needs.
 
@@ -49,3 +55,47 @@ def message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status that an error comes to."""
+    if isinstance(error, SystemExit):
+        # The parsers end so after --help (0) and after bad flags (2).
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, StopNow):
+        return 128 + error.signal
+    return ERROR if isinstance(error, _EXPECTED) and not isinstance(error, BrokenPipeError) else 1
+
+
+def reported(error: BaseException, who: str = "") -> int:
+    """Says on stderr what ended a command, as far as a line can say it.
+
+    Args:
+        error: What came.
+        who: Which process says so, where there are several.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BaseException: The error itself, where its traceback is wanted: one that is not expected, or any with
+            ``GRADMIX_DEBUG`` set.
+    """
+    who = f"{who}: " if who else ""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"gradmix: {who}interrupted", file=sys.stderr)
+    elif isinstance(error, StopNow):
+        print(f"gradmix: {who}stopped at once", file=sys.stderr)
+    elif isinstance(error, BrokenPipeError):
+        # The reader of a pipe, such as head, has gone; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    elif not isinstance(error, SystemExit):
+        if not isinstance(error, _EXPECTED) or os.environ.get("GRADMIX_DEBUG", "0") not in ("", "0"):
+            raise error
+        print(f"gradmix: error: {who}{' '.join(message(error).split())}", file=sys.stderr)
+    return status_of(error)
+
+
+_EXPECTED = (ValueError, OSError, ModuleNotFoundError, UsageError, LostProcessError)

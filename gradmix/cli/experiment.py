@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gradmix.cli.errors import UsageError, require
+from gradmix.cli.import_paths import find_named, search_here
+from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ _RUNS = "runs"
 def main(args: list[str]) -> int:
     """Runs what is missing, and writes the report; with some flags only the one, or neither."""
     require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
+    refuse_several("experiment", "--jobs runs several at a time")
     import tyro
 
     from gradmix.training import experiments
@@ -41,6 +44,8 @@ def main(args: list[str]) -> int:
         raise UsageError("experiment: got no name, expected one of gradmix experiment --list, or a YAML file")
     if options.experiment.endswith(".json"):
         return _again(options)
+    # It may name modules there, which are looked for when it is read.
+    search_here()
     experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
@@ -53,8 +58,7 @@ def main(args: list[str]) -> int:
         # As many threads as cores in each of several processes would be in one another's way.
         changes["threads"] = 1
     runs = experiment.runs(**changes)
-    if runs[0].config.data.benchmark == "split-digits":
-        require("experiment on split-digits", sklearn="scikit-learn")
+    find_named("experiment on", runs[0].config.data.benchmark)
     output = _DEFAULT_OUTPUT if options.output is None else options.output
     if options.dry_run:
         return _plan(runs, output / _RUNS)

@@ -129,7 +129,8 @@ def _from_flags(base: TrainConfig, parsed: Any) -> TrainConfig:
 
 def _split_help(doc: str) -> tuple[str, str | None]:
     """Takes ``None: what it means`` out of a field's docstring: the help shows it as the default."""
-    found = re.search(r"[;.] None: ([^.]+)\.?", doc)
+    # To the end of the sentence: a dot within it belongs to a number or a key.
+    found = re.search(r"[;.] None: (.+?)(?:\.(?=\s|$)|$)", doc)
     if found is None:
         return doc, None
     rest = doc[found.end() :].strip()

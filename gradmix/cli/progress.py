@@ -131,9 +131,13 @@ class Interruption:
     While the context is open, the first signal raises a KeyboardInterrupt at once, or, within :meth:`deferred`, at the
     next call of :meth:`check`. A second one raises a :class:`~gradmix.cli.errors.StopNow` wherever the program is.
     Outside the main thread nothing is caught, as Python allows it there alone.
+
+    Args:
+        silent: Nothing is said of a signal: of several processes, one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
         self.signal: int | None = None
         self._deferring = False
         self._before: dict[int, Any] = {}
@@ -175,4 +179,6 @@ class Interruption:
         self.signal = number
         if not self._deferring:
             raise KeyboardInterrupt
+        if self._silent:
+            return
         print("gradmix: stopping after this step; once more stops at once", file=sys.stderr, flush=True)

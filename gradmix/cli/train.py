@@ -8,12 +8,16 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import UsageError, require
 from gradmix.cli.flags import parse_train
+from gradmix.cli.import_paths import find_named
+from gradmix.cli.launch import Processes, joined, losses_explained
 from gradmix.cli.progress import Interruption, Reporter
 
 if TYPE_CHECKING:
@@ -25,52 +29,98 @@ _CONFIG, _METRICS = "config.yaml", "metrics.json"
 
 
 def main(args: list[str]) -> int:
-    """Trains, saves every run and the table over them."""
+    """Trains, saves every run and the table over them; as one of several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
+    with joined() as processes, losses_explained(lambda: f"{processes.command()} train {shlex.join(args)}"):
+        return _train(args, processes)
+
+
+def _train(args: list[str], processes: Processes) -> int:
+    results: dict[tuple[str, int], RunResult] = {}
+    config, todo, resumed = processes.by_the_first(lambda: _planned(args, processes, results))
+    assert config.output is not None
+    output = config.output
+    stream = processes.by_each(lambda: _stream(config, processes)) if todo else None
+    if not resumed:
+        processes.by_the_first(lambda: _begin(config))
+    interrupted = False
+    with Interruption(silent=not processes.first) as interruption, losses_explained(lambda: _resume(output, processes)):
+        try:
+            # Several processes stop where all do, and never where one of them happens to be.
+            with nullcontext() if processes.group is None else interruption.deferred():
+                _run_all(config, todo, stream, results, interruption, processes)
+        except KeyboardInterrupt:
+            interrupted = True
+        except Exception:
+            # What was reached is summarised, and the failure is what counts.
+            with suppress(KeyboardInterrupt), interruption.deferred():
+                _report(config, results)
+            raise
+        try:
+            with interruption.deferred():
+                processes.by_the_first(lambda: _report(config, results))
+        except KeyboardInterrupt:
+            interrupted = True
+    if not processes.first:
+        return interruption.status if interrupted else 0
+    if not interrupted:
+        _tidy(output)
+        return 0
+    kept = f"the results so far are in {output}" if results else "no run was saved"
+    print(f"gradmix: interrupted; {kept}; go on with: {_resume(output, processes)}", file=sys.stderr)
+    return interruption.status
+
+
+def _planned(
+    args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult]
+) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
+    """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
     resumed = _resumed(args)
     config = parse_train(args) if resumed is None else resumed
-    if config.data.benchmark == "split-digits":
-        require("train --benchmark split-digits", sklearn="scikit-learn")
+    find_named("train --benchmark", config.data.benchmark, config.optim.model)
 
-    from gradmix.training.benchmarks import resolve, stream_of
+    from gradmix.training.benchmarks import resolve
     from gradmix.training.config import check
+    from gradmix.training.environment import pick_device
     from gradmix.training.methods import METHODS
-    from gradmix.training.results import save_config
 
     check(config)
     config = resolve(config)
     for method in config.methods:
         METHODS[method].check_installed()
+        if processes.group is not None and not METHODS[method].joins:
+            raise ValueError(
+                f"methods: got {method} with {processes.size} processes, expected one process: it mixes whole steps"
+            )
+    if processes.group is not None:
+        pick_device(processes.device(config.device))
     if resumed is None:
-        config = replace(config, output=_new_output(config))
-    assert config.output is not None
-    output = config.output
-    results = {} if resumed is None else _complete(config)
+        config = replace(config, output=_new_output(config, processes))
+    else:
+        results.update(_complete(config))
     todo = [run for run in _runs(config) if run not in results]
     if not todo:
-        print(f"Nothing is left to do: all {len(results)} runs of {output} are complete.")
-    stream = stream_of(config.data) if todo else None
-    if resumed is None:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output)
-    interrupted = False
-    with Interruption() as interruption:
-        try:
-            try:
-                _run_all(config, todo, stream, results, interruption)
-            finally:
-                # Also after a failure: what was reached is summarised.
-                if results:
-                    with interruption.deferred():
-                        _report(config, results)
-        except KeyboardInterrupt:
-            interrupted = True
-    if not interrupted:
-        _tidy(output)
-        return 0
-    kept = f"the results so far are in {output}" if results else "no run was saved"
-    print(f"gradmix: interrupted; {kept}; go on with: {_resume_command(output)}", file=sys.stderr)
-    return interruption.status
+        print(f"Nothing is left to do: all {len(results)} runs of {config.output} are complete.")
+    return config, todo, resumed is not None
+
+
+def _stream(config: TrainConfig, processes: Processes) -> Any:
+    from gradmix.training.benchmarks import stream_of
+
+    device = processes.device(config.device)
+    if device.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(device)
+    return stream_of(config.data)
+
+
+def _begin(config: TrainConfig) -> None:
+    from gradmix.training.results import save_config
+
+    assert config.output is not None
+    config.output.mkdir(parents=True, exist_ok=True)
+    save_config(config, config.output)
 
 
 def _runs(config: TrainConfig) -> list[tuple[str, int]]:
@@ -83,8 +133,9 @@ def _run_all(
     stream: Any,
     results: dict[tuple[str, int], RunResult],
     interruption: Interruption,
+    processes: Processes,
 ) -> None:
-    """Trains, saves and adds to ``results`` run by run.
+    """Trains run by run; the first process saves the runs and adds them to ``results``.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
@@ -92,31 +143,41 @@ def _run_all(
     from gradmix.training import checkpoint, trainer
 
     def step(progress: trainer.Progress) -> None:
-        reporter.step(progress)
+        if reporter is not None:
+            reporter.step(progress)
         interruption.check()
 
+    def keep(result: RunResult) -> None:
+        # Of several processes with a GPU each, the first one's is not what was asked for.
+        result = replace(result, config=replace(result.config, device=config.device))
+        _save(result, output / result.method / f"seed-{result.seed}")
+        results[result.method, result.seed] = result
+        if reporter is not None:
+            reporter.finish(result)
+        if result.status == "complete":
+            # Only now: until the run was saved, the checkpoint was all there was of it.
+            checkpoint.remove(file)
+
     assert config.output is not None
-    with Reporter(len(todo), max(map(len, config.methods))) as reporter:
+    output, own = config.output, replace(config, device=processes.device(config.device))
+    with Reporter(len(todo), max(map(len, config.methods))) if processes.first else nullcontext() as reporter:
         for method, seed in todo:
-            reporter.start(method, seed)
-            file = config.output / _CHECKPOINTS / f"{method}-seed-{seed}.pt"
+            if reporter is not None:
+                reporter.start(method, seed)
+            file = output / _CHECKPOINTS / f"{method}-seed-{seed}.pt"
             with interruption.deferred():
                 result = trainer.train_one(
-                    config,
+                    own,
                     method,
                     seed,
                     stream=stream,
                     on_step=step,
                     checkpoint=file if config.checkpoint > 0 else None,
                     checkpoint_seconds=config.checkpoint,
+                    group=processes.group,
                 )
-                _save(result, config.output / method / f"seed-{seed}")
-                results[method, seed] = result
-                reporter.finish(result)
-                if result.status == "complete":
-                    # Only now: until the run was saved, the checkpoint was all there was of it.
-                    checkpoint.remove(file)
-            if result.status == "interrupted":
+                processes.by_the_first(partial(keep, result))
+            if processes.any(result.status == "interrupted" or interruption.signal is not None):
                 raise KeyboardInterrupt
 
 
@@ -137,6 +198,8 @@ def _save(result: RunResult, folder: Path) -> None:
 
 
 def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
+    if not results:
+        return
     from gradmix.training import tables
     from gradmix.training.results import save_summary
 
@@ -226,11 +289,12 @@ def _complete(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
     return found
 
 
-def _resume_command(output: Path) -> str:
-    return f"gradmix train --resume {shlex.quote(str(output))}"
+def _resume(output: Path, processes: Processes) -> str:
+    """The command that goes on with the runs of a folder."""
+    return f"{processes.command()} train --resume {shlex.quote(str(output))}"
 
 
-def _new_output(config: TrainConfig) -> Path:
+def _new_output(config: TrainConfig, processes: Processes) -> Path:
     """The run folder, new or empty.
 
     Raises:
@@ -254,12 +318,13 @@ def _new_output(config: TrainConfig) -> Path:
         if not unfinished:
             raise
         raise ValueError(
-            f"output: {output} has {unfinished} unfinished runs; go on with them by: {_resume_command(output)}"
+            f"output: {output} has {unfinished} unfinished runs; go on with them by: {_resume(output, processes)}"
         ) from None
 
 
 def _default_output(benchmark: str) -> Path:
-    stem = f"{benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Not every file system has colons, which import paths have.
+    stem = f"{benchmark.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = Path("runs") / stem, 2
     while path.exists():
         path, number = Path("runs") / f"{stem}-{number}", number + 1

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from gradmix.training.config import DataConfig, TrainConfig, check
-from gradmix.training.datasets import DATASETS, LabelledImages, rank_in_class
+from gradmix.training.datasets import DATASETS, to_float
+from gradmix.training.image_files import image_folder, imagenet, tiny_imagenet
+from gradmix.training.protocols import Protocol
+from gradmix.training.rows import TensorRows
+from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
+from gradmix.training.tabular_data import LabelledRows, covertype, wine
+from gradmix.training.text_data import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """The settings a benchmark is learnt with unless the user says otherwise.
+class Source:
+    """A data set as a benchmark reads it.
 
     Args:
-        tasks: Number of tasks.
-        classes_per_task: New classes in each.
-        model: Name of the model.
-        lr: Learning rate of SGD.
-        momentum: Momentum of SGD.
-        weight_decay: L2 penalty of SGD.
-        lr_milestones: Shares of a task's epochs after which the learning rate is divided by ten.
-        epochs: Epochs per task.
-        batch: Rows of the current task in a step.
-        replay_batch: Replayed rows in a step.
-        buffer_policy: Policy of the replay buffer.
-        buffer_size: Rows per class for policy ``class``, in total otherwise.
-        augment: ``none``, or ``crop-flip``: a random crop after padding by 4, and a random horizontal flip.
-        normalise: Whether pixels are normalised by the data set's mean and standard deviation, or stay in [0, 1].
+        train: Training rows, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
+        test: Test rows, likewise.
+        class_names: Name of every label; ``None``: the training rows say.
+        to_float: What makes the model's input of raw values ``(..., C, H, W)``; ``None``: they are used as they are.
+        mean: By channel, of pixels in [0, 1], or ``None``.
+        std: By channel, likewise.
+        input_shape: Shape of one row as the model sees it; ``None``: as it is read.
+        vocabulary: Number of different tokens; ``None``: no text.
     """
 
-    tasks: int
-    classes_per_task: int
-    model: Literal["mlp", "resnet8", "resnet20", "resnet32", "resnet18"]
-    lr: float
-    epochs: int
-    batch: int
-    replay_batch: int
-    buffer_size: int
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    lr_milestones: tuple[float, ...] = ()
-    buffer_policy: Literal["class", "balanced", "reservoir"] = "class"
-    augment: Literal["none", "crop-flip"] = "none"
-    normalise: bool = False
+    train: Any
+    test: Any
+    class_names: tuple[str, ...] | None = None
+    to_float: Callable[[Tensor, tuple[float, ...] | None, tuple[float, ...] | None], Tensor] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    input_shape: tuple[int, ...] | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,16 +54,81 @@ class Benchmark:
     Args:
         name: The name users give.
         title: What it is, in a few words.
-        dataset: Key of :data:`gradmix.training.datasets.DATASETS`.
+        read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
+            (``None``: as the benchmark has it).
         protocol: The settings.
     """
 
     name: str
     title: str
-    dataset: str
+    read: Callable[[Path, int | None], Source]
     protocol: Protocol
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TINY_IMAGENET_MEAN, TINY_IMAGENET_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
+"""By channel, of the training images' pixels in [0, 1]."""
+
+
+def _images(dataset: str, data_dir: Path, _size: int | None) -> Source:
+    """Images that are small enough to be kept in memory."""
+    data = DATASETS[dataset](data_dir)
+    return Source(
+        (data.train_x, data.train_y),
+        (data.test_x, data.test_y),
+        data.class_names,
+        lambda x, mean, std: to_float(x, data.maximum, mean, std),
+        data.mean,
+        data.std,
+    )
+
+
+def _files(layout: Callable[..., tuple[Any, Any]], data_dir: Path, size: int | None) -> Source:
+    """Images that are read from files when they are wanted, a little larger than the model sees them."""
+    size = size or 224
+    train, test = layout(data_dir, size * 8 // 7)
+    return Source(train, test, train.class_names, mean=IMAGENET_MEAN, std=IMAGENET_STD, input_shape=(3, size, size))
+
+
+def _tiny_imagenet(data_dir: Path, size: int | None) -> Source:
+    size = size or 64
+    train, test = tiny_imagenet(data_dir, size)
+    return Source(
+        train, test, train.class_names, mean=TINY_IMAGENET_MEAN, std=TINY_IMAGENET_STD, input_shape=(3, size, size)
+    )
+
+
+def _texts(read: Callable[[Path], Texts], length: int, data_dir: Path, _size: int | None) -> Source:
+    """Texts as numbers of words, padded to ``length``."""
+    data, vocabulary = read(data_dir), HashedVocabulary()
+    return Source(
+        (vocabulary.encode(data.train, length), data.train_y),
+        (vocabulary.encode(data.test, length), data.test_y),
+        data.class_names,
+        vocabulary=vocabulary.size,
+    )
+
+
+def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None) -> Source:
+    """Standardised rows of numbers."""
+    data = read(data_dir)
+    return Source(
+        (data.train_x, data.train_y),
+        (data.test_x, data.test_y),
+        data.class_names,
+        lambda x, _mean, _std: data.to_float(x),
+    )
+
+
+_FOLDER_PROTOCOL = Protocol(
+    tasks=None, classes_per_task=None, model="resnet18-imagenet", lr=0.1, weight_decay=1e-4, lr_milestones=(0.5, 0.75),
+    epochs=30, batch=64, replay_batch=64, buffer_size=20, augment="resized-crop-flip", normalise=True,
+    reference="replayed",
+)  # fmt: skip
+_TEXT_PROTOCOL = Protocol(
+    tasks=None, classes_per_task=None, model="text-transformer", lr=0.05, epochs=10, batch=64, replay_batch=64,
+    buffer_size=20, space="embedding",
+)  # fmt: skip
 _MNIST_PROTOCOL = Protocol(
     tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
 )
@@ -79,17 +139,22 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "split-digits",
             "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
-            "digits",
+            partial(_images, "digits"),
             Protocol(
                 tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
             ),
         ),
-        Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", "mnist", _MNIST_PROTOCOL),
-        Benchmark("split-fashion-mnist", "Fashion-MNIST, 5 tasks of 2 classes", "fashion-mnist", _MNIST_PROTOCOL),
+        Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
+        Benchmark(
+            "split-fashion-mnist",
+            "Fashion-MNIST, 5 tasks of 2 classes",
+            partial(_images, "fashion-mnist"),
+            _MNIST_PROTOCOL,
+        ),
         Benchmark(
             "split-cifar10",
             "CIFAR-10, 5 tasks of 2 classes",
-            "cifar10",
+            partial(_images, "cifar10"),
             Protocol(
                 tasks=5,
                 classes_per_task=2,
@@ -106,7 +171,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "split-cifar100",
             "CIFAR-100 (fine labels), 10 tasks of 10 classes",
-            "cifar100",
+            partial(_images, "cifar100"),
             Protocol(
                 tasks=10,
                 classes_per_task=10,
@@ -123,64 +188,110 @@ BENCHMARKS: dict[str, Benchmark] = {
                 normalise=True,
             ),
         ),
+        Benchmark(
+            "split-tiny-imagenet",
+            "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
+            _tiny_imagenet,
+            Protocol(
+                tasks=10,
+                classes_per_task=20,
+                model="resnet18",
+                lr=0.1,
+                weight_decay=2e-4,
+                lr_milestones=(0.5, 0.75),
+                epochs=50,
+                batch=128,
+                replay_batch=128,
+                buffer_size=20,
+                augment="crop-flip",
+                normalise=True,
+                reference="replayed",
+            ),
+        ),
+        Benchmark(
+            "split-imagenet",
+            "ImageNet-1K, read from its files, 10 tasks of 100 classes",
+            partial(_files, imagenet),
+            replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
+        ),
+        Benchmark(
+            "image-folder",
+            "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
+            partial(_files, image_folder),
+            _FOLDER_PROTOCOL,
+        ),
+        Benchmark(
+            "split-20newsgroups",
+            "20 Newsgroups, 10 tasks of 2 classes",
+            partial(_texts, newsgroups20, 256),
+            replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2),
+        ),
+        Benchmark(
+            "text-folder",
+            "any texts in folders train/CLASS and test/CLASS, cut into 5 tasks or fewer",
+            partial(_texts, text_folder, 256),
+            _TEXT_PROTOCOL,
+        ),
+        Benchmark(
+            "split-descriptions",
+            "244 passages of the descriptions of scikit-learn's data sets, 6 tasks of 2 classes",
+            partial(_texts, lambda _data_dir: descriptions(), 16),
+            replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
+        ),
+        Benchmark(
+            "split-covertype",
+            "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
+            partial(_table, covertype),
+            Protocol(
+                tasks=4,
+                classes_per_task=2,
+                model="mlp",
+                lr=0.01,
+                epochs=1,
+                batch=256,
+                replay_batch=256,
+                buffer_size=256,
+            ),
+        ),
+        Benchmark(
+            "split-wine",
+            "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
+            partial(_table, lambda _data_dir: wine()),
+            Protocol(
+                tasks=3, classes_per_task=1, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+            ),
+        ),
     )
 }
 """All benchmarks by name."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task of a stream: rows of its own classes only.
-
-    Args:
-        index: Place in the stream, from 0.
-        classes: Its classes, by their new labels.
-        train_x: Training inputs ``(N, C, H, W)`` float32.
-        train_y: Their new labels ``(N,)`` int64.
-        test_x: Test inputs ``(M, C, H, W)`` float32.
-        test_y: Their new labels ``(M,)`` int64.
-    """
-
-    index: int
-    classes: tuple[int, ...]
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-@dataclass(frozen=True)
-class TaskStream:
-    """A data set as a stream of tasks, its classes renumbered 0, 1, 2, ... in the order in which they arrive.
-
-    Args:
-        name: The benchmark's name.
-        tasks: The tasks in order.
-        class_names: Name of every class, by new label.
-        class_order: Label of every class in the data set, by new label.
-        input_shape: Shape of one input, ``(C, H, W)``.
-        protocol: The benchmark's protocol.
-        mean: By channel, what was subtracted from pixels in [0, 1]; ``None``: nothing.
-        std: By channel, what they were divided by after that; ``None``: nothing.
-    """
-
-    name: str
-    tasks: tuple[Task, ...]
-    class_names: tuple[str, ...]
-    class_order: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    protocol: Protocol
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Classes over all tasks."""
-        return len(self.class_names)
+GIVEN = "stream:"
+"""What stands before the name of a stream, in place of a benchmark's, that was given by the caller."""
 
 
 def stream_of(data: DataConfig) -> TaskStream:
-    """The stream that the data section of a configuration describes; :func:`make_stream` says more."""
+    """The stream that the data section of a configuration describes; :func:`make_stream` says more.
+
+    Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
+
+    Raises:
+        ValueError: As :func:`make_stream`, or there is no such function.
+        TypeError: The function does not return a stream.
+    """
+    if data.benchmark.startswith(GIVEN):
+        raise ValueError(
+            f"data.benchmark: got {data.benchmark!r}, which stands for a stream that was given to train_one, expected "
+            f"that stream, or {_names()}"
+        )
+    if ":" in data.benchmark:
+        stream = _imported(data.benchmark)(data)
+        if not isinstance(stream, TaskStream):
+            raise TypeError(
+                f"data.benchmark: {data.benchmark} returned {type(stream).__name__}, expected a TaskStream, such as "
+                "gradmix.training.streams.class_incremental makes it"
+            )
+        return stream
     return make_stream(
         data.benchmark,
         data.data_dir,
@@ -189,6 +300,8 @@ def stream_of(data: DataConfig) -> TaskStream:
         tasks=data.tasks,
         normalise=data.normalise,
         rows_per_class=data.rows_per_class,
+        classes_per_task=data.classes_per_task,
+        image_size=data.image_size,
     )
 
 
@@ -201,134 +314,120 @@ def make_stream(
     tasks: int | None = None,
     normalise: bool | None = None,
     rows_per_class: int | None = None,
+    classes_per_task: int | None = None,
+    image_size: int | None = None,
 ) -> TaskStream:
     """Reads a benchmark's data and cuts them into its tasks.
 
     Args:
         name: Key of :data:`BENCHMARKS`.
-        data_dir: Where the data sets lie, in the layout torchvision uses; ``split-digits`` needs none.
+        data_dir: Where the data lie; ``split-digits`` needs none.
         class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
         validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
             the data set (the same rows each time), and takes the place of the test rows, which are then not used.
-        tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: the protocol's.
+        tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: all of them.
         normalise: Whether pixels are normalised; ``None``: as the protocol has it.
         rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
             all of them.
+        classes_per_task: New classes in each task; ``None``: as the protocol has it.
+        image_size: Side in pixels of the images that the model sees, where they are read from files; ``None``: the
+            benchmark's.
 
     Returns:
         The stream; rows within a task stand in the order of the data set.
 
     Raises:
-        ValueError: The name is unknown, ``validation`` is outside [0, 1), ``tasks`` or ``rows_per_class`` is out of
-            range, or a class is left without training or test rows.
+        ValueError: The name is unknown, ``validation`` is outside [0, 1), a number is out of range, or a class is left
+            without training or test rows.
         FileNotFoundError: A data file is missing.
         DataError: A data file is damaged.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, BENCHMARKS))}")
-    if not 0.0 <= validation < 1.0:
-        raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
+        raise ValueError(f"name: got {name!r}, expected {_names()}")
     benchmark = BENCHMARKS[name]
-    if tasks is not None and not 1 <= tasks <= benchmark.protocol.tasks:
-        raise ValueError(f"tasks: got {tasks}, expected 1 to {benchmark.protocol.tasks}, the tasks of {name}")
-    if rows_per_class is not None and rows_per_class < 1:
-        raise ValueError(f"rows_per_class: got {rows_per_class}, expected at least 1")
-    data = DATASETS[benchmark.dataset](data_dir)
-    if not (benchmark.protocol.normalise if normalise is None else normalise):
-        data = dataclasses.replace(data, mean=None, std=None)
-    elif data.mean is None:
+    protocol = benchmark.protocol
+    if classes_per_task is None and tasks is not None and protocol.tasks is not None and tasks > protocol.tasks:
+        raise ValueError(f"tasks: got {tasks}, expected 1 to {protocol.tasks}, the tasks of {name}")
+    source = benchmark.read(Path(data_dir), image_size)
+    mean, std = source.mean, source.std
+    if not (protocol.normalise if normalise is None else normalise):
+        mean = std = None
+    elif mean is None:
         raise ValueError(f"normalise: got True, but no mean and standard deviation are known of {name}")
-    return _cut(benchmark, data, class_order_seed, validation, tasks, rows_per_class)
-
-
-def _cut(
-    benchmark: Benchmark,
-    data: LabelledImages,
-    class_order_seed: int | None = None,
-    validation: float = 0.0,
-    tasks: int | None = None,
-    rows_per_class: int | None = None,
-) -> TaskStream:
-    protocol, count = benchmark.protocol, len(data.class_names)
-    order = np.arange(count)
-    if class_order_seed is not None:
-        order = np.random.default_rng(class_order_seed).permutation(count)
-    new_label = torch.empty(count, dtype=torch.int64)
-    new_label[torch.from_numpy(order)] = torch.arange(count)
-
-    train_x, train_y = data.train_x, data.train_y
-    test_x, test_y = data.test_x, data.test_y
-    if validation > 0.0:
-        held_out = _spread(train_y, validation)
-        test_x, test_y = train_x[held_out], train_y[held_out]
-        train_x, train_y = train_x[~held_out], train_y[~held_out]
-    if rows_per_class is not None:
-        first = rank_in_class(train_y) < rows_per_class
-        train_x, train_y = train_x[first], train_y[first]
-    for part, labels in (("training", train_y), ("test" if validation == 0.0 else "validation", test_y)):
-        absent = (torch.bincount(labels, minlength=count) == 0).nonzero().squeeze(1).tolist()
-        if absent:
-            names = ", ".join(data.class_names[label] for label in absent)
-            raise ValueError(f"{benchmark.name}: no {part} rows of class {names}")
-
-    train_y, test_y = new_label[train_y], new_label[test_y]
-    cut = []
-    for index in range(protocol.tasks if tasks is None else tasks):
-        start = index * protocol.classes_per_task
-        classes = tuple(range(start, start + protocol.classes_per_task))
-        train, test = (torch.isin(labels, torch.tensor(classes)) for labels in (train_y, test_y))
-        cut.append(
-            Task(
-                index,
-                classes,
-                data.to_float(train_x[train]),
-                train_y[train],
-                data.to_float(test_x[test]),
-                test_y[test],
-            )
-        )
-    known = order if tasks is None else order[: tasks * protocol.classes_per_task]
-    return TaskStream(
-        name=benchmark.name,
-        tasks=tuple(cut),
-        class_names=tuple(data.class_names[label] for label in known),
-        class_order=tuple(int(label) for label in known),
-        input_shape=tuple(data.train_x.shape[1:]),
+    stream = class_incremental(
+        source.train,
+        source.test,
+        classes_per_task=protocol.classes_per_task if classes_per_task is None else classes_per_task,
+        class_order_seed=class_order_seed,
+        class_names=source.class_names,
+        name=name,
         protocol=protocol,
-        mean=data.mean,
-        std=data.std,
+        validation=validation,
+        rows_per_class=rows_per_class,
+        input_shape=source.input_shape,
+        mean=mean,
+        std=std,
+        vocabulary=source.vocabulary,
     )
+    stream = first_tasks(stream, tasks)
+    to_float = source.to_float
+    return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
 
 
-def _spread(labels: Tensor, share: float) -> Tensor:
-    """Marks a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
-    rank = rank_in_class(labels)
-    counts = torch.bincount(labels)[labels]
-    marked = torch.floor(counts.double() * share + 0.5).to(torch.int64)
-    # Row r of n is marked where r * marked / n passes a whole number: exactly `marked` times, evenly.
-    steps = torch.div((rank + 1) * marked, counts, rounding_mode="floor")
-    return steps > torch.div(rank * marked, counts, rounding_mode="floor")
+def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskStream:
+    """The stream with raw values made the model's input, task by task: a copy of all at once is not needed."""
+
+    def converted(task: Task) -> Task:
+        assert isinstance(task.train, TensorRows) and isinstance(task.test, TensorRows)
+        train, test = (TensorRows(convert(rows.x), rows.y) for rows in (task.train, task.test))
+        return replace(task, train=train, test=test)
+
+    return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))
+
+
+def _imported(path: str) -> Callable[[DataConfig], Any]:
+    """The function named ``package.module:function``."""
+    module, _, name = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"data.benchmark: {path} was not found ({error}), expected package.module:function") from error
+    if not callable(found):
+        raise ValueError(f"data.benchmark: {path} is of type {type(found).__name__}, expected a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _names() -> str:
+    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function"
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills every open field of ``optim`` and ``replay`` from the benchmark's protocol, and checks all ranges.
+def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfig:
+    """Fills every open field of ``optim`` and ``replay`` from the stream's protocol, and checks all ranges.
 
     Args:
         config: The configuration as the user gave it; unchanged.
+        stream: The stream that it is for. ``None``: the benchmark's; one that comes from a function is made for it.
 
     Returns:
-        A configuration without ``None`` in ``optim`` and ``replay``. Resolving it again changes nothing.
+        A configuration without ``None`` in ``optim`` and ``replay``, but where that has a meaning of its own. Resolving
+        it again changes nothing.
 
     Raises:
         ValueError: The benchmark is unknown or a value is out of range; the message names the field.
     """
     name = config.data.benchmark
-    if name not in BENCHMARKS:
-        raise ValueError(f"data.benchmark: got {name!r}, expected one of {', '.join(map(repr, BENCHMARKS))}")
-    protocol = BENCHMARKS[name].protocol
+    if stream is None and ":" in name:
+        stream = stream_of(config.data)
+    elif stream is not None and ":" not in name and name != stream.name:
+        config = replace(config, data=replace(config.data, benchmark=GIVEN + stream.name))
+    if stream is None and name not in BENCHMARKS:
+        raise ValueError(f"data.benchmark: got {name!r}, expected {_names()}")
+    protocol = BENCHMARKS[name].protocol if stream is None else stream.protocol
     optim = _filled(
         config.optim,
         model=protocol.model,
@@ -336,22 +435,39 @@ def resolve(config: TrainConfig) -> TrainConfig:
         momentum=protocol.momentum,
         weight_decay=protocol.weight_decay,
         lr_milestones=protocol.lr_milestones,
-        epochs=protocol.epochs,
+        epochs=1 if config.data.online else protocol.epochs,
         batch=protocol.batch,
         augment=protocol.augment,
     )
     # The protocol's size is meant for its own policy: a size per class says nothing about a total.
     size = protocol.buffer_size
-    if config.replay.policy is not None and (config.replay.policy == "class") != (protocol.buffer_policy == "class"):
-        classes = (config.data.tasks or protocol.tasks) * protocol.classes_per_task
-        size = max(1, size // classes) if config.replay.policy == "class" else size * classes
+    by_class = config.replay.policy == "class"
+    other = config.replay.policy is not None and by_class != (protocol.buffer_policy == "class")
+    if other and config.replay.size is None:
+        classes = _number_of_classes(config.data, protocol, stream)
+        size = max(1, size // classes) if by_class else size * classes
     replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
     data = _filled(config.data, normalise=protocol.normalise)
-    if data.tasks is not None and data.tasks > protocol.tasks:
-        raise ValueError(f"data.tasks: got {data.tasks}, expected at most {protocol.tasks}, the tasks of {name}")
-    resolved = dataclasses.replace(config, optim=optim, replay=replay, data=data)
+    mix = _filled(config.mix, space=protocol.space, reference=protocol.reference)
+    most = None if stream is not None or data.classes_per_task is not None else protocol.tasks
+    if most is not None and data.tasks is not None and data.tasks > most:
+        raise ValueError(f"data.tasks: got {data.tasks}, expected at most {most}, the tasks of {name}")
+    resolved = dataclasses.replace(config, optim=optim, replay=replay, data=data, mix=mix)
     check(resolved)
     return resolved
+
+
+def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream | None) -> int:
+    if stream is not None:
+        return stream.num_classes
+    per_task = data.classes_per_task or protocol.classes_per_task
+    tasks = data.tasks or protocol.tasks
+    if per_task is None or tasks is None:
+        raise ValueError(
+            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of rows: how "
+            f"many classes {data.benchmark} has is known only when it is read"
+        )
+    return tasks * per_task
 
 
 def _filled(section: Any, **defaults: Any) -> Any:

@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import secrets
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,20 @@ def load(path: str | Path, *, run: str | None = None, map_location: torch.device
 
 
 def remove(path: str | Path) -> None:
-    """Remove a checkpoint, and what killed processes left of attempts to write it; no error if there is none."""
+    """Remove a checkpoint, what killed processes left of attempts to write it, and the rows that lie beside it.
+
+    No error if there is none.
+    """
     path = Path(path)
     path.unlink(missing_ok=True)
     _remove_stale(path)
+    shutil.rmtree(rows_beside(path), ignore_errors=True)
+
+
+def rows_beside(path: str | Path) -> Path:
+    """The folder for rows that belong to a checkpoint and are too many to be part of it."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.rows")
 
 
 def _remove_stale(path: Path) -> None:

@@ -41,17 +41,48 @@ MethodName = Literal[
     "trivialaugment-gradmix",
     "trivialaugment-gradmix-sample",
 ]
-BenchmarkName = Literal["split-digits", "split-mnist", "split-fashion-mnist", "split-cifar10", "split-cifar100"]
+BENCHMARK_NAMES = (
+    "split-digits",
+    "split-mnist",
+    "split-fashion-mnist",
+    "split-cifar10",
+    "split-cifar100",
+    "split-tiny-imagenet",
+    "split-imagenet",
+    "image-folder",
+    "split-20newsgroups",
+    "text-folder",
+    "split-descriptions",
+    "split-covertype",
+    "split-wine",
+)
+"""Keys of :data:`gradmix.training.benchmarks.BENCHMARKS`."""
+MODEL_NAMES = (
+    "mlp",
+    "resnet8",
+    "resnet20",
+    "resnet32",
+    "resnet18",
+    "resnet18-imagenet",
+    "resnet50",
+    "vit-tiny",
+    "vit-b16",
+    "text-transformer",
+)
+"""Names of :mod:`gradmix.training.models`."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is learnt, and in which order."""
 
-    benchmark: BenchmarkName = "split-digits"
-    """The data set, cut into tasks that each bring new classes."""
+    benchmark: str = "split-digits"
+    """The data set, cut into tasks that each bring new classes. Images: split-digits, split-mnist, split-fashion-mnist,
+    split-cifar10, split-cifar100; read from files: split-tiny-imagenet, split-imagenet, image-folder. Texts:
+    split-20newsgroups, text-folder, split-descriptions. Tables: split-covertype, split-wine. Or
+    package.module:function, which is called with this section and returns the stream."""
     data_dir: Path = Path("data")
-    """Where the data sets lie, in the layout torchvision uses (split-digits needs none)."""
+    """Where the data lie, in their standard layout (what comes with scikit-learn needs none)."""
     class_order_seed: int | None = None
     """Shuffles the order in which classes arrive; None: in the order of their labels. Apart from the training seeds."""
     validation: float = 0.0
@@ -63,15 +94,32 @@ class DataConfig:
     [0, 1]. None: the benchmark's own: yes for CIFAR."""
     rows_per_class: int | None = None
     """Keep this many training rows of each class, the first ones. None: all of them."""
+    classes_per_task: int | None = None
+    """New classes in each task; the last may have fewer. None: the benchmark's."""
+    online: bool = False
+    """One pass over a stream without known boundaries: the buffer takes in each step's rows after the step, and nothing
+    but the scoring knows where a task ends."""
+    blur: float | None = None
+    """Standard deviation, in tasks, by which rows stray from the place of their task in the stream, so that tasks pass
+    over into each other. None: not at all."""
+    image_size: int | None = None
+    """Side in pixels of the images that the model sees, where they are read from files. None: the benchmark's."""
+    workers: int | None = None
+    """Processes that read rows from files; 0: none but the training's own. None: one for each processor but one, at
+    most 16, shared by the run's processes on one machine."""
+    skip_damaged: bool = False
+    """Leave out files that cannot be decoded, and name them; otherwise the first one ends the run."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Model and optimiser; what is not given is taken from the benchmark's protocol."""
 
-    model: Literal["mlp", "resnet8", "resnet20", "resnet32", "resnet18"] | None = None
+    model: str | None = None
     """mlp: two hidden layers of 256; resnet8, resnet20, resnet32: the narrow ones made for CIFAR; resnet18: the wide
-    one, with a stem for small images."""
+    one, with a stem for small images; resnet18-imagenet, resnet50: with the stem for large ones; vit-tiny, vit-b16:
+    vision transformers; text-transformer: a small one for texts; torchvision:NAME, timm:NAME, transformers:NAME, or
+    package.module:callable: any other."""
     lr: float | None = None
     """Learning rate of SGD."""
     momentum: float | None = None
@@ -81,17 +129,24 @@ class OptimConfig:
     lr_milestones: tuple[float, ...] | None = None
     """Shares of a task's epochs after which the learning rate is divided by ten, e.g. 0.5 0.75."""
     epochs: int | None = None
-    """Epochs per task."""
+    """Epochs per task; with data.online there is one."""
     batch: int | None = None
-    """Rows of the current task in a step."""
-    augment: Literal["none", "crop-flip"] | None = None
-    """crop-flip: padded random crop and horizontal flip of every training row."""
+    """Rows of the current task in a step, over all processes if there are several."""
+    augment: Literal["none", "crop-flip", "resized-crop-flip"] | None = None
+    """crop-flip: padded random crop and horizontal flip of every training row; resized-crop-flip: a random part of the
+    image, scaled to the model's size, and a flip."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Automatic mixed precision of the forward passes; fp16 with a loss scale that adapts itself."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last layout, which GPUs' half-precision convolutions want."""
     compile: bool = False
     """Compile the model by torch.compile."""
+    accumulate: int | None = None
+    """Forward and backward passes a step is made in, each of a part of its rows, to save memory; pairs are chosen among
+    all of them. None: one pass."""
+    growing_head: bool = False
+    """Begin with a classifier for the first task's classes, which grows as classes arrive; otherwise it has an output
+    for every class from the start."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +159,7 @@ class ReplayConfig:
     size: int | None = None
     """Rows kept: per class for policy class, in total otherwise."""
     batch: int | None = None
-    """Replayed rows in a step."""
+    """Replayed rows in a step, over all processes if there are several."""
     tau: float = 1.0
     """Weight of the replayed rows' loss: loss = CE(current) + tau * CE(replayed)."""
     stream: Literal["dual", "shuffled"] = "dual"
@@ -113,6 +168,9 @@ class ReplayConfig:
     distillation: float | None = None
     """Weight of DER++'s squared error between the logits of replayed rows and those kept with them. None: the method's
     own: 0.5 for der++ and what builds on it, nothing for others."""
+    storage: Literal["memory", "disk"] | None = None
+    """Where the buffer's rows lie: memory; or disk, beside the run's checkpoint. None: in memory; of rows that are read
+    from files, which they are, to be read again (online: the rows)."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +193,7 @@ class MixConfig:
     """A pair is helpful if its cosine with the reference gradient is at least this; 0 is an angle of 90 degrees."""
     refresh: int | None = None
     """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
-    own: 0 for gradmix, 1 for gradmix-sample."""
+    own: 0 for gradmix (20 with data.online), 1 for gradmix-sample."""
     candidates: Literal["batch", "balanced", "replayed"] = "batch"
     """Where partners come from: batch: the step's own rows; balanced: a class-balanced draw from the current task and
     the buffer; replayed: the step's replayed rows."""
@@ -157,6 +215,12 @@ class MixConfig:
     as many pairs, by the norm of the mixture's gradient."""
     control_rate: float | None = None
     """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
+    reference: Literal["buffer", "replayed"] | None = None
+    """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed rows, which
+    costs no pass over the buffer. None: replayed where rows are read from files, else buffer."""
+    space: Literal["embedding", "feature"] | None = None
+    """Where rows are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input of
+    its classifier. None: the inputs are mixed, unless they are texts."""
 
 
 @dataclass(frozen=True)
@@ -272,10 +336,24 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
         if value is not None and not holds(value):
             raise ValueError(f"{key}: got {_show(value)}, expected {expected}")
+    for key, name, names, other in (
+        ("data.benchmark", config.data.benchmark, BENCHMARK_NAMES, "package.module:function"),
+        ("optim.model", config.optim.model, MODEL_NAMES, "package.module:callable"),
+    ):
+        if name is not None and ":" not in name and name not in names:
+            raise ValueError(f"{key}: got {_show(name)}, expected one of {', '.join(names)}; or {other}")
     if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
         raise ValueError(
             "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
             "rows are not told apart in one stream"
+        )
+    if config.data.online and config.optim.epochs not in (None, 1):
+        raise ValueError(
+            f"optim.epochs: got {_show(config.optim.epochs)} with data.online, expected 1 or nothing: rows come once"
+        )
+    if config.data.online and config.replay.stream == "shuffled":
+        raise ValueError(
+            "replay.stream: got 'shuffled' with data.online, expected 'dual': the rows to come are not known"
         )
     if config.mix.control_rate is not None and config.mix.control != "random":
         raise ValueError(
@@ -317,6 +395,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.validation", "a share from 0 to less than 1", lambda v: 0 <= v < 1),
     ("data.tasks", "an integer of at least 1", lambda v: v >= 1),
     ("data.rows_per_class", "an integer of at least 1", lambda v: v >= 1),
+    ("data.classes_per_task", "an integer of at least 1", lambda v: v >= 1),
+    ("data.image_size", "an integer of at least 8", lambda v: v >= 8),
+    ("data.workers", "an integer of at least 0", lambda v: v >= 0),
+    ("data.blur", "a number of tasks above 0", lambda v: v > 0),
+    ("optim.accumulate", "an integer of at least 2, or nothing", lambda v: v >= 2),
     ("optim.lr", "a number above 0", lambda v: v > 0),
     ("optim.momentum", "a number from 0 to less than 1", lambda v: 0 <= v < 1),
     ("optim.weight_decay", "a number of at least 0", lambda v: v >= 0),

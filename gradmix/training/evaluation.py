@@ -7,14 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradmix.head import logits_of
 from gradmix.probe import untouched
-from gradmix.training.benchmarks import TaskStream
+from gradmix.processes import Group, share, sum_over
+from gradmix.training.reading import Reading
+from gradmix.training.streams import TaskStream
 
 EVALUATION_ROWS = 1024
-"""Rows forwarded at a time when scoring."""
+"""Rows forwarded at a time when scoring; a quarter of it where they are read from files, which may be large images."""
 
 
 def evaluate(
@@ -22,13 +24,30 @@ def evaluate(
     stream: TaskStream,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    prepared: Callable[[Tensor], Tensor] = lambda x: x,
+    reading: Reading | None = None,
+    group: Group = None,
 ) -> list[float]:
-    """Accuracy on the test rows of every task, future ones included, among all classes; each in [0, 1]."""
-    accuracies = []
+    """Accuracy on the test rows of every task, future ones included, among all classes; each in [0, 1].
+
+    Args:
+        model: the classifier.
+        stream: the stream.
+        device: where the model is.
+        autocast: makes the context of forward passes.
+        prepared: makes rows as they are kept, on the device, into the model's input.
+        reading: how rows are read from files; None: by this process. Damaged ones that are left out count as wrong.
+        group: processes that forward a share of the rows each; all get the same accuracies.
+    """
+    reading = reading or Reading(0, skip_damaged=False, device=device)
+    rows = EVALUATION_ROWS // 4 if stream.is_read else EVALUATION_ROWS
+    correct = torch.zeros(len(stream.tasks), dtype=torch.int64, device=device)
+    tests = [task.test for task in stream.tasks]
+    if group is not None:
+        tests = [test.take(torch.tensor(share(len(test), group), dtype=torch.int64)) for test in tests]
     with untouched(model), autocast():
-        for task in stream.tasks:
-            correct = 0
-            for x, y in zip(task.test_x.split(EVALUATION_ROWS), task.test_y.split(EVALUATION_ROWS), strict=True):
-                correct += int((logits_of(model(x.to(device))).argmax(1) == y.to(device)).sum())
-            accuracies.append(correct / len(task.test_y))
-    return accuracies
+        for task, x, y in reading.batches_of(tests, rows):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            correct[task] += (logits_of(model(prepared(x))).argmax(1) == y).sum()
+    (total,) = sum_over([correct], group)
+    return [right / len(task.test) for right, task in zip(total.tolist(), stream.tasks, strict=True)]

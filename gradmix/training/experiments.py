@@ -101,7 +101,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run lies, relative to the folder of all runs: ``BENCHMARK-METHOD-HASH/seed-K``."""
-        return Path(f"{self.config.data.benchmark}-{self.method}-{content_hash(self.config)}") / f"seed-{self.seed}"
+        benchmark = self.config.data.benchmark.replace(":", "-")
+        return Path(f"{benchmark}-{self.method}-{content_hash(self.config)}") / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)

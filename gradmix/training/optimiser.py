@@ -15,8 +15,8 @@ def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
 
 
 def make_schedule(
-    optimiser: torch.optim.Optimizer, optim: OptimConfig, epochs: int
+    optimiser: torch.optim.Optimizer, optim: OptimConfig, length: int
 ) -> torch.optim.lr_scheduler.MultiStepLR:
-    """The learning rate divided by ten after each milestone, a share of the task's epochs."""
-    milestones = sorted({max(1, round(share * epochs)) for share in optim.lr_milestones or ()})
+    """The learning rate divided by ten after each milestone, a share of ``length``: a task's epochs, or all steps."""
+    milestones = sorted({max(1, round(share * length)) for share in optim.lr_milestones or ()})
     return torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, gamma=0.1)

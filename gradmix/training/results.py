@@ -58,6 +58,14 @@ class Timing:
         """Share of the training steps' time spent on selection, from 0 to 1; NaN if no step was taken."""
         return self.seconds_selection / self.seconds_step if self.seconds_step > 0 else math.nan
 
+    @property
+    def data_share(self) -> float:
+        """Share of the training steps' time spent on their rows, waiting for those that are read included, from 0 to 1.
+
+        On a GPU it is the device's time: rows that are read while it computes take none of it.
+        """
+        return self.seconds_data / self.seconds_step if self.seconds_step > 0 else math.nan
+
 
 @dataclass(frozen=True)
 class AlignmentRecord:
@@ -355,6 +363,7 @@ def _to_dict(result: RunResult) -> dict[str, Any]:
             "peak_memory_bytes": timing.peak_memory_bytes,
             "step_ms": timing.step_ms,
             "selection_share": timing.selection_share,
+            "data_share": timing.data_share,
         },
         "mixed_share": list(result.mixed_share),
         "class_names": list(result.class_names),

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradmix.training import checkpoint, results, trainer
-from gradmix.training.benchmarks import TaskStream, stream_of
+from gradmix.training.benchmarks import stream_of
 from gradmix.training.config import DataConfig
 from gradmix.training.experiments import Run
 from gradmix.training.results import RunResult
+from gradmix.training.streams import TaskStream
 
 try:
     import fcntl

@@ -32,6 +32,7 @@ class Row:
         metrics: Mean, sample standard deviation and half of the 95 % t-interval of each metric, accuracies in [0, 1].
         step_ms: Mean time of a training step in milliseconds, selection included.
         selection_share: Share of that time spent on selection, from 0 to 1.
+        data_share: Share of it spent on drawing, reading and augmenting rows; NaN if it was not measured.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Row:
     metrics: dict[str, Interval]
     step_ms: float
     selection_share: float
+    data_share: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def summarise(results: Sequence[RunResult]) -> Summary:
                 },
                 step_ms=metrics.known_mean([r.timing.step_ms for r in complete]),
                 selection_share=metrics.known_mean([r.timing.selection_share for r in complete]),
+                data_share=metrics.known_mean([r.timing.data_share for r in complete]),
             )
         )
     labels = list(values)
@@ -146,10 +149,15 @@ def summarise(results: Sequence[RunResult]) -> Summary:
 def to_text(summary: Summary, width: int = 80) -> str:
     """Renders the tables as plain text, at most ``width`` columns wide where the labels allow it."""
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
-    blocks = []
+    blocks, with_data = [], False
     if summary.rows:
-        blocks.append(_text_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f}\n95 %: ± {half:.3f}")))
-    blocks.append("\n".join(wrap.fill(line) for line in _legend(summary)))
+        form = "{mean:.3f} ± {std:.3f}\n95 %: ± {half:.3f}"
+        table = _text_table(*_result_cells(summary, form))
+        with_data = max(map(len, table.splitlines())) <= width
+        if not with_data:
+            table = _text_table(*_without(_result_cells(summary, form), "data"))
+        blocks.append(table)
+    blocks.append("\n".join(wrap.fill(line) for line in _legend(summary, with_data)))
     if summary.differences:
         table = _text_table(*_difference_cells(summary, " - "))
         if max(map(len, table.splitlines())) > width:
@@ -164,7 +172,7 @@ def to_markdown(summary: Summary) -> str:
     blocks = [f"# {summary.benchmark}"]
     if summary.rows:
         blocks.append(_markdown_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})")))
-    blocks.append("\n".join(f"- {line}" for line in _legend(summary)))
+    blocks.append("\n".join(f"- {line}" for line in _legend(summary, with_data=True)))
     if summary.differences:
         blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
         blocks.append(_DIFFERENCE_LEGEND)
@@ -181,6 +189,7 @@ def to_dict_rows(summary: Summary) -> list[dict[str, Any]]:
             "metrics": {name: interval._asdict() for name, interval in row.metrics.items()},
             "step_ms": row.step_ms,
             "selection_share": row.selection_share,
+            "data_share": row.data_share,
         }
         for row in summary.rows
     ]
@@ -216,13 +225,14 @@ _Table = tuple[list[str], list[list[str]]]
 
 
 def _result_cells(summary: Summary, cell: str) -> _Table:
-    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "seeds"]
+    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "data", "seeds"]
     body = [
         [
             row.label,
             *(cells.interval(row.metrics[name], cell) for name in SHOWN),
             cells.decimal(row.step_ms),
             cells.percent(row.selection_share or math.nan),
+            cells.percent(row.data_share),
             str(len(row.seeds)),
         ]
         for row in summary.rows
@@ -243,12 +253,14 @@ def _difference_cells(summary: Summary, minus: str) -> _Table:
     return header, body
 
 
-def _legend(summary: Summary) -> list[str]:
+def _legend(summary: Summary, with_data: bool) -> list[str]:
     legend = [f"Benchmark {summary.benchmark}; {R_MEANING}."]
     if summary.rows:
         legend += [f"{METRIC_LABELS[name].capitalize()}: {metrics.FORMULAS[name]}." for name in SHOWN]
         legend.append("Mean ± standard deviation over seeds; 95 %: half of the mean's t-interval (Student).")
         legend.append("ms/step: time of a training step; selection: the share of it spent on selecting pairs.")
+        if with_data:
+            legend.append("data: the share of it spent on drawing, reading and augmenting rows.")
     else:
         legend.append("No run is complete, so there is no mean to show.")
     return [*legend, *summary.notes]
@@ -258,6 +270,12 @@ def _interrupted(label: str, run: RunResult) -> str:
     reached = tasks_reached(run)
     note = f"{label}, seed {run.seed}: interrupted after {reached} of {run.tasks} tasks, in no mean"
     return f"{note} (average accuracy so far {metric_values(run)['average_accuracy']:.3f})." if reached else f"{note}."
+
+
+def _without(table: _Table, column: str) -> _Table:
+    header, body = table
+    place = header.index(column)
+    return [*header[:place], *header[place + 1 :]], [[*row[:place], *row[place + 1 :]] for row in body]
 
 
 def _text_table(header: list[str], body: list[list[str]]) -> str:

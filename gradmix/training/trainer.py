@@ -8,9 +8,11 @@ depends on is in the state that :class:`_Run` gives to :mod:`gradmix.training.ch
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,26 +22,45 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.buffers import ReplayBuffer
+from gradmix.head import resolve_head
 from gradmix.probe import preserved_rng
+from gradmix.processes import Group, rank_of
 from gradmix.training import checkpoint as checkpoints
-from gradmix.training.benchmarks import Task, TaskStream, resolve, stream_of
+from gradmix.training import together
+from gradmix.training.benchmarks import resolve, stream_of
 from gradmix.training.clock import Clock
 from gradmix.training.config import MethodName, TrainConfig, to_dict
 from gradmix.training.environment import describe_environment, pick_device
 from gradmix.training.evaluation import evaluate
+from gradmix.training.heads import grow_head, grown_state
+from gradmix.training.keeping_sampler import KeepingSampler
 from gradmix.training.memory import peak_memory, start_peak_memory
 from gradmix.training.methods import METHODS, Context, Method, Pixels, StepRows
 from gradmix.training.models import build_model
 from gradmix.training.optimiser import make_optimiser, make_schedule
+from gradmix.training.preparation import Preparation
 from gradmix.training.random_state import restore_rng, rng_state
+from gradmix.training.reading import KeptRows, Reading
+from gradmix.training.reading_sampler import ReadingSampler
 from gradmix.training.results import AlignmentRecord, RunResult, Timing
-from gradmix.training.sampler import StepSampler
+from gradmix.training.rows import StoredRows
+from gradmix.training.sampler import ResidentSampler, StepSampler
 from gradmix.training.seeds import derived_seed, generator_for
+from gradmix.training.streams import Task, TaskStream, blurred
 
 LOSS_EVERY = 25
 """Steps between two losses shown: reading one waits for the device."""
 
-CIRCUMSTANCES = ("methods", "seeds", "output", "device", "threads", "checkpoint", "data.data_dir")
+CIRCUMSTANCES = (
+    "methods",
+    "seeds",
+    "output",
+    "device",
+    "threads",
+    "checkpoint",
+    "data.data_dir",
+    "data.workers",
+)
 """Settings that do not tell one run from another: they change where and how it is made, not what is learnt."""
 
 
@@ -58,15 +79,21 @@ class Progress:
     loss: float | None
 
 
-def settled(config: TrainConfig, method: str, seed: int) -> TrainConfig:
+def settled(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
     """The complete configuration of one run: narrowed to it, and nothing left to the benchmark's or method's default.
+
+    Args:
+        config: the configuration as the user gave it.
+        method: key of :data:`gradmix.training.methods.METHODS`.
+        seed: the training seed.
+        stream: the stream it is for, if that is not the benchmark's.
 
     Raises:
         ValueError: an unknown method, or a setting out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)))
+    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)), stream)
     return METHODS[method].settled(config)
 
 
@@ -79,6 +106,7 @@ def train_one(
     on_step: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
+    group: Group = None,
 ) -> RunResult:
     """Train one method with one seed on all tasks of a benchmark.
 
@@ -89,11 +117,15 @@ def train_one(
         config: fields left open are taken from the benchmark's protocol; ``methods`` and ``seeds`` are not read.
         method: key of :data:`gradmix.training.methods.METHODS`.
         seed: the training seed.
-        stream: the benchmark's tasks if they were read already.
+        stream: the benchmark's tasks if they were read already; or any other stream
+            (:func:`gradmix.training.streams.class_incremental`), whose protocol then fills what is left open.
         on_step: called after every step.
         checkpoint: a file. If it is there, the run goes on from it. It is replaced, whole or not at all, every
             ``checkpoint_seconds``, and when ``on_step`` raises KeyboardInterrupt; it is the caller's to remove.
         checkpoint_seconds: seconds between two checkpoints, at least; 0: after every step.
+        group: a process group of ``torch.distributed`` whose processes make every step together, each on its share of
+            the rows (:mod:`gradmix.training.together`): all call this with the same arguments. Each is told of its
+            steps and gets the result; the first one keeps the checkpoint.
 
     Returns:
         The result; of status ``interrupted``, with what was reached, if a KeyboardInterrupt came.
@@ -103,20 +135,27 @@ def train_one(
             written (:class:`gradmix.training.checkpoint.CheckpointError`).
         FileNotFoundError: missing data.
     """
-    config = settled(config, method, seed)
     if stream is None:
         stream = stream_of(config.data)
+    config = settled(config, method, seed, stream)
+    if config.data.blur is not None:
+        stream = blurred(stream, config.data.blur, seed)
     device = pick_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
         with preserved_rng(device):
-            torch.manual_seed(derived_seed(seed, "global"))
-            run = _Run(config, method, seed, stream, device, on_step)
-            if checkpoint is not None:
-                run.keep_at(Path(checkpoint), checkpoint_seconds)
-            return run.result()
+            torch.manual_seed(derived_seed(seed, "global") + rank_of(group))
+            with _buffer_folder(config, checkpoint, group) as folder:
+                run = _Run(config, method, seed, stream, device, on_step, group, folder)
+                try:
+                    if checkpoint is not None:
+                        run.keep_at(Path(checkpoint), checkpoint_seconds)
+                    return run.result()
+                finally:
+                    # Now, and not when the run is done away with: it may be taken up again at once.
+                    run.buffer.close()
     finally:
         torch.set_num_threads(threads)
 
@@ -130,6 +169,28 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {"method": config.methods[0], "seed": config.seeds[0], **plain}
 
 
+@contextmanager
+def _buffer_folder(config: TrainConfig, checkpoint: str | Path | None, group: Group) -> Iterator[Path | None]:
+    """Where a buffer on disk lies: beside the checkpoint that it goes with, or for the run's time only."""
+    if config.replay.storage != "disk":
+        yield None
+    elif checkpoint is not None and group is not None:
+        # Only the first process's rows would be those that the checkpoint speaks of.
+        raise ValueError(
+            "replay.storage: got 'disk' with several processes and a checkpoint, expected 'memory' or nothing, or "
+            "checkpoint 0: no checkpoint is kept"
+        )
+    elif checkpoint is None:
+        with tempfile.TemporaryDirectory(prefix="gradmix-buffer-") as temporary:
+            yield Path(temporary) / "rows"
+    else:
+        folder = checkpoints.rows_beside(checkpoint) / str(rank_of(group))
+        if not Path(checkpoint).is_file():
+            # What a run left that never came to its first checkpoint.
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+
+
 class _Run:
     """The state of one run."""
 
@@ -141,26 +202,58 @@ class _Run:
         stream: TaskStream,
         device: torch.device,
         on_step: Callable[[Progress], None] | None,
+        group: Group = None,
+        folder: Path | None = None,
     ) -> None:
+        self.group = group
         self.config, self.seed, self.stream, self.device, self.on_step = config, seed, stream, device, on_step
         self.method_name = method
         optim, replay = config.optim, config.replay
         assert optim.model and optim.epochs and optim.batch and replay.policy and replay.size
-        self.epochs, self.batch = optim.epochs, optim.batch
+        self.epochs, self.online = optim.epochs, config.data.online
         channels_last = optim.channels_last and len(stream.input_shape) == 3
-        self.model = build_model(optim.model, stream.input_shape, stream.num_classes, seed=seed).to(device)
+        width = len(stream.tasks[0].classes) if optim.growing_head else stream.num_classes
+        self.model = build_model(optim.model, stream.input_shape, width, seed=seed, vocabulary=stream.vocabulary).to(
+            device
+        )
         if channels_last:
             # torch's annotation lacks the overload without a device.
             self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.buffer = ReplayBuffer(replay.size, policy=replay.policy, device=device, seed=seed)
+        self.width = width
+        # Of rows that are read from files the buffer holds the numbers, which are looked up on the host.
+        self.keeps_numbers = stream.is_read and replay.storage is None and not config.data.online
+        self.buffer = ReplayBuffer(
+            replay.size,
+            policy=replay.policy,
+            device=torch.device("cpu") if self.keeps_numbers else device,
+            seed=seed,
+            folder=folder if replay.storage == "disk" else None,
+        )
         self.clock = Clock(device)
-        self.sampler = StepSampler(config, seed, self.buffer, self.clock, device, channels_last=channels_last)
+        self.preparation = Preparation(stream, optim.augment, channels_last=channels_last)
+        self.reading = Reading(config.data.workers, skip_damaged=config.data.skip_damaged, device=device)
+        drawn_for = config, seed, self.buffer, self.clock, device, self.preparation, group
+        source = None
+        if self.keeps_numbers:
+            items = cast(StoredRows, stream.tasks[0].train).items
+            self.sampler: StepSampler = ReadingSampler(*drawn_for, reading=self.reading)
+            source = KeptRows(self.buffer, self.preparation, items=items, reading=self.reading).as_source()
+        elif stream.is_read:
+            self.sampler = KeepingSampler(*drawn_for, reading=self.reading)
+            source = KeptRows(self.buffer, self.preparation).as_source()
+        else:
+            self.sampler = ResidentSampler(*drawn_for)
+            if self.preparation.changes(stream.tasks[0].train):
+                source = KeptRows(self.buffer, self.preparation).as_source()
         self.generators = {**self.sampler.generators, "mixing": generator_for(seed, "mixing")}
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
+        if group is not None:
+            self.model = together.with_shared_statistics(self.model, device)
+        self.differing = [] if group is None else together.differing_buffers(self.model)
         self.method: Method = METHODS[method](
             Context(
-                model=cast(nn.Module, torch.compile(self.model)) if optim.compile else self.model,
+                model=self.wrapped(),
                 buffer=self.buffer,
                 num_classes=stream.num_classes,
                 mix=config.mix,
@@ -170,8 +263,12 @@ class _Run:
                 counts=self.counts,
                 draw_replayed=self.sampler.replayed,
                 pixels=None if stream.mean is None or stream.std is None else Pixels(stream.mean, stream.std),
+                source=source,
                 autocast=self.autocast,
                 scaler=self.scaler,
+                accumulate=optim.accumulate or 1,
+                group=group,
+                growing=optim.growing_head,
             )
         )
         tasks = len(stream.tasks)
@@ -179,16 +276,22 @@ class _Run:
         self.mixed_share = [float("nan")] * tasks
         self.alignments: list[AlignmentRecord] = []
         self.steps = 0
-        self.steps_total = sum(self.epochs * -(-rows // self.batch) for rows in self.rows_per_epoch())
+        self.steps_total = sum(self.epochs * -(-rows // optim.batch) for rows in self.rows_per_epoch())
         self.seconds_before, self.peak_before = 0.0, 0
         # Where the run is: steps done of an epoch whose rows come in `order`; None: the task has not begun.
         self.task, self.epoch, self.batches_done = 0, 0, 0
         self.order: Tensor | None = None
         self.mixed, self.seen = torch.zeros((), dtype=torch.int64, device=device), 0
-        self.optimiser: torch.optim.SGD
+        self.optimiser: torch.optim.SGD | None = None
         self.schedule: torch.optim.lr_scheduler.MultiStepLR
         self.checkpoint: Path | None = None
         self.checkpoint_seconds = 0.0
+        self.wants_to_stop = self.all_stop = False
+
+    def wrapped(self) -> nn.Module:
+        """The model as the loss is to see it: compiled, and its gradients averaged over the processes."""
+        model = cast(nn.Module, torch.compile(self.model)) if self.config.optim.compile else self.model
+        return model if self.group is None else together.wrapped(model, self.device, self.group)
 
     # ---------------------------------------------------------------------------------------------------- the course
 
@@ -196,17 +299,27 @@ class _Run:
         """Run to the end, or to a KeyboardInterrupt."""
         self.start = self.checkpoint_time = time.perf_counter()
         start_peak_memory(self.device)
-        environment = describe_environment(self.device)
+        environment = describe_environment(self.device) | together.environment(self.config.optim.batch, self.group)
         status: Any = "complete"
         try:
             while self.task < len(self.stream.tasks):
                 task = self.stream.tasks[self.task]
                 self.learn(task)
                 with self.clock("evaluation"):
-                    self.accuracy[task.index] = evaluate(self.model, self.stream, self.device, self.autocast)
+                    self.accuracy[task.index] = evaluate(
+                        self.model,
+                        self.stream,
+                        self.device,
+                        self.autocast,
+                        self.preparation.for_testing,
+                        self.reading,
+                        self.group,
+                    )
                 self.task += 1
         except KeyboardInterrupt:
             status = "interrupted"
+        finally:
+            self.sampler.close()
         return RunResult(
             benchmark=self.stream.name,
             method=self.method_name,
@@ -231,61 +344,138 @@ class _Run:
         )
 
     def learn(self, task: Task) -> None:
-        """Train on one task, or on what is left of it, then show it to the buffer."""
+        """Train on one task, or on what is left of it, then show it to the buffer; online, that step by step."""
         balanced = self.config.mix.candidates == "balanced" or self.method.wants_balanced
-        own_x, own_y = self.sampler.start_task(task, replays=self.method.replays, balanced=balanced)
-        self.count_classes(own_y)
+        self.sampler.start_task(task, self.method, balanced=balanced)
+        self.count_classes(task.train.y)
         if self.order is None:
-            self.start_optimiser()
+            if not self.online:
+                # Online, the head grows with the first row of a class.
+                self.grow(task.train.y)
+            if self.optimiser is None or not self.online:
+                self.start_optimiser()
             self.mixed.zero_()
             self.seen = 0
         self.model.train()
         while self.epoch < self.epochs:
             if self.order is None:
-                self.method.start_epoch()
+                if not self.online or task.index == 0:
+                    self.method.start_epoch()
                 self.order = self.sampler.epoch_order()
-            batches = self.sampler.batches(self.order)
-            for index in batches[self.batches_done :]:
-                rows, loss = self.step(index)
+            steps = self.sampler.steps_of(self.order)
+            self.sampler.start_epoch(self.order, self.batches_done)
+            while self.batches_done < steps:
+                rows, loss = self.step()
                 self.batches_done += 1
                 self.steps += 1
-                if self.batches_done == len(batches):
+                if self.online:
+                    self.show(*self.sampler.step_rows())
                     self.schedule.step()
+                if self.batches_done == steps:
+                    if not self.online:
+                        self.schedule.step()
                     if self.epoch == self.epochs - 1:
                         self.mixed_share[task.index] = int(self.mixed) / self.seen if self.seen else float("nan")
                         self.record_table(task, rows)
                 # The last thing in a step: here a run may be left, and nothing is to be done twice or left out.
                 self.after_step(task, loss)
             self.epoch, self.batches_done, self.order = self.epoch + 1, 0, None
-        self.buffer.add(own_x, own_y, **self.method.extras(own_x, own_y))
+        if not self.online:
+            for x, y in self.sampler.own_rows():
+                self.show(x, y)
         self.epoch = 0
 
-    def step(self, index: Tensor) -> tuple[StepRows, Tensor]:
-        """One step of the optimiser on the rows at ``index``; returns them and their loss, detached."""
+    def step(self) -> tuple[StepRows, Tensor]:
+        """One step of the optimiser on the next rows; returns them and their loss, detached."""
+        if self.group is not None:
+            # Other numbers in every process, for dropout, that follow from where the run is.
+            torch.manual_seed(derived_seed(self.seed, f"global/{rank_of(self.group)}/{self.steps}"))
         with self.clock("step"):
             with self.clock("data"):
-                rows = self.sampler.rows(index)
+                rows = self.sampler.rows()
+            if self.online:
+                # By all current rows: of a step that several processes share, this one may have some only.
+                self.grow(self.sampler.step_rows()[1])
+                self.counts += torch.bincount(self.sampler.step_rows()[1], minlength=len(self.counts))
+            assert self.optimiser is not None
             self.optimiser.zero_grad(set_to_none=True)
+            if self.is_empty(rows):
+                return rows, torch.zeros((), device=self.device)
             loss = self.method.backward(rows)
             self.scaler.step(self.optimiser)
             self.scaler.update()
+            if self.differing:
+                together.share_buffers(self.differing, self.group)
         count = self.method.mixed_rows()
         if count is not None:
             self.mixed += count
             self.seen += len(rows.y)
         return rows, loss
 
+    def is_empty(self, rows: StepRows) -> bool:
+        """Whether a step has no rows at all, as where all of them were damaged: then nothing is learnt in it.
+
+        Of several processes that are given their shares alone none knows it of the others.
+        """
+        return not len(rows.y) and (self.group is None or self.method.gathers)
+
+    def show(self, x: Tensor, y: Tensor) -> None:
+        """Show rows to the buffer, with what the method wants to keep with them."""
+        self.buffer.add(x, y, **self.extras(x, y))
+
+    def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What the method wants to keep with rows, or with those that are to be read from files."""
+        if not self.method.keeps_more:
+            return {}
+        if not self.keeps_numbers:
+            return self.method.extras(self.preparation.for_testing(x.to(self.device)), y.to(self.device))
+        rows = StoredRows(cast(StoredRows, self.stream.tasks[0].train).items, y, x)
+        parts = [
+            self.method.extras(self.preparation.for_testing(read.to(self.device)), labels.to(self.device))
+            for read, labels in self.reading.batches(rows, 256)
+        ]
+        return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+    def grow(self, y: Tensor) -> None:
+        """Give a growing head an output for each of the classes ``y`` that are new."""
+        if not self.config.optim.growing_head or self.width == self.stream.num_classes or not len(y):
+            return
+        needed = int(y.max()) + 1
+        if needed > self.width:
+            self.grow_to(needed)
+
+    def grow_to(self, width: int) -> None:
+        row = self.stream.tasks[0].train.read(torch.zeros(1, dtype=torch.int64)).to(self.device)
+        old = resolve_head(self.model, None, self.preparation.for_testing(row))
+        new = grow_head(self.model, width, seed=self.seed, head=old)
+        self.width = width
+        if self.optimiser is not None:
+            grown_state(self.optimiser, old, new)
+        if self.group is not None:
+            # Its gradients are gathered for the parameters it was made with.
+            self.method.context.model = self.wrapped()
+        # What is kept of the head's gradient has the former width.
+        self.method.start_epoch()
+
     def after_step(self, task: Task, loss: Tensor) -> None:
         """Tell the caller where the run is, and keep a checkpoint if it is due or the caller wants to stop."""
         try:
             self.report(task, loss)
         except KeyboardInterrupt:
+            self.wants_to_stop = True
+        # Several processes stop at the same step, which they have to agree on.
+        if self.group is not None and self.steps % together.AGREE_EVERY == 0:
+            self.wants_to_stop = together.any_wants(self.wants_to_stop, self.device, self.group)
+            self.all_stop = self.wants_to_stop
+        if self.wants_to_stop and (self.group is None or self.all_stop):
             self.save()
-            raise
+            raise KeyboardInterrupt
         if self.checkpoint is not None and time.perf_counter() - self.checkpoint_time >= self.checkpoint_seconds:
             self.save()
 
     def report(self, task: Task, loss: Tensor) -> None:
+        if self.steps % LOSS_EVERY == 0 and self.group is not None:
+            loss = together.mean(loss, self.group)
         if self.on_step is None:
             return
         shown = float(loss) if self.steps % LOSS_EVERY == 0 else None
@@ -306,13 +496,18 @@ class _Run:
     # ---------------------------------------------------------------------------------------- what a step is made of
 
     def count_classes(self, own_y: Tensor) -> None:
-        """Bring the rows of each class that training draws from up to date."""
-        labels = torch.cat([own_y, self.buffer.y]) if self.method.replays and len(self.buffer) else own_y
+        """Bring the rows of each class that training draws from up to date; online, those that have come so far."""
+        if self.online:
+            for label, count in self.buffer.seen_per_class.items():
+                self.counts[label] = count
+            return
+        replays = self.method.replays and len(self.buffer)
+        labels = torch.cat([own_y, self.buffer.y.cpu()]) if replays else own_y
         self.counts.copy_(torch.bincount(labels, minlength=len(self.counts)))
 
     def rows_per_epoch(self) -> list[int]:
         """Rows of one epoch, by task."""
-        own = [len(task.train_y) for task in self.stream.tasks]
+        own = [len(task.train) for task in self.stream.tasks]
         if self.config.replay.stream != "shuffled" or not self.method.replays:
             return own
         # What the buffer will hold depends on nothing but the labels, so a buffer of labels tells.
@@ -321,12 +516,13 @@ class _Run:
         rows = []
         for task, count in zip(self.stream.tasks, own, strict=True):
             rows.append(count + len(labels))
-            labels.add(task.train_y.float(), task.train_y)
+            labels.add(task.train.y.float(), task.train.y)
         return rows
 
     def start_optimiser(self) -> None:
         self.optimiser = make_optimiser(self.model, self.config.optim)
-        self.schedule = make_schedule(self.optimiser, self.config.optim, self.epochs)
+        length = self.steps_total if self.online else self.epochs
+        self.schedule = make_schedule(self.optimiser, self.config.optim, length)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -334,7 +530,9 @@ class _Run:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def record_table(self, task: Task, rows: StepRows) -> None:
-        """Keep the class-pair alignment in force at the end of a task."""
+        """Keep the class-pair alignment in force at the end of a task, whose last step's rows these are."""
+        if self.is_empty(rows):
+            return
         with self.autocast():
             table = self.method.class_table(rows)
         if table is None or table.classes is None:
@@ -362,17 +560,29 @@ class _Run:
         """Keep checkpoints at ``path``, and go on from the one that is there."""
         self.checkpoint, self.checkpoint_seconds = path, seconds
         self.description = json.dumps(identity(self.config), indent=1)
-        if path.is_file():
-            self.load_state_dict(checkpoints.load(path, run=self.description))
+
+        def there() -> dict[str, Any] | None:
+            return checkpoints.load(path, run=self.description) if path.is_file() else None
+
+        state = together.of_the_first(there, self.group)
+        if state is not None:
+            try:
+                self.load_state_dict(state)
+            except KeyError as error:
+                raise checkpoints.CheckpointError(
+                    f"{path}: whole, but of an earlier version of gradmix, which did not keep {error}; go on with that "
+                    "version, or remove the file to start the run again"
+                ) from error
 
     def save(self) -> None:
         """Replace the checkpoint, if one is to be kept."""
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and rank_of(self.group) == 0:
             checkpoints.save(self.state_dict(), self.checkpoint, run=self.description)
         self.checkpoint_time = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on, between two steps."""
+        assert self.optimiser is not None
         schedule = self.schedule.state_dict()
         return {
             "task": self.task,
@@ -382,12 +592,14 @@ class _Run:
             "steps": self.steps,
             "mixed": int(self.mixed),
             "seen": self.seen,
+            "width": self.width,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             # A Counter is no plain dictionary.
             "schedule": {**schedule, "milestones": dict(schedule["milestones"])},
             "scaler": self.scaler.state_dict(),
             "buffer": self.buffer.state_dict(),
+            "sampler": self.sampler.state_dict(),
             "method": self.method.state_dict(),
             "generators": {purpose: generator.get_state() for purpose, generator in self.generators.items()},
             "global_generators": rng_state(self.device),
@@ -414,13 +626,17 @@ class _Run:
         self.order, self.steps = state["order"], state["steps"]
         self.mixed.fill_(state["mixed"])
         self.seen = state["seen"]
+        if state["width"] != self.width:
+            self.grow_to(state["width"])
         self.model.load_state_dict(state["model"])
         self.start_optimiser()
+        assert self.optimiser is not None
         self.optimiser.load_state_dict(state["optimiser"])
         milestones = type(self.schedule.milestones)(state["schedule"]["milestones"])
         self.schedule.load_state_dict({**state["schedule"], "milestones": milestones})
         self.scaler.load_state_dict(state["scaler"])
         self.buffer.load_state_dict(state["buffer"])
+        self.sampler.load_state_dict(state["sampler"])
         self.method.load_state_dict(_moved(state["method"], self.device))
         for purpose, generator in self.generators.items():
             generator.set_state(state["generators"][purpose])

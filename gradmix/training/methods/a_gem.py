@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gradmix.head import logits_of
+from gradmix.probe import unwrap
+from gradmix.processes import sum_over
 from gradmix.training.methods.base import Finetune, StepRows, weighted_cross_entropy
 
 
@@ -19,18 +21,29 @@ class AGEM(Finetune):
     weight decay and momentum come after the projection. While the buffer is empty it is plain finetuning.
     """
 
+    draws_more = True
+
     def backward(self, rows: StepRows) -> Tensor:
         context = self.context
         replayed = context.draw_replayed()
         if replayed is None:
             return super().backward(rows)
         parameters = [p for p in context.model.parameters() if p.requires_grad]
+        # Not through a data-parallel wrapper: this pass has no backward pass of the wrapper's kind.
+        model = context.model if context.group is None else unwrap(context.model)
         with context.autocast():
-            logits = logits_of(context.model(replayed.x))
-            weight = torch.full((len(replayed.y),), 1.0 / len(replayed.y), device=logits.device)
+            logits = logits_of(model(replayed.x))
+            weight = torch.full((len(replayed.y),), 1.0 / max(1, len(replayed.y)), device=logits.device)
             loss = weighted_cross_entropy(logits, replayed.y, weight)
         # Scaled as the step's own gradient is: the projection is the same, and neither underflows alone.
         reference = torch.autograd.grad(context.scaler.scale(loss), parameters, allow_unused=True)
+        if context.group is not None:
+            # By length, for the shares of the replayed rows may differ by one.
+            known = [r for r in reference if r is not None]
+            count = torch.tensor([float(len(replayed.y))], device=logits.device)
+            *totals, counted = sum_over([*(r * count for r in known), count], context.group)
+            averaged = iter([total / counted for total in totals])
+            reference = tuple(None if r is None else next(averaged) for r in reference)
         loss = super().backward(rows)
         project(parameters, reference)
         return loss

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradmix.head import HeadOutput
 from gradmix.training.methods.base import StepRows
-from gradmix.training.methods.mixup import Mixing
+from gradmix.training.methods.mixup import LinearMixing
+from gradmix.training.mixing_space import Mixture
 
 ALPHA = 0.2
 """The parameter of Beta(alpha, 1): the larger of the two values the paper settles on, 0.1 and 0.2."""
@@ -16,7 +16,7 @@ ALPHA = 0.2
 _SEED_LIMIT = 1 << 62
 
 
-class BalancedMixup(Mixing):
+class BalancedMixup(LinearMixing):
     """Balanced-MixUp (Galdran et al. 2021): x~ = (1 - lam) x + lam x', one lam ~ Beta(alpha, 1) a step.
 
     x is a row of the step, x' one of a class-balanced draw from the current task and the buffer; labels likewise. The
@@ -30,13 +30,14 @@ class BalancedMixup(Mixing):
 
     wants_balanced = True
 
-    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         if rows.candidates is None or len(rows.candidates[1]) < len(rows.y):
             got = "none" if rows.candidates is None else len(rows.candidates[1])
             raise ValueError(f"candidates: got {got}, expected {len(rows.y)} class-balanced rows for balanced-mixup")
         lam = draw_balanced_lam(ALPHA, self.context.generator)
-        other_x, other_y = self.drawn_partners(rows)
-        return (1 - lam) * rows.x + lam * other_x, (1 - lam) * self.one_hot(rows.y) + lam * self.one_hot(other_y)
+        other_x, index, other_y = self.drawn(rows)
+        y = (1 - lam) * self.one_hot(rows.y) + lam * self.one_hot(other_y)
+        return Mixture(other_x, index, 1 - lam, y)
 
 
 def draw_balanced_lam(alpha: float, generator: torch.Generator) -> float:

@@ -6,20 +6,29 @@ tau CE(replayed), each a mean over its own rows; a mixed row has the weight of t
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import reduce
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradmix.alignment import Alignment
 from gradmix.buffers import BufferRows, ReplayBuffer
+from gradmix.processes import Group, size_of, sum_over
+from gradmix.rows import RowSource
 from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
+from gradmix.training.sharing import Share
+
+Part: TypeAlias = "slice | Tensor"
+"""Some of a step's rows: a slice of them, or their places."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,16 @@ class StepRows:
         y: (N,) int64 class indices.
         weight: (N,) weight of each row's loss.
         candidates: (x, y) where partners may come from; None: the step's own rows.
+        replayed: (N,) bool, the rows that come from the buffer; None: nobody has told them apart.
+        share: which of the rows this process trains on, where several make the step together; None: all of them.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor
     candidates: tuple[Tensor, Tensor] | None = None
+    replayed: Tensor | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,14 @@ class Pixels:
     std: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What a method is built from.
 
     Attributes:
-        model: the network in training.
+        model: the network in training; another wrapper of the same one takes its place where its head has grown.
         buffer: the replay buffer, filled after each task.
-        num_classes: width of the model's output.
+        num_classes: width of the model's output, in the end.
         mix: the mixing settings.
         generator: source of the method's randomness.
         clock: times the sections ``selection`` and, where a method draws or augments rows itself, ``data``.
@@ -64,8 +77,13 @@ class Context:
         draw_replayed: draws another batch of replayed rows, apart from the step's own and augmented as they are; None
             while the buffer is empty.
         pixels: what the inputs were normalised by; None: they are pixels in [0, 1], or no images.
+        source: what is read for the reference gradient, if that is not the buffer itself: the rows whose numbers it
+            holds.
         autocast: makes the context in which forward passes of the loss are made.
         scaler: scales the loss before its backward pass.
+        accumulate: forward and backward passes that a step's rows are trained on in, each of a part of them.
+        group: the processes that make every step together, each on its share of the rows; None: this one alone.
+        growing: whether the model's output is widened as classes arrive, to ``num_classes`` in the end.
     """
 
     model: nn.Module
@@ -78,8 +96,12 @@ class Context:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     draw_replayed: Callable[[], BufferRows | None] = lambda: None
     pixels: Pixels | None = None
+    source: RowSource | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    accumulate: int = 1
+    group: Group = None
+    growing: bool = False
 
 
 class Method(ABC):
@@ -88,17 +110,29 @@ class Method(ABC):
     Attributes:
         replays: whether a step holds replayed rows at all.
         wants_balanced: whether a step must hold class-balanced ``candidates`` whatever the settings.
+        draws_more: whether it draws another batch of replayed rows in every step.
+        gathers: whether all processes that make a step need all its rows; otherwise each is given its share alone.
+        keeps_more: whether it has something kept in the buffer besides the rows (:meth:`extras`).
+        joins: whether several processes can make its steps together.
     """
 
+    joins = True
     replays = True
     wants_balanced = False
+    draws_more = False
+    gathers = False
+    keeps_more = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
 
     @abstractmethod
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+        """What the step's loss is the sum of, one after the other: scalars with graphs that share no activations."""
+
     def loss(self, rows: StepRows) -> Tensor:
         """The step's loss, a scalar with a graph."""
+        return reduce(operator.add, self.losses(rows))
 
     def backward(self, rows: StepRows) -> Tensor:
         """Leave the step's gradients, scaled by the context's scaler, in the parameters' empty ``.grad``.
@@ -106,10 +140,42 @@ class Method(ABC):
         Returns:
             The loss, detached and unscaled.
         """
-        with self.context.autocast():
-            loss = self.loss(rows)
-        self.context.scaler.scale(loss).backward()
-        return loss.detach()
+        context = self.context
+        if context.accumulate == 1:
+            with context.autocast():
+                loss = self.loss(rows)
+            context.scaler.scale(loss).backward()
+            return loss.detach()
+        parts, total = iter(self.losses(rows)), torch.zeros((), device=rows.weight.device)
+        part: Tensor | None
+        model = context.model
+        shared = isinstance(model, DistributedDataParallel)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            while True:
+                with context.autocast():
+                    part = next(parts, None)
+                if part is None:
+                    break
+                # Now, so that its activations are gone before the next one's are made.
+                context.scaler.scale(part).backward()
+                total += part.detach()
+        if shared:
+            average_gradients(context.model, context.group)
+        return total
+
+    def parts(self, rows: StepRows) -> list[Part]:
+        """The parts in which this process's rows are trained on, as many as the context says."""
+        count = len(rows.y) if rows.share is None else len(rows.share.mine)
+        size = max(1, -(-count // self.context.accumulate))
+        if rows.share is not None:
+            return list(rows.share.mine.split(size))
+        # One part at least: also a process without rows has gradients to be averaged with the others'.
+        return [slice(start, start + size) for start in range(0, max(1, count), size)]
+
+    def cross_entropies(self, rows: StepRows) -> Iterator[Tensor]:
+        """The weighted cross-entropy of the model on the rows, part by part."""
+        for part in self.parts(rows):
+            yield weighted_cross_entropy(self.context.model(rows.x[part]), rows.y[part], rows.weight[part])
 
     def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
         """Called before every epoch."""
@@ -147,17 +213,29 @@ class Method(ABC):
         """Take up a state of :meth:`state_dict`."""
 
 
+def average_gradients(model: nn.Module, group: Group) -> None:
+    """Replace the parameters' gradients by the mean over all processes."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for gradient, total in zip(gradients, sum_over(gradients, group), strict=True):
+        gradient.copy_(total / size_of(group))
+
+
 def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y."""
+    """sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y.
+
+    Label vectors may be wider than the logits: classes for which the model has no output yet have no share in them.
+    """
+    if y.ndim == 2:
+        y = y[:, : logits.shape[1]]
     return (F.cross_entropy(logits, y, reduction="none") * weight).sum()
 
 
 class ER(Method):
     """Experience replay: cross-entropy on the current and the replayed rows."""
 
-    def loss(self, rows: StepRows) -> Tensor:
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
         """CE(current) + tau CE(replayed)."""
-        return weighted_cross_entropy(self.context.model(rows.x), rows.y, rows.weight)
+        return self.cross_entropies(rows)
 
 
 class Finetune(ER):
@@ -179,13 +257,16 @@ class Wrapping(Method):
         super().__init__(context)
         self._inner = self.inner(context)
         self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
+        self.draws_more = self.draws_more or self._inner.draws_more
+        self.keeps_more = self.keeps_more or self._inner.keeps_more
+        self.gathers = self.gathers or self._inner.gathers
 
     @classmethod
     def settled(cls, config: TrainConfig) -> TrainConfig:
         return cls.inner.settled(config)
 
-    def loss(self, rows: StepRows) -> Tensor:
-        return self._inner.loss(rows)
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+        return self._inner.losses(rows)
 
     def start_epoch(self) -> None:
         self._inner.start_epoch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from gradmix.head import logits_of
 from gradmix.probe import untouched, unwrap
+from gradmix.processes import size_of, sum_over
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows, Wrapping
 from gradmix.training.methods.mixup import Mixup
@@ -26,7 +29,8 @@ class DarkReplay(Wrapping):
     """DER++ (Buzzega et al. 2020) with any method as its cross-entropy: loss = inner loss + a MSE(model(x'), z').
 
     x' is a batch of replayed rows of its own and z' the logits kept with them; the mean is over rows and all classes,
-    those to come included, for the head has all outputs from the start. The original's beta is ``replay.tau``.
+    those to come included, for the head has all outputs from the start; where it grows instead, over those it had. The
+    original's beta is ``replay.tau``.
 
     Departing from the original, whose reservoir keeps logits as rows pass by in training, augmented, logits are those
     of the model at the end of a row's task, in evaluation mode and without augmentation. So all methods see the same
@@ -34,6 +38,8 @@ class DarkReplay(Wrapping):
     """
 
     weight: ClassVar[float] = 0.5
+    draws_more = True
+    keeps_more = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -46,21 +52,35 @@ class DarkReplay(Wrapping):
         replay = replace(config.replay, distillation=cls.weight if own is None else own)
         return super().settled(replace(config, replay=replay))
 
-    def loss(self, rows: StepRows) -> Tensor:
-        loss = super().loss(rows)
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+        yield from super().losses(rows)
         replayed = self.context.draw_replayed()
         if replayed is None:
-            return loss
+            return
         if LOGITS not in replayed.extras:
             raise ValueError(f"draw_replayed: got rows without {LOGITS!r}, expected those kept with them")
         logits = logits_of(self.context.model(replayed.x))
-        return loss + self._weight * F.mse_loss(logits.float(), replayed.extras[LOGITS].to(logits.device))
+        kept = replayed.extras[LOGITS].to(logits.device)
+        group = self.context.group
+        if not self.context.growing and group is None and len(kept):
+            yield self._weight * F.mse_loss(logits.float(), kept)
+            return
+        # Nothing was kept of classes for which there was no output, and there may be none for yet.
+        kept = kept[:, : logits.shape[1]]
+        known = torch.isfinite(kept)
+        error = (logits.float() - kept.masked_fill(~known, 0.0)).square().masked_fill(~known, 0.0)
+        # Each process has its share, maybe none; the mean of what they say is to be that over all rows.
+        (count,) = sum_over([known.sum()], group)
+        yield self._weight * size_of(group) * error.sum() / count.clamp(min=1)
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         model = unwrap(self.context.model)
         with untouched(model):
             logits = [logits_of(model(part)).float() for part in x.split(_ROWS)]
-        return super().extras(x, y) | {LOGITS: torch.cat(logits)}
+        kept = torch.cat(logits)
+        if self.context.growing:
+            kept = F.pad(kept, (0, self.context.num_classes - kept.shape[1]), value=math.nan)
+        return super().extras(x, y) | {LOGITS: kept}
 
 
 class DarkER(DarkReplay):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gradmix.graphs import sent
 from gradmix.mixing import draw_lam
 from gradmix.training.methods.base import Context, StepRows, weighted_cross_entropy
 from gradmix.training.methods.mixup import Mixup
+from gradmix.training.mixing_space import require_mixable
 
 
 class ManifoldMixup(Mixup):
@@ -18,6 +20,8 @@ class ManifoldMixup(Mixup):
 
     The layer is the input or the input of one of :func:`hidden_stages`, all equally likely. There the rows' states are
     mixed, lam h_n + (1 - lam) h_m, and the rest of the network sees the mixtures alone; labels are mixed likewise.
+
+    Where rows are not mixed at the input (``mix.space``), the place they are mixed at takes the input's part.
 
     Departing from the paper, partners may come from a step's ``candidates``. Those drawn go through the stages below
     the layer together with the rows, so batch normalisation sees both there. A pass that mixes at a hidden layer runs
@@ -27,19 +31,28 @@ class ManifoldMixup(Mixup):
         ValueError: the model has no hidden stages.
     """
 
+    joins = False
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        if context.group is not None:
+            raise ValueError(
+                "methods: got manifold-mixup with several processes, expected one: its layers mix whole steps"
+            )
         # A data-parallel wrapper stays: a pass around it would leave its gradients unshared.
         inner = getattr(context.model, "_orig_mod", None)
         self._model = inner if isinstance(inner, nn.Module) else context.model
         self._stages = hidden_stages(self._model)
 
-    def loss(self, rows: StepRows) -> Tensor:
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
         context = self.context
         generator = context.generator
+        if self._space == "input":
+            require_mixable(rows.x)
         layer = int(torch.randint(1 + len(self._stages), (1,), generator=generator, device=generator.device))
         if layer == 0:
-            return super().loss(rows)
+            yield from super().losses(rows)
+            return
         lam = draw_lam(context.mix.alpha, generator)
         if rows.candidates is None:
             x = rows.x
@@ -53,8 +66,11 @@ class ManifoldMixup(Mixup):
         y = lam * self.one_hot(rows.y) + (1 - lam) * self.one_hot(other_y)
         loss = weighted_cross_entropy(logits, y, rows.weight)
         if not context.mix.originals:
-            return loss
-        return 0.5 * (weighted_cross_entropy(context.model(rows.x), rows.y, rows.weight) + loss)
+            yield loss
+            return
+        yield 0.5 * loss
+        for loss in self.cross_entropies(rows):
+            yield 0.5 * loss
 
 
 def hidden_stages(model: nn.Module) -> tuple[nn.Module, ...]:

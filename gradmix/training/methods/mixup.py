@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,22 +13,51 @@ from gradmix.graphs import sent
 from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.ops.labels import dense_labels
-from gradmix.training.methods.base import Method, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Context, Method, StepRows, weighted_cross_entropy
+from gradmix.training.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
 
 class Mixing(Method):
-    """What the mixing methods share: the loss on mixed rows and, if asked for, on the originals, each by half."""
+    """What the mixing methods share: the loss on mixed rows and, if asked for, on the originals, each by half.
 
-    def loss(self, rows: StepRows) -> Tensor:
-        model = self.context.model
+    Attributes:
+        spaces: where the method can mix (:data:`gradmix.training.mixing_space.MixSpace`).
+
+    Raises:
+        ValueError: the settings name another place, or one that the model does not have.
+    """
+
+    spaces: ClassVar[tuple[MixSpace, ...]] = ("input",)
+    gathers = True
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._space = mix_space(context.mix)
+        if self._space not in self.spaces:
+            expected = " or ".join(map(repr, self.spaces))
+            raise ValueError(f"mix.space: got {self._space!r} for {type(self).__name__}, expected {expected}")
+        if self._space != "input":
+            stage_of(context.model, self._space)
+
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
         if not self.context.mix.originals:
-            x, y = self.mixed(rows, None)
-            return weighted_cross_entropy(model(x), y, rows.weight)
-        logits, outputs = self.originals(rows.x)
+            yield from self.mixed_losses(rows, None)
+            return
+        seen = []
+        for part in self.parts(rows):
+            logits, output = self.originals(rows.x[part])
+            seen.append(output)
+            yield 0.5 * weighted_cross_entropy(logits, rows.y[part], rows.weight[part])
+        known = [output for output in seen if output is not None]
+        outputs = HeadOutput(*map(torch.cat, zip(*known, strict=True))) if len(known) == len(seen) else None
+        for loss in self.mixed_losses(rows, outputs):
+            yield 0.5 * loss
+
+    def mixed_losses(self, rows: StepRows, outputs: HeadOutput | None) -> Iterator[Tensor]:
+        """The loss on the mixed rows, part by part; ``outputs`` as :meth:`originals` gave them."""
         x, y = self.mixed(rows, outputs)
-        return 0.5 * (
-            weighted_cross_entropy(logits, rows.y, rows.weight) + weighted_cross_entropy(model(x), y, rows.weight)
-        )
+        for part in self.parts(rows):
+            yield weighted_cross_entropy(self.context.model(x[part]), y[part], rows.weight[part])
 
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
         """Logits of the original rows, and what of their forward pass is of use to :meth:`mixed`."""
@@ -37,28 +68,62 @@ class Mixing(Method):
         """Mixed inputs and label vectors; ``outputs`` as :meth:`originals` gave them."""
 
     def drawn_partners(self, rows: StepRows) -> tuple[Tensor, Tensor]:
-        """A random partner for every row, ``x (N, ...)`` and ``y (N,)``: a permutation of the rows or candidates.
+        """A random partner for every row, ``x (N, ...)`` and ``y (N,)``, by :meth:`drawn_index`."""
+        x, y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
+        index = self.drawn_index(rows)
+        return x[index], y[index]
+
+    def drawn_index(self, rows: StepRows) -> Tensor:
+        """(N,) where every row's random partner is: a permutation of the rows or candidates.
 
         Of candidates that are fewer than the rows, each row draws one by itself.
         """
         generator = self.context.generator
-        x, y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
+        y = rows.y if rows.candidates is None else rows.candidates[1]
         if len(y) >= len(rows.y):
             drawn = torch.randperm(len(y), generator=generator, device=generator.device)[: len(rows.y)]
         else:
             drawn = torch.randint(len(y), (len(rows.y),), generator=generator, device=generator.device)
-        index = sent(drawn, rows.x.device)
-        return x[index], y[index]
+        return sent(drawn, rows.x.device)
 
     def one_hot(self, y: Tensor) -> Tensor:
         """Label vectors (N, C) float32 of class indices (N,)."""
         return dense_labels(y, self.context.num_classes, torch.float32)
 
 
-class Mixup(Mixing):
-    """Mixup (Zhang et al. 2018): every row is mixed with a random one, with one lam ~ Beta(alpha, alpha) a step."""
+class LinearMixing(Mixing):
+    """A method whose mixtures are lam x_i + (1 - lam) x_j, of inputs or of what a stage of the model makes of them."""
+
+    spaces = ("input", "embedding", "feature")
+
+    @abstractmethod
+    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
+        """Which rows meet, and the labels; ``outputs`` as :meth:`originals` gave them."""
 
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+        mixture = self.mixture(rows, outputs)
+        return mixture.of_inputs(rows.x), mixture.y
+
+    def mixed_losses(self, rows: StepRows, outputs: HeadOutput | None) -> Iterator[Tensor]:
+        if self._space == "input":
+            yield from super().mixed_losses(rows, outputs)
+            return
+        mixture = self.mixture(rows, outputs)
+        for part in self.parts(rows):
+            logits = mixture.logits(self.context.model, self._space, rows.x, part)
+            yield weighted_cross_entropy(logits, mixture.y[part], rows.weight[part])
+
+    def drawn(self, rows: StepRows) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Random partners: the candidates' inputs or None, where each row's partner is (N,), and its label (N,)."""
+        index = self.drawn_index(rows)
+        other_x, other_y = (None, rows.y) if rows.candidates is None else rows.candidates
+        return other_x, index, other_y[index]
+
+
+class Mixup(LinearMixing):
+    """Mixup (Zhang et al. 2018): every row is mixed with a random one, with one lam ~ Beta(alpha, alpha) a step."""
+
+    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, other_y = self.drawn_partners(rows)
-        return lam * rows.x + (1 - lam) * other_x, lam * self.one_hot(rows.y) + (1 - lam) * self.one_hot(other_y)
+        other_x, index, other_y = self.drawn(rows)
+        return Mixture(other_x, index, lam, lam * self.one_hot(rows.y) + (1 - lam) * self.one_hot(other_y))

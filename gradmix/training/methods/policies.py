@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ class PolicyAugmented(Wrapping):
     """
 
     table = STANDARD
+    gathers = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -110,12 +111,12 @@ class PolicyAugmented(Wrapping):
     def check_installed(cls) -> None:
         require_kornia()
 
-    def loss(self, rows: StepRows) -> Tensor:
+    def losses(self, rows: StepRows) -> Iterator[Tensor]:
         with self.context.clock("data"):
             rows = replace(rows, x=self.augmented(rows.x))
             if rows.candidates is not None:
                 rows = replace(rows, candidates=(self.augmented(rows.candidates[0]), rows.candidates[1]))
-        return super().loss(rows)
+        return super().losses(rows)
 
     @abstractmethod
     def draw(self, count: int, channels: int) -> Drawn:

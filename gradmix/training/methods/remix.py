@@ -8,7 +8,8 @@ from torch import Tensor
 from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.training.methods.base import StepRows
-from gradmix.training.methods.mixup import Mixing
+from gradmix.training.methods.mixup import LinearMixing
+from gradmix.training.mixing_space import Mixture
 
 KAPPA = 3.0
 """How many times as many rows a class must have to give way to another: the paper's."""
@@ -16,7 +17,7 @@ TAU = 0.5
 """The weight below which the more frequent class's input may be ignored in the label: the paper's."""
 
 
-class Remix(Mixing):
+class Remix(LinearMixing):
     """Remix (Chou et al. 2020): inputs as in Mixup, labels by :func:`label_weight`.
 
     The class counts are those of what training draws from now: the current task's rows and the buffer's.
@@ -25,18 +26,18 @@ class Remix(Mixing):
         ValueError: the context has no class counts.
     """
 
-    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         counts = self.context.counts
         if counts.shape != (self.context.num_classes,):
             raise ValueError(
                 f"counts: got shape {tuple(counts.shape)}, expected ({self.context.num_classes},) for remix"
             )
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, other_y = self.drawn_partners(rows)
+        other_x, index, other_y = self.drawn(rows)
         counts = counts.to(rows.y.device)
         weight = label_weight(lam, counts[rows.y], counts[other_y]).unsqueeze(1)
-        x = lam * rows.x + (1 - lam) * other_x
-        return x, weight * self.one_hot(rows.y) + (1 - weight) * self.one_hot(other_y)
+        y = weight * self.one_hot(rows.y) + (1 - weight) * self.one_hot(other_y)
+        return Mixture(other_x, index, lam, y)
 
 
 def label_weight(lam: float, count: Tensor, other: Tensor) -> Tensor:

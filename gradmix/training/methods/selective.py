@@ -11,20 +11,30 @@ from torch import Tensor
 
 from gradmix.alignment import Alignment, Criterion, Estimator
 from gradmix.head import HeadCapture, HeadOutput
-from gradmix.probe import unwrap
+from gradmix.probe import is_compiled, untouched, unwrap
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
-from gradmix.training.methods.mixup import Mixing
+from gradmix.training.methods.mixup import LinearMixing
+from gradmix.training.mixing_space import Mixture, mix_space, require_mixable
+from gradmix.training.sharing import Share
 
 
-class SelectiveMixup(Mixing):
-    """GradMix: a row is mixed only with one that keeps the mixture from pointing against the buffer's gradient."""
+class SelectiveMixup(LinearMixing):
+    """GradMix: a row is mixed only with one that keeps the mixture from pointing against the buffer's gradient.
+
+    Where rows are not mixed at the input, mixtures are judged by the estimator ``feature`` alone: the others judge
+    mixed inputs.
+
+    Raises:
+        ValueError: another estimator is named there.
+    """
 
     criterion: Criterion
     default_estimator: Estimator
     default_refresh: int
+    online_refresh: int
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -32,7 +42,7 @@ class SelectiveMixup(Mixing):
         assert mix.estimator is not None
         self._mixup = GradMix(
             context.model,
-            context.buffer,
+            context.buffer if context.source is None else context.source,
             criterion=self.criterion,
             estimator=mix.estimator,
             alpha=mix.alpha,
@@ -40,20 +50,32 @@ class SelectiveMixup(Mixing):
             policy=mix.policy,
             refresh=mix.refresh or "epoch",
             class_samples=mix.class_samples,
-            num_classes=context.num_classes,
+            num_classes=None if context.growing else context.num_classes,
             generator=context.generator,
+            group=context.group,
+            shared_batch=True,
         )
         self._pairs: Pairs | None = None
 
     @classmethod
     def settled(cls, config: TrainConfig) -> TrainConfig:
         mix = config.mix
+        default = cls.default_estimator
+        refresh = cls.online_refresh if config.data.online else cls.default_refresh
+        space = mix_space(mix)
+        if space != "input":
+            default = "feature"
+            if mix.estimator not in (None, "feature"):
+                raise ValueError(
+                    f"mix.estimator: got {mix.estimator!r}, which judges mixed inputs, expected 'feature' with "
+                    f"mix.space: {space}"
+                )
         return replace(
             config,
             mix=replace(
                 mix,
-                estimator=mix.estimator or cls.default_estimator,
-                refresh=cls.default_refresh if mix.refresh is None else mix.refresh,
+                estimator=mix.estimator or default,
+                refresh=refresh if mix.refresh is None else mix.refresh,
             ),
         )
 
@@ -62,21 +84,51 @@ class SelectiveMixup(Mixing):
 
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
         model = self.context.model
-        if unwrap(model) is not model:
+        if is_compiled(model):
             # Compiled code passes by the hook that captures the head, so the selection makes a pass of its own.
             return super().originals(x)
         with HeadCapture(model, example=x[:1]) as capture:
             logits = model(x)
         return logits, capture.output
 
+    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
+        pairs = self._select(rows, outputs)
+        other_x = None if rows.candidates is None else rows.candidates[0]
+        return Mixture(other_x, pairs.partner, pairs.lam, pairs.mix_labels())
+
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+        # Pairs mix for themselves, keeping the inputs' dtype.
+        require_mixable(rows.x)
+        return self._select(rows, outputs).mix()
+
+    def _select(self, rows: StepRows, outputs: HeadOutput | None) -> Pairs:
         context = self.context
         with context.clock("selection"):
-            pairs = self._mixup.select(rows.x, rows.y, candidates=rows.candidates, outputs=outputs)
-            if context.mix.control != "none" and self._mixup.reference is not None:
+            if rows.share is not None:
+                outputs = self._gathered(rows.x, rows.share, outputs)
+            replayed = rows.replayed if context.mix.reference == "replayed" else None
+            pairs = self._mixup.select(rows.x, rows.y, candidates=rows.candidates, outputs=outputs, replayed=replayed)
+            if context.mix.control != "none" and self._is_selected(replayed):
                 pairs = controlled(pairs, context.model, context.mix, context.generator, context.buffer.y)
         self._pairs = pairs
-        return pairs.mix()
+        return pairs
+
+    def _is_selected(self, replayed: Tensor | None) -> bool:
+        """Whether there was a reference gradient, without which all rows are mixed."""
+        if replayed is not None and self.criterion == "sample":
+            # It is of one step only, and not kept.
+            return bool(replayed.any())
+        return self._mixup.reference is not None
+
+    def _gathered(self, x: Tensor, share: Share, outputs: HeadOutput | None) -> HeadOutput:
+        """What the head saw and said of all rows, each process having forwarded its share."""
+        if outputs is None:
+            model = unwrap(self.context.model)
+            own = x[share.mine]
+            with untouched(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
+                model(own)
+            outputs = capture.output
+        return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))
 
     def mixed_rows(self) -> Tensor | None:
         return None if self._pairs is None else self._pairs.helpful.sum()
@@ -98,6 +150,8 @@ class GradMixClass(SelectiveMixup):
     criterion = "class"
     default_estimator = "mixed"
     default_refresh = 0
+    # One pass has no epochs. Twenty steps hold about as many rows as a class table of ten classes takes to make.
+    online_refresh = 20
 
 
 class GradMixSample(SelectiveMixup):
@@ -105,14 +159,14 @@ class GradMixSample(SelectiveMixup):
 
     criterion = "sample"
     default_estimator = "feature"
-    default_refresh = 1
+    default_refresh = online_refresh = 1
 
     def class_table(self, rows: StepRows) -> Alignment | None:
         # Nothing by class is kept, so the table of the model as it is now is made for the record.
         context = self.context
         by_class = GradMix(
             context.model,
-            context.buffer,
+            context.buffer if context.source is None else context.source,
             criterion="class",
             alpha=context.mix.alpha,
             class_samples=context.mix.class_samples,

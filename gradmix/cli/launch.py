@@ -1,0 +1,306 @@
+"""Processes that ``torchrun`` started: how they find one another, which of them speaks, and how they end.
+
+``torchrun`` tells every process in the environment how many there are (``WORLD_SIZE``), its number among them
+(``RANK``), and the same for those of its machine (``LOCAL_WORLD_SIZE``, ``LOCAL_RANK``). The first process, of rank 0,
+alone prints and writes. One that fails says so, with its number, and leaves without a word to the others, who may wait
+for it in vain in whatever they exchange; they find its connection closed, or are ended by ``torchrun``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, reported, status_of
+
+if TYPE_CHECKING:
+    from gradmix.processes import Group
+
+TIMEOUT = 1800.0
+"""Seconds that a process waits for another, unless ``GRADMIX_TIMEOUT`` in the environment says otherwise."""
+
+_GRACE = 5.0
+"""Seconds for which a process that has nothing to say lets the first one say it: ``torchrun`` ends all with the first
+that ends."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of a command; by itself, unless :func:`joined` finds others.
+
+    Attributes:
+        rank: Its number, from 0.
+        size: How many there are.
+        local_rank: Its number among those of its machine.
+        local_size: How many there are on its machine.
+        group: Through which they speak; None: there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: Group = None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that prints and writes."""
+        return self.rank == 0
+
+    def by_the_first(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, in all of them; if it fails there, the others end without a word."""
+        if self.group is None:
+            return make()
+        told: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.first:
+            try:
+                told[0] = make()
+            except BaseException as error:
+                failure, told[1] = error, status_of(error)
+        distributed: Any = _distributed()
+        distributed.broadcast_object_list(told, src=distributed.get_global_rank(self.group, 0), group=self.group)
+        if failure is not None:
+            raise failure
+        if told[1] is not None:
+            raise _SaidElsewhere(told[1])
+        made: _T = told[0]
+        return made
+
+    def by_each(self, make: Callable[[], _T]) -> _T:
+        """What every process makes for itself; if the first one fails, it alone says so."""
+        made: list[_T] = []
+        failure: Exception | None = None
+        try:
+            made.append(make())
+        except Exception as error:
+            failure = error
+
+        def tell() -> None:
+            if failure is not None:
+                raise failure
+
+        self.by_the_first(tell)
+        tell()
+        return made[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any of them."""
+        if self.group is None:
+            return flag
+        told: list[Any] = [None] * self.size
+        distributed: Any = _distributed()
+        distributed.all_gather_object(told, flag, group=self.group)
+        return True in told
+
+    def device(self, name: str) -> str:
+        """The device of this process, where ``name`` is the one that the user named for all.
+
+        Raises:
+            ValueError: One GPU is named for all processes, or the machine has fewer than processes.
+        """
+        if self.group is None:
+            return name
+        import torch
+
+        if name not in ("auto", "cuda"):
+            if re.fullmatch(r"cuda:\d+", name):
+                raise ValueError(
+                    f"device: got {name!r} with {self.size} processes, expected auto, cuda or cpu: each takes the GPU "
+                    "of its own number"
+                )
+            return name
+        if name == "auto" and not torch.cuda.is_available():
+            return "cpu"
+        count = torch.cuda.device_count()
+        if self.local_size > count:
+            raise ValueError(
+                f"device: got {name!r} with {self.local_size} processes on a machine where torch sees {count} GPUs, "
+                "expected a GPU for each: start fewer processes, or train by --device cpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def command(self) -> str:
+        """How ``gradmix`` was started, for a command that goes on where this one stopped."""
+        if self.group is None:
+            return "gradmix"
+        machines = self.size // max(1, self.local_size)
+        several = "" if machines == 1 else f"--nnodes {machines} [as before] "
+        return f"torchrun {several}--nproc-per-node {self.local_size} -m gradmix.cli"
+
+
+class _SaidElsewhere(BaseException):
+    """What ends this process was said by the first one."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Joins the processes that ``torchrun`` started, if it did, for as long as the context is open.
+
+    Of several, a process in which the body fails ends here and at once: to take leave of the others it would have to
+    wait for them.
+
+    Raises:
+        ValueError: ``GRADMIX_TIMEOUT`` is no number of seconds, or the environment does not hold what it should.
+    """
+    alone = told()
+    if alone is None:
+        yield Processes()
+        return
+    try:
+        processes = _met(alone)
+        yield processes
+        # Everything is done: that another one left earlier, maybe with what they met at, is no failure.
+        with suppress(RuntimeError):
+            _distributed().destroy_process_group(processes.group)
+    except _SaidElsewhere as elsewhere:
+        _stand_aside(elsewhere.status)
+    except BaseException as error:
+        _leave(error, alone)
+
+
+def told() -> Processes | None:
+    """This process's place among those started by ``torchrun``, which have not met yet; None: there is one only.
+
+    Raises:
+        ValueError: A number in the environment is none, or out of range.
+    """
+    # Cluster managers set WORLD_SIZE alone, for other purposes.
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        return None
+    values = {}
+    for name, default in (("WORLD_SIZE", None), ("RANK", None), ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name) or default or ""
+        if not text.isdecimal():
+            raise ValueError(f"{name}: got {text!r} in the environment, expected a number, as torchrun sets it")
+        values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ValueError(f"RANK: got {values['RANK']} in the environment, expected less than {values['WORLD_SIZE']}")
+    return Processes(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"])
+
+
+def refuse_several(command: str, instead: str) -> None:
+    """Refuses to be one of several processes.
+
+    Raises:
+        UsageError: It is one; of the others, which wait for the first to say so, it is a SystemExit.
+    """
+    processes = told()
+    if processes is None:
+        return
+    if not processes.first:
+        _wait()
+        raise SystemExit(ERROR)
+    raise UsageError(f"{command}: got {processes.size} processes, started by torchrun, expected one: {instead}")
+
+
+@contextmanager
+def losses_explained(go_on: Callable[[], str]) -> Iterator[None]:
+    """Puts into words that another process is gone, whatever the exchange within the body made of it.
+
+    Args:
+        go_on: Makes the command that goes on where this one stopped.
+
+    Raises:
+        LostProcessError: In place of the error that showed it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise LostProcessError(
+            f"another process has ended or cannot be reached ({_first_sentence(error)}); if it said why, its message "
+            f"is above or in its own log; go on with: {go_on()}"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    # Those of gloo are plain RuntimeErrors, which name its source file.
+    return isinstance(error, _distributed().DistError) or "gloo" in str(error)
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    # The path and line of the library's source that errors of gloo begin with say nothing to the user.
+    reason = re.sub(r"\[[^\[\]]*\.(?:cc|cpp|h):\d+\]\s*", "", str(error).strip())
+    return reason.partition("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+
+
+def _met(alone: Processes) -> Processes:
+    text = os.environ.get("GRADMIX_TIMEOUT") or str(TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"GRADMIX_TIMEOUT: got {text!r} in the environment, expected a number of seconds above 0")
+    import torch
+
+    distributed = _distributed()
+    # What lies on a GPU goes by NCCL, and the rest by gloo.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostProcessError(
+            f"the {alone.size} processes have not met at {address} within {seconds:g} s ({_first_sentence(error)}); "
+            "see that all were started, and reach that address; GRADMIX_TIMEOUT, in seconds, gives them more time"
+        ) from error
+    return Processes(alone.rank, alone.size, alone.local_rank, alone.local_size, distributed.group.WORLD)
+
+
+def _distributed() -> Any:
+    import torch
+
+    if not torch.distributed.is_available():
+        raise UsageError("got several processes, started by torchrun, but this torch was built without them")
+    return torch.distributed
+
+
+def _stand_aside(status: int) -> None:
+    if status:
+        _wait()
+    _end(status)
+
+
+def _wait() -> None:
+    # If need be for all of it; torchrun ends this process as soon as it finds the first one ended.
+    time.sleep(_GRACE)
+
+
+def _leave(error: BaseException, here: Processes) -> None:
+    if not here.first and isinstance(error, (KeyboardInterrupt, StopNow)):
+        _end(status_of(error))
+    # What the first process has to say is said for all, but for what it alone could see.
+    who = "" if here.first and not isinstance(error, LostProcessError) else f"process {here.rank} of {here.size}"
+    try:
+        status = reported(error, who)
+    except BaseException:
+        if who:
+            print(f"gradmix: {who} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+        status = 1
+    _end(status)
+
+
+def _end(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Not sys.exit: at the interpreter's end the group waits for what this process and the others still exchange.
+    os._exit(status)
