@@ -2,8 +2,8 @@
 # Everything that needs a GPU, without a network: build, test, measure. Results go to the folder given.
 #
 #   bash bench/on_gpu.sh [FOLDER [STEP...]]      FOLDER: bench/results, or where $OUT is set one archive in that folder
-#   STEP: build, test, kernels, selection, step, tune, cifar10, operators, engine, sanitize (default: all, in this order
-#   of worth)
+#   STEP: build, test, kernels, selection, step, tune, cifar10, growth, imagenet, operators, engine, sanitize (default:
+#   all, in this order of worth)
 #   LIMIT=570 bash bench/on_gpu.sh ...           no longer than so many seconds; what is not done by then is cut off
 #
 # Where a machine is had for ten minutes at a time, these three fit (estimates in seconds, on an H100; not all measured):
@@ -12,11 +12,14 @@
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build selection          90 + 420
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build step tune          90 + 240 + 180
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build cifar10            90 + 1500, in as many visits as it takes
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build growth             90 + 400
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build imagenet           90 + 400
 #
 # Step cifar10 wants cifar-10-batches-py under DATA (default: data). What it has done lies in runs/experiments, from which
 # the next call goes on; the archive has its reports and finished runs, but no checkpoints.
 #
-# It needs torch with CUDA, triton, numpy, scikit-build-core, pybind11, cmake, ninja, pytest, hypothesis and scikit-learn.
+# It needs torch with CUDA, triton, numpy, scikit-build-core, pybind11, cmake, ninja, pytest, hypothesis, scikit-learn and, for
+# imagenet, Pillow.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-${OUT:-bench/results}}
@@ -52,7 +55,7 @@ try() {
   fi
   "${within[@]}" "$@" 2>&1 | tee -a "$log" || { failed=1; echo "FAILED: $*" | tee -a "$log"; }
 }
-wanted() { [[ " ${steps:-build test kernels selection step tune cifar10 operators engine sanitize} " == *" $1 "* ]]; }
+wanted() { [[ " ${steps:-build test kernels selection step tune cifar10 growth imagenet operators engine sanitize} " == *" $1 "* ]]; }
 
 if wanted build; then
   # A build without the CUDA part would be an error here, not a reason to fall back on torch.
@@ -86,6 +89,12 @@ fi
 if wanted cifar10; then
   try gradmix experiment cifar10 --data-dir "${DATA:-data}" --device cuda --output runs/experiments
   tar -cf - --exclude=.checkpoints runs/experiments | tar -xf - -C "$out"
+fi
+if wanted growth; then
+  try python3 bench/cost_growth.py --device cuda --preset resnet50 --seconds 10 --json "$out/cost_growth_resnet50_$device.json"
+fi
+if wanted imagenet; then
+  try python3 bench/imagenet_shape.py --device cuda --json "$out/imagenet_shape_$device.json"
 fi
 if wanted operators; then
   for operator in sketch_project class_sketch; do
