@@ -69,7 +69,6 @@ class StepSampler(ABC):
         self._buffer, self._clock, self._device, self._preparation = buffer, clock, device, preparation
         self._group = group
         self._replays = self._balanced = self._more = self._gathers = False
-        self._order = torch.empty(0, dtype=torch.int64)
         self._rows = 0
         self._members: list[Tensor] = []
 
