@@ -153,7 +153,7 @@ def joined() -> Iterator[Processes]:
     """Joins the processes that ``torchrun`` started, if it did, for as long as the context is open.
 
     Of several, a process in which the body fails ends here and at once: to take leave of the others it would have to
-    wait for them.
+    wait for them. One that is done ends by :func:`finished`.
 
     Raises:
         ValueError: ``GRADMIX_TIMEOUT`` is no number of seconds, or the environment does not hold what it should.
@@ -163,11 +163,7 @@ def joined() -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        processes = _met(alone)
-        yield processes
-        # Everything is done: that another one left earlier, maybe with what they met at, is no failure.
-        with suppress(RuntimeError):
-            _distributed().destroy_process_group(processes.group)
+        yield _met(alone)
     except _SaidElsewhere as elsewhere:
         _stand_aside(elsewhere.status)
     except BaseException as error:
@@ -299,8 +295,19 @@ def _leave(error: BaseException, here: Processes) -> None:
     _end(status)
 
 
+def finished(processes: Processes, status: int) -> int:
+    """The exit status of a process that is done; one of several waits for the others and ends here."""
+    if processes.group is not None:
+        # That another one left earlier, maybe with what they met at, is no failure.
+        with suppress(RuntimeError):
+            _distributed().barrier(processes.group)
+        _end(status)
+    return status
+
+
 def _end(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    # Not sys.exit: at the interpreter's end the group waits for what this process and the others still exchange.
+    # Not sys.exit: at the interpreter's end the group waits for what this process and the others still exchange, and
+    # threads of gloo that have not ended by then abort the process (seen once in some dozen runs).
     os._exit(status)

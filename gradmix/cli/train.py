@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gradmix.cli.errors import UsageError, require
 from gradmix.cli.flags import parse_train
 from gradmix.cli.import_paths import find_named
-from gradmix.cli.launch import Processes, joined, losses_explained
+from gradmix.cli.launch import Processes, finished, joined, losses_explained
 from gradmix.cli.progress import Interruption, Reporter
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
     """Trains, saves every run and the table over them; as one of several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
     with joined() as processes, losses_explained(lambda: f"{processes.command()} train {shlex.join(args)}"):
-        return _train(args, processes)
+        return finished(processes, _train(args, processes))
 
 
 def _train(args: list[str], processes: Processes) -> int:
