@@ -121,3 +121,13 @@ def as_the_first(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     for tensor in told:
         distributed.broadcast(tensor, src=distributed.get_global_rank(group, 0), group=group)
     return told
+
+
+def told_by_the_first(value: Any, group: Group) -> Any:
+    """The group's first process's value, in every process: anything that can be pickled; the others' are not read."""
+    if group is None:
+        return value
+    told, distributed = [value], torch.distributed
+    first = distributed.get_global_rank(group, 0)
+    distributed.broadcast_object_list(told, src=first, group=group)
+    return told[0]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, reported, status_of
 
@@ -62,21 +62,21 @@ class Processes:
         """What the first process makes, in all of them; if it fails there, the others end without a word."""
         if self.group is None:
             return make()
-        told: list[Any] = [None, None]
+        from gradmix.processes import told_by_the_first
+
+        made: _T | None = None
         failure: BaseException | None = None
         if self.first:
             try:
-                told[0] = make()
+                made = make()
             except BaseException as error:
-                failure, told[1] = error, status_of(error)
-        distributed: Any = _distributed()
-        distributed.broadcast_object_list(told, src=distributed.get_global_rank(self.group, 0), group=self.group)
+                failure = error
+        made, status = told_by_the_first((made, None if failure is None else status_of(failure)), self.group)
         if failure is not None:
             raise failure
-        if told[1] is not None:
-            raise _SaidElsewhere(told[1])
-        made: _T = told[0]
-        return made
+        if status is not None:
+            raise _SaidElsewhere(status)
+        return cast(_T, made)
 
     def by_each(self, make: Callable[[], _T]) -> _T:
         """What every process makes for itself; if the first one fails, it alone says so."""

@@ -6,14 +6,22 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gradmix.training.config import DataConfig, TrainConfig, check
-from gradmix.training.datasets import DATASETS, to_float
+from gradmix.training.datasets import (
+    DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TINY_IMAGENET_MEAN,
+    TINY_IMAGENET_STD,
+    to_float,
+)
 from gradmix.training.image_files import image_folder, imagenet, tiny_imagenet
 from gradmix.training.protocols import Protocol
 from gradmix.training.rows import TensorRows
@@ -65,11 +73,6 @@ class Benchmark:
     protocol: Protocol
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TINY_IMAGENET_MEAN, TINY_IMAGENET_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
-"""By channel, of the training images' pixels in [0, 1]."""
-
-
 def _images(dataset: str, data_dir: Path, _size: int | None) -> Source:
     """Images that are small enough to be kept in memory."""
     data = DATASETS[dataset](data_dir)
@@ -83,19 +86,19 @@ def _images(dataset: str, data_dir: Path, _size: int | None) -> Source:
     )
 
 
-def _files(layout: Callable[..., tuple[Any, Any]], data_dir: Path, size: int | None) -> Source:
-    """Images that are read from files when they are wanted, a little larger than the model sees them."""
-    size = size or 224
-    train, test = layout(data_dir, size * 8 // 7)
-    return Source(train, test, train.class_names, mean=IMAGENET_MEAN, std=IMAGENET_STD, input_shape=(3, size, size))
-
-
-def _tiny_imagenet(data_dir: Path, size: int | None) -> Source:
-    size = size or 64
-    train, test = tiny_imagenet(data_dir, size)
-    return Source(
-        train, test, train.class_names, mean=TINY_IMAGENET_MEAN, std=TINY_IMAGENET_STD, input_shape=(3, size, size)
-    )
+def _files(
+    layout: Callable[[Path, int], tuple[Any, Any]],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    usual_size: int,
+    spare: bool,
+    data_dir: Path,
+    size: int | None,
+) -> Source:
+    """Images that are read from files when they are wanted, a little larger than the model sees them if ``spare``."""
+    size = size or usual_size
+    train, test = layout(data_dir, size + size // 7 if spare else size)
+    return Source(train, test, train.class_names, mean=mean, std=std, input_shape=(3, size, size))
 
 
 def _texts(read: Callable[[Path], Texts], length: int, data_dir: Path, _size: int | None) -> Source:
@@ -191,7 +194,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "split-tiny-imagenet",
             "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
-            _tiny_imagenet,
+            partial(_files, tiny_imagenet, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, 64, False),
             Protocol(
                 tasks=10,
                 classes_per_task=20,
@@ -211,13 +214,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "split-imagenet",
             "ImageNet-1K, read from its files, 10 tasks of 100 classes",
-            partial(_files, imagenet),
+            partial(_files, imagenet, IMAGENET_MEAN, IMAGENET_STD, 224, True),
             replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
         ),
         Benchmark(
             "image-folder",
             "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
-            partial(_files, image_folder),
+            partial(_files, image_folder, IMAGENET_MEAN, IMAGENET_STD, 224, True),
             _FOLDER_PROTOCOL,
         ),
         Benchmark(
@@ -285,13 +288,7 @@ def stream_of(data: DataConfig) -> TaskStream:
             f"that stream, or {_names()}"
         )
     if ":" in data.benchmark:
-        stream = _imported(data.benchmark)(data)
-        if not isinstance(stream, TaskStream):
-            raise TypeError(
-                f"data.benchmark: {data.benchmark} returned {type(stream).__name__}, expected a TaskStream, such as "
-                "gradmix.training.streams.class_incremental makes it"
-            )
-        return stream
+        return _made_by(_imported(data.benchmark), data)
     return make_stream(
         data.benchmark,
         data.data_dir,
@@ -385,13 +382,23 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
     return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))
 
 
+@lru_cache(maxsize=1)
+def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
+    """What the function returns, which may have read much: asked for its protocol and then for its rows, once."""
+    stream = function(data)
+    if not isinstance(stream, TaskStream):
+        raise TypeError(
+            f"data.benchmark: {data.benchmark} returned {type(stream).__name__}, expected a TaskStream, such as "
+            "gradmix.training.streams.class_incremental makes it"
+        )
+    return stream
+
+
 def _imported(path: str) -> Callable[[DataConfig], Any]:
     """The function named ``package.module:function``."""
     module, _, name = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"data.benchmark: {path} was not found ({error}), expected package.module:function") from error
     if not callable(found):

@@ -41,7 +41,6 @@ class KeepingSampler(ResidentSampler):
         self._train: StoredRows | None = None
         self._reader: BatchReader | None = None
         self._batches_read: Iterator[ReadBatch] = iter(())
-        self._last = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def _turn_to(self, train: Rows) -> None:
         assert isinstance(train, StoredRows)
@@ -74,23 +73,18 @@ class KeepingSampler(ResidentSampler):
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
         assert self._train is not None
         x, y = self._gathered(next(self._batches_read), self._train.y[index])
-        self._last = x.to(self._device, non_blocking=True), sent(y, self._device)
-        return self._last
+        return x.to(self._device, non_blocking=True), sent(y, self._device)
 
     def _gathered(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that this process and the others read of a batch with labels ``y (n,)``, and the labels of those."""
         x, kept = read
         if self._group is None:
             return x, y if kept is None else y[kept]
-        share = self._share(len(y))
+        share, x = self._share(len(y)), x.to(self._device, non_blocking=True)
         if not self._reading.skips_damaged:
-            return share.gathered(x.to(self._device, non_blocking=True)), y
-        mine = torch.ones(len(share.mine), dtype=torch.bool) if kept is None else kept
-        whole = x.new_zeros(len(mine), *x.shape[1:])
-        whole[mine] = x
-        came = share.gathered(mine.to(self._device)).cpu()
-        everything = share.gathered(whole.to(self._device))
-        return everything[came.to(self._device)], y[came]
+            return share.gathered(x), y
+        x, kept = share.gathered_of(x, kept)
+        return x, y if kept is None else y[kept]
 
     def rows(self) -> StepRows:
         made = super().rows()
@@ -106,9 +100,6 @@ class KeepingSampler(ResidentSampler):
         with self._reading.reader(self._train.items, to_read) as reader:
             for part, read in zip(batches, reader, strict=True):
                 yield self._gathered(read, self._train.y[part])
-
-    def step_rows(self) -> tuple[Tensor, Tensor]:
-        return self._last
 
     def close(self) -> None:
         """Stop the worker processes, if there are any."""

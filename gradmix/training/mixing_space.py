@@ -21,7 +21,7 @@ def mix_space(mix: MixConfig) -> MixSpace:
     Raises:
         ValueError: an unknown name.
     """
-    space: MixSpace = getattr(mix, "space", None) or "input"
+    space: MixSpace = mix.space or "input"
     if space not in get_args(MixSpace):
         raise ValueError(f"mix.space: got {space!r}, expected one of {', '.join(map(repr, get_args(MixSpace)))}")
     return space

@@ -41,7 +41,6 @@ class Reading:
 
     def __init__(self, workers: int | None, *, skip_damaged: bool, device: torch.device) -> None:
         self.workers = default_workers() if workers is None else workers
-        self._skip, self._pin = skip_damaged, device.type == "cuda"
         self.device, self.skips_damaged = device, skip_damaged
         self._damaged: list[tuple[Any, dict[int, str]]] = []
 
@@ -59,8 +58,8 @@ class Reading:
             items,
             plans,
             workers=self.workers,
-            pin_memory=self._pin,
-            on_damage="skip" if self._skip else "stop",
+            pin_memory=self.device.type == "cuda",
+            on_damage="skip" if self.skips_damaged else "stop",
         )
         # One record for all readers of these items: a row is named once.
         reader.damaged = self.damaged(items)

@@ -148,25 +148,13 @@ class ReadingSampler(StepSampler):
         if self._group is not None:
             share = self._share(plan)
             if self._gathers:
-                x, kept = self._gathered(x, kept, share)
+                # Where none are left out there is nothing to be asked for, and to wait for.
+                x, kept = share.gathered_of(x, kept) if self._reading.skips_damaged else (share.gathered(x), None)
             else:
                 places = share.mine
         if kept is not None:
             places = places[kept]
         return self._made(plan, x, places, share is not None)
-
-    def _gathered(self, x: Tensor, kept: Tensor | None, share: Share) -> tuple[Tensor, Tensor | None]:
-        """The rows that any process read, in their order, and which came, if some did not."""
-        if not self._reading.skips_damaged:
-            # Nothing to be asked for, and to wait for.
-            return share.gathered(x), None
-        mine = torch.ones(len(share.mine), dtype=torch.bool) if kept is None else kept
-        # Rows that did not come travel as zeros, so that the others keep their places.
-        whole = x.new_zeros(len(mine), *x.shape[1:])
-        whole[mine.to(x.device)] = x
-        came = share.gathered(mine.to(x.device)).cpu()
-        everything = share.gathered(whole)
-        return (everything, None) if bool(came.all()) else (everything[came.to(x.device)], came)
 
     def _made(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepRows:
         """The step of those rows of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""

@@ -175,7 +175,7 @@ class ResidentSampler(StepSampler):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._own = self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        self._own = self._last = self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self._batches: tuple[Tensor, ...] = ()
         self._done = 0
 
@@ -192,7 +192,7 @@ class ResidentSampler(StepSampler):
     def rows(self) -> StepRows:
         index = self._batches[self._done]
         self._done += 1
-        x, y = self._current(index)
+        x, y = self._last = self._current(index)
         current = len(y)
         if self._replays and len(self._buffer) and not self._shuffled:
             replay_x, replay_y = self._buffer.sample(self._replay_batch)
@@ -221,8 +221,7 @@ class ResidentSampler(StepSampler):
         return [self._own]
 
     def step_rows(self) -> tuple[Tensor, Tensor]:
-        index = self._batches[self._done - 1]
-        return self._x[index], self._y[index]
+        return self._last
 
     def replayed(self) -> BufferRows | None:
         if not len(self._buffer):

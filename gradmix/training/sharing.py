@@ -49,3 +49,21 @@ class Share:
         ordered = torch.empty_like(received)
         ordered[sent(self.everyone, received.device)] = received
         return ordered
+
+    def gathered_of(self, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same of rows of which some may be missing, in any process.
+
+        Args:
+            rows: ``(k, ...)``, those of this process's n that it has.
+            kept: ``(n,)`` bool on the CPU, which these are; None: all.
+
+        Returns:
+            The rows that any process has, in their order, and ``(N,)`` bool on the CPU, which these are; None: all.
+        """
+        mine = torch.ones(len(self.mine), dtype=torch.bool) if kept is None else kept
+        # Rows that are missing travel as zeros, so that the others keep their places.
+        whole = rows.new_zeros(len(mine), *rows.shape[1:])
+        whole[mine.to(rows.device)] = rows
+        came = self.gathered(mine.to(rows.device)).cpu()
+        everything = self.gathered(whole)
+        return (everything, None) if bool(came.all()) else (everything[came.to(rows.device)], came)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.processes import Group, any_over, rank_of, size_of, sum_over
+from gradmix.processes import Group, any_over, rank_of, size_of, sum_over, told_by_the_first
 
 AGREE_EVERY = 8
 """Steps between two questions whether a process wants to stop."""
@@ -97,18 +97,17 @@ def of_the_first(make: Callable[[], _T], group: Group) -> _T:
     """
     if group is None:
         return make()
-    told: Any = [None, None]
+    made: _T | None = None
+    failure: Exception | None = None
     if rank_of(group) == 0:
         try:
-            told[0] = make()
+            made = make()
         except (ValueError, OSError) as error:
-            told[1] = error if _travels(error) else ValueError(str(error))
-    distributed: Any = torch.distributed
-    distributed.broadcast_object_list(told, src=distributed.get_global_rank(group, 0), group=group)
-    if told[1] is not None:
-        raise told[1]
-    made: _T = told[0]
-    return made
+            failure = error if _travels(error) else ValueError(str(error))
+    made, failure = told_by_the_first((made, failure), group)
+    if failure is not None:
+        raise failure
+    return cast(_T, made)
 
 
 def _travels(error: Exception) -> bool:

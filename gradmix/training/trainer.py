@@ -395,8 +395,9 @@ class _Run:
                 rows = self.sampler.rows()
             if self.online:
                 # By all current rows: of a step that several processes share, this one may have some only.
-                self.grow(self.sampler.step_rows()[1])
-                self.counts += torch.bincount(self.sampler.step_rows()[1], minlength=len(self.counts))
+                _, y = self.sampler.step_rows()
+                self.grow(y)
+                self.counts += torch.bincount(y, minlength=len(self.counts))
             assert self.optimiser is not None
             self.optimiser.zero_grad(set_to_none=True)
             if self.is_empty(rows):

@@ -149,8 +149,8 @@ class Method(ABC):
         parts, total = iter(self.losses(rows)), torch.zeros((), device=rows.weight.device)
         part: Tensor | None
         model = context.model
-        shared = isinstance(model, DistributedDataParallel)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        shared = model if isinstance(model, DistributedDataParallel) else None
+        with nullcontext() if shared is None else shared.no_sync():
             while True:
                 with context.autocast():
                     part = next(parts, None)
@@ -159,8 +159,8 @@ class Method(ABC):
                 # Now, so that its activations are gone before the next one's are made.
                 context.scaler.scale(part).backward()
                 total += part.detach()
-        if shared:
-            average_gradients(context.model, context.group)
+        if shared is not None:
+            average_gradients(shared, context.group)
         return total
 
     def parts(self, rows: StepRows) -> list[Part]:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,12 +128,11 @@ class TextLogits(Logits):
 def _from_import_path(
     name: str, source: str, rest: str, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
 ) -> Callable[[], object]:
-    found: Any = _module(name, source)
-    for part in rest.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            raise ValueError(f"name: got {name!r}, but {source} has no {rest}") from None
+    module = _module(name, source)
+    try:
+        found: Any = attrgetter(rest)(module)
+    except AttributeError:
+        raise ValueError(f"name: got {name!r}, but {source} has no {rest}") from None
     if not callable(found):
         raise ValueError(f"name: {name} is {_described(found)}, expected a callable that makes a model")
     offered = {"input_shape": input_shape, "num_classes": num_classes, "vocabulary": vocabulary}
