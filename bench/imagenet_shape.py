@@ -36,10 +36,10 @@ from _measure import (
 )
 from torch import Tensor
 
+from gradmix.training.batch_reader import BatchReader
 from gradmix.training.benchmarks import stream_of
 from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.loading import BatchReader
 from gradmix.training.memory import peak_memory, start_peak_memory
 from gradmix.training.methods import METHODS, Context, Method, StepRows
 from gradmix.training.reading import MOST_WORKERS, Reading

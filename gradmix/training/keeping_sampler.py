@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gradmix.graphs import sent
-from gradmix.training.loading import BatchReader, ReadBatch
+from gradmix.training.batch_reader import BatchReader, ReadBatch
 from gradmix.training.methods import StepRows
 from gradmix.training.reading import Reading
 from gradmix.training.rows import Rows, StoredRows
 from gradmix.training.sampler import ResidentSampler
-from gradmix.training.sharing import Share
+from gradmix.training.sharding import Share
 
 SHOWN_ROWS = 256
 """Rows that the buffer is shown at a time at the end of a task."""

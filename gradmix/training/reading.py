@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from gradmix.buffers import ReplayBuffer
-from gradmix.training.loading import BatchReader
+from gradmix.training.batch_reader import BatchReader
 from gradmix.training.preparation import Preparation
 from gradmix.training.rows import Rows, StoredRows, TensorRows
 

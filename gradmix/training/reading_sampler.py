@@ -13,12 +13,12 @@ from torch import Tensor
 from gradmix.buffers import BufferRows
 from gradmix.graphs import sent
 from gradmix.processes import gather_rows
-from gradmix.training.loading import BatchReader, ReadBatch
+from gradmix.training.batch_reader import BatchReader, ReadBatch
 from gradmix.training.methods import StepRows
 from gradmix.training.reading import Reading
 from gradmix.training.rows import Rows, StoredRows
 from gradmix.training.sampler import StepSampler
-from gradmix.training.sharing import Share
+from gradmix.training.sharding import Share
 
 
 @dataclass(frozen=True)

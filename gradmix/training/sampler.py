@@ -21,7 +21,7 @@ from gradmix.training.methods import Method, StepRows
 from gradmix.training.preparation import Preparation
 from gradmix.training.rows import Rows, TensorRows
 from gradmix.training.seeds import generator_for
-from gradmix.training.sharing import Share
+from gradmix.training.sharding import Share
 from gradmix.training.streams import Task
 
 PURPOSES = ("batches", "augmentation", "candidates", "candidate augmentation", "replay", "replay augmentation")

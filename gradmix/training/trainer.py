@@ -26,7 +26,7 @@ from gradmix.head import resolve_head
 from gradmix.probe import preserved_rng
 from gradmix.processes import Group, rank_of
 from gradmix.training import checkpoint as checkpoints
-from gradmix.training import together
+from gradmix.training import distributed
 from gradmix.training.benchmarks import resolve, stream_of
 from gradmix.training.clock import Clock
 from gradmix.training.config import MethodName, TrainConfig, to_dict
@@ -124,7 +124,7 @@ def train_one(
             ``checkpoint_seconds``, and when ``on_step`` raises KeyboardInterrupt; it is the caller's to remove.
         checkpoint_seconds: seconds between two checkpoints, at least; 0: after every step.
         group: a process group of ``torch.distributed`` whose processes make every step together, each on its share of
-            the rows (:mod:`gradmix.training.together`): all call this with the same arguments. Each is told of its
+            the rows (:mod:`gradmix.training.distributed`): all call this with the same arguments. Each is told of its
             steps and gets the result; the first one keeps the checkpoint.
 
     Returns:
@@ -249,8 +249,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         if group is not None:
-            self.model = together.with_shared_statistics(self.model, device)
-        self.differing = [] if group is None else together.differing_buffers(self.model)
+            self.model = distributed.with_shared_statistics(self.model, device)
+        self.differing = [] if group is None else distributed.differing_buffers(self.model)
         self.method: Method = METHODS[method](
             Context(
                 model=self.wrapped(),
@@ -291,7 +291,7 @@ class _Run:
     def wrapped(self) -> nn.Module:
         """The model as the loss is to see it: compiled, and its gradients averaged over the processes."""
         model = cast(nn.Module, torch.compile(self.model)) if self.config.optim.compile else self.model
-        return model if self.group is None else together.wrapped(model, self.device, self.group)
+        return model if self.group is None else distributed.wrapped(model, self.device, self.group)
 
     # ---------------------------------------------------------------------------------------------------- the course
 
@@ -299,7 +299,7 @@ class _Run:
         """Run to the end, or to a KeyboardInterrupt."""
         self.start = self.checkpoint_time = time.perf_counter()
         start_peak_memory(self.device)
-        environment = describe_environment(self.device) | together.environment(self.config.optim.batch, self.group)
+        environment = describe_environment(self.device) | distributed.environment(self.config.optim.batch, self.group)
         status: Any = "complete"
         try:
             while self.task < len(self.stream.tasks):
@@ -406,7 +406,7 @@ class _Run:
             self.scaler.step(self.optimiser)
             self.scaler.update()
             if self.differing:
-                together.share_buffers(self.differing, self.group)
+                distributed.share_buffers(self.differing, self.group)
         count = self.method.mixed_rows()
         if count is not None:
             self.mixed += count
@@ -465,8 +465,8 @@ class _Run:
         except KeyboardInterrupt:
             self.wants_to_stop = True
         # Several processes stop at the same step, which they have to agree on.
-        if self.group is not None and self.steps % together.AGREE_EVERY == 0:
-            self.wants_to_stop = together.any_wants(self.wants_to_stop, self.device, self.group)
+        if self.group is not None and self.steps % distributed.AGREE_EVERY == 0:
+            self.wants_to_stop = distributed.any_wants(self.wants_to_stop, self.device, self.group)
             self.all_stop = self.wants_to_stop
         if self.wants_to_stop and (self.group is None or self.all_stop):
             self.save()
@@ -476,7 +476,7 @@ class _Run:
 
     def report(self, task: Task, loss: Tensor) -> None:
         if self.steps % LOSS_EVERY == 0 and self.group is not None:
-            loss = together.mean(loss, self.group)
+            loss = distributed.mean(loss, self.group)
         if self.on_step is None:
             return
         shown = float(loss) if self.steps % LOSS_EVERY == 0 else None
@@ -565,7 +565,7 @@ class _Run:
         def there() -> dict[str, Any] | None:
             return checkpoints.load(path, run=self.description) if path.is_file() else None
 
-        state = together.of_the_first(there, self.group)
+        state = distributed.of_the_first(there, self.group)
         if state is not None:
             try:
                 self.load_state_dict(state)

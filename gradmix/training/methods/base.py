@@ -25,7 +25,7 @@ from gradmix.processes import Group, size_of, sum_over
 from gradmix.rows import RowSource
 from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
-from gradmix.training.sharing import Share
+from gradmix.training.sharding import Share
 
 Part: TypeAlias = "slice | Tensor"
 """Some of a step's rows: a slice of them, or their places."""

@@ -18,7 +18,7 @@ from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
 from gradmix.training.methods.mixup import LinearMixing
 from gradmix.training.mixing_space import Mixture, mix_space, require_mixable
-from gradmix.training.sharing import Share
+from gradmix.training.sharding import Share
 
 
 class SelectiveMixup(LinearMixing):

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import gradmix
+from gradmix.training.batch_reader import BatchReader
 from gradmix.training.image_files import DamagedImageError, image_folder
-from gradmix.training.loading import BatchReader
 
 WORKERS = [0, 1, 2]
 
@@ -168,7 +168,7 @@ def test_damaged_rows_are_left_out_and_named_once(workers):
     assert [str(each.message) for each in caught] == [
         f"row {k} is left out: /images/{k}.jpg: cut short" for k in (5, 6, 8)
     ]
-    assert Path(caught[0].filename).name == "test_loading.py"
+    assert Path(caught[0].filename).name == "test_batch_reader.py"
 
 
 @pytest.mark.filterwarnings("ignore:row")
@@ -358,7 +358,7 @@ def test_bad_calls(case):
 
 KILLED = """
 import multiprocessing, os, signal, torch
-from gradmix.training.loading import BatchReader
+from gradmix.training.batch_reader import BatchReader
 multiprocessing.set_start_method("spawn")
 batches = iter(BatchReader(torch.arange(9.0), (torch.tensor([3, 1]) for _ in range(100)), workers=1))
 print(next(batches).rows.tolist(), flush=True)
@@ -383,7 +383,7 @@ def test_workers_started_afresh_read_and_die_with_their_parent(tmp_path):
 
 SIGNALLED = """
 import os, signal, torch
-from gradmix.training.loading import BatchReader
+from gradmix.training.batch_reader import BatchReader
 arrived = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: arrived.append(number))
