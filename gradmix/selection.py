@@ -328,7 +328,8 @@ def select_pairs(
         lam: the weight of the row itself, in [0, 1], in place of a drawn one.
         threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
         policy: ``"uniform"``: a random one of the helpful partners; ``"permute"``: one random partner, as Mixup draws
-            it, kept if helpful; ``"best"``: the largest cosine, ties broken at random.
+            it, kept if helpful; ``"best"``: the largest cosine, ties broken at random, which forgets less and learns
+            less, and is only for reference gradients of the very step (REPRODUCIBILITY.md).
         head: the classifier layer, or its name; None: found by itself (the linear layer whose output is the model's).
         num_classes: width of the mixed labels; None: the head's.
         generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by

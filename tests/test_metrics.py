@@ -24,6 +24,7 @@ def by_loops(R: list[list[float]], chance: float) -> dict[str, float]:
         "average_accuracy": sum(averages) / T,
         "final_accuracy": sum(R[T - 1]) / T,
         "forgetting": sum(drops) / (T - 1) if T > 1 else NAN,
+        "learning_accuracy": sum(R[j][j] for j in range(T)) / T,
         "backward_transfer": sum(R[T - 1][j] - R[j][j] for j in old) / (T - 1) if T > 1 else NAN,
         "forward_transfer": sum(R[i - 1][i] for i in range(1, T)) / (T - 1) - chance if T > 1 else NAN,
     }
@@ -51,6 +52,7 @@ def test_worked_example():
             "average_accuracy": (0.9 + 0.7 + 2.0 / 3) / 3,
             "final_accuracy": 2.0 / 3,
             "forgetting": ((0.9 - 0.3) + (0.8 - 0.7)) / 2,
+            "learning_accuracy": (0.9 + 0.8 + 1.0) / 3,
             "backward_transfer": ((0.3 - 0.9) + (0.7 - 0.8)) / 2,
             "forward_transfer": (0.0 + 0.4) / 2 - 0.1,
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -111,6 +112,20 @@ def test_figures(values: dict[str, Any]) -> None:
     assert [d.holm for d in differences] == holm([d.p for d in differences])
 
 
+def test_a_file_older_than_a_metric_is_read(values: dict[str, Any], tmp_path: Path) -> None:
+    old = copy.deepcopy(values)
+    for run in old["runs"]:
+        del run["metrics"]["learning_accuracy"]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(old))
+    read = report.from_results(file)
+    rows, differences = report.summarise(read)
+    assert all(math.isnan(row.metrics["learning_accuracy"].mean) for row in rows)
+    assert [row.metrics["forgetting"] for row in rows] == [r.metrics["forgetting"] for r in report.summarise(values)[0]]
+    assert [d.p for d in differences] == [d.p for d in report.summarise(values)[1]]
+    report.to_html(read)
+
+
 def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
     page = Page(report.to_html(values))
     lines = [line for line in report.to_markdown(values).splitlines() if line.startswith("| ")]
@@ -118,7 +133,7 @@ def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
     plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if not row[0].startswith("---")]
     assert plain == [row for table in page.tables for row in table]
     header, first = page.tables[0][:2]
-    assert header == ["arm", "average accuracy", "final accuracy", "forgetting", "rows mixed", "seeds"]
+    assert header == ["arm", *(METRIC_LABELS[name] for name in report.SHOWN), "rows mixed", "seeds"]
     mean, std, half = mean_interval([r["metrics"]["average_accuracy"] for r in values["runs"] if r["arm"] == "mixup"])
     assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} [{mean - half:.3f}, {mean + half:.3f}]"] and first[-2:] == [
         "-",
@@ -135,7 +150,7 @@ def test_what_is_said(values: dict[str, Any]) -> None:
         "A *paragraph* with a|b_c.",
         "gradmix experiment table",
         "mean over t of mean_{j<=t} R[t,j]",
-        "9 intervals are shown",
+        "12 intervals are shown",
         "3 tests of average accuracy",
         "torch: 2.0",
         "Seeds: 0, 1, 2.",

@@ -19,6 +19,7 @@ FORMULAS: dict[str, str] = {
     "average_accuracy": "mean over t of mean_{j<=t} R[t,j]",
     "final_accuracy": "mean_j R[T-1,j]",
     "forgetting": "mean over j<T-1 of max_{l<T-1} R[l,j] - R[T-1,j]",
+    "learning_accuracy": "mean_j R[j,j]",
     "backward_transfer": "mean over j<T-1 of R[T-1,j] - R[j,j]",
     "forward_transfer": "mean over i>=1 of R[i-1,i] minus the accuracy of chance",
 }
@@ -97,6 +98,29 @@ def forgetting(R: npt.ArrayLike) -> float:
     return _mean([float(np.nanmax(matrix[: n - 1, j]) - matrix[n - 1, j]) for j in range(n - 1)])
 
 
+def learning_accuracy(R: npt.ArrayLike) -> float:
+    """Learning accuracy: mean_j R[j, j], the accuracy on each task when it has just been learnt.
+
+    What is won in forgetting may have been paid for here: final accuracy = learning accuracy + (T - 1) / T * backward
+    transfer.
+
+    Args:
+        R: Accuracy matrix ``(T, T)``.
+
+    Returns:
+        The measure over the rows reached.
+
+    Raises:
+        ValueError: ``R`` is not a square matrix.
+
+    Example:
+        >>> learning_accuracy([[1.0, 0.0], [0.5, 0.75]])
+        0.875
+    """
+    matrix, n = _reached(R)
+    return _mean([float(matrix[j, j]) for j in range(n)])
+
+
 def backward_transfer(R: npt.ArrayLike) -> float:
     """Backward transfer (BWT): mean over j<T-1 of R[T-1, j] - R[j, j].
 
@@ -154,13 +178,14 @@ def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
 
     Example:
         >>> {name: round(value, 3) for name, value in summary([[1.0, 0.0], [0.5, 0.75]], chance=0.5).items()}
-        {'average_accuracy': 0.812, 'final_accuracy': 0.625, 'forgetting': 0.5, 'backward_transfer': -0.5, \
-'forward_transfer': -0.5}
+        {'average_accuracy': 0.812, 'final_accuracy': 0.625, 'forgetting': 0.5, 'learning_accuracy': 0.875, \
+'backward_transfer': -0.5, 'forward_transfer': -0.5}
     """
     return {
         "average_accuracy": average_accuracy(R),
         "final_accuracy": final_accuracy(R),
         "forgetting": forgetting(R),
+        "learning_accuracy": learning_accuracy(R),
         "backward_transfer": backward_transfer(R),
         "forward_transfer": forward_transfer(R, chance),
     }

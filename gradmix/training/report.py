@@ -25,7 +25,6 @@ from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_r
 from gradmix.training.running import RUNS_AT_A_TIME, state_of
 from gradmix.training.settings import flatten
 from gradmix.training.significance import holm, paired_p_value
-from gradmix.training.tables import SHOWN
 from gradmix.training.whole_files import write_text
 
 FORMAT = 1
@@ -35,6 +34,8 @@ _KEYS = (
     "format", "name", "title", "about", "command", "seeds", "arms", "vary", "differences", "references", "protocol",
     "runs", "missing",
 )  # fmt: skip
+SHOWN = ("average_accuracy", "final_accuracy", "forgetting", "learning_accuracy")
+"""The metrics of the report's tables. The last one says what less forgetting was paid for with."""
 # Plots stay legible up to these numbers of rows and lines.
 _DOTS_UP_TO, _LINES_UP_TO = 80, 8
 _MIB = 2**20
@@ -238,7 +239,7 @@ def _row(arm: str, point: Mapping[str, Any], runs: tuple[Mapping[str, Any], ...]
         arm=arm,
         values=dict(point),
         runs=runs,
-        metrics={name: mean_interval([number(run["metrics"][name]) for run in runs]) for name in METRIC_LABELS},
+        metrics={name: mean_interval([_metric(run["metrics"], name) for run in runs]) for name in METRIC_LABELS},
         mixed=known_mean([_mixed(run["mixed_share"]) for run in runs]),
         step_ms=_median(steps),
         step_range=(min(steps), max(steps)),
@@ -250,13 +251,18 @@ def _row(arm: str, point: Mapping[str, Any], runs: tuple[Mapping[str, Any], ...]
     )
 
 
+def _metric(values: Mapping[str, Any], name: str) -> float:
+    """A run's metric; NaN in a file that is older than the metric. The first one every whole file has."""
+    return number(values[name] if name == "average_accuracy" else values.get(name))
+
+
 def _difference(a: Row, b: Row) -> list[tuple[Row, Row, tuple[int, ...], dict[str, Interval], float]]:
     left, right = ({run["seed"]: run["metrics"] for run in row.runs} for row in (a, b))
     seeds = tuple(seed for seed in left if seed in right)
     if not seeds:
         return []
     intervals = {
-        name: paired_difference([number(left[s][name]) for s in seeds], [number(right[s][name]) for s in seeds])
+        name: paired_difference([_metric(left[s], name) for s in seeds], [_metric(right[s], name) for s in seeds])
         for name in METRIC_LABELS
     }
     return [(a, b, seeds, intervals, paired_p_value(intervals["average_accuracy"], len(seeds)))]

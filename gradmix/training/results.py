@@ -156,6 +156,7 @@ METRIC_LABELS: dict[str, str] = {
     "average_accuracy": "average accuracy",
     "final_accuracy": "final accuracy",
     "forgetting": "forgetting",
+    "learning_accuracy": "learning accuracy",
     "backward_transfer": "backward transfer",
     "forward_transfer": "forward transfer",
 }
