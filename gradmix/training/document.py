@@ -138,7 +138,7 @@ _STYLE = (
 """
     + """\
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 73rem; color: var(--ink); background: var(--ground);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 88rem; color: var(--ink); background: var(--ground);
   font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; }
@@ -161,7 +161,7 @@ th, td { padding: 0.25rem 0 0.25rem 1rem; text-align: right; border-bottom: 1px 
 th:first-child { position: sticky; left: 0; padding-left: 0; padding-right: 0.4rem; background: var(--ground); }
 th { font-weight: 600; }
 thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom; white-space: normal; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; min-width: 12rem; }
 tbody tr:hover > * { background: var(--band); }
 th.text, td.text { text-align: left; white-space: normal; }
 .star { display: inline-block; width: 0.9em; text-align: left; white-space: pre; }
@@ -176,7 +176,8 @@ figcaption { color: var(--quiet); font-size: 0.9rem; margin-bottom: 0.4rem; }
   :root { --ink: #000000; --ground: #ffffff; --quiet: #333333; --rule: #999999; --band: #ffffff;
     --blue: #0072b2; --green: #009e73; }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
-  table { font-size: 8pt; line-height: 1.4; }
+  table { font-size: 7.5pt; line-height: 1.4; }
+  tbody th { min-width: 0; }
   th, td { padding-left: 0.8em; }
   .wide { overflow: visible; }
   th:first-child, caption span { position: static; }
