@@ -131,6 +131,18 @@ def test_what_a_control_keeps(tmp_path: Path) -> None:
     assert line.endswith(" It mixed 74.5 % of the rows, as good as 75.0 %.")
 
 
+def test_the_gain_is_over_mixup_of_the_same_settings(tmp_path: Path) -> None:
+    # Selection's own settings are no matter; those that Mixup has too are.
+    text = TEXT.replace("mixup}", "mixup}\n  - {name: weighted, method: mixup, replay: {tau: 2.0}}", 1)
+    text = text.replace("[at random, mixup]", '["sample, plain", weighted]').replace(
+        '"sample, plain", method: gradmix-sample', '"sample, plain", method: gradmix-sample, mix: {threshold: 0.1}'
+    )
+    text = text.replace("{control: random}", "{control: random, threshold: 0.1}")
+    levels = {"mixup": flat(0.8), "weighted": flat(0.82), "sample, plain": around(0.84), "at random": flat(0.81)}
+    (line,) = controls_of(values_of(levels, tmp_path, text))
+    assert line.startswith("at random keeps 25 %") and " over mixup " in line
+
+
 def test_no_share_of_a_gain_that_is_none(tmp_path: Path) -> None:
     levels = {"mixup": flat(0.8), "sample, plain": around(0.8), "at random": flat(0.81)}
     (line,) = controls_of(values_of(levels, tmp_path))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _METRIC = "average_accuracy"
 _CONTROL = ("mix.control", "mix.control_rate")
+# What selection has and Mixup does not: Mixup of the same settings may differ in it.
+_SELECTION = {f"mix.{key}" for key in ("estimator", "policy", "threshold", "refresh", "class_samples", "reference")}
 # Shares of rows mixed that differ by less count as one rate.
 _SAME_RATE = 0.01
 
@@ -45,7 +47,7 @@ def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequen
     """A sentence for each control: the share that it keeps of what its method gains over Mixup.
 
     A control is an arm that sets ``mix.control``; its method the arm of the same settings without; the gain is spoken
-    of if the method's difference to an arm of the method ``mixup`` is one of the experiment's.
+    of if the method's difference to Mixup of the same settings is one of the experiment's.
 
     Args:
         values: Those of ``results.json``.
@@ -60,7 +62,7 @@ def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequen
         for gain in differences:
             method, least = arms[gain.arm], arms[gain.minus]
             plain = not set(_CONTROL) & set(method["settings"])
-            if plain and least["method"] == "mixup" and _identity(method) == _identity(arm):
+            if plain and _identity(method) == _identity(arm) and _is_mixup_of(least, method):
                 found += _kept(name, gain, rows)
     return found
 
@@ -126,6 +128,11 @@ def _at(values: Mapping[str, Any]) -> str:
 
 def _identity(arm: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return arm["method"], {key: value for key, value in arm["settings"].items() if key not in _CONTROL}
+
+
+def _is_mixup_of(least: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
+    of_mixup = {key: value for key, value in method["settings"].items() if key not in _SELECTION}
+    return bool(least["method"] == "mixup" and least["settings"] == of_mixup)
 
 
 def _kept(control: str, gain: Difference, rows: Sequence[Row]) -> list[str]:
