@@ -45,14 +45,15 @@ from gradmix.estimators import (
     rows_of_classes,
     whole_reference,
 )
-from gradmix.head import HeadCapture, HeadOutput, has_bias, resolve_head
+from gradmix.head import Head, HeadLike, HeadOutput, forward_head, resolve_head
+from gradmix.head_values import MASKED
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixed_alignment_op
-from gradmix.ops.waiting import look_is_free
+from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
@@ -220,7 +221,7 @@ class Rows:
 
 
 def forwarded(
-    model: nn.Module, head: nn.Module | str | None, name: str, source: object, chunk: int, device: torch.device
+    model: nn.Module, head: HeadLike, name: str, source: object, chunk: int, device: torch.device
 ) -> Iterator[Rows]:
     """Forward ``source`` in chunks, none of them empty; call it inside :func:`gradmix.probe.untouched`.
 
@@ -234,7 +235,7 @@ def forwarded(
 
 def _forwarded_share(
     model: nn.Module,
-    head: nn.Module | str | None,
+    head: HeadLike,
     name: str,
     source: object,
     chunk: int,
@@ -247,15 +248,11 @@ def _forwarded_share(
     """
     empty = True
     for start, x, y in numbered_chunks(name, source, chunk, device, group):
-        with HeadCapture(model, head, x[:1]) as capture:
-            model(x)
-        yield start, checked_rows(name, x, y, capture.output, start)
+        yield start, checked_rows(name, x, y, forward_head(model, head, x), start)
         empty = False
     if empty and group is not None:
         for x, y in islice(chunks_of(name, source, 1, device), 1):
-            with HeadCapture(model, head, x) as capture:
-                model(x)
-            yield 0, checked_rows(name, x, y, capture.output).take(torch.arange(0, device=y.device))
+            yield 0, checked_rows(name, x, y, forward_head(model, head, x)).take(torch.arange(0, device=y.device))
 
 
 def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row: int = 0) -> Rows:
@@ -267,7 +264,17 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
         first_row, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
     check_label_range(name, y, logits.shape[1], first_row)
-    return Rows(x, within_range(y, logits.shape[1]), features, logits)
+    y = within_range(y, logits.shape[1])
+    masked = logits <= MASKED
+    masked = (masked & (y > 0)).any(1) if y.is_floating_point() else masked.gather(1, y[:, None])[:, 0]
+    require(
+        masked,
+        lambda row: ValueError(
+            f"{name}: row {first_row + row} has a label among the classes that the model masks, expected labels of the "
+            "others: the loss of a masked class has no gradient that could be compared"
+        ),
+    )
+    return Rows(x, y, features, logits)
 
 
 # --------------------------------------------------------------------------------------------------- reference gradient
@@ -276,14 +283,15 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
 class ReferenceSum:
     """Running sum of last-layer gradients; its mean is the reference gradient."""
 
-    def __init__(self, head: nn.Module) -> None:
-        self._bias = has_bias(head)
+    def __init__(self, head: Head) -> None:
+        self._head = head
         self._sum: Tensor | None = None
         self.count = 0
 
     def add(self, rows: Rows) -> None:
         """Add sum_n r_n [h_n; 1]^T of these rows."""
-        self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=self._bias, out=self._sum)
+        bias = self._head.appends_one(rows.features)
+        self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=bias, out=self._sum)
         self.count += len(rows)
 
     def mean(self, group: Group = None) -> Tensor | None:
@@ -366,7 +374,7 @@ def reference_gradient(
 def read_buffer(
     model: nn.Module,
     buffer: object,
-    head: nn.Module | str | None,
+    head: HeadLike,
     chunk: int,
     device: torch.device,
     keep: int = 0,
@@ -438,7 +446,7 @@ def feature_alignment(
 
 def mixed_input_alignment(
     model: nn.Module,
-    head: nn.Module,
+    head: HeadLike,
     rows: tuple[Tensor, Tensor],
     partners: tuple[Tensor, Tensor],
     pairs: Tensor,
@@ -455,9 +463,7 @@ def mixed_input_alignment(
     inner, norm = [], []
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].unbind(1)
-        with HeadCapture(model, head) as capture:
-            model(lam * x[i] + mu * other_x[j])
-        features, logits = capture.output
+        features, logits = forward_head(model, head, lam * x[i] + mu * other_x[j])
         require_finite_pairs(logits, i, j)
         own, other = (dense_labels(v, logits.shape[1], dtype) for v in (y[i], other_y[j]))
         labels = lam * own + mu * other
@@ -533,7 +539,7 @@ class ClassMean:
 
 def class_table(
     model: nn.Module,
-    head: nn.Module,
+    head: HeadLike,
     rows: Rows,
     reference: Tensor,
     *,
@@ -689,7 +695,7 @@ def alignment_matrix(
         reference, _ = read_buffer(model, buffer, head, chunk_size, x.device)
         if reference is None:
             raise ValueError("buffer: got no rows, expected at least one")
-        module = resolve_head(model, head, x[:1])
+        module = resolve_head(model, head, x)
         rows, partners = forward_pair(model, module, (x, y), partner_pair, chunk_size, candidates is None)
         inner, norm = pair_alignment(
             model, module, rows, partners, reference, lam, estimator=kind, chunk=chunk_size, backend=backend
@@ -699,7 +705,7 @@ def alignment_matrix(
 
 def forward_pair(
     model: nn.Module,
-    head: nn.Module,
+    head: HeadLike,
     batch: tuple[Tensor, Tensor],
     candidates: tuple[Tensor, Tensor],
     chunk: int,
@@ -710,7 +716,7 @@ def forward_pair(
     return rows, rows if own_rows else forward_all(model, head, "candidates", candidates, chunk)
 
 
-def forward_all(model: nn.Module, head: nn.Module, name: str, pair: tuple[Tensor, Tensor], chunk: int) -> Rows:
+def forward_all(model: nn.Module, head: HeadLike, name: str, pair: tuple[Tensor, Tensor], chunk: int) -> Rows:
     """All rows of ``pair`` with their head outputs; call it inside ``untouched``."""
     parts = list(forwarded(model, head, name, pair, chunk, pair[0].device))
     return parts[0] if len(parts) == 1 else concatenate(parts)
@@ -738,7 +744,7 @@ def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:
 
 def pair_alignment(
     model: nn.Module,
-    head: nn.Module,
+    head: HeadLike,
     rows: Rows,
     partners: Rows,
     reference: Tensor,

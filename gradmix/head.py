@@ -1,44 +1,171 @@
 """The classifier head: finding it in a model, and capturing what goes in and comes out.
 
-The last-layer gradient of a sample is (softmax(z) - y) [h; 1]^T, with h the head's input and z its output. That holds
-only if the head's output *is* the model's output, so the head is the ``nn.Linear`` or 1x1 convolution whose output was
-found equal to what the model returned; a guess by name or position is not made.
+The last-layer gradient of a sample is (softmax(z) - y) [h; 1]^T, with h the head's input and z the model's logits. That
+holds only if the logits are made from h by a linear layer. So the head is never believed: which layers end in the
+logits is found out (:mod:`gradmix.head_layers`), and that what the model returned is what they computed is checked on
+values in every pass (:mod:`gradmix.head_values`), also where the caller names the head.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from gradmix.head_layers import (
+    Call,
+    HeadNotFoundError,
+    Layer,
+    call_of,
+    find_layers,
+    layers_of,
+    logits_of,
+    named_layer,
+    parts_of,
+    rows_of,
+)
+from gradmix.head_values import MASKED, estimated_factor, off_linear, related, stacked
+from gradmix.inputs import InputTree, call_model, map_tensors
+from gradmix.ops.waiting import later, look_is_free, require
 from gradmix.probe import untouched, unwrap
+
+__all__ = ["Head", "HeadCapture", "HeadNotFoundError", "HeadOutput", "logits_of", "resolve_head"]
 
 
 class HeadOutput(NamedTuple):
-    """What the head saw and said for a batch of rows.
+    """What the head saw and said for a batch of samples.
 
     Attributes:
-        features: (N, d), its input.
-        logits: (N, C), its output.
+        features: (N, d), its input; of a head whose logits are scaled, or of several layers whose logits are summed,
+            (N, sum_k (d_k + 1)): their inputs with a 1 appended for each bias, times the factors of the sum.
+        logits: (N, C), the model's; -1e30 for classes that the model masks.
     """
 
     features: Tensor
     logits: Tensor
 
 
-class HeadNotFoundError(ValueError):
-    """The classifier head could not be found for certain, or the module named cannot serve as one."""
+@dataclass(frozen=True)
+class Head:
+    """The linear layers whose weighted sum is the model's logits; nearly always one, with the factor 1.
+
+    Attributes:
+        layers: K layers.
+        weights: their factors, as they were when the head was found.
+        direct: whether the model returned the one layer's output as it is, then.
+        name: how the caller names it; None: it was found.
+    """
+
+    layers: tuple[Layer, ...]
+    weights: tuple[float, ...]
+    direct: bool
+    name: str | None
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.layers[0].matrix)
+
+    @property
+    def module(self) -> nn.Module:
+        """The one layer's module.
+
+        Raises:
+            HeadNotFoundError: the logits are the sum of several.
+        """
+        if len(self.layers) > 1:
+            raise HeadNotFoundError(f"head: the model's logits are the sum of {self.describe()}, expected one layer")
+        return self.layers[0].module
+
+    def appends_one(self, features: Tensor) -> bool:
+        """Whether a column of ones for the bias goes with ``features`` (N, d); those of a sum hold theirs."""
+        layer = self.layers[0]
+        return len(self.layers) == 1 and layer.bias is not None and features.shape[1] == layer.matrix.shape[1]
+
+    def describe(self) -> str:
+        """For errors: names, classes and sizes of the layers."""
+        return " and ".join(layer.describe() for layer in self.layers)
 
 
-HOW_TO_NAME = "name it by head=, as a module (head=model.fc) or by its name (head='fc')"
+HeadLike: TypeAlias = nn.Module | str | Head | None
 
-_found: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_Names = tuple[tuple[str, str, "str | None", bool, "str | int | None"], ...]
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """A head by the names of its modules, which keeps no model alive."""
+
+    layers: _Names
+    weights: tuple[float, ...]
+    direct: bool
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, dict[str | None, _Remembered]] = weakref.WeakKeyDictionary()
+
+EXAMPLES = 8
+"""Samples that a head is looked for with."""
+
+
+def resolve_head(model: nn.Module, head: HeadLike = None, example: InputTree | None = None) -> Head:
+    """The head: the one named, the one found before in this very model, or the one found now.
+
+    Args:
+        model: the model, maybe wrapped.
+        head: a module of the model or its name, a head resolved before, or None: it is found.
+        example: one or more samples to find it with; the first few are used.
+
+    Raises:
+        HeadNotFoundError: the module named is not part of the model or holds no linear layer; or none could be found.
+        TypeError: ``head`` is neither a module nor a name.
+    """
+    if isinstance(head, Head):
+        return head
+    inner = unwrap(model)
+    name = _name_of(inner, head)
+    known = _remembered(inner, name)
+    if known is not None:
+        return known
+    only = None if name is None else inner.get_submodule(name)
+    # A module whose attributes are those of nn.Linear needs no pass; every pass checks what it computes.
+    layer = None if only is None or name is None else named_layer(only, name)
+    if layer is not None:
+        return Head((layer,), (1.0,), True, name)
+    if only is not None and not layers_of(only, ""):
+        raise HeadNotFoundError(
+            f"head: got {type(only).__name__}, expected a linear layer: a module with a weight (C, d) that computes "
+            f"W h + b, such as nn.Linear or a 1x1 convolution without groups; {_advice(inner)}"
+        )
+    if example is None:
+        raise HeadNotFoundError(
+            "head: not known yet for this model and no example samples to find it with; give them by example=, or name "
+            f"the classifier layer by head=, as a module or by its name; {_advice(inner)}"
+        )
+    with untouched(inner):
+        found = find_layers(inner, map_tensors(lambda v: v[:EXAMPLES], example), only)
+    resolved = Head(found.layers, found.weights, found.direct, name)
+    _remember(inner, resolved)
+    return resolved
+
+
+def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> HeadOutput:
+    """What the head sees and says for ``x``; call it inside :func:`gradmix.probe.untouched`.
+
+    Raises:
+        HeadNotFoundError: as :class:`HeadCapture`.
+    """
+    with HeadCapture(model, head, x) as capture:
+        call_model(model, x)
+    return capture.checked()
 
 
 class HeadCapture:
-    """Context manager that records the head's input and output of a forward pass.
+    """Context manager that records the head's input and the logits of a forward pass.
 
     In a training step it makes selection free of a forward pass of its own::
 
@@ -48,179 +175,327 @@ class HeadCapture:
 
     Args:
         model: the model about to be called, maybe wrapped by ``torch.compile`` or a data-parallel class.
-        head: the head, its name, or None: the one found by :func:`find_head` (then ``example`` must be given unless
-            this model's head was found before).
-        example: one or more input rows, used only to find the head.
+        head: the head, its name, or None: it is found by itself (then ``example`` must be given unless this model's
+            head was found before).
+        example: one or more input samples, used only to find the head.
 
     Raises:
-        HeadNotFoundError: on entry, no certain head; on reading ``output``, the head did not run exactly once.
+        HeadNotFoundError: on entry, no certain head; on reading ``output``, the model or the head did not run exactly
+            once, or the model's logits are not the head's.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module | str | None = None, example: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, head: HeadLike = None, example: InputTree | None = None) -> None:
         self.head = resolve_head(model, head, example)
-        self._calls: list[HeadOutput] = []
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._model = unwrap(model)
+        self._calls: list[list[Call]] = []
+        self._passes: list[_Pass] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> HeadCapture:
-        self._calls.clear()
-        self._handle = self.head.register_forward_hook(self._record, with_kwargs=True)
+        self._calls, self._passes = [[] for _ in self.head.layers], []
+        for layer, calls in zip(self.head.layers, self._calls, strict=True):
+            self._handles.append(layer.module.register_forward_hook(_recorder(layer, calls), with_kwargs=True))
+        # Behind the layers' hooks, as the model may be the layer itself.
+        self._handles.append(self._model.register_forward_hook(self._end))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
 
-    def _record(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        features = inputs[0] if inputs else named["input"]
-        # Cloned, because logits are often masked or scaled in place afterwards.
-        self._calls.append(HeadOutput(features.detach(), output.detach().clone()))
+    def _end(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # At once, as an optimiser may change the weights before the output is read; cloned, because a loss may mask
+        # logits in place.
+        calls = [calls[0] for calls in self._calls if len(calls) == 1]
+        returned = logits_of(output).detach().clone()
+        self._passes.append(_Pass(returned, _rows_and_checks(self.head, calls, returned)))
 
     @property
     def output(self) -> HeadOutput:
-        """Detached features (N, d) and logits (N, C) of the forward pass inside the context."""
-        if len(self._calls) != 1:
-            raise HeadNotFoundError(
-                f"head: {_describe(self.head)} was seen to run {len(self._calls)} times in one forward pass, expected "
-                f"once (code compiled before may pass by the hook); {HOW_TO_NAME}"
-            )
-        features, logits = self._calls[0]
-        return HeadOutput(_as_rows(features, "input", self.head), _as_rows(logits, "output", self.head))
+        """Detached features and logits of the forward pass inside the context (:class:`HeadOutput`).
+
+        On a GPU nothing is waited for: logits that are not the head's are found by the next call of the library.
+        """
+        with later():
+            return self.checked()
+
+    def checked(self) -> HeadOutput:
+        """:attr:`output`, where the caller takes care of checks that wait (:func:`gradmix.ops.waiting.later`)."""
+        for what, counts in ((self.head.describe(), map(len, self._calls)), ("the model", [len(self._passes)])):
+            wrong = next((count for count in counts if count != 1), None)
+            if wrong is not None:
+                raise HeadNotFoundError(
+                    f"head: {what} was seen to run {wrong} times in one forward pass of the model, expected once (code "
+                    "compiled before may pass by the hook)"
+                )
+        return _output_of(self._model, self.head, self._passes[0])
 
 
-def head_classes(head: nn.Module) -> int:
-    """Number of classes of a head: its output features or channels."""
-    return int(head.out_features if isinstance(head, nn.Linear) else head.out_channels)  # type: ignore[arg-type]
-
-
-def has_bias(head: nn.Module) -> bool:
-    """Whether the head's gradient has a bias column."""
-    return getattr(head, "bias", None) is not None
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's return value: the tensor itself, or the ``logits`` of an object or mapping.
-
-    Raises:
-        TypeError: neither.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, dict):
-        logits = output.get("logits")
-    if isinstance(logits, Tensor):
-        return logits
-    raise TypeError(f"model: returned {type(output).__name__}, expected a tensor or an object with a tensor .logits")
-
-
-def resolve_head(model: nn.Module, head: nn.Module | str | None = None, example: Tensor | None = None) -> nn.Module:
-    """The head module: the one named, the one found before in this very model, or the one found now on ``example``.
-
-    Raises:
-        HeadNotFoundError: the module named is not part of the model or no linear head; or none could be found.
-        TypeError: ``head`` is neither a module nor a name.
-    """
+def known_head(model: nn.Module, head: HeadLike) -> Head | None:
+    """The head that is named or was found before; None where a pass would be needed to find it."""
+    if isinstance(head, Head):
+        return head
     inner = unwrap(model)
-    if isinstance(head, str):
-        try:
-            module = inner.get_submodule(head)
-        except AttributeError:
-            raise HeadNotFoundError(f"head: the model has no module {head!r}; {_candidates(inner)}") from None
-        return _check_kind(module)
-    if isinstance(head, nn.Module):
-        if not any(module is head for module in inner.modules()):
-            raise HeadNotFoundError(
-                f"head: the {type(head).__name__} given is not a module of the model; {_candidates(inner)}"
-            )
-        return _check_kind(head)
-    if head is not None:
-        raise TypeError(f"head: got {type(head).__name__}, expected a module of the model, its name, or None")
-    known = _found.get(inner)
-    module_ = known() if known is not None else None
-    # A head that was replaced (a growing classifier) is no longer among the modules and is searched for again.
-    if module_ is not None and any(module is module_ for module in inner.modules()):
-        return module_
-    if example is None:
-        raise HeadNotFoundError(f"head: not known yet for this model and no example row to find it with; {HOW_TO_NAME}")
-    with untouched(inner):
-        found = find_head(inner, example)
-    _found[inner] = weakref.ref(found)
-    return found
+    name = _name_of(inner, head)
+    known = _remembered(inner, name)
+    if known is not None or name is None:
+        return known
+    layer = named_layer(inner.get_submodule(name), name)
+    return None if layer is None else Head((layer,), (1.0,), True, name)
 
 
-def find_head(model: nn.Module, example: Tensor) -> nn.Module:
-    """The ``nn.Linear`` or 1x1 convolution whose output is the model's output, found by one forward pass.
-
-    The pass runs in the mode the model is in, on ``example`` (N, ...), N >= 1.
+def check_outputs(head: Head, output: HeadOutput) -> None:
+    """Check features and logits that a caller gives against the head's weights, on a few samples.
 
     Raises:
-        HeadNotFoundError: no such layer: something follows the classifier (softmax, scaling, a mask), it is no module,
-            or it classifies several positions of a row.
+        HeadNotFoundError: the logits are not those that the head makes of the features with its present weights.
     """
-    model = unwrap(model)
-    outputs: list[tuple[nn.Module, Tensor, int]] = []
+    features, logits = output
+    weight, bias = _matrix_of(head, features)
+    if features.ndim != 2 or logits.ndim != 2 or weight.shape != (logits.shape[1], features.shape[1]):
+        return  # shapes are checked elsewhere
+    bad = off_linear(features, logits, weight, bias, up_to_shift=True)
 
-    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append((module, output, output._version))
-
-    handles = [module.register_forward_hook(record) for module in model.modules() if _is_linear(module)]
-    try:
-        result = logits_of(model(example))
-    finally:
-        for handle in handles:
-            handle.remove()
-    matches = [module for module, output, version in outputs if output._version == version and _is_same(output, result)]
-    if not matches:
-        raise HeadNotFoundError(
-            "head: no nn.Linear or 1x1 convolution whose output is the model's output was found (the output has shape "
-            f"{tuple(result.shape)}); {_candidates(model)}"
+    def consequence(_row: int) -> HeadNotFoundError:
+        return HeadNotFoundError(
+            f"outputs: got logits that are not those of {head.describe()} for the features given, expected features "
+            "and logits of one forward pass of this model with its present weights, as gradmix.HeadCapture records "
+            "them"
         )
-    return matches[-1]
+
+    require(bad, consequence)
 
 
-def _is_same(output: Tensor, result: Tensor) -> bool:
-    """Whether the model returned this layer's output: the same memory, or a copy in another dtype.
+def has_bias_by_values(model: nn.Module, output: HeadOutput) -> bool:
+    """Whether the layer that made ``output`` has a bias, by comparing values with the model's weights, without a pass.
 
-    Equal values in other memory are not enough: an adapter that still adds zero to the layer's output would pass.
+    True where no such layer is found, or where values may not be looked at.
     """
-    if output.ndim < 2 or result.ndim != 2 or output.numel() != result.numel() or output.shape[:2] != result.shape:
-        return False
-    if output.dtype == result.dtype:
-        return output.data_ptr() == result.data_ptr()
-    return bool(torch.equal(output.reshape(result.shape).to(result.dtype), result))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
+    features, logits = output
+    if features.ndim != 2 or logits.ndim != 2 or not look_is_free(features.device):
         return True
-    return isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
+    live = (logits > MASKED).all(0)
+    for name, module in reversed(list(unwrap(model).named_modules())):
+        for layer in layers_of(module, name, logits.shape[1]):
+            head = Head((layer,), (1.0,), True, None)
+            weight, bias = _matrix_of(head, features)
+            if weight.shape[1] == features.shape[1]:
+                bias = None if bias is None else bias[live]
+                if not bool(off_linear(features, logits[:, live], weight[live], bias, up_to_shift=True).any()):
+                    return head.appends_one(features)
+    return True
 
 
-def _check_kind(module: nn.Module) -> nn.Module:
-    if _is_linear(module):
-        return module
-    raise HeadNotFoundError(f"head: got {_describe(module)}, expected an nn.Linear or a 1x1 nn.Conv2d without groups")
+def _name_of(model: nn.Module, head: nn.Module | str | None) -> str | None:
+    """The path of a named head in the model."""
+    if head is None:
+        return None
+    if isinstance(head, str):
+        if head not in dict(model.named_modules()):
+            raise HeadNotFoundError(f"head: the model has no module {head!r}; {_advice(model)}")
+        return head
+    if isinstance(head, nn.Module):
+        for path, module in model.named_modules():
+            if module is head:
+                return str(path)
+        raise HeadNotFoundError(f"head: the {type(head).__name__} given is not a module of the model; {_advice(model)}")
+    raise TypeError(f"head: got {type(head).__name__}, expected a module of the model, its name, or None")
 
 
-def _as_rows(value: Tensor, side: str, head: nn.Module) -> Tensor:
-    rows = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-    if rows.ndim != 2:
-        raise HeadNotFoundError(
-            f"head: the {side} of {_describe(head)} has shape {tuple(value.shape)}, expected one position a row: "
-            f"(N, features); {HOW_TO_NAME}"
-        )
-    return rows
-
-
-def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr()})" if _is_linear(module) else type(module).__name__
-
-
-def _candidates(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if _is_linear(module)]
+def _advice(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if named_layer(module, name) is not None]
     if not names:
-        return "the model has no nn.Linear and no 1x1 nn.Conv2d"
-    listed = ", ".join(repr(name) for name in names[-5:])
-    return f"{HOW_TO_NAME}; the model's last linear layers are {listed}"
+        return "the model has no linear layer"
+    return f"the model's last linear layers are {', '.join(repr(name) for name in names[-5:])}"
+
+
+def _remembered(model: nn.Module, name: str | None) -> Head | None:
+    known = _found.get(model, {}).get(name)
+    if known is None:
+        return None
+    layers = []
+    for path, weight, bias, transposed, part in known.layers:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return None
+        # A head that was replaced by something else is looked for again.
+        layer = Layer(module, path, weight, bias, transposed, part)
+        fits = any(
+            (other.weight, other.bias, other.transposed) == (weight, bias, transposed)
+            for other in layers_of(module, path)
+        )
+        if not fits:
+            return None
+        layers.append(layer)
+    return Head(tuple(layers), known.weights, known.direct, name)
+
+
+def _remember(model: nn.Module, head: Head) -> None:
+    names = tuple((v.path, v.weight, v.bias, v.transposed, v.part) for v in head.layers)
+    _found.setdefault(model, {})[head.name] = _Remembered(names, head.weights, head.direct)
+
+
+def _forget(model: nn.Module, name: str | None) -> None:
+    _found.get(model, {}).pop(name, None)
+
+
+def _recorder(layer: Layer, calls: list[Call]) -> Callable[..., None]:
+    def record(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        for part, value in parts_of(output):
+            if part == layer.part or (layer.part is None and part == "logits"):
+                call = call_of(inputs, named, value)
+                if call is not None:
+                    calls.append(replace(call, node=None, output=call.logits))
+
+    return record
+
+
+def _matrix_of(head: Head, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W and b by which ``features`` of a :class:`HeadOutput` become logits."""
+    layer = head.layers[0]
+    if len(head.layers) == 1 and features.shape[1] == layer.matrix.shape[1]:
+        return layer.matrix, layer.vector
+    columns: list[Tensor] = []
+    for layer in head.layers:
+        columns.append(layer.matrix)
+        if layer.vector is not None:
+            columns.append(layer.vector[:, None])
+    return torch.cat(columns, 1), None
+
+
+class _Rows(NamedTuple):
+    """One layer's part of a pass.
+
+    Attributes:
+        features, logits: (N, d) and (N, C).
+        nonlinear: (n,) bool, of a few samples: whether the logits are not W h + b.
+        misplaced: (N,) bool: whether there is no one position that the model returned.
+    """
+
+    features: Tensor
+    logits: Tensor
+    nonlinear: Tensor
+    misplaced: Tensor
+
+
+class _Pass(NamedTuple):
+    """The logits (N, C) that the model returned, and of each layer its part, or why there is none."""
+
+    returned: Tensor
+    rows: list[_Rows | str]
+
+
+def _rows_and_checks(head: Head, calls: list[Call], returned: Tensor) -> list[_Rows | str]:
+    if returned.ndim != 2:
+        return [f"the model returns logits of shape {tuple(returned.shape)}, expected (N, C)"]
+    parts: list[_Rows | str] = []
+    for layer, call in zip(head.layers, calls, strict=False):
+        rows = rows_of(layer, call, returned)
+        if rows is None:
+            parts.append(
+                f"{layer.describe()} was given {tuple(call.features.shape)} and gave {tuple(call.logits.shape)}, "
+                f"expected one position a sample as the logits {tuple(returned.shape)} have"
+            )
+            continue
+        features, logits, misplaced = rows
+        parts.append(_Rows(features, logits, off_linear(features, logits, layer.matrix, layer.vector), misplaced))
+    return parts
+
+
+def _output_of(model: nn.Module, head: Head, captured: _Pass) -> HeadOutput:
+    """Features and logits of a pass, after the check that they belong together."""
+    parts: list[_Rows] = []
+    for part in captured.rows:
+        if isinstance(part, str):
+            raise HeadNotFoundError(f"head: {part}; {_otherwise(head)}")
+        parts.append(part)
+    for layer, part in zip(head.layers, parts, strict=True):
+        _require(model, head, part.nonlinear, partial(_not_linear, layer))
+        _require(model, head, part.misplaced, partial(_misplaced, layer))
+    features, logits = [part.features for part in parts], [part.logits for part in parts]
+    if look_is_free(captured.returned.device):
+        return _looked_at(model, head, features, logits, captured.returned)
+    return _unseen(model, head, features, logits, captured.returned)
+
+
+def _looked_at(
+    model: nn.Module, head: Head, features: list[Tensor], logits: list[Tensor], returned: Tensor
+) -> HeadOutput:
+    biases = [layer.bias is not None for layer in head.layers]
+    if len(logits) == 1 and torch.equal(returned, logits[0].to(returned.dtype)):
+        return HeadOutput(features[0], logits[0])
+    known = related(returned, logits, head.weights)
+    if not bool(known.bad.any()):
+        single = head.weights == (1.0,)
+        return HeadOutput(features[0] if single else stacked(features, biases, head.weights), known.logits)
+    if len(logits) == 1:
+        for factor in (1.0, estimated_factor(returned, logits[0])):
+            if factor is None:
+                continue
+            now = related(returned, logits, [factor])
+            if not bool(now.bad.any()):
+                return HeadOutput(
+                    features[0] if isinstance(factor, float) else stacked(features, biases, [factor]), now.logits
+                )
+    _require(model, head, known.bad, lambda row: _not_the_heads(head, row))
+    raise AssertionError("unreachable: a sample is bad")
+
+
+def _unseen(model: nn.Module, head: Head, features: list[Tensor], logits: list[Tensor], returned: Tensor) -> HeadOutput:
+    """The same on a device that is not waited for: what is not as it was is found out by the next call."""
+    biases = [layer.bias is not None for layer in head.layers]
+    if head.direct:
+        same = returned == logits[0].to(returned.dtype)
+        told = returned.clone()
+
+        def consequence(row: int) -> HeadNotFoundError | None:
+            # Classes that are masked since, or a shift or factor of all: the logits given were the returned ones.
+            factor = estimated_factor(told, logits[0])
+            for weight in (1.0, factor):
+                if weight is not None and not bool(related(told, logits, [weight]).bad.any()):
+                    _remember(model, replace(head, direct=False))
+                    return None
+            _forget(model, head.name)
+            return HeadNotFoundError(f"head: {_not_the_heads(head, row)}; {_otherwise(head)}")
+
+        require(~(same | logits[0].isnan()).all(1), consequence)
+        dtype = torch.promote_types(returned.dtype, torch.float32)
+        return HeadOutput(features[0], torch.where(same, logits[0].to(dtype), returned.to(dtype).clamp(min=MASKED)))
+    weights: list[float | Tensor] = list(head.weights)
+    if len(logits) == 1:
+        factor = estimated_factor(returned, logits[0])
+        weights = weights if factor is None else [factor]
+    now = related(returned, logits, weights)
+    _require(model, head, now.bad, lambda row: _not_the_heads(head, row))
+    return HeadOutput(stacked(features, biases, weights), now.logits)
+
+
+def _require(model: nn.Module, head: Head, bad: Tensor, why: Callable[[int], str]) -> None:
+    def consequence(row: int) -> HeadNotFoundError:
+        _forget(model, head.name)
+        return HeadNotFoundError(f"head: {why(row)}; {_otherwise(head)}")
+
+    require(bad, consequence)
+
+
+def _not_linear(layer: Layer, _row: int) -> str:
+    return f"{layer.describe()} does not compute W h + b"
+
+
+def _misplaced(layer: Layer, row: int) -> str:
+    return f"the model's logits of sample {row} are those of no one position of the input of {layer.describe()}"
+
+
+def _not_the_heads(head: Head, row: int) -> str:
+    return (
+        f"the model's logits of sample {row} are not those of {head.describe()}, nor those after a shift or a factor "
+        "of all classes or a mask of classes"
+    )
+
+
+def _otherwise(head: Head) -> str:
+    none_needed = "use estimator=gradmix.JvpEstimator(without_rule='exact'), which needs no head"
+    if head.name is None:
+        return f"if the model has changed, the next call looks for its head anew; else {none_needed}"
+    return f"leave head= out to have the layers looked for that end in the model's output, or {none_needed}"

@@ -7,7 +7,6 @@ data with mixup for sentence classification").
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from gradmix.head import logits_of, resolve_head
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.probe import unwrap
+from gradmix.probe import unwrap, without_compilation
 
 
 def mixed_forward(
@@ -91,18 +90,12 @@ def mixed_forward(
 
     handle = _hook(module, mix, at_input)
     try:
-        with _uncompiled():
+        with without_compilation():
             logits = logits_of(outer(x))
     finally:
         handle.remove()
     _require_one_call(calls, name)
     return logits
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """What is compiled inside the model, or in place, runs uncompiled; torch 2.5 may compile it anew for each call."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 class _Reached(BaseException):
@@ -119,7 +112,7 @@ def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x
 
     handle = _hook(module, stop, at_input)
     try:
-        with _uncompiled():
+        with without_compilation():
             model(x)
     except _Reached:
         pass
@@ -162,7 +155,7 @@ def _resolve(
 ) -> tuple[str, nn.Module]:
     inner = unwrap(model)
     if stage == "feature":
-        return "the head", resolve_head(model, head, x[:1])
+        return "the head", resolve_head(model, head, x).module
     if isinstance(stage, str):
         modules = dict(inner.named_modules())
         if stage not in modules or not stage:

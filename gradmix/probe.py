@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,15 @@ def is_compiled(model: nn.Module) -> bool:
         if not isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             return False
         model = model.module
+
+
+def without_compilation() -> AbstractContextManager[Any]:
+    """Run what is compiled inside a model, or in place, as it was written, where this torch can.
+
+    Compiled code may skip hooks, and torch 2.5 may compile it anew for each call.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def device_of(model: nn.Module) -> torch.device:

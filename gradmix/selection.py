@@ -57,7 +57,7 @@ from gradmix.estimators import (
     whole_reference,
 )
 from gradmix.graphs import Graphs, Inputs, call, sent
-from gradmix.head import HeadOutput, has_bias, head_classes, resolve_head
+from gradmix.head import HeadOutput, check_outputs, has_bias_by_values, known_head, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
@@ -475,7 +475,7 @@ def _select(
     if (reference is None and marked is None) or table is not None or settings.whole is not None:
         extent = None
         if settings.whole is None:
-            width = settings.num_classes or head_classes(resolve_head(model, settings.head, batch[0][:1]))
+            width = settings.num_classes or resolve_head(model, settings.head, batch[0]).num_classes
         else:
             extent = extent_of(model, settings.whole, batch[0], settings.chunk_size)
             width = extent.width
@@ -503,20 +503,17 @@ def _select(
             raise TypeError(
                 f"reference: got {type(reference).__name__}, expected a tensor as gradmix.reference_gradient gives it"
             )
-        module = resolve_head(model, settings.head, batch[0][:1])
-        rows = (
-            forward_all(model, module, "batch", batch, settings.chunk_size)
-            if outputs is None
-            else checked_rows("batch", *batch, HeadOutput(*outputs))
-        )
+        rows = _forwarded_or_given(model, batch, outputs, settings)
         partners = (
-            rows if candidates is None else forward_all(model, module, "candidates", candidates, settings.chunk_size)
+            rows
+            if candidates is None
+            else forward_all(model, settings.head, "candidates", candidates, settings.chunk_size)
         )
         _check_width(settings.num_classes, rows.logits.shape[1])
         width = rows.logits.shape[1]
         nothing = None
         if marked is not None:
-            reference, nothing = marked_reference(rows, marked, has_bias(module), settings.batch_group)
+            reference, nothing = marked_reference(rows, marked, _has_bias(model, rows, settings), settings.batch_group)
         assert isinstance(reference, Tensor)
         check_reference(reference, width, rows.features.shape[1])
         batch = batch[0], rows.y
@@ -527,9 +524,7 @@ def _select(
             )
             decision = run(by_features, by_features.inputs(rows, partners, reference, nothing, lam, draw.numbers()))
         else:
-            alignment, allowed, score = _score_mixed(
-                model, module, rows, partners, settings, lam, reference, nothing, draw
-            )
+            alignment, allowed, score = _score_mixed(model, rows, partners, settings, lam, reference, nothing, draw)
             decision = _decided(alignment, draw.partners(allowed, score), lam)
     return Pairs(
         decision.partner,
@@ -541,6 +536,31 @@ def _select(
         candidates,
         screening,
     )
+
+
+def _forwarded_or_given(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    outputs: HeadOutput | tuple[Tensor, Tensor] | None,
+    settings: _Settings,
+) -> Rows:
+    """The batch with its head outputs: those given, or those of a pass."""
+    if outputs is None:
+        return forward_all(model, settings.head, "batch", batch, settings.chunk_size)
+    given = HeadOutput(*outputs)
+    rows = checked_rows("batch", *batch, given)
+    head = known_head(model, settings.head)
+    if head is not None:
+        check_outputs(head, given)
+    return rows
+
+
+def _has_bias(model: nn.Module, rows: Rows, settings: _Settings) -> bool:
+    """Whether the gradient of these rows has a column for the head's bias; no pass is made to find it."""
+    head = known_head(model, settings.head)
+    if head is None:
+        return has_bias_by_values(model, HeadOutput(rows.features, rows.logits))
+    return head.appends_one(rows.features)
 
 
 def _checked_labels(
@@ -652,7 +672,6 @@ class _ByFeatures:
 
 def _score_mixed(
     model: nn.Module,
-    head: nn.Module,
     rows: Rows,
     partners: Rows,
     settings: _Settings,
@@ -670,12 +689,12 @@ def _score_mixed(
             for _ in "ab"
         )
         inner[index[:, 0], index[:, 1]], norm[index[:, 0], index[:, 1]] = mixed_input_alignment(
-            model, head, (rows.x, rows.y), (partners.x, partners.y), index, reference, lam, settings.chunk_size
+            model, settings.head, (rows.x, rows.y), (partners.x, partners.y), index, reference, lam, settings.chunk_size
         )
     else:
         inner, norm = pair_alignment(
             model,
-            head,
+            settings.head,
             rows,
             partners,
             reference,
@@ -1061,14 +1080,12 @@ class GradMix:
             )
         table = None
         if by_class and (reference is not None or marked is not None):
-            head = resolve_head(self._model, settings.head, batch[0][:1])
-            given = None if outputs is None else HeadOutput(*outputs)
-            at_hand = [checked_rows("batch", *batch, given)] if given is not None else []
-            sources = [("batch", batch)] if given is None else []
-            sources += [("candidates", candidates)] if candidates is not None else []
-            at_hand += [forward_all(self._model, head, name, pair, settings.chunk_size) for name, pair in sources]
+            at_hand = [_forwarded_or_given(self._model, batch, outputs, settings)]
+            if candidates is not None:
+                at_hand.append(forward_all(self._model, settings.head, "candidates", candidates, settings.chunk_size))
             if marked is not None:
-                reference, nothing = marked_reference(at_hand[0], marked, has_bias(head), settings.batch_group)
+                bias = _has_bias(self._model, at_hand[0], settings)
+                reference, nothing = marked_reference(at_hand[0], marked, bias, settings.batch_group)
                 reference = None if bool(nothing) else reference
             if settings.last_layer == "feature":
                 at_hand = [rows.without_inputs() for rows in at_hand]
@@ -1076,7 +1093,7 @@ class GradMix:
             at_hand = [gathered(rows, settings.batch_group) for rows in at_hand]
             table = class_table(
                 self._model,
-                head,
+                settings.head,
                 concatenate([*kept, *at_hand]),
                 reference,
                 estimator=settings.last_layer,

@@ -442,7 +442,7 @@ BAD = {
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size: got 0, expected an integer >= 1"),
     "backend": ({"backend": "cuda-fast"}, ValueError, "backend: got 'cuda-fast'"),
     "head": ({"head": "classifier"}, gradmix.HeadNotFoundError, "no module 'classifier'"),
-    "model": ({"model": nn.Flatten()}, gradmix.HeadNotFoundError, "the model has no nn.Linear"),
+    "model": ({"model": nn.Flatten()}, gradmix.HeadNotFoundError, "no linear layer of the model gives 192 logits"),
     "outputs of other rows": (
         {"outputs": (torch.zeros(3, 12), torch.zeros(3, CLASSES))},
         ValueError,

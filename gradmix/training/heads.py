@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradmix.head import head_classes, resolve_head
+from gradmix.head import resolve_head
 from gradmix.probe import unwrap
 from gradmix.training.seeds import generator_for
 
@@ -54,8 +54,8 @@ def grow_head(
     inner = unwrap(model)
     if head is None and example is None and type(inner).__module__.startswith("gradmix.training.models."):
         head = getattr(inner, "head", None)
-    old = resolve_head(inner, head, example)
-    before = head_classes(old)
+    found = resolve_head(inner, head, example)
+    old, before = found.module, found.num_classes
     if num_classes < before:
         raise ValueError(f"num_classes: got {num_classes}, expected at least the {before} that the head has")
     if num_classes == before:

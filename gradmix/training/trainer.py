@@ -447,7 +447,7 @@ class _Run:
 
     def grow_to(self, width: int) -> None:
         row = self.stream.tasks[0].train.read(torch.zeros(1, dtype=torch.int64)).to(self.device)
-        old = resolve_head(self.model, None, self.preparation.for_testing(row))
+        old = resolve_head(self.model, None, self.preparation.for_testing(row)).module
         new = grow_head(self.model, width, seed=self.seed, head=old)
         self.width = width
         if self.optimiser is not None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gradmix.alignment import feature_alignment, forward_all
 from gradmix.graphs import sent
-from gradmix.head import resolve_head
 from gradmix.mixing import draw_lam
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
@@ -92,9 +91,8 @@ def _as_many_by_norm(
     """(N, M) bool: as many pairs as are helpful, those with the smallest or largest gradient."""
     model = unwrap(model)
     with untouched(model):
-        head = resolve_head(model, None, other[0][:1])
-        rows = forward_all(model, head, "batch", pairs._batch, CHUNK)
-        partners = rows if pairs._candidates is None else forward_all(model, head, "candidates", other, CHUNK)
+        rows = forward_all(model, None, "batch", pairs._batch, CHUNK)
+        partners = rows if pairs._candidates is None else forward_all(model, None, "candidates", other, CHUNK)
         # The norm does not depend on the reference.
         nothing = rows.features.new_zeros(rows.logits.shape[1], rows.features.shape[1] + 1)
         lam = float(pairs.lam.min())

@@ -1,0 +1,180 @@
+"""Whether the logits that a model returned are those of its classifier, checked on values in every pass.
+
+The last-layer gradient is (softmax(z) - y) [h; 1]^T only if the model's logits z are W h + b. What may follow the layer
+without making that wrong:
+
+- a shift that is the same for all classes of a sample, as ``log_softmax`` makes: the softmax does not see it;
+- classes that are masked in all samples, by minus infinity or a large negative constant: their probability is 0;
+- a common factor, such as a temperature: z = w (W h + b) is the layer applied to [w h; w];
+- a weighted sum of several layers, z = sum_k w_k (W_k h_k + b_k): one layer [W_1 b_1 W_2 b_2 ...] applied to
+  [w_1 h_1; w_1; w_2 h_2; w_2; ...].
+
+Anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradmix.ops.dtypes import exact_dtype, work_dtype
+
+MASK_GAP = 100.0
+"""How far below a sample's largest logit a masked one is at least: exp(-100) is no float32 number above 0."""
+
+MASKED = -1e30
+"""The logit of a masked class, whatever constant the model writes there."""
+
+CHECKED_SAMPLES = 4
+"""Samples of a pass for which W h + b is computed again."""
+
+_SPARE_EQUATIONS = 4
+"""Equations that a factor estimated from values must fulfil beyond the ones that determine it."""
+
+
+class Related(NamedTuple):
+    """Logits returned, compared with those of the layers.
+
+    Attributes:
+        logits: (N, C), float32 at least: what was returned, :data:`MASKED` in masked classes.
+        bad: (N,) bool, the samples whose logits are not those of the layers.
+    """
+
+    logits: Tensor
+    bad: Tensor
+
+
+def related(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Related:
+    """Compare logits with a weighted sum of layers' logits, up to a shift of each sample and masked classes.
+
+    Args:
+        returned: (N, C), what the model returned.
+        layer_logits: K tensors (N, C), W_k h_k + b_k.
+        weights: K factors w_k.
+
+    Two numbers are the same if rounding explains the difference: one rounding of each term to the coarser dtype, and a
+    few of the sum over classes that a log-softmax takes.
+    """
+    coarse = _coarsest([returned, *layer_logits])
+    dtype = torch.promote_types(returned.dtype, work_dtype(coarse.dtype))
+    result = returned.to(dtype)
+    total = torch.zeros_like(result)
+    size = torch.zeros_like(result)
+    for logits, weight in zip(layer_logits, weights, strict=True):
+        total = total + weight * logits.to(dtype)
+        size = size + (weight * logits.to(dtype)).abs()
+    largest = result.max(1, keepdim=True)
+    shift = largest.values - total.gather(1, largest.indices)
+    error = (result - total - shift).abs()
+    size = size + result.abs() + shift.abs()
+    live_size = size.masked_fill(result.isinf(), 0).amax(1, keepdim=True)
+    # The shift is as coarse as the logit that it was taken from.
+    tolerance = coarse.eps * (size + size.gather(1, largest.indices)) + 4 * torch.finfo(dtype).eps * live_size
+    other = (error > tolerance) | (result.isinf() & (result != total))
+    dead = result < largest.values - MASK_GAP
+    masked = (other & dead).any(0)
+    bad = ((other | masked) & ~dead).any(1)
+    return Related(result.masked_fill(masked, MASKED), bad)
+
+
+def estimated_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
+    """The factor w of returned = w layer_logits + shift, () by least squares; None where there are too few logits."""
+    count, classes = returned.shape
+    if count * (classes - 1) < 1 + _SPARE_EQUATIONS:
+        return None
+    dtype = exact_dtype(returned.device)
+    result, logits = returned.to(dtype), layer_logits.to(dtype)
+    dead = (result < result.amax(1, keepdim=True) - MASK_GAP).all(0)
+    live = classes - dead.sum()
+    result, logits = (v.masked_fill(dead, 0) for v in (result, logits))
+    result, logits = ((v - v.sum(1, keepdim=True) / live).masked_fill(dead, 0) for v in (result, logits))
+    factor = (result * logits).sum() / logits.square().sum()
+    # Logits that are all alike tell nothing of the factor.
+    return torch.where(factor.isfinite() & (factor != 0), factor, torch.ones_like(factor))
+
+
+def off_linear(
+    features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None, *, up_to_shift: bool = False
+) -> Tensor:
+    """(n,) bool: the samples, a few of all, whose logits are not W h + b.
+
+    Args:
+        features: (N, d), the layer's input.
+        logits: (N, C), its output.
+        weight: (C, d).
+        bias: (C,) or None.
+        up_to_shift: whether a factor of all logits, a shift of each sample's and masked classes are left aside.
+
+    What a layer computes with is what the tolerance allows for: under autocast its input and weight are rounded to the
+    dtype of its output, and float32 products may be made in TF32 or bfloat16.
+    """
+    # A few of all by their numbers, so that no sample is always left out of small batches.
+    step = max(1, -(-len(features) // CHECKED_SAMPLES))
+    dtype = exact_dtype(features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        h, w, b = (
+            None if v is None else v.detach().to(logits.dtype).to(dtype) for v in (features[::step], weight, bias)
+        )
+        assert h is not None and w is not None
+        z = logits[::step].to(dtype)
+        product = h @ w.T
+        terms = h.abs() @ w.abs().T
+        scale = (h.square() @ w.square().T).sqrt() + product.abs()
+        if b is not None:
+            product, terms, scale = product + b, terms + b.abs(), scale + b.abs()
+        accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
+        tolerance = accumulated * terms + 4 * _product_eps(logits) * (scale + z.abs())
+        if not up_to_shift:
+            wrong: Tensor = (product - z).abs() > tolerance
+            return wrong.any(1)
+        factor = estimated_factor(z, product)
+        if factor is not None:
+            product, tolerance = product * factor, tolerance * factor.abs().clamp(min=1)
+        largest = z.max(1, keepdim=True)
+        error = product - z
+        error = error - error.gather(1, largest.indices)
+        tolerance = tolerance + tolerance.gather(1, largest.indices)
+        wrong = (error.abs() > tolerance) & (z >= largest.values - MASK_GAP)
+        return wrong.any(1)
+
+
+def stacked(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:
+    """(N, D): [w_1 h_1, w_1, w_2 h_2, w_2, ...], the input of all layers as one without a bias of its own.
+
+    Args:
+        features: K tensors (N, d_k).
+        biases: for each layer whether it has a bias, whose column is then appended.
+        weights: K factors w_k.
+    """
+    parts: list[Tensor] = []
+    for h, bias, weight in zip(features, biases, weights, strict=True):
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        parts.append(h * weight)
+        if bias:
+            parts.append(h.new_ones(len(h), 1) * weight)
+    return torch.cat([part.to(parts[0].dtype) for part in parts], 1)
+
+
+class _Coarse(NamedTuple):
+    dtype: torch.dtype
+    eps: float
+
+
+def _coarsest(values: Sequence[Tensor]) -> _Coarse:
+    dtype = max((v.dtype for v in values), key=lambda d: torch.finfo(d).eps)
+    return _Coarse(dtype, torch.finfo(dtype).eps)
+
+
+def _product_eps(logits: Tensor) -> float:
+    """Rounding of one factor of a matrix product that gave ``logits``."""
+    eps = torch.finfo(logits.dtype).eps
+    if logits.dtype == torch.float32:
+        precision = torch.get_float32_matmul_precision()
+        if precision == "medium":
+            return torch.finfo(torch.bfloat16).eps
+        if precision == "high" or (logits.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+            return 2.0**-10
+    return eps
