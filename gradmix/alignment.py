@@ -45,7 +45,7 @@ from gradmix.estimators import (
     rows_of_classes,
     whole_reference,
 )
-from gradmix.head import Head, HeadLike, HeadOutput, forward_head, resolve_head
+from gradmix.head import CapturedOutput, HeadLike, forward_head
 from gradmix.head_values import MASKED
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
@@ -198,23 +198,27 @@ class ClassTable:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with what the head saw and said for them: x (N, ...), y labels, features (N, d), logits (N, C)."""
+    """Rows with what the head saw and said for them: x (N, ...), y labels, features (N, d), logits (N, C).
+
+    ``appends_one``: whether a column of ones for the head's bias goes with the features.
+    """
 
     x: Tensor
     y: Tensor
     features: Tensor
     logits: Tensor
+    appends_one: bool = True
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, index: Tensor) -> Rows:
         """The rows at ``index``."""
-        return Rows(self.x[index], self.y[index], self.features[index], self.logits[index])
+        return Rows(self.x[index], self.y[index], self.features[index], self.logits[index], self.appends_one)
 
     def without_inputs(self) -> Rows:
         """The same with x of width 0: what is kept in feature space must not keep images alive."""
-        return Rows(self.x.new_empty(len(self), 0), self.y, self.features, self.logits)
+        return replace(self, x=self.x.new_empty(len(self), 0))
 
 
 # ------------------------------------------------------------------------------------------------------- forward passes
@@ -255,7 +259,7 @@ def _forwarded_share(
             yield 0, checked_rows(name, x, y, forward_head(model, head, x)).take(torch.arange(0, device=y.device))
 
 
-def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row: int = 0) -> Rows:
+def checked_rows(name: str, x: Tensor, y: Tensor, output: CapturedOutput, first_row: int = 0) -> Rows:
     """Rows with their head output, after a look for NaN and labels beyond the logits' classes."""
     features, logits = output
     if len(features) != len(y):
@@ -274,7 +278,7 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
             "others: the loss of a masked class has no gradient that could be compared"
         ),
     )
-    return Rows(x, y, features, logits)
+    return Rows(x, y, features, logits, output.appends_one)
 
 
 # --------------------------------------------------------------------------------------------------- reference gradient
@@ -283,15 +287,13 @@ def checked_rows(name: str, x: Tensor, y: Tensor, output: HeadOutput, first_row:
 class ReferenceSum:
     """Running sum of last-layer gradients; its mean is the reference gradient."""
 
-    def __init__(self, head: Head) -> None:
-        self._head = head
+    def __init__(self) -> None:
         self._sum: Tensor | None = None
         self.count = 0
 
     def add(self, rows: Rows) -> None:
         """Add sum_n r_n [h_n; 1]^T of these rows."""
-        bias = self._head.appends_one(rows.features)
-        self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=bias, out=self._sum)
+        self._sum = last_layer_gradient(rows.features, rows.logits, rows.y, bias=rows.appends_one, out=self._sum)
         self.count += len(rows)
 
     def mean(self, group: Group = None) -> Tensor | None:
@@ -305,20 +307,19 @@ class ReferenceSum:
         return total / count
 
 
-def marked_reference(rows: Rows, marked: Tensor, bias: bool, group: Group = None) -> tuple[Tensor, Tensor]:
+def marked_reference(rows: Rows, marked: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
     """The mean last-layer gradient of those rows that are marked; nothing is waited for.
 
     Args:
         rows: N rows with their features and logits.
         marked: (N,) bool.
-        bias: whether the head has one.
         group: processes, each with rows of its own, over all of which the mean is taken.
 
     Returns:
         (C, d + 1), or (C, d) without bias, and () bool, whether no row was marked: then it is zero.
     """
     h = rows.features.to(work_dtype(rows.features.dtype))
-    if bias:
+    if rows.appends_one:
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
     # The row [h; 1] of zeros adds nothing, and how many such rows there are need not be known.
     total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), rows.logits, rows.y, bias=False)
@@ -390,7 +391,7 @@ def read_buffer(
     places: list[Tensor] = []
     quota = ClassQuota(keep)
     for start, rows in _forwarded_share(model, head, "buffer", buffer, chunk, device, group):
-        total = total or ReferenceSum(resolve_head(model, head))
+        total = total or ReferenceSum()
         total.add(rows)
         if keep:
             index = quota.admit(rows.y)
@@ -695,10 +696,9 @@ def alignment_matrix(
         reference, _ = read_buffer(model, buffer, head, chunk_size, x.device)
         if reference is None:
             raise ValueError("buffer: got no rows, expected at least one")
-        module = resolve_head(model, head, x)
-        rows, partners = forward_pair(model, module, (x, y), partner_pair, chunk_size, candidates is None)
+        rows, partners = forward_pair(model, head, (x, y), partner_pair, chunk_size, candidates is None)
         inner, norm = pair_alignment(
-            model, module, rows, partners, reference, lam, estimator=kind, chunk=chunk_size, backend=backend
+            model, head, rows, partners, reference, lam, estimator=kind, chunk=chunk_size, backend=backend
         )
     return judge(inner, norm, rows, partners, reference, criterion, candidates is None).compact()
 
@@ -724,7 +724,8 @@ def forward_all(model: nn.Module, head: HeadLike, name: str, pair: tuple[Tensor,
 
 def gathered(rows: Rows, group: Group) -> Rows:
     """The rows of all processes of a group, in the order of their ranks."""
-    return Rows(*(gather_rows(part, group) for part in (rows.x, rows.y, rows.features, rows.logits)))
+    x, y, features, logits = (gather_rows(part, group) for part in (rows.x, rows.y, rows.features, rows.logits))
+    return Rows(x, y, features, logits, rows.appends_one)
 
 
 def agreed(table: ClassTable, group: Group) -> ClassTable:
@@ -737,9 +738,10 @@ def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:
     """Several chunks as one; hard and soft labels meet as label vectors, as wide as ``classes`` or the logits."""
     if len({part.y.is_floating_point() for part in parts}) > 1:
         classes = parts[0].logits.shape[1] if classes is None else classes
-        parts = [Rows(p.x, dense_labels(p.y, classes, torch.float32), p.features, p.logits) for p in parts]
+        parts = [replace(part, y=dense_labels(part.y, classes, torch.float32)) for part in parts]
     fields = ("x", "y", "features", "logits")
-    return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+    x, y, features, logits = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    return Rows(x, y, features, logits, parts[0].appends_one)
 
 
 def pair_alignment(

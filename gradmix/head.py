@@ -50,6 +50,22 @@ class HeadOutput(NamedTuple):
     logits: Tensor
 
 
+class CapturedOutput(HeadOutput):
+    """A :class:`HeadOutput` that was checked when it was captured.
+
+    Attributes:
+        appends_one: whether a column of ones for the bias goes with the features.
+    """
+
+    appends_one: bool
+
+    def __new__(cls, features: Tensor, logits: Tensor, appends_one: bool = True) -> CapturedOutput:
+        """Keep the flag beside the pair."""
+        output = super().__new__(cls, features, logits)
+        output.appends_one = appends_one
+        return output
+
+
 @dataclass(frozen=True)
 class Head:
     """The linear layers whose weighted sum is the model's logits; nearly always one, with the factor 1.
@@ -153,7 +169,7 @@ def resolve_head(model: nn.Module, head: HeadLike = None, example: InputTree | N
     return resolved
 
 
-def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> HeadOutput:
+def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> CapturedOutput:
     """What the head sees and says for ``x``; call it inside :func:`gradmix.probe.untouched`.
 
     Raises:
@@ -211,7 +227,7 @@ class HeadCapture:
         self._passes.append(_Pass(returned, _rows_and_checks(self.head, calls, returned)))
 
     @property
-    def output(self) -> HeadOutput:
+    def output(self) -> CapturedOutput:
         """Detached features and logits of the forward pass inside the context (:class:`HeadOutput`).
 
         On a GPU nothing is waited for: logits that are not the head's are found by the next call of the library.
@@ -219,7 +235,7 @@ class HeadCapture:
         with later():
             return self.checked()
 
-    def checked(self) -> HeadOutput:
+    def checked(self) -> CapturedOutput:
         """:attr:`output`, where the caller takes care of checks that wait (:func:`gradmix.ops.waiting.later`)."""
         for what, counts in ((self.head.describe(), map(len, self._calls)), ("the model", [len(self._passes)])):
             wrong = next((count for count in counts if count != 1), None)
@@ -228,54 +244,48 @@ class HeadCapture:
                     f"head: {what} was seen to run {wrong} times in one forward pass of the model, expected once (code "
                     "compiled before may pass by the hook)"
                 )
-        return _output_of(self._model, self.head, self._passes[0])
+        features, logits = _output_of(self._model, self.head, self._passes[0])
+        return CapturedOutput(features, logits, self.head.appends_one(features))
 
 
-def known_head(model: nn.Module, head: HeadLike) -> Head | None:
-    """The head that is named or was found before; None where a pass would be needed to find it."""
-    if isinstance(head, Head):
-        return head
-    inner = unwrap(model)
-    name = _name_of(inner, head)
-    known = _remembered(inner, name)
-    if known is not None or name is None:
-        return known
-    layer = named_layer(inner.get_submodule(name), name)
-    return None if layer is None else Head((layer,), (1.0,), True, name)
+def given_outputs(
+    model: nn.Module, head: HeadLike, outputs: HeadOutput | tuple[Tensor, Tensor], count: int
+) -> CapturedOutput:
+    """Features and logits that a caller gives, checked against the head's weights on a few samples unless captured.
 
-
-def check_outputs(head: Head, output: HeadOutput) -> None:
-    """Check features and logits that a caller gives against the head's weights, on a few samples.
+    No pass is made: a head that is not known yet is recognised by its values; one that cannot be is taken to have a
+    bias.
 
     Raises:
+        ValueError: their numbers are not ``count``.
         HeadNotFoundError: the logits are not those that the head makes of the features with its present weights.
     """
-    features, logits = output
-    weight, bias = _matrix_of(head, features)
-    if features.ndim != 2 or logits.ndim != 2 or weight.shape != (logits.shape[1], features.shape[1]):
-        return  # shapes are checked elsewhere
-    bad = off_linear(features, logits, weight, bias, up_to_shift=True)
-
-    def consequence(_row: int) -> HeadNotFoundError:
-        return HeadNotFoundError(
-            f"outputs: got logits that are not those of {head.describe()} for the features given, expected features "
-            "and logits of one forward pass of this model with its present weights, as gradmix.HeadCapture records "
-            "them"
+    if isinstance(outputs, CapturedOutput):
+        return outputs
+    features, logits = outputs
+    if not len(features) == len(logits) == count:
+        raise ValueError(
+            f"outputs: got features of {len(features)} and logits of {len(logits)} samples, expected {count} as the batch"
         )
+    known = _known_head(unwrap(model), head)
+    if known is None:
+        return CapturedOutput(features, logits, _has_bias_by_values(unwrap(model), features, logits))
+    weight, bias = _matrix_of(known, features)
+    if features.ndim == 2 and logits.ndim == 2 and weight.shape == (logits.shape[1], features.shape[1]):
+        text = (
+            f"outputs: got logits that are not those of {known.describe()} for the features given, expected features "
+            "and logits of one forward pass of this model with its present weights, as gradmix.HeadCapture records them"
+        )
+        require(off_linear(features, logits, weight, bias, up_to_shift=True), lambda _row: HeadNotFoundError(text))
+    return CapturedOutput(features, logits, known.appends_one(features))
 
-    require(bad, consequence)
 
-
-def has_bias_by_values(model: nn.Module, output: HeadOutput) -> bool:
-    """Whether the layer that made ``output`` has a bias, by comparing values with the model's weights, without a pass.
-
-    True where no such layer is found, or where values may not be looked at.
-    """
-    features, logits = output
+def _has_bias_by_values(model: nn.Module, features: Tensor, logits: Tensor) -> bool:
+    """Whether the layer that made the logits has a bias; True where none is found, or where nothing is looked at."""
     if features.ndim != 2 or logits.ndim != 2 or not look_is_free(features.device):
         return True
     live = (logits > MASKED).all(0)
-    for name, module in reversed(list(unwrap(model).named_modules())):
+    for name, module in reversed(list(model.named_modules())):
         for layer in layers_of(module, name, logits.shape[1]):
             head = Head((layer,), (1.0,), True, None)
             weight, bias = _matrix_of(head, features)
@@ -329,6 +339,18 @@ def _remembered(model: nn.Module, name: str | None) -> Head | None:
             return None
         layers.append(layer)
     return Head(tuple(layers), known.weights, known.direct, name)
+
+
+def _known_head(model: nn.Module, head: HeadLike) -> Head | None:
+    """The head that is named or was found before; None where a pass would be needed to find it."""
+    if isinstance(head, Head):
+        return head
+    name = _name_of(model, head)
+    known = _remembered(model, name)
+    if known is not None or name is None:
+        return known
+    layer = named_layer(model.get_submodule(name), name)
+    return None if layer is None else Head((layer,), (1.0,), True, name)
 
 
 def _remember(model: nn.Module, head: Head) -> None:

@@ -57,7 +57,7 @@ from gradmix.estimators import (
     whole_reference,
 )
 from gradmix.graphs import Graphs, Inputs, call, sent
-from gradmix.head import HeadOutput, check_outputs, has_bias_by_values, known_head, resolve_head
+from gradmix.head import HeadOutput, given_outputs, resolve_head
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
@@ -513,7 +513,7 @@ def _select(
         width = rows.logits.shape[1]
         nothing = None
         if marked is not None:
-            reference, nothing = marked_reference(rows, marked, _has_bias(model, rows, settings), settings.batch_group)
+            reference, nothing = marked_reference(rows, marked, settings.batch_group)
         assert isinstance(reference, Tensor)
         check_reference(reference, width, rows.features.shape[1])
         batch = batch[0], rows.y
@@ -547,20 +547,7 @@ def _forwarded_or_given(
     """The batch with its head outputs: those given, or those of a pass."""
     if outputs is None:
         return forward_all(model, settings.head, "batch", batch, settings.chunk_size)
-    given = HeadOutput(*outputs)
-    rows = checked_rows("batch", *batch, given)
-    head = known_head(model, settings.head)
-    if head is not None:
-        check_outputs(head, given)
-    return rows
-
-
-def _has_bias(model: nn.Module, rows: Rows, settings: _Settings) -> bool:
-    """Whether the gradient of these rows has a column for the head's bias; no pass is made to find it."""
-    head = known_head(model, settings.head)
-    if head is None:
-        return has_bias_by_values(model, HeadOutput(rows.features, rows.logits))
-    return head.appends_one(rows.features)
+    return checked_rows("batch", *batch, given_outputs(model, settings.head, outputs, len(batch[1])))
 
 
 def _checked_labels(
@@ -1084,8 +1071,7 @@ class GradMix:
             if candidates is not None:
                 at_hand.append(forward_all(self._model, settings.head, "candidates", candidates, settings.chunk_size))
             if marked is not None:
-                bias = _has_bias(self._model, at_hand[0], settings)
-                reference, nothing = marked_reference(at_hand[0], marked, bias, settings.batch_group)
+                reference, nothing = marked_reference(at_hand[0], marked, settings.batch_group)
                 reference = None if bool(nothing) else reference
             if settings.last_layer == "feature":
                 at_hand = [rows.without_inputs() for rows in at_hand]

@@ -310,7 +310,7 @@ def test_outputs_of_other_weights_are_refused(source: str) -> None:
     gradmix.select_pairs(model, BUFFER, BATCH)
     with HeadCapture(model) as capture, torch.no_grad():
         model(BATCH[0])
-    before = capture.output
+    before = tuple(capture.output)  # as a caller's own: what was captured was checked then
     with torch.no_grad():
         model.fc.weight.mul_(1.01).add_(0.01)
     buffer = BUFFER if source == "buffer" else MARKED

@@ -44,7 +44,7 @@ def test_the_reference_is_that_of_the_marked_rows(case: str, bias: bool, soft: b
     model, batch = MLP(bias).double(), rows(10, 1, torch.float64, soft)
     with untouched(model):
         head = resolve_head(model, "fc")
-        reference, nothing = marked_reference(forward_all(model, head, "batch", batch, 99), marked(MARKS[case]), bias)
+        reference, nothing = marked_reference(forward_all(model, head, "batch", batch, 99), marked(MARKS[case]))
     assert bool(nothing) == (case == "none")
     if case == "none":
         assert not reference.any() and reference.shape == (CLASSES, 12 + bias)

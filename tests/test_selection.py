@@ -446,7 +446,7 @@ BAD = {
     "outputs of other rows": (
         {"outputs": (torch.zeros(3, 12), torch.zeros(3, CLASSES))},
         ValueError,
-        "batch: the head ran on 3 rows, expected 4",
+        "outputs: got features of 3 and logits of 3 samples, expected 4 as the batch",
     ),
     "reference": ({"reference": torch.zeros(CLASSES, 9)}, ValueError, r"reference: got shape \(5, 9\)"),
 }
