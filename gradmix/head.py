@@ -265,7 +265,8 @@ def given_outputs(
     features, logits = outputs
     if not len(features) == len(logits) == count:
         raise ValueError(
-            f"outputs: got features of {len(features)} and logits of {len(logits)} samples, expected {count} as the batch"
+            f"outputs: got features of {len(features)} and logits of {len(logits)} samples, expected {count} as the "
+            "batch has"
         )
     known = _known_head(unwrap(model), head)
     if known is None:
