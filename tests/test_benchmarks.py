@@ -33,7 +33,7 @@ def cut(monkeypatch):
     """Cuts a made-up data set as split-mnist would be cut."""
 
     def cut(data: LabelledImages, **options) -> TaskStream:
-        monkeypatch.setitem(benchmarks.DATASETS, "mnist", lambda _data_dir: data)
+        monkeypatch.setitem(benchmarks.DATASETS, "mnist", lambda _data_dir, test: data)
         return make_stream("split-mnist", "unused", **options)
 
     return cut

@@ -227,7 +227,8 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         {
             "train/b/2.txt": b"second",
             "train/b/1.txt": "erste Zeile\nübrig".encode(),
-            "train/a c/x.txt": b"",
+            "train/a c/x.txt": b"other",
+            "train/a c/y.txt": b"",
             "train/b/notes.md": b"no text",
             "train/.hidden/x.txt": b"\xff",
             "train/b/.x.txt": b"\xff",
@@ -237,7 +238,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     )
     texts = text_folder(tmp_path)
     assert texts.class_names == ("a c", "b")
-    assert texts.train == ["", "erste Zeile\nübrig", "second"] and texts.train_y.tolist() == [0, 1, 1]
+    assert texts.train == ["other", "", "erste Zeile\nübrig", "second"] and texts.train_y.tolist() == [0, 0, 1, 1]
     assert texts.test == ["last"] and texts.test_y.tolist() == [1]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradmix.training.class_names import printable
 from gradmix.training.config import DataConfig, TrainConfig, check
 from gradmix.training.datasets import (
     DATASETS,
@@ -63,19 +64,19 @@ class Benchmark:
         name: The name users give.
         title: What it is, in a few words.
         read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
-            (``None``: as the benchmark has it).
+            (``None``: as the benchmark has it); test rows too, or the training rows alone.
         protocol: The settings.
     """
 
     name: str
     title: str
-    read: Callable[[Path, int | None], Source]
+    read: Callable[[Path, int | None, bool], Source]
     protocol: Protocol
 
 
-def _images(dataset: str, data_dir: Path, _size: int | None) -> Source:
+def _images(dataset: str, data_dir: Path, _size: int | None, test: bool) -> Source:
     """Images that are small enough to be kept in memory."""
-    data = DATASETS[dataset](data_dir)
+    data = DATASETS[dataset](data_dir, test=test)
     return Source(
         (data.train_x, data.train_y),
         (data.test_x, data.test_y),
@@ -87,23 +88,24 @@ def _images(dataset: str, data_dir: Path, _size: int | None) -> Source:
 
 
 def _files(
-    layout: Callable[[Path, int], tuple[Any, Any]],
+    layout: Callable[..., tuple[Any, Any]],
     mean: tuple[float, ...],
     std: tuple[float, ...],
     usual_size: int,
     spare: bool,
     data_dir: Path,
     size: int | None,
+    test: bool,
 ) -> Source:
     """Images that are read from files when they are wanted, a little larger than the model sees them if ``spare``."""
     size = size or usual_size
-    train, test = layout(data_dir, size + size // 7 if spare else size)
-    return Source(train, test, train.class_names, mean=mean, std=std, input_shape=(3, size, size))
+    train, held_out = layout(data_dir, size + size // 7 if spare else size, test=test)
+    return Source(train, held_out, train.class_names, mean=mean, std=std, input_shape=(3, size, size))
 
 
-def _texts(read: Callable[[Path], Texts], length: int, data_dir: Path, _size: int | None) -> Source:
+def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int | None, test: bool) -> Source:
     """Texts as numbers of words, padded to ``length``."""
-    data, vocabulary = read(data_dir), HashedVocabulary()
+    data, vocabulary = read(data_dir, test=test), HashedVocabulary()
     return Source(
         (vocabulary.encode(data.train, length), data.train_y),
         (vocabulary.encode(data.test, length), data.test_y),
@@ -112,8 +114,8 @@ def _texts(read: Callable[[Path], Texts], length: int, data_dir: Path, _size: in
     )
 
 
-def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None) -> Source:
-    """Standardised rows of numbers."""
+def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None, _test: bool) -> Source:
+    """Standardised rows of numbers; test rows are of the same file."""
     data = read(data_dir)
     return Source(
         (data.train_x, data.train_y),
@@ -238,7 +240,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "split-descriptions",
             "244 passages of the descriptions of scikit-learn's data sets, 6 tasks of 2 classes",
-            partial(_texts, lambda _data_dir: descriptions(), 16),
+            partial(_texts, lambda _data_dir, test: descriptions(), 16),
             replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
         ),
         Benchmark(
@@ -321,7 +323,8 @@ def make_stream(
         data_dir: Where the data lie; ``split-digits`` needs none.
         class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
         validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
-            the data set (the same rows each time), and takes the place of the test rows, which are then not used.
+            the data set (the same rows each time), and takes the place of the test rows, which are then not read and
+            need not be there.
         tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: all of them.
         normalise: Whether pixels are normalised; ``None``: as the protocol has it.
         rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
@@ -341,11 +344,13 @@ def make_stream(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"name: got {name!r}, expected {_names()}")
+    if not 0.0 <= validation < 1.0:  # before anything is read
+        raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
     protocol = benchmark.protocol
     if classes_per_task is None and tasks is not None and protocol.tasks is not None and tasks > protocol.tasks:
         raise ValueError(f"tasks: got {tasks}, expected 1 to {protocol.tasks}, the tasks of {name}")
-    source = benchmark.read(Path(data_dir), image_size)
+    source = benchmark.read(Path(data_dir), image_size, validation == 0.0)
     mean, std = source.mean, source.std
     if not (protocol.normalise if normalise is None else normalise):
         mean = std = None
@@ -366,6 +371,9 @@ def make_stream(
         std=std,
         vocabulary=source.vocabulary,
     )
+    if source.class_names is not None and stream.num_classes < len(source.class_names):
+        absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
+        raise ValueError(f"{name}: no rows of class {', '.join(absent)}")
     stream = first_tasks(stream, tasks)
     to_float = source.to_float
     return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import gzip
 import math
-import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from gradmix.training import pickled_arrays
 
 # Per-channel mean and standard deviation of the training images, values in [0, 1].
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -124,83 +125,75 @@ def load_digits() -> LabelledImages:
     return LabelledImages(x[~test], y[~test], x[test], y[test], _DIGIT_NAMES, maximum=16.0)
 
 
-def load_mnist(data_dir: str | Path) -> LabelledImages:
+def load_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Reads MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
 
     Args:
         data_dir: The data directory.
+        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
 
     Raises:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES, MNIST_MEAN, MNIST_STD)
+    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES, MNIST_MEAN, MNIST_STD, test)
 
 
-def load_fashion_mnist(data_dir: str | Path) -> LabelledImages:
+def load_fashion_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Reads Fashion-MNIST, 28x28 pixels, from ``<data_dir>/FashionMNIST/raw``, in the files of :func:`load_mnist`.
 
     Args:
         data_dir: The data directory.
+        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
 
     Raises:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES, FASHION_MEAN, FASHION_STD)
+    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES, FASHION_MEAN, FASHION_STD, test)
 
 
-def load_cifar10(data_dir: str | Path) -> LabelledImages:
+def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Reads CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
 
     Args:
         data_dir: The data directory.
+        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
 
     Raises:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
     folder = Path(data_dir) / "cifar-10-batches-py"
-    files = [*(folder / f"data_batch_{number}" for number in range(1, 6)), folder / "test_batch"]
+    train = [folder / f"data_batch_{number}" for number in range(1, 6)]
     meta = folder / "batches.meta"
-    _require([*files, meta], "CIFAR-10", "CIFAR10")
-    names = _class_names(meta, "label_names", 10)
-    parts = [_cifar_rows(path, "labels", len(names)) for path in files]
-    train_x, train_y = (torch.cat(columns) for columns in zip(*parts[:-1], strict=True))
-    return LabelledImages(train_x, train_y, *parts[-1], class_names=names, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    return _load_cifar(train, folder / "test_batch" if test else None, meta, "10", ("labels", "label_names"))
 
 
-def load_cifar100(data_dir: str | Path) -> LabelledImages:
+def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Reads CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
 
     Args:
         data_dir: The data directory.
+        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
 
     Raises:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
     folder = Path(data_dir) / "cifar-100-python"
-    train, test, meta = folder / "train", folder / "test", folder / "meta"
-    _require([train, test, meta], "CIFAR-100", "CIFAR100")
-    names = _class_names(meta, "fine_label_names", 100)
-    return LabelledImages(
-        *_cifar_rows(train, "fine_labels", len(names)),
-        *_cifar_rows(test, "fine_labels", len(names)),
-        class_names=names,
-        mean=CIFAR100_MEAN,
-        std=CIFAR100_STD,
-    )
+    keys = ("fine_labels", "fine_label_names")
+    return _load_cifar([folder / "train"], folder / "test" if test else None, folder / "meta", "100", keys)
 
 
-DATASETS: dict[str, Callable[[str | Path], LabelledImages]] = {
-    "digits": lambda _data_dir: load_digits(),
+DATASETS: dict[str, Callable[..., LabelledImages]] = {
+    "digits": lambda _data_dir, *, test=True: load_digits(),
     "mnist": load_mnist,
     "fashion-mnist": load_fashion_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
 }
-"""Readers by name, each called with the data directory."""
+"""Readers by name, each called with the data directory; with ``test=False`` test files need not be there."""
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
@@ -247,32 +240,70 @@ def read_idx(path: str | Path) -> npt.NDArray[Any]:
     """
     path = Path(path)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return _read_idx(path, cast(IO[bytes], file))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES:
-        raise DataError(f"{path}: not an IDX file, it begins with {raw[:4].hex(' ') or 'nothing'}")
-    dtype, ndim = np.dtype(_IDX_DTYPES[raw[2]]), raw[3]
+
+
+def _read_idx(path: Path, file: IO[bytes]) -> npt.NDArray[Any]:
+    start = up_to(file, 4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _IDX_DTYPES:
+        raise DataError(f"{path}: not an IDX file, it begins with {start.hex(' ') or 'nothing'}")
+    dtype, ndim = np.dtype(_IDX_DTYPES[start[2]]), start[3]
     header = 4 + 4 * ndim
-    if len(raw) < header:
-        raise DataError(f"{path}: ends within its header, after {len(raw)} of {header} bytes")
-    shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", ndim, offset=4))
-    expected = header + math.prod(shape) * dtype.itemsize
+    sizes = up_to(file, 4 * ndim)
+    if len(sizes) < 4 * ndim:
+        raise DataError(f"{path}: ends within its header, after {4 + len(sizes)} of {header} bytes")
+    shape = tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
+    expected = math.prod(shape) * dtype.itemsize
+    raw = up_to(file, expected + 1)  # one more, to see whether there is more, and the checksum at the end
     if len(raw) != expected:
-        raise DataError(f"{path}: {len(raw)} bytes long, expected {expected} for an array of shape {shape}; truncated?")
-    values = np.frombuffer(raw, dtype, offset=header).reshape(shape)
-    return values.astype(dtype.newbyteorder("="))
+        # Of what is compressed no more is read than was promised, so no more is known.
+        least = "at least " if len(raw) > expected else ""
+        raise DataError(
+            f"{path}: {least}{header + len(raw)} bytes long, expected {header + expected} for an array of shape "
+            f"{shape}; {'truncated' if len(raw) < expected else 'another file'}?"
+        )
+    try:
+        values = np.frombuffer(raw, dtype).reshape(shape)
+    except ValueError as error:  # more dimensions than numpy has
+        raise DataError(f"{path}: an array of {ndim} dimensions, which numpy does not take ({error})") from error
+    return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def up_to(file: IO[bytes], count: int) -> bytearray:
+    """The next ``count`` bytes of a file, or all that are left: memory is taken as bytes come, not as promised.
+
+    Args:
+        file: A binary file, also one that is decompressed on the way.
+        count: As many at most.
+    """
+    found = bytearray()
+    while len(found) < count:
+        part = file.read(min(count - len(found), 1 << 20))
+        if not part:
+            break
+        found += part
+    return found
 
 
 def _load_idx(
-    data_dir: Path, folder_name: str, names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+    data_dir: Path,
+    folder_name: str,
+    names: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    test: bool,
 ) -> LabelledImages:
     folder = data_dir / folder_name / "raw"
-    stems = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    parts = ("train", "t10k") if test else ("train",)
+    stems = [f"{part}-{kind}" for part in parts for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
     _require(paths, folder_name, folder_name, suffix="[.gz]")
-    train, test = (_idx_rows(x_path, y_path, len(names)) for x_path, y_path in (paths[:2], paths[2:]))
-    return LabelledImages(*train, *test, class_names=names, mean=mean, std=std)
+    train = _idx_rows(paths[0], paths[1], len(names))
+    held_out = _idx_rows(paths[2], paths[3], len(names)) if test else _none_of(train)
+    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
 
 
 def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:
@@ -290,9 +321,9 @@ def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]
 def read_pickle(path: str | Path) -> dict[str, Any]:
     """Reads a pickled dictionary of numbers, strings and numpy arrays, and refuses to load anything else.
 
-    A pickle may name any function to be called. Only what numpy's arrays need is admitted here, so a file from an
-    unknown source can do no harm. Files written by Python 2 or 3, with either generation of numpy, are read; keys
-    that are bytes come back as strings.
+    A pickle may name any function to be called. :mod:`gradmix.training.pickled_arrays` calls none and makes nothing but
+    these, so a file from an unknown source can do no harm. Files written by Python 2 or 3, with either generation of
+    numpy, are read; keys that are bytes come back as strings. Arrays are of numbers and read-only.
 
     Args:
         path: The file.
@@ -305,69 +336,61 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         DataError: The file is not a pickle, is cut short, or holds something else.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        try:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise DataError(f"{path}: not a pickle of arrays, or damaged ({type(error).__name__}: {error})") from error
+    raw = path.read_bytes()
+    try:
+        content = pickled_arrays.loads(raw)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise DataError(f"{path}: not a pickle of arrays, or damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, expected a dictionary")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
-def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _dtype(name: str, align: int = 0, copy: int = 0) -> np.dtype[Any]:
-    # Old files hold numbers for the flags, against which some releases of numpy 2 warn.
-    return np.dtype(name, bool(align), bool(copy))
-
-
-def _array_functions() -> dict[str, Any]:
-    """What numpy itself names in the pickle of an array or a scalar, by its name within numpy's core."""
-    core = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
-    return {
-        "multiarray._reconstruct": core.multiarray._reconstruct,
-        "multiarray.scalar": core.multiarray.scalar,
-        "numeric._frombuffer": core.numeric._frombuffer,
-    }
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return _dtype
-        if (module, name) == ("_codecs", "encode"):  # bytes in the protocols before 3
-            return _latin1_bytes
-        for core in ("numpy.core.", "numpy._core."):
-            function = _array_functions().get(f"{module}.{name}".removeprefix(core))
-            if module.startswith(core) and function is not None:
-                return function
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not admitted")
+def _load_cifar(
+    train: list[Path], test: Path | None, meta: Path, classes: str, keys: tuple[str, str]
+) -> LabelledImages:
+    _require([*train, *([] if test is None else [test]), meta], f"CIFAR-{classes}", f"CIFAR{classes}")
+    label_key, name_key = keys
+    names = _class_names(meta, name_key, int(classes))
+    parts = [_cifar_rows(path, label_key, len(names)) for path in train]
+    train_x, train_y = (torch.cat(columns) for columns in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    held_out = _none_of(parts[0]) if test is None else _cifar_rows(test, label_key, len(names))
+    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if classes == "10" else (CIFAR100_MEAN, CIFAR100_STD)
+    return LabelledImages(train_x, train_y, *held_out, class_names=names, mean=mean, std=std)
 
 
 def _cifar_rows(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tensor]:
     content = read_pickle(path)
     for key in ("data", label_key):
         if key not in content:
-            raise DataError(f"{path}: has no entry {key!r}, only {', '.join(map(repr, content)) or 'none'}")
+            found = ", ".join(ascii(known[:40]) for known in list(content)[:10])
+            raise DataError(f"{path}: has no entry {key!r}, only {found or 'none'}")
     x = content["data"]
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072 or len(x) == 0:
         found = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
         raise DataError(f"{path}: 'data' is {found}, expected uint8 rows (N, 3072)")
-    try:
-        y = np.asarray(content[label_key])
-    except ValueError as error:
-        raise DataError(f"{path}: {label_key!r} is not a list of integers ({error})") from error
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-        raise DataError(f"{path}: {label_key!r} is {y.dtype} of shape {y.shape}, expected {len(x)} integers")
+    y = content[label_key]
+    if isinstance(y, (list, tuple)):
+        # One by one: numpy would unfold a list that holds another many times, which is large though its file is small.
+        other = next((type(label).__name__ for label in y if type(label) is not int), None)
+        if other is not None:
+            raise DataError(
+                f"{path}: {label_key!r} is not a list of integers, it holds a {other}, expected {len(x)} integers"
+            )
+        y = np.array([min(max(label, -(1 << 62)), 1 << 62) for label in y], np.int64)
+    if not isinstance(y, np.ndarray) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        found = f"{y.dtype} of shape {y.shape}" if isinstance(y, np.ndarray) else f"a {type(y).__name__}"
+        raise DataError(f"{path}: {label_key!r} is {found}, expected {len(x)} integers")
     images = torch.from_numpy(np.array(x, order="C")).reshape(-1, 3, 32, 32)
     return images, _checked_labels(path, y, classes)
+
+
+def _none_of(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """No rows, of the shape and dtype of these."""
+    x, y = rows
+    return x[:0].clone(), y[:0].clone()
 
 
 def _class_names(path: Path, key: str, count: int) -> tuple[str, ...]:

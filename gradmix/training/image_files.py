@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradmix.training.class_names import look_alikes, printable, same_names
 from gradmix.training.datasets import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -43,7 +44,7 @@ class ImageFiles:
     that is 48 MiB in all, 10 of them labels, where strings alone would be 130 MiB. A forked worker process shares the
     array with its parent, since no reference counts are in it; one that is started otherwise gets a copy.
 
-    An image becomes RGB as Pillow converts it (grey, palettes, CMYK; transparency is dropped), its shorter side is
+    An image becomes RGB of 8 bits as :func:`eight_bits` says (transparency is dropped), its shorter side is
     resized to ``size`` by antialiased bilinear interpolation, and the square in the middle is cut out, to fractions of
     a pixel. The orientation that EXIF may tell is not applied, as torchvision's ImageFolder does not. A large JPEG is
     decoded at 1/2, 1/4 or 1/8 of its size, but not below twice the pixels wanted.
@@ -56,7 +57,7 @@ class ImageFiles:
         root: Folder that all paths start from.
         folders: Folders below ``root``, each with the names of its images, in order.
         labels: Label of every image ``(N,)`` in that order, in ``[0, len(class_names))``.
-        class_names: Name of every label.
+        class_names: Name of every label; bytes in them that are no UTF-8 become escapes.
         size: Side S of the decoded images, in pixels, at least 1.
 
     Raises:
@@ -73,7 +74,7 @@ class ImageFiles:
     ) -> None:
         if size < 1:
             raise ValueError(f"size: got {size}, expected at least 1")
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(map(printable, class_names))
         self.size = size
         self._root = os.fspath(root)
         names, ends, folder_of, kept = bytearray(), array("q"), array("i"), []
@@ -135,8 +136,9 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
         ``(3, S, S)`` uint8.
 
     Raises:
-        DamagedImageError: The file is there but cannot be decoded: it is no image, is cut short, or has more pixels
-            than Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``).
+        DamagedImageError: The file is there but cannot be decoded: it is no image, is cut short, has more pixels than
+            Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values of a range that :func:`eight_bits` does
+            not know.
         ModuleNotFoundError: Pillow is not installed.
         OSError: The file cannot be read.
     """
@@ -150,7 +152,7 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
             with image_module.open(io.BytesIO(content)) as image:
                 image.draft(None, (_DRAFT * size, _DRAFT * size))
                 image.load()
-                whole = image.convert("RGB")
+                whole = eight_bits(image).convert("RGB")
         width, height = whole.size
         short = min(width, height)
         left, top = (width - short) / 2, (height - short) / 2
@@ -159,8 +161,60 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly everything
-        raise DamagedImageError(f"{os.fspath(path)}: {_cause(error, content)}") from error
+        raise DamagedImageError(f"{printable(os.fspath(path))}: {_cause(error, content)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+def eight_bits(image: Any) -> Any:
+    """A Pillow image as one of the same picture with 8 bits a channel: in mode L, LA, RGB or RGBA.
+
+    Pillow's own conversion to 8 bits clips at 255 what has more. Here 16 bits are scaled, v to v * 255 / 65535, rounded
+    (also where a TIFF tells of fewer bits, or that 0 is white), and floats that lie in [0, 1] from 0 to 255. One bit
+    becomes 0 and 255. Colours of a palette are looked up, without their transparency; CMYK, YCbCr and HSV become RGB
+    as Pillow converts them.
+
+    Args:
+        image: Any Pillow image.
+
+    Raises:
+        ValueError: It holds integers of 32 bits, signed ones, or floats beyond [0, 1], of which nothing tells what is
+            black and what is white; or it is of a mode unknown here.
+    """
+    mode, tags = image.mode, getattr(image, "tag_v2", {})
+    if 2 in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError(f"holds signed integers, {_UNCERTAIN}")
+    if mode in ("L", "LA", "RGB", "RGBA"):
+        return image
+    if mode == "1":
+        return image.convert("L")
+    if mode in ("La", "RGBa"):
+        return image.convert(mode.upper())
+    if mode in ("P", "PA"):
+        return image.convert("RGBA").convert("RGB")
+    if mode in ("CMYK", "YCbCr", "HSV", "RGBX"):
+        return image.convert("RGB")
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # I in these: of 16 bits
+        white = (1 << tags.get(_BITS, (16,))[0]) - 1
+        values = np.asarray(image).astype(np.int64)
+        if tags.get(_PHOTOMETRIC) == 0:
+            values = white - values
+        if int(values.min(initial=0)) >= 0 and int(values.max(initial=0)) <= white:
+            return _pillow().fromarray(((values * 510 + white) // (2 * white)).astype(np.uint8))
+    if mode == "F":
+        values = np.asarray(image)
+        if bool(((values >= 0) & (values <= 1)).all()):  # no NaN either
+            values = 1 - values if tags.get(_PHOTOMETRIC) == 0 else values
+            return _pillow().fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
+        raise ValueError(f"holds floats from {np.min(values):g} to {np.max(values):g}, beyond [0, 1], {_UNCERTAIN}")
+    if mode == "I":
+        raise ValueError(f"holds integers of 32 bits, {_UNCERTAIN}")
+    raise ValueError(f"is of mode {mode}, expected grey, a palette or RGB; save it in one of these")
+
+
+_UNCERTAIN = "of which nothing tells what is black and what is white; save it with 8 or 16 unsigned bits a channel"
 
 
 def _cause(error: Exception, content: bytes) -> str:
@@ -184,18 +238,20 @@ def _pillow() -> Any:
 # ------------------------------------------------------------------------------------------------------------ layouts
 
 
-def image_folder(root: str | os.PathLike[str], size: int) -> tuple[ImageFiles, ImageFiles]:
+def image_folder(root: str | os.PathLike[str], size: int, *, test: bool = True) -> tuple[ImageFiles, ImageFiles]:
     """Reads images sorted into folders by class: ``root/train/<class>/**`` and ``root/val/<class>/**``.
 
-    Without ``val`` it is ``root/test``. Labels are numbers of the class folders in the order of their names. Images may
-    lie in folders within these, links are followed, and their order is that of the names. Files that do not end as
-    images do (:data:`EXTENSIONS`) and hidden ones, whose names start with a dot, are passed over. Listing 100,000 files
-    takes about half a second on a local disk's cached folders (network file systems take longer); nothing is kept for
-    the next time.
+    Without ``val`` it is ``root/test``. Labels are numbers of the training folders in the order of their names; a
+    folder of the other part is of the class whose name is the same, be its letters composed or not. Images may lie in
+    folders within these, links are followed, and their order is that of the names. Files that do not end as images do
+    (:data:`EXTENSIONS`) and hidden ones, whose names start with a dot, are passed over. Listing 100,000 files takes
+    about half a second on a local disk's cached folders (network file systems take longer); nothing is kept for the
+    next time.
 
     Args:
         root: Folder with ``train`` and ``val`` or ``test``.
         size: Side of the decoded images, in pixels.
+        test: Whether ``val`` or ``test`` is read; otherwise neither need be there, and the second result is empty.
 
     Returns:
         Training images and validation (or test) images.
@@ -205,24 +261,35 @@ def image_folder(root: str | os.PathLike[str], size: int) -> tuple[ImageFiles, I
         DataError: There is no class, a class without an image, or the classes of the two folders differ.
     """
     base = Path(root)
-    train = _by_class(base, "train")
-    names = [name for name, _ in train]
-    test = _by_class(base, _held_out(base))
-    _same_classes(base, names, [name for name, _ in test])
-    return _labelled(base, train, names, size), _labelled(base, test, names, size)
+    try:
+        train = _by_class(base, "train")
+        names = [found.name for found in train]
+        if not test:
+            return _labelled(base, train, names, size), _none(base, names, size)
+        part = _held_out(base)
+        held_out = _in_order(base, names, _by_class(base, part), part)
+    except (DataError, FileNotFoundError) as error:
+        if (base / "wnids.txt").is_file():
+            raise type(error)(
+                f"{error}. This is Tiny ImageNet: tiny_imagenet (split-tiny-imagenet) reads it, its validation images "
+                "in folders or not"
+            ) from error
+        raise
+    return _labelled(base, train, names, size), _labelled(base, held_out, names, size)
 
 
-def tiny_imagenet(root: str | os.PathLike[str], size: int = 64) -> tuple[ImageFiles, ImageFiles]:
+def tiny_imagenet(root: str | os.PathLike[str], size: int = 64, *, test: bool = True) -> tuple[ImageFiles, ImageFiles]:
     """Reads Tiny ImageNet as it is published: 200 classes, 64x64 pixels, the validation images as test images.
 
     Labels follow ``wnids.txt``; the training images of class ``w`` lie in ``train/w/images``, all validation images in
     ``val/images``, with their classes in ``val/val_annotations.txt``. Classes are named by ``words.txt`` or, without
-    it, by their WordNet ids. A copy whose validation images somebody sorted into folders is one for
-    :func:`image_folder`.
+    it, by their WordNet ids. Images that somebody sorted into ``val/w`` or ``val/images/w``, or training images that
+    lie in ``train/w`` itself, are found there; then no annotations are needed.
 
     Args:
         root: The folder ``tiny-imagenet-200`` or the one that holds it.
         size: Side of the decoded images, in pixels.
+        test: Whether the validation images are read; otherwise they need not be there, and the second result is empty.
 
     Returns:
         Training images and validation images.
@@ -240,16 +307,39 @@ def tiny_imagenet(root: str | os.PathLike[str], size: int = 64) -> tuple[ImageFi
         raise DataError(f"{base / 'wnids.txt'}: expected one class in each line, none twice")
     train = []
     for wnid in wnids:
-        folder = base / "train" / wnid / "images"
-        _need_folder(folder, "Tiny ImageNet's training images of a class")
-        files = _images(folder)
+        own, folder = os.path.join("train", wnid), os.path.join("train", wnid, "images")
+        if not (base / folder).is_dir() and (base / own).is_dir() and _images(base / own):
+            folder = own
+        _need_folder(base / folder, "Tiny ImageNet's training images of a class")
+        files = _images(base / folder)
         if not files:
-            raise DataError(f"{folder}: no image of class {wnid!r}")
-        train.append(_Class(wnid, [(os.path.join("train", wnid, "images"), files)]))
+            raise DataError(f"{base / folder}: no image of class {wnid!r}")
+        train.append(_Class(wnid, [(folder, files)]))
+    names = wnids
+    if (base / "words.txt").is_file():
+        words = dict(line.rstrip("\n").split("\t", 1) for line in _lines(base / "words.txt", "") if "\t" in line)
+        names = [words.get(wnid, wnid).strip() for wnid in wnids]
+    held_out = _tiny_validation(base, wnids, names, size) if test else _none(base, names, size)
+    return _labelled(base, train, names, size), held_out
+
+
+def _tiny_validation(base: Path, wnids: Sequence[str], names: Sequence[str], size: int) -> ImageFiles:
+    """Tiny ImageNet's validation images, in one folder with annotations or sorted into folders of their classes."""
+    images = os.path.join("val", "images")
+    flat = (base / images).is_dir() and bool(_images(base / images))
+    places = [place for place in ("val", images) if _holds_classes(base, place, wnids)]
+    if len(places) + flat > 1:
+        raise DataError(
+            f"{base / 'val'}: sorted in part: images lie in folders of their classes in {' and in '.join(places)}"
+            f"{f', others in {images}' if flat else ''}; expected all in one way"
+        )
+    if places:
+        found = [each for each in _by_class(base, places[0], beside=("images",)) if each.name != "images"]
+        return _labelled(base, _in_order(base, wnids, found, places[0]), names, size)
     annotations = base / "val" / "val_annotations.txt"
     classes = {}
     for line in _lines(
-        annotations, "classes of Tiny ImageNet's validation images (if sorted into folders: image_folder)"
+        annotations, "classes of Tiny ImageNet's validation images, or these in folders val/CLASS, as for image_folder"
     ):
         if line.strip():
             file, *rest = line.rstrip("\n").split("\t")
@@ -258,16 +348,20 @@ def tiny_imagenet(root: str | os.PathLike[str], size: int = 64) -> tuple[ImageFi
                     f"{annotations}: got {line.strip()!r}, expected a file and its class with a tab between"
                 )
             classes[file] = rest[0].strip()
-    names = wnids
-    if (base / "words.txt").is_file():
-        words = dict(line.rstrip("\n").split("\t", 1) for line in _lines(base / "words.txt", "") if "\t" in line)
-        names = [words.get(wnid, wnid).strip() for wnid in wnids]
-    test = _flat(base, os.path.join("val", "images"), classes, annotations, wnids, names, size)
-    return _labelled(base, train, names, size), test
+    return _flat(base, images, classes, annotations, wnids, names, size)
+
+
+def _holds_classes(base: Path, place: str, wnids: Sequence[str]) -> bool:
+    folders = (os.path.join(place, wnid) for wnid in wnids)
+    return any(files for folder in folders if (base / folder).is_dir() for _, files in _walk(base, folder))
 
 
 def imagenet(
-    root: str | os.PathLike[str], size: int, *, val_labels: str | os.PathLike[str] | None = None
+    root: str | os.PathLike[str],
+    size: int,
+    *,
+    val_labels: str | os.PathLike[str] | None = None,
+    test: bool = True,
 ) -> tuple[ImageFiles, ImageFiles]:
     """Reads ImageNet-1K, or some of its classes: ``train/<wnid>/*.JPEG``, the validation images as test images.
 
@@ -282,6 +376,7 @@ def imagenet(
         root: Folder with ``train`` and ``val``; also one in which they lie in ``ILSVRC/Data/CLS-LOC``.
         size: Side of the decoded images, in pixels.
         val_labels: The csv file or the folder of the development kit; ``None``: looked for in ``root`` by these names.
+        test: Whether the validation images are read; otherwise they need not be there, and the second result is empty.
 
     Returns:
         Training images and validation images.
@@ -294,6 +389,8 @@ def imagenet(
     top = Path(root)
     base = top / "ILSVRC" / "Data" / "CLS-LOC"
     base = base if base.is_dir() else top
+    if not test:
+        return image_folder(base, size, test=False)
     _need_folder(base / "val", "ImageNet's validation images")
     flat = _images(base / "val")
     if not flat:
@@ -325,7 +422,7 @@ def _csv_classes(source: Path, files: Sequence[str]) -> dict[str, str]:
     if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
         raise DataError(f"{source}: got columns {rows.fieldnames}, expected ImageId and PredictionString")
     for row in rows:
-        stem, prediction = row["ImageId"], (row["PredictionString"] or "").split()
+        stem, prediction = (row["ImageId"] or "").strip(), (row["PredictionString"] or "").split()
         if not prediction:
             raise DataError(f"{source}: image {stem!r} has no class")
         classes[stem + suffix.get(stem, ".JPEG")] = prediction[0]
@@ -365,15 +462,16 @@ class _Class(NamedTuple):
     folders: list[tuple[str, list[str]]]  # below the root, with their images
 
 
-def _by_class(base: Path, part: str) -> list[_Class]:
-    """The classes in ``base/part``, in order of their names, with all images below each."""
+def _by_class(base: Path, part: str, beside: Sequence[str] = ()) -> list[_Class]:
+    """The classes in ``base/part``, in order of their names, with all images below each; those beside may be empty."""
     _need_folder(base / part, "a folder with a folder for each class")
     with os.scandir(base / part) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     if not names:
         raise DataError(f"{base / part}: no class; expected a folder for each")
     classes = [_Class(name, list(_walk(base, os.path.join(part, name)))) for name in names]
-    empty = [found.name for found in classes if not any(files for _, files in found.folders)]
+    filled = [found.name for found in classes if any(files for _, files in found.folders)]
+    empty = [name for name in names if name not in {*filled, *beside}]
     if empty:
         raise DataError(f"{base / part}: no image ({', '.join(EXTENSIONS)}) of class {_some(empty)}")
     return classes
@@ -417,6 +515,11 @@ def _labelled(base: Path, classes: Sequence[_Class], names: Sequence[str], size:
     return ImageFiles(base, (each for _, folders in classes for each in folders), labels, names, size)
 
 
+def _none(base: Path, names: Sequence[str], size: int) -> ImageFiles:
+    """No images, of these classes."""
+    return ImageFiles(base, (), (), names, size)
+
+
 def _flat(
     base: Path,
     folder: str,
@@ -445,28 +548,40 @@ def _held_out(base: Path) -> str:
     for part in ("val", "test"):
         if (base / part).is_dir():
             return part
+    alike = look_alikes(("val", "test"), sorted(os.listdir(base)), str(base))
     raise FileNotFoundError(
-        f"{base / 'val'}: missing, and {base / 'test'} too; expected one, with a folder for each class"
+        f"{base / 'val'}: missing, and {base / 'test'} too; expected one, with a folder for each class{alike}; or hold "
+        "out training images (--validation)"
     )
 
 
-def _same_classes(base: Path, train: Sequence[str], test: Sequence[str]) -> None:
-    part = _held_out(base)
-    for only, without in ((set(train) - set(test), part), (set(test) - set(train), "train")):
+def _in_order(base: Path, names: Sequence[str], test: Sequence[_Class], part: str) -> list[_Class]:
+    """The classes of ``part`` in the order of the training classes ``names``, of which each must be one."""
+    there = [found.name for found in test]
+    pairs = same_names(names, there)
+    for only, without, others in (
+        (set(names) - set(pairs.values()), part, set(there) - set(pairs)),
+        (set(there) - set(pairs), "train", set(names) - set(pairs.values())),
+    ):
         if only:
-            raise DataError(f"{base}: no folder in {without} for class {_some(sorted(only))}")
+            alike = look_alikes(sorted(only), sorted(others), without)
+            raise DataError(f"{base}: no folder in {without} for class {_some(sorted(only))}{alike}")
+    found = {pairs[each.name]: each for each in test}
+    return [found[name] for name in names]
 
 
 def _need_folder(folder: Path, what: str) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: missing; expected {what}")
+        beside = sorted(os.listdir(folder.parent)) if folder.parent.is_dir() else []
+        alike = look_alikes([folder.name], beside, str(folder.parent))
+        raise FileNotFoundError(f"{folder}: missing; expected {what}{alike}")
 
 
 def _lines(path: Path, what: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected {what}")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8, {error}") from error
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradmix.training.class_names import printable
 from gradmix.training.datasets import rank_in_class
 from gradmix.training.protocols import Protocol
 from gradmix.training.rows import Rows, StoredRows, TensorRows, rows_of
@@ -73,7 +75,7 @@ class TaskStream:
 
 def class_incremental(
     train: Any,
-    test: Any,
+    test: Any = None,
     *,
     tasks: int | None = None,
     classes_per_task: int | Sequence[int] | None = None,
@@ -95,14 +97,15 @@ def class_incremental(
     Args:
         train: Training rows: an ``(x, y)`` pair of tensors or arrays, or any map-style data set of ``(input, label)``
             with integer labels (:func:`gradmix.training.rows.rows_of` says what is understood).
-        test: Test rows, likewise.
+        test: Test rows, likewise; not looked at if ``validation`` is above 0.
         tasks: Number of tasks; classes are shared out as evenly as possible, earlier tasks taking one more. ``None``:
             5, or fewer so that each has two classes.
         classes_per_task: In place of that, new classes in each task: a number (the last task may have fewer), or one
             for each task.
         class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
-        class_names: Name of every label; ``None``: the data set's attribute ``class_names`` or ``classes``, else the
-            labels.
+        class_names: Name of every label, by label from 0; ``None``: the data set's attribute ``class_names`` or
+            ``classes``, else the labels. Names of labels that no row has, in training and test alike, are left out.
+            Bytes in names that are no UTF-8, as names of folders may have them, become escapes.
         in_memory: Read every item of a data set once, now, and keep it; whatever it draws at random is then settled for
             good. Otherwise items are read when they are wanted, by worker processes.
         name: The stream's name in results.
@@ -128,38 +131,48 @@ def class_incremental(
         raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
     if rows_per_class is not None and rows_per_class < 1:
         raise ValueError(f"rows_per_class: got {rows_per_class}, expected at least 1")
+    if validation == 0.0 and test is None:
+        raise TypeError("test: got None, expected test rows, or validation, the share of training rows in their place")
     given = labels or (None, None)
-    sides = {"train": rows_of("train", train, given[0]), "test": rows_of("test", test, given[1])}
+    sides = {"train": rows_of("train", train, given[0], tokens=vocabulary is not None)}
+    if validation == 0.0:
+        sides["test"] = rows_of("test", test, given[1], tokens=vocabulary is not None)
     if class_names is None:
-        class_names = getattr(train, "class_names", None) or getattr(train, "classes", None)
+        class_names = _names_of(train)
+        if "test" in sides:
+            _check_same_names(class_names, _names_of(test), sides["test"].y)
     if in_memory:
         sides = {side: TensorRows(rows.read(torch.arange(len(rows))), rows.y) for side, rows in sides.items()}
     known = torch.unique(sides["train"].y)
-    if class_names is not None and int(known[-1]) >= len(class_names):
-        raise ValueError(
-            f"class_names: got {len(class_names)} names, expected one for each label up to {int(known[-1])}"
-        )
-    count = len(known) if class_names is None else len(class_names)
-    originals = known.tolist() if class_names is None else list(range(count))
-    names = tuple(str(label) for label in originals) if class_names is None else tuple(map(str, class_names))
+    if class_names is not None:
+        if int(known[-1]) >= len(class_names):
+            raise ValueError(
+                f"class_names: got {len(class_names)} names, expected one for each label up to {int(known[-1])}, those "
+                "without rows among them"
+            )
+        known = torch.unique(torch.cat([rows.y for rows in sides.values()]))
+        known = known[known < len(class_names)]
+    count, originals = len(known), known.tolist()
+    names = [printable(str(label if class_names is None else class_names[label])) for label in originals]
     order = np.arange(count)
     if class_order_seed is not None:
         order = np.random.default_rng(class_order_seed).permutation(count)
 
-    training, testing = sides["train"], sides["test"]
+    training = sides["train"]
+    testing = sides.get("test", training)
     if validation > 0.0:
         held_out = _spread(training.y, validation)
         testing, training = (training.take(part.nonzero().squeeze(1)) for part in (held_out, ~held_out))
     if rows_per_class is not None:
         training = training.take((rank_in_class(training.y) < rows_per_class).nonzero().squeeze(1))
-    new_label = torch.full((max(originals) + 1,), -1, dtype=torch.int64)
-    new_label[torch.tensor(originals)[torch.from_numpy(order)]] = torch.arange(count)
+    new_label = torch.from_numpy(np.argsort(order))  # by place in `known`
     renumbered = {}
     for part, rows in (("training", training), ("test" if validation == 0.0 else "validation", testing)):
-        beyond = rows.y[(rows.y >= len(new_label)) | (new_label[rows.y.clamp(max=len(new_label) - 1)] < 0)]
+        places = torch.searchsorted(known, rows.y).clamp(max=count - 1)
+        beyond = rows.y[known[places] != rows.y]
         if len(beyond):
             raise ValueError(f"{name}: {part} rows of label {int(beyond[0])}, of which there are no training rows")
-        y = new_label[rows.y]
+        y = new_label[places]
         absent = (torch.bincount(y, minlength=count) == 0).nonzero().squeeze(1).tolist()
         if absent:
             raise ValueError(f"{name}: no {part} rows of class {', '.join(names[order[label]] for label in absent)}")
@@ -270,6 +283,27 @@ def concatenated(parts: Sequence[Rows]) -> Rows:
     return StoredRows(stored[0].items, y, torch.cat([part.at for part in stored]))
 
 
+def _names_of(data: Any) -> Sequence[str] | None:
+    """Name of every label, where a data set has them."""
+    for key in ("class_names", "classes"):
+        found = getattr(data, key, None)
+        if isinstance(found, (Sequence, np.ndarray)) and len(found):
+            return list(found)
+    return None
+
+
+def _check_same_names(train: Sequence[str] | None, test: Sequence[str] | None, labels: Tensor) -> None:
+    """Labels of two data sets mean the same classes: folders that were numbered each for itself may not."""
+    for label in torch.unique(labels).tolist():
+        if train is None or test is None or label >= min(len(train), len(test)):
+            return
+        if normalize("NFC", str(train[label])) != normalize("NFC", str(test[label])):
+            raise ValueError(
+                f"test: label {label} is class {str(test[label])!r} there and {str(train[label])!r} in train, expected "
+                "one class; class_names tells what labels are if it is"
+            )
+
+
 def _of_classes(rows: Rows, y: Tensor, classes: tuple[int, ...]) -> Rows:
     places = torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1)
     return rows.take(places, y[places])
@@ -278,7 +312,8 @@ def _of_classes(rows: Rows, y: Tensor, classes: tuple[int, ...]) -> Rows:
 def _spread(labels: Tensor, share: float) -> Tensor:
     """Marks a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
     rank = rank_in_class(labels)
-    counts = torch.bincount(labels)[labels]
+    _, where, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    counts = counts[where]
     marked = torch.floor(counts.double() * share + 0.5).to(torch.int64)
     # Row r of n is marked where r * marked / n passes a whole number: exactly `marked` times, evenly.
     steps = torch.div((rank + 1) * marked, counts, rounding_mode="floor")

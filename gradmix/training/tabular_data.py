@@ -6,11 +6,14 @@ A file that is missing raises :class:`FileNotFoundError` with the path expected;
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,8 @@ COVERTYPES = (
 """The cover types of Covertype, in the order of their labels: 1 to 7 in the file, 0 to 6 here."""
 
 _COLUMNS = 55  # of covtype.data, the label last
+_ROWS = 581_012
+_LONGEST = 20  # characters of a column: an integer of 32 bits has 11
 _NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it is
 
 
@@ -93,7 +98,7 @@ def covertype(root: str | Path) -> LabelledRows:
             f"https://archive.ics.uci.edu/dataset/31/covertype: put it there, packed or unpacked, and give {root} as "
             "the data directory"
         )
-    values = read_integers(path, _COLUMNS)
+    values = read_integers(path, _COLUMNS, _ROWS)
     y = torch.from_numpy(values[:, -1].astype(np.int64)) - 1
     wrong = ((y < 0) | (y >= len(COVERTYPES))).nonzero().flatten()
     if len(wrong):
@@ -136,7 +141,7 @@ def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) ->
     return LabelledRows(train_x, y[~test], x[test], y[test], names, mean, std)
 
 
-def read_integers(path: str | Path, columns: int) -> npt.NDArray[np.int32]:
+def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:
     """Reads lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
 
     Parsed by :func:`numpy.loadtxt` as 32-bit integers, which takes it half the time of floating-point numbers: about a
@@ -144,7 +149,8 @@ def read_integers(path: str | Path, columns: int) -> npt.NDArray[np.int32]:
 
     Args:
         path: The file.
-        columns: Integers in every line.
+        columns: Integers in every line, of 20 characters at most with what is between them.
+        most_rows: Lines at most; None: as many as there are.
 
     Returns:
         ``(N, columns)`` int32.
@@ -157,7 +163,9 @@ def read_integers(path: str | Path, columns: int) -> npt.NDArray[np.int32]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of an empty file, and of fractions that old releases cut off
         try:
-            values = np.loadtxt(path, dtype=np.int32, delimiter=",", comments=None, ndmin=2, encoding="latin-1")
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_rows)
+                values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
         except (ValueError, OverflowError, UserWarning, DeprecationWarning) as error:
@@ -165,3 +173,15 @@ def read_integers(path: str | Path, columns: int) -> npt.NDArray[np.int32]:
     if values.shape[1] != columns:
         raise DataError(f"{path}: lines of {values.shape[1]} integers, expected {columns}")
     return values
+
+
+def _lines(file: IO[bytes], longest: int, most: int | None) -> Iterator[str]:
+    """The lines of a file, which may be a small one that unpacks to a large one: of lines too long or many no more."""
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise ValueError(f"line {number} has more than {longest} characters")
+        if most is not None and number > most:
+            raise ValueError(f"more than {most} lines")
+        yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("latin-1")

@@ -6,22 +6,24 @@ A file that is missing raises :class:`FileNotFoundError` with the path expected;
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import tarfile
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradmix.checks import check_count
-from gradmix.training.datasets import DataError
+from gradmix.training.class_names import look_alikes, printable, same_names
+from gradmix.training.datasets import DataError, up_to
 
 NEWSGROUPS = (
     "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",
@@ -137,25 +139,27 @@ class HashedVocabulary:
 # ------------------------------------------------------------------------------------------------------ 20 Newsgroups
 
 
-def newsgroups20(root: str | Path, *, strip: bool = True) -> Texts:
+def newsgroups20(root: str | Path, *, strip: bool = True, test: bool = True) -> Texts:
     """Reads 20 Newsgroups, the version split by date: 11,314 training and 7,532 test posts.
 
     They are read from the folders ``20news-bydate-train/<group>/<post>`` and ``20news-bydate-test/<group>/<post>`` in
     ``root`` or in ``root/20news-bydate``; where there are none, from the archive ``20news-bydate.tar.gz`` there, of
-    which nothing is unpacked. Posts are decoded as Latin-1; the order is that of groups and posts by name.
+    which nothing is unpacked. Posts are decoded as Latin-1, or as the Unicode of which they bear the byte order mark;
+    line ends of Windows (CR LF) and of old Macs (CR) become LF. The order is that of groups and posts by name.
 
     Args:
         root: The data directory.
         strip: Whether to remove headers, footers and quotes (:func:`without_header`, :func:`without_footer`,
             :func:`without_quotes`, in this order), as scikit-learn's reader does on request. With them a model learns
             the posters and their sites, not what the posts are about. What is left of some posts is empty; they stay.
+        test: Whether the test posts are read; otherwise they need not be there, and there are none.
 
     Raises:
         FileNotFoundError: There are neither the folders nor the archive.
-        DataError: The archive is damaged, or a group or all its posts are missing.
+        DataError: The archive is damaged, a group or all its posts are missing, or no post of a group has a word.
     """
     root = Path(root)
-    parts = ("20news-bydate-train", "20news-bydate-test")
+    parts = ("20news-bydate-train", "20news-bydate-test")[: 1 + test]
     for folder in (root, root / "20news-bydate"):
         if all((folder / part).is_dir() for part in parts):
             posts = [_posts_in(folder / part) for part in parts]
@@ -165,9 +169,9 @@ def newsgroups20(root: str | Path, *, strip: bool = True) -> Texts:
         if archive.is_file():
             return _newsgroups(archive, _posts_of_archive(archive, parts), strip)
     raise FileNotFoundError(
-        f"20 Newsgroups: missing {root / parts[0]} and {root / parts[1]}, and {root / '20news-bydate.tar.gz'}; the "
-        "archive is published at http://qwone.com/~jason/20Newsgroups/: put it there, packed or unpacked, and give "
-        f"{root} as the data directory"
+        f"20 Newsgroups: missing {' and '.join(str(root / part) for part in parts)}, and "
+        f"{root / '20news-bydate.tar.gz'}; the archive is published at http://qwone.com/~jason/20Newsgroups/: put it "
+        f"there, packed or unpacked, and give {root} as the data directory"
     )
 
 
@@ -184,20 +188,41 @@ def _posts_in(folder: Path) -> _Posts:
     }
 
 
+_MOST_BYTES = 1 << 28
+"""Bytes that the archive may unpack to, several times as many as it does: one made to fill memory is refused."""
+
+
+class _Limited:
+    """A file of which no more than :data:`_MOST_BYTES` are read, however much a compressed one holds."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, _MOST_BYTES
+
+    def read(self, count: int) -> bytes:
+        found = bytes(up_to(self._file, min(count, self._left + 1)))
+        self._left -= len(found)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {_MOST_BYTES} bytes")
+        return found
+
+
 def _posts_of_archive(path: Path, parts: tuple[str, ...]) -> dict[str, _Posts]:
     posts: dict[str, _Posts] = {part: {} for part in parts}
     try:
         # Decompressed here: of an archive that is cut short, tarfile's own reader makes a shorter one.
-        with gzip.open(path) as content, tarfile.open(fileobj=content, mode="r|") as archive:
-            for member in archive:
-                names = member.name.removeprefix("./").split("/")
-                if member.isfile() and len(names) == 3 and names[0] in posts:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    posts[names[0]][names[1], names[2]] = file.read()
-            while content.read(1 << 20):  # to the checksum at the end
-                pass
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        with gzip.open(path) as packed:
+            content = _Limited(cast(IO[bytes], packed))
+            with tarfile.open(fileobj=cast(Any, content), mode="r|") as archive:
+                for member in archive:
+                    names = member.name.removeprefix("./").split("/")
+                    # Of a sparse file the size is what it pretends, not what is there.
+                    if member.isfile() and not member.issparse() and len(names) == 3 and names[0] in posts:
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        posts[names[0]][names[1], names[2]] = file.read()
+                while content.read(1 << 20):  # to the checksum at the end
+                    pass
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: damaged archive ({error}); fetch it again") from error
     return posts
 
@@ -205,16 +230,49 @@ def _posts_of_archive(path: Path, parts: tuple[str, ...]) -> dict[str, _Posts]:
 def _newsgroups(source: Path, posts: dict[str, _Posts], strip: bool) -> Texts:
     columns: list[tuple[list[str], Tensor]] = []
     for part, found in posts.items():
-        missing = [group for group in NEWSGROUPS if group not in {name for name, _ in found}]
+        there = {name for name, _ in found}
+        missing = [group for group in NEWSGROUPS if group not in there]
         if missing:
-            raise DataError(f"{source}: {part} has no posts of {', '.join(missing)}")
+            alike = look_alikes(missing, sorted(there - set(NEWSGROUPS)), part)
+            raise DataError(f"{source}: {part} has no posts of {', '.join(missing)}{alike}")
         kept = sorted((group, name) for group, name in found if group in NEWSGROUPS)
-        texts = [found[key].decode("latin-1") for key in kept]
+        texts = [_post(found[key], source, f"{part}/{'/'.join(key)}") for key in kept]
         if strip:
             texts = [without_quotes(without_footer(without_header(text))) for text in texts]
-        columns.append((texts, torch.tensor([NEWSGROUPS.index(group) for group, _ in kept])))
-    (train, train_y), (test, test_y) = columns
+        labels = torch.tensor([NEWSGROUPS.index(group) for group, _ in kept])
+        _need_words(f"{source}: {part}", texts, labels, NEWSGROUPS)
+        columns.append((texts, labels))
+    (train, train_y), (test, test_y) = (*columns, ([], torch.empty(0, dtype=torch.int64)))[:2]
     return Texts(train, train_y, test, test_y, NEWSGROUPS)
+
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def _post(content: bytes, source: Path, name: str) -> str:
+    encoding = next((found for mark, found in _MARKS.items() if content.startswith(mark)), "latin-1")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}: {printable(name)} is not the {encoding} text that it begins as ({error})"
+        ) from error
+    # A file that was made one of Windows twice has two CR before each LF.
+    return re.sub("\r+\n|\r", "\n", text)
+
+
+def _need_words(where: str, texts: Sequence[str], labels: Tensor, names: Sequence[str]) -> None:
+    """Refuses texts of which a class has none with a word in it: a model would learn nothing of them."""
+    spoken = {label for text, label in zip(texts, labels.tolist(), strict=True) if next(words(text), None) is not None}
+    silent = [names[label] for label in sorted(set(labels.tolist()) - spoken)]
+    if silent:
+        raise DataError(f"{where} has no text with a word in it of {', '.join(map(repr, silent))}")
 
 
 _QUOTED = re.compile(r"writes in|writes:|wrote:|says:|said:|^(?:In article|Quoted from|[|>])")
@@ -245,54 +303,86 @@ def without_quotes(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------- folders of files
 
 
-def text_folder(root: str | Path, *, encoding: str = "utf-8") -> Texts:
+def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True) -> Texts:
     """Reads texts of one's own from ``root/train/<class>/*.txt`` and ``root/test/<class>/*.txt``.
 
-    Labels follow the classes' names in order, texts the files' names. Names that begin with a dot are passed over.
+    Labels follow the classes' names in order, texts the files' names. Names that begin with a dot are passed over. A
+    folder of test texts is of the class whose name is the same, be its letters composed or not.
 
     Args:
         root: The folder.
         encoding: Of all files.
+        test: Whether the test texts are read; otherwise they need not be there, and there are none.
 
     Raises:
         FileNotFoundError: ``root/train`` or ``root/test`` is missing.
-        DataError: There are no classes, a class has no training text, or test texts are of a class that has none; or a
-            file is not in the encoding.
+        ValueError: There is no such encoding.
+        DataError: There are no classes, a class has no training text or none with a word, or test texts are of a class
+            that has none; or a file is not in the encoding.
     """
     root = Path(root)
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as 'utf-8'") from error
+    parts = ("train", "test")[: 1 + test]
     found: dict[str, dict[str, list[Path]]] = {}
-    for part in ("train", "test"):
+    for part in parts:
         if not (root / part).is_dir():
+            beside = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
             raise FileNotFoundError(
                 f"texts: missing {root / part}; expected {root}/train/<class>/*.txt and {root}/test/<class>/*.txt"
+                f"{look_alikes([part], beside, str(root))}"
             )
-        found[part] = defaultdict(list)
-        for folder in sorted(root.joinpath(part).iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                files = sorted(p for p in folder.glob("*.txt") if p.is_file() and not p.name.startswith("."))
-                found[part][folder.name] = files
+        found[part] = {
+            folder.name: sorted(
+                path
+                for path in folder.iterdir()
+                if path.name.lower().endswith(".txt") and path.is_file() and not path.name.startswith(".")
+            )
+            for folder in sorted(root.joinpath(part).iterdir())
+            if folder.is_dir() and not folder.name.startswith(".")
+        }
     names = tuple(sorted(found["train"]))
     if not names:
         raise DataError(f"{root / 'train'}: holds no folders, expected one for each class")
     for name in names:
         if not found["train"][name]:
             raise DataError(f"{root / 'train' / name}: holds no .txt files")
-    unknown = sorted(set(found["test"]) - set(names))
-    if unknown:
-        raise DataError(f"{root / 'test' / unknown[0]}: no such class among the training texts: {', '.join(names)}")
-    columns = []
-    for part in ("train", "test"):
+    if test:
+        pairs = same_names(names, found["test"])
+        unknown = sorted(set(found["test"]) - set(pairs))
+        if unknown:
+            alike = look_alikes(unknown, sorted(set(names) - set(pairs.values())), str(root / "train"))
+            raise DataError(
+                f"{root / 'test' / unknown[0]}: no such class among the training texts: {', '.join(names)}{alike}"
+            )
+        found["test"] = {pairs[name]: files for name, files in found["test"].items()}
+    shown = tuple(map(printable, names))
+    columns: list[tuple[list[str], Tensor]] = []
+    for part in parts:
         paths = [(label, path) for label, name in enumerate(names) for path in found[part].get(name, [])]
         texts = [_decoded(path, encoding) for _, path in paths]
-        columns.append((texts, torch.tensor([label for label, _ in paths], dtype=torch.int64)))
-    return Texts(*columns[0], *columns[1], class_names=names)
+        labels = torch.tensor([label for label, _ in paths], dtype=torch.int64)
+        _need_words(str(root / part), texts, labels, shown)
+        columns.append((texts, labels))
+    (train, train_y), (held_out, held_out_y) = (*columns, ([], torch.empty(0, dtype=torch.int64)))[:2]
+    return Texts(train, train_y, held_out, held_out_y, class_names=shown)
 
 
 def _decoded(path: Path, encoding: str) -> str:
     try:
-        return path.read_bytes().decode(encoding)
+        text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not {encoding} text ({error})") from error
+        raise DataError(
+            f"{printable(str(path))}: not {encoding} text ({error}); convert it, or give the encoding of all files"
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{printable(str(path))}: holds NUL characters, as text in UTF-16 read as {encoding} does; convert it, or "
+            "give the encoding of all files"
+        )
+    return text.removeprefix("\ufeff")
 
 
 # -------------------------------------------------------------------------------------------------------- descriptions
