@@ -184,8 +184,9 @@ def eight_bits(image: Any) -> Any:
             black and what is white; or it is of a mode unknown here.
     """
     mode, tags = image.mode, getattr(image, "tag_v2", {})
-    if 2 in tags.get(_SAMPLE_FORMAT, ()):
-        raise ValueError(f"holds signed integers, {_UNCERTAIN}")
+    sixteen = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))  # I of these has no more
+    if 2 in tags.get(_SAMPLE_FORMAT, ()) or (mode == "I" and not sixteen):
+        raise ValueError(f"holds integers that are signed or of 32 bits, {_UNCERTAIN}")
     if mode in ("L", "LA", "RGB", "RGBA"):
         return image
     if mode == "1":
@@ -196,7 +197,7 @@ def eight_bits(image: Any) -> Any:
         return image.convert("RGBA").convert("RGB")
     if mode in ("CMYK", "YCbCr", "HSV", "RGBX"):
         return image.convert("RGB")
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # I in these: of 16 bits
+    if sixteen:
         white = (1 << tags.get(_BITS, (16,))[0]) - 1
         values = np.asarray(image).astype(np.int64)
         if tags.get(_PHOTOMETRIC) == 0:
@@ -209,8 +210,6 @@ def eight_bits(image: Any) -> Any:
             values = 1 - values if tags.get(_PHOTOMETRIC) == 0 else values
             return _pillow().fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
         raise ValueError(f"holds floats from {np.min(values):g} to {np.max(values):g}, beyond [0, 1], {_UNCERTAIN}")
-    if mode == "I":
-        raise ValueError(f"holds integers of 32 bits, {_UNCERTAIN}")
     raise ValueError(f"is of mode {mode}, expected grey, a palette or RGB; save it in one of these")
 
 

@@ -209,7 +209,7 @@ class _Machine:
         """What a call would have made, where the function is one of :data:`_NAMES`."""
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError(f"a call of a {type(function).__name__}")
+            raise pickle.UnpicklingError(f"a call of a {type(function).__name__.lstrip('_')}")
         match function.word, *arguments:
             case ["dtype", str() | bytes() as code, *_flags]:
                 self.push(_dtype(code))
@@ -261,7 +261,9 @@ class _Machine:
             raise pickle.UnpicklingError(f"an array of shape {shape} and {made} with {len(raw)} bytes")
         if made.kind == "b" and raw.strip(b"\0\1"):
             raise pickle.UnpicklingError("an array of bool with other bytes than 0 and 1")
-        return np.frombuffer(raw, made).reshape(shape, order=order) if raw else np.zeros(shape, made)
+        if not raw:
+            return np.broadcast_to(np.zeros((), made), shape)  # read-only, as those over bytes of the file are
+        return np.frombuffer(raw, made).reshape(shape, order=order)
 
     def charge(self, count: int) -> None:
         self._bytes_left -= count
