@@ -90,27 +90,38 @@ REFUSED = {
     "an array of dates": (pickle.dumps({"a": np.array(["2020"], "M8[Y]")}), "a dtype M8, expected numbers"),
     "an array of records": (pickle.dumps({"a": np.zeros(1, [("x", "i4")])}), "a dtype V4, expected numbers"),
     "numpy's array called": (
-        pickle.dumps({"a": Called(np.ndarray, (1,), np.dtype("u1"), b"a")}), "a call of ndarray with other arguments",
+        pickle.dumps({"a": Called(np.ndarray, (1,), np.dtype("u1"), b"a")}),
+        "a call of ndarray with other arguments",
     ),
     "a dtype with fields": (
-        entry(array_of(b"(K\x01t", UINT8.replace(b"NNN", b"N(U\x01xt}"))), "a state that is none of a Dtype",
+        entry(array_of(b"(K\x01t", UINT8.replace(b"NNN", b"N(U\x01xt}"))),
+        "a state that is none of a Dtype",
     ),
     "more values than bytes": (entry(array_of(b"(K\x02t")), r"shape \(2,\) and uint8 with 1 bytes"),
     "fewer values than bytes": (entry(array_of(b"(K\x00t")), r"shape \(0,\) and uint8 with 1 bytes"),
     "a size below 0": (entry(array_of(b"(J\xff\xff\xff\xfft")), "an array whose shape is none"),
     "a size beyond memory": (entry(array_of(b"(\x8a\x08\0\0\0\0\0\0\0\x7ft")), "an array whose shape is none"),
     "sizes whose product is": (entry(array_of(b"(" + b"\x8a\x06\0\0\0\0\0\x40" * 9 + b"t")), r"with 1 bytes"),
-    "none of sizes beyond memory": (entry(array_of(b"(K\x00" + b"\x8a\x06\0\0\0\0\0\x40" * 9 + b"t", data=b"U\0")), "damaged"),
+    "none of sizes beyond memory": (
+        entry(array_of(b"(K\x00" + b"\x8a\x06\0\0\0\0\0\x40" * 9 + b"t", data=b"U\0")),
+        "damaged",
+    ),
     "more dimensions than numpy has": (entry(array_of(b"(" + b"K\x01" * 65 + b"t")), "an array whose shape is none"),
     "a shape of texts": (entry(array_of(b"(U\x01at")), "an array whose shape is none"),
     "data that are a list": (entry(array_of(b"(K\x01t", data=b"]")), "an array whose data are a list"),
     "flags that are none": (entry(array_of(b"(K\x01t", UINT8.replace(b"u1", b"b1"))), "other bytes than 0 and 1"),
     "an array not built": (entry(EMPTY), "a value that is a Unbuilt"),
-    "an array built twice": (entry(array_of(b"(K\x01t").replace(EMPTY, EMPTY + b"q\x09h\x09") + b"h\x090"), "not admitted"),
+    "an array built twice": (
+        entry(array_of(b"(K\x01t").replace(EMPTY, EMPTY + b"q\x09h\x09") + b"h\x090"),
+        "not admitted",
+    ),
     "a name alone": (entry(b"cnumpy\ndtype\n"), "a value that is a Name"),
     "a dtype alone": (pickle.dumps({"a": np.dtype("u1")}), "a value that is a Dtype"),
     "a name within a tuple": (entry(b"(cnumpy\ndtype\nt"), "a value that is a Arguments"),
-    "a function of the file's choice": (pickle.dumps({"a": Called(eval, "1")}), "names builtins.eval, which is not adm"),
+    "a function of the file's choice": (
+        pickle.dumps({"a": Called(eval, "1")}),
+        "names builtins.eval, which is not adm",
+    ),
     "a class": (pickle.dumps({"a": Path("x")}), "which is not admitted"),
     "a name that is a number": (b"\x80\x04K\x01K\x02\x93.", "which is not admitted"),
     "a call of a text": (entry(b"U\x01a)R"), "a call of a str"),
@@ -136,7 +147,7 @@ REFUSED = {
     "lists within lists": (nested(10**5), "more than 1000 lists and dictionaries"),
     "dictionaries without end": (b"}" * 10**6, "more than 1000 lists and dictionaries"),
     "tuples within tuples": (entry(b")" + b"\x85" * 10**5), "arguments within arguments"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -202,7 +213,7 @@ content = {
 seeds = [pickle.dumps(content, protocol) for protocol in range(6)]
 seeds.append(seeds[2].replace(b"numpy._core.", b"numpy.core."))
 pieces = [bytes([k]) for k in range(256)] + [b"\\xff" * 4, b"\\xff" * 8, b"\\0" * 8, b"\\x7f\\xff\\xff\\xff"]
-pieces += [b"cnumpy\\nndarray\\n", b"cnumpy\\ndtype\\n", b"cbuiltins\\neval\\n", b"O8", b"V8", b"U1", b"cos\\nsystem\\n"]
+pieces += [b"cnumpy\\nndarray\\n", b"cnumpy\\ndtype\\n", b"cbuiltins\\neval\\n", b"O8", b"V8", b"U1"]
 
 def mutated():
     raw = bytearray(rng.choice(seeds))

@@ -76,13 +76,25 @@ FILES = {
     "8 bits": (lambda p: saved(p / "1.png", grey(GREY, np.uint8)), GREY),
     "16 bits, PNG": (lambda p: saved(p / "1.png", grey(sixteen(), np.uint16)), GREY),
     "16 bits, TIFF": (lambda p: saved(p / "1.tif", grey(sixteen(), np.uint16)), GREY),
-    "16 bits, TIFF, big end first": (lambda p: saved(p / "1.tif", Image.frombytes("I;16B", (SIDE, SIDE), BIG.tobytes())), GREY),
+    "16 bits, TIFF, big end first": (
+        lambda p: saved(p / "1.tif", Image.frombytes("I;16B", (SIDE, SIDE), BIG.tobytes())),
+        GREY,
+    ),
     "16 bits, TIFF, 0 is white": (lambda p: written(p / "1.tif", tiff16(65535 - sixteen(), 0)), GREY),
     "16 bits, TIFF, 0 is black": (lambda p: written(p / "1.tif", tiff16(sixteen(), 1)), GREY),
-    "12 bits, TIFF": (lambda p: written(p / "1.tif", tiff16(np.rint(RAMP * 4095), 1, bits=12)), np.rint(np.rint(RAMP * 4095) / 4095 * 255)),
+    "12 bits, TIFF": (
+        lambda p: written(p / "1.tif", tiff16(np.rint(RAMP * 4095), 1, bits=12)),
+        np.rint(np.rint(RAMP * 4095) / 4095 * 255),
+    ),
     "16 bits, PGM": (lambda p: written(p / "1.pgm", b"P5 16 16 65535\n" + BIG.tobytes()), GREY),
-    "10 bits, PGM": (lambda p: written(p / "1.pgm", b"P5 16 16 1023\n" + np.rint(RAMP * 1023).astype(">u2").tobytes()), np.rint(np.rint(RAMP * 1023) / 1023 * 255)),
-    "4 bits, PGM": (lambda p: written(p / "1.pgm", b"P5 16 16 15\n" + np.rint(RAMP * 15).astype(np.uint8).tobytes()), np.rint(RAMP * 15) * 17),
+    "10 bits, PGM": (
+        lambda p: written(p / "1.pgm", b"P5 16 16 1023\n" + np.rint(RAMP * 1023).astype(">u2").tobytes()),
+        np.rint(np.rint(RAMP * 1023) / 1023 * 255),
+    ),
+    "4 bits, PGM": (
+        lambda p: written(p / "1.pgm", b"P5 16 16 15\n" + np.rint(RAMP * 15).astype(np.uint8).tobytes()),
+        np.rint(RAMP * 15) * 17,
+    ),
     "1 bit, PNG": (lambda p: saved(p / "1.png", grey(GREY, np.uint8).convert("1", dither=0)), (GREY > 127) * 255),
     "1 bit, TIFF": (lambda p: saved(p / "1.tif", grey(GREY, np.uint8).convert("1", dither=0)), (GREY > 127) * 255),
     "floats in [0, 1]": (lambda p: saved(p / "1.tif", grey(RAMP, np.float32)), GREY),
@@ -92,10 +104,13 @@ FILES = {
     "grey with transparency": (lambda p: saved(p / "1.png", with_alpha("LA")), GREY),
     "RGB": (lambda p: saved(p / "1.png", colours("RGB")), np.rint(COLOURS * 255)),
     "RGB with transparency": (lambda p: saved(p / "1.png", with_alpha("RGBA")), np.rint(COLOURS * 255)),
-    "RGB of 16 bits, PPM": (lambda p: written(p / "1.ppm", b"P6 16 16 65535\n" + np.rint(COLOURS * 65535).astype(">u2").tobytes()), np.rint(COLOURS * 255)),
+    "RGB of 16 bits, PPM": (
+        lambda p: written(p / "1.ppm", b"P6 16 16 65535\n" + np.rint(COLOURS * 65535).astype(">u2").tobytes()),
+        np.rint(COLOURS * 255),
+    ),
     "CMYK": (lambda p: saved(p / "1.tif", colours("CMYK")), np.rint(COLOURS * 255)),
     "YCbCr": (lambda p: saved(p / "1.tif", colours("YCbCr")), np.rint(COLOURS * 255)),
-}  # fmt: skip
+}
 
 # A level for what is cut off rather than rounded by Pillow's own reading of 16 bits by channel, three for YCbCr.
 TOLERANCE = {"RGB of 16 bits, PPM": 1, "YCbCr": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import doctest
 import io
 import sys
@@ -277,6 +278,67 @@ def test_another_encoding_on_request(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- descriptions
+
+
+ENDS = {
+    "of Windows": lambda text: text.replace("\n", "\r\n").encode("latin-1"),
+    "of Windows, made twice": lambda text: text.replace("\n", "\r\r\n").encode("latin-1"),
+    "of old Macs": lambda text: text.replace("\n", "\r").encode("latin-1"),
+    "of Windows in UTF-16": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
+    "in UTF-16, big end first": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "in UTF-32": lambda text: text.encode("utf-32"),
+    "in UTF-8 with a mark": lambda text: text.encode("utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", ENDS)
+def test_newsgroups_with_other_line_ends_and_encodings(tmp_path: Path, case: str, packed: bool) -> None:
+    files = {name: ENDS[case](content.decode("latin-1")) for name, content in posts().items()}
+    (as_archive if packed else as_folders)(tmp_path / "other", files)
+    as_folders(tmp_path / "usual", posts())
+    for strip in (True, False):
+        found, expected = (newsgroups20(tmp_path / which, strip=strip) for which in ("other", "usual"))
+        assert found.train == expected.train and found.test == expected.test
+
+
+def test_a_mark_that_lies_names_the_post(tmp_path: Path) -> None:
+    files = posts() | {"20news-bydate-train/sci.med/100": codecs.BOM_UTF16_LE + b"odd"}
+    as_folders(tmp_path, files)
+    with pytest.raises(DataError, match="20news-bydate-train/sci.med/100 is not the utf-16 text that it begins as"):
+        newsgroups20(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_group_without_a_word_is_refused(tmp_path: Path, part: str) -> None:
+    empty = {name: b"From: a\n\n> all quoted\n" for name in posts() if f"{part}/sci.med/" in name}
+    as_folders(tmp_path, posts() | empty)
+    with pytest.raises(DataError, match=f"20news-bydate-{part} has no text with a word in it of 'sci.med'"):
+        newsgroups20(tmp_path)
+    assert newsgroups20(tmp_path, strip=False).class_names == NEWSGROUPS
+    as_folders(tmp_path / "folder", {f"{side}/{c}/1.txt": b"word" for side in ("train", "test") for c in "ab"})
+    (tmp_path / "folder" / part / "b" / "1.txt").write_bytes(b"\r\n ...\r\n")
+    with pytest.raises(DataError, match=f"folder/{part} has no text with a word in it of 'b'"):
+        text_folder(tmp_path / "folder")
+
+
+def test_a_group_by_another_name_is_named(tmp_path: Path) -> None:
+    as_folders(tmp_path, {name.replace("sci.med", "Sci.Med"): content for name, content in posts().items()})
+    with pytest.raises(DataError, match=r"has no posts of sci.med; 20news-bydate-train has 'Sci.Med' for 'sci.med'"):
+        newsgroups20(tmp_path)
+
+
+def test_texts_that_are_in_another_encoding_are_refused_and_read_by_what_is_advised(tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "latin-1"):
+        root = tmp_path / encoding
+        as_folders(root, {f"{part}/a/1.txt": "eine Übung\r\n".encode(encoding) for part in ("train", "test")})
+        with pytest.raises(DataError, match=r"1.txt: (not utf-8 text|holds NUL).*give the encoding of all files"):
+            text_folder(root)
+        assert text_folder(root, encoding=encoding).train == ["eine Übung\r\n"]
+    as_folders(tmp_path / "mark", {f"{part}/a/1.TXT": b"\xef\xbb\xbfword" for part in ("train", "test")})
+    assert text_folder(tmp_path / "mark").train == ["word"]
+    with pytest.raises(ValueError, match="encoding: got 'latin-99', expected one that Python knows"):
+        text_folder(tmp_path / "mark", encoding="latin-99")
 
 
 def test_descriptions_are_passages_of_twelve_classes() -> None:
