@@ -113,6 +113,17 @@ def test_composed_and_decomposed_letters_are_one_name(forms: tuple[str, str], tm
     assert labelled == {"drei": train, "vier": "Mv"}
 
 
+def test_a_name_in_both_forms_is_told_from_that_in_one(tmp_path: Path) -> None:
+    put(tmp_path, {f"train/{NFC}/1.png": png(), f"val/{NFC}/1.png": png(), f"val/{NFD}/2.png": png()})
+    with pytest.raises(
+        DataError, match=re.escape(r"train has 'M\xfcller' for 'Mu\u0308ller', which differs in normal")
+    ):
+        image_folder(tmp_path, 4)
+    (tmp_path / "val" / NFD / "2.png").rename(tmp_path / "val" / NFC / "2.png")
+    (tmp_path / "val" / NFD).rmdir()
+    assert len(image_folder(tmp_path, 4)[1]) == 2
+
+
 def test_folders_of_another_case_are_named(tmp_path: Path) -> None:
     put(tmp_path, {"Train/a/1.png": png(), "VAL/a/1.png": png()})
     with pytest.raises(FileNotFoundError, match=r"/train: missing; .* has 'Train' for 'train', which differs in case"):
@@ -211,6 +222,15 @@ def test_images_that_are_sorted_in_part_are_refused(form: str, tmp_path: Path) -
     shutil.rmtree(tmp_path / "val")
     put(tmp_path, SORTED["val/images/CLASS"])
     tiny_imagenet(tmp_path, 4)
+
+
+def test_imagenet_that_is_sorted_in_part_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"train/n01/1.JPEG": png(), "val/n01/1.JPEG": png(), "val/2.JPEG": png()})
+    put(tmp_path, {"LOC_val_solution.csv": "ImageId,PredictionString\n2,n01 1\n"})
+    with pytest.raises(DataError, match=r"/val: sorted in part: 1 images lie in it, others in folders"):
+        imagenet(tmp_path, 4)
+    (tmp_path / "val" / "2.JPEG").rename(tmp_path / "val" / "n01" / "2.JPEG")
+    assert len(imagenet(tmp_path, 4)[1]) == 2
 
 
 def test_a_sorted_class_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:

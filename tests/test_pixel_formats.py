@@ -231,6 +231,21 @@ def test_integer_images_of_unknown_range_are_refused_and_numbers_of_tokens_are_n
             assert found.dtype == torch.int64 and found.tolist() == [[0, 1], [4, 5]], dtype
 
 
+def test_images_with_their_channels_last_are_refused() -> None:
+    for channels in (1, 3, 4):
+        x = np.random.default_rng(0).integers(0, 256, (4, 8, 6, channels), np.uint8)
+        y = torch.tensor([0, 0, 1, 1])
+        items = torch.utils.data.TensorDataset(torch.from_numpy(x), y)
+        for data in ((x, y), (torch.from_numpy(x), y), items, torch.utils.data.Subset(items, range(4))):
+            with pytest.raises(
+                ValueError, match=rf"got an image of shape \(8, 6, {channels}\), expected its channels first"
+            ):
+                class_incremental(data, validation=0.5)
+        # What the message advises.
+        assert class_incremental((np.moveaxis(x, -1, 1), y), validation=0.5).input_shape == (channels, 8, 6)
+        assert class_incremental((x.astype(np.float32), y), validation=0.5).input_shape == (8, 6, channels)
+
+
 def test_a_reader_names_or_skips_what_is_refused(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for name in "ab":

@@ -42,7 +42,7 @@ def look_alikes(names: Iterable[str], others: Collection[str], where: str) -> st
     """What to add to an error about missing names: which there are in ``where`` that look alike, and how they differ.
 
     >>> look_alikes(["cat", "dog"], ["Cat", "bird"], "val")
-    "; val has 'Cat' for 'cat', which differs in case: rename one of them"
+    "; val has 'Cat' for 'cat', which differs in case: rename one of them, or put both together"
     >>> look_alikes(["cat"], ["bird"], "val")
     ''
     """
@@ -52,7 +52,7 @@ def look_alikes(names: Iterable[str], others: Collection[str], where: str) -> st
             difference = _difference(name, other)
             if difference:
                 found.append(f"{where} has {other!a} for {name!a}, which differs in {difference}")
-    return "".join(f"; {each}" for each in found[:3]) + (": rename one of them" if found else "")
+    return "".join(f"; {each}" for each in found[:3]) + (": rename one of them, or put both together" if found else "")
 
 
 def _by_form(names: Iterable[str]) -> dict[str, list[str]]:

@@ -421,6 +421,6 @@ def _require(paths: list[Path], title: str, torchvision_name: str, suffix: str =
     raise FileNotFoundError(
         f"{title}: missing {missing[0]}{suffix}; expected in {folder}: {names}. "
         f'To obtain them, wherever torchvision is installed: python -c "import torchvision; '
-        f"torchvision.datasets.{torchvision_name}('{data_dir}', download=True)\"; or copy the files there, under these "
-        f"names, and give {data_dir} as the data directory"
+        f'torchvision.datasets.{torchvision_name}({str(data_dir)!r}, download=True)"; or copy the files there, under '
+        f"these names, and give {data_dir} as the data directory"
     )

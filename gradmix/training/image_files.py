@@ -397,6 +397,11 @@ def imagenet(
     source = _val_labels(top, val_labels)
     train = _by_class(base, "train")
     wnids = [name for name, _ in train]
+    if _holds_classes(base, "val", wnids):
+        raise DataError(
+            f"{base / 'val'}: sorted in part: {len(flat)} images lie in it, others in folders of their classes; "
+            "expected all in one way"
+        )
     classes = _devkit_classes(source, flat) if source.is_dir() else _csv_classes(source, flat)
     return _labelled(base, train, wnids, size), _flat(base, "val", classes, source, wnids, wnids, size)
 
@@ -559,8 +564,8 @@ def _in_order(base: Path, names: Sequence[str], test: Sequence[_Class], part: st
     there = [found.name for found in test]
     pairs = same_names(names, there)
     for only, without, others in (
-        (set(names) - set(pairs.values()), part, set(there) - set(pairs)),
-        (set(there) - set(pairs), "train", set(names) - set(pairs.values())),
+        (set(names) - set(pairs.values()), part, there),
+        (set(there) - set(pairs), "train", names),
     ):
         if only:
             alike = look_alikes(sorted(only), sorted(others), without)

@@ -110,7 +110,7 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
 
     Raises:
         TypeError: ``data`` is nothing of the kind, its items are none, or a label is no integer.
-        ValueError: No rows, a negative label, or labels and rows differ in number.
+        ValueError: No rows, a negative label, labels and rows differ in number, or an image has its channels last.
     """
     tensors = getattr(data, "tensors", None)
     if isinstance(tensors, tuple) and len(tensors) == 2:
@@ -163,6 +163,7 @@ class Inputs:
         Raises:
             DamagedImageError: It is an image of values whose range is not known.
             TypeError: It is of another kind, or the item is none.
+            ValueError: It is an image whose channels come last.
         """
         return self._tensor(index, _item(f"row {index}", self.data[index]).input)
 
@@ -193,7 +194,14 @@ class Inputs:
 
 def _readable(name: str, x: Tensor, dimensions: int, tokens: bool) -> Tensor:
     """Inputs of so many dimensions each, in a dtype whose values mean to the trainer what they mean here."""
-    if x.is_floating_point() or x.is_complex() or (x.dtype == torch.uint8 and not tokens):
+    if x.is_floating_point() or x.is_complex():
+        return x
+    if dimensions == 3 and not tokens and x.shape[-1] in (1, 3, 4) and x.shape[-3] > 4:
+        raise ValueError(
+            f"{name}: got an image of shape {tuple(x.shape[-3:])}, expected its channels first, (C, H, W): move the last "
+            "axis to the front, or give floats, which are taken as they are"
+        )
+    if x.dtype == torch.uint8 and not tokens:
         return x
     if tokens:
         return x.to(torch.int64)

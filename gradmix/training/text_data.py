@@ -353,7 +353,7 @@ def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True)
         pairs = same_names(names, found["test"])
         unknown = sorted(set(found["test"]) - set(pairs))
         if unknown:
-            alike = look_alikes(unknown, sorted(set(names) - set(pairs.values())), str(root / "train"))
+            alike = look_alikes(unknown, names, str(root / "train"))
             raise DataError(
                 f"{root / 'test' / unknown[0]}: no such class among the training texts: {', '.join(names)}{alike}"
             )
