@@ -198,8 +198,8 @@ def _readable(name: str, x: Tensor, dimensions: int, tokens: bool) -> Tensor:
         return x
     if dimensions == 3 and not tokens and x.shape[-1] in (1, 3, 4) and x.shape[-3] > 4:
         raise ValueError(
-            f"{name}: got an image of shape {tuple(x.shape[-3:])}, expected its channels first, (C, H, W): move the last "
-            "axis to the front, or give floats, which are taken as they are"
+            f"{name}: got an image of shape {tuple(x.shape[-3:])}, expected its channels first, (C, H, W): move the "
+            "last axis to the front, or give floats, which are taken as they are"
         )
     if x.dtype == torch.uint8 and not tokens:
         return x
