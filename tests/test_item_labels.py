@@ -78,10 +78,35 @@ def test_labels_are_those_that_items_give(case: str) -> None:
     ]
 
 
+def test_a_class_derived_from_tensor_dataset_gives_its_own_items() -> None:
+    class Halved(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + 1, int(y) // 2
+
+    rows = rows_of("data", Halved(torch.arange(8.0)[:, None], torch.tensor(RAW)))
+    assert rows.y.tolist() == HALVED and rows.read(torch.tensor([3])).item() == 4
+
+
+CONTRADICTING = {
+    "flags": (lambda: Kept([label > 1 for label in RAW]), "dtype bool"),
+    "fractions": (lambda: Kept([label / 2 for label in RAW]), "dtype float64"),
+    "shares of a transform": (lambda: Kept([torch.rand(4)] * 8, target_transform=halve), "."),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTING)
+def test_labels_that_contradict_the_attribute_and_are_none_are_refused(case: str) -> None:
+    make, message = CONTRADICTING[case]
+    with pytest.raises((TypeError, ValueError), match=f"data: got labels of .*{message}"):
+        rows_of("data", make())
+
+
 AGREEING = {
     "the same": lambda: Kept(RAW),
     "the same, with a place for a transform": lambda: Kept(RAW, target_transform=None),
     "a column": lambda: Kept([np.array([label]) for label in RAW], np.array(RAW)[:, None], "labels"),
+    "the same as floats": lambda: Kept([float(label) for label in RAW]),
     "items that say nothing": lambda: Kept([None] * 8),
     "items that say something else": lambda: Kept([{"box": 1}] * 8),
     "items of shares": lambda: Kept([torch.rand(4)] * 8),
@@ -119,6 +144,8 @@ def test_a_damaged_item_leaves_what_the_attribute_says() -> None:
             return super().__getitem__(index)
 
     assert rows_of("data", Damaged(RAW)).y.tolist() == RAW
+    with pytest.raises(DamagedImageError, match="row 0 is damaged"):
+        rows_of("data", Damaged(HALVED, target_transform=halve))
 
 
 class Rows(Dataset[Any]):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training.image_files import DamagedImageError, decode, eight_bits, image_folder
+from gradmix.training.image_files import DamagedImageError, decode, image_folder
+from gradmix.training.pixels import eight_bits
 from gradmix.training.reading import Reading
 from gradmix.training.rows import Inputs
 from gradmix.training.streams import class_incremental

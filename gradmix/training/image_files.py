@@ -13,7 +13,7 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gradmix.training.class_names import look_alikes, printable, same_names
 from gradmix.training.datasets import DataError
+from gradmix.training.pixels import eight_bits, pillow
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Ends of the names of images, in capitals or not, the ones of torchvision's ImageFolder; others are passed over."""
@@ -44,10 +45,10 @@ class ImageFiles:
     that is 48 MiB in all, 10 of them labels, where strings alone would be 130 MiB. A forked worker process shares the
     array with its parent, since no reference counts are in it; one that is started otherwise gets a copy.
 
-    An image becomes RGB of 8 bits as :func:`eight_bits` says (transparency is dropped), its shorter side is
-    resized to ``size`` by antialiased bilinear interpolation, and the square in the middle is cut out, to fractions of
-    a pixel. The orientation that EXIF may tell is not applied, as torchvision's ImageFolder does not. A large JPEG is
-    decoded at 1/2, 1/4 or 1/8 of its size, but not below twice the pixels wanted.
+    An image becomes RGB of 8 bits (:func:`~gradmix.training.pixels.eight_bits`; transparency is dropped), its shorter
+    side is resized to ``size`` by antialiased bilinear interpolation, and the square in the middle is cut out, to
+    fractions of a pixel. The orientation that EXIF may tell is not applied, as torchvision's ImageFolder does not. A
+    large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but not below twice the pixels wanted.
 
     >>> images = ImageFiles("/data", [("train/cat", ["1.jpg", "2.jpg"])], [0, 0], ("cat",), 64)
     >>> len(images), images.path(1)
@@ -137,12 +138,12 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
 
     Raises:
         DamagedImageError: The file is there but cannot be decoded: it is no image, is cut short, has more pixels than
-            Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values of a range that :func:`eight_bits` does
-            not know.
+            Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values whose range
+            :func:`~gradmix.training.pixels.eight_bits` does not know.
         ModuleNotFoundError: Pillow is not installed.
         OSError: The file cannot be read.
     """
-    image_module = _pillow()
+    image_module = pillow()
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -165,73 +166,12 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-
-
-def eight_bits(image: Any) -> Any:
-    """A Pillow image as one of the same picture with 8 bits a channel: in mode L, LA, RGB or RGBA.
-
-    Pillow's own conversion to 8 bits clips at 255 what has more. Here 16 bits are scaled, v to v * 255 / 65535, rounded
-    (also where a TIFF tells of fewer bits, or that 0 is white), and floats that lie in [0, 1] from 0 to 255. One bit
-    becomes 0 and 255. Colours of a palette are looked up, without their transparency; CMYK, YCbCr and HSV become RGB
-    as Pillow converts them.
-
-    Args:
-        image: Any Pillow image.
-
-    Raises:
-        ValueError: It holds integers of 32 bits, signed ones, or floats beyond [0, 1], of which nothing tells what is
-            black and what is white; or it is of a mode unknown here.
-    """
-    mode, tags = image.mode, getattr(image, "tag_v2", {})
-    sixteen = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))  # I of these has no more
-    if 2 in tags.get(_SAMPLE_FORMAT, ()) or (mode == "I" and not sixteen):
-        raise ValueError(f"holds integers that are signed or of 32 bits, {_UNCERTAIN}")
-    if mode in ("L", "LA", "RGB", "RGBA"):
-        return image
-    if mode == "1":
-        return image.convert("L")
-    if mode in ("La", "RGBa"):
-        return image.convert(mode.upper())
-    if mode in ("P", "PA"):
-        return image.convert("RGBA").convert("RGB")
-    if mode in ("CMYK", "YCbCr", "HSV", "RGBX"):
-        return image.convert("RGB")
-    if sixteen:
-        white = (1 << tags.get(_BITS, (16,))[0]) - 1
-        values = np.asarray(image).astype(np.int64)
-        if tags.get(_PHOTOMETRIC) == 0:
-            values = white - values
-        if int(values.min(initial=0)) >= 0 and int(values.max(initial=0)) <= white:
-            return _pillow().fromarray(((values * 510 + white) // (2 * white)).astype(np.uint8))
-    if mode == "F":
-        values = np.asarray(image)
-        if bool(((values >= 0) & (values <= 1)).all()):  # no NaN either
-            values = 1 - values if tags.get(_PHOTOMETRIC) == 0 else values
-            return _pillow().fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
-        raise ValueError(f"holds floats from {np.min(values):g} to {np.max(values):g}, beyond [0, 1], {_UNCERTAIN}")
-    raise ValueError(f"is of mode {mode}, expected grey, a palette or RGB; save it in one of these")
-
-
-_UNCERTAIN = "of which nothing tells what is black and what is white; save it with 8 or 16 unsigned bits a channel"
-
-
 def _cause(error: Exception, content: bytes) -> str:
     if not content:
         return "the file is empty"
     if type(error).__name__ == "UnidentifiedImageError":  # whose own text names a buffer, not a file
         return f"is no image that Pillow knows (it begins with {content[:8]!r})"
     return f"cannot be decoded: {error or type(error).__name__}"
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "images in files are decoded by Pillow: pip install 'gradmix[images]'", name=error.name
-        ) from error
-    return Image
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts

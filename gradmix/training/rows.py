@@ -6,14 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from numbers import Integral
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from gradmix.training.image_files import DamagedImageError, ImageFiles, eight_bits
+from gradmix.training.image_files import DamagedImageError, ImageFiles
+from gradmix.training.pixels import eight_bits
 
 
 class Rows(ABC):
@@ -112,9 +114,10 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
         TypeError: ``data`` is nothing of the kind, its items are none, or a label is no integer.
         ValueError: No rows, a negative label, labels and rows differ in number, or an image has its channels last.
     """
-    tensors = getattr(data, "tensors", None)
-    if isinstance(tensors, tuple) and len(tensors) == 2:
-        data = tensors
+    # Only where items are the tensors' rows: a class derived from it may make others of them.
+    plain = isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__
+    if plain and len(data.tensors) == 2:
+        data = data.tensors
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(v, (Tensor, np.ndarray)) for v in data):
         x, y = data
         x = _tensor_of(name, x) if isinstance(x, np.ndarray) else x
@@ -143,7 +146,7 @@ class Inputs:
     """The inputs alone of a data set, as tensors.
 
     Pillow images become uint8 ``(C, H, W)``, of 8 bits a channel as
-    :func:`~gradmix.training.image_files.eight_bits` makes them. So do tensors and arrays of two dimensions or more that
+    :func:`~gradmix.training.pixels.eight_bits` makes them. So do tensors and arrays of two dimensions or more that
     are of 16 unsigned bits, scaled from 65535 to 255; bool becomes 0 and 255. Bytes and floats stay as they are.
 
     Args:
@@ -271,15 +274,18 @@ def _first(name: str, data: Any) -> _Item | None:
 def _labels_of(name: str, data: Any, labels: Any, first: _Item | None) -> Tensor:
     """The labels that the items of a data set give, without reading all of them where that can be known."""
     count = len(data)
-    if labels is not None:
-        return _labels(name, labels, count)
+    if labels is not None or type(data) is ImageFiles or count == 0:
+        return _labels(name, getattr(data, "labels", ()) if labels is None else labels, count)
     kept = (getattr(data, key, None) for key in ("labels", "targets", "y"))
     attribute = next((found for found in kept if _is_labels(found)), None)
-    if count == 0 or (attribute is not None and (first is None or not _is_integer(first.label))):
-        return _labels(name, () if attribute is None else attribute, count)
+    transformed = getattr(data, "target_transform", None) is not None
     if first is not None and first.label is None:
-        raise TypeError(f"{name}: got items without a label, expected (input, label), or labels for them")
-    if attribute is not None and getattr(data, "target_transform", None) is None:
+        if attribute is None:
+            raise TypeError(f"{name}: got items without a label, expected (input, label), or labels for them")
+        return _labels(name, attribute, count)
+    if attribute is not None and not transformed:
+        if first is not None and not _is_number(first.label):  # which the attribute is not to be compared with
+            return _labels(name, attribute, count)
         with suppress(TypeError, ValueError):  # an attribute of another meaning
             found = _labels(name, attribute, count)
             if all(_agrees(name, data, index, int(found[index])) for index in _of_several_labels(found)):
@@ -301,11 +307,11 @@ def _agrees(name: str, data: Any, index: int, label: int) -> bool:
         said = _item(name, data[index]).label
     except DamagedImageError:
         return True
-    return not _is_integer(said) or int(said) == label
+    return not _is_number(said) or bool(said == label)
 
 
-def _is_integer(label: Any) -> bool:
-    return isinstance(label, Integral) and not isinstance(label, bool)
+def _is_number(label: Any) -> bool:
+    return isinstance(label, (Number, np.bool_))
 
 
 def _is_labels(found: Any) -> bool:
