@@ -381,6 +381,38 @@ def test_workers_started_afresh_read_and_die_with_their_parent(tmp_path):
     assert process.returncode == -signal.SIGKILL and output == b"[3.0, 1.0]\n"
 
 
+KILLED_EARLY = """
+import os, signal, time, torch
+from gradmix.training import batch_reader
+begin = batch_reader._apart
+def late(parent, worker):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    begin(parent, worker)
+batch_reader._apart = late
+def plans():
+    os.kill(os.getpid(), signal.SIGKILL)  # asked for when the workers have been started
+    yield
+next(iter(batch_reader.BatchReader(torch.arange(9.0), plans(), workers=2)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are to be forked")
+def test_workers_end_whose_parent_was_killed_before_they_began(tmp_path):
+    path = str(Path(gradmix.__file__).parent.parent)
+    # Workers inherit the pipe, so that its end is reached when the last of them is gone.
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_EARLY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as process:
+        process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL
+
+
 SIGNALLED = """
 import os, signal, torch
 from gradmix.training.batch_reader import BatchReader

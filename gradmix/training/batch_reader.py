@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 import warnings
@@ -9,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -143,7 +145,7 @@ class BatchReader:
                 prefetch_factor=self._prefetch if self._workers else None,
                 collate_fn=cast(Any, _as_it_is),
                 pin_memory=self._pin,
-                worker_init_fn=_apart if self._workers else None,
+                worker_init_fn=partial(_apart, os.getpid()) if self._workers else None,
                 generator=torch.Generator(),  # not torch's global one, from which workers' seeds would be drawn
             )
         )
@@ -278,10 +280,13 @@ def _as_it_is(part: _Part) -> _Part:
     return part
 
 
-def _apart(_worker: int) -> None:
+def _apart(parent: int, _worker: int) -> None:
     """Takes a worker out of reach of signals to all processes of a command, as Ctrl-C and torchrun send them.
 
-    What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop.
+    What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop. If that
+    has ended by now, so does the worker: torch's watchdog looks only from now on whether the parent changes.
     """
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:
+        os._exit(1)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
