@@ -283,8 +283,8 @@ def _as_it_is(part: _Part) -> _Part:
 def _apart(parent: int, _worker: int) -> None:
     """Takes a worker out of reach of signals to all processes of a command, as Ctrl-C and torchrun send them.
 
-    What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop. If that
-    has ended by now, so does the worker: torch's watchdog looks only from now on whether the parent changes.
+    What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop. If
+    that has ended by now, so does the worker: torch's watchdog looks only from now on whether the parent changes.
     """
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:
         os._exit(1)
