@@ -232,7 +232,7 @@ class HeadCapture:
 
         On a GPU nothing is waited for: logits that are not the head's are found by the next call of the library.
         """
-        with later():
+        with later(self._model):
             return self.checked()
 
     def checked(self) -> CapturedOutput:

@@ -244,7 +244,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
-    with waiting.later(), watched():
+    with waiting.later(MLP()), watched():
         result = operator.mixed_alignment_torch(*arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
