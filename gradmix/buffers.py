@@ -356,7 +356,7 @@ class ReplayBuffer:
                 )
         if self._columns is not None:
             known = [str(name) for _, name in leaves(self._parts)]
-            if list(inputs) != known:
+            if inputs.keys() != set(known):
                 raise ValueError(f"x: got the parts {', '.join(inputs)}, expected {', '.join(known)} as before")
             self._check_alike(rows, self._columns, {"y", *known})
         labels = y.detach().to("cpu", torch.int64)

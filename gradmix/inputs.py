@@ -94,12 +94,17 @@ def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> 
         ValueError: the trees differ in structure.
     """
     paths = [path for path, _ in leaves(first)]
-    for other in others:
-        found = [path for path, _ in leaves(other)]
-        if found != paths:
-            raise ValueError(f"x: got the parts {', '.join(found)}, expected {', '.join(paths)}")
-    rest = [iter(tensors_of(cast(InputTree, other))) for other in others]
-    return map_tensors(lambda leaf: function(leaf, *(next(part) for part in rest)), first)
+    rest = [dict(leaves(other)) for other in others]
+    for part in rest:
+        if part.keys() != set(paths):
+            raise ValueError(f"x: got the parts {', '.join(part)}, expected {', '.join(paths)}")
+    following = iter(paths)
+
+    def joined(leaf: Tensor) -> Tensor:
+        path = next(following)
+        return function(leaf, *(part[path] for part in rest))
+
+    return map_tensors(joined, first)
 
 
 def concatenate(trees: list[Tree]) -> Tree:
@@ -131,11 +136,11 @@ def check_alike(name: str, x: InputTree, like: InputTree, whose: str) -> None:
         ValueError: other parts, or another shape.
         TypeError: integers in place of floating-point numbers, or the other way round.
     """
-    pairs = list(leaves(x, name)), list(leaves(like, name))
-    came, expected = ([path for path, _ in part] for part in pairs)
-    if came != expected:
+    came, expected = (cast("dict[str, Tensor]", dict(leaves(tree, name))) for tree in (x, like))
+    if came.keys() != expected.keys():
         raise ValueError(f"{name}: got the parts {', '.join(came)}, expected {', '.join(expected)} as {whose}")
-    for path, own, other in zip(came, tensors_of(x), tensors_of(like), strict=True):
+    for path, own in came.items():
+        other = expected[path]
         if own.shape[1:] != other.shape[1:]:
             shapes = f"got rows of shape {tuple(own.shape[1:])}, expected {tuple(other.shape[1:])}"
             raise ValueError(f"{path}: {shapes} as {whose}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from gradmix.gradients.capture import BatchStatisticsError
+from gradmix.gradients.capture import BatchStatisticsError, without_compilation
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, leaves, num_samples, take
 
@@ -75,11 +75,13 @@ def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
         if model in _met:
             yield
             return
-        with watch:
+        passes: list[None] = []
+        stack.callback(model.register_forward_hook(lambda *_: passes.append(None)).remove)
+        with without_compilation(), watch:  # which may pass by hooks and watches
             yield
     if watch.called and _is_coupled(model, x):
         _refuse()
-    if num_samples(x) >= _ROWS:
+    if passes and num_samples(x) >= _ROWS:
         _met.add(model)
 
 
@@ -109,13 +111,21 @@ class _Watch(TorchFunctionMode):
         try:
             return func(*args, **named)
         except ValueError as error:
-            if "more than 1 value per channel" in str(error):  # torch says it of a single row
-                _refuse()
+            _refuse_single(error)
             raise
+
+
+def _refuse_single(error: ValueError) -> None:
+    """Refuse the model if this is what torch says of a single row whose statistics are wanted."""
+    if "more than 1 value per channel" in str(error):
+        _refuse()
 
 
 def _is_coupled(model: nn.Module, x: InputTree) -> bool:
     """Whether the first row's logits are others in a batch with the second one."""
-    with torch.no_grad():
+    try:
         alone, together = (logits_of(call_model(model, take(x, slice(n))))[0].float() for n in (1, _ROWS))
+    except ValueError as error:
+        _refuse_single(error)
+        raise
     return bool((alone - together).abs().amax() > _TOLERANCE * together.abs().amax())
