@@ -99,11 +99,13 @@ def test_without_a_seed_set_draws_go_on() -> None:
 
 def test_seeding_stays_what_it_was() -> None:
     mixing.default_generator()
-    mixing.default_generator()
-    assert torch.manual_seed is torch.random.manual_seed and torch.manual_seed.__name__ == "manual_seed"
-    assert torch.manual_seed(7) is torch.default_generator and torch.initial_seed() == 7
-    drawn = torch.rand(3)
-    assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(7)), drawn)
+    for seed in (torch.manual_seed, torch.random.manual_seed):
+        assert seed.__name__ == "manual_seed" and seed(7) is torch.default_generator and torch.initial_seed() == 7
+        drawn = torch.rand(3)
+        assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(7)), drawn)
+        first = torch.rand(2, generator=mixing.default_generator())
+        seed(7)
+        assert torch.equal(torch.rand(2, generator=mixing.default_generator()), first)
 
 
 def test_a_state_goes_on_with_its_draws_whatever_was_drawn_since() -> None:
