@@ -47,6 +47,8 @@ from gradmix.estimators import (
 )
 from gradmix.head import CapturedOutput, HeadLike, forward_head
 from gradmix.head_values import MASKED
+from gradmix.inputs import InputTree, check_alike, first_tensor, floating_dtype, map_tensors, mix_samples, take
+from gradmix.inputs import concatenate as concatenate_inputs
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
 from gradmix.ops.dtypes import work_dtype
@@ -56,6 +58,7 @@ from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixe
 from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
+from gradmix.refusals import refusing_by_name
 from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
 
 Estimator = Literal["feature", "mixed", "jvp", "sketch"]
@@ -117,6 +120,36 @@ def as_estimator(estimator: object) -> str | WholeEstimator:
     check_choice("estimator", estimator, get_args(Estimator))
     named: dict[object, WholeEstimator] = {"jvp": JvpEstimator(), "sketch": SketchEstimator()}
     return named.get(estimator, str(estimator))
+
+
+def check_mixable(name: str, x: InputTree, estimator: object) -> None:
+    """Refuse inputs without mixtures to forward, such as token ids, where an estimator mixes inputs.
+
+    Raises:
+        TypeError: no leaf is of a floating-point dtype.
+    """
+    kind = as_estimator(estimator)
+    if kind == "feature" or floating_dtype(x) is not None:
+        return
+    called = kind if isinstance(kind, str) else type(kind).__name__
+    raise TypeError(
+        f"{name}: got x of dtype {first_tensor(x).dtype} with the estimator {called!r}, which mixes inputs, expected a "
+        "floating-point dtype; token ids are served by the estimator 'feature'"
+    )
+
+
+def refuse_worker(what: str) -> None:
+    """Refuse to judge by a model in a worker process of a DataLoader, which has a copy from when it was started.
+
+    Raises:
+        RuntimeError: this is such a process.
+    """
+    if torch.utils.data.get_worker_info() is not None:
+        raise RuntimeError(
+            f"{what}: was called in a worker process of a DataLoader, whose copy of the model and of the buffer stays "
+            "as it was when the worker was started, expected a call in the training loop, on the batch that the loader "
+            "gives"
+        )
 
 
 def classes_of(labels: Tensor) -> Tensor:
@@ -198,12 +231,12 @@ class ClassTable:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with what the head saw and said for them: x (N, ...), y labels, features (N, d), logits (N, C).
+    """Rows with what the head saw and said for them: x a tree (N, ...), y labels, features (N, d), logits (N, C).
 
     ``appends_one``: whether a column of ones for the head's bias goes with the features.
     """
 
-    x: Tensor
+    x: InputTree
     y: Tensor
     features: Tensor
     logits: Tensor
@@ -214,11 +247,11 @@ class Rows:
 
     def take(self, index: Tensor) -> Rows:
         """The rows at ``index``."""
-        return Rows(self.x[index], self.y[index], self.features[index], self.logits[index], self.appends_one)
+        return Rows(take(self.x, index), self.y[index], self.features[index], self.logits[index], self.appends_one)
 
     def without_inputs(self) -> Rows:
         """The same with x of width 0: what is kept in feature space must not keep images alive."""
-        return replace(self, x=self.x.new_empty(len(self), 0))
+        return replace(self, x=self.features.new_empty(len(self), 0))
 
 
 # ------------------------------------------------------------------------------------------------------- forward passes
@@ -252,14 +285,18 @@ def _forwarded_share(
     """
     empty = True
     for start, x, y in numbered_chunks(name, source, chunk, device, group):
-        yield start, checked_rows(name, x, y, forward_head(model, head, x), start)
+        with refusing_by_name(name, model, x):
+            output = forward_head(model, head, x)
+        yield start, checked_rows(name, x, y, output, start)
         empty = False
     if empty and group is not None:
         for x, y in islice(chunks_of(name, source, 1, device), 1):
-            yield 0, checked_rows(name, x, y, forward_head(model, head, x)).take(torch.arange(0, device=y.device))
+            with refusing_by_name(name, model, x):
+                output = forward_head(model, head, x)
+            yield 0, checked_rows(name, x, y, output).take(torch.arange(0, device=y.device))
 
 
-def checked_rows(name: str, x: Tensor, y: Tensor, output: CapturedOutput, first_row: int = 0) -> Rows:
+def checked_rows(name: str, x: InputTree, y: Tensor, output: CapturedOutput, first_row: int = 0) -> Rows:
     """Rows with their head output, after a look for NaN and labels beyond the logits' classes."""
     features, logits = output
     if len(features) != len(y):
@@ -341,7 +378,10 @@ def reference_gradient(
 
     Args:
         model: returns logits (N, C), or an object that holds them as ``.logits``.
-        buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader.
+        buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any object of rows
+            ``(x, y)`` with ``__len__`` and ``__getitem__``, or a function that returns one of these and is called at
+            every read (:mod:`gradmix.rows`). x is a tensor, or a mapping, tuple or list of tensors, which the model is
+            given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.inputs`).
         head: the classifier, or its name; None: found by itself.
         chunk_size: rows forwarded at a time.
         group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each
@@ -362,6 +402,7 @@ def reference_gradient(
     >>> G.shape
     torch.Size([2, 3])
     """
+    refuse_worker("reference_gradient")
     check_group(group)
     model = unwrap(model)
     device = device_of(model)
@@ -394,6 +435,8 @@ def read_buffer(
         total = total or ReferenceSum()
         total.add(rows)
         if keep:
+            if keep_inputs:
+                check_mixable("buffer", rows.x, "mixed")
             index = quota.admit(rows.y)
             kept.append((rows if keep_inputs else rows.without_inputs()).take(index))
             places.append(start + index)
@@ -448,8 +491,8 @@ def feature_alignment(
 def mixed_input_alignment(
     model: nn.Module,
     head: HeadLike,
-    rows: tuple[Tensor, Tensor],
-    partners: tuple[Tensor, Tensor],
+    rows: tuple[InputTree, Tensor],
+    partners: tuple[InputTree, Tensor],
     pairs: Tensor,
     reference: Tensor,
     lam: float,
@@ -464,7 +507,7 @@ def mixed_input_alignment(
     inner, norm = [], []
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].unbind(1)
-        features, logits = forward_head(model, head, lam * x[i] + mu * other_x[j])
+        features, logits = forward_head(model, head, mix_samples(take(x, i), take(other_x, j), lam))
         require_finite_pairs(logits, i, j)
         own, other = (dense_labels(v, logits.shape[1], dtype) for v in (y[i], other_y[j]))
         labels = lam * own + mu * other
@@ -567,7 +610,7 @@ def class_table(
             class_index(classes, class_of(rows.y)),
             len(classes),
             reference,
-            torch.tensor(TABLE_LAMS, dtype=torch.float64),
+            torch.tensor(TABLE_LAMS, dtype=torch.float64, device="cpu"),
             backend=backend,
         )
         return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
@@ -585,7 +628,7 @@ def class_table(
 
 def whole_class_table(
     model: nn.Module,
-    rows: tuple[Tensor, Tensor],
+    rows: tuple[InputTree, Tensor],
     reference: WholeReference,
     *,
     estimator: WholeEstimator,
@@ -642,10 +685,10 @@ def _class_pairs(labels: Tensor, classes: Tensor, samples: int, generator: torch
 def alignment_matrix(
     model: nn.Module,
     buffer: RowSource,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[InputTree, Tensor],
     *,
     lam: float,
-    candidates: tuple[Tensor, Tensor] | None = None,
+    candidates: tuple[InputTree, Tensor] | None = None,
     criterion: Criterion = "sample",
     estimator: Estimator | WholeEstimator = "feature",
     head: nn.Module | str | None = None,
@@ -656,7 +699,7 @@ def alignment_matrix(
 
     Args:
         model, buffer, head, chunk_size: as :func:`reference_gradient`; the buffer must not be empty.
-        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+        batch: x (N, ...), a tensor or a tree of tensors, and y, (N,) integers or (N, C) label vectors.
         lam: weight of the batch's row, in [0, 1].
         candidates: the partners' rows (M of them); None: the batch's own rows.
         criterion: ``"sample"``, (N, M); or ``"class"``, (P, P) over the classes of both.
@@ -674,8 +717,14 @@ def alignment_matrix(
     kind = as_estimator(estimator)
     check_lam(lam)
     model = unwrap(model)
+    refuse_worker("alignment_matrix")
     x, y = as_pair("batch", batch)
-    partner_pair = (x, y) if candidates is None else as_pair("candidates", candidates)
+    device = first_tensor(x).device
+    check_mixable("batch", x, kind)
+    partner_pair = (x, y)
+    if candidates is not None:
+        partner_pair = as_pair("candidates", candidates)
+        check_alike("candidates", partner_pair[0], x, "the batch")
     if not isinstance(kind, str):
         chunk_size, width = extent_of(model, kind, x, chunk_size)
         whole = whole_reference(model, kind, buffer, chunk_size)
@@ -686,14 +735,14 @@ def alignment_matrix(
             return sketched_cells(
                 model, kind, rows, None if candidates is None else partners, whole, lam, criterion, chunk_size, backend
             )[0]
-        pairs = torch.cartesian_prod(*(torch.arange(len(r), device=x.device) for r in (rows, partners))).view(-1, 2)
+        pairs = torch.cartesian_prod(*(torch.arange(len(r), device=device) for r in (rows, partners))).view(-1, 2)
         inner, norm = jvp_alignment(model, kind, (x, y), partner_pair, pairs, whole, lam, width, chunk_size)
         shape = (len(rows), len(partners))
         return judge(
             inner.view(shape), norm.view(shape), rows, partners, reference_norm(whole), criterion, candidates is None
         )
     with untouched(model):
-        reference, _ = read_buffer(model, buffer, head, chunk_size, x.device)
+        reference, _ = read_buffer(model, buffer, head, chunk_size, device)
         if reference is None:
             raise ValueError("buffer: got no rows, expected at least one")
         rows, partners = forward_pair(model, head, (x, y), partner_pair, chunk_size, candidates is None)
@@ -706,8 +755,8 @@ def alignment_matrix(
 def forward_pair(
     model: nn.Module,
     head: HeadLike,
-    batch: tuple[Tensor, Tensor],
-    candidates: tuple[Tensor, Tensor],
+    batch: tuple[InputTree, Tensor],
+    candidates: tuple[InputTree, Tensor],
     chunk: int,
     own_rows: bool,
 ) -> tuple[Rows, Rows]:
@@ -716,15 +765,16 @@ def forward_pair(
     return rows, rows if own_rows else forward_all(model, head, "candidates", candidates, chunk)
 
 
-def forward_all(model: nn.Module, head: HeadLike, name: str, pair: tuple[Tensor, Tensor], chunk: int) -> Rows:
+def forward_all(model: nn.Module, head: HeadLike, name: str, pair: tuple[InputTree, Tensor], chunk: int) -> Rows:
     """All rows of ``pair`` with their head outputs; call it inside ``untouched``."""
-    parts = list(forwarded(model, head, name, pair, chunk, pair[0].device))
+    parts = list(forwarded(model, head, name, pair, chunk, first_tensor(pair[0]).device))
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
 def gathered(rows: Rows, group: Group) -> Rows:
     """The rows of all processes of a group, in the order of their ranks."""
-    x, y, features, logits = (gather_rows(part, group) for part in (rows.x, rows.y, rows.features, rows.logits))
+    x = map_tensors(lambda leaf: gather_rows(leaf, group), rows.x)
+    y, features, logits = (gather_rows(part, group) for part in (rows.y, rows.features, rows.logits))
     return Rows(x, y, features, logits, rows.appends_one)
 
 
@@ -739,8 +789,8 @@ def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:
     if len({part.y.is_floating_point() for part in parts}) > 1:
         classes = parts[0].logits.shape[1] if classes is None else classes
         parts = [replace(part, y=dense_labels(part.y, classes, torch.float32)) for part in parts]
-    fields = ("x", "y", "features", "logits")
-    x, y, features, logits = (torch.cat([getattr(part, name) for part in parts]) for name in fields)
+    x = concatenate_inputs([part.x for part in parts])
+    y, features, logits = (torch.cat([getattr(part, name) for part in parts]) for name in ("y", "features", "logits"))
     return Rows(x, y, features, logits, parts[0].appends_one)
 
 
@@ -779,9 +829,10 @@ def judge(
     return mean.alignment()
 
 
-def bare_rows(x: Tensor, y: Tensor) -> Rows:
+def bare_rows(x: InputTree, y: Tensor) -> Rows:
     """Rows of which neither features nor logits are wanted."""
-    return Rows(x, y, x.new_empty(len(y), 0), x.new_empty(len(y), 0))
+    nothing = y.new_empty(len(y), 0, dtype=floating_dtype(x))
+    return Rows(x, y, nothing, nothing)
 
 
 def buffer_rows(source: object, keep: int, chunk: int, device: torch.device) -> list[Rows]:
@@ -790,7 +841,7 @@ def buffer_rows(source: object, keep: int, chunk: int, device: torch.device) -> 
     kept = []
     for x, y in chunks_of("buffer", source, chunk, device):
         index = quota.admit(y)
-        kept.append(bare_rows(x[index], y[index]))
+        kept.append(bare_rows(take(x, index), y[index]))
     return kept
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradmix.graphs import sent
+from gradmix.inputs import InputTree, check_inputs, leaves, map_tensors, take, tensors_of
 from gradmix.storage import Column, RowFiles
 
 BufferPolicy = Literal["class", "balanced", "reservoir"]
@@ -37,12 +38,12 @@ class BufferRows(NamedTuple):
     """Rows drawn from a buffer, with all that is kept with them.
 
     Attributes:
-        x: ``(n, ...)`` inputs.
+        x: ``(n, ...)`` inputs: a tensor, or a dict, tuple or list of tensors, as they were given.
         y: ``(n,)`` int64 labels.
         extras: ``(n, ...)`` by the name given to :meth:`ReplayBuffer.add`; empty if nothing was given.
     """
 
-    x: Tensor
+    x: Any
     y: Tensor
     extras: dict[str, Tensor]
 
@@ -60,6 +61,9 @@ class ReplayBuffer:
 
     What is held depends on the seed and on the sequence of rows alone: not on how the rows were split into calls of
     :meth:`add`, not on the device, not on how often the buffer was sampled. No global random state is read or changed.
+
+    Inputs are a tensor, or a mapping, tuple or list of tensors with one number of rows, such as a tokenizer's ids and
+    mask; a mapping comes back as a dict.
 
     Anything else known of a row can be kept with it, under a name of the caller's: extra columns, which follow their
     rows through every policy. DER++ keeps the logits that the model gave a row when it was added, and later trains it
@@ -124,20 +128,22 @@ class ReplayBuffer:
         self._device = None if device is None else torch.device(device)
         self._files = None if folder is None else RowFiles(folder)
         # Two generators: how often the buffer is sampled must not change what it holds.
-        self._key_generator = torch.Generator().manual_seed(_derived_seed(seed, "keys"))
-        self._draw_generator = torch.Generator().manual_seed(_derived_seed(seed, "draws"))
+        self._key_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "keys"))
+        self._draw_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "draws"))
         # The ledger lies on the CPU, in order of arrival, one entry per row held; the rows themselves lie in the
         # columns "x", "y" and the extra ones on the buffer's device, at `_slots`. Decisions never wait for the rows,
         # and nothing depends on the slots, nor on the columns' spare room: they need not be saved. With a folder the
-        # columns have no rows and only say what they are like; "y" has no file, as the ledger has the labels.
-        self._keys = torch.empty(0, dtype=torch.float64)
-        self._labels = torch.empty(0, dtype=torch.int64)
-        self._slots = torch.empty(0, dtype=torch.int64)
+        # columns have no rows and only say what they are like; "y" has no file, as the ledger has the labels. Inputs
+        # of several parts have a column each, by the path of the part, and `_parts` is their tree with columns' names.
+        self._keys = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._labels = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._slots = torch.empty(0, dtype=torch.int64, device="cpu")
         self._columns: dict[str, Tensor] | None = None
-        self._classes = torch.empty(0, dtype=torch.int64)
-        self._seen = torch.empty(0, dtype=torch.int64)
+        self._parts: Any = "x"
+        self._classes = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._seen = torch.empty(0, dtype=torch.int64, device="cpu")
         # Only with a folder: of each row held, what tells that it is still there; slots that states refer to.
-        self._stamps = torch.empty(0, dtype=torch.int64)
+        self._stamps = torch.empty(0, dtype=torch.int64, device="cpu")
         self._kept_slots: deque[Tensor] = deque(maxlen=_STATES_KEPT)
         self._reader: ThreadPoolExecutor | None = None
         self._pending: _Pending | None = None
@@ -160,17 +166,30 @@ class ReplayBuffer:
         return self._device
 
     @property
-    def x(self) -> Tensor:
+    def x(self) -> Any:
         """The inputs held, ``(len, ...)``, in order of arrival; of shape ``(0,)`` before the first :meth:`add`.
+
+        A tensor, or a dict, tuple or list of tensors, as they were given.
 
         It shares memory with the buffer: read it before the next :meth:`add`, and do not write to it. With a folder it
         is mapped from the file, on the CPU, as long as no row was replaced; after that it is a copy of all rows, in
         memory: :meth:`part` gives some of them.
         """
         if self._files is not None and self._columns is not None:
-            return self._from_files("x")
+            return map_tensors(self._from_files, self._parts)
         columns = self._compact()
-        return torch.empty(0, device=self._device) if columns is None else columns["x"][: len(self)]
+        if columns is None:
+            return torch.empty(0, device=self._device or "cpu")
+        return take(self._inputs_of(columns), slice(len(self)))
+
+    def _inputs_of(self, columns: Mapping[str, Tensor]) -> Any:
+        """The tree of inputs among the columns."""
+        return map_tensors(lambda name: columns[name], self._parts)
+
+    def _extras_of(self, columns: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """The first ``rows`` entries of the extra columns."""
+        inputs = {"y", *(name for _, name in leaves(self._parts))}
+        return {name: column[:rows] for name, column in columns.items() if name not in inputs}
 
     @property
     def y(self) -> Tensor:
@@ -179,7 +198,7 @@ class ReplayBuffer:
             return self._labels.to(self._device or "cpu")
         columns = self._compact()
         if columns is None:
-            return torch.empty(0, dtype=torch.int64, device=self._device)
+            return torch.empty(0, dtype=torch.int64, device=self._device or "cpu")
         return columns["y"][: len(self)]
 
     @property
@@ -189,23 +208,23 @@ class ReplayBuffer:
         Empty before the first :meth:`add`, and if that was given none.
         """
         if self._files is not None and self._columns is not None:
-            return {name: self._from_files(name) for name in self._columns if name not in ("x", "y")}
-        return _extras_of(self._compact() or {}, len(self))
+            return {name: self._from_files(name) for name in self._extras_of(self._columns, 0)}
+        return self._extras_of(self._compact() or {}, len(self))
 
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def part(self, start: int, stop: int) -> tuple[Any, Tensor]:
         """Some of the rows held, in order of arrival: those that ``x[start:stop]`` and ``y[start:stop]`` are.
 
         With a folder they are read from it, on the buffer's device, and copies; else they share memory with the buffer.
         """
         if self._files is None or self._columns is None:
-            return self.x[start:stop], self.y[start:stop]
-        taken = self._take(torch.arange(len(self))[start:stop])
+            return take(self.x, slice(start, stop)), self.y[start:stop]
+        taken = self._take(torch.arange(len(self), device="cpu")[start:stop])
         return taken.x, taken.y
 
     def _from_files(self, name: str) -> Tensor:
         """A whole column, in order of arrival, on the CPU."""
         assert self._files is not None
-        if torch.equal(self._slots, torch.arange(len(self))):
+        if torch.equal(self._slots, torch.arange(len(self), device="cpu")):
             return self._files.mapped(name, len(self))
         return self._files.read(self._slots, names=(name,))[name]
 
@@ -240,14 +259,15 @@ class ReplayBuffer:
 
     # -------------------------------------------------------------------------------------------------- filling it
 
-    def add(self, x: Tensor, y: Tensor, **extras: Tensor) -> None:
+    def add(self, x: InputTree, y: Tensor, **extras: Tensor) -> None:
         """Shows rows to the buffer, which keeps copies of those within the quota.
 
         Which rows are kept is decided on their keys alone; only those are copied, so rows that are turned away cost
         next to nothing.
 
         Args:
-            x: Inputs ``(N, ...)``, on any device; kept detached. The first call fixes the shape and dtype of a row.
+            x: Inputs ``(N, ...)``, on any device; kept detached. A tensor, or a mapping, tuple or list of tensors,
+                nested at will. The first call fixes the parts, and the shape and dtype of a row.
             y: Labels ``(N,)``, integers of at least 0, on any device.
             extras: Tensors ``(N, ...)`` kept with the rows, by name, on any device; kept detached. The first call fixes
                 the names, and the shape and dtype of each one's rows.
@@ -259,23 +279,26 @@ class ReplayBuffer:
                 ``extras`` are not those of the first call; or the folder is another buffer's.
             OSError: The rows cannot be written to the folder; the buffer holds what it held before.
         """
-        labels = self._check_rows(x, y, extras)
-        if self._columns is None:
-            self._columns = self._opened(x, extras)
-        if len(labels) == 0:
-            return
-        self._undo_prefetch()
-        generator_state = self._key_generator.get_state()
-        try:
-            self._add(x, labels, extras)
-        except OSError:
-            self._key_generator.set_state(generator_state)
-            raise
+        labels, rows = self._check_rows(x, y, extras)
+        # What is made here lasts: no tensors of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._columns is None:
+                self._columns = self._opened(rows)
+                self._parts = _paths(x)
+            if len(labels) == 0:
+                return
+            self._undo_prefetch()
+            generator_state = self._key_generator.get_state()
+            try:
+                self._add(rows, labels)
+            except OSError:
+                self._key_generator.set_state(generator_state)
+                raise
 
-    def _add(self, x: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> None:
-        """:meth:`add` with checked arguments, of at least one row."""
+    def _add(self, rows: Mapping[str, Tensor], labels: Tensor) -> None:
+        """:meth:`add` with checked arguments, by column, of at least one row."""
         assert self._columns is not None
-        keys = torch.rand(len(labels), dtype=torch.float64, generator=self._key_generator)
+        keys = torch.rand(len(labels), dtype=torch.float64, generator=self._key_generator, device="cpu")
         classes, seen = self._count(labels)
         held = len(self)
         all_keys, all_labels = torch.cat([self._keys, keys]), torch.cat([self._labels, labels])
@@ -283,19 +306,19 @@ class ReplayBuffer:
         old, new = keep[:held], keep[held:].nonzero().squeeze(1)
         slots, stamps = self._slots[old], self._stamps
         if self._files is not None:
-            slots, stamps = self._written(self._files, x, extras, new, slots, stamps[old])
+            slots, stamps = self._written(self._files, rows, new, slots, stamps[old])
         elif len(new) > 0:
             self._columns, slots_new = self._with_room(self._columns, slots, len(new))
-            for name, rows in {"x": x, "y": labels, **extras}.items():
+            for name, given in {**rows, "y": labels}.items():
                 column = self._columns[name]
-                values = rows.detach().index_select(0, new.to(rows.device)).to(column.device)
+                values = given.detach().index_select(0, new.to(given.device)).to(column.device)
                 column.index_copy_(0, slots_new.to(column.device), values)
             slots = torch.cat([slots, slots_new])
         self._keys, self._labels, self._slots, self._stamps = all_keys[keep], all_labels[keep], slots, stamps
         self._classes, self._seen = classes, seen
 
     def _written(
-        self, files: RowFiles, x: Tensor, extras: Mapping[str, Tensor], new: Tensor, slots: Tensor, stamps: Tensor
+        self, files: RowFiles, rows: Mapping[str, Tensor], new: Tensor, slots: Tensor, stamps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Writes the ``new`` rows ``(k,)`` into the folder, and returns slots and stamps with theirs appended."""
         if len(new) == 0:
@@ -303,44 +326,53 @@ class ReplayBuffer:
         # Rows that are given up now too: should writing fail, they are still held.
         taken = torch.cat([self._slots, *self._kept_slots]).unique()
         files.reserve(len(taken) + len(new))
-        free = torch.ones(files.room, dtype=torch.bool)
+        free = torch.ones(files.room, dtype=torch.bool, device="cpu")
         free[taken] = False
         slots_new = free.nonzero().squeeze(1)[: len(new)]
-        rows = {
-            name: column.detach().index_select(0, new.to(column.device)).cpu()
-            for name, column in {"x": x, **extras}.items()
-        }
-        return torch.cat([slots, slots_new]), torch.cat([stamps, files.write(slots_new, rows)])
+        kept = {name: given.detach().index_select(0, new.to(given.device)).cpu() for name, given in rows.items()}
+        return torch.cat([slots, slots_new]), torch.cat([stamps, files.write(slots_new, kept)])
 
-    def _check_rows(self, x: Tensor, y: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """Checks the arguments of :meth:`add` and returns the labels as int64 on the CPU, never the caller's own."""
-        for name, value in {"x": x, "y": y, **extras}.items():
+    def _check_rows(self, x: InputTree, y: Tensor, extras: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Checks the arguments of :meth:`add`.
+
+        Returns:
+            The labels as int64 on the CPU, never the caller's own, and all else by the name of its column.
+        """
+        inputs = dict(leaves(x))
+        for name, value in {**inputs, "y": y, **extras}.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-        if x.dim() < 1:
-            raise ValueError("x: got a tensor without dimensions, expected shape (N, ...)")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({x.shape[0]},), one label for every row of x")
+        count = check_inputs("x", x)
+        rows: dict[str, Tensor] = {**inputs, **extras}  # type: ignore[dict-item]
+        if y.shape != (count,):
+            hint = "; y.squeeze(1) has that shape" if y.shape == (count, 1) else ""
+            raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({count},), one label for every row of x{hint}")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(f"y: got dtype {y.dtype}, expected integer labels (int64)")
         for name, value in extras.items():
-            if value.shape[:1] != x.shape[:1]:
+            if value.shape[:1] != (count,):
                 raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected ({x.shape[0]}, ...), an entry for every row of x"
+                    f"{name}: got shape {tuple(value.shape)}, expected ({count}, ...), an entry for every row of x"
                 )
         if self._columns is not None:
-            self._check_alike({"x": x, **extras}, self._columns)
+            known = [str(name) for _, name in leaves(self._parts)]
+            if inputs.keys() != set(known):
+                raise ValueError(f"x: got the parts {', '.join(inputs)}, expected {', '.join(known)} as before")
+            self._check_alike(rows, self._columns, {"y", *known})
         labels = y.detach().to("cpu", torch.int64)
         if len(labels) > 0 and int(labels.min()) < 0:
-            raise ValueError(f"y: got label {int(labels.min())}, expected labels of at least 0")
-        return labels
+            raise ValueError(
+                f"y: got label {int(labels.min())}, expected labels of at least 0; rows without a class, y < 0, are to "
+                "be left out"
+            )
+        return labels, rows
 
     @staticmethod
-    def _check_alike(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
-        """Refuses other names, shapes or dtypes than those of the first rows."""
-        expected = columns.keys() - {"y"}
-        if rows.keys() != expected:
-            got, before = (", ".join(sorted(names - {"x"})) or "none" for names in (rows.keys(), expected))
+    def _check_alike(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], known: set[str]) -> None:
+        """Refuses other names than those of the first rows, of all but ``known``, and other shapes or dtypes."""
+        came, expected = rows.keys() - known, columns.keys() - known
+        if came != expected:
+            got, before = (", ".join(sorted(names)) or "none" for names in (came, expected))
             raise ValueError(f"extras: got {got}, expected {before} as with the rows added before")
         for name, value in rows.items():
             column = columns[name]
@@ -361,16 +393,16 @@ class ReplayBuffer:
         seen[torch.searchsorted(classes, new_classes)] += new_counts
         return classes, seen
 
-    def _opened(self, x: Tensor, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _opened(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Columns without rows, of the first rows' device, names, row shapes and dtypes; room comes by need."""
         if self._files is not None:
             self._device = self._device or torch.device("cpu")
-            self._files.create({name: Column.of(value) for name, value in {"x": x, **extras}.items()})
+            self._files.create({name: Column.of(value) for name, value in rows.items()})
         if self._device is None:
-            self._device = x.device
+            self._device = next(iter(rows.values())).device
         columns = {
             name: torch.empty((0, *value.shape[1:]), dtype=value.dtype, device=self._device)
-            for name, value in {"x": x, **extras}.items()
+            for name, value in rows.items()
         }
         return columns | {"y": torch.empty(0, dtype=torch.int64, device=self._device)}
 
@@ -383,17 +415,18 @@ class ReplayBuffer:
             if self._policy != "class":
                 rows = min(rows, self._capacity)
             columns = {name: _enlarged(column, rows) for name, column in columns.items()}
-        free = torch.ones(rows, dtype=torch.bool)
+        free = torch.ones(rows, dtype=torch.bool, device="cpu")
         free[used] = False
         return columns, free.nonzero().squeeze(1)[:count]
 
     def _compact(self) -> dict[str, Tensor] | None:
         """The columns, in order of arrival: brought into it when rows are read, so that adding need not move any."""
-        in_order = torch.arange(len(self))
+        in_order = torch.arange(len(self), device="cpu")
         if self._columns is not None and not torch.equal(self._slots, in_order):
-            at = self._slots.to(self._columns["y"].device)
-            self._columns = {name: column.index_select(0, at) for name, column in self._columns.items()}
-            self._slots = in_order
+            with torch.inference_mode(False):
+                at = self._slots.to(self._columns["y"].device)
+                self._columns = {name: column.index_select(0, at) for name, column in self._columns.items()}
+                self._slots = in_order.clone()
         return self._columns
 
     # ---------------------------------------------------------------------------------------------- drawing from it
@@ -518,14 +551,14 @@ class ReplayBuffer:
             generator = self._draw_generator
         device = generator.device
         if n == 0:
-            return self._take(torch.empty(0, dtype=torch.int64))[:2]
+            return self._take(torch.empty(0, dtype=torch.int64, device="cpu"))[:2]
         classes, counts = torch.unique(self._labels, return_counts=True)
         # A random order within every class: sorted by label, shuffled beforehand.
         shuffled = torch.randperm(len(self), generator=generator, device=device).cpu()
         by_class = shuffled[torch.argsort(self._labels[shuffled], stable=True)]
         starts = torch.cumsum(counts, 0) - counts
         # Draw number d goes to class d mod P of a random order of classes, as that class's draw number d div P.
-        draws = torch.arange(n)
+        draws = torch.arange(n, device="cpu")
         which = torch.randperm(len(classes), generator=generator, device=device).cpu()[draws % len(classes)]
         rows = by_class[starts[which] + (draws // len(classes)) % counts[which]]
         return self._take(rows[torch.randperm(n, generator=generator, device=device).cpu()])[:2]
@@ -550,14 +583,14 @@ class ReplayBuffer:
 
             def read() -> BufferRows:
                 taken = files.read(slots, pin=pin)
-                return BufferRows(taken["x"], labels, _extras_of(taken, len(rows)))
+                return BufferRows(self._inputs_of(taken), labels, self._extras_of(taken, len(rows)))
 
             return read
         at = sent(slots, columns["y"].device)
 
         def copy() -> BufferRows:
             taken = {name: column.index_select(0, at) for name, column in columns.items()}
-            return BufferRows(taken["x"], taken["y"], _extras_of(taken, len(rows)))
+            return BufferRows(self._inputs_of(taken), taken["y"], self._extras_of(taken, len(rows)))
 
         return copy
 
@@ -565,8 +598,12 @@ class ReplayBuffer:
         """The rows on the buffer's device; those of a folder were read into memory."""
         if self._files is None or self._device is None or self._device.type == "cpu":
             return rows
-        x, y, *extras = (sent(value, self._device) for value in (rows.x, rows.y, *rows.extras.values()))
-        return BufferRows(x, y, dict(zip(rows.extras, extras, strict=True)))
+        device = self._device
+        return BufferRows(
+            map_tensors(lambda value: sent(value, device), rows.x),
+            sent(rows.y, device),
+            {name: sent(value, device) for name, value in rows.extras.items()},
+        )
 
     # ------------------------------------------------------------------------------------------ moving and keeping it
 
@@ -578,7 +615,8 @@ class ReplayBuffer:
         self._undo_prefetch()
         self._device = torch.device(device)
         if self._columns is not None:
-            self._columns = {name: column.to(self._device) for name, column in self._columns.items()}
+            with torch.inference_mode(False):
+                self._columns = {name: column.to(self._device) for name, column in self._columns.items()}
         return self
 
     def close(self) -> None:
@@ -596,7 +634,7 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on identically: rows with their extras, keys, seen counts, both generators' states.
 
-        The values are tensors, integers, one string and one dict of tensors, so that
+        The values are tensors, integers, strings, and dicts, tuples and lists of such, so that
         ``torch.load(..., weights_only=True)`` reads them.
         Tensors are copies.
 
@@ -618,7 +656,7 @@ class ReplayBuffer:
         }
         if self._files is None:
             extras = {name: value.clone() for name, value in self.extras.items()}
-            return state | {"x": self.x.clone(), "y": self.y.clone(), "extras": extras}
+            return state | {"x": map_tensors(Tensor.clone, self.x), "y": self.y.clone(), "extras": extras}
         self._files.flush()
         self._kept_slots.append(self._slots.clone())
         columns = {} if self._columns is None else self._files.columns
@@ -628,6 +666,7 @@ class ReplayBuffer:
             "files": {
                 "identity": self._files.identity,
                 "columns": {name: column.plain() for name, column in columns.items()},
+                "parts": self._parts,
                 "slots": self._slots.clone(),
                 "stamps": self._stamps.clone(),
             },
@@ -658,17 +697,23 @@ class ReplayBuffer:
         for name, mine in (("capacity", self._capacity), ("policy", self._policy)):
             if state[name] != mine:
                 raise ValueError(f"state: has {name} {state[name]!r}, expected {mine!r} as in this buffer")
-        for name in _STATE_TENSORS[1:] if in_folder else _STATE_TENSORS:
+        for name in _STATE_TENSORS:
             if not isinstance(state[name], Tensor):
                 raise ValueError(f"state: {name} is a {type(state[name]).__name__}, expected a torch.Tensor")
         y = state["y"]
         x = y if in_folder else state["x"]
+        for name, value in leaves(x):
+            if not isinstance(value, Tensor) or value.dim() < 1:
+                raise ValueError(f"state: {name} is a {type(value).__name__}, expected a torch.Tensor (N, ...)")
         keys, classes, seen = state["keys"].cpu(), state["seen_classes"].cpu(), state["seen_counts"].cpu()
         held = len(keys)
-        if len(x) != held or y.shape != (held,) or keys.dim() != 1 or keys.dtype != torch.float64:
+        inputs = {} if in_folder else dict(zip((name for name, _ in leaves(x)), tensors_of(x), strict=True))
+        lengths = {len(value) for value in inputs.values()} - {held}
+        if lengths or y.shape != (held,) or keys.dim() != 1 or keys.dtype != torch.float64:
+            shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in inputs.items())
             raise ValueError(
-                f"state: x of shape {tuple(x.shape)}, y of shape {tuple(y.shape)} and keys of shape "
-                f"{tuple(keys.shape)} ({keys.dtype}) do not belong together"
+                f"state: {shapes or 'x in files'}, y of shape {tuple(y.shape)} and keys of shape {tuple(keys.shape)} "
+                f"({keys.dtype}) do not belong together"
             )
         labels = y.to("cpu", torch.int64)
         order_kept = bool((classes[1:] > classes[:-1]).all())
@@ -688,25 +733,27 @@ class ReplayBuffer:
             raise ValueError(f"state: extras is not a dict of tensors by name, each with the {held} rows held")
         if extras.keys() & {"x", "y"}:
             raise ValueError("state: extras holds x or y, expected other names")
-        generators = torch.Generator(), torch.Generator()
+        generators = torch.Generator("cpu"), torch.Generator("cpu")
         for generator, name in zip(generators, ("key_generator", "draw_generator"), strict=True):
             try:
                 generator.set_state(state[name].cpu())
             except (RuntimeError, TypeError) as error:
                 raise ValueError(f"state: {name} is not the state of a torch.Generator on the CPU ({error})") from error
         self._undo_prefetch()
-        if self._files is not None:
-            self._adopt(self._files, state["files"], held)
-        else:
-            self._slots, self._columns = torch.arange(held), None
-            if state["opened"]:
-                opened = self._opened(x, extras)
-                self._columns = {
-                    name: torch.cat([column, rows.detach().to(column.device, column.dtype)])
-                    for (name, column), rows in zip(opened.items(), (x, *extras.values(), y), strict=True)
-                }
-        self._keys, self._labels = keys.clone(), labels.clone()
-        self._classes, self._seen = classes.clone(), seen.clone()
+        with torch.inference_mode(False):
+            if self._files is not None:
+                self._adopt(self._files, state["files"], held)
+            else:
+                self._slots, self._columns = torch.arange(held, device="cpu"), None
+                if state["opened"]:
+                    opened, self._parts = self._opened({**inputs, **extras}), _paths(x)
+                    given = (*inputs.values(), *extras.values(), y)
+                    self._columns = {
+                        name: torch.cat([column, rows.detach().to(column.device, column.dtype)])
+                        for (name, column), rows in zip(opened.items(), given, strict=True)
+                    }
+            self._keys, self._labels = keys.clone(), labels.clone()
+            self._classes, self._seen = classes.clone(), seen.clone()
         self._key_generator, self._draw_generator = generators
 
     def _adopt(self, files: RowFiles, told: Mapping[str, Any], held: int) -> None:
@@ -714,7 +761,9 @@ class ReplayBuffer:
         try:
             slots, stamps = (told[name].to("cpu", torch.int64) for name in ("slots", "stamps"))
             columns = {str(name): Column.from_plain(column) for name, column in told["columns"].items()}
-            identity = str(told["identity"])
+            identity, parts = str(told["identity"]), told.get("parts", "x")
+            if columns and not {name for _, name in leaves(parts)} <= columns.keys():
+                raise KeyError("parts")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"state: files does not say where the rows are ({error})") from error
         if slots.shape != (held,) or stamps.shape != (held,) or len(slots.unique()) < held or bool((slots < 0).any()):
@@ -723,11 +772,13 @@ class ReplayBuffer:
         self._slots, self._stamps = slots.clone(), stamps.clone()
         self._kept_slots.clear()
         self._kept_slots.append(self._slots.clone())
-        self._columns = None
+        self._columns, self._parts = None, parts
         if columns:
             self._device = self._device or torch.device("cpu")
-            self._columns = {name: torch.empty((0, *c.shape), dtype=c.dtype) for name, c in columns.items()}
-            self._columns["y"] = torch.empty(0, dtype=torch.int64)
+            self._columns = {
+                name: torch.empty((0, *c.shape), dtype=c.dtype, device="cpu") for name, c in columns.items()
+            }
+            self._columns["y"] = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class _Pending(NamedTuple):
@@ -744,8 +795,8 @@ class _Pending(NamedTuple):
     rows: Future[BufferRows]
 
 
-_STATE_TENSORS = ("x", "y", "keys", "seen_classes", "seen_counts", "key_generator", "draw_generator")
-_STATE_KEYS = frozenset({*_STATE_TENSORS, "version", "capacity", "policy", "opened"})
+_STATE_TENSORS = ("y", "keys", "seen_classes", "seen_counts", "key_generator", "draw_generator")
+_STATE_KEYS = frozenset({*_STATE_TENSORS, "x", "version", "capacity", "policy", "opened"})
 
 
 def _smallest_keys(
@@ -756,7 +807,7 @@ def _smallest_keys(
     A quota never rises again once it is below the rows seen of its class, therefore rows turned away before can be left
     out of account: the result is that of deciding on everything seen at once.
     """
-    keep = torch.zeros(len(keys), dtype=torch.bool)
+    keep = torch.zeros(len(keys), dtype=torch.bool, device="cpu")
     # Stable: of equal keys the earlier row wins, whatever the split into calls.
     order = torch.argsort(keys, stable=True)
     if policy == "reservoir":
@@ -767,7 +818,7 @@ def _smallest_keys(
     counts = torch.bincount(where, minlength=len(classes))
     starts = torch.cumsum(counts, 0) - counts
     class_of = where[order]
-    rank = torch.arange(len(keys)) - starts[class_of]
+    rank = torch.arange(len(keys), device="cpu") - starts[class_of]
     keep[order] = rank < _quotas(policy, capacity, seen)[class_of]
     return keep
 
@@ -782,7 +833,7 @@ def _quotas(policy: BufferPolicy, capacity: int, seen: Tensor) -> Tensor:
     # level, the others share what is left; the first k that is consistent with its own level is the answer.
     ascending = torch.sort(seen).values
     below = torch.cumsum(ascending, 0) - ascending
-    sharing = torch.arange(len(seen), 0, -1)
+    sharing = torch.arange(len(seen), 0, -1, device="cpu")
     levels = torch.div(capacity - below, sharing, rounding_mode="floor")
     level = levels[int((levels < ascending).nonzero()[0])]
     quota = seen.clamp(max=int(level))
@@ -790,9 +841,14 @@ def _quotas(policy: BufferPolicy, capacity: int, seen: Tensor) -> Tensor:
     return quota + (more & (torch.cumsum(more, 0) <= capacity - quota.sum()))
 
 
-def _extras_of(columns: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """The first ``rows`` entries of the extra columns."""
-    return {name: column[:rows] for name, column in columns.items() if name not in ("x", "y")}
+def _paths(x: Any, path: str = "x") -> Any:
+    """The tree of inputs with the path of each leaf in its place, of plain dicts, tuples and lists."""
+    if isinstance(x, Mapping):
+        return {key: _paths(value, f"{path}[{key!r}]") for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        parts = [_paths(value, f"{path}[{index}]") for index, value in enumerate(x)]
+        return tuple(parts) if isinstance(x, tuple) else parts
+    return path
 
 
 def _enlarged(store: Tensor, rows: int) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,13 @@ from gradmix.gradients.engine import Engine, Scaler
 from gradmix.gradients.errors import standard_errors
 from gradmix.gradients.plan import WithoutRule
 from gradmix.gradients.sketches import Identity, Sketch
+from gradmix.inputs import InputTree, first_tensor, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of, dense_labels
-from gradmix.probe import require_finite
+from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group
+from gradmix.refusals import naming_dtypes
+from gradmix.rows import chunks_of
 
 WholeReference: TypeAlias = Mapping[str, Tensor]
 """A gradient with respect to all parameters, by name."""
@@ -115,7 +118,7 @@ class Extent(NamedTuple):
     width: int
 
 
-def extent_of(model: nn.Module, estimator: WholeEstimator, x: Tensor, chunk: int) -> Extent:
+def extent_of(model: nn.Module, estimator: WholeEstimator, x: Any, chunk: int) -> Extent:
     """``chunk`` rows at a time, or as many as the estimator's memory allows, and how many classes there are.
 
     Args:
@@ -126,12 +129,14 @@ def extent_of(model: nn.Module, estimator: WholeEstimator, x: Tensor, chunk: int
     """
     require_finite(0, batch=x)
     memory = estimator.memory
+    device = first_tensor(x).device
     if memory is None:
-        memory = torch.cuda.mem_get_info(x.device)[0] // 2 if x.is_cuda else 4 << 30
+        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
     engine = Engine.of(
         model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
-    plan = engine.plan_of(x)
+    with naming_dtypes("batch", engine.model, lambda: x):
+        plan = engine.plan_of(x)
     return Extent(engine.rows_within(memory, plan), plan.classes)
 
 
@@ -185,7 +190,11 @@ def whole_reference(
     engine = Engine.of(
         model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
-    with engine.probing():
+
+    def first() -> InputTree:
+        return next((x for x, _ in chunks_of(name, source, 1, device_of(engine.model))), ())
+
+    with engine.probing(), naming_dtypes(name, engine.model, first):
         return mean_gradient_of(engine, name, source, group, shared=shared)
 
 
@@ -214,8 +223,8 @@ def check_whole_reference(reference: object) -> WholeReference:
 def jvp_alignment(
     model: nn.Module,
     estimator: WholeEstimator,
-    rows: tuple[Tensor, Tensor],
-    partners: tuple[Tensor, Tensor],
+    rows: tuple[InputTree, Tensor],
+    partners: tuple[InputTree, Tensor],
     pairs: Tensor,
     reference: WholeReference,
     lam: float,
@@ -231,13 +240,13 @@ def jvp_alignment(
         model, list(reference), 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
     )
     (x, y), (other_x, other_y) = rows, partners
-    dtype = work_dtype(x.dtype)
-    inner, norm = [x.new_zeros(0, dtype=dtype)], [x.new_zeros(0, dtype=dtype)]
+    dtype = work_dtype(floating_dtype(x) or torch.float32)
+    inner, norm = [y.new_zeros(0, dtype=dtype)], [y.new_zeros(0, dtype=dtype)]
     with engine.probing():
         for start in range(0, len(pairs), chunk):
             i, j = pairs[start : start + chunk].unbind(1)
             own, other = dense_labels(y[i], width, dtype), dense_labels(other_y[j], width, dtype)
-            mixed = lam * x[i] + (1 - lam) * other_x[j], lam * own + (1 - lam) * other
+            mixed = mix_samples(take(x, i), take(other_x, j), lam), lam * own + (1 - lam) * other
             for part in derivatives_of(engine, "the mixed rows", mixed, reference, norms=True):
                 assert part.norm is not None
                 inner.append(part.inner)
@@ -269,7 +278,7 @@ class RowSketches:
         self,
         model: nn.Module,
         estimator: SketchEstimator,
-        sources: Sequence[tuple[str, tuple[Tensor, Tensor]]],
+        sources: Sequence[tuple[str, tuple[InputTree, Tensor]]],
         reference: WholeReference,
         *,
         by_class: bool,
@@ -327,8 +336,8 @@ def recheck(
     cells: Cells,
     judged: Tensor,
     threshold: float,
-    rows: tuple[Tensor, Tensor],
-    partners: tuple[Tensor, Tensor],
+    rows: tuple[InputTree, Tensor],
+    partners: tuple[InputTree, Tensor],
     reference: WholeReference,
     lam: float,
     width: int,

@@ -232,7 +232,7 @@ class HeadCapture:
 
         On a GPU nothing is waited for: logits that are not the head's are found by the next call of the library.
         """
-        with later():
+        with later(self._model):
             return self.checked()
 
     def checked(self) -> CapturedOutput:
@@ -434,8 +434,8 @@ def _output_of(model: nn.Module, head: Head, captured: _Pass) -> HeadOutput:
             raise HeadNotFoundError(f"head: {part}; {_otherwise(head)}")
         parts.append(part)
     for layer, part in zip(head.layers, parts, strict=True):
-        _require(model, head, part.nonlinear, partial(_not_linear, layer))
-        _require(model, head, part.misplaced, partial(_misplaced, layer))
+        _require(model, head, part.nonlinear, partial(_not_linear, layer.describe()))
+        _require(model, head, part.misplaced, partial(_misplaced, layer.describe()))
     features, logits = [part.features for part in parts], [part.logits for part in parts]
     if look_is_free(captured.returned.device):
         return _looked_at(model, head, features, logits, captured.returned)
@@ -461,7 +461,7 @@ def _looked_at(
                 return HeadOutput(
                     features[0] if isinstance(factor, float) else stacked(features, biases, [factor]), now.logits
                 )
-    _require(model, head, known.bad, lambda row: _not_the_heads(head, row))
+    _require(model, head, known.bad, partial(_not_the_heads, head.describe()))
     raise AssertionError("unreachable: a sample is bad")
 
 
@@ -470,17 +470,22 @@ def _unseen(model: nn.Module, head: Head, features: list[Tensor], logits: list[T
     biases = [layer.bias is not None for layer in head.layers]
     if head.direct:
         same = returned == logits[0].to(returned.dtype)
-        told = returned.clone()
+        told, own = returned.clone(), logits[0]
+        kept, name, described, otherwise = weakref.ref(model), head.name, head.describe(), _otherwise(head)
 
         def consequence(row: int) -> HeadNotFoundError | None:
+            model = kept()  # the question must not keep it
             # Classes that are masked since, or a shift or factor of all: the logits given were the returned ones.
-            factor = estimated_factor(told, logits[0])
+            factor = estimated_factor(told, own)
             for weight in (1.0, factor):
-                if weight is not None and not bool(related(told, logits, [weight]).bad.any()):
-                    _remember(model, replace(head, direct=False))
+                if weight is not None and not bool(related(told, [own], [weight]).bad.any()):
+                    known = None if model is None else _known_head(model, name)
+                    if model is not None and known is not None:
+                        _remember(model, replace(known, direct=False))
                     return None
-            _forget(model, head.name)
-            return HeadNotFoundError(f"head: {_not_the_heads(head, row)}; {_otherwise(head)}")
+            if model is not None:
+                _forget(model, name)
+            return HeadNotFoundError(f"head: {_not_the_heads(described, row)}; {otherwise}")
 
         require(~(same | logits[0].isnan()).all(1), consequence)
         dtype = torch.promote_types(returned.dtype, torch.float32)
@@ -490,29 +495,33 @@ def _unseen(model: nn.Module, head: Head, features: list[Tensor], logits: list[T
         factor = estimated_factor(returned, logits[0])
         weights = weights if factor is None else [factor]
     now = related(returned, logits, weights)
-    _require(model, head, now.bad, lambda row: _not_the_heads(head, row))
+    _require(model, head, now.bad, partial(_not_the_heads, head.describe()))
     return HeadOutput(stacked(features, biases, weights), now.logits)
 
 
 def _require(model: nn.Module, head: Head, bad: Tensor, why: Callable[[int], str]) -> None:
+    kept, name, otherwise = weakref.ref(model), head.name, _otherwise(head)
+
     def consequence(row: int) -> HeadNotFoundError:
-        _forget(model, head.name)
-        return HeadNotFoundError(f"head: {why(row)}; {_otherwise(head)}")
+        model = kept()  # the question must not keep it
+        if model is not None:
+            _forget(model, name)
+        return HeadNotFoundError(f"head: {why(row)}; {otherwise}")
 
     require(bad, consequence)
 
 
-def _not_linear(layer: Layer, _row: int) -> str:
-    return f"{layer.describe()} does not compute W h + b"
+def _not_linear(layer: str, _row: int) -> str:
+    return f"{layer} does not compute W h + b"
 
 
-def _misplaced(layer: Layer, row: int) -> str:
-    return f"the model's logits of sample {row} are those of no one position of the input of {layer.describe()}"
+def _misplaced(layer: str, row: int) -> str:
+    return f"the model's logits of sample {row} are those of no one position of the input of {layer}"
 
 
-def _not_the_heads(head: Head, row: int) -> str:
+def _not_the_heads(head: str, row: int) -> str:
     return (
-        f"the model's logits of sample {row} are not those of {head.describe()}, nor those after a shift or a factor "
+        f"the model's logits of sample {row} are not those of {head}, nor those after a shift or a factor "
         "of all classes or a mask of classes"
     )
 

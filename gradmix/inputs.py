@@ -75,7 +75,7 @@ def first_tensor(x: InputTree) -> Tensor:
     return cast(Tensor, next(leaves(x))[1])
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
+def map_tensors(function: Callable[[Any], Any], x: Tree) -> Tree:
     """The same tree with ``function`` applied to every leaf; a mapping becomes a plain dict."""
     if isinstance(x, Mapping):
         return cast(Tree, {key: map_tensors(function, value) for key, value in x.items()})
@@ -84,7 +84,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
         return cast(Tree, type(x)(*parts) if hasattr(x, "_fields") else tuple(parts))
     if isinstance(x, list):
         return cast(Tree, [map_tensors(function, value) for value in x])
-    return cast(Tree, function(cast(Tensor, x)))
+    return cast(Tree, function(x))
 
 
 def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
@@ -94,12 +94,17 @@ def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> 
         ValueError: the trees differ in structure.
     """
     paths = [path for path, _ in leaves(first)]
-    for other in others:
-        found = [path for path, _ in leaves(other)]
-        if found != paths:
-            raise ValueError(f"x: got the parts {', '.join(found)}, expected {', '.join(paths)}")
-    rest = [iter(tensors_of(cast(InputTree, other))) for other in others]
-    return map_tensors(lambda leaf: function(leaf, *(next(part) for part in rest)), first)
+    rest = [dict(leaves(other)) for other in others]
+    for part in rest:
+        if part.keys() != set(paths):
+            raise ValueError(f"x: got the parts {', '.join(part)}, expected {', '.join(paths)}")
+    following = iter(paths)
+
+    def joined(leaf: Tensor) -> Tensor:
+        path = next(following)
+        return function(leaf, *(part[path] for part in rest))
+
+    return map_tensors(joined, first)
 
 
 def concatenate(trees: list[Tree]) -> Tree:
@@ -107,18 +112,101 @@ def concatenate(trees: list[Tree]) -> Tree:
     return zip_tensors(lambda *parts: torch.cat(parts), trees[0], *trees[1:])
 
 
+def take(x: Tree, index: Tensor | slice) -> Tree:
+    """The samples at ``index``."""
+    return map_tensors(lambda leaf: leaf[index], x)
+
+
+def floating_dtype(x: InputTree) -> torch.dtype | None:
+    """float64 if a leaf of a checked tree is float64, else the dtype of its first floating-point leaf; None: none."""
+    found = [leaf.dtype for leaf in tensors_of(x) if leaf.is_floating_point()]
+    return torch.float64 if torch.float64 in found else found[0] if found else None
+
+
+def check_alike(name: str, x: InputTree, like: InputTree, whose: str) -> None:
+    """Check that samples of ``x`` are like those of another checked tree: parts, shapes, and integers or not.
+
+    Args:
+        name: how the error names the argument.
+        x: what came, checked.
+        like: what is expected.
+        whose: of whom, "as" which the error says it should be.
+
+    Raises:
+        ValueError: other parts, or another shape.
+        TypeError: integers in place of floating-point numbers, or the other way round.
+    """
+    came, expected = (cast("dict[str, Tensor]", dict(leaves(tree, name))) for tree in (x, like))
+    if came.keys() != expected.keys():
+        raise ValueError(f"{name}: got the parts {', '.join(came)}, expected {', '.join(expected)} as {whose}")
+    for path, own in came.items():
+        other = expected[path]
+        if own.shape[1:] != other.shape[1:]:
+            shapes = f"got rows of shape {tuple(own.shape[1:])}, expected {tuple(other.shape[1:])}"
+            raise ValueError(f"{path}: {shapes} as {whose}")
+        if own.is_floating_point() != other.is_floating_point():
+            raise TypeError(f"{path}: got x of dtype {own.dtype}, expected {other.dtype} as {whose}")
+
+
+INSIDE = (
+    "is mixed inside the model, by gradmix.mixed_forward(model, stage, x, pairs.other_x(), pairs.lam) with the labels "
+    "of pairs.mix_labels()"
+)
+
+
+def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
+    """Floating-point leaves mixed as lam x + (1 - lam) other; the other leaves, which have no mixtures, stay.
+
+    Args:
+        x, other: checked trees of N samples, alike (:func:`check_alike`).
+        lam: a number or (N,); where it is 1 the sample stays as it is.
+
+    Raises:
+        TypeError: no leaf is of a floating-point dtype, or another leaf is not the same for a sample and its partner.
+    """
+    paths = iter([path for path, _ in leaves(x)])
+    first = first_tensor(cast(InputTree, x))
+    if floating_dtype(cast(InputTree, x)) is None:
+        raise TypeError(
+            f"x: got dtype {first.dtype}, expected a floating-point dtype, in which rows can be mixed; what is none, "
+            f"such as token ids, {INSIDE}"
+        )
+
+    def mixed(own: Tensor, partner: Tensor) -> Tensor:
+        path = next(paths)
+        if own.is_floating_point():
+            weight = lam.to(own.dtype).view(-1, *[1] * (own.ndim - 1)) if isinstance(lam, Tensor) else lam
+            return weight * own + (1 - weight) * partner.to(own.dtype)
+        differ = own != partner
+        differ = differ.flatten(1).any(1) if differ.ndim > 1 else differ
+        if bool((differ & (lam != 1)).any()):
+            raise TypeError(
+                f"{path}: got dtype {own.dtype} and other values for a row than for its partner, expected a "
+                f"floating-point dtype, in which rows can be mixed, or the same values; what is neither {INSIDE}"
+            )
+        return own
+
+    return zip_tensors(mixed, x, other)
+
+
 def call_model(model: nn.Module, x: InputTree) -> Any:
-    """What the model returns for ``x``.
+    """What the model returns for ``x``, given as :func:`arguments_of` says."""
+    positional, named = arguments_of(model, x)
+    return model(*positional, **named)
+
+
+def arguments_of(model: nn.Module, x: InputTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments by which the model is given ``x``.
 
     A mapping is given by keyword to a model whose ``forward`` takes these keywords, ``model(**x)``, and as it is to any
     other. A tuple or list is given by position to a model whose ``forward`` takes that many arguments, ``model(*x)``,
     and as it is to any other. A tensor is given as it is.
     """
     if isinstance(x, Tensor):
-        return model(x)
+        return (x,), {}
     positional, named = ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {})
     try:
         inspect.signature(model.forward).bind(*positional, **named)
     except (TypeError, ValueError):  # other parameters, or no signature that can be read
-        return model(x)
-    return model(*positional, **named)
+        return (x,), {}
+    return positional, named

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.head import logits_of, resolve_head
+from gradmix.inputs import InputTree, arguments_of, call_model, check_inputs, num_samples
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.probe import unwrap, without_compilation
 
@@ -20,8 +21,8 @@ from gradmix.probe import unwrap, without_compilation
 def mixed_forward(
     model: nn.Module,
     stage: nn.Module | str,
-    x: Tensor,
-    other_x: Tensor | None,
+    x: InputTree,
+    other_x: InputTree | None,
     lam: Tensor | float,
     *,
     partner: Tensor | None = None,
@@ -45,7 +46,8 @@ def mixed_forward(
         model: the classifier; returns logits (N, C), or an object that holds them as ``.logits``.
         stage: a module of the model, or its name, called once in a forward pass and returning a tensor (N, ...); or
             ``"feature"``: the head's input.
-        x: (N, ...) the model's input.
+        x: (N, ...) the model's input, a tensor, or a mapping, tuple or list of tensors, which the model is given by
+            keyword or position if its ``forward`` takes them so, else as it is.
         other_x: (N, ...) the partners, or (M, ...) with ``partner``; None: ``x``, with ``partner``.
         lam: the weight of the row itself, a number in [0, 1] or a tensor (N,); 1: the row stays unmixed.
         partner: (N,) int64, where each row's partner is in ``other_x``; None: at its own place.
@@ -59,7 +61,7 @@ def mixed_forward(
             or arguments of unequal length.
         TypeError: an argument of the wrong type, or the stage's output is not a floating-point tensor.
     """
-    count = len(x)
+    count = check_inputs("x", x)
     _check_rows(count, other_x, lam, partner)
     name, module = _resolve(model, stage, head, x)
     at_input = stage == "feature"
@@ -91,7 +93,9 @@ def mixed_forward(
     handle = _hook(module, mix, at_input)
     try:
         with without_compilation():
-            logits = logits_of(outer(x))
+            # How the model takes x is asked of itself: a data-parallel wrapper takes everything.
+            positional, named = arguments_of(unwrap(model), x)
+            logits = logits_of(outer(*positional, **named))
     finally:
         handle.remove()
     _require_one_call(calls, name)
@@ -102,18 +106,18 @@ class _Reached(BaseException):
     """Ends a forward pass at the stage; no Exception, which a model may catch."""
 
 
-def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x: Tensor) -> Tensor:
+def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x: InputTree) -> Tensor:
     """What comes out of the stage (or into it) for ``x``, without the rest of the pass."""
     found: list[Tensor] = []
 
     def stop(value: object) -> Tensor:
-        found.append(_checked(value, name, len(x)))
+        found.append(_checked(value, name, num_samples(x)))
         raise _Reached
 
     handle = _hook(module, stop, at_input)
     try:
         with without_compilation():
-            model(x)
+            call_model(model, x)
     except _Reached:
         pass
     finally:
@@ -150,9 +154,7 @@ def _require_one_call(calls: int, name: str) -> None:
         raise ValueError(f"stage: {name} was called {calls} times in a forward pass, expected once{hint}")
 
 
-def _resolve(
-    model: nn.Module, stage: nn.Module | str, head: nn.Module | str | None, x: Tensor
-) -> tuple[str, nn.Module]:
+def _resolve(model: nn.Module, stage: nn.Module | str, head: nn.Module | str | None, x: Any) -> tuple[str, nn.Module]:
     inner = unwrap(model)
     if stage == "feature":
         return "the head", resolve_head(model, head, x).module
@@ -172,7 +174,7 @@ def _resolve(
     raise ValueError(f"stage: the {type(stage).__name__} given is not a module of the model")
 
 
-def _check_rows(count: int, other_x: Tensor | None, lam: Tensor | float, partner: Tensor | None) -> None:
+def _check_rows(count: int, other_x: InputTree | None, lam: Tensor | float, partner: Tensor | None) -> None:
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
             raise TypeError(f"lam: got dtype {lam.dtype}, expected a floating-point dtype")
@@ -183,7 +185,8 @@ def _check_rows(count: int, other_x: Tensor | None, lam: Tensor | float, partner
     if partner is None:
         if other_x is None:
             raise ValueError("other_x: got None, expected the partners, or partner= to tell where they are in x")
-        if len(other_x) != count:
-            raise ValueError(f"other_x: got {len(other_x)} rows, expected {count}, or partner= to tell which they are")
+        others = check_inputs("other_x", other_x)
+        if others != count:
+            raise ValueError(f"other_x: got {others} rows, expected {count}, or partner= to tell which they are")
     elif partner.dtype != torch.int64 or partner.shape != (count,):
         raise ValueError(f"partner: got {partner.dtype} of shape {tuple(partner.shape)}, expected int64 ({count},)")

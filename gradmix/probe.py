@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradmix.inputs import InputTree, leaves
 from gradmix.ops.waiting import look_is_free, require
 
 
@@ -67,12 +68,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
     merge layers in them. Autocast keeps no half-precision copies of weights meanwhile: made without autograd, they
-    would serve the caller's next forward pass too, which then had no gradient (seen with torch 2.5).
+    would serve the caller's next forward pass too, which then had no gradient (seen with torch 2.5). What is made in
+    the body are ordinary tensors also where the caller is in inference mode: they may be kept and used outside it.
     """
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
     cached = torch.is_autocast_cache_enabled()
-    with preserved_rng(device), torch.no_grad():
+    with preserved_rng(device), torch.inference_mode(False), torch.no_grad():
         try:
             torch.set_autocast_cache_enabled(False)
             for module in training:
@@ -104,7 +106,7 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(legacy_numpy)
 
 
-def require_finite(first_row: int = 0, **named: Tensor) -> None:
+def require_finite(first_row: int = 0, **named: InputTree) -> None:
     """Raise ValueError naming the argument and the first row of it that holds a NaN or an infinity.
 
     Where a look at values is free, the usual case costs one reduction a tensor (a sum is finite only if every entry
@@ -112,13 +114,18 @@ def require_finite(first_row: int = 0, **named: Tensor) -> None:
 
     Args:
         first_row: index of row 0 in the whole argument, of which the tensors are a chunk.
-        named: tensors (N, ...) by the name that the error uses; underscores are shown as spaces.
+        named: trees of tensors (N, ...) by the name that the error uses; underscores are shown as spaces.
     """
-    floats = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
+    floats = {
+        path: value
+        for name, tree in named.items()
+        for path, value in leaves(tree, name.replace("_", " "))
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    }
     if not floats or _seen_finite(*floats.values()):
         return
     for name, value in floats.items():
-        _require_rows(value, partial(_row_not_finite, name.replace("_", " "), first_row))
+        _require_rows(value, partial(_row_not_finite, name, first_row))
 
 
 def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:

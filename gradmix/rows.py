@@ -1,33 +1,56 @@
-"""Where rows come from: an ``(x, y)`` pair, a replay buffer, a data set or a data loader, read alike, in chunks."""
+"""Where rows come from: an ``(x, y)`` pair, a replay buffer, a data set or a data loader, read alike, in chunks.
+
+A source is one of:
+
+- a tuple ``(x, y)``, or a list of the two whose second entry is a tensor or an array: x a tensor, an array or a tree of
+  them (:mod:`gradmix.inputs`), y the labels of all rows;
+- a :class:`gradmix.ReplayBuffer`;
+- a Dataset, or any object with ``__len__`` and ``__getitem__``, such as a list, whose items are ``(x, y)`` of one row;
+- an IterableDataset of such items, or a DataLoader of batches ``(x, y)``;
+- a function without arguments that returns one of these, called at every read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias, Union
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeAlias, Union
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from gradmix.buffers import ReplayBuffer
-from gradmix.ops.labels import check_labels
+from gradmix.inputs import check_inputs, map_tensors, num_samples, take
+from gradmix.ops.labels import as_class_indices, check_labels
 from gradmix.processes import Group, rank_of, share, size_of
 
 RowSource: TypeAlias = Union[
-    "tuple[Tensor, Tensor]", ReplayBuffer, "Dataset[tuple[Tensor, Tensor]]", "DataLoader[tuple[Tensor, Tensor]]"
+    "tuple[Any, Any]", "list[Any]", ReplayBuffer, "DataLoader[Any]", "Callable[[], Any]", "Iterable[Any]", Any
 ]
 
 CHUNK = 512
 """Rows forwarded at a time unless the caller says otherwise."""
 
-EXPECTED = "a ReplayBuffer, an (x, y) pair of tensors, a Dataset or a DataLoader"
+EXPECTED = (
+    "a ReplayBuffer, an (x, y) pair of tensors or arrays, a Dataset, a DataLoader, an object of (x, y) rows with "
+    "__len__ and __getitem__, or a function that returns one of these"
+)
+
+PICKED = "DataLoader(data, 256, collate_fn=lambda rows: default_collate([{} for row in rows])) of torch.utils.data"
+"""How other rows are read, with what makes (x, y) of one of them to be filled in."""
 
 
-def as_pair(name: str, rows: object) -> tuple[Tensor, Tensor]:
-    """``rows`` as a checked pair: x (N, ...) and y, (N,) class indices or (N, C) label vectors.
+def as_pair(name: str, rows: object, *, any_targets: bool = False) -> tuple[Any, Any]:
+    """``rows`` as a checked pair: x, a tree of tensors (N, ...), and y, (N,) class indices or (N, C) label vectors.
+
+    Arrays become tensors that share their memory, and integer labels int64. With ``any_targets``, y is a tree of
+    tensors (N, ...) of any dtype.
 
     Raises:
-        TypeError: not two tensors, or labels of a wrong dtype.
+        TypeError: no pair, a leaf that is no tensor, or labels of a wrong dtype.
         ValueError: x and y differ in length, or labels of a wrong shape or negative.
     """
     if isinstance(rows, ReplayBuffer):
@@ -36,17 +59,44 @@ def as_pair(name: str, rows: object) -> tuple[Tensor, Tensor]:
         came = f"{type(rows).__name__} of {len(rows)}" if isinstance(rows, (tuple, list)) else type(rows).__name__
         raise TypeError(f"{name}: got {came}, expected an (x, y) pair of tensors")
     x, y = rows
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+    labels, trees = (Tensor, np.ndarray), (Tensor, np.ndarray, Mapping, tuple, list)
+    if not isinstance(x, trees) or not isinstance(y, trees if any_targets else labels):
+        hint = "; torch.tensor(y) makes a tensor of labels in a list" if isinstance(y, (list, tuple)) else ""
         raise TypeError(
-            f"{name}: got a pair of {type(x).__name__} and {type(y).__name__}, expected an (x, y) pair of tensors"
+            f"{name}: got a pair of {type(x).__name__} and {type(y).__name__}, expected an (x, y) pair of tensors{hint}"
         )
-    if x.ndim == 0:
+    x, y = _tensors(f"{name} x", x), _tensors(f"{name} labels", y)
+    if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(f"{name}: x has no dimensions, expected rows (N, ...)")
-    check_labels(f"{name} labels", y, len(x), None)
+    count = check_inputs(f"{name} x", x)
+    if not any_targets:
+        y = as_class_indices(f"{name} labels", y)
+        check_labels(f"{name} labels", y, count, None)
+    elif check_inputs(f"{name} labels", y) != count:
+        raise ValueError(f"{name} labels: got {num_samples(y)} samples, expected {count} as in x")
     return x, y
 
 
-def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _tensors(name: str, tree: Any) -> Any:
+    """The tree with tensors in place of arrays."""
+
+    def tensor(value: object) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        if any(step < 0 for step in native.strides):
+            native = native.copy()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that an array cannot be written to: nobody does
+                return torch.from_numpy(native)
+        except TypeError as error:
+            raise TypeError(f"{name}: got an array of dtype {value.dtype}, expected numbers ({error})") from None
+
+    return map_tensors(tensor, tree)
+
+
+def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """The rows of ``source`` on ``device``, at most ``chunk`` at a time (a DataLoader keeps its own batch size).
 
     Raises:
@@ -57,44 +107,122 @@ def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> It
 
 
 def numbered_chunks(
-    name: str, source: object, chunk: int, device: torch.device, group: Group = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    name: str, source: object, chunk: int, device: torch.device, group: Group = None, *, any_targets: bool = False
+) -> Iterator[tuple[int, Any, Any]]:
     """:func:`chunks_of`, each with the number of its first row in the source; of a group, this process's share.
+
+    With ``any_targets``, y is what :func:`as_pair` lets pass by that name.
 
     All processes hold the same rows, in the same order. Of a pair, a buffer or a Dataset each reads its own part; of a
     DataLoader or an IterableDataset, which can only be read as a whole, it takes every batch whose turn it is.
     """
-    first = 0
-    if isinstance(source, Dataset) and not isinstance(source, DataLoader):
-        if not isinstance(source, IterableDataset):
-            own = share(len(source), group)  # type: ignore[arg-type]
-            if len(own) == 0:
-                return
-            if group is not None:
-                # Its batches are this process's already.
-                source, first, group = Subset(source, own), own.start, None
-        source = DataLoader(source, batch_size=chunk)
-    if isinstance(source, DataLoader):
-        for turn, batch in enumerate(source):
-            x, y = as_pair(name, tuple(batch[:2]) if isinstance(batch, (tuple, list)) else batch)
+    source = _current(source)
+    if isinstance(source, (DataLoader, IterableDataset)):
+        batches = source if isinstance(source, DataLoader) else _collated(name, source, chunk)
+        first = 0
+        for turn, batch in enumerate(batches):
+            _check_entries(f"{name}: batch {turn}", batch)
+            x, y = as_pair(name, batch, any_targets=any_targets)
             if turn % size_of(group) == rank_of(group):
                 yield from _split(x, y, chunk, device, first)
-            first += len(x)
-        return
-    if not isinstance(source, (ReplayBuffer, tuple, list)):
-        raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
-    if isinstance(source, ReplayBuffer):
+            first += num_samples(x)
+    elif _is_pair(source):
+        x, y = as_pair(name, source, any_targets=any_targets)
+        own = share(num_samples(x), group)
+        x, y = (take(part, slice(own.start, own.stop)) for part in (x, y))
+        yield from _split(x, y, chunk, device, own.start)
+    elif isinstance(source, ReplayBuffer):
         own = share(len(source), group)
         for start in range(own.start, own.stop, chunk):
             # Part by part: it may not fit into memory as a whole.
             yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
-        return
-    x, y = as_pair(name, source)
-    own = share(len(x), group)
-    yield from _split(x[own.start : own.stop], y[own.start : own.stop], chunk, device, own.start)
+    elif _has_items(source):
+        own = share(len(source), group)  # type: ignore[arg-type]
+        for start in range(own.start, own.stop, chunk):
+            rows = _items(source, range(start, min(start + chunk, own.stop)))
+            x, y = as_pair(name, _collate(name, rows, start), any_targets=any_targets)
+            yield from _split(x, y, chunk, device, start)
+    else:
+        raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
 
 
-def _split(x: Tensor, y: Tensor, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for start in range(0, len(x), chunk):
+def has_rows(source: object) -> bool:
+    """Whether a source that was empty may hold rows now; one whose length is unknown may."""
+    source = _current(source)
+    try:
+        return (num_samples(source[0]) if _is_pair(source) else len(source)) > 0  # type: ignore[arg-type, index]
+    except TypeError:
+        return True
+
+
+def _current(source: Any) -> object:
+    """The source itself, or the one that a function returns now."""
+    return source() if callable(source) and not isinstance(source, nn.Module) and not _has_items(source) else source
+
+
+def _is_pair(source: object) -> bool:
+    """Whether this is ``(x, y)`` of all rows; a list of two may also be two rows, whose second is a pair then."""
+    if isinstance(source, list):
+        return len(source) == 2 and isinstance(source[1], (Tensor, np.ndarray, Mapping))
+    return isinstance(source, tuple)
+
+
+def _has_items(source: object) -> bool:
+    if isinstance(source, (Tensor, np.ndarray, str, bytes, Mapping, type)):
+        return False
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+def _items(source: Any, indices: range) -> list[Any]:
+    several = getattr(source, "__getitems__", None)
+    return list(several(list(indices))) if several is not None else [source[index] for index in indices]
+
+
+def _collated(name: str, rows: Iterable[Any], chunk: int) -> Iterator[Any]:
+    """Batches of the rows of an IterableDataset."""
+    iterator, start = iter(rows), 0
+    while part := list(islice(iterator, chunk)):
+        yield _collate(name, part, start)
+        start += len(part)
+
+
+def _collate(name: str, rows: list[Any], start: int) -> Any:
+    """(x, y) of rows, each an ``(x, y)`` of its own."""
+    for index, row in enumerate(rows, start):
+        _check_entries(f"{name}: row {index}", row)
+    try:
+        with torch.device("cpu"):  # numbers become tensors where the rows are, whatever the default device
+            return default_collate(rows)
+    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise TypeError(
+            f"{name}: rows {start} to {start + len(rows) - 1} cannot be stacked ({line}), expected (x, y) of tensors, "
+            "arrays or numbers of one shape; images become tensors by a transform such as "
+            "torchvision.transforms.ToTensor(), and a DataLoader with a collate_fn of its own serves anything else"
+        ) from error
+
+
+def _check_entries(what: str, value: object) -> None:
+    """Refuse a row, or a batch, that is not a pair: which entries are x and y is not guessed."""
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(repr, list(value)[:8]))
+        raise TypeError(
+            f"{what} is a {type(value).__name__} with the keys {keys}, expected (x, y), x maybe a mapping; with keys "
+            f"and label those of x and y: {PICKED.format('({key: row[key] for key in keys}, row[label])')}"
+        )
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{what} is of type {type(value).__name__}, expected (x, y)")
+    if len(value) != 2:
+        raise TypeError(
+            f"{what} has {len(value)} entries, expected two, (x, y). Rows of (x, y, task), say, are read by "
+            f"{PICKED.format('row[:2]')}, rows of (index, x, y) with row[1:]"
+        )
+
+
+def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
+    def sent(leaf: Tensor) -> Tensor:
+        return leaf.to(device, non_blocking=True)
+
+    for start in range(0, num_samples(x), chunk):
         part = slice(start, start + chunk)
-        yield first + start, x[part].to(device, non_blocking=True), y[part].to(device, non_blocking=True)
+        yield first + start, map_tensors(sent, take(x, part)), map_tensors(sent, take(y, part))

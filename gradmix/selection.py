@@ -6,10 +6,11 @@ A mixture is allowed if its gradient does not point against the gradient of the 
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from gradmix.alignment import (
     bare_rows,
     buffer_rows,
     check_choice,
+    check_mixable,
     checked_rows,
     class_index,
     class_table,
@@ -38,6 +40,7 @@ from gradmix.alignment import (
     mixed_input_alignment,
     pair_alignment,
     read_buffer,
+    refuse_worker,
     sketched_cells,
     whole_alignment,
     whole_class_table,
@@ -58,18 +61,35 @@ from gradmix.estimators import (
 )
 from gradmix.graphs import Graphs, Inputs, call, sent
 from gradmix.head import HeadOutput, given_outputs, resolve_head
+from gradmix.inputs import (
+    InputTree,
+    check_alike,
+    check_inputs,
+    first_tensor,
+    floating_dtype,
+    map_tensors,
+    mix_samples,
+    take,
+)
 from gradmix.mixing import check_alpha, default_generator, draw_lam
 from gradmix.ops.backends import check_backend
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
 from gradmix.ops.dtypes import exact_dtype, work_dtype
-from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
+from gradmix.ops.labels import as_class_indices, check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.mixed_alignment import Weight, check_lam, check_reference
 from gradmix.ops.waiting import later, look_is_free, require, settle
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.processes import Group, any_over, as_the_first, check_group
-from gradmix.rows import CHUNK, RowSource, as_pair
+from gradmix.refusals import refusing_by_name
+from gradmix.rows import CHUNK, RowSource, as_pair, has_rows
 
 Policy = Literal["uniform", "permute", "best"]
+
+Shapes: TypeAlias = dict[str, list[int]]
+"""Parameters' shapes by name."""
+
+Batch: TypeAlias = tuple[Any, Tensor]
+"""Checked rows: x, a tree of tensors (N, ...), and y, (N,) int64 or (N, C) label vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +114,8 @@ class Pairs:
     helpful: Tensor
     num_classes: int
     _judged: Alignment = field(repr=False)
-    _batch: tuple[Tensor, Tensor] = field(repr=False)
-    _candidates: tuple[Tensor, Tensor] | None = field(repr=False)
+    _batch: Batch = field(repr=False)
+    _candidates: Batch | None = field(repr=False)
     screening: Screening | None = None
 
     @cached_property
@@ -129,8 +149,11 @@ class Pairs:
         other_y = (self._batch if self._candidates is None else self._candidates)[1]
         return _decisions(self._judged, self._batch[1], other_y, threshold)
 
-    def mix(self, x: Tensor | None = None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The mixed rows: lam x_i + (1 - lam) x_partner, and their labels likewise.
+
+        Of a mapping, tuple or list of tensors those of a floating-point dtype are mixed; the others have to be the same
+        for a row and its partner, and stay.
 
         Args:
             x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings;
@@ -138,27 +161,19 @@ class Pairs:
             y: (N,) or (N, C) in place of their labels.
 
         Returns:
-            x (N, ...) of the input's dtype; y (N, num_classes) label vectors, float64 for float64 inputs, else float32.
+            x (N, ...) of the input's dtype, a mapping as a dict; y (N, num_classes) label vectors, float64 for float64
+            inputs, else float32.
 
         Raises:
-            TypeError: integer inputs, which cannot be mixed; see :func:`gradmix.mixed_forward`.
+            TypeError: inputs that cannot be mixed, such as token ids; see :func:`gradmix.mixed_forward`.
             ValueError: a wrong number of rows, or shapes that do not fit.
         """
         own_x, own_y = self._inputs(x, y)
-        if not own_x.is_floating_point():
-            raise TypeError(
-                f"x: got dtype {own_x.dtype}, expected a floating-point dtype, in which rows can be mixed; rows of "
-                "token ids are mixed inside the model, by gradmix.mixed_forward(model, stage, x, pairs.other_x(), "
-                "pairs.lam) with the labels of pairs.mix_labels()"
-            )
         other_x, other_y = (own_x, own_y) if self._candidates is None else self._candidates
-        if other_x.shape[1:] != own_x.shape[1:]:
-            raise ValueError(
-                f"x: got rows of shape {tuple(own_x.shape[1:])}, expected {tuple(other_x.shape[1:])} as the candidates"
-            )
-        lam = self.lam.to(own_x.dtype).view(-1, *[1] * (own_x.ndim - 1))
-        mixed = lam * own_x + (1 - lam) * other_x[self.partner].to(own_x.dtype)
-        return mixed, self._mixed_labels(own_y, other_y, work_dtype(own_x.dtype))
+        if self._candidates is not None and floating_dtype(own_x) is not None:
+            check_alike("x", own_x, other_x, "the candidates")
+        mixed = mix_samples(own_x, take(other_x, self.partner), self.lam)
+        return mixed, self._mixed_labels(own_y, other_y, _labels_dtype(own_x))
 
     def mix_labels(self, y: Tensor | None = None) -> Tensor:
         """The labels of the mixed rows, for inputs that are mixed elsewhere (:func:`gradmix.mixed_forward`).
@@ -174,9 +189,9 @@ class Pairs:
         """
         own_x, own_y = self._inputs(None, y)
         other_y = own_y if self._candidates is None else self._candidates[1]
-        return self._mixed_labels(own_y, other_y, work_dtype(own_x.dtype))
+        return self._mixed_labels(own_y, other_y, _labels_dtype(own_x))
 
-    def other_x(self, x: Tensor | None = None) -> Tensor:
+    def other_x(self, x: InputTree | None = None) -> Any:
         """Every row's partner, (N, ...), unmixed; a row without one has itself, or among candidates the first of them.
 
         Args:
@@ -186,17 +201,18 @@ class Pairs:
             ValueError: a wrong number of rows, or rows given though partners came from other candidates.
         """
         if self._candidates is None:
-            return self._inputs(x, None)[0][self.partner]
+            return take(self._inputs(x, None)[0], self.partner)
         if x is not None:
-            raise ValueError(f"x: got {len(x)} rows, expected None, as partners are among the candidates")
-        return self._candidates[0][self.partner]
+            count = check_inputs("x", x)
+            raise ValueError(f"x: got {count} rows, expected None, as partners are among the candidates")
+        return take(self._candidates[0], self.partner)
 
     def _mixed_labels(self, own_y: Tensor, other_y: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.lam.to(dtype)[:, None]
         labels = weight * dense_labels(own_y, self.num_classes, dtype)
         return labels + (1 - weight) * dense_labels(other_y, self.num_classes, dtype)[self.partner]
 
-    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def as_tuple(self) -> tuple[Any, Tensor, Tensor, Tensor]:
         """``(x, y_a, y_b, lam)``: mixed inputs, both labels and lam (N,): loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
         _, y = self._batch
         other_y = y if self._candidates is None else self._candidates[1]
@@ -219,15 +235,18 @@ class Pairs:
             "mean_cosine": float(known.double().mean()),
         }
 
-    def _inputs(self, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inputs(self, x: InputTree | None, y: Tensor | None) -> Batch:
         x = self._batch[0] if x is None else x
-        y = self._batch[1] if y is None else y
-        for name, value in (("x", x), ("y", y)):
-            if len(value) != len(self):
-                raise ValueError(
-                    f"{name}: got {len(value)} rows, expected the {len(self)} that pairs were selected for"
-                )
+        y = self._batch[1] if y is None else as_class_indices("y", y)
+        for name, count in (("x", check_inputs("x", x)), ("y", check_inputs("y", y))):
+            if count != len(self):
+                raise ValueError(f"{name}: got {count} rows, expected the {len(self)} that pairs were selected for")
         return x, y
+
+
+def _labels_dtype(x: InputTree) -> torch.dtype:
+    """Of mixed labels and weights: float64 for float64 inputs, else float32."""
+    return work_dtype(floating_dtype(x) or torch.float32)
 
 
 @dataclass(frozen=True)
@@ -283,9 +302,9 @@ class _Settings:
 def select_pairs(
     model: nn.Module,
     buffer: RowSource | Tensor,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[InputTree, Tensor],
     *,
-    candidates: tuple[Tensor, Tensor] | None = None,
+    candidates: tuple[InputTree, Tensor] | None = None,
     criterion: Criterion = "sample",
     estimator: Estimator | WholeEstimator = "feature",
     alpha: float = 1.0,
@@ -310,11 +329,16 @@ def select_pairs(
 
     Args:
         model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
-        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader. Or (N,) bool, which of
-            the batch's own rows are replayed ones: the reference gradient is then their mean, from the outputs at hand,
-            and no buffer is forwarded. If no row is marked, that is an empty buffer.
-        batch: the rows to mix, replayed rows among them: x (N, ...) of a floating-point dtype, or with the estimator
-            ``feature`` token ids of dtype int64 or int32; and y, (N,) int64 class indices or (N, C) label vectors.
+        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any
+            object of rows ``(x, y)`` with ``__len__`` and ``__getitem__`` (a list of rows), or a function that returns
+            one of these, called at every read (:mod:`gradmix.rows`). Or (N,) bool, which of the batch's own rows are
+            replayed ones: the reference gradient is then their mean, from the outputs at hand, and no buffer is
+            forwarded. If no row is marked, that is an empty buffer.
+        batch: the rows to mix, replayed rows among them: x (N, ...) and y, (N,) integer class indices or (N, C) label
+            vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which the model is given by
+            keyword or position if its ``forward`` takes them so, else as it is. Estimators that mix inputs mix those of
+            a floating-point dtype; of the others, such as token ids, a row must have the same as its partner. The
+            estimator ``feature`` takes any x that the model takes.
         candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own
             partner.
         criterion: ``"sample"``: every pair is judged by itself; ``"class"``, as in the paper: pairs of classes, by the
@@ -333,7 +357,7 @@ def select_pairs(
         head: the classifier layer, or its name; None: found by itself (the linear layer whose output is the model's).
         num_classes: width of the mixed labels; None: the head's.
         generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
-            ``torch.initial_seed()``.
+            ``torch.initial_seed()``, which starts again with every call of ``torch.manual_seed``.
         backend: of the operator ``mixed_alignment``.
         reference: a reference gradient computed before (:func:`reference_gradient`; for ``jvp`` and ``sketch``
             :func:`gradmix.gradients.mean_gradient`), in place of a pass over the buffer.
@@ -351,6 +375,8 @@ def select_pairs(
             empty batch, or no certain head. What is wrong with values on a GPU is raised by the next call, as this one
             waits for nothing (:mod:`gradmix.ops.waiting`; estimators ``feature`` and ``mixed``).
         TypeError: an argument of the wrong type.
+        BatchStatisticsError: the model normalises by statistics of the batch.
+        RuntimeError: called in a worker process of a DataLoader.
 
     >>> import torch, gradmix
     >>> model, buffer = torch.nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3)
@@ -362,9 +388,10 @@ def select_pairs(
     settings = _Settings(criterion, estimator, alpha, threshold, policy, head, num_classes, backend, chunk_size, group)
     if lam is not None:
         check_lam(lam)
+    refuse_worker("select_pairs")
     generator = default_generator() if generator is None else generator
     model = unwrap(model)
-    with _checks(settings), untouched(model):
+    with _checks(settings, model), untouched(model):
         batch, candidates = _checked_rows_to_mix(batch, candidates, settings)
         marked = None
         if reference is None and isinstance(buffer, Tensor):
@@ -374,84 +401,63 @@ def select_pairs(
         return _select(model, batch, candidates, settings, lam, generator, reference, None, outputs, marked=marked)
 
 
-def _checks(settings: _Settings) -> AbstractContextManager[None]:
+def _checks(settings: _Settings, model: nn.Module) -> AbstractContextManager[None]:
     """Checks without waiting for a GPU; over all parameters, where passes are long, at once."""
-    return later() if settings.whole is None else nullcontext()
+    return later(model) if settings.whole is None else nullcontext()
 
 
 def _checked_rows_to_mix(
-    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, settings: _Settings
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    batch: tuple[InputTree, Tensor], candidates: tuple[InputTree, Tensor] | None, settings: _Settings
+) -> tuple[Batch, Batch | None]:
     """Both arguments as checked pairs on the batch's device."""
     x, y = as_pair("batch", batch)
-    if len(x) == 0:
+    if len(y) == 0:
         raise ValueError("batch: got no rows, expected at least one")
-    _check_mixable(x, settings)
+    check_mixable("batch", x, settings.estimator)
     if candidates is None:
         return (x, y), None
     other_x, other_y = as_pair("candidates", candidates)
-    if len(other_x) == 0:
+    if len(other_y) == 0:
         raise ValueError("candidates: got no rows, expected at least one")
-    if other_x.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"candidates: got rows of shape {tuple(other_x.shape[1:])}, expected {tuple(x.shape[1:])} as the batch"
-        )
-    if other_x.is_floating_point() != x.is_floating_point():
-        raise TypeError(f"candidates: got x of dtype {other_x.dtype}, expected {x.dtype} as the batch")
-    return (x, y), (other_x.to(x.device), other_y.to(x.device))
+    check_alike("candidates", other_x, x, "the batch")
+    device = first_tensor(x).device
+    return (x, y), (map_tensors(lambda leaf: leaf.to(device), other_x), other_y.to(device))
 
 
-def _check_mixable(x: Tensor, settings: _Settings) -> None:
-    """Refuse inputs that the estimator cannot judge: token ids have no mixtures to forward."""
-    if x.is_floating_point():
-        return
-    if x.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"batch: got x of dtype {x.dtype}, expected a floating-point dtype, in which rows can be mixed, or token "
-            "ids of dtype int64 or int32"
-        )
-    kind = as_estimator(settings.estimator)
-    if kind != "feature":
-        name = kind if isinstance(kind, str) else type(kind).__name__
-        raise TypeError(
-            f"batch: got x of dtype {x.dtype} with the estimator {name!r}, which mixes inputs, expected a "
-            "floating-point dtype; token ids are served by the estimator 'feature'"
-        )
-
-
-def _checked_marks(name: str, marked: object, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _checked_marks(name: str, marked: object, batch: Batch) -> Tensor:
     """Which rows of the batch are replayed ones, (N,) bool on its device."""
     if not isinstance(marked, Tensor):
         raise TypeError(f"{name}: got {type(marked).__name__}, expected a bool tensor that marks rows of the batch")
     if marked.dtype != torch.bool:
         raise TypeError(f"{name}: got a tensor of dtype {marked.dtype}, expected bool, which marks rows of the batch")
-    x, _ = batch
-    if marked.shape != (len(x),):
-        raise ValueError(f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({len(x)},) as the batch's rows")
-    return sent(marked, x.device)
+    count = len(batch[1])
+    if marked.shape != (count,):
+        raise ValueError(f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({count},) as the batch's rows")
+    return sent(marked, first_tensor(batch[0]).device)
 
 
-def _reference(model: nn.Module, buffer: object, settings: _Settings, x: Tensor) -> Tensor | WholeReference | None:
+def _reference(model: nn.Module, buffer: object, settings: _Settings, x: InputTree) -> Tensor | WholeReference | None:
     """The buffer's gradient that the estimator wants; None for an empty buffer."""
     if settings.whole is not None:
         chunk = extent_of(model, settings.whole, x, settings.chunk_size).chunk
         return whole_reference(model, settings.whole, buffer, chunk, settings.group)
-    return read_buffer(model, buffer, settings.head, settings.chunk_size, x.device, group=settings.group)[0]
+    device = first_tensor(x).device
+    return read_buffer(model, buffer, settings.head, settings.chunk_size, device, group=settings.group)[0]
 
 
 def _whole_marked_reference(
-    model: nn.Module, batch: tuple[Tensor, Tensor], marked: Tensor, settings: _Settings, chunk: int
+    model: nn.Module, batch: Batch, marked: Tensor, settings: _Settings, chunk: int
 ) -> WholeReference | None:
     """The marked rows' gradient with respect to all parameters; None if no row is marked."""
-    estimator, own = settings.whole, (batch[0][marked], batch[1][marked])
+    estimator, own = settings.whole, (take(batch[0], marked), batch[1][marked])
     assert estimator is not None
     return whole_reference(model, estimator, own, chunk, settings.batch_group, name="replayed rows", shared=False)
 
 
 def _select(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    candidates: tuple[Tensor, Tensor] | None,
+    batch: Batch,
+    candidates: Batch | None,
     settings: _Settings,
     lam: float | None,
     generator: torch.Generator,
@@ -465,17 +471,16 @@ def _select(
 
     With rows ``marked``, the reference gradient is theirs.
     """
-    run = graphs if graphs is not None and graphs.serve(batch[0].device) else call
+    device = first_tensor(batch[0]).device
+    run = graphs if graphs is not None and graphs.serve(device) else call
     lam = draw_lam(settings.alpha, generator) if lam is None else float(lam)
-    draw = _Draw(
-        settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, batch[0].device
-    )
+    draw = _Draw(settings.policy, len(batch[1]), len((candidates or batch)[1]), candidates is None, generator, device)
     partner_pair = batch if candidates is None else candidates
     screening = None
     if (reference is None and marked is None) or table is not None or settings.whole is not None:
         extent = None
         if settings.whole is None:
-            width = settings.num_classes or resolve_head(model, settings.head, batch[0]).num_classes
+            width = _width_of(model, settings, batch[0])
         else:
             extent = extent_of(model, settings.whole, batch[0], settings.chunk_size)
             width = extent.width
@@ -528,7 +533,7 @@ def _select(
             decision = _decided(alignment, draw.partners(allowed, score), lam)
     return Pairs(
         decision.partner,
-        decision.lam.to(work_dtype(batch[0].dtype)),
+        decision.lam.to(_labels_dtype(batch[0])),
         decision.helpful,
         width,
         Alignment(decision.inner, decision.cosine, decision.classes),
@@ -540,7 +545,7 @@ def _select(
 
 def _forwarded_or_given(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
     settings: _Settings,
 ) -> Rows:
@@ -550,9 +555,17 @@ def _forwarded_or_given(
     return checked_rows("batch", *batch, given_outputs(model, settings.head, outputs, len(batch[1])))
 
 
-def _checked_labels(
-    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, width: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+def _width_of(model: nn.Module, settings: _Settings, x: InputTree) -> int:
+    """How many classes there are, for rows like these; inside ``untouched``."""
+    if settings.whole is not None:
+        return extent_of(model, settings.whole, x, settings.chunk_size).width
+    if settings.num_classes is not None:
+        return settings.num_classes
+    with refusing_by_name("batch", model, x):
+        return resolve_head(model, settings.head, x).num_classes
+
+
+def _checked_labels(batch: Batch, candidates: Batch | None, width: int) -> tuple[Batch, Batch | None]:
     """Both, after a look for NaN and labels beyond ``width`` classes."""
     given = {"batch": batch} if candidates is None else {"batch": batch, "candidates": candidates}
     require_finite(0, **{name: x for name, (x, _) in given.items()})
@@ -719,8 +732,8 @@ def _decisions(alignment: Alignment, y: Tensor, other_y: Tensor, threshold: floa
 
 def _score_whole(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    candidates: tuple[Tensor, Tensor] | None,
+    batch: Batch,
+    candidates: Batch | None,
     settings: _Settings,
     lam: float,
     reference: WholeReference,
@@ -782,16 +795,15 @@ def _class_decisions(table: Alignment, y: Tensor, other_y: Tensor, threshold: fl
     return helpful & known, score.masked_fill(~known, torch.nan)
 
 
-def _empty_buffer_alignment(
-    batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor], criterion: Criterion
-) -> Alignment:
+def _empty_buffer_alignment(batch: Batch, candidates: Batch, criterion: Criterion) -> Alignment:
     """Zeros: with no reference gradient nothing is known."""
-    x, y = batch
+    _, y = batch
+    device = y.device
     if criterion == "sample":
-        zeros = torch.zeros(len(y), len(candidates[1]), dtype=torch.float32, device=x.device)
+        zeros = torch.zeros(len(y), len(candidates[1]), dtype=torch.float32, device=device)
         return Alignment(zeros, zeros)
     classes = classes_of(torch.cat([class_of(y), class_of(candidates[1])]))
-    zeros = torch.zeros(len(classes), len(classes), dtype=torch.float32, device=x.device)
+    zeros = torch.zeros(len(classes), len(classes), dtype=torch.float32, device=device)
     return Alignment(zeros, zeros, classes)
 
 
@@ -863,7 +875,9 @@ class GradMix:
             loss = F.cross_entropy(model(x), y)
 
     What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time;
-    and, by class, when a batch holds a class the table does not know. The class table is made of the buffer's rows and
+    when a parameter of the model has appeared, gone, or changed its shape, as in a classifier that grows (over all
+    parameters: also when one has been frozen or freed); and, by class, when a batch holds a class the table does not
+    know. The class table is made of the buffer's rows and
     the rows at hand, and holds the alignment as a function of lam, because it serves steps with different lam.
 
     Args:
@@ -891,7 +905,12 @@ class GradMix:
     unmixed in that step and the table computed anew in the next one. Reading a buffer kept on the host, and making a
     class table, do wait.
 
+    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
+    the model, which does not learn.
+
     Attributes:
+        mixup_enabled: whether a call mixes. Set to False, as training loops with timm's Mixup do for the last epochs, a
+            call returns its inputs as they are, and label vectors; :meth:`select` does not look at it.
         reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
             buffer is empty.
         table: the class table (:class:`gradmix.alignment.ClassTable`), or None.
@@ -900,7 +919,7 @@ class GradMix:
         refreshes: how often the reference gradient was computed.
 
     Raises:
-        ValueError, TypeError: as :func:`select_pairs`.
+        ValueError, TypeError, RuntimeError: as :func:`select_pairs`.
     """
 
     def __init__(
@@ -950,7 +969,8 @@ class GradMix:
         check_count("class_samples", class_samples)
         self._model, self._buffer = unwrap(model), buffer
         self._refresh, self._class_samples = refresh, class_samples
-        self._generator = default_generator() if generator is None else generator
+        self._generator = generator
+        self.mixup_enabled = True
         self.reference: Tensor | WholeReference | None = None
         self.table: ClassTable | None = None
         self.pairs: Pairs | None = None
@@ -958,17 +978,33 @@ class GradMix:
         self.refreshes = 0
         self._age = 0
         self._stale = True
+        self._shapes: Shapes | None = None
 
-    def __call__(self, x: Tensor, y: Tensor, *, replayed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C)."""
-        return self.select(x, y, replayed=replayed).mix()
+    @property
+    def _source(self) -> torch.Generator:
+        """The generator given, or the library's own as of now: another one after ``torch.manual_seed``."""
+        return default_generator() if self._generator is None else self._generator
+
+    def __call__(self, x: InputTree, y: Tensor, *, replayed: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C).
+
+        With ``mixup_enabled`` False the inputs are given back as they are, with their label vectors.
+        """
+        if self.mixup_enabled:
+            return self.select(x, y, replayed=replayed).mix()
+        refuse_worker("GradMix")
+        batch, _ = _checked_rows_to_mix((x, y), None, self._settings)
+        with untouched(self._model):
+            width = _width_of(self._model, self._settings, batch[0])
+            _, labels = _checked_labels(batch, None, width)[0]
+        return x, dense_labels(labels, width, _labels_dtype(batch[0]))
 
     def select(
         self,
-        x: Tensor,
+        x: InputTree,
         y: Tensor,
         *,
-        candidates: tuple[Tensor, Tensor] | None = None,
+        candidates: tuple[InputTree, Tensor] | None = None,
         lam: float | None = None,
         outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
         replayed: Tensor | None = None,
@@ -987,11 +1023,12 @@ class GradMix:
         Raises:
             ValueError, TypeError: as :func:`select_pairs`; no ``replayed`` where there is no buffer.
         """
+        refuse_worker("GradMix")
         if lam is not None:
             check_lam(lam)
         if replayed is None and self._buffer is None:
             raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
-        with _checks(self._settings), untouched(self._model):
+        with _checks(self._settings, self._model), untouched(self._model):
             batch, candidates = _checked_rows_to_mix((x, y), candidates, self._settings)
             marked = None if replayed is None else _checked_marks("replayed", replayed, batch)
             once = marked is not None and self._settings.criterion == "sample"
@@ -1003,7 +1040,7 @@ class GradMix:
                 candidates,
                 self._settings,
                 lam,
-                self._generator,
+                self._source,
                 None if once else self.reference,
                 self.table,
                 outputs,
@@ -1017,13 +1054,13 @@ class GradMix:
         """Have the next call compute everything anew."""
         self._stale = True
 
-    def _is_due(
-        self, batch: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor] | None, marked: Tensor | None
-    ) -> bool:
+    def _is_due(self, batch: Batch, candidates: Batch | None, marked: Tensor | None) -> bool:
         if self._stale or (self._refresh != "epoch" and self._age >= self._refresh):
             return True
+        if self._shapes != self._shapes_now():
+            return True
         if self.reference is None:
-            return _has_rows(self._buffer) if marked is None else self._is_met(marked)
+            return has_rows(self._buffer) if marked is None else self._is_met(marked)
         if self.table is None:
             return False
         labels = [class_of(pair[1]) for pair in (batch, candidates) if pair is not None]
@@ -1035,16 +1072,26 @@ class GradMix:
             flags = any_over(flags, self._settings.group)
         if look_is_free(flags.device) or self._settings.whole is not None:
             return bool(flags.any())
-        require(flags, self._is_stale)
+        # By a weak reference: the question is kept for the model, and must not keep it.
+        kept = weakref.ref(self)
+
+        def grow_stale(_row: int) -> None:
+            mixup = kept()
+            if mixup is not None:
+                mixup.start_epoch()
+
+        require(flags, grow_stale)
         return False
 
-    def _is_stale(self, _row: int) -> None:
-        self._stale = True
+    def _shapes_now(self) -> Shapes:
+        """What the kept gradient depends on of the model, but for values."""
+        whole = self._settings.whole is not None
+        return {name: list(p.shape) for name, p in self._model.named_parameters() if p.requires_grad or not whole}
 
     def _update(
         self,
-        batch: tuple[Tensor, Tensor],
-        candidates: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        candidates: Batch | None,
         outputs: HeadOutput | tuple[Tensor, Tensor] | None,
         marked: Tensor | None,
     ) -> None:
@@ -1060,7 +1107,7 @@ class GradMix:
                 self._buffer,
                 settings.head,
                 settings.chunk_size,
-                batch[0].device,
+                first_tensor(batch[0]).device,
                 keep=self._class_samples if by_class else 0,
                 keep_inputs=settings.last_layer == "mixed",
                 group=settings.group,
@@ -1084,26 +1131,27 @@ class GradMix:
                 reference,
                 estimator=settings.last_layer,
                 class_samples=self._class_samples,
-                generator=self._generator,
+                generator=self._source,
                 chunk=settings.chunk_size,
                 backend=settings.backend,
             )
             table = agreed(table, settings.group)
         # All or nothing: a model that raises above leaves what was kept before.
         self.reference, self.table = reference, table
-        self._age, self._stale = 0, False
+        self._age, self._stale, self._shapes = 0, False, self._shapes_now()
         self.refreshes += 1
 
     def _update_whole(
         self,
         estimator: WholeEstimator,
-        batch: tuple[Tensor, Tensor],
-        candidates: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        candidates: Batch | None,
         marked: Tensor | None,
     ) -> None:
         """:meth:`_update` for an estimator over all parameters."""
         settings = self._settings
         chunk, width = extent_of(self._model, estimator, batch[0], settings.chunk_size)
+        device = first_tensor(batch[0]).device
         kept: list[Rows] = []
         reference: WholeReference | None
         if marked is None:
@@ -1113,7 +1161,9 @@ class GradMix:
         table = screening = None
         if reference is not None and settings.criterion == "class":
             if marked is None:
-                kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, batch[0].device)
+                kept = buffer_rows(self._buffer, self._class_samples, settings.chunk_size, device)
+                for part in kept:
+                    check_mixable("buffer", part.x, estimator)
             at_hand = [batch] if candidates is None else [batch, candidates]
             rows = [*kept, *(gathered(bare_rows(*pair), settings.batch_group) for pair in at_hand)]
             for part in rows:
@@ -1127,16 +1177,16 @@ class GradMix:
                 class_samples=self._class_samples,
                 threshold=settings.threshold,
                 width=width,
-                generator=self._generator,
+                generator=self._source,
                 chunk=chunk,
                 backend=settings.backend,
             )
             table = agreed(table, settings.group)
             if screening is not None:
-                told = torch.tensor(astuple(screening), device=batch[0].device)
+                told = torch.tensor(astuple(screening), device=device)
                 screening = Screening(*as_the_first([told], settings.group)[0].tolist())
         self.reference, self.table, self.screening = reference, table, screening
-        self._age, self._stale = 0, False
+        self._age, self._stale, self._shapes = 0, False, self._shapes_now()
         self.refreshes += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -1146,15 +1196,16 @@ class GradMix:
             ValueError: the call before was given what it should not have been, found on a GPU.
         """
         # Whether the table is to be made anew may still be on its way from the GPU.
-        settle()
+        settle(self._model)
         table = self.table
         return {
             "reference": self.reference,
             "table": None if table is None else vars(table) | {"lams": list(table.lams)},
             "age": self._age,
             "stale": self._stale,
+            "shapes": self._shapes,
             "refreshes": self.refreshes,
-            "generator": self._generator.get_state(),
+            "generator": self._source.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -1163,19 +1214,13 @@ class GradMix:
         Raises:
             ValueError: a key is missing or unknown; nothing is changed then.
         """
-        expected = {"reference", "table", "age", "stale", "refreshes", "generator"}
-        if set(state) != expected:
+        expected = {"reference", "table", "age", "stale", "refreshes", "generator", "shapes"}
+        if {"shapes", *state} != expected:
             raise ValueError(f"state: got the keys {sorted(state)}, expected {sorted(expected)}")
         table = state["table"]
-        self._generator.set_state(state["generator"])
+        self._source.set_state(state["generator"])
         self.reference = state["reference"]
         self.table = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
         self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
-
-
-def _has_rows(buffer: object) -> bool:
-    """Whether a source that was empty may hold rows now; one whose length is unknown may."""
-    try:
-        return len(buffer[1] if isinstance(buffer, (tuple, list)) else buffer) > 0  # type: ignore[arg-type]
-    except TypeError:
-        return True
+        # A state from before these were kept is taken to be of a model like this one.
+        self._shapes = state.get("shapes", self._shapes_now())

@@ -274,8 +274,8 @@ class RowFiles:
             (R,) int64, their stamps.
         """
         assert self._stamps is not None
-        generator = torch.Generator().manual_seed(secrets.randbits(63))
-        stamps = torch.randint(1, 2**63 - 1, (len(slots),), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
+        stamps = torch.randint(1, 2**63 - 1, (len(slots),), generator=generator, device="cpu")
         self._changed = True
         # First: a slot whose row is half written must not pass for the row that was there before.
         self._stamps.write(slots, stamps)
@@ -361,7 +361,7 @@ class _File:
                 part, at = part[done:], at + done
 
     def read(self, slots: Tensor, *, pin: bool) -> Tensor:
-        out = torch.empty((len(slots), *self.column.shape), dtype=self.column.dtype, pin_memory=pin)
+        out = torch.empty((len(slots), *self.column.shape), dtype=self.column.dtype, device="cpu", pin_memory=pin)
         target = _bytes_of(out)
         size = self.column.row_bytes
         for place, slot, count in _runs(slots, size):
@@ -376,7 +376,7 @@ class _File:
     def mapped(self, rows: int) -> Tensor:
         shape, length = (rows, *self.column.shape), rows * self.column.row_bytes
         if length == 0:
-            return torch.empty(shape, dtype=self.column.dtype)
+            return torch.empty(shape, dtype=self.column.dtype, device="cpu")
         # A copy is made of a page that is written to, so that nobody can spoil the file by what it was given to read.
         pages = mmap.mmap(self.descriptor, length, access=mmap.ACCESS_COPY)
         return torch.frombuffer(pages, dtype=torch.uint8).view(self.column.dtype).view(shape)

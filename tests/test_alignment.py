@@ -278,7 +278,7 @@ def test_low_precision_models_are_served_in_float32() -> None:
         ),
         "wrong source": ({"buffer": "rows"}, TypeError, "buffer: got str, expected a ReplayBuffer"),
         "three parts": ({"batch": (1, 2, 3)}, TypeError, "batch: got tuple of 3"),
-        "arrays": ({"batch": (rows(2)[0].numpy(), rows(2)[1])}, TypeError, "batch: got a pair of ndarray and Tensor"),
+        "labels in a list": ({"batch": (rows(2)[0], [0, 1])}, TypeError, "batch: got a pair of Tensor and list"),
         "lengths differ": (
             {"batch": (rows(2)[0], rows(3)[1])},
             ValueError,

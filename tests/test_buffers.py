@@ -267,7 +267,7 @@ def test_storage_grows_by_need():
 
 
 BAD_ROWS = {
-    "x is a list": ([[1.0]], torch.tensor([0]), TypeError, "x: got list"),
+    "x is a list": ([[1.0]], torch.tensor([0]), TypeError, r"x\[0\]\[0\]: got float"),
     "y is a list": (torch.ones(1, 1), [0], TypeError, "y: got list"),
     "x without dimensions": (torch.tensor(1.0), torch.tensor(0), ValueError, "x: got a tensor without dimensions"),
     "lengths differ": (torch.ones(2, 1), torch.tensor([0]), ValueError, r"y: got shape \(1,\), expected \(2,\)"),

@@ -1,15 +1,17 @@
 """GradMix: what it keeps between steps, and when it computes it anew."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
 from models import CLASSES, MLP, ConvNet, rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer
 from gradmix.alignment import Rows, class_index
+from gradmix.gradients import mean_gradient
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -225,3 +227,139 @@ def test_bad_rows_are_named_at_the_call() -> None:
         mixup(rows(2)[0], torch.tensor([9, 0]))
     with pytest.raises(ValueError, match=r"lam: got 3\.0"):
         mixup.select(*rows(2), lam=3.0)
+
+
+# --------------------------------------------------------------------------------------------------- models that change
+
+
+class Growing(nn.Module):
+    """A classifier of two classes at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Sequential(nn.Linear(12, 16), nn.ReLU()), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x))
+
+
+def head_replaced(model: Growing) -> None:
+    model.fc = nn.Linear(16, 4)
+
+
+def head_enlarged(model: Growing) -> None:
+    head, new = model.fc, nn.Linear(16, 4)
+    head.weight, head.bias, head.out_features = new.weight, new.bias, 4
+
+
+def features_enlarged(model: Growing) -> None:
+    model.body, model.fc = nn.Sequential(nn.Linear(12, 20), nn.ReLU()), nn.Linear(20, 4)
+
+
+def bias_dropped(model: Growing) -> None:
+    model.fc = nn.Linear(16, 4, bias=False)
+
+
+CHANGES = [head_replaced, head_enlarged, features_enlarged, bias_dropped]
+ESTIMATORS = ["feature", "mixed", "jvp", "sketch"]
+
+
+def vectors(n: int, seed: int, classes: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 12, generator=generator(seed)), torch.arange(n) % classes
+
+
+def assert_made_anew(mixup: GradMix, model: nn.Module, buffer: tuple[Tensor, Tensor], refreshes: int) -> None:
+    assert mixup.refreshes == refreshes
+    if isinstance(mixup.reference, Tensor):
+        torch.testing.assert_close(mixup.reference, gradmix.reference_gradient(model, buffer))
+    else:
+        expected = mean_gradient(model, buffer)
+        assert mixup.reference is not None and mixup.reference.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(mixup.reference[name], gradient)
+
+
+@pytest.mark.parametrize(("loaded", "refresh"), [(False, 5), (False, "epoch"), (True, "epoch")])
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_of_another_model_is_made_anew(
+    change: Any, estimator: str, criterion: str, refresh: Any, loaded: bool
+) -> None:
+    model, buffer = Growing(), vectors(8, 1, 2)
+    how: dict[str, Any] = {"estimator": estimator, "criterion": criterion, "refresh": refresh}
+    mixup = GradMix(model, lambda: buffer, generator=generator(), **how)
+    for seed in range(2):
+        mixup(*vectors(6, seed, 2))
+    assert mixup.refreshes == 1
+    change(model)
+    if loaded:
+        state = mixup.state_dict()
+        mixup = GradMix(model, lambda: buffer, generator=generator(), **how)
+        mixup.load_state_dict(state)
+    for seed in range(2):
+        _, labels = mixup(*vectors(6, seed, 2))  # of the old classes
+    assert labels.shape == (6, 4)
+    assert_made_anew(mixup, model, buffer, 2)
+    buffer = vectors(8, 1, 4)
+    mixup(*vectors(6, 3, 4))
+
+
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+@pytest.mark.parametrize("estimator", ["jvp", "sketch"])
+def test_over_all_parameters_those_that_are_frozen_count(estimator: str, criterion: str) -> None:
+    model, buffer = Growing(), vectors(8, 1, 2)
+    mixup = GradMix(model, buffer, estimator=estimator, criterion=criterion, refresh="epoch", generator=generator())
+    mixup(*vectors(6, 1, 2))
+    for refreshes, learns in ((2, False), (3, True)):
+        model.body.requires_grad_(learns)
+        for seed in range(2):
+            mixup(*vectors(6, seed, 2))
+        assert_made_anew(mixup, model, buffer, refreshes)
+    model.scale = nn.Parameter(torch.ones(()))
+    mixup(*vectors(6, 1, 2))
+    assert mixup.refreshes == 4
+
+
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+def test_a_state_from_before_shapes_were_kept_is_read(criterion: str) -> None:
+    model, buffer = Growing(), vectors(8, 1, 2)
+    mixup, other = (GradMix(model, buffer, criterion=criterion, refresh="epoch", generator=generator()) for _ in "ab")
+    mixup(*vectors(6, 1, 2))
+    state = mixup.state_dict()
+    del state["shapes"]
+    other.load_state_dict(state)
+    for expected, value in zip(mixup(*vectors(6, 2, 2)), other(*vectors(6, 2, 2)), strict=True):
+        assert torch.equal(expected, value)
+    assert other.refreshes == 1
+
+
+# -------------------------------------------------------------------------------------------------------- mixing or not
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_training_loop_switches_mixing_off(estimator: str, soft: bool) -> None:
+    model, (x, y) = MLP(), rows(6, 1)
+    hot = torch.nn.functional.one_hot(y, CLASSES).float()
+    mixup = GradMix(model, filled(), estimator=estimator, generator=generator())
+    state = generator().get_state()
+    mixup.mixup_enabled = False
+    own, labels = mixup(x, hot * 0.9 + 0.1 / CLASSES if soft else y)
+    assert own is x
+    torch.testing.assert_close(labels, hot * 0.9 + 0.1 / CLASSES if soft else hot)
+    assert torch.equal(mixup.state_dict()["generator"], state) and mixup.pairs is None
+    with pytest.raises(ValueError, match="batch labels: row 0 is 9"):
+        mixup(x, torch.tensor([9, 0, 0, 0, 0, 0]))
+    mixup.mixup_enabled = True
+    assert not torch.equal(mixup(x, y)[1], hot)
+    assert mixup.pairs is not None
+
+
+def test_token_ids_pass_where_nothing_is_mixed() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, CLASSES))
+    x, y = torch.arange(12).view(4, 3) % 9, torch.arange(4)
+    mixup = GradMix(model, (x, y))
+    mixup.mixup_enabled = False
+    own, labels = mixup(x, y)
+    assert own is x and labels.shape == (4, CLASSES)

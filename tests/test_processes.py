@@ -179,3 +179,13 @@ def test_selections(told_by_processes: list[dict[str, Any]]) -> None:
     for told in both:
         assert told["refreshes before"] == 1 and told["refreshes after"] == 2
         torch.testing.assert_close(told["wrapped"], gradmix.reference_gradient(model(), rows(23, 3)))
+
+
+@pytest.mark.parametrize("estimator", ["feature", "mixed"])
+def test_inputs_of_several_tensors_over_processes(told_by_processes: list[dict[str, Any]], estimator: str) -> None:
+    for told in (one["selections"] for one in told_by_processes):
+        alignment, state = told[f"of two inputs, {estimator}"]
+        expected, known = told[f"odd, class, {estimator}"]
+        assert_close(alignment, expected, None)
+        assert_close(state["table"], known["table"], None)
+        assert_close(state["reference"], known["reference"], None)

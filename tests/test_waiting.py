@@ -1,5 +1,11 @@
 """Selection on a device that runs behind the host: nothing is waited for, and what is chosen is the same."""
 
+import gc
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -244,7 +250,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
-    with waiting.later(), watched():
+    with waiting.later(MLP()), watched():
         result = operator.mixed_alignment_torch(*arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
@@ -264,3 +270,124 @@ def test_what_there_is_no_room_for_is_not_evaluated(monkeypatch: pytest.MonkeyPa
     assert operator.mixed_alignment_torch(*arguments, lams).inner.isnan().sum() == lost.sum() + 1
     # They go unmixed: nothing that was not evaluated is helpful.
     assert not (result.inner >= 0)[lost].any()
+
+
+# --------------------------------------------------------------------------------------------------- threads and models
+
+
+def elsewhere(call: Callable[[], Any]) -> Any:
+    """What a call gives in a thread that has ended then: its result, or the error."""
+    found: list[Any] = []
+
+    def body() -> None:
+        try:
+            found.append(call())
+        except ValueError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+class Elsewhere:
+    """A thread that makes one call after the other."""
+
+    def __init__(self) -> None:
+        self._calls: queue.Queue[Any] = queue.Queue()
+        self._results: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                self._results.put(call())
+            except ValueError as error:
+                self._results.put(error)
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        self._calls.put(call)
+        return self._results.get()
+
+    def close(self) -> None:
+        self._calls.put(None)
+        self._thread.join()
+
+
+def given_pairs(model: Any) -> Callable[[Tensor], Any]:
+    return lambda x: select_pairs(model, BUFFER, (x, Y))
+
+
+def given_mixup(model: Any, **how: Any) -> Callable[[Tensor], Any]:
+    mixup = GradMix(model, BUFFER, **how)
+    return lambda x: mixup.select(x, Y)
+
+
+GIVEN: dict[str, Callable[[Any], Callable[[Tensor], Any]]] = {
+    "select_pairs": given_pairs,
+    "GradMix": given_mixup,
+    "GradMix by class": partial(given_mixup, criterion="class"),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_finding_stops_nobody_else(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    model, other = MLP(), MLP()
+    mine, others, theirs = GIVEN[kind](model), GIVEN[kind](other), GIVEN[kind](model)
+    thread = Elsewhere()
+    mine(nan_in(X, 4))
+    others(X)  # another model
+    assert not isinstance(thread(lambda: theirs(X)), Exception)  # another thread
+    assert not isinstance(thread(lambda: others(X)), Exception)
+    with pytest.raises(ValueError, match=r"batch: row 4 holds NaN.*\(found on the GPU in an earlier call"):
+        mine(X)
+    mine(X)
+    thread(lambda: theirs(nan_in(X, 1)))
+    mine(X)
+    assert "batch: row 1 holds NaN" in str(thread(lambda: theirs(X)))
+    thread.close()
+    waiting.settle()
+    assert not waiting._underway
+
+
+def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    model, other = MLP(), MLP()
+    assert not isinstance(elsewhere(lambda: select_pairs(model, BUFFER, (nan_in(X, 4), Y))), Exception)
+    select_pairs(other, BUFFER, (X, Y))
+    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+        select_pairs(model, BUFFER, (X, Y))
+    select_pairs(model, BUFFER, (X, Y))
+    waiting.settle(model)
+    waiting.settle(other)
+    assert not waiting._underway
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_findings_keep_no_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    model = MLP()
+    call = GIVEN[kind](model)
+    for _ in range(3):
+        call(X)
+    call(nan_in(X, 4))
+    assert len(waiting._underway) == 1
+    gone = weakref.ref(model)
+    del model, call
+    gc.collect()
+    assert gone() is None and not waiting._underway
+
+
+def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    model = MLP()
+    with waiting.later(model):
+        # Outside of a call of its own a thread is told at once.
+        error = elsewhere(lambda: waiting.require(torch.tensor([False, True]), lambda row: ValueError(f"row {row}")))
+        waiting.require(torch.tensor([True]), lambda row: ValueError("later"))
+    assert str(error) == "row 1"
+    with pytest.raises(ValueError, match="later"):
+        waiting.settle()

@@ -33,6 +33,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "dataset": lambda: TensorDataset(*rows(23, 3)),
     "dataset of one": lambda: TensorDataset(*rows(1, 3)),
     "loader": lambda: DataLoader(TensorDataset(*rows(23, 3)), batch_size=5),
+    "rows in a list": lambda: [(x, int(y)) for x, y in zip(*rows(23, 3), strict=True)],
+    "function": lambda: lambda: rows(23, 3),
     "loader of one batch": lambda: DataLoader(TensorDataset(*rows(4, 3)), batch_size=5),
 }
 
@@ -60,6 +62,18 @@ def filled(n: int) -> gradmix.ReplayBuffer:
     buffer = gradmix.ReplayBuffer(100)
     buffer.add(*rows(n, 3))
     return buffer
+
+
+class Scaled(MLP):
+    """A network of images and a number for each."""
+
+    def forward(self, image: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(image * scale.view(-1, 1, 1, 1))
+
+
+def scaled(pair: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The rows as what :class:`Scaled` takes."""
+    return {"image": pair[0], "scale": torch.ones(len(pair[1]))}, pair[1]
 
 
 def model() -> MLP:
@@ -138,6 +152,19 @@ def tell_selections(rank: int, group: Any) -> dict[str, Any]:
             group=group,
         )
         told[name] = [mixup.select(x, y, lam=0.3).alignment, kept(mixup)]
+    for estimator in ("feature", "mixed"):
+        torch.manual_seed(0)
+        mixup = gradmix.GradMix(
+            Scaled(),
+            scaled(rows(23, 3)),
+            criterion="class",
+            estimator=estimator,
+            generator=generator(10 * rank),
+            chunk_size=CHUNK,
+            class_samples=6,
+            group=group,
+        )
+        told[f"of two inputs, {estimator}"] = [mixup.select(*scaled((x, y)), lam=0.3).alignment, kept(mixup)]
     for name, places in MARKS.items():
         mine = half(marked(places), rank)
         for estimator in ("feature", "jvp"):

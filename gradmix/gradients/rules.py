@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -447,7 +448,7 @@ class Convolution(Channels):
         x = F.pad(self.x, _padding(a["padding"], weight.shape[2:], dilation))
         d = d.to(dtype).unflatten(1, (a["groups"], -1)).flatten(3)
         taps = []
-        for tap in torch.cartesian_prod(*(torch.arange(size) for size in weight.shape[2:])).view(-1, spatial).tolist():
+        for tap in product(*map(range, weight.shape[2:])):
             seen = x
             for i, offset in enumerate(tap):
                 first, length = offset * dilation[i], self._positions(x, stride, dilation)[i]

@@ -24,6 +24,22 @@ def class_of(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.is_floating_point() else labels
 
 
+def as_class_indices(name: str, labels: Tensor) -> Tensor:
+    """Integer labels as int64; others as they are.
+
+    Raises:
+        TypeError: neither integers nor of a floating-point dtype.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.int64:
+        return labels
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise TypeError(
+            f"{name}: got dtype {labels.dtype}, expected int64 class indices or floating-point label vectors; y.long() "
+            "makes class indices of it"
+        )
+    return labels.to(torch.int64)
+
+
 def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> None:
     """Raise unless ``labels`` are ``rows`` int64 class indices in [0, classes), or (rows, classes) label vectors.
 
@@ -38,7 +54,10 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
     if labels.is_floating_point():
         if labels.ndim != 2 or len(labels) != rows or (classes is not None and labels.shape[1] != classes):
             width = "C" if classes is None else classes
-            raise ValueError(f"{name}: got soft labels of shape {tuple(labels.shape)}, expected ({rows}, {width})")
+            hint = "; class indices are integers, as y.long()" if labels.ndim == 1 else ""
+            raise ValueError(
+                f"{name}: got soft labels of shape {tuple(labels.shape)}, expected ({rows}, {width}){hint}"
+            )
         _check_sums(name, labels)
         return
     if labels.dtype != torch.int64:
@@ -46,12 +65,18 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
             f"{name}: got dtype {labels.dtype}, expected int64 class indices or floating-point label vectors"
         )
     if labels.shape != (rows,):
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({rows},) class indices")
+        hint = "; y.squeeze(1) has that shape" if labels.shape == (rows, 1) else ""
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({rows},) class indices{hint}")
     if torch.compiler.is_compiling():
         return  # values cannot be looked at without breaking the graph
     limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
     bad = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
-    require(bad, lambda row: ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}"))
+
+    def error(row: int) -> ValueError:
+        hint = "; rows that no class is known of, y < 0, are to be left out" if int(labels[row]) < 0 else ""
+        return ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}{hint}")
+
+    require(bad, error)
 
 
 def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 0) -> None:

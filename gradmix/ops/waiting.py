@@ -6,18 +6,23 @@ queues the question. What it found is read at the beginning of the next call, wh
 an error is raised then, as CUDA's own errors are. In the step in between a NaN helps nobody, as its alignments are not
 helpful, and labels are held in their range.
 
+The next call is the next one for the same model by the same thread: nobody else is told of a finding. If that thread
+has ended, the next call for the model by any other is told; what was found for a model that is gone is dropped with it.
+
 On the CPU a check looks at once. ``GRADMIX_CHECKS=now`` makes it look at once everywhere, to find the line at fault.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ENVIRONMENT_VARIABLE = "GRADMIX_CHECKS"
 
@@ -45,15 +50,23 @@ def look_is_free(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Answers:
-    """Flags on their way to the host."""
+    """Flags on their way to the host, and the thread whose call asked."""
 
     flags: Tensor
     event: torch.cuda.Event | None
     consequences: list[Consequence]
+    thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
-_asking: list[tuple[Tensor, Consequence]] | None = None
-_underway: list[_Answers] = []
+class _Asking(threading.local):
+    """The questions of the call that this thread is in; None: of no call."""
+
+    questions: list[tuple[Tensor, Consequence]] | None = None
+
+
+_asking = _Asking()
+_underway: weakref.WeakKeyDictionary[nn.Module, list[_Answers]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def require(bad: Tensor, consequence: Consequence) -> None:
@@ -61,60 +74,70 @@ def require(bad: Tensor, consequence: Consequence) -> None:
 
     Args:
         bad: (N,) bool.
-        consequence: called with the first row that is bad.
+        consequence: called with the first row that is bad; it must not keep the model alive.
     """
     if bad.numel() == 0:
         return
-    if look_is_free(bad.device) or _asking is None:
+    if look_is_free(bad.device) or _asking.questions is None:
         if bad.any():
             error = consequence(int(bad.nonzero()[0]))
             if error is not None:
                 raise error
         return
-    _asking.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
+    _asking.questions.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
 
 
 @contextmanager
-def later() -> Iterator[None]:
-    """Around one call: raise what earlier calls found, and let the next one raise what this one finds.
+def later(model: nn.Module) -> Iterator[None]:
+    """Around one call: raise what earlier calls for this model found, and let the next one raise what this one finds.
 
     A body that raises leaves no question behind.
     """
-    global _asking
-    settle()
-    before, _asking = _asking, []
+    settle(model)
+    before, _asking.questions = _asking.questions, []
     try:
         yield
-        asked = _asking
+        asked = _asking.questions
     finally:
-        _asking = before
+        _asking.questions = before
     if asked:
-        _send(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
+        answers = _sent(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
+        with _lock:
+            _underway.setdefault(model, []).append(answers)
 
 
-def _send(flags: Tensor, consequences: list[Consequence]) -> None:
-    """Have ``flags`` (K,), first bad rows or -1, copied to the host without waiting."""
+def _sent(flags: Tensor, consequences: list[Consequence]) -> _Answers:
+    """``flags`` (K,), first bad rows or -1, being copied to the host without waiting."""
     if not flags.is_cuda:
-        _underway.append(_Answers(flags, None, consequences))
-        return
-    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        return _Answers(flags, None, consequences)
+    host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
     host.copy_(flags, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(flags.device))
-    _underway.append(_Answers(host, event, consequences))
+    return _Answers(host, event, consequences)
 
 
-def settle() -> None:
-    """Draw the consequences of what earlier calls found.
+def settle(model: nn.Module | None = None) -> None:
+    """Draw the consequences of what earlier calls of this thread, or of threads that have ended, found.
 
     It waits for the copy of the flags, which was queued before everything that came after that call.
+
+    Args:
+        model: whose; None: any.
 
     Raises:
         ValueError: an earlier call was given what it should not have been; the message names it.
     """
-    answers = _underway[:]
-    _underway.clear()
-    for answer in answers:
+    mine = threading.current_thread()
+    found: list[_Answers] = []
+    with _lock:
+        for asked in list(_underway) if model is None else [model]:
+            answers = _underway.pop(asked, [])
+            told = [answer.thread is mine or not answer.thread.is_alive() for answer in answers]
+            found += [answer for answer, own in zip(answers, told, strict=True) if own]
+            if not all(told):
+                _underway[asked] = [answer for answer, own in zip(answers, told, strict=True) if not own]
+    for answer in found:
         if answer.event is not None:
             answer.event.synchronize()
         for row, consequence in zip(answer.flags.tolist(), answer.consequences, strict=True):

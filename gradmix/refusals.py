@@ -1,0 +1,131 @@
+"""What is refused by name around forward passes: statistics of the batch, and inputs of a dtype that fails."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from gradmix.gradients.capture import BatchStatisticsError, without_compilation
+from gradmix.head import logits_of
+from gradmix.inputs import InputTree, call_model, leaves, num_samples, take
+
+_ROWS = 2
+"""Rows that tell whether statistics are those of the batch."""
+
+_TOLERANCE = 1e-3
+"""How far a row's logits may be from those in a batch of other rows, of the largest: rounding, in any order of sums."""
+
+_met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose calls of ``batch_norm`` have been watched through a whole pass."""
+
+
+@contextmanager
+def refusing_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None]:
+    """Around forward passes of rows ``x`` in evaluation mode.
+
+    Raises:
+        BatchStatisticsError: the model normalises by statistics of the batch, so that what is had for a row depends on
+            the rows around it, and on how rows are shared out among passes.
+        TypeError: the model fails, and there is an input of a dtype that may be why.
+    """
+    with naming_dtypes(name, model, lambda: x), refusing_batch_statistics(model, x):
+        yield
+
+
+@contextmanager
+def naming_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> Iterator[None]:
+    """The part of :func:`refusing_by_name` about dtypes; ``x`` gives rows like those of the body."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        usual = {own, torch.int64, torch.int32}
+        for path, leaf in leaves(x(), name):
+            if isinstance(leaf, Tensor) and leaf.dtype not in usual:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise TypeError(
+                    f"{path}: got x of dtype {leaf.dtype}, which the model does not take ({reason}), expected {own} as "
+                    "the model's parameters, or token ids of dtype int64 or int32"
+                ) from error
+        raise
+
+
+@contextmanager
+def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
+    """The part of :func:`refusing_by_name` about statistics of the batch.
+
+    Modules of torch's are stopped by a hook, which only those have that would use such statistics. Other calls of
+    ``batch_norm`` are watched in the first pass of a model; weights may be standardised by one, so the values decide.
+    """
+    watch = _Watch()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
+                stack.callback(module.register_forward_pre_hook(_refuse).remove)
+        if model in _met:
+            yield
+            return
+        passes: list[None] = []
+        stack.callback(model.register_forward_hook(lambda *_: passes.append(None)).remove)
+        with without_compilation(), watch:  # which may pass by hooks and watches
+            yield
+    if watch.called and _is_coupled(model, x):
+        _refuse()
+    if passes and num_samples(x) >= _ROWS:
+        _met.add(model)
+
+
+def _refuse(*_: object) -> None:
+    raise BatchStatisticsError(
+        "model: normalises by the statistics of the batch, expected running statistics: what the model makes of a row "
+        "would depend on the rows around it. In evaluation mode BatchNorm uses running statistics if it was made with "
+        "track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes calls of ``batch_norm`` that use statistics of what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make the call."""
+        named = kwargs or {}
+        if func not in (F.batch_norm, torch.batch_norm) or not named.get("training", args[5] if len(args) > 5 else 0):
+            return func(*args, **named)
+        self.called = True
+        try:
+            return func(*args, **named)
+        except ValueError as error:
+            _refuse_single(error)
+            raise
+
+
+def _refuse_single(error: ValueError) -> None:
+    """Refuse the model if this is what torch says of a single row whose statistics are wanted."""
+    if "more than 1 value per channel" in str(error):
+        _refuse()
+
+
+def _is_coupled(model: nn.Module, x: InputTree) -> bool:
+    """Whether the first row's logits are others in a batch with the second one."""
+    try:
+        alone, together = (logits_of(call_model(model, take(x, slice(n))))[0].float() for n in (1, _ROWS))
+    except ValueError as error:
+        _refuse_single(error)
+        raise
+    return bool((alone - together).abs().amax() > _TOLERANCE * together.abs().amax())
