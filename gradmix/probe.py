@@ -22,6 +22,10 @@ from gradmix.inputs import InputTree, leaves
 from gradmix.ops.waiting import look_is_free, require
 
 
+class ModelNotFiniteError(ValueError):
+    """What a model makes of finite inputs is not finite: as a rule its training has diverged."""
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside ``torch.compile`` and data-parallel wrappers.
 
@@ -149,10 +153,11 @@ def _require_rows(value: Tensor, error: Callable[[int, str], ValueError]) -> Non
 
 
 def _row_not_finite(name: str, first_row: int, row: int, content: str) -> ValueError:
-    return ValueError(f"{name}: row {first_row + row} holds {content}, expected finite values")
+    kind = ModelNotFiniteError if name.startswith("the model") else ValueError
+    return kind(f"{name}: row {first_row + row} holds {content}, expected finite values")
 
 
 def _pair_not_finite(i: Tensor, j: Tensor, k: int, content: str) -> ValueError:
-    return ValueError(
+    return ModelNotFiniteError(
         f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
     )

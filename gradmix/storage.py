@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # A system without advisory locks: that nobody else writes to the folder is up to the user.
-    fcntl = None  # type: ignore[assignment]
+from gradmix.locks import Lock, acquire
 
 FORMAT = 1
 """Version of what a folder holds. A reader refuses a later one."""
@@ -92,7 +89,7 @@ class RowFiles:
         self._columns: dict[str, Column] = {}
         self._files: dict[str, _File] = {}
         self._stamps: _File | None = None
-        self._lock: _File | None = None
+        self._lock: Lock | None = None
         self._room = 0
         self._changed = False
         if self.folder.exists() and not self.folder.is_dir():
@@ -221,20 +218,23 @@ class RowFiles:
             "columns": [{"name": name, **column.plain()} for name, column in columns.items()],
         }
         part = self.folder / _PART
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1) + "\n"
+        try:
+            part.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _no_room(error, part, len(text)) from error
         os.replace(part, self.folder / DESCRIPTION)
 
     def _acquire(self) -> None:
-        if self._lock is not None or fcntl is None:
+        if self._lock is not None:
             return
-        lock = _File(self.folder / LOCK, STAMP)
-        try:
-            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"folder: {self.folder} is in use by another buffer, expected one of its own") from error
-        self._lock = lock
+        self._lock = acquire(self.folder / LOCK)
+        if self._lock is None:
+            raise ValueError(f"folder: {self.folder} is in use by another buffer, expected one of its own")
 
     def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
         self._lock = None
 
     def close(self) -> None:

@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None: those of the process.
 
     Returns:
-        Exit status: 0; 1 if some runs of an experiment are missing; 2 after an error that the user can mend; 130 after
-        Ctrl-C, 143 after SIGTERM.
+        Exit status: 0; 1 if runs have diverged, or some of an experiment are missing; 2 after an error that the user
+        can mend; 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 
+from gradmix.training.names import shown
+
 ERROR, INTERRUPTED = 2, 130
 """Exit statuses: after an error that the user can mend, and after Ctrl-C."""
 
@@ -94,7 +96,7 @@ def reported(error: BaseException, who: str = "") -> int:
     elif not isinstance(error, SystemExit):
         if not isinstance(error, _EXPECTED) or os.environ.get("GRADMIX_DEBUG", "0") not in ("", "0"):
             raise error
-        print(f"gradmix: error: {who}{' '.join(message(error).split())}", file=sys.stderr)
+        print(f"gradmix: error: {who}{shown(' '.join(message(error).split()))}", file=sys.stderr)
     return status_of(error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from dataclasses import field, make_dataclass
@@ -13,6 +12,7 @@ from gradmix.cli.errors import UsageError, require
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
+from gradmix.training.names import shell, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,11 @@ def main(args: list[str]) -> int:
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
 
+    from gradmix.cli.train import refuse_in_use
+    from gradmix.locks import locked
     from gradmix.training import experiments
+    from gradmix.training.results import LOCK
+    from gradmix.training.whole_files import make_folder
 
     options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
@@ -65,7 +69,12 @@ def main(args: list[str]) -> int:
     command = _command(experiment, options)
     if options.report_only:
         return _report_only(experiment, runs, output, command)
-    return _run(experiment, runs, output, command, _again_command(command, options), options.jobs)
+    # Several experiments share their runs; training in the same folder has it alone.
+    make_folder(output)
+    with locked(output / LOCK, shared=True) as mine:
+        if not mine:
+            refuse_in_use(output)
+        return _run(experiment, runs, output, command, _again_command(command, options), options.jobs)
 
 
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
@@ -74,8 +83,8 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     from gradmix.training.methods import METHODS
 
     root = output / _RUNS
-    todo = [run for run in runs if running.state_of(run, root) != "complete"]
-    print(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(todo)} of them complete", flush=True)
+    todo = [run for run in runs if running.state_of(run, root) not in running.ENDED]
+    print(f"{shown(experiment.title)}: {len(runs)} runs, {len(runs) - len(todo)} of them complete", flush=True)
     outcome = running.Outcome()
     with Interruption() as interruption:
         try:
@@ -86,7 +95,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
                 METHODS[method].check_installed()
             running.check_data(todo)
             with interruption.deferred():
-                with Reporter(len(todo), max(len(run.label) for run in runs)) as reporter:
+                with Reporter(len(todo), max(len(shown(run.label)) for run in runs)) as reporter:
                     outcome = running.run_all(
                         runs,
                         root,
@@ -100,12 +109,22 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     if outcome.interrupted:
         print(f"gradmix: interrupted; go on with: {again}", file=sys.stderr)
         return interruption.status
+    status = 0
     if outcome.failed:
+        status = _MISSING
         print(
             f"gradmix: {len(outcome.failed)} of {len(runs)} runs failed; try them again with: {again}", file=sys.stderr
         )
-        return _MISSING
-    return 0
+    diverged = [run for run in runs if running.state_of(run, root) == "diverged"]
+    if diverged:
+        status = _MISSING
+        print(
+            f"gradmix: {len(diverged)} of {len(runs)} runs diverged, their loss was not finite: lower optim.lr. They "
+            f"are in no mean. To make one again as it is, remove its folder first, such as "
+            f"{shell(str(root / diverged[0].folder))}",
+            file=sys.stderr,
+        )
+    return status
 
 
 def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
@@ -146,7 +165,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def _name(self, run: Run) -> str:
             width = len(str(todo))
-            return f"[{self.done:>{width}}/{todo}] {run.label:<{reporter.width}}  seed {run.seed}"
+            return f"[{self.done:>{width}}/{todo}] {shown(run.label):<{reporter.width}}  seed {run.seed}"
 
         def _left(self) -> str:
             if self.done >= todo:
@@ -176,22 +195,25 @@ def _say(values: dict[str, Any], folder: Path) -> None:
     rows, differences = report.summarise(values)
     print()
     if rows:
-        width = max(len(row.label) for row in rows)
+        width = max(len(shown(row.label)) for row in rows)
         print(f"{'':<{width}}  {'average accuracy':<18}{'final accuracy':<18}{'forgetting':<18}seeds")
         for row in rows:
             cells = (interval(row.metrics[name], "{mean:.3f} ± {half:.3f}") for name in SHOWN)
-            print(f"{row.label:<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
+            print(f"{shown(row.label):<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
         print("mean ± half of its 95 % t-interval")
+    for line in report.diverged_of(values):
+        print(shown(line))
     if differences:
-        width = max(len(d.label) for d in differences)
+        width = max(len(shown(d.label)) for d in differences)
         print(f"\n{'average accuracy, paired':<{width}}  {'difference':<18}{'p, Holm':<10}seeds")
         for d in differences:
             apart = difference(d.metrics["average_accuracy"])
-            print(f"{d.label:<{width}}  {apart:<18}{probability(d.holm):<10}{len(d.seeds)}")
+            print(f"{shown(d.label):<{width}}  {apart:<18}{probability(d.holm):<10}{len(d.seeds)}")
         print("* where the 95 % t-interval leaves out 0")
-    if values["missing"]:
-        print(f"{len(values['missing'])} of {len(values['missing']) + len(values['runs'])} runs are missing")
-    print(f"Report: {folder / 'report.html'}")
+    lacking = sum(not run.get(report.DIVERGED) for run in values["missing"])
+    if lacking:
+        print(f"{lacking} of {len(values['missing']) + len(values['runs'])} runs are missing")
+    print(f"Report: {shown(str(folder / 'report.html'))}")
 
 
 def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
@@ -225,10 +247,12 @@ def _plan(runs: Sequence[Run], root: Path) -> int:
     from gradmix.training.running import state_of
 
     states = [state_of(run, root) for run in runs]
-    width = max(len(run.label) for run in runs)
+    width = max(len(shown(run.label)) for run in runs)
     for run, state in zip(runs, states, strict=True):
-        print(f"{run.label:<{width}}  seed {run.seed:<4}{state:<12}{run.folder.as_posix()}")
-    print(f"{len(runs)} runs: " + ", ".join(f"{states.count(s)} {s}" for s in ("complete", "unfinished", "absent")))
+        print(f"{shown(run.label):<{width}}  seed {run.seed:<4}{state:<12}{run.folder.as_posix()}")
+    counts = {state: states.count(state) for state in ("complete", "diverged", "unfinished", "absent")}
+    told = [f"{count} {state}" for state, count in counts.items() if count or state != "diverged"]
+    print(f"{len(runs)} runs: {', '.join(told)}")
     return 0
 
 
@@ -239,7 +263,7 @@ def _command(experiment: Experiment, options: Any) -> str:
         words += ["--seeds", *map(str, options.seeds)]
     if options.arms:
         words += ["--arms", *options.arms]
-    return shlex.join(words)
+    return " ".join(map(shell, words))
 
 
 def _again_command(command: str, options: Any) -> str:
@@ -248,7 +272,7 @@ def _again_command(command: str, options: Any) -> str:
     for name in ("output", "data_dir", "device"):
         value = getattr(options, name)
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
+            words += [f"--{name.replace('_', '-')}", shell(str(value))]
     return " ".join([*words, f"--jobs {options.jobs}"] if options.jobs > 1 else words)
 
 

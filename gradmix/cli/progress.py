@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import INTERRUPTED, StopNow
+from gradmix.training.names import shown
 
 if TYPE_CHECKING:
     from gradmix.training.results import RunResult
@@ -40,7 +41,7 @@ class Reporter:
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
@@ -65,11 +66,9 @@ class Reporter:
         """Begins a run of what is called ``name``."""
         self.run += 1
         self.task, self.shown, self.loss = 0, 0.0, None
-        self.name = f"{name:<{self.width}}  seed {seed}"
+        self.name = f"{shown(name):<{self.width}}  seed {seed}"
         if self.bar is not None:
-            self.bar.reset(
-                self.row, total=None, description=f"[{self.run}/{self.runs}] {self.name}".replace("[", r"\[")
-            )
+            self.bar.reset(self.row, total=None, description=f"[{self.run}/{self.runs}] {self.name}")
 
     def step(self, progress: Progress) -> None:
         """Takes note of a training step."""
@@ -86,9 +85,7 @@ class Reporter:
         text = f"[{self.run}/{self.runs}] {self.name}  task {progress.task}/{progress.tasks}"
         if self.loss is not None:
             text += f"  loss {self.loss:.3f}"
-        self.bar.update(
-            self.row, completed=progress.step, total=progress.steps_total, description=text.replace("[", r"\[")
-        )
+        self.bar.update(self.row, completed=progress.step, total=progress.steps_total, description=text)
 
     def finish(self, result: RunResult, note: str = "") -> None:
         """Shows a run's figures in a line that stays."""
@@ -106,18 +103,19 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Shows a line that stays."""
+        line = shown(line)
         if self.bar is None:
             print(line, flush=True)
         else:
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, emoji=False)
 
 
 def figures(result: RunResult) -> str:
     """A run's figures in a few words."""
     from gradmix.training.results import metric_values, tasks_reached
 
-    if result.status == "interrupted":
-        return f"interrupted after {tasks_reached(result)} of {result.tasks} tasks"
+    if result.status != "complete":
+        return f"{result.status} after {tasks_reached(result)} of {result.tasks} tasks"
     values = metric_values(result)
     return (
         f"average accuracy {values['average_accuracy']:.3f}  final {values['final_accuracy']:.3f}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from gradmix.cli.flags import parse_train
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, finished, joined, losses_explained
 from gradmix.cli.progress import Interruption, Reporter
+from gradmix.training.names import shell, shown
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -26,23 +26,27 @@ if TYPE_CHECKING:
 
 _CHECKPOINTS = ".checkpoints"
 _CONFIG, _METRICS = "config.yaml", "metrics.json"
+_DIVERGED = 1
 
 
 def main(args: list[str]) -> int:
     """Trains, saves every run and the table over them; as one of several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
-    with joined() as processes, losses_explained(lambda: f"{processes.command()} train {shlex.join(args)}"):
-        return finished(processes, _train(args, processes))
+    with joined() as processes, losses_explained(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"):
+        # What is taken of the folder is given back before processes end together.
+        with ExitStack() as held:
+            status = _train(args, processes, held)
+        return finished(processes, status)
 
 
-def _train(args: list[str], processes: Processes) -> int:
+def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     results: dict[tuple[str, int], RunResult] = {}
-    config, todo, resumed = processes.by_the_first(lambda: _planned(args, processes, results))
+    config, todo, resumed = processes.by_the_first(lambda: _planned(args, processes, results, held))
     assert config.output is not None
     output = config.output
     stream = processes.by_each(lambda: _stream(config, processes)) if todo else None
     if not resumed:
-        processes.by_the_first(lambda: _begin(config))
+        processes.by_the_first(lambda: _begin(config, held))
     interrupted = False
     with Interruption(silent=not processes.first) as interruption, losses_explained(lambda: _resume(output, processes)):
         try:
@@ -65,14 +69,27 @@ def _train(args: list[str], processes: Processes) -> int:
         return interruption.status if interrupted else 0
     if not interrupted:
         _tidy(output)
-        return 0
+        return _say_diverged(results)
     kept = f"the results so far are in {output}" if results else "no run was saved"
     print(f"gradmix: interrupted; {kept}; go on with: {_resume(output, processes)}", file=sys.stderr)
     return interruption.status
 
 
+def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
+    """The exit status of training that was not interrupted: 1, and a word on stderr, if a run has diverged."""
+    diverged = [f"{method}, seed {seed}" for (method, seed), result in results.items() if result.status == "diverged"]
+    if not diverged:
+        return 0
+    print(
+        f"gradmix: {len(diverged)} of {len(results)} runs diverged ({'; '.join(diverged)}): their loss was not finite, "
+        "they are in no mean; train anew with a lower --lr",
+        file=sys.stderr,
+    )
+    return _DIVERGED
+
+
 def _planned(
-    args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult]
+    args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
     """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
     resumed = _resumed(args)
@@ -97,10 +114,13 @@ def _planned(
     if resumed is None:
         config = replace(config, output=_new_output(config, processes))
     else:
-        results.update(_complete(config))
+        assert config.output is not None
+        _occupy(config.output, held)
+        results.update(_ended(config))
     todo = [run for run in _runs(config) if run not in results]
     if not todo:
-        print(f"Nothing is left to do: all {len(results)} runs of {config.output} are complete.")
+        ended = "have ended" if any(r.status != "complete" for r in results.values()) else "are complete"
+        print(f"Nothing is left to do: all {len(results)} runs of {config.output} {ended}.")
     return config, todo, resumed is not None
 
 
@@ -115,12 +135,46 @@ def _stream(config: TrainConfig, processes: Processes) -> Any:
     return stream_of(config.data)
 
 
-def _begin(config: TrainConfig) -> None:
-    from gradmix.training.results import save_config
+def _begin(config: TrainConfig, held: ExitStack) -> None:
+    from gradmix.training.results import refuse_occupied, save_config
+    from gradmix.training.whole_files import make_folder
 
     assert config.output is not None
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output)
+    _occupy(config.output, held)
+    # Another command may have been here since it was looked at.
+    refuse_occupied(config.output)
     save_config(config, config.output)
+
+
+def _occupy(output: Path, held: ExitStack) -> None:
+    """Takes a folder for this command, for as long as ``held`` is open.
+
+    Raises:
+        ValueError: Another command is at work in it.
+    """
+    from gradmix.locks import locked
+    from gradmix.training.results import LOCK
+
+    while not held.enter_context(locked(output / LOCK)):
+        # If not, it has just ended.
+        refuse_in_use(output)
+
+
+def refuse_in_use(output: Path) -> None:
+    """Refuses a folder in which a command is at work.
+
+    Raises:
+        ValueError: One is; the message says which process.
+    """
+    from gradmix.locks import holder
+    from gradmix.training.results import LOCK
+
+    who = holder(output / LOCK)
+    if who is not None:
+        raise ValueError(
+            f"output: {output} is in use: {who} is at work in it; wait until that has ended, or give another folder"
+        )
 
 
 def _runs(config: TrainConfig) -> list[tuple[str, int]]:
@@ -154,7 +208,7 @@ def _run_all(
         results[result.method, result.seed] = result
         if reporter is not None:
             reporter.finish(result)
-        if result.status == "complete":
+        if result.status != "interrupted":
             # Only now: until the run was saved, the checkpoint was all there was of it.
             checkpoint.remove(file)
 
@@ -184,6 +238,7 @@ def _run_all(
 def _save(result: RunResult, folder: Path) -> None:
     """Saves a run; an interrupted one that lies in its place stays until the new one is whole."""
     from gradmix.training import results
+    from gradmix.training.whole_files import naming, sync
 
     if not folder.exists():
         results.save_run(result, folder)
@@ -191,10 +246,13 @@ def _save(result: RunResult, folder: Path) -> None:
     new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    results.save_run(result, new)
-    os.replace(folder, old)
-    os.replace(new, folder)
+    with naming(folder):
+        results.save_run(result, new, pictures=False)
+        os.replace(folder, old)
+        os.replace(new, folder)
+        sync(folder.parent)
     shutil.rmtree(old)
+    results.draw_run(result, folder)
 
 
 def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
@@ -208,7 +266,7 @@ def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> N
     save_summary(ordered, config.output)
     print()
     print(tables.to_text(tables.summarise(ordered)))
-    print(f"Run folder: {config.output}")
+    print(f"Run folder: {shown(str(config.output))}")
 
 
 def _tidy(output: Path) -> None:
@@ -270,8 +328,8 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     return changed
 
 
-def _complete(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
-    """The runs of a folder that are complete, by method and seed."""
+def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
+    """The runs of a folder that are complete or have diverged, as they would again, by method and seed."""
     from gradmix.training.results import load_run
 
     assert config.output is not None
@@ -284,14 +342,14 @@ def _complete(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
             os.replace(old, folder)
         if (folder / _METRICS).is_file():
             result = load_run(folder)
-            if result.status == "complete":
+            if result.status != "interrupted":
                 found[method, seed] = result
     return found
 
 
 def _resume(output: Path, processes: Processes) -> str:
     """The command that goes on with the runs of a folder."""
-    return f"{processes.command()} train --resume {shlex.quote(str(output))}"
+    return f"{processes.command()} train --resume {shell(str(output))}"
 
 
 def _new_output(config: TrainConfig, processes: Processes) -> Path:
@@ -304,6 +362,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
     from gradmix.training.results import refuse_occupied
 
     output = config.output or _default_output(config.data.benchmark)
+    refuse_in_use(output)
     try:
         return refuse_occupied(output)
     except ValueError as error:
@@ -312,7 +371,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
             raise
         try:
             there = replace(load_config(file), output=output)
-            unfinished = len(_runs(there)) - len(_complete(there))
+            unfinished = len(_runs(there)) - len(_ended(there))
         except (ValueError, OSError):
             raise error from None
         if not unfinished:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from gradmix.training import plots
+from gradmix.training.names import markdown, markdown_cell, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,15 +58,44 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot; ``name`` is its file's, without the suffix, and ``alt`` says what it shows to who does not see it."""
+    """A plot; ``name`` is its file's, without the suffix, and ``alt`` says what it shows to who does not see it.
+
+    ``drawing`` is the figure, or what makes it: then it is made when it is wanted, and may fail (:func:`drawn`).
+    """
 
     name: str
     title: str
     alt: str
-    figure: Figure
+    drawing: Figure | Callable[[], Figure]
+
+    @cached_property
+    def figure(self) -> Figure:
+        """The plot."""
+        return self.drawing() if callable(self.drawing) else self.drawing
+
+    @cached_property
+    def svg(self) -> tuple[str, str]:
+        """The plot as :func:`~gradmix.training.plots.to_svg` renders it: by itself, and themed, for a page."""
+        themed = plots.to_svg(self.figure, self.name, themed=True)
+        return plots.to_svg(self.figure, self.name), themed
 
 
 Block = Heading | Text | Code | Items | Table | Picture
+
+
+def drawn(blocks: Sequence[Block]) -> list[Block]:
+    """The same document with a note, and a warning, in place of every picture that cannot be drawn."""
+    found: list[Block] = []
+    for block in blocks:
+        if isinstance(block, Picture):
+            try:
+                block.svg  # noqa: B018 - drawn now, and kept
+            except Exception as error:
+                note = plots.not_drawn(f"{block.name}.svg", error)
+                warnings.warn(note, stacklevel=2)
+                block = Text(f"{block.title} [{note}]")
+        found.append(block)
+    return found
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -71,53 +103,54 @@ def to_markdown(blocks: Sequence[Block]) -> str:
     parts = []
     for block in blocks:
         if isinstance(block, Heading):
-            parts.append(f"{'#' * block.level} {_escaped(block.text)}")
+            parts.append(f"{'#' * block.level} {markdown(block.text)}")
         elif isinstance(block, Text):
-            parts.append(_escaped(block.text))
+            parts.append(markdown(block.text))
         elif isinstance(block, Code):
-            parts.append(f"```bash\n{block.text}\n```")
+            # A fence longer than any in the text.
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+            parts.append(f"{fence}bash\n{shown(block.text)}\n{fence}")
         elif isinstance(block, Items):
-            parts.append("\n".join(f"- {_escaped(t)}{f'`{code}`' if code else ''}" for t, code in block.items))
+            parts.append("\n".join(f"- {markdown(t)}{f'`{code}`' if code else ''}" for t, code in block.items))
         elif isinstance(block, Table):
             rule = ["---" if i < block.text_columns else "---:" for i in range(len(block.header))]
-            cells = [[_escaped(c).replace("|", "\\|") for c in row] for row in (block.header, *block.rows)]
+            cells = [[markdown_cell(c) for c in row] for row in (block.header, *block.rows)]
             lines = [cells[0], rule, *cells[1:]]
             table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            parts.append(f"{_escaped(block.caption)}\n\n{table}")
+            parts.append(f"{markdown(block.caption)}\n\n{table}")
         else:
-            alt = _escaped(block.alt).replace("[", "(").replace("]", ")")
-            parts.append(f"{_escaped(block.title)}\n\n![{alt}]({block.name}.svg)")
+            alt = markdown(block.alt.replace("[", "(").replace("]", ")"))
+            parts.append(f"{markdown(block.title)}\n\n![{alt}]({block.name}.svg)")
     return "\n\n".join(parts) + "\n"
 
 
 def to_html(blocks: Sequence[Block]) -> str:
     """Renders one HTML page that needs nothing else, light or dark as the reader has it."""
-    said = html.escape
     parts = []
-    title = next(block.text for block in blocks if isinstance(block, Heading))
+    heading = next(block.text for block in blocks if isinstance(block, Heading))
     for block in blocks:
         if isinstance(block, Heading):
-            parts.append(f"<h{block.level}>{said(block.text)}</h{block.level}>")
+            parts.append(f"<h{block.level}>{_said(block.text)}</h{block.level}>")
         elif isinstance(block, Text):
-            parts.append(f"<p>{said(block.text)}</p>")
+            parts.append(f"<p>{_said(block.text)}</p>")
         elif isinstance(block, Code):
-            parts.append(f"<pre><code>{said(block.text)}</code></pre>")
+            parts.append(f"<pre><code>{_said(block.text)}</code></pre>")
         elif isinstance(block, Items):
-            items = [f"<li>{said(t)}{f'<code>{said(code)}</code>' if code else ''}</li>" for t, code in block.items]
+            items = [f"<li>{_said(t)}{f'<code>{_said(code)}</code>' if code else ''}</li>" for t, code in block.items]
             parts.append("<ul>\n" + "\n".join(items) + "\n</ul>")
         elif isinstance(block, Table):
             parts.append(_html_table(block))
         else:
-            svg = _coloured(plots.to_svg(block.figure, block.name, themed=True))
-            labelled = svg.replace("<svg", f'<svg role="img" aria-label="{said(block.alt)}"', 1)
+            title, alt = _said(block.title), _said(block.alt)
+            labelled = _coloured(block.svg[1]).replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
             parts.append(
-                f'<figure>\n<figcaption>{said(block.title)}</figcaption>\n<div class="wide" tabindex="0" role="region" '
-                f'aria-label="{said(block.title)}">\n{labelled}</div>\n</figure>'
+                f'<figure>\n<figcaption>{title}</figcaption>\n<div class="wide" tabindex="0" role="region" '
+                f'aria-label="{title}">\n{labelled}</div>\n</figure>'
             )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{said(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_said(heading)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -196,10 +229,10 @@ def _html_table(block: Table) -> str:
 
     def cell(kind: str, column: int, text: str, scope: str = "") -> str:
         named = ' class="text"' if column < block.text_columns else ""
-        content = html.escape(text)
+        content = _said(text)
         if column in starred and kind == "td":
             star = " *" if text.endswith(" *") else ""
-            content = f'{html.escape(text.removesuffix(" *"))}<span class="star">{star}</span>'
+            content = f'{_said(text.removesuffix(" *"))}<span class="star">{star}</span>'
         return f"<{kind}{scope}{named}>{content}</{kind}>"
 
     head = "".join(cell("th", i, text, ' scope="col"') for i, text in enumerate(block.header))
@@ -212,7 +245,7 @@ def _html_table(block: Table) -> str:
         for row in block.rows
     ]
     # What is wider than the page can be scrolled, by keyboard too.
-    said = html.escape(block.caption)
+    said = _said(block.caption)
     return (
         f'<div class="wide table" tabindex="0" role="region" aria-label="{said}">\n<table>\n'
         f"<caption><span>{said}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
@@ -228,7 +261,5 @@ def _coloured(svg: str) -> str:
     return svg
 
 
-def _escaped(text: str) -> str:
-    for sign in ("\\", "*", "_", "`", "<"):
-        text = text.replace(sign, f"\\{sign}")
-    return text
+def _said(text: str) -> str:
+    return html.escape(shown(text))

@@ -22,6 +22,20 @@ _SELECTION = {f"mix.{key}" for key in ("estimator", "policy", "threshold", "refr
 _SAME_RATE = 0.01
 
 
+def diverged(seeds: Sequence[int], of: int) -> str:
+    """Says that some of an arm's runs have diverged, and which.
+
+    Example:
+        >>> diverged([3], 5)
+        '1 of 5 seeds diverged (3): the loss was not finite; in no mean, interval, difference or plot'
+    """
+    listed = ", ".join(map(str, seeds))
+    return (
+        f"{len(seeds)} of {of} seeds diverged ({listed}): the loss was not finite; in no mean, interval, difference or "
+        "plot"
+    )
+
+
 def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     """A sentence for each difference, under what can be said of it.
 

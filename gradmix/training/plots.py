@@ -1,25 +1,29 @@
 """Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
 
-Every function returns a matplotlib ``Figure`` of its own; none touches pyplot or matplotlib's settings. Colours are
-told apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too,
-and detrimental pairs are crossed.
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or leaves settings of matplotlib other
+than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours are told
+apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
+detrimental pairs are crossed.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gradmix.training import cells
+from gradmix.training import cells, names
 from gradmix.training.metrics import Interval, mean_interval
 from gradmix.training.results import AlignmentRecord, RunResult, metric_values, task_names
-from gradmix.training.whole_files import replacing
+from gradmix.training.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +39,37 @@ _DPI = 150
 _EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
 # Black, told apart from other blacks, so that a page can put the colour of its text in its place.
 _INK = "#010203"
+# Longer names are cut: they would leave a picture no room.
+_NAME_UP_TO = 60
+
+NOT_DRAWN = "not_drawn.txt"
+"""The file that names the pictures of a folder which could not be drawn, and why."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
+def _as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Has dollar signs and the like drawn, and not read as formulae: matplotlib decides it when a text is made."""
+
+    @functools.wraps(drawing)
+    def drawn(*args: _P.args, **named: _P.kwargs) -> _T:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+            # A sign that the font lacks is drawn as a box.
+            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+            return drawing(*args, **named)
+
+    return drawn
+
+
+@_as_text
 def curve(result: RunResult) -> Figure:
     """Draws one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
     from matplotlib.ticker import MaxNLocator
 
+    result = _legible(result)
     figure, axes = _figure(6.4, 4.2)
     numbers = np.arange(1, result.tasks + 1)
     for task in range(result.tasks):
@@ -77,19 +106,20 @@ def curve(result: RunResult) -> Figure:
     return figure
 
 
+@_as_text
 def compare(results: Sequence[RunResult]) -> Figure:
     """Draws a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
 
-    Where no run is complete, the interrupted ones are drawn as far as they went.
+    Where no run is complete, the interrupted ones are drawn as far as they went; those that have diverged never are.
 
     Raises:
-        ValueError: As :func:`~gradmix.training.tables.group`.
+        ValueError: As :func:`~gradmix.training.tables.group`; of no run but such as have diverged.
     """
     from matplotlib.ticker import MaxNLocator
 
     from gradmix.training.tables import group
 
-    chosen = [r for r in results if r.status == "complete"] or list(results)
+    chosen = [r for r in results if r.status == "complete"] or [r for r in results if r.status == "interrupted"]
     groups = group(chosen)
     figure, axes = _figure(7.2, 4.6)
     several = False
@@ -112,7 +142,7 @@ def compare(results: Sequence[RunResult]) -> Figure:
             markersize=5,
             linewidth=1.7,
             linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
-            label=f"{label}: {average:.3f} ({seeds})",
+            label=f"{_label(label)}: {average:.3f} ({seeds})",
         )
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("mean accuracy on the tasks seen")
@@ -120,13 +150,15 @@ def compare(results: Sequence[RunResult]) -> Figure:
     axes.grid(alpha=0.25)
     band = "band: ± one standard deviation over seeds" if several else None
     axes.legend(title="average accuracy", loc="best", framealpha=0.9, fontsize=9, title_fontsize=9)
-    benchmark = chosen[0].benchmark
+    benchmark = _label(chosen[0].benchmark)
     axes.set_title(f"{benchmark}  ({band})" if band else benchmark, fontsize=11)
     return figure
 
 
+@_as_text
 def heatmap(result: RunResult) -> Figure:
     """Draws the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
+    result = _legible(result)
     tasks = result.tasks
     side = min(max(3.0, 0.62 * tasks), 12.0)
     names = task_names(result)
@@ -154,6 +186,7 @@ def heatmap(result: RunResult) -> Figure:
     return figure
 
 
+@_as_text
 def alignment(result: RunResult) -> Figure:
     """Draws the class-pair alignment at the last refresh of each task, one panel a task.
 
@@ -169,6 +202,7 @@ def alignment(result: RunResult) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    result = _legible(result)
     records = result.alignments
     if not records:
         raise ValueError("result: got a run without alignments, expected one whose method selects pairs by class")
@@ -238,6 +272,7 @@ def alignment(result: RunResult) -> Figure:
     return figure
 
 
+@_as_text
 def dots(
     labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
 ) -> Figure:
@@ -264,6 +299,7 @@ def dots(
     return figure
 
 
+@_as_text
 def forest(
     labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
 ) -> Figure:
@@ -290,6 +326,7 @@ def forest(
     return figure
 
 
+@_as_text
 def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     """Draws a line for each label: the mean over seeds of some measure after each task, its last value at its end.
 
@@ -307,7 +344,7 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
         mean = values.mean(axis=0)
         banded = len(lines) <= BANDS_UP_TO and len(values) > 1
         _line(axes, index, label, numbers, mean, values.std(axis=0, ddof=1) if banded else None)
-        ends.append((f"{label}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _colour(index)))
+        ends.append((f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _colour(index)))
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("mean accuracy on the tasks seen")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -317,6 +354,7 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     return figure
 
 
+@_as_text
 def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
     """Draws a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
 
@@ -344,20 +382,21 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
             _line(axes, index, label, places[order], mean, half if np.isfinite(half).any() else None)
         if logarithmic:
             axes.set_xscale("log")
-        axes.set_xticks(places, [str(v) for v in values])
+        axes.set_xticks(places, [_label(str(v)) for v in values])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(key)
-        axes.set_title(name, fontsize=11)
+        axes.set_title(_label(name), fontsize=11)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     # Below all panels, where it hides no line.
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * columns), frameon=False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
     return figure
 
 
+@_as_text
 def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
     """Renders a figure as an SVG element, the same text for the same figure.
 
@@ -382,6 +421,7 @@ def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
     return svg.replace(_INK.lower(), "currentColor") if themed else svg
 
 
+@_as_text
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -390,6 +430,39 @@ def save(figure: Figure, path: str | Path) -> None:
     with replacing(Path(path)) as staging:
         # Without the writer's name and version, the same run gives the same bytes.
         figure.savefig(staging, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> None:
+    """Draws pictures into a folder, each whole or not at all.
+
+    One that fails, for whatever reason, costs nothing but itself: it is said in a warning, and in :data:`NOT_DRAWN`
+    beside the others.
+
+    Args:
+        pictures: Makes the figure, by the name of its file.
+        folder: Where to.
+    """
+    folder = Path(folder)
+    failed = []
+    for name, figure in pictures.items():
+        try:
+            save(figure(), folder / name)
+        except Exception as error:
+            failed.append(not_drawn(name, error))
+    try:
+        (folder / NOT_DRAWN).unlink(missing_ok=True)
+        if failed:
+            write_text(folder / NOT_DRAWN, "".join(f"{reason}\n" for reason in failed))
+    except OSError as error:
+        failed.append(f"{NOT_DRAWN} could not be written ({error.strerror})")
+    if failed:
+        warnings.warn(f"{folder}: {'; '.join(failed)}", stacklevel=2)
+
+
+def not_drawn(name: str, error: Exception) -> str:
+    """Says in a line that a picture is missing, and why."""
+    reason = names.shown(" ".join(str(error).split())) or "no reason given"
+    return f"{name} could not be drawn ({type(error).__name__}: {reason}); no figures are lost with it"
 
 
 def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -428,7 +501,7 @@ def _take_ink(figure: Figure) -> None:
 def _rows(labels: Sequence[str], name: str, beside: str) -> tuple[Figure, Axes]:
     """A figure with a place for each label, the first on top, and a column of figures beside them."""
     figure, axes = _figure(7.6, 1.1 + 0.27 * max(len(labels), 2))
-    axes.set_yticks(range(len(labels)), list(labels), fontsize=9)
+    axes.set_yticks(range(len(labels)), [_label(label) for label in labels], fontsize=9)
     axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     axes.set_xlabel(name)
     axes.grid(axis="x", alpha=0.25)
@@ -476,7 +549,8 @@ def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None
         linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
         markersize=5,
         linewidth=1.6,
-        label=label,
+        # A legend leaves out names that begin with an underscore.
+        label=f"{' ' if label.startswith('_') else ''}{_label(label)}",
     )
 
 
@@ -543,6 +617,16 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 def _title(result: RunResult) -> str:
     title = f"{result.benchmark}, {result.method}, seed {result.seed}"
     return title if result.status == "complete" else f"{title} ({result.status})"
+
+
+def _legible(result: RunResult) -> RunResult:
+    """The same run with names that can be drawn."""
+    return replace(result, benchmark=_label(result.benchmark), class_names=tuple(map(_label, result.class_names)))
+
+
+def _label(name: str) -> str:
+    name = names.shown(name)
+    return name if len(name) <= _NAME_UP_TO else f"{name[: _NAME_UP_TO - 16]}…{name[-15:]}"
 
 
 def _short(name: str) -> str:

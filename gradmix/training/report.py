@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, load_r
 from gradmix.training.running import RUNS_AT_A_TIME, state_of
 from gradmix.training.settings import flatten
 from gradmix.training.significance import holm, paired_p_value
-from gradmix.training.whole_files import write_text
+from gradmix.training.whole_files import make_folder, write_text
 
 FORMAT = 1
 """Version of what ``results.json`` holds."""
@@ -34,6 +35,8 @@ _KEYS = (
     "format", "name", "title", "about", "command", "seeds", "arms", "vary", "differences", "references", "protocol",
     "runs", "missing",
 )  # fmt: skip
+DIVERGED = "diverged"
+"""Key of a missing run: whether it was made, and its loss became no finite number. Earlier files lack it."""
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting", "learning_accuracy")
 """The metrics of the report's tables. The last one says what less forgetting was paid for with."""
 # Plots stay legible up to these numbers of rows and lines.
@@ -128,7 +131,11 @@ def collect(
     """
     root = Path(root)
     reasons = {run.folder: reason for run, reason in failed}
-    words = {"unfinished": "begun, not finished", "absent": "not begun"}
+    words = {
+        "unfinished": "begun, not finished",
+        "absent": "not begun",
+        "diverged": "diverged: the loss was not finite",
+    }
     found, missing = [], []
     for run in runs:
         state = state_of(run, root)
@@ -136,7 +143,8 @@ def collect(
             found.append({"arm": run.arm, "values": dict(run.values)} | _run_values(run, load_run(root / run.folder)))
         else:
             why = f"failed: {reasons[run.folder]}" if run.folder in reasons else words[state]
-            missing.append({"arm": run.arm, "values": dict(run.values), "seed": run.seed, "why": why})
+            place = {"arm": run.arm, "values": dict(run.values), "seed": run.seed}
+            missing.append(place | {"why": why, DIVERGED: state == "diverged"})
     return {
         "format": FORMAT,
         "name": experiment.name,
@@ -297,9 +305,13 @@ def _document(values: Mapping[str, Any], rows: list[Row], differences: list[Diff
     if values["about"]:
         blocks.append(Text(values["about"]))
     blocks += [Text("Made by, and made again by:"), Code(values["command"])]
-    if values["missing"]:
-        count = len(values["missing"])
-        blocks.append(Text(f"Not complete: {count} of {planned} runs are missing; they are named at the end."))
+    count, diverged = len(values["missing"]), sum(bool(run.get(DIVERGED)) for run in values["missing"])
+    if count > diverged:
+        blocks.append(
+            Text(f"Not complete: {count - diverged} of {planned} runs are missing; they are named at the end.")
+        )
+    if diverged:
+        blocks.append(Text(f"{diverged} of {planned} runs diverged: the loss was not finite. They are in no figure."))
     if not rows:
         blocks.append(Text("No run is complete, so there is no figure to show."))
     else:
@@ -338,6 +350,7 @@ def _results(values: Mapping[str, Any], rows: list[Row]) -> list[Block]:
     ]
     caption = "Mean ± standard deviation over seeds [95 % t-interval of the mean]."
     blocks: list[Block] = [Heading("Results"), Table(caption, header, body, 1 + len(vary))]
+    blocks += [Text(f"{line}.") for line in diverged_of(values)]
     if values["references"]:
         blocks.append(_references(values["references"], rows, bool(vary)))
     published = [] if vary else [r for r in values["references"] if r["metric"] == "average_accuracy"]
@@ -345,7 +358,7 @@ def _results(values: Mapping[str, Any], rows: list[Row]) -> list[Block]:
     label = METRIC_LABELS["average_accuracy"]
     if len(rows) <= _DOTS_UP_TO:
         shown = [_values(row, "average_accuracy") for row in rows]
-        figure = plots.dots([row.label for row in rows], shown, label, [marks.get(row.arm) for row in rows])
+        figure = partial(plots.dots, [row.label for row in rows], shown, label, [marks.get(row.arm) for row in rows])
         alt = f"{label.capitalize()} by arm. " + "; ".join(
             f"{row.label}: {row.metrics['average_accuracy'].mean:.3f}" for row in rows
         )
@@ -360,14 +373,23 @@ def _results(values: Mapping[str, Any], rows: list[Row]) -> list[Block]:
         alt = f"Mean accuracy on the tasks seen, over tasks learnt, of {', '.join(lines)}. At the end: " + "; ".join(
             f"{name} {float(line[:, -1].mean()):.3f}" for name, line in lines.items()
         )
-        blocks.append(Picture("after_tasks", title, f"{alt}.", plots.after_tasks(lines)))
+        blocks.append(Picture("after_tasks", title, f"{alt}.", partial(plots.after_tasks, lines)))
     if vary:
         panels = _panels(values, rows)
-        figure = plots.varied(vary[0], values["vary"][vary[0]], panels)
+        varied = partial(plots.varied, vary[0], values["vary"][vary[0]], panels)
         title = f"Over {vary[0]}: mean and 95 % interval."
         alt = f"Lines over {vary[0]} for {', '.join(next(iter(panels.values())))}; the figures are in the table above."
-        blocks.append(Picture("varied", title, alt, figure))
+        blocks.append(Picture("varied", title, alt, varied))
     return blocks
+
+
+def diverged_of(values: Mapping[str, Any]) -> list[str]:
+    """For each arm at some varied values of which runs have diverged, a line that says so."""
+    arms: dict[str, list[int]] = {}
+    for run in values["missing"]:
+        if run.get(DIVERGED):
+            arms.setdefault(label_of(run["arm"], run["values"]), []).append(run["seed"])
+    return [f"{arm}: {findings.diverged(seeds, len(values['seeds']))}" for arm, seeds in arms.items()]
 
 
 def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> list[Block]:
@@ -406,7 +428,8 @@ def _comparisons(values: Mapping[str, Any], differences: list[Difference]) -> li
         "Paired differences of average accuracy with 95 % intervals. Full: told apart from 0 as one of all of these "
         "comparisons (Holm); hollow: by itself only; grey: not.",
         f"{alt}.",
-        plots.forest(
+        partial(
+            plots.forest,
             [d.label for d in differences],
             [d.metrics["average_accuracy"] for d in differences],
             "difference of average accuracy (above 0: the first is better)",
@@ -578,16 +601,19 @@ def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def to_markdown(values: Mapping[str, Any]) -> str:
     """Renders the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
-    return document.to_markdown(_document(values, *summarise(values)))
+    return document.to_markdown(document.drawn(_document(values, *summarise(values))))
 
 
 def to_html(values: Mapping[str, Any]) -> str:
     """Renders the report as one HTML page that needs nothing else, light or dark as the reader has it."""
-    return document.to_html(_document(values, *summarise(values)))
+    return document.to_html(document.drawn(_document(values, *summarise(values))))
 
 
 def write(values: Mapping[str, Any], folder: str | Path) -> Path:
     """Writes ``report.md``, ``report.html``, ``results.json`` and the plots as SVG; each replaces the one before whole.
+
+    The results come first, so that they are there whatever becomes of the rest. A plot that cannot be drawn costs
+    nothing but itself: a note stands in its place, and a warning says so.
 
     Args:
         values: Those of :func:`collect` or :func:`from_results`.
@@ -595,19 +621,18 @@ def write(values: Mapping[str, Any], folder: str | Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: A file could not be written; the error names it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rows, differences = summarise(values)
-    blocks = _document(values, rows, differences)
-    files = {
-        "results.json": to_json({key: values[key] for key in _KEYS} | {"summary": _summary(rows, differences)}),
-        "report.html": document.to_html(blocks),
-        "report.md": document.to_markdown(blocks),
-    }
-    for block in blocks:
-        if isinstance(block, Picture):
-            files[f"{block.name}.svg"] = plots.to_svg(block.figure, block.name)
+    results = to_json({key: values[key] for key in _KEYS} | {"summary": _summary(rows, differences)})
+    write_text(folder / "results.json", results)
+    blocks = document.drawn(_document(values, rows, differences))
+    files = {"report.html": document.to_html(blocks), "report.md": document.to_markdown(blocks)}
+    files |= {f"{block.name}.svg": block.svg[0] for block in blocks if isinstance(block, Picture)}
     for left in folder.glob("*.svg"):
         # A plot of an earlier report that this one does not have.
         if left.stem in ("average_accuracy", "after_tasks", "varied", "differences") and left.name not in files:

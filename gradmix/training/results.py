@@ -6,22 +6,21 @@ import csv
 import io
 import json
 import math
-import os
-import shutil
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from gradmix.training import metrics
+from gradmix.training import metrics, names
 from gradmix.training.config import MethodName, TrainConfig, load_config, to_yaml
-from gradmix.training.whole_files import write_text
+from gradmix.training.whole_files import make_folder, replacing_folder, write_text
 
-Status = Literal["complete", "interrupted"]
+Status = Literal["complete", "interrupted", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ class RunResult:
         benchmark: Name of the benchmark, e.g. ``split-digits``.
         method: Name of the method, e.g. ``gradmix``.
         seed: Training seed.
-        status: ``complete``, or ``interrupted`` if training was stopped before its end.
+        status: ``complete``; ``interrupted`` if training was stopped before its end; ``diverged`` if it ended because
+            the loss was not finite. Only complete runs are to be compared.
         class_names: Names of all classes, indexed by label.
         task_classes: The labels each task brings, in order of arrival; its length is T.
         accuracy: ``(T, T)`` float64, ``accuracy[i, j]`` is the share of task j's test rows classified correctly after
@@ -136,8 +136,8 @@ class RunResult:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.status not in ("complete", "interrupted"):
-            raise ValueError(f"status: expected 'complete' or 'interrupted', got {self.status!r}")
+        if self.status not in get_args(Status):
+            raise ValueError(f"status: expected one of {', '.join(map(repr, get_args(Status)))}, got {self.status!r}")
         accuracy = np.array(self.accuracy, dtype=np.float64)
         tasks = len(self.task_classes)
         if accuracy.shape != (tasks, tasks):
@@ -165,11 +165,14 @@ METRIC_LABELS: dict[str, str] = {
 R_MEANING = "R[i,j] = accuracy on task j after training task i; tasks counted from 0, T of them"
 """What R means in :data:`gradmix.training.metrics.FORMULAS`."""
 
+LOCK = ".lock"
+"""The file in a folder of runs that says that a command is at work in it (:mod:`gradmix.locks`)."""
+
 _FILES = ("config.yaml", "metrics.json", "accuracy_matrix.csv")
 
 
 def metric_values(result: RunResult) -> dict[str, float]:
-    """Computes all of :data:`METRIC_LABELS`; of an interrupted run, over the tasks reached."""
+    """Computes all of :data:`METRIC_LABELS`; of a run that is not complete, over the tasks reached."""
     chance = 1.0 / max(1, sum(len(classes) for classes in result.task_classes))
     values = metrics.summary(result.accuracy, chance)
     return {name: float(values[name]) for name in METRIC_LABELS}
@@ -199,8 +202,8 @@ def refuse_occupied(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if folder.is_dir():
-        # A process that was killed while it wrote the configuration leaves its draft behind, and nothing else.
-        if any(path.name != ".config.yaml" for path in folder.iterdir()):
+        # A process that was killed while it wrote the configuration leaves its draft and its lock, and nothing else.
+        if any(path.name not in (".config.yaml", LOCK) for path in folder.iterdir()):
             raise ValueError(f"output: {folder} exists and is not empty, expected a new or an empty folder")
     elif folder.exists() or folder.is_symlink():
         raise ValueError(f"output: {folder} is not a folder, expected a new or an empty folder")
@@ -208,44 +211,46 @@ def refuse_occupied(folder: str | Path) -> Path:
 
 
 def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) -> Path:
-    """Writes one run's folder, whole or not at all.
+    """Writes one run's folder, whole or not at all; when this returns, or goes on to the pictures, it is on the disk.
 
-    It holds ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json``, ``accuracy_matrix.csv``,
-    ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png``.
+    It holds ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json`` and ``accuracy_matrix.csv``.
 
     Args:
         result: The run.
         folder: A new or an empty folder; its parents are made.
-        pictures: Whether the pictures are drawn, which takes about a second.
+        pictures: Whether :func:`draw_run` is called, which takes about a second.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: The folder is taken.
+        OSError: It could not be written; the error names it, and nothing is left of the attempt.
     """
-    from gradmix.training import plots
-
     folder = refuse_occupied(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as staging:
         (staging / "config.yaml").write_text(_config_text(result.config), encoding="utf-8")
         (staging / "metrics.json").write_text(to_json(_to_dict(result)), encoding="utf-8")
         (staging / "accuracy_matrix.csv").write_text(_accuracy_csv(result), encoding="utf-8")
-        if pictures:
-            plots.save(plots.curve(result), staging / "curve.png")
-            plots.save(plots.heatmap(result), staging / "heatmap.png")
-        if pictures and result.alignments:
-            plots.save(plots.alignment(result), staging / "alignment.png")
-        staging.chmod(0o777 & ~_umask())
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    if pictures:
+        draw_run(result, folder)
     return folder
+
+
+def draw_run(result: RunResult, folder: str | Path) -> None:
+    """Draws ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png`` of a saved run.
+
+    A picture that fails costs nothing but itself, as :func:`gradmix.training.plots.draw` says. Of a run that has
+    diverged there is none.
+    """
+    from gradmix.training import plots
+
+    if result.status == "diverged":
+        return
+    pictures = {"curve.png": plots.curve, "heatmap.png": plots.heatmap}
+    if result.alignments:
+        pictures["alignment.png"] = plots.alignment
+    plots.draw({name: partial(figure, result) for name, figure in pictures.items()}, folder)
 
 
 def load_run(folder: str | Path) -> RunResult:
@@ -266,6 +271,19 @@ def load_run(folder: str | Path) -> RunResult:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
+
+
+def status_of(folder: str | Path) -> str:
+    """The status of a saved run, of which nothing else is read.
+
+    Raises:
+        OSError, ValueError: ``metrics.json`` is missing or damaged; the message names it.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        return _text(json.loads(path.read_text(encoding="utf-8")), "status")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
 
 
 def load_runs(folder: str | Path) -> dict[Path, RunResult]:
@@ -296,17 +314,23 @@ def save_config(config: TrainConfig, folder: str | Path) -> None:
 def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
     """Writes ``summary.json``, ``summary.md`` and ``compare.png`` over several runs; existing ones are replaced.
 
+    A picture that fails costs nothing but itself (:func:`gradmix.training.plots.draw`); where all runs have diverged,
+    there is none.
+
     Raises:
         ValueError: The runs cannot be compared, as :func:`~gradmix.training.tables.summarise` says.
+        OSError: A file could not be written; the error names it.
     """
     from gradmix.training import plots, tables
 
     folder = Path(folder)
     summary = tables.summarise(results)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "summary.json", to_json(tables.to_json_dict(summary)))
     write_text(folder / "summary.md", tables.to_markdown(summary))
-    plots.save(plots.compare(results), folder / "compare.png")
+    (folder / "compare.png").unlink(missing_ok=True)
+    if any(result.status != "diverged" for result in results):
+        plots.draw({"compare.png": partial(plots.compare, results)}, folder)
 
 
 def to_json(value: Any) -> str:
@@ -324,7 +348,7 @@ def _json(value: Any, indent: str) -> str:
     if isinstance(value, Mapping):
         if not value:
             return "{}"
-        items = (f"{deeper}{json.dumps(str(k), ensure_ascii=False)}: {_json(v, deeper)}" for k, v in value.items())
+        items = (f"{deeper}{_string(str(k))}: {_json(v, deeper)}" for k, v in value.items())
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -336,7 +360,12 @@ def _json(value: Any, indent: str) -> str:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "null"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _string(value) if isinstance(value, str) else json.dumps(value, allow_nan=False)
+
+
+def _string(text: str) -> str:
+    # Lone surrogates, of names of files that are no UTF-8, have an escape in JSON and none in UTF-8.
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def _to_dict(result: RunResult) -> dict[str, Any]:
@@ -432,9 +461,10 @@ def _array(rows: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
 def _accuracy_csv(result: RunResult) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = task_names(result)
-    writer.writerow(["accuracy after", *(f"on {name}" for name in names)])
-    for name, row in zip(names, result.accuracy.tolist(), strict=True):
+    # No cell begins with a name of others, which a spreadsheet might take for a formula.
+    tasks = [names.shown(name) for name in task_names(result)]
+    writer.writerow(["accuracy after", *(f"on {name}" for name in tasks)])
+    for name, row in zip(tasks, result.accuracy.tolist(), strict=True):
         writer.writerow([name, *("" if math.isnan(v) else repr(v) for v in row)])
     return text.getvalue()
 
@@ -445,10 +475,3 @@ def _config_text(config: TrainConfig) -> str:
     if data.data_dir.exists():
         data = replace(data, data_dir=data.data_dir.absolute())
     return "# Run again with: gradmix train --config FILE\n" + to_yaml(replace(config, data=data, output=None))
-
-
-def _umask() -> int:
-    # There is no way to read the mask but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,8 +1,8 @@
 """Running the runs of experiments: one after the other or in several processes, each once, going on where it stopped.
 
 All runs lie under one folder, each where :attr:`~gradmix.training.experiments.Run.folder` says. A run's folder appears
-when it is complete; until then there is its checkpoint. A lock keeps two processes, of one command or of several, from
-training the same run: the system releases it when its process ends, however that ends.
+when it is complete, or has diverged; until then there is its checkpoint. A lock keeps two processes, of one command or
+of several, from training the same run: the system releases it when its process ends, however that ends.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
+from gradmix.locks import locked
 from gradmix.training import checkpoint, results, trainer
 from gradmix.training.benchmarks import stream_of
 from gradmix.training.config import DataConfig
 from gradmix.training.experiments import Run
 from gradmix.training.results import RunResult
 from gradmix.training.streams import TaskStream
+from gradmix.training.whole_files import make_folder
 
-try:
-    import fcntl
-except ImportError:  # A system without advisory locks: two commands at once may then train the same run.
-    fcntl = None  # type: ignore[assignment]
-
-State = Literal["complete", "unfinished", "absent"]
+State = Literal["complete", "diverged", "unfinished", "absent"]
+ENDED: tuple[State, ...] = ("complete", "diverged")
+"""The states in which a run is saved, and made no more: the same settings would diverge again."""
 
 RUNS_AT_A_TIME = "runs at a time"
 """Key of a run's environment: how many runs its command made at a time, as its times depend on that."""
@@ -52,7 +51,7 @@ class Watcher:
         """A training step was taken, in this process."""
 
     def finish(self, run: Run, result: RunResult) -> None:
-        """A run is complete and saved."""
+        """A run is complete, or has diverged, and is saved."""
 
     def fail(self, run: Run, reason: str) -> None:
         """A run failed; the others go on."""
@@ -78,7 +77,7 @@ def state_of(run: Run, root: str | Path) -> State:
     """What there is of a run under ``root``."""
     root = Path(root)
     if (root / run.folder / "metrics.json").is_file():
-        return "complete"
+        return "diverged" if results.status_of(root / run.folder) == "diverged" else "complete"
     return "unfinished" if checkpoint_of(run, root).is_file() else "absent"
 
 
@@ -99,7 +98,8 @@ def attempt(
         jobs: Number of runs that the caller makes at a time; noted with the run.
 
     Returns:
-        The result; None if another process is at it. One of status ``interrupted`` is not saved.
+        The result; None if another process is at it. One of status ``interrupted`` is not saved, one that has
+        ``diverged`` is.
 
     Raises:
         ValueError, OSError, RuntimeError: As training and saving raise them; a damaged checkpoint among them.
@@ -109,7 +109,7 @@ def attempt(
     with _lock(root / _LOCKS / f"{_flat(run)}.lock") as mine:
         if not mine:
             return None
-        if state_of(run, root) == "complete":
+        if state_of(run, root) in ENDED:
             return results.load_run(folder)
         keep = run.config.checkpoint > 0
         result = trainer.train_one(
@@ -122,7 +122,7 @@ def attempt(
             checkpoint_seconds=run.config.checkpoint,
         )
         result = replace(result, environment={**result.environment, RUNS_AT_A_TIME: jobs})
-        if result.status == "complete":
+        if result.status in ENDED:
             results.save_run(result, folder, pictures=False)
             checkpoint.remove(file)
         return result
@@ -136,10 +136,10 @@ def run_all(
     watcher: Watcher | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Makes all runs complete, in their order, as far as that goes.
+    """Makes all runs, in their order, as far as that goes.
 
     Args:
-        runs: The runs; those that are complete already are passed over.
+        runs: The runs; those that are complete already, or have diverged, are passed over.
         root: Folder of all runs.
         jobs: Number of runs at a time; more than one are made by spawned processes.
         watcher: Is told what happens.
@@ -150,7 +150,7 @@ def run_all(
     """
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected at least 1")
-    todo = deque(run for run in runs if state_of(run, root) != "complete")
+    todo = deque(run for run in runs if state_of(run, root) not in ENDED)
     watcher = watcher or Watcher()
     if not todo:
         return Outcome()
@@ -192,7 +192,7 @@ def _in_turn(todo: deque[Run], root: Path, watcher: Watcher, stopping: Callable[
                 _pause(stopping)
             continue
         passed = 0
-        if result.status == "complete":
+        if result.status in ENDED:
             watcher.finish(run, result)
         else:
             outcome.interrupted = True
@@ -257,7 +257,7 @@ def _at_once(todo: deque[Run], root: Path, jobs: int, watcher: Watcher, stopping
                 elif kind == "failed":
                     outcome.failed.append((run, content))
                     watcher.fail(run, content)
-                elif content.status == "complete":
+                elif content.status in ENDED:
                     watcher.finish(run, content)
                 else:
                     outcome.interrupted = True
@@ -317,34 +317,9 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Takes the lock of that name, or says that another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        if not _still_there(file, path):
-            # The one who had it has just removed it; whoever comes next makes a new one.
-            yield False
-            return
-        os.ftruncate(file, 0)
-        os.write(file, f"{os.getpid()}\n".encode())
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(file)
-
-
-def _still_there(file: int, path: Path) -> bool:
-    try:
-        return os.fstat(file).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
+    make_folder(path.parent)
+    with locked(path) as mine:
+        yield mine
 
 
 @lru_cache(maxsize=4)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from gradmix.training import cells, metrics
+from gradmix.training import cells, findings, metrics
 from gradmix.training.metrics import Interval
+from gradmix.training.names import markdown, markdown_cell, shown
 from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
 from gradmix.training.settings import distinguishing
 
@@ -62,7 +63,7 @@ class Summary:
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
-    """What the rows leave out, e.g. interrupted runs."""
+    """What the rows leave out, e.g. interrupted runs and such as have diverged."""
 
 
 def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
@@ -98,7 +99,7 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
 
 
 def summarise(results: Sequence[RunResult]) -> Summary:
-    """Computes the table over several runs; interrupted ones are named in the notes and enter no mean.
+    """Computes the table over several runs; those that are not complete are named in the notes and enter no mean.
 
     Raises:
         ValueError: As :func:`group`.
@@ -108,9 +109,10 @@ def summarise(results: Sequence[RunResult]) -> Summary:
     values: dict[str, dict[int, dict[str, float]]] = {}
     for label, members in groups.items():
         complete = [r for r in members if r.status == "complete"]
-        for run in members:
-            if run.status != "complete":
-                notes.append(_interrupted(label, run))
+        notes += [_interrupted(label, run) for run in members if run.status == "interrupted"]
+        diverged = [r.seed for r in members if r.status == "diverged"]
+        if diverged:
+            notes.append(f"{label}: {findings.diverged(diverged, len(members))}.")
         if not complete:
             continue
         values[label] = {r.seed: metric_values(r) for r in complete}
@@ -157,7 +159,7 @@ def to_text(summary: Summary, width: int = 80) -> str:
         if not with_data:
             table = _text_table(*_without(_result_cells(summary, form), "data"))
         blocks.append(table)
-    blocks.append("\n".join(wrap.fill(line) for line in _legend(summary, with_data)))
+    blocks.append("\n".join(wrap.fill(shown(line)) for line in _legend(summary, with_data)))
     if summary.differences:
         table = _text_table(*_difference_cells(summary, " - "))
         if max(map(len, table.splitlines())) > width:
@@ -169,13 +171,13 @@ def to_text(summary: Summary, width: int = 80) -> str:
 
 def to_markdown(summary: Summary) -> str:
     """Renders the tables as GitHub-flavoured Markdown."""
-    blocks = [f"# {summary.benchmark}"]
+    blocks = [f"# {markdown(summary.benchmark)}"]
     if summary.rows:
         blocks.append(_markdown_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})")))
-    blocks.append("\n".join(f"- {line}" for line in _legend(summary, with_data=True)))
+    blocks.append("\n".join(f"- {markdown(line)}" for line in _legend(summary, with_data=True)))
     if summary.differences:
         blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
-        blocks.append(_DIFFERENCE_LEGEND)
+        blocks.append(markdown(_DIFFERENCE_LEGEND))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -228,7 +230,7 @@ def _result_cells(summary: Summary, cell: str) -> _Table:
     header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "data", "seeds"]
     body = [
         [
-            row.label,
+            shown(row.label),
             *(cells.interval(row.metrics[name], cell) for name in SHOWN),
             cells.decimal(row.step_ms),
             cells.percent(row.selection_share or math.nan),
@@ -245,11 +247,12 @@ def _difference_cells(summary: Summary, minus: str) -> _Table:
     body = []
     for difference in summary.differences:
         # The figures stay under one another, with a star or without.
-        shown = [
+        intervals = [
             cells.interval(difference.metrics[name], "{mean:+.3f} ± {half:.3f}{star:2}", "{mean:+.3f}")
             for name in SHOWN
         ]
-        body.append([f"{difference.label}{minus}{difference.minus}", *shown, str(len(difference.seeds))])
+        label = f"{shown(difference.label)}{minus}{shown(difference.minus)}"
+        body.append([label, *intervals, str(len(difference.seeds))])
     return header, body
 
 
@@ -304,7 +307,7 @@ def _stacked(header: list[str]) -> list[str]:
 
 
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ["---", *("---:" for _ in header[1:])], *([c.replace("|", "\\|") for c in row] for row in body)]
+    lines = [header, ["---", *("---:" for _ in header[1:])], *([markdown_cell(c) for c in row] for row in body)]
     return "\n".join("| " + " | ".join(map(str.strip, line)) + " |" for line in lines)
 
 

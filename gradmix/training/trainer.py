@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
-from gradmix.probe import preserved_rng
+from gradmix.probe import ModelNotFiniteError, preserved_rng
 from gradmix.processes import Group, rank_of
 from gradmix.training import checkpoint as checkpoints
 from gradmix.training import distributed
 from gradmix.training.benchmarks import resolve, stream_of
 from gradmix.training.clock import Clock
 from gradmix.training.config import MethodName, TrainConfig, to_dict
+from gradmix.training.divergence import DivergedError, LossWatch
 from gradmix.training.environment import describe_environment, pick_device
 from gradmix.training.evaluation import evaluate
 from gradmix.training.heads import grow_head, grown_state
@@ -49,7 +50,7 @@ from gradmix.training.seeds import derived_seed, generator_for
 from gradmix.training.streams import Task, TaskStream, blurred
 
 LOSS_EVERY = 25
-"""Steps between two losses shown: reading one waits for the device."""
+"""Steps between two losses shown, or looked at for not being finite: reading one waits for a GPU."""
 
 CIRCUMSTANCES = (
     "methods",
@@ -128,7 +129,8 @@ def train_one(
             steps and gets the result; the first one keeps the checkpoint.
 
     Returns:
-        The result; of status ``interrupted``, with what was reached, if a KeyboardInterrupt came.
+        The result; of status ``interrupted``, with what was reached, if a KeyboardInterrupt came; of status
+        ``diverged``, with the accuracies after the tasks before, if the loss or the model's outputs were not finite.
 
     Raises:
         ValueError: a setting out of range, damaged data, or a checkpoint that is damaged, of another run or cannot be
@@ -282,6 +284,7 @@ class _Run:
         self.task, self.epoch, self.batches_done = 0, 0, 0
         self.order: Tensor | None = None
         self.mixed, self.seen = torch.zeros((), dtype=torch.int64, device=device), 0
+        self.losses = LossWatch(device, group)
         self.optimiser: torch.optim.SGD | None = None
         self.schedule: torch.optim.lr_scheduler.MultiStepLR
         self.checkpoint: Path | None = None
@@ -296,7 +299,7 @@ class _Run:
     # ---------------------------------------------------------------------------------------------------- the course
 
     def result(self) -> RunResult:
-        """Run to the end, or to a KeyboardInterrupt."""
+        """Run to the end, or until it is interrupted or has diverged."""
         self.start = self.checkpoint_time = time.perf_counter()
         start_peak_memory(self.device)
         environment = describe_environment(self.device) | distributed.environment(self.config.optim.batch, self.group)
@@ -318,6 +321,9 @@ class _Run:
                 self.task += 1
         except KeyboardInterrupt:
             status = "interrupted"
+        except (DivergedError, ModelNotFiniteError):
+            # Selection notices it before there is a loss.
+            status = "diverged"
         finally:
             self.sampler.close()
         return RunResult(
@@ -368,9 +374,12 @@ class _Run:
                 rows, loss = self.step()
                 self.batches_done += 1
                 self.steps += 1
+                self.losses.note(loss)
                 if self.online:
                     self.show(*self.sampler.step_rows())
                     self.schedule.step()
+                if self.batches_done == steps or self.steps % LOSS_EVERY == 0:
+                    self.losses.look()
                 if self.batches_done == steps:
                     if not self.online:
                         self.schedule.step()
@@ -593,6 +602,7 @@ class _Run:
             "steps": self.steps,
             "mixed": int(self.mixed),
             "seen": self.seen,
+            "diverged": self.losses.found(),
             "width": self.width,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -627,6 +637,8 @@ class _Run:
         self.order, self.steps = state["order"], state["steps"]
         self.mixed.fill_(state["mixed"])
         self.seen = state["seen"]
+        # Earlier versions did not look.
+        self.losses.restore(state.get("diverged", False))
         if state["width"] != self.width:
             self.grow_to(state["width"])
         self.model.load_state_dict(state["model"])

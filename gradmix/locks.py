@@ -1,0 +1,149 @@
+"""Locks between processes: files that the system unlocks when their process ends, however it ends.
+
+A process that was forked holds no lock of the process it was forked from: a worker that outlives a killed process by a
+moment would keep the next one out. Without advisory locks, as on other systems and some file systems, any lock is had.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+class Lock:
+    """A lock that is held, until it is released or gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+        _held.add(self)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has it."""
+        return self._descriptor is not None
+
+    def release(self) -> None:
+        """Give it back; its file stays. In a process forked from the holder nothing is given back."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def acquire(path: Path, *, shared: bool = False) -> Lock | None:
+    """Takes the lock of a file, which is made if it is not there.
+
+    Args:
+        path: The file; its folder is there.
+        shared: Whether others may hold it shared as well, while nobody has it alone.
+
+    Returns:
+        The lock; None: another process, or another lock of this one, is in the way.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    descriptor = _opened(path, shared)
+    return None if descriptor is None else Lock(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Holds the lock of a file, with the number of this process in it, or says that it is not to be had.
+
+    The file is made, and removed by the last who holds it.
+    """
+    descriptor = _opened(path, shared)
+    if descriptor is None:
+        yield False
+        return
+    lock = Lock(descriptor)
+    try:
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield True
+    finally:
+        # In a forked process, which is left by this way too, the descriptor is none of its own.
+        if lock.held and (not shared or _lock(descriptor, False)):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def holder(path: Path) -> str | None:
+    """What the lock of a file says of who holds it, ``process 1234`` as a rule; None: nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        if _lock(descriptor, False):
+            return None
+        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        return f"process {number}" if number.isdigit() else "another process"
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path, shared: bool) -> int | None:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            mine = _lock(descriptor, shared)
+            # Else the one who had it has removed it since it was opened here.
+            there = _is_of(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if mine and there:
+            return descriptor
+        os.close(descriptor)
+        if not mine:
+            return None
+
+
+def _lock(descriptor: int, shared: bool) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    # Closed, not unlocked: that would hold for the process it was forked from as well.
+    for lock in tuple(_held):
+        with suppress(OSError):
+            lock.release()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,56 @@
+"""Runs that have diverged: their loss is no finite number any more, and nothing can be learnt by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradmix.ops.waiting import look_is_free
+from gradmix.processes import Group, any_over
+
+
+class DivergedError(ArithmeticError):
+    """The loss, or what the model makes of finite inputs, is not finite."""
+
+
+class LossWatch:
+    """Remembers whether a loss was not finite.
+
+    On the CPU the step in which that happens raises. On a GPU, where a look would hold up every step, it is found by
+    the next :meth:`look`. What a gradient scaler makes of infinite gradients does not count: it skips their step.
+
+    Args:
+        device: where losses are.
+        group: processes whose losses count as one; all make the same calls.
+    """
+
+    def __init__(self, device: torch.device, group: Group = None) -> None:
+        self._group, self._at_once = group, look_is_free(device)
+        self._found = torch.zeros(1, dtype=torch.bool, device=device)
+
+    def found(self) -> bool:
+        """Whether a loss noted so far was not finite; it is waited for."""
+        return bool(self._found)
+
+    def restore(self, found: bool) -> None:
+        """Go on from what :meth:`found` told."""
+        self._found.fill_(found)
+
+    def note(self, loss: Tensor) -> None:
+        """Take note of a step's loss, a detached scalar.
+
+        Raises:
+            DivergedError: where a look is free, as :meth:`look`.
+        """
+        self._found |= any_over(~torch.isfinite(loss), self._group)
+        if self._at_once:
+            self.look()
+
+    def look(self) -> None:
+        """Wait for what was noted.
+
+        Raises:
+            DivergedError: a loss was not finite.
+        """
+        if self.found():
+            raise DivergedError("the loss is not finite")
