@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training import plots, tables
+from gradmix.training import plots, results, tables
 from gradmix.training.config import MixConfig, TrainConfig, load_config
 from gradmix.training.results import (
     AlignmentRecord,
@@ -126,7 +126,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "heatmap", fail)
+    monkeypatch.setattr(results, "_accuracy_csv", fail)
     with pytest.raises(KeyboardInterrupt):
         save_run(make_result(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -177,7 +177,7 @@ def to_markdown(summary: Summary) -> str:
     blocks.append("\n".join(f"- {markdown(line)}" for line in _legend(summary, with_data=True)))
     if summary.differences:
         blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
-        blocks.append(markdown(_DIFFERENCE_LEGEND))
+        blocks.append(_DIFFERENCE_LEGEND)
     return "\n\n".join(blocks) + "\n"
 
 
@@ -307,7 +307,7 @@ def _stacked(header: list[str]) -> list[str]:
 
 
 def _markdown_table(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ["---", *("---:" for _ in header[1:])], *([markdown_cell(c) for c in row] for row in body)]
+    lines = [header, ["---", *("---:" for _ in header[1:])], *([markdown_cell(row[0]), *row[1:]] for row in body)]
     return "\n".join("| " + " | ".join(map(str.strip, line)) + " |" for line in lines)
 
 

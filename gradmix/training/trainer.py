@@ -47,6 +47,7 @@ from gradmix.training.results import AlignmentRecord, RunResult, Timing
 from gradmix.training.rows import StoredRows
 from gradmix.training.sampler import ResidentSampler, StepSampler
 from gradmix.training.seeds import derived_seed, generator_for
+from gradmix.training.single_rows import serve_single_rows
 from gradmix.training.streams import Task, TaskStream, blurred
 
 LOSS_EVERY = 25
@@ -252,6 +253,7 @@ class _Run:
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         if group is not None:
             self.model = distributed.with_shared_statistics(self.model, device)
+        serve_single_rows(self.model)
         self.differing = [] if group is None else distributed.differing_buffers(self.model)
         self.method: Method = METHODS[method](
             Context(
