@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training import plots, results, tables
+from gradmix.training import results, tables
 from gradmix.training.config import MixConfig, TrainConfig, load_config
 from gradmix.training.results import (
     AlignmentRecord,
