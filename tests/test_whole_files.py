@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fresh import run_python
+from synthetic_runs import make_result
 
+from gradmix import cli
+from gradmix.training import results
+from gradmix.training.results import load_run, save_run
 from gradmix.training.whole_files import replacing, write_text
 
 
@@ -43,3 +53,109 @@ def test_text_that_cannot_be_encoded(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "file", "\ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as found, replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert found.value.filename == str(tmp_path / "file") and found.value.errno == errno.ENOSPC
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OSError) as found:
+        write_text(tmp_path / "taken" / "file", "text")
+    assert found.value.filename == str(tmp_path / "taken" / "file")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on limits as Linux has them")
+@pytest.mark.parametrize("what", ["run", "text", "summary", "report"])
+def test_a_disk_that_is_full_leaves_nothing_half_written(what: str, tmp_path: Path) -> None:
+    # A limit of the size of files fails as a full disk does: in the middle of a write, without the file's name.
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from synthetic_runs import make_result
+from gradmix.training import report, results, whole_files
+folder = Path({str(tmp_path)!r})
+(folder / "text").write_text("old")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+values = {{"format": 1, "name": "n", "title": "t", "about": "x" * 9000, "command": "c", "seeds": [0],
+          "arms": [], "vary": {{}}, "differences": [], "references": [], "protocol": {{}}, "runs": [], "missing": []}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
+try:
+    if {what!r} == "run":
+        results.save_run(make_result(), folder / "run")
+    elif {what!r} == "text":
+        whole_files.write_text(folder / "text", "new" * 1000)
+    elif {what!r} == "summary":
+        results.save_summary([make_result()], folder / "summary")
+    else:
+        report.write(values, folder / "report")
+except OSError as error:
+    print(error.filename)
+"""
+    (said,) = run_python(code)
+    expected = {"run": "run", "text": "text", "summary": "summary/summary.json", "report": "report/results.json"}
+    assert said == str(tmp_path / expected[what])
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["text"]
+    assert (tmp_path / "text").read_text() == "old"
+
+
+def test_content_reaches_the_disk_before_its_name_and_folders_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def replaced(a: Any, b: Any) -> None:
+        done.append(("replace", os.path.basename(b)))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_text(tmp_path / "file", "text")
+    assert done == [("sync", ".file"), ("replace", "file"), ("sync", tmp_path.name)]
+    done.clear()
+    save_run(make_result(), tmp_path / "deep" / "run", pictures=False)
+    order = [what for what in done if what[0] == "replace" or what[1] in ("metrics.json", "config.yaml", "deep")]
+    assert sorted(order[:2]) == [("sync", "config.yaml"), ("sync", "metrics.json")]
+    assert order[2:] == [("replace", "run"), ("sync", "deep")]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_run_that_cannot_be_saved_keeps_its_checkpoint(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20")
+    real, full = getattr(os, step), []
+
+    def fail(*args: Any) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    save = results.save_run
+
+    def saved(*args: Any, **named: Any) -> Path:
+        full.append(True)
+        try:
+            return save(*args, **named)
+        finally:
+            full.clear()
+
+    monkeypatch.setattr(os, step, fail)
+    monkeypatch.setattr(results, "save_run", saved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", io.StringIO())
+        assert cli.main(["train", *flags, "--checkpoint", "0.001", "--output", "out"]) == 2
+        said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert said == "gradmix: error: out/er/seed-0: No space left on device\n"
+    assert list(Path("out/.checkpoints").glob("*.pt")) and not list(Path("out").rglob("metrics.json"))
+    assert not [p for p in Path("out/er").iterdir()]
+    monkeypatch.setattr(results, "save_run", save)
+    assert cli.main(["train", "--resume", "out"]) == 0
+    assert load_run("out/er/seed-0").status == "complete" and not Path("out/.checkpoints").exists()

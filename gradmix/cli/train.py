@@ -303,6 +303,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     folder: Path = given.resume
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder")
+    refuse_in_use(folder)
     if (folder / _METRICS).is_file():
         raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
     config = load_config(folder / _CONFIG)
