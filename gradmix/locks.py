@@ -86,14 +86,14 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-def holder(path: Path) -> str | None:
-    """What the lock of a file says of who holds it, ``process 1234`` as a rule; None: nobody does."""
+def holder(path: Path, *, shared: bool = False) -> str | None:
+    """Who is in the way of the lock of a file, ``process 1234`` as a rule; None: nobody is."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:
-        if _lock(descriptor, False):
+        if _lock(descriptor, shared):
             return None
         number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
         return f"process {number}" if number.isdigit() else "another process"

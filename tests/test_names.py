@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 from synthetic_runs import make_result
 
-from gradmix import cli
+from gradmix import cli, names
 from gradmix.cli.progress import Reporter
-from gradmix.training import document, names, plots, report, tables
+from gradmix.training import document, plots, report, tables
 from gradmix.training.document import Code, Heading, Items, Table, Text
 from gradmix.training.experiments import from_yaml
 from gradmix.training.results import load_run, save_run, save_summary

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,7 @@ from gradmix.cli.errors import UsageError, require
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
-from gradmix.training.names import shell, shown
+from gradmix.names import shell, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +34,7 @@ def main(args: list[str]) -> int:
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
 
-    from gradmix.cli.train import refuse_in_use
-    from gradmix.locks import locked
     from gradmix.training import experiments
-    from gradmix.training.results import LOCK
-    from gradmix.training.whole_files import make_folder
 
     options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
@@ -69,19 +67,16 @@ def main(args: list[str]) -> int:
     command = _command(experiment, options)
     if options.report_only:
         return _report_only(experiment, runs, output, command)
-    # Several experiments share their runs; training in the same folder has it alone.
-    make_folder(output)
-    with locked(output / LOCK, shared=True) as mine:
-        if not mine:
-            refuse_in_use(output)
-        return _run(experiment, runs, output, command, _again_command(command, options), options.jobs)
+    return _run(experiment, runs, output, command, _again_command(command, options), options.jobs)
 
 
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
+    from gradmix.cli.train import refuse_in_use
     from gradmix.training import running
     from gradmix.training.environment import pick_device
     from gradmix.training.methods import METHODS
 
+    refuse_in_use(output, shared=True)
     root = output / _RUNS
     todo = [run for run in runs if running.state_of(run, root) not in running.ENDED]
     print(f"{shown(experiment.title)}: {len(runs)} runs, {len(runs) - len(todo)} of them complete", flush=True)
@@ -94,7 +89,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
             for method in dict.fromkeys(run.method for run in todo):
                 METHODS[method].check_installed()
             running.check_data(todo)
-            with interruption.deferred():
+            with interruption.deferred(), _shared(output):
                 with Reporter(len(todo), max(len(shown(run.label)) for run in runs)) as reporter:
                     outcome = running.run_all(
                         runs,
@@ -125,6 +120,25 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
             file=sys.stderr,
         )
     return status
+
+
+@contextmanager
+def _shared(output: Path) -> Iterator[None]:
+    """Keeps training out of a folder whose runs several experiments may share.
+
+    Raises:
+        ValueError: Training is at work in it.
+    """
+    from gradmix.cli.train import refuse_in_use
+    from gradmix.locks import locked
+    from gradmix.training.results import LOCK
+    from gradmix.training.whole_files import make_folder
+
+    make_folder(output)
+    with locked(output / LOCK, shared=True) as mine:
+        if not mine:
+            refuse_in_use(output, shared=True)
+        yield
 
 
 def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:

@@ -18,7 +18,7 @@ from gradmix.cli.flags import parse_train
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, finished, joined, losses_explained
 from gradmix.cli.progress import Interruption, Reporter
-from gradmix.training.names import shell, shown
+from gradmix.names import shell, shown
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -161,8 +161,8 @@ def _occupy(output: Path, held: ExitStack) -> None:
         refuse_in_use(output)
 
 
-def refuse_in_use(output: Path) -> None:
-    """Refuses a folder in which a command is at work.
+def refuse_in_use(output: Path, *, shared: bool = False) -> None:
+    """Refuses a folder in which a command is at work, or, to share it, one that has it alone.
 
     Raises:
         ValueError: One is; the message says which process.
@@ -170,7 +170,7 @@ def refuse_in_use(output: Path) -> None:
     from gradmix.locks import holder
     from gradmix.training.results import LOCK
 
-    who = holder(output / LOCK)
+    who = holder(output / LOCK, shared=shared)
     if who is not None:
         raise ValueError(
             f"output: {output} is in use: {who} is at work in it; wait until that has ended, or give another folder"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import secrets
 import shutil
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix._version import __version__
+from gradmix.training.whole_files import make_folder, sync
 
 try:
     import fcntl
@@ -66,7 +66,7 @@ def save(state: dict[str, Any], path: str | Path, *, run: str | None = None) -> 
     archive = io.BytesIO()
     torch.save(content, archive)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_stale(path)
         _write(_sealed(archive.getvalue()), path)
     except OSError as error:
@@ -102,8 +102,10 @@ def load(path: str | Path, *, run: str | None = None, map_location: torch.device
     _check_seal(data, path)
     try:
         content = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:
+        # What a crafted file raises is up to whoever made it.
         raise CheckpointError(f"{path}: whole, but torch {torch.__version__} cannot read it ({error})") from error
+    _check_content(content, path)
     if content["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: written by gradmix {content['gradmix']} in format {content['format']}, expected at most "
@@ -174,21 +176,7 @@ def _write(data: bytes, path: Path) -> None:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some file systems cannot. A loss of power may then bring the previous checkpoint back, which is whole too.
-        pass
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _sealed(archive: bytes) -> bytes:
@@ -213,6 +201,19 @@ def _check_seal(data: bytes, path: Path) -> None:
         raise CheckpointError(f"{path}: {kind}not a checkpoint of gradmix, its closing digest is missing; {way_out}")
     if _seal_of(body) != seal:
         raise CheckpointError(f"{path}: the checkpoint is damaged, its bytes do not match its digest; {way_out}")
+
+
+def _check_content(content: Any, path: Path) -> None:
+    """Raise a CheckpointError unless the file holds what :func:`save` writes."""
+    kinds = {"format": (int,), "gradmix": (str,), "run": (str, type(None)), "state": (dict,)}
+    if (
+        type(content) is not dict
+        or not set(content) >= set(kinds)
+        or not all(type(content[name]) in allowed for name, allowed in kinds.items())
+    ):
+        raise CheckpointError(
+            f"{path}: whole, but it holds something else than a checkpoint; remove the file to start the run again"
+        )
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gradmix.names import markdown, markdown_cell, shown
 from gradmix.training import plots
-from gradmix.training.names import markdown, markdown_cell, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

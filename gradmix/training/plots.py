@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gradmix.training import cells, names
+from gradmix import names
+from gradmix.training import cells
 from gradmix.training.metrics import Interval, mean_interval
 from gradmix.training.results import AlignmentRecord, RunResult, metric_values, task_names
 from gradmix.training.whole_files import replacing, write_text

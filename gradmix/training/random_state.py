@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+MERSENNE_WORDS = 624
+"""Words of the state of NumPy's global generator."""
+
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of the global generators: torch's on the CPU and on ``device``, NumPy's and Python's.
@@ -46,7 +49,7 @@ def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
         device: as given to it.
 
     Raises:
-        ValueError: the state was taken with a GPU and ``device`` is none, or the other way round.
+        ValueError: the state was taken with a GPU and ``device`` is none, or the other way round; or it is damaged.
     """
     if (state["cuda"] is not None) != (device.type == "cuda"):
         taken = "without a GPU" if state["cuda"] is None else "with a GPU"
@@ -55,6 +58,9 @@ def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     numpy = state["numpy"]
+    if not 0 <= numpy["pos"] <= MERSENNE_WORDS or numpy["key"].shape != (MERSENNE_WORDS,):
+        # NumPy itself would read beyond its key.
+        raise ValueError(f"numpy: got position {numpy['pos']} in a key of shape {tuple(numpy['key'].shape)}")
     key = numpy["key"].cpu().numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
     random.setstate(state["python"])

@@ -17,6 +17,7 @@ from gradmix.training.batch_reader import BatchReader, ReadBatch
 from gradmix.training.methods import StepRows
 from gradmix.training.reading import Reading
 from gradmix.training.rows import Rows, StoredRows
+from gradmix.training.run_state import require_like, require_number, require_tensor
 from gradmix.training.sampler import StepSampler
 from gradmix.training.sharding import Share
 
@@ -218,5 +219,18 @@ class ReadingSampler(StepSampler):
         return {"pending": pending, "damaged": dict(self._damaged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for item, fault in state["damaged"].items():
+            require_number(item, 0, 2**63, "sampler.damaged")
+            require_like(fault, "", "sampler.damaged")
+        for plan in state["pending"]:
+            rows = len(require_tensor(plan["items"], torch.int64, (None,), "sampler.pending.items"))
+            require_tensor(plan["y"], torch.int64, (rows,), "sampler.pending.y")
+            require_like(plan["sizes"], [0] * 4, "sampler.pending.sizes")
+            require_tensor(plan["replayed"], torch.bool, (sum(plan["sizes"][:2]),), "sampler.pending.replayed")
+            if min(plan["sizes"]) < 0 or sum(plan["sizes"]) != rows or int(min(plan["y"], default=0)) < 0:
+                raise ValueError("sampler.pending: got parts that do not make up its rows")
+            for kept in plan["extras"].values():
+                if len(kept) != plan["sizes"][3]:
+                    raise ValueError("sampler.pending.extras: got another number of rows than are replayed")
         self._pending = deque(_Plan(**(plan | {"sizes": tuple(plan["sizes"])})) for plan in state["pending"])
         self._damaged = dict(state["damaged"])

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gradmix.training import metrics, names
+from gradmix import names
+from gradmix.training import metrics
 from gradmix.training.config import MethodName, TrainConfig, load_config, to_yaml
 from gradmix.training.whole_files import make_folder, replacing_folder, write_text
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from gradmix.names import markdown, markdown_cell, shown
 from gradmix.training import cells, findings, metrics
 from gradmix.training.metrics import Interval
-from gradmix.training.names import markdown, markdown_cell, shown
 from gradmix.training.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
 from gradmix.training.settings import distinguishing
 

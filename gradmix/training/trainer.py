@@ -44,7 +44,8 @@ from gradmix.training.random_state import restore_rng, rng_state
 from gradmix.training.reading import KeptRows, Reading
 from gradmix.training.reading_sampler import ReadingSampler
 from gradmix.training.results import AlignmentRecord, RunResult, Timing
-from gradmix.training.rows import StoredRows
+from gradmix.training.rows import StoredRows, TensorRows
+from gradmix.training.run_state import require_like, require_number, require_order, require_tensor
 from gradmix.training.sampler import ResidentSampler, StepSampler
 from gradmix.training.seeds import derived_seed, generator_for
 from gradmix.training.single_rows import serve_single_rows
@@ -585,6 +586,12 @@ class _Run:
                     f"{path}: whole, but of an earlier version of gradmix, which did not keep {error}; go on with that "
                     "version, or remove the file to start the run again"
                 ) from error
+            except OSError:
+                raise
+            except Exception as error:
+                raise checkpoints.CheckpointError(
+                    f"{path}: whole, but no state of this run ({error}); remove the file to start the run again"
+                ) from error
 
     def save(self) -> None:
         """Replace the checkpoint, if one is to be kept."""
@@ -614,7 +621,7 @@ class _Run:
             "buffer": self.buffer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "method": self.method.state_dict(),
-            "generators": {purpose: generator.get_state() for purpose, generator in self.generators.items()},
+            "generators": self.state_of_generators(),
             "global_generators": rng_state(self.device),
             "accuracy": torch.from_numpy(self.accuracy),
             "mixed_share": self.mixed_share,
@@ -633,8 +640,84 @@ class _Run:
             "peak_memory": self.peak_memory(),
         }
 
+    def state_of_generators(self) -> dict[str, Tensor]:
+        return {purpose: generator.get_state() for purpose, generator in self.generators.items()}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that cannot be this run's, as far as that is to be told before any of it is taken up."""
+        tasks, most = len(self.stream.tasks), torch.iinfo(torch.int64).max
+        highest = {"task": tasks - 1, "epoch": self.epochs - 1, "width": self.stream.num_classes}
+        for name in ("task", "epoch", "batches_done", "steps", "mixed", "seen", "width", "peak_memory"):
+            require_number(state[name], self.width if name == "width" else 0, highest.get(name, most), name)
+        require_like(state["seconds_total"], 0.0, "seconds_total")
+        require_like(state["clock"], {str(section): 0.0 for section in state["clock"]}, "clock")
+        require_like(state["generators"], self.state_of_generators(), "generators")
+        known = rng_state(self.device)
+        require_like(state["global_generators"]["numpy"], known["numpy"], "global_generators.numpy")
+        require_like(state["global_generators"]["torch"], known["torch"], "global_generators.torch")
+        require_tensor(state["accuracy"], torch.float64, (tasks, tasks), "accuracy")
+        require_like(state["mixed_share"], [0.0] * tasks, "mixed_share")
+        for record in state["alignments"]:
+            require_number(record["task"], 0, tasks - 1, "alignments.task")
+            classes = len(require_tensor(record["classes"], torch.int64, (None,), "alignments.classes"))
+            require_tensor(record["cosine"], torch.float64, (classes, classes), "alignments.cosine")
+            require_tensor(record["helpful"], torch.bool, (classes, classes), "alignments.helpful")
+            require_like(record["threshold"], 0.0, "alignments.threshold")
+            if not bool(((record["classes"] >= 0) & (record["classes"] < self.stream.num_classes)).all()):
+                raise ValueError("alignments.classes: got classes that the stream does not have")
+
+    def check_optimiser(self, state: Mapping[str, Any]) -> None:
+        """The same of the model's width, and what belongs to the optimiser, which have to be there for it."""
+        assert self.optimiser is not None
+        require_like(state["model"], dict(self.model.state_dict()), "model")
+        known = self.optimiser.state_dict()
+        groups = state["optimiser"]["param_groups"]
+        require_like(groups, known["param_groups"], "optimiser.param_groups")
+        # All but the rate, which has its course, is as configured.
+        if [{**group, "lr": 0.0} for group in groups] != [{**group, "lr": 0.0} for group in known["param_groups"]]:
+            raise ValueError("optimiser.param_groups: got other settings than this run's")
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for number, kept in state["optimiser"]["state"].items():
+            require_number(number, 0, len(parameters) - 1, "optimiser.state")
+            buffer = kept["momentum_buffer"]
+            if buffer is not None:
+                require_like(buffer, parameters[number].detach(), f"optimiser.state.{number}")
+        schedule = self.schedule.state_dict()
+        require_like(state["schedule"], {**schedule, "milestones": dict(schedule["milestones"])}, "schedule")
+        require_like(state["scaler"], self.scaler.state_dict(), "scaler")
+
+    def check_buffer(self) -> None:
+        """The same of the buffer that has been loaded, and of what counts its rows: the order of an epoch."""
+        train, num_classes = self.stream.tasks[self.task].train, self.stream.num_classes
+        held = len(self.buffer)
+        if held:
+            rows, labels = self.buffer.part(0, 1)[0], self.buffer.y
+            if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+                raise ValueError(f"buffer: got labels that are none of the stream's {num_classes} classes")
+            if self.keeps_numbers:
+                require_tensor(rows, torch.int64, (1,), "buffer.x")
+                highest = len(cast(StoredRows, train).items) - 1
+                if int(self.buffer.x.min()) < 0 or int(self.buffer.x.max()) > highest:
+                    raise ValueError("buffer.x: got rows that the data set does not have")
+            elif isinstance(train, TensorRows):
+                require_tensor(rows, train.x.dtype, (1, *train.shape), "buffer.x")
+            if self.method.keeps_more:
+                for name, like in self.extras(*self.buffer.part(0, 1)).items():
+                    shape = (held, *like.shape[1:])
+                    require_tensor(self.buffer.extras.get(name), like.dtype, shape, f"buffer.extras.{name}")
+        mingled = held if self.config.replay.stream == "shuffled" and self.method.replays else 0
+        require_order(self.order, len(train) + mingled, "order")
+        assert self.order is not None and self.config.optim.batch is not None
+        require_number(self.batches_done, 0, -(-len(self.order) // self.config.optim.batch), "batches_done")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of :meth:`state_dict`."""
+        """Go on from a state of :meth:`state_dict`.
+
+        Raises:
+            KeyError: it lacks something.
+            Exception: it is no such state; the run is then not to be gone on with.
+        """
+        self.check(state)
         self.task, self.epoch, self.batches_done = state["task"], state["epoch"], state["batches_done"]
         self.order, self.steps = state["order"], state["steps"]
         self.mixed.fill_(state["mixed"])
@@ -646,6 +729,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.start_optimiser()
         assert self.optimiser is not None
+        self.check_optimiser(state)
         self.optimiser.load_state_dict(state["optimiser"])
         milestones = type(self.schedule.milestones)(state["schedule"]["milestones"])
         self.schedule.load_state_dict({**state["schedule"], "milestones": milestones})
@@ -668,6 +752,7 @@ class _Run:
             )
             for record in state["alignments"]
         ]
+        self.check_buffer()
         self.clock.load_state_dict(state["clock"])
         self.seconds_before, self.peak_before = state["seconds_total"], state["peak_memory"]
 
