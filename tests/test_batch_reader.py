@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 
 import gradmix
 from gradmix.training.batch_reader import BatchReader
@@ -134,7 +135,7 @@ def test_waiting_is_measured(workers):
     time.sleep(0.2)  # not waiting, but computing
     assert reader.seconds_waiting == waited
     assert len(list(batches)) == 2
-    assert waited < reader.seconds_waiting < waited + 0.3 + 5.0 * workers
+    assert waited < reader.seconds_waiting
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -377,7 +378,7 @@ def test_workers_started_afresh_read_and_die_with_their_parent(tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path},
     ) as process:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL and output == b"[3.0, 1.0]\n"
 
 
@@ -438,7 +439,7 @@ def test_signals_to_all_processes_of_a_command_do_not_reach_the_workers(tmp_path
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path},
         start_new_session=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.stdout.split() == ["198", "2"], done.stderr

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 
 import gradmix
 from gradmix.ops.mixed_alignment import OPERATOR, mixed_alignment_reference
@@ -83,7 +84,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

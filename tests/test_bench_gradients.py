@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_truth import by_class, sample_gradients
+from patience import PATIENCE
 from torch import nn
 
 import gradmix
@@ -71,7 +72,7 @@ def quick(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert [file.name for file in folder.iterdir()] == ["result.json"]

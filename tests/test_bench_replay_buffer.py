@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
+
 import gradmix
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "replay_buffer.py"
@@ -18,7 +20,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     # The package that these tests meet, and not some other one that the script might find.
     environment = {**os.environ, "PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_every_figure_is_there(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 
 import gradmix
 from gradmix.ops import _triton
@@ -69,7 +70,7 @@ def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subproce
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
@@ -335,7 +336,7 @@ def test_configurations_that_fail_or_come_too_late_are_named(
     tuning: ModuleType, bodies: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(tuning.GRIDS, "draw_partners", ((100, 4), (64, 1)))
-    found = tuned(tuning, bodies, 9, wide=True, until=time.perf_counter() + 100)
+    found = tuned(tuning, bodies, 9, wide=True, until=time.perf_counter() + PATIENCE)
     assert set(found["failed"]) == {"100 4"}  # a block must be a power of two
     assert "64 1" in [row["configuration"] for row in found["rows"]]
     found = tuned(tuning, bodies, 9, wide=True, until=0.0)
@@ -399,7 +400,7 @@ def test_one_archive_holds_a_call_s_results(
     out = tmp_path / "out"
     out.mkdir()
     command = ["bash", str(BENCH / "on_gpu.sh"), str(out), "test", "kernels", "selection", "step", "tune"]
-    done = subprocess.run(command, env={**pretence, "OUT": str(out)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**pretence, "OUT": str(out)}, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = out.iterdir()
     with tarfile.open(archive) as packed:
@@ -429,8 +430,8 @@ def test_results_so_far_are_kept_when_time_runs_out(tmp_path: Path, pretence: di
     out = tmp_path / "out"
     out.mkdir()
     command = ["bash", str(BENCH / "on_gpu.sh"), str(out), "kernels", "step", "tune"]
-    environment = {**pretence, "OUT": str(out), "LIMIT": "2", "NAP": "30"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=25)
+    environment = {**pretence, "OUT": str(out), "LIMIT": "5", "NAP": str(2 * PATIENCE)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert "FAILED: no time was left: python3 bench/tune_kernels.py" in done.stdout
     (archive,) = out.iterdir()

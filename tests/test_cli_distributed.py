@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from matplotlib.figure import Figure
+from patience import PATIENCE
 
 import gradmix
 from gradmix import cli
@@ -28,7 +29,6 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SCRIPT = str(Path(__file__).with_name("one_of_several.py"))
 SHORT = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "60", "--threads", "1")
 TRAIN = ("train", "--methods", "gradmix-sample", "--seeds", "0", "1", *SHORT, "--checkpoint", "0.001")
-PATIENCE = 120.0
 
 
 class Ended(NamedTuple):

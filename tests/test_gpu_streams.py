@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu import no_waiting
+from patience import PATIENCE
 from two_processes_training import BASE, CASES, READ_CASES, outcome, read, resident
 
 from gradmix.training import trainer
@@ -116,6 +117,6 @@ def test_one_process_of_torchrun_uses_its_gpu(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     flags = ["--methods", "gradmix-sample", "--seeds", "0", "--epochs", "1", "--output", str(tmp_path / "run")]
     command = [*launcher, "-m", "gradmix.cli", "train", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert "gradmix-sample" in done.stdout

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from gradmix import kernels
 
@@ -56,7 +57,7 @@ def running(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_variants_keep_their_limits(capability: int, running: dict) -> None:
-    output, errors = running[capability].communicate(timeout=600)
+    output, errors = running[capability].communicate(timeout=PATIENCE)
     assert running[capability].returncode == 0, errors
     lines = [json.loads(line) for line in output.splitlines()]
     assert len({name for name, _, _ in lines}) == len(lines) >= len(MODULES)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fresh import run_python
+from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same
 
 from gradmix.training import checkpoint, trainer
@@ -83,7 +84,7 @@ def whole_buffer(stream: TaskStream) -> TaskStream:
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Any:
     yield
-    until = time.monotonic() + 5
+    until = time.monotonic() + PATIENCE
     while multiprocessing.active_children() and time.monotonic() < until:
         time.sleep(0.01)
     assert multiprocessing.active_children() == []
@@ -229,7 +230,7 @@ for kill in range(3):
     if (child := os.fork()) == 0:
         train_one(config, "der++-gradmix-sample", 3, checkpoint=path, checkpoint_seconds=0)
         os._exit(0)
-    until = time.monotonic() + 60
+    until = time.monotonic() + {patience}
     while (not path.is_file() or path.stat().st_ino == before) and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(0.02 * kill)
@@ -248,7 +249,9 @@ print("same", np.array_equal(resumed.accuracy, whole.accuracy) and resumed.timin
 def test_a_killed_run_ends_as_one_left_in_peace(folder: Path, tmp_path: Path) -> None:
     *kills, verdict = (
         line.split()
-        for line in run_python(KILLED.format(path=str(tmp_path / "run.pt"), folder=str(folder)), OMP_NUM_THREADS="1")
+        for line in run_python(
+            KILLED.format(path=str(tmp_path / "run.pt"), folder=str(folder), patience=PATIENCE), OMP_NUM_THREADS="1"
+        )
     )
     assert [word for word, _ in kills] == ["killed"] * 3
     steps = [int(step) for _, step in kills]

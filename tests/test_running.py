@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fresh import run_python
+from patience import PATIENCE
 from synthetic_runs import make_result
 
 from gradmix.training import running, trainer
@@ -170,12 +171,12 @@ def test_what_another_command_is_at_is_left_to_it(trained: list[Any], runs: tupl
         assert held
         worker = threading.Thread(target=run_all, args=(runs, tmp_path), kwargs={"watcher": record})
         worker.start()
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE
         while ("wait", 1) not in record.told and time.monotonic() < until:
             time.sleep(0.02)
         assert ("wait", 1) in record.told
         assert trained == [(run.method, run.seed) for run in mine]
-    worker.join(30)
+    worker.join(PATIENCE)
     assert trained[-1] == (theirs.method, theirs.seed) and state_of(theirs, tmp_path) == "complete"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from models import MLP, rows
+from patience import PATIENCE
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -196,7 +197,7 @@ def process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def told_by_both(folder: Path, seconds: float = 300.0) -> list[dict[str, Any]]:
+def told_by_both(folder: Path, seconds: float = PATIENCE) -> list[dict[str, Any]]:
     """What the processes told; they are ended if that takes longer than so many seconds."""
     context = torch.multiprocessing.spawn(process, (str(folder),), nprocs=SIZE, join=False)
     end = time.monotonic() + seconds

@@ -18,6 +18,7 @@ from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
 from gradmix.training.methods.mixup import LinearMixing
 from gradmix.training.mixing_space import Mixture, mix_space, require_mixable
+from gradmix.training.run_state import require_like, require_tensor
 from gradmix.training.sharding import Share
 
 
@@ -141,7 +142,41 @@ class SelectiveMixup(LinearMixing):
         return {"mixup": self._mixup.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._check(state["mixup"])
         self._mixup.load_state_dict(state["mixup"])
+
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that does not fit the model.
+
+        Raises:
+            ValueError: it does not; the message names the part.
+        """
+        known = self._mixup.state_dict()
+        parts = ("age", "stale", "refreshes", "generator")
+        require_like({part: state[part] for part in parts}, {part: known[part] for part in parts}, "method")
+        reference, table, classes = state["reference"], state["table"], self.context.num_classes
+        if reference is not None:
+            if not (isinstance(reference, Tensor) and reference.is_floating_point()):
+                raise ValueError("method.reference: got something else than a gradient")
+            require_tensor(reference, reference.dtype, (None,) * reference.ndim, "method.reference")
+            rows = {(len(p), p[0].numel()) for p in self.context.model.parameters() if p.ndim > 1}
+            if self.context.growing:
+                rows |= {(count, size) for count in range(1, classes) for _, size in rows}
+            if reference.ndim == 2 and not rows & {(len(reference), reference.shape[1] - bias) for bias in (0, 1)}:
+                raise ValueError(f"method.reference: got shape {tuple(reference.shape)}, which no layer's gradient has")
+        if table is not None:
+            lams = table["lams"]
+            require_like(lams, [0.0] * max(2, len(lams)), "method.table.lams")
+            if sorted(set(lams)) != lams or not 0 <= lams[0] < lams[-1] <= 1:
+                raise ValueError(f"method.table.lams: got {lams}, expected weights from 0 to 1, ascending")
+            labels = require_tensor(table["classes"], torch.int64, (None,), "method.table.classes")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(f"method.table.classes: got labels that are none of {classes} classes")
+            shape = (len(lams), len(labels), len(labels))
+            dtype = getattr(table["inner"], "dtype", torch.float32)
+            for name, expected in (("inner", shape), ("norm", shape), ("reference_norm", ())):
+                require_tensor(table[name], dtype, expected, f"method.table.{name}")
 
 
 class GradMixClass(SelectiveMixup):
