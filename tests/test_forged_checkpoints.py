@@ -64,7 +64,7 @@ def left(method: str, path: Path, config: TrainConfig = CONFIG) -> tuple[dict[st
     return content["state"], content["run"]
 
 
-@pytest.mark.parametrize("method", ["er", "der++", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["der++", "gradmix"])
 def test_a_forged_state_is_refused_or_of_use(method: str, tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     state, run = left(method, path)
