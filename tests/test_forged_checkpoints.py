@@ -18,9 +18,7 @@ from gradmix.training.config import OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.trainer import Progress, train_one
 
-CONFIG = TrainConfig(
-    optim=OptimConfig(model="mlp", epochs=1, batch=4), replay=ReplayConfig(size=4, batch=2), threads=1
-)
+CONFIG = TrainConfig(optim=OptimConfig(model="mlp", epochs=1, batch=4), replay=ReplayConfig(size=4, batch=2), threads=1)
 FORGED: list[Any] = [
     None, True, -1, 7, 10**30, 1.5, "x", [], {}, (1, 2), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64),
     torch.zeros(1).expand(10**12), torch.zeros(0), torch.full((4,), 9, dtype=torch.int64), {"a": {"b": [[[[]]]]}},

@@ -31,7 +31,7 @@ def require_like(value: Any, like: Any, key: str) -> None:
     if isinstance(like, Mapping):
         for name in like:
             if name not in value:
-                raise KeyError(f"{key}.{name}")
+                raise KeyError(name)
         if len(value) != len(like):
             raise ValueError(f"{key}: got the keys {_listed(value)}, expected {_listed(like)}")
         for name in like:

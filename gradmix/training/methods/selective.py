@@ -145,7 +145,6 @@ class SelectiveMixup(LinearMixing):
         self._check(state["mixup"])
         self._mixup.load_state_dict(state["mixup"])
 
-
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that does not fit the model.
 
