@@ -89,7 +89,7 @@ def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
 
 
 def _planned(
-    args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack
+    args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack | None = None
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
     """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
     resumed = _resumed(args)
@@ -115,7 +115,8 @@ def _planned(
         config = replace(config, output=_new_output(config, processes))
     else:
         assert config.output is not None
-        _occupy(config.output, held)
+        if held is not None:
+            _occupy(config.output, held)
         results.update(_ended(config))
     todo = [run for run in _runs(config) if run not in results]
     if not todo:
