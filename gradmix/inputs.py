@@ -108,17 +108,23 @@ def concatenate(trees: list[Tree]) -> Tree:
 
 
 def call_model(model: nn.Module, x: InputTree) -> Any:
-    """What the model returns for ``x``.
+    """What the model returns for ``x``, given as :func:`arguments_of` says."""
+    positional, named = arguments_of(model, x)
+    return model(*positional, **named)
+
+
+def arguments_of(model: nn.Module, x: InputTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments by which the model is given ``x``.
 
     A mapping is given by keyword to a model whose ``forward`` takes these keywords, ``model(**x)``, and as it is to any
     other. A tuple or list is given by position to a model whose ``forward`` takes that many arguments, ``model(*x)``,
     and as it is to any other. A tensor is given as it is.
     """
     if isinstance(x, Tensor):
-        return model(x)
+        return (x,), {}
     positional, named = ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {})
     try:
         inspect.signature(model.forward).bind(*positional, **named)
     except (TypeError, ValueError):  # other parameters, or no signature that can be read
-        return model(x)
-    return model(*positional, **named)
+        return (x,), {}
+    return positional, named

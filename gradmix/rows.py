@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gradmix.buffers import ReplayBuffer
+from gradmix.inputs import check_inputs, map_tensors, num_samples
 from gradmix.ops.labels import check_labels
 from gradmix.processes import Group, rank_of, share, size_of
 
@@ -23,8 +24,10 @@ CHUNK = 512
 EXPECTED = "a ReplayBuffer, an (x, y) pair of tensors, a Dataset or a DataLoader"
 
 
-def as_pair(name: str, rows: object) -> tuple[Tensor, Tensor]:
-    """``rows`` as a checked pair: x (N, ...) and y, (N,) class indices or (N, C) label vectors.
+def as_pair(name: str, rows: object, *, any_targets: bool = False) -> tuple[Any, Any]:
+    """``rows`` as a checked pair: x, a tree of tensors (N, ...), and y, (N,) class indices or (N, C) label vectors.
+
+    With ``any_targets``, y is a tree of tensors (N, ...) of any dtype.
 
     Raises:
         TypeError: not two tensors, or labels of a wrong dtype.
@@ -36,13 +39,18 @@ def as_pair(name: str, rows: object) -> tuple[Tensor, Tensor]:
         came = f"{type(rows).__name__} of {len(rows)}" if isinstance(rows, (tuple, list)) else type(rows).__name__
         raise TypeError(f"{name}: got {came}, expected an (x, y) pair of tensors")
     x, y = rows
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+    trees = (Tensor, Mapping, tuple, list)
+    if not isinstance(x, trees) or not isinstance(y, trees if any_targets else Tensor):
         raise TypeError(
             f"{name}: got a pair of {type(x).__name__} and {type(y).__name__}, expected an (x, y) pair of tensors"
         )
-    if x.ndim == 0:
+    if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(f"{name}: x has no dimensions, expected rows (N, ...)")
-    check_labels(f"{name} labels", y, len(x), None)
+    count = check_inputs(f"{name} x", x)
+    if not any_targets:
+        check_labels(f"{name} labels", y, count, None)
+    elif check_inputs(f"{name} labels", y) != count:
+        raise ValueError(f"{name} labels: got {num_samples(y)} samples, expected {count} as in x")
     return x, y
 
 
@@ -57,9 +65,11 @@ def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> It
 
 
 def numbered_chunks(
-    name: str, source: object, chunk: int, device: torch.device, group: Group = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    name: str, source: object, chunk: int, device: torch.device, group: Group = None, *, any_targets: bool = False
+) -> Iterator[tuple[int, Any, Any]]:
     """:func:`chunks_of`, each with the number of its first row in the source; of a group, this process's share.
+
+    With ``any_targets``, y is what :func:`as_pair` lets pass by that name.
 
     All processes hold the same rows, in the same order. Of a pair, a buffer or a Dataset each reads its own part; of a
     DataLoader or an IterableDataset, which can only be read as a whole, it takes every batch whose turn it is.
@@ -76,10 +86,11 @@ def numbered_chunks(
         source = DataLoader(source, batch_size=chunk)
     if isinstance(source, DataLoader):
         for turn, batch in enumerate(source):
-            x, y = as_pair(name, tuple(batch[:2]) if isinstance(batch, (tuple, list)) else batch)
+            pair = tuple(batch[:2]) if isinstance(batch, (tuple, list)) else batch
+            x, y = as_pair(name, pair, any_targets=any_targets)
             if turn % size_of(group) == rank_of(group):
                 yield from _split(x, y, chunk, device, first)
-            first += len(x)
+            first += num_samples(x)
         return
     if not isinstance(source, (ReplayBuffer, tuple, list)):
         raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
@@ -89,12 +100,14 @@ def numbered_chunks(
             # Part by part: it may not fit into memory as a whole.
             yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
         return
-    x, y = as_pair(name, source)
-    own = share(len(x), group)
-    yield from _split(x[own.start : own.stop], y[own.start : own.stop], chunk, device, own.start)
+    x, y = as_pair(name, source, any_targets=any_targets)
+    own = share(num_samples(x), group)
+    x, y = (map_tensors(lambda t: t[own.start : own.stop], tree) for tree in (x, y))
+    yield from _split(x, y, chunk, device, own.start)
 
 
-def _split(x: Tensor, y: Tensor, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for start in range(0, len(x), chunk):
+def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
+    for start in range(0, num_samples(x), chunk):
         part = slice(start, start + chunk)
-        yield first + start, x[part].to(device, non_blocking=True), y[part].to(device, non_blocking=True)
+        x_part, y_part = (map_tensors(lambda t, part=part: t[part].to(device, non_blocking=True), tree) for tree in (x, y))
+        yield first + start, x_part, y_part
