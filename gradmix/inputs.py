@@ -87,6 +87,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
     return cast(Tree, function(cast(Tensor, x)))
 
 
+def part_of(x: Tree, samples: slice) -> Tree:
+    """Some consecutive samples of a tree, as views."""
+    return map_tensors(lambda leaf: leaf[samples], x)
+
+
 def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
     """The tree of ``function(leaf, leaf, ...)`` over trees of one structure, such as chunks to be joined.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias, Union, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gradmix.buffers import ReplayBuffer
-from gradmix.inputs import check_inputs, map_tensors, num_samples
+from gradmix.inputs import check_inputs, map_tensors, num_samples, part_of
 from gradmix.ops.labels import check_labels
 from gradmix.processes import Group, rank_of, share, size_of
 
@@ -48,7 +48,7 @@ def as_pair(name: str, rows: object, *, any_targets: bool = False) -> tuple[Any,
         raise ValueError(f"{name}: x has no dimensions, expected rows (N, ...)")
     count = check_inputs(f"{name} x", x)
     if not any_targets:
-        check_labels(f"{name} labels", y, count, None)
+        check_labels(f"{name} labels", cast(Tensor, y), count, None)
     elif check_inputs(f"{name} labels", y) != count:
         raise ValueError(f"{name} labels: got {num_samples(y)} samples, expected {count} as in x")
     return x, y
@@ -102,12 +102,14 @@ def numbered_chunks(
         return
     x, y = as_pair(name, source, any_targets=any_targets)
     own = share(num_samples(x), group)
-    x, y = (map_tensors(lambda t: t[own.start : own.stop], tree) for tree in (x, y))
-    yield from _split(x, y, chunk, device, own.start)
+    mine = slice(own.start, own.stop)
+    yield from _split(part_of(x, mine), part_of(y, mine), chunk, device, own.start)
 
 
 def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
+    def moved(tree: Any) -> Any:
+        return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), tree)
+
     for start in range(0, num_samples(x), chunk):
         part = slice(start, start + chunk)
-        x_part, y_part = (map_tensors(lambda t, part=part: t[part].to(device, non_blocking=True), tree) for tree in (x, y))
-        yield first + start, x_part, y_part
+        yield first + start, moved(part_of(x, part)), moved(part_of(y, part))

@@ -171,7 +171,7 @@ def derivatives_of(
             engine.run(name, start, x, y, plan, consumers)
             for part, gradients in engine.exact(name, start, x, y, plan):
                 for n, gradient in gradients.items():
-                    rows = gradient.flatten(1).to(inner.dtype)
+                    rows = gradient.reshape(len(gradient), -1).to(inner.dtype)
                     inner[part] += rows @ directions[n].flatten().to(inner.dtype)
                     squares[part] += rows.square().sum(1)
             require_finite(start, **{f"the gradient of {name}": inner})

@@ -130,8 +130,8 @@ def class_gradients(
 
     Args:
         model: returns logits (N, C), or an object that holds them as ``.logits``. With ``loss``, the logits may have
-            any shape (N, ...). It is called with x alone: a mapping is given by keyword, a tuple or list by position, to
-            a model that takes them so.
+            any shape (N, ...). It is called with x alone: a mapping is given by keyword, a tuple or list by position,
+            to a model that takes them so.
         data: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader; x a tensor (N, ...) of any dtype, or a
             mapping, tuple or list of such tensors; y (N,) int64 class indices, or (N, C) label vectors, whose largest
             entry is then the row's class.
@@ -354,7 +354,7 @@ class Engine:
         # Without any rules, no parameter may have a gradient that the layout has no place for.
         placed = {n for place in self.layout for n in place.parameters}
         trainable = trainable_parameters(self.model)
-        others = set() if plan.layers else set(select(trainable, self.layers)) - placed
+        others = [] if plan.layers else [n for n in select(trainable, self.layers) if n not in placed]
         names = [n for n in trainable if n in own or n in others]
         for part, gradients in exact_gradients(
             self.model,
@@ -368,10 +368,11 @@ class Engine:
             first_row=start,
         ):
             for n in others:
-                if bool(gradients[n].any()):
+                used = gradients[n].reshape(len(gradients[n]), -1).any(1)
+                if bool(used.any()):
                     raise ValueError(
-                        f"{name}: {n!r} is used by rows from {start + part.start} on and not by those before, expected "
-                        "chunks that use the same parameters; a larger chunk_size= helps"
+                        f"{name}: {n!r} is used by row {start + part.start + int(used.int().argmax())} and by none of "
+                        "the chunks before, expected chunks that use the same parameters; a larger chunk_size= helps"
                     )
             yield part, gradients
 
@@ -388,7 +389,10 @@ class Engine:
     def _sketched(self, place: LayerSketch, gradients: Mapping[str, Tensor]) -> Tensor:
         """(n, rows, columns): one layer's sketches, of gradients (n, *shape) by parameter name."""
         left, right = self.sides.of(place.name)
-        blocks = [gradients[n].reshape(-1, place.shape[0], gradients[n][0].numel() // place.shape[0]) for n in place.parameters]
+        blocks = [
+            gradients[n].reshape(-1, place.shape[0], gradients[n][0].numel() // place.shape[0])
+            for n in place.parameters
+        ]
         return right.reduce(left.reduce(torch.cat(blocks, 2).to(self.dtype()), 0, 1), 0, 2)
 
     # ---------------------------------------------------------------------------------------------------- all batches

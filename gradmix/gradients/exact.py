@@ -9,7 +9,7 @@ same among others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from gradmix.gradients.capture import without_compilation
 from gradmix.gradients.passes import Loss, check_losses, own_copy
 from gradmix.gradients.plan import CoupledRowsError, check_output
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples
+from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, part_of
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import require_finite
 
@@ -74,7 +74,9 @@ def exact_gradients(
             losses = check_losses(function(logits, targets), size)
             total = losses.sum() * scale
             leaves = list(wanted.values())
-            found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+            found = (
+                torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+            )
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
         return logits.detach(), losses.detach(), [z if g is None else g for z, g in zip(zeros, found, strict=True)]
 
@@ -86,17 +88,15 @@ def exact_gradients(
     step = max(1, _ENTRIES // max(1, sum(p.numel() for p in wanted.values())))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        rows, targets = (map_tensors(lambda leaf, part=part: leaf[part], tree) for tree in (x, y))  # type: ignore[misc]
+        rows, targets = part_of(x, part), part_of(y, part)
         found = _by_func(model, wanted, rows, targets, loss, scale) if together else None
         if found is not None and start == 0:
             expected = batch if part.stop == count else gradient_of(rows, targets, loss)[2]
             found = found if _agree([g.sum(0) for g in found], expected, _size(found), tolerance) else None
         if found is None:
             together = False
-            singles = [
-                gradient_of(*(map_tensors(lambda leaf, n=n: leaf[n : n + 1], tree) for tree in (rows, targets)), loss)[2]
-                for n in range(part.stop - part.start)
-            ]
+            each = [slice(n, n + 1) for n in range(part.stop - part.start)]
+            singles = [gradient_of(part_of(rows, one), part_of(targets, one), loss)[2] for one in each]
             found = [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
         for total, gradient in zip(sums, found, strict=True):
             total += gradient.sum(0, dtype=total.dtype)
@@ -140,7 +140,8 @@ def _by_func(
 
 def _size(gradients: Sequence[Tensor]) -> float:
     """The sum of the norms of the rows' gradients, at most."""
-    return sum(float(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=work_dtype(g.dtype)).sum()) for g in gradients)
+    flat = (g.reshape(len(g), -1).to(work_dtype(g.dtype)) for g in gradients)
+    return sum(float(torch.linalg.vector_norm(g, dim=1).sum()) for g in flat)
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], size: float, tolerance: float) -> bool:
