@@ -87,11 +87,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Tree) -> Tree:
     return cast(Tree, function(cast(Tensor, x)))
 
 
-def part_of(x: Tree, samples: slice) -> Tree:
-    """Some consecutive samples of a tree, as views."""
-    return map_tensors(lambda leaf: leaf[samples], x)
-
-
 def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
     """The tree of ``function(leaf, leaf, ...)`` over trees of one structure, such as chunks to be joined.
 
@@ -110,6 +105,11 @@ def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> 
 def concatenate(trees: list[Tree]) -> Tree:
     """Several trees of one structure as one, along the samples."""
     return zip_tensors(lambda *parts: torch.cat(parts), trees[0], *trees[1:])
+
+
+def take(x: Tree, index: Tensor | slice) -> Tree:
+    """The samples at ``index``."""
+    return map_tensors(lambda leaf: leaf[index], x)
 
 
 def call_model(model: nn.Module, x: InputTree) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gradmix.buffers import ReplayBuffer
-from gradmix.inputs import check_inputs, map_tensors, num_samples, part_of
+from gradmix.inputs import check_inputs, map_tensors, num_samples, take
 from gradmix.ops.labels import check_labels
 from gradmix.processes import Group, rank_of, share, size_of
 
@@ -103,7 +103,7 @@ def numbered_chunks(
     x, y = as_pair(name, source, any_targets=any_targets)
     own = share(num_samples(x), group)
     mine = slice(own.start, own.stop)
-    yield from _split(part_of(x, mine), part_of(y, mine), chunk, device, own.start)
+    yield from _split(take(x, mine), take(y, mine), chunk, device, own.start)
 
 
 def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
@@ -112,4 +112,4 @@ def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iter
 
     for start in range(0, num_samples(x), chunk):
         part = slice(start, start + chunk)
-        yield first + start, moved(part_of(x, part)), moved(part_of(y, part))
+        yield first + start, moved(take(x, part)), moved(take(y, part))

@@ -184,10 +184,13 @@ def _out_of_inference(leaf: Tensor) -> Tensor:
     return leaf.clone() if leaf.is_inference() else leaf
 
 
-def _require_classes(name: str, y: object, rows: int) -> None:
-    """Check that targets of a loss of the user's own say what class each row is of."""
+def _classes_of_targets(name: str, y: Any, rows: int) -> Tensor:
+    """Targets of a loss of the user's own as labels, if they say what class each row is of."""
     try:
-        check_labels(f"{name} labels", y, rows, None)  # type: ignore[arg-type]
+        whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        labels: Tensor = y.long() if whole else y
+        check_labels(f"{name} labels", labels, rows, None)
+        return labels
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"{error}, to sum by. sample_gradients takes any y that loss= does: sum its vectors by classes of your own"
@@ -429,7 +432,7 @@ class Engine:
 
     def _class_chunk(self, name: str, start: int, x: InputTree, y: Any, plan: Plan) -> ClassGradients:
         if self.loss is not None:
-            _require_classes(name, y, num_samples(x))
+            y = _classes_of_targets(name, y, num_samples(x))
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
         sums, squares = (self.zeros(classes, width) for width in (self.width, len(self.layout)))
         consumer = ClassSketches(plan, self.layout, self.sides, labels, sums, squares, self.scale(x), self.backend)

@@ -21,7 +21,7 @@ from gradmix.gradients.capture import without_compilation
 from gradmix.gradients.passes import Loss, check_losses, own_copy
 from gradmix.gradients.plan import CoupledRowsError, check_output
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, part_of
+from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import require_finite
 
@@ -88,7 +88,7 @@ def exact_gradients(
     step = max(1, _ENTRIES // max(1, sum(p.numel() for p in wanted.values())))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
-        rows, targets = part_of(x, part), part_of(y, part)
+        rows, targets = take(x, part), take(y, part)
         found = _by_func(model, wanted, rows, targets, loss, scale) if together else None
         if found is not None and start == 0:
             expected = batch if part.stop == count else gradient_of(rows, targets, loss)[2]
@@ -96,7 +96,7 @@ def exact_gradients(
         if found is None:
             together = False
             each = [slice(n, n + 1) for n in range(part.stop - part.start)]
-            singles = [gradient_of(part_of(rows, one), part_of(targets, one), loss)[2] for one in each]
+            singles = [gradient_of(take(rows, one), take(targets, one), loss)[2] for one in each]
             found = [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
         for total, gradient in zip(sums, found, strict=True):
             total += gradient.sum(0, dtype=total.dtype)

@@ -298,7 +298,7 @@ def _make_plan(
         listed = "; ".join(f"{name!r}, which is used {reasons[name]}" for name in chosen if name in unruled)
         raise NoRuleError(
             f"model: got no rule for the per-sample gradient of {listed}. Leave it out by layers=, or have it computed "
-            "by torch.func (slower) with without_rule='exact'"
+            "row by row (slower) with without_rule='exact'"
         )
     calls = tuple(
         CallPlan(r.rule, r.parameters, next(iter(p)) if len(p) == 1 else None, index in spread)

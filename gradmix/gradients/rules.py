@@ -15,11 +15,11 @@ one more column.
 
 from __future__ import annotations
 
-import itertools
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -640,7 +640,7 @@ class Convolution(Channels):
         x = F.pad(self.x, _padding(a["padding"], weight.shape[2:], dilation))
         d = d.to(dtype).unflatten(1, (a["groups"], -1)).flatten(3)
         taps = []
-        for tap in itertools.product(*(range(size) for size in weight.shape[2:])):
+        for tap in product(*map(range, weight.shape[2:])):
             seen = x
             for i, offset in enumerate(tap):
                 first, length = offset * dilation[i], self._positions(x, stride, dilation)[i]

@@ -162,8 +162,8 @@ class RowSampling(Sketch):
         # 64 random bits for each row, in four numbers; the smallest are a uniform sample without replacement.
         draws = random_matrix(4, dim, sketch_key(self.seed, layer, side), "gaussian", dtype=torch.float64, device="cpu")
         chosen = torch.from_numpy(np.sort(np.lexsort(draws.numpy())[:size]))
-        picked = torch.zeros(size, dim, dtype=dtype)
-        picked[torch.arange(size), chosen] = math.sqrt(dim / size)
+        picked = torch.zeros(size, dim, dtype=dtype, device="cpu")
+        picked[torch.arange(size, device="cpu"), chosen] = math.sqrt(dim / size)
         return picked.to(device)
 
 

@@ -65,7 +65,7 @@ def sketch_project_cpp(x: Tensor, rank: int, key: int, ones: bool, entries: str)
     x = x.detach()
     if layout(x) is None or (layout(x) == "planes" and x.shape[1] < _REGISTER):
         x = x.contiguous()  # planes of so few positions would leave the registers half empty
-    out = torch.empty(*x.shape[:2], rank, dtype=work_dtype(x.dtype))
+    out = torch.empty(*x.shape[:2], rank, dtype=work_dtype(x.dtype), device="cpu")
     extension.sketch_project(x, key, ones, out, torch.get_num_threads())
     return out
 
