@@ -669,6 +669,9 @@ CONTRACTIONS = {
     "einsum with a vector": _einsum("ntd,d->nt", (6,), 4, 6),
     "einsum over positions": _einsum("ntd,st->nsd", (5, 4), 4, 6),
     "einsum over positions and features": _einsum("ntd,tdc->nc", (4, 6, 5), 4, 6),
+    "einsum to a number": net(_tensor(4, 6), lambda m, x: torch.einsum("ntd,td->n", x, m.w)[:, None], 4, 6),
+    "a vector on the right of vectors": net(_tensor(6), lambda m, x: (x @ m.w)[:, None], 6),
+    "a number for a row, scaled": net(_tensor(1), lambda m, x: (x.sum(1) * m.w)[:, None], 6),
     "einsum of an outer product": _einsum("nt,c->ntc", (5,), 4),
     "einsum, sequence first": net(
         _weight(), lambda m, x: torch.einsum("tnd,cd->tnc", x.transpose(0, 1), m.w).transpose(0, 1), 4, 6
@@ -688,6 +691,12 @@ CONTRACTIONS = {
         6,
     ),
     "einsum with the transpose": net(_weight(), lambda m, x: torch.einsum("ntd,dc->ntc", x, m.w.T), 4, 6),
+    "einsum with a weight cut into heads": net(
+        _weight(6), lambda m, x: torch.einsum("ntd,hkd->nthk", x, m.w.view(2, 3, 6)), 4, 6
+    ),
+    "einsum out of heads, with a weight cut into them": net(
+        _weight(6, 5), lambda m, x: torch.einsum("nthk,hkd->ntd", x.unflatten(-1, (2, 3)), m.w.view(2, 3, 5)), 4, 6
+    ),
     "einsum twice with one weight": net(
         _weight(6), lambda m, x: torch.einsum("ntd,cd->ntc", torch.einsum("ntd,cd->ntc", x, m.w).sin(), m.w), 4, 6
     ),
@@ -1192,6 +1201,12 @@ TRAPS = {
     "einsum, an axis of length 1": _einsum("ntd,td->ntd", (4, 1), 4, 6),
     "einsum, rows of length 1": _einsum("ntd,td->ntd", (4, 6), 4, 1),
     "einsum of three": net(_weight(), lambda m, x: torch.einsum("ntd,cd,ntd->ntc", x, m.w, x.sin()), 4, 6),
+    "einsum with a weight turned round": net(
+        lambda: {"w": torch.randn(2, 6, 3)}, lambda m, x: torch.einsum("ntd,hkd->nthk", x, m.w.mT), 4, 6
+    ),
+    "einsum with an expanded weight": net(
+        lambda: {"w": torch.randn(1, 6)}, lambda m, x: torch.einsum("ntd,cd->ntc", x, m.w.expand(3, -1)), 4, 6
+    ),
     "einsum with a part of a weight": net(_weight(), lambda m, x: torch.einsum("ntd,cd->ntc", x, m.w[2:5]), 4, 6),
     "einsum of a weight with itself": net(
         _weight(), lambda m, x: F.linear(x, torch.einsum("cd,ed->ce", m.w, m.w)[:, :6]), 4, 6
@@ -1205,6 +1220,9 @@ TRAPS = {
         lambda m, x: m.w.index_select(1, x.flatten()).view(4, -1, 5).transpose(0, 1),
         5,
         tokens=9,
+    ),
+    "one row selected": net(
+        lambda: {"w": torch.randn(9, 6)}, lambda m, x: x * torch.index_select(m.w, 0, torch.tensor(3)), 4, 6
     ),
     "indexed in two axes": net(lambda: {"w": torch.randn(9, 9)}, lambda m, x: m.w[x, x.flip(1)], 5, tokens=9),
     "indexed by a mask": net(_token(6), lambda m, x: x[..., :3] * m.token[torch.arange(6) % 2 == 0], 4, 6),

@@ -341,6 +341,20 @@ class Slope(nn.Module):
         return torch.where(x > 0, x, x * self.slope.exp())
 
 
+def test_recurrent_layers_do_without_cudnn_and_other_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's recurrent layers have no backward pass in evaluation mode."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    monkeypatch.setattr(cudnn, "enabled", True)
+    for name, enabled in (("LSTM, plain", False), ("in place", True)):
+        model, batch = rows(name)
+        seen = set()
+        model.register_forward_pre_hook(lambda *_, seen=seen: seen.add((cudnn.enabled, cudnn.deterministic)))
+        exactly(model, batch)
+        mean_gradient(model, batch)
+        assert seen == {(enabled, True)} and cudnn.enabled and cudnn.deterministic
+
+
 def test_a_model_is_called_as_its_forward_takes_rows() -> None:
     model = Net(lambda m, x: m.after((x["a"] * m.scale.exp()).sum(1)), **_parts()).double()
     x, y = {"a": torch.randn(5, 4, 6).double()}, torch.arange(5) % 4

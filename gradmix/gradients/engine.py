@@ -179,6 +179,21 @@ def class_gradients(
     return total
 
 
+@contextmanager
+def _recurrent_backward(model: nn.Module) -> Iterator[None]:
+    """Do without cuDNN in a model with recurrent layers: its own have no backward pass in evaluation mode."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    if not before or not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
+
+
 def _out_of_inference(leaf: Tensor) -> Tensor:
     """The tensor, or a copy of one of inference mode, which cannot be kept for a backward pass."""
     return leaf.clone() if leaf.is_inference() else leaf
@@ -266,10 +281,7 @@ class Engine:
     @contextmanager
     def probing(self) -> Iterator[None]:
         """The model in evaluation mode, out of inference mode; everything restored afterwards."""
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        cudnn = torch.backends.cudnn
-        # cuDNN's recurrent layers have no backward pass in evaluation mode.
-        with torch.inference_mode(False), untouched(self.model), cudnn.flags(cudnn.enabled and not recurrent):
+        with torch.inference_mode(False), untouched(self.model), _recurrent_backward(self.model):
             yield
 
     # ------------------------------------------------------------------------------------------------------ one batch

@@ -412,8 +412,9 @@ class Contraction(Rule):
         super().__init__(function, arguments, weight, bias)
         assert weight is not None
         self._x, self._w, self._y = arguments["letters"]
+        self._shape = weight.value.shape
         if weight.transposed:
-            self._w = self._w[::-1]
+            self._w, self._shape = self._w[::-1], weight.whole
 
     @classmethod
     def match(
@@ -440,12 +441,15 @@ class Contraction(Rule):
 
     def refusal(self) -> str | None:
         assert self.weight is not None
-        if self.weight.offset is not None or self.weight.value.numel() != math.prod(self.weight.whole):
-            return "only a part of it is used"
+        value, whole = self.weight.value, self.weight.whole
+        if value.numel() != math.prod(whole) or (
+            value.shape != whole and not self.weight.transposed and not value.is_contiguous()
+        ):
+            return "it is used otherwise than whole and in its own order"
         if any(len(set(letters)) < len(letters) for letters in (self._x, self._w, self._y)):
             return "an axis is named twice"
         sizes = dict(zip(self._x, self.x.shape, strict=True))
-        if any(sizes.get(a, size) != size for a, size in zip(self._w, self.weight.whole, strict=True)):
+        if any(sizes.get(a, size) != size for a, size in zip(self._w, self._shape, strict=True)):
             return "an axis of length 1 is repeated"
         if set(self._w) - {*self._x, *self._y} or set(self._x) - {*self._w, *self._y}:
             return "an axis of one factor alone is summed"
@@ -468,7 +472,7 @@ class Contraction(Rule):
         return [dim for dim, a in enumerate(self._y) if a in self._x and a not in self._w]
 
     def matrix(self, ref: Ref) -> tuple[int, int]:
-        rows = math.prod(ref.whole[: max(1, self._split)])
+        rows = math.prod(self._shape[: max(1, self._split)])
         return rows, math.prod(ref.whole) // max(1, rows)
 
     @property
@@ -868,6 +872,8 @@ class Lookup(Embedding):
         index = args[-1][0] if isinstance(args[-1], tuple) and len(args[-1]) == 1 else args[-1]
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
             return None
+        if function is not Tensor.__getitem__ and index.ndim != 1:
+            return None  # a single row keeps its axis
         index = torch.where(index < 0, index + len(weight.value), index)
         return cls(function, cls.signature | {"input": index}, weight, None)
 
