@@ -1213,6 +1213,44 @@ TRAPS = {
     ),
     "one matrix for all heads": net(lambda: {"w": torch.randn(1, 6, 5)}, lambda m, x: x @ m.w, 2, 3, 6),
     "columns looked up": net(lambda: {"w": torch.randn(4, 9)}, lambda m, x: F.embedding(x, m.w.T), 5, tokens=9),
+    "columns looked up, a square": net(
+        lambda: {"w": torch.randn(5, 5)}, lambda m, x: F.embedding(x, m.w.T), 5, tokens=5
+    ),
+    "normalised by a square's transpose": net(
+        lambda: {"w": torch.randn(4, 4), "b": torch.randn(4, 4)},
+        lambda m, x: F.layer_norm(x, (4, 4), m.w.T, m.b) + F.layer_norm(x, (4, 4), None, m.b.T),
+        4,
+        4,
+    ),
+    "normalised by a cube turned round": net(
+        lambda: {"w": torch.randn(3, 3, 3)}, lambda m, x: F.layer_norm(x, (3, 3, 3), m.w.transpose(0, 1)), 3, 3, 3
+    ),
+    "a square's transpose": net(
+        lambda: {"w": torch.randn(4, 4), "b": torch.randn(4, 4)}, lambda m, x: x * m.w.T + m.b.T, 4, 4
+    ),
+    **{
+        f"a square in another order of memory, {name}": net(
+            lambda: {"w": torch.randn(4, 4).T}, lambda m, x, use=use: use(m.w, x), 4, 4
+        )
+        for name, use in {
+            "scaled": lambda w, x: x * w,
+            "scaled by its transpose": lambda w, x: x * w.T,
+            "scaled by a row": lambda w, x: x * w[1],
+            "added by a column": lambda w, x: x + w[:, 1],
+            "linear": lambda w, x: F.linear(x, w),
+            "linear, transposed": lambda w, x: F.linear(x, w.T),
+            "linear, some rows": lambda w, x: F.linear(x, w[1:3]),
+            "on the left": lambda w, x: w @ x,
+            "on the left, transposed": lambda w, x: w.T @ x,
+            "contracted": lambda w, x: torch.einsum("ntd,dc->ntc", x, w),
+            "contracted, cut": lambda w, x: torch.einsum("ntd,dab->ntab", x, w.unflatten(1, (2, 2))),
+            "normalised": lambda w, x: F.layer_norm(x, (4, 4), w),
+            "normalised, transposed": lambda w, x: F.layer_norm(x, (4, 4), w.T),
+            "expanded": lambda w, x: torch.cat([w.expand(len(x), 4, 4), x], 1),
+            "expanded, transposed": lambda w, x: torch.cat([w.T.expand(len(x), 4, 4), x], 1),
+            "repeated, transposed": lambda w, x: torch.cat([w.T.repeat(len(x), 1, 1), x], 1),
+        }.items()
+    },
     "columns indexed": net(lambda: {"w": torch.randn(4, 9)}, lambda m, x: m.w.T[x], 5, tokens=9),
     "columns indexed, a square": net(lambda: {"w": torch.randn(5, 5)}, lambda m, x: m.w.T[x], 5, tokens=5),
     "columns selected": net(

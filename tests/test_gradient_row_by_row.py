@@ -282,6 +282,15 @@ def test_packed_sequences_of_two_inputs() -> None:
     assert_layers_equal(result, expected, EXACT)
 
 
+def test_a_table_with_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6, sparse=True), Experts(by_row=True)).double()
+    tokens, y = torch.randint(9, (8, 4)), torch.arange(8) % 4
+    expected = same_loop(model, tokens, y)
+    expected["0.weight"] = torch.stack([g.to_dense() for g in expected["0.weight"].unbind()])
+    assert_layers_equal(exactly(model, (tokens, y)), expected, EXACT)
+
+
 def test_weight_norm_by_a_hook_leaves_the_layer_usable() -> None:
     """The hook writes the weight into the module in every forward pass; a tensor of torch.func must not stay there."""
     with warnings.catch_warnings():

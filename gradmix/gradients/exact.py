@@ -77,8 +77,10 @@ def exact_gradients(
             found = (
                 torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
             )
+        # A layer that has no part has no gradient, and a table's may be sparse.
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
-        return logits.detach(), losses.detach(), [z if g is None else g for z, g in zip(zeros, found, strict=True)]
+        dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
+        return logits.detach(), losses.detach(), dense
 
     logits, losses, batch = gradient_of(x, y, checked_loss)
     require_finite(first_row, **{f"the model's logits of {name}": logits, f"the loss of {name}": losses})

@@ -979,8 +979,8 @@ class _Normalisation(Rule):
         raise NotImplementedError
 
     def refusal(self) -> str | None:
-        if any(ref.value.shape != ref.whole for ref in self.refs):
-            return "only some of its rows are used"
+        if any(ref.value.shape != ref.whole or ref.transposed or ref.offset is not None for ref in self.refs):
+            return "it is used otherwise than whole and in its own order"
         return None
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
@@ -1138,7 +1138,8 @@ def _as_part(ref: Ref) -> Ref:
     if ref.offset is not None or (ref.value.shape == ref.whole and not ref.transposed):
         return ref
     contiguous = math.prod(ref.whole[1:])
-    if ref.value.stride() not in (_strides(ref.whole), _strides(ref.whole)[::-1]):
+    strides = _strides(ref.whole)
+    if ref.value.stride() != (strides[::-1] if ref.transposed else strides):
         return ref
     return replace(ref, start=0, transposed=False, offset=ref.start * contiguous)
 
@@ -1171,7 +1172,7 @@ class _Broadcast(Rule):
 
     def refusal(self) -> str | None:
         assert self.weight is not None
-        if self.weight.value.shape != self.weight.whole and self.weight.offset is None:
+        if self.weight.offset is None and (self.weight.value.shape != self.weight.whole or self.weight.transposed):
             return "a part of it, converted, meets the activations element by element"
         if self.x._is_view() and self.function in _IN_PLACE:
             return "it changes a view in place"
@@ -1317,7 +1318,7 @@ class Copies(_Broadcast):
             times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
             if any(t != 1 and own != 1 for t, own in zip(times, self._own(len(times)), strict=True)):
                 return "it is repeated along an axis longer than 1"
-        return None
+        return super().refusal()
 
     def dims(self, output: Tensor) -> Sequence[int]:
         return [dim for dim in super().dims(output) if output.shape[dim] > 1]
