@@ -319,7 +319,8 @@ def single_layers(trainable: Mapping[str, nn.Parameter], names: Sequence[str]) -
 
 def plan_without_rules(layers: tuple[Layer, ...], classes: int) -> Plan:
     """The plan by which no call is watched, and the gradients of all layers are computed row by row."""
-    return Plan((), layers, (), Placement({}, {}), True, 0, classes)
+    placement = Placement({}, {})
+    return Plan((), layers, (), placement, has_other_graph=True, row_bytes=0, classes=classes)
 
 
 class _CannotSpreadError(Exception):

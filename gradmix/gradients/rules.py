@@ -1335,7 +1335,8 @@ class Copies(_Broadcast):
         if weight is None:
             return None
         weight = _as_part(weight)
-        return cls(function, {"input": weight.value, "sizes": args[1:], "named": named}, weight, None)
+        arguments = {"input": weight.value, "first": True, "sizes": args[1:], "named": named}
+        return cls(function, arguments, weight, None)
 
 
 RULES: dict[Callable[..., Any], type[Rule]] = {
