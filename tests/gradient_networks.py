@@ -310,6 +310,9 @@ EMBEDDING = {
     "embedding, one token a row": around(lambda: nn.Embedding(9, 4), tokens=9),
     "embedding, two leading dimensions": around(lambda: nn.Embedding(9, 4), 2, 3, tokens=9),
     "embedding, as many tokens as rows": around(lambda: nn.Embedding(9, 4), 3, tokens=9),
+    "embedding, int32 tokens": around(
+        lambda: nn.Embedding(3, 4, padding_idx=-1), 6, tokens=3, arrange=lambda x: x.int()
+    ),
     "embedding of one": around(lambda: nn.Embedding(1, 1), 3, tokens=1),
 }
 
@@ -484,7 +487,87 @@ class Decode(nn.Module):
         return self.layer(x, x[:2].sin()).transpose(0, 1)
 
 
-LAYERS = {**LINEAR, **CONVOLUTION, **EMBEDDING, **NORMALISATION, **ATTENTION}
+class Bags(nn.Module):
+    """Each row's six tokens in three bags, of two tokens, of none and of four, told by offsets."""
+
+    def __init__(self, major: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.major, self.table = major, nn.EmbeddingBag(5, 4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bags = [x[:, :2], x[:, :0], x[:, 2:]]
+        if self.major:  # a row's bags one after the other; otherwise all rows' first bags come first
+            tokens, lengths = x.flatten(), torch.tensor([2, 0, 4], device=x.device).repeat(len(x))
+        else:
+            tokens = torch.cat([bag.flatten() for bag in bags])
+            lengths = torch.tensor([2, 0, 4], device=x.device).repeat_interleave(len(x))
+        ends = lengths.cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends]) if self.table.include_last_offset else ends - lengths
+        h = self.table(tokens, offsets)
+        return h.view(len(x), 3, 4) if self.major else h.view(3, len(x), 4).transpose(0, 1)
+
+
+class WeightedBag(nn.Module):
+    """A bag whose weights are learned, by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weights = nn.EmbeddingBag(5, 4, mode="sum", padding_idx=2), nn.Embedding(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x, per_sample_weights=self.weights(x).squeeze(-1).sin())
+
+
+def _padded(x: Tensor) -> Tensor:
+    """The first row holds padding alone."""
+    x = x.clone()
+    x[0] = 1
+    return x
+
+
+BAG = {
+    "bag of embeddings, mean": around(lambda: nn.EmbeddingBag(9, 4), 5, tokens=9),
+    "bag of embeddings, sum, tokens repeated": around(lambda: nn.EmbeddingBag(9, 4, mode="sum"), 12, tokens=2),
+    "bag of embeddings, one token": around(lambda: nn.EmbeddingBag(9, 4), 1, tokens=9),
+    **{
+        f"bag of embeddings, {mode}, padding {index}": around(
+            lambda mode=mode, index=index: nn.EmbeddingBag(3, 4, mode=mode, padding_idx=index),
+            6,
+            tokens=3,
+            arrange=_padded,
+        )
+        for mode, index in (("sum", 1), ("mean", 1), ("mean", -2))
+    },
+    "bags by offsets": around(lambda: Bags(mode="sum"), 6, tokens=5),
+    "bags by offsets, mean, padding": around(lambda: Bags(mode="mean", padding_idx=3), 6, tokens=5),
+    "bags by offsets and the last": around(lambda: Bags(mode="mean", include_last_offset=True), 6, tokens=5),
+    "bags by offsets, sequence first": around(lambda: Bags(major=False, mode="sum"), 6, tokens=5),
+    "bag with weights that are learned": around(WeightedBag, 7, tokens=5),
+}
+
+PARAMETRIC = {
+    "prelu": around(lambda: nn.PReLU(), 4, 6),
+    "prelu of vectors": around(lambda: nn.PReLU(6), 6),
+    "prelu, one a channel": around(lambda: nn.PReLU(4), 4, 5, 3),
+    "prelu, as many channels as rows": around(lambda: nn.PReLU(3), 3, 6),
+    "bilinear": around(lambda: Twice(nn.Bilinear(6, 4, 5)), 6),
+    "bilinear over positions, without bias": around(lambda: Twice(nn.Bilinear(6, 4, 5, bias=False)), 3, 6),
+    "bilinear, as many positions as rows": around(lambda: Twice(nn.Bilinear(6, 4, 3)), 3, 6),
+}
+
+
+class Twice(nn.Module):
+    """A bilinear layer of the row and of a part of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x[..., :4].sin())
+
+
+LAYERS = {**LINEAR, **CONVOLUTION, **EMBEDDING, **BAG, **PARAMETRIC, **NORMALISATION, **ATTENTION}
 """One layer each; all of it served by rules."""
 
 
@@ -557,7 +640,106 @@ def _norm_parameters() -> dict[str, Any]:
     return {"w": torch.randn(6), "b": torch.randn(6)}
 
 
+def _einsum(equation: str, weight: tuple[int, ...], *shape: int, **more: Any) -> Case:
+    """x (N, *shape) contracted with a parameter, which stands first where the equation has it first."""
+    first = equation.split(",")[0].startswith("W")
+    equation = equation.replace("W", "")
+    operands = (lambda m, x: (m.w, x)) if first else (lambda m, x: (x, m.w))
+    return net(_tensor(*weight), lambda m, x: torch.einsum(equation, *operands(m, x)), *shape, **more)
+
+
+def _tensor(*shape: int) -> Callable[[], dict[str, Any]]:
+    return lambda: {"w": torch.randn(shape) / 2}
+
+
+CONTRACTIONS = {
+    "einsum": _einsum("ntd,cd->ntc", (7, 6), 4, 6),
+    "einsum, transposed": _einsum("ntd,dc->ntc", (6, 7), 4, 6),
+    "einsum, the weight first": _einsum("Wcd,ntd->nct", (7, 6), 4, 6),
+    "einsum without an arrow": _einsum("ntx,xz", (6, 7), 4, 6),
+    "einsum with an ellipsis": _einsum("...d,cd->...c", (7, 6), 3, 2, 6),
+    "einsum with an ellipsis and without an arrow": _einsum("...x,xz", (6, 7), 4, 6),
+    "einsum with blanks": _einsum("n t d , c d -> n t c", (7, 6), 4, 6),
+    "einsum into heads": _einsum("ntd,dhk->nhtk", (6, 2, 3), 4, 6),
+    "einsum into heads, heads first": _einsum("ntd,hdk->nhtk", (2, 6, 3), 4, 6),
+    "einsum out of heads": _einsum("nthk,hkd->ntd", (2, 3, 5), 4, 2, 3),
+    "einsum, a matrix for each group": _einsum("ngd,gdc->ngc", (4, 6, 5), 4, 6),
+    "einsum, as many groups as rows": _einsum("ngd,gdc->ngc", (3, 6, 5), 3, 6),
+    "einsum, a scale for each entry": _einsum("ntd,td->ntd", (4, 6), 4, 6),
+    "einsum with a vector": _einsum("ntd,d->nt", (6,), 4, 6),
+    "einsum over positions": _einsum("ntd,st->nsd", (5, 4), 4, 6),
+    "einsum over positions and features": _einsum("ntd,tdc->nc", (4, 6, 5), 4, 6),
+    "einsum to a number": net(_tensor(4, 6), lambda m, x: torch.einsum("ntd,td->n", x, m.w)[:, None], 4, 6),
+    "a vector on the right of vectors": net(_tensor(6), lambda m, x: (x @ m.w)[:, None], 6),
+    "a number for a row, scaled": net(_tensor(1), lambda m, x: (x.sum(1) * m.w)[:, None], 6),
+    "einsum of an outer product": _einsum("nt,c->ntc", (5,), 4),
+    "einsum, sequence first": net(
+        _weight(), lambda m, x: torch.einsum("tnd,cd->tnc", x.transpose(0, 1), m.w).transpose(0, 1), 4, 6
+    ),
+    "einsum, positions merged": net(
+        _weight(), lambda m, x: torch.einsum("bd,cd->bc", x.reshape(-1, 6), m.w).view(-1, 4, 7), 4, 6
+    ),
+    "einsum, positions merged, a matrix for each group": net(
+        _tensor(2, 3, 5), lambda m, x: torch.einsum("bgd,gdc->bgc", x.reshape(-1, 2, 3), m.w).reshape(-1, 4, 10), 4, 6
+    ),
+    "einsum, sequence first, merged, a matrix for each group": net(
+        _tensor(2, 3, 5),
+        lambda m, x: (
+            torch.einsum("bgd,gdc->bgc", x.transpose(0, 1).reshape(-1, 2, 3), m.w).reshape(4, -1, 10).transpose(0, 1)
+        ),
+        4,
+        6,
+    ),
+    "einsum with the transpose": net(_weight(), lambda m, x: torch.einsum("ntd,dc->ntc", x, m.w.T), 4, 6),
+    "einsum with a weight cut into heads": net(
+        _weight(6), lambda m, x: torch.einsum("ntd,hkd->nthk", x, m.w.view(2, 3, 6)), 4, 6
+    ),
+    "einsum out of heads, with a weight cut into them": net(
+        _weight(6, 5), lambda m, x: torch.einsum("nthk,hkd->ntd", x.unflatten(-1, (2, 3)), m.w.view(2, 3, 5)), 4, 6
+    ),
+    "einsum twice with one weight": net(
+        _weight(6), lambda m, x: torch.einsum("ntd,cd->ntc", torch.einsum("ntd,cd->ntc", x, m.w).sin(), m.w), 4, 6
+    ),
+    "one weight in a linear layer and in an einsum": net(
+        _weight(6), lambda m, x: F.linear(torch.einsum("ntd,cd->ntc", x, m.w).sin(), m.w), 4, 6
+    ),
+    "a weight on the left": net(_weight(7, 4), lambda m, x: m.w @ x, 4, 6),
+    "a weight's transpose on the left": net(_weight(4, 7), lambda m, x: m.w.T.matmul(x), 4, 6),
+    "a vector on the right": net(_tensor(6), lambda m, x: x @ m.w, 4, 6),
+    "a matrix for each head": net(_tensor(2, 6, 5), lambda m, x: x @ m.w, 2, 3, 6),
+    "a matrix for each head on the left": net(_tensor(2, 5, 3), lambda m, x: torch.matmul(m.w, x), 2, 3, 6),
+    "a matrix for each position, bmm": net(
+        _tensor(4, 6, 5), lambda m, x: torch.bmm(x.transpose(0, 1), m.w).transpose(0, 1), 4, 6
+    ),
+    "a matrix for each position, bmm on the left": net(
+        _tensor(4, 5, 6), lambda m, x: m.w.bmm(x.permute(1, 2, 0)).permute(2, 0, 1), 4, 6
+    ),
+}
+
+INDEXED = {
+    "indexed by tokens": net(_tensor(9, 4), lambda m, x: m.w[x], 5, tokens=9),
+    "indexed by tokens repeated": net(_tensor(9, 4), lambda m, x: m.w[x], 12, tokens=2),
+    "indexed from the end": net(_tensor(9, 4), lambda m, x: m.w[x - 9], 5, tokens=9),
+    "indexed by int32": net(_tensor(9, 4), lambda m, x: m.w[x.int()], 5, tokens=9),
+    "indexed by a tuple": net(_tensor(9, 4), lambda m, x: m.w[(x,)], 5, tokens=9),
+    "a number for each token": net(_tensor(9), lambda m, x: m.w[x], 5, tokens=9),
+    "a matrix for each token": net(_tensor(9, 2, 3), lambda m, x: m.w[x], 5, tokens=9),
+    "one token a row": net(_tensor(9, 4), lambda m, x: m.w[x], tokens=9),
+    "some rows indexed": net(_tensor(9, 4), lambda m, x: m.w[3:7][x], 5, tokens=4),
+    "rows selected": net(_tensor(9, 4), lambda m, x: m.w.index_select(0, x.flatten()).view(-1, 5, 4), 5, tokens=9),
+    "rows selected, sequence first": net(
+        _tensor(9, 4),
+        lambda m, x: torch.index_select(m.w, 0, x.T.flatten()).view(5, -1, 4).transpose(0, 1),
+        5,
+        tokens=9,
+    ),
+    "positions indexed": net(_tensor(7, 6), lambda m, x: x + m.w[torch.arange(4, device=x.device)], 4, 6),
+    "indexed and tied to the classifier": net(_tensor(9, 6), lambda m, x: F.linear(m.w[x].sin(), m.w), 5, tokens=9),
+}
+
 USES = {
+    **CONTRACTIONS,
+    **INDEXED,
     # Raw parameters.
     "class token, expanded": net(_token(1, 1, 6), lambda m, x: torch.cat([m.token.expand(len(x), -1, -1), x], 1), 4, 6),
     "class token, repeated": net(_token(1, 1, 6), lambda m, x: torch.cat([m.token.repeat(len(x), 1, 1), x], 1), 4, 6),
@@ -1013,9 +1195,87 @@ TRAPS = {
         4,
         6,
     ),
-    "einsum": net(_weight(), lambda m, x: torch.einsum("ntd,cd->ntc", x, m.w), 4, 6),
-    "indexed by tokens": net(lambda: {"w": torch.randn(9, 4)}, lambda m, x: m.w[x], 5, tokens=9),
-    "a weight on the left": net(_weight(7, 4), lambda m, x: m.w @ x, 4, 6),
+    "einsum, a diagonal": _einsum("ntt,t->nt", (4,), 4, 4),
+    "einsum, an axis of the rows summed": _einsum("ntd,c->nc", (5,), 4, 6),
+    "einsum, an axis of the weight summed": _einsum("ntd,cd->nt", (5, 6), 4, 6),
+    "einsum, an axis of length 1": _einsum("ntd,td->ntd", (4, 1), 4, 6),
+    "einsum, rows of length 1": _einsum("ntd,td->ntd", (4, 6), 4, 1),
+    "einsum of three": net(_weight(), lambda m, x: torch.einsum("ntd,cd,ntd->ntc", x, m.w, x.sin()), 4, 6),
+    "einsum with a weight turned round": net(
+        lambda: {"w": torch.randn(2, 6, 3)}, lambda m, x: torch.einsum("ntd,hkd->nthk", x, m.w.mT), 4, 6
+    ),
+    "einsum with an expanded weight": net(
+        lambda: {"w": torch.randn(1, 6)}, lambda m, x: torch.einsum("ntd,cd->ntc", x, m.w.expand(3, -1)), 4, 6
+    ),
+    "einsum with a part of a weight": net(_weight(), lambda m, x: torch.einsum("ntd,cd->ntc", x, m.w[2:5]), 4, 6),
+    "einsum of a weight with itself": net(
+        _weight(), lambda m, x: F.linear(x, torch.einsum("cd,ed->ce", m.w, m.w)[:, :6]), 4, 6
+    ),
+    "one matrix for all heads": net(lambda: {"w": torch.randn(1, 6, 5)}, lambda m, x: x @ m.w, 2, 3, 6),
+    "columns looked up": net(lambda: {"w": torch.randn(4, 9)}, lambda m, x: F.embedding(x, m.w.T), 5, tokens=9),
+    "columns looked up, a square": net(
+        lambda: {"w": torch.randn(5, 5)}, lambda m, x: F.embedding(x, m.w.T), 5, tokens=5
+    ),
+    "normalised by a square's transpose": net(
+        lambda: {"w": torch.randn(4, 4), "b": torch.randn(4, 4)},
+        lambda m, x: F.layer_norm(x, (4, 4), m.w.T, m.b) + F.layer_norm(x, (4, 4), None, m.b.T),
+        4,
+        4,
+    ),
+    "normalised by a cube turned round": net(
+        lambda: {"w": torch.randn(3, 3, 3)}, lambda m, x: F.layer_norm(x, (3, 3, 3), m.w.transpose(0, 1)), 3, 3, 3
+    ),
+    "a square's transpose": net(
+        lambda: {"w": torch.randn(4, 4), "b": torch.randn(4, 4)}, lambda m, x: x * m.w.T + m.b.T, 4, 4
+    ),
+    **{
+        f"a square in another order of memory, {name}": net(
+            lambda: {"w": torch.randn(4, 4).T}, lambda m, x, use=use: use(m.w, x), 4, 4
+        )
+        for name, use in {
+            "scaled": lambda w, x: x * w,
+            "scaled by its transpose": lambda w, x: x * w.T,
+            "scaled by a row": lambda w, x: x * w[1],
+            "added by a column": lambda w, x: x + w[:, 1],
+            "linear": lambda w, x: F.linear(x, w),
+            "linear, transposed": lambda w, x: F.linear(x, w.T),
+            "linear, some rows": lambda w, x: F.linear(x, w[1:3]),
+            "on the left": lambda w, x: w @ x,
+            "on the left, transposed": lambda w, x: w.T @ x,
+            "contracted": lambda w, x: torch.einsum("ntd,dc->ntc", x, w),
+            "contracted, cut": lambda w, x: torch.einsum("ntd,dab->ntab", x, w.unflatten(1, (2, 2))),
+            "normalised": lambda w, x: F.layer_norm(x, (4, 4), w),
+            "normalised, transposed": lambda w, x: F.layer_norm(x, (4, 4), w.T),
+            "expanded": lambda w, x: torch.cat([w.expand(len(x), 4, 4), x], 1),
+            "expanded, transposed": lambda w, x: torch.cat([w.T.expand(len(x), 4, 4), x], 1),
+            "repeated, transposed": lambda w, x: torch.cat([w.T.repeat(len(x), 1, 1), x], 1),
+        }.items()
+    },
+    "columns indexed": net(lambda: {"w": torch.randn(4, 9)}, lambda m, x: m.w.T[x], 5, tokens=9),
+    "columns indexed, a square": net(lambda: {"w": torch.randn(5, 5)}, lambda m, x: m.w.T[x], 5, tokens=5),
+    "columns selected": net(
+        lambda: {"w": torch.randn(4, 9)},
+        lambda m, x: m.w.index_select(1, x.flatten()).view(4, -1, 5).transpose(0, 1),
+        5,
+        tokens=9,
+    ),
+    "one row selected": net(
+        lambda: {"w": torch.randn(9, 6)}, lambda m, x: x * torch.index_select(m.w, 0, torch.tensor(3)), 4, 6
+    ),
+    "indexed in two axes": net(lambda: {"w": torch.randn(9, 9)}, lambda m, x: m.w[x, x.flip(1)], 5, tokens=9),
+    "indexed by a mask": net(_token(6), lambda m, x: x[..., :3] * m.token[torch.arange(6) % 2 == 0], 4, 6),
+    "a bag with parameters for weights": net(
+        lambda: {"w": torch.randn(9, 4), "scale": torch.randn(5)},
+        lambda m, x: F.embedding_bag(x, m.w, mode="sum", per_sample_weights=m.scale.expand(len(x), -1)),
+        5,
+        tokens=9,
+    ),
+    "a bag scaled by frequency": net(
+        lambda: {"w": torch.randn(9, 4)}, lambda m, x: F.embedding_bag(x, m.w, scale_grad_by_freq=True), 5, tokens=9
+    ),
+    "a parameter rectified": net(
+        lambda: {"w": torch.randn(6), "slope": torch.rand(1)}, lambda m, x: x * F.prelu(m.w, m.slope), 4, 6
+    ),
     "scaled by a parameter's exponential": net(_token(1), lambda m, x: x * m.token.exp(), 4, 6),
     "a number without dimensions": net(_token(), lambda m, x: x * m.token, 4, 6),
     "checkpointed": net(_three_linears, _checkpointed, 4, 6),
@@ -1040,11 +1300,16 @@ def _linear_and_bias() -> dict[str, Any]:
     return {"fc": nn.Linear(6, 5, bias=False), "odd": torch.randn(5)}
 
 
+def _step_by_step(m: Any, x: Tensor) -> Tensor:
+    state = None
+    for t in range(x.shape[1]):
+        state = m.odd(x[:, t], state)
+    return state[0]
+
+
 NO_RULE = {
     "lstm": net(lambda: {"odd": nn.LSTM(6, 5, batch_first=True)}, lambda m, x: m.odd(x)[0], 4, 6),
     "gru": net(lambda: {"odd": nn.GRU(6, 5, batch_first=True)}, lambda m, x: m.odd(x)[0], 4, 6),
-    "bilinear": net(lambda: {"odd": nn.Bilinear(6, 6, 5)}, lambda m, x: m.odd(x, x.sin()), 4, 6),
-    "prelu": net(lambda: {"odd": nn.PReLU(4)}, lambda m, x: m.odd(x), 4, 6),
     "autograd function": net(lambda: {"odd": torch.randn(6)}, lambda m, x: Double.apply(x, m.odd), 4, 6),
     "weight norm": net(
         lambda: {"odd": nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))}, lambda m, x: m.odd(x), 4, 6
@@ -1061,7 +1326,14 @@ NO_RULE = {
         4,
     ),
     "bias doubled": net(_linear_and_bias, lambda m, x: F.linear(x, m.fc.weight) + m.odd * 2, 4, 6),
-    "bag of embeddings": net(lambda: {"odd": nn.EmbeddingBag(9, 4)}, lambda m, x: m.odd(x), 5, tokens=9),
+    "bag of embeddings, the largest": net(
+        lambda: {"odd": nn.EmbeddingBag(9, 4, mode="max")}, lambda m, x: m.odd(x), 5, tokens=9
+    ),
+    "spectral norm": net(
+        lambda: {"odd": nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))}, lambda m, x: m.odd(x), 4, 6
+    ),
+    "rnn": net(lambda: {"odd": nn.RNN(6, 5, batch_first=True)}, lambda m, x: m.odd(x)[0], 4, 6),
+    "a cell step by step": net(lambda: {"odd": nn.LSTMCell(6, 5)}, _step_by_step, 4, 6),
 }
 """One parameter (or module) called ``odd`` each, used in a way that no rule serves."""
 

@@ -119,6 +119,38 @@ def test_permute_forwards_the_drawn_pairs_alone() -> None:
     torch.testing.assert_close(pairs.alignment[known], everything.cosine[known])
 
 
+class Reader(nn.Module):
+    """Reads an image line by line with a recurrent layer, which torch.func cannot run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(BATCH[0][0, :, 0].numel(), 5, batch_first=True)
+        self.fc = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gru(x.transpose(1, 2).flatten(2))[0].mean(1))
+
+
+def test_a_network_without_rules_row_by_row() -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    reference = true_reference(model, BUFFER)
+    gradients = true_pairs(model, BATCH, OTHERS, LAM)
+    both = {"candidates": OTHERS, "lam": LAM, "chunk_size": 5}
+    found = gradmix.alignment_matrix(model, BUFFER, BATCH, estimator=JvpEstimator(without_rule="exact"), **both)
+    close(found.inner, gradients @ reference, 2e-5)
+    close(found.cosine, (gradients @ reference) / (gradients.norm(dim=2) * reference.norm()), 2e-5)
+    own, other = (
+        torch.stack([flat_gradient(double(model), x, y) for x, y in zip(*part, strict=True)])
+        for part in (BATCH, OTHERS)
+    )
+    sketch = SketchEstimator(sketch="identity", budget=0, without_rule="exact")
+    found = gradmix.alignment_matrix(model, BUFFER, BATCH, estimator=sketch, **both)
+    close(found.inner, (LAM * own[:, None] + (1 - LAM) * other) @ reference, 2e-5)
+    with pytest.raises(ValueError, match="without_rule='exact'"):
+        gradmix.alignment_matrix(model, BUFFER, BATCH, estimator="jvp", **both)
+
+
 # --------------------------------------------------------------------------------------------------------------- sketch
 
 

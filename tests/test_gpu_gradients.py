@@ -62,7 +62,7 @@ def test_equals_the_loop_over_single_samples(name: str, dtype: torch.dtype, tole
     assert_layers_equal(There(result), truth(model, *batch), tolerance)
 
 
-@pytest.mark.parametrize("name", ["prelu", "cosine classifier", "standardised weights"])
+@pytest.mark.parametrize("name", ["sine of a parameter", "cosine classifier", "standardised weights"])
 def test_what_has_no_rule_is_served_exactly_on_request(name: str) -> None:
     case = NO_RULE[name]
     model, batch = case.model(), case.batch()

@@ -296,7 +296,7 @@ class InnerProducts:
         def backward(d: Tensor) -> None:
             dtype = work_dtype(d.dtype)
             product = d.to(dtype) * kept.pop().to(dtype)
-            self._out += axis.split(product, samples).flatten(1).sum(1).to(self._out.dtype) / self._scale
+            self._out += axis.split(product, samples).reshape(samples, -1).sum(1).to(self._out.dtype) / self._scale
 
         return backward
 

@@ -8,20 +8,19 @@ over the positions t, d_t the gradient of the layer's output and V a_t the layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradmix.gradients.consumers import InnerProducts, SquaredNorms
 from gradmix.gradients.engine import CHUNK, Engine, Scaler
-from gradmix.gradients.exact import exact_gradients
-from gradmix.gradients.passes import Consumer, Loss, check_losses
+from gradmix.gradients.passes import Consumer, Loss, check_losses, own_copy
 from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
 from gradmix.gradients.sketches import Identity
 from gradmix.head import logits_of
+from gradmix.inputs import InputTree, call_model, num_samples
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.labels import check_label_range
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group, sum_over
 from gradmix.rows import RowSource, as_pair
@@ -87,15 +86,14 @@ def mean_gradient_of(
     for start, x, y in engine.chunks(name, source, group if shared else None):
         scale = engine.scale(x)
         with torch.enable_grad():
-            logits = check_output(logits_of(engine.model(x.detach())), len(x))
+            logits = check_output(logits_of(call_model(engine.model, own_copy(x))), num_samples(x))
             require_finite(start, **{f"the model's logits of {name}": logits.detach()})
-            check_label_range(name, y, logits.shape[1], start)
-            losses = check_losses(engine.loss(logits, y), len(x))
+            losses = check_losses(engine.losses(name, start)(logits, y), num_samples(x))
             gradients = torch.autograd.grad(losses.sum() * scale, list(wanted.values()), allow_unused=True)
         for sum_, gradient in zip(total.values(), gradients, strict=True):
             if gradient is not None:
                 sum_.add_(gradient.to(sum_.dtype), alpha=1 / scale)
-        count += len(x)
+        count += num_samples(x)
     if group is not None:
         *sums, rows = sum_over([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
         total, count = dict(zip(total, sums, strict=True)), int(rows)
@@ -110,7 +108,7 @@ def mean_gradient_of(
 
 def directional_derivatives(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[InputTree, Any],
     directions: Mapping[str, Tensor],
     *,
     norms: bool = False,
@@ -126,7 +124,7 @@ def directional_derivatives(
 
     Args:
         model, loss, without_rule, scaler, chunk_size: as :func:`gradmix.class_gradients`.
-        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+        batch: x and y as in :func:`gradmix.sample_gradients`.
         directions: V by parameter name, such as :func:`mean_gradient` gives; parameters not named are held fixed.
         norms: whether norms over the parameters named are wanted too.
 
@@ -136,7 +134,7 @@ def directional_derivatives(
     Raises:
         ValueError, TypeError: a direction of no parameter or of another shape; or as :func:`gradmix.class_gradients`.
     """
-    x, y = as_pair("batch", batch)
+    x, y = as_pair("batch", batch, any_targets=loss is not None)
     engine = Engine.of(model, list(directions), 1, 0, Identity(), loss, without_rule, scaler, chunk_size, "auto")
     _check_directions(engine.model, directions)
     with engine.probing():
@@ -165,18 +163,17 @@ def derivatives_of(
     """:func:`directional_derivatives` chunk by chunk; inside ``engine.probing()``, with an Identity sketch."""
     for start, x, y in engine.chunks(name, source):
 
-        def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> Derivatives:
+        def run(plan: Plan, start: int = start, x: InputTree = x, y: Any = y) -> Derivatives:
             inner, squares = engine.zeros(x), engine.zeros(x)
             consumers: list[Consumer] = [InnerProducts(directions, inner, engine.scale(x))]
             if norms:
                 consumers.append(SquaredNorms(plan, engine.layout, engine.sides, squares, engine.scale(x)))
             engine.run(name, start, x, y, plan, consumers)
-            if plan.exact:
-                for part, gradients in exact_gradients(engine.model, plan.exact, x, y, engine.loss):
-                    for layer in plan.exact:
-                        gradient = gradients[layer.name].flatten(1).to(inner.dtype)
-                        inner[part] += gradient @ directions[layer.parameters[0]].flatten().to(inner.dtype)
-                        squares[part] += gradient.square().sum(1)
+            for part, gradients in engine.exact(name, start, x, y, plan):
+                for n, gradient in gradients.items():
+                    rows = gradient.reshape(len(gradient), -1).to(inner.dtype)
+                    inner[part] += rows @ directions[n].flatten().to(inner.dtype)
+                    squares[part] += rows.square().sum(1)
             require_finite(start, **{f"the gradient of {name}": inner})
             return Derivatives(inner, squares.sqrt() if norms else None)
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,25 @@ from gradmix.gradients.consumers import (
     Sides,
     layout_of,
 )
-from gradmix.gradients.exact import exact_gradients
+from gradmix.gradients.exact import Gradients, exact_gradients
 from gradmix.gradients.passes import Consumer, Loss, cross_entropy, loss_scale, run_pass
-from gradmix.gradients.plan import OutdatedPlanError, Plan, WithoutRule, plan_for
+from gradmix.gradients.plan import (
+    Layer,
+    MovedRowsError,
+    OutdatedPlanError,
+    Plan,
+    WithoutRule,
+    plan_for,
+    plan_without_rules,
+    select,
+    single_layers,
+    trainable_parameters,
+)
 from gradmix.gradients.sketches import KINDS, Identity, Sketch, as_sketch
+from gradmix.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
 from gradmix.ops.backends import check_backend
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.labels import check_label_range, class_of
+from gradmix.ops.labels import check_label_range, check_labels, class_of
 from gradmix.probe import device_of, require_finite, untouched, unwrap
 from gradmix.processes import Group
 from gradmix.rows import RowSource, as_pair, numbered_chunks
@@ -45,7 +57,7 @@ CHUNK = 256
 
 def sample_gradients(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[InputTree, Any],
     *,
     layers: str | Sequence[str] = "all",
     rank: int | Mapping[str, int] = 32,
@@ -64,7 +76,7 @@ def sample_gradients(
 
     Args:
         model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend: as :func:`class_gradients`.
-        batch: x (N, ...) and y, (N,) int64 or (N, C) label vectors.
+        batch: x and y as the data of :func:`class_gradients`; with ``loss``, y is whatever that takes.
 
     Returns:
         :class:`gradmix.gradients.SampleGradients` of N rows.
@@ -78,8 +90,8 @@ def sample_gradients(
     >>> gradmix.sample_gradients(model, batch, rank=16).cosine().shape
     torch.Size([8, 8])
     """
-    x, y = as_pair("batch", batch)
-    if len(x) == 0:
+    x, y = as_pair("batch", batch, any_targets=loss is not None)
+    if num_samples(x) == 0:
         raise ValueError("batch: got no rows, expected at least one")
     engine = Engine.of(model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
     with engine.probing():
@@ -117,9 +129,12 @@ def class_gradients(
     which are kept for the next call as long as the model lives.
 
     Args:
-        model: returns logits (N, C), or an object that holds them as ``.logits``. It is called with x alone.
-        data: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader; x of any dtype, y (N,) int64 class indices,
-            or (N, C) label vectors, whose largest entry is then the row's class.
+        model: returns logits (N, C), or an object that holds them as ``.logits``. With ``loss``, the logits may have
+            any shape (N, ...). It is called with x alone: a mapping is given by keyword, a tuple or list by position,
+            to a model that takes them so.
+        data: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader; x a tensor (N, ...) of any dtype, or a
+            mapping, tuple or list of such tensors; y (N,) int64 class indices, or (N, C) label vectors, whose largest
+            entry is then the row's class.
         layers: ``"all"`` parameters that require gradients, or patterns (as in the shell) of the names of modules or
             parameters: ``["layer4", "fc"]``.
         rank: k; a layer's sketch has about k * k entries. The cosines of a whole network's gradients are off by about
@@ -128,9 +143,12 @@ def class_gradients(
         seed: of the sketch. Only sketches of the same seed, ranks and kind can be compared.
         sketch: ``"rademacher"``, ``"gaussian"``, ``"rows"``, ``"identity"`` (no sketch: exact), or a
             :class:`gradmix.gradients.Sketch` of your own, which brings its rank and seed.
-        loss: from logits (N, C) and y to the rows' losses (N,); None: cross-entropy.
+        loss: from logits (N, ...) and y to the rows' losses (N,); None: cross-entropy.
         without_rule: what to do with parameters for which there is no layer rule: ``"error"``, or ``"exact"``: compute
-            their gradients by ``torch.func``, row by row in a batch, at more cost and memory.
+            their gradients row by row. It costs two to three more passes, by ``torch.func``; where that cannot run the
+            model (recurrent layers, packed sequences, tokens routed by what is in them), a loop over the rows, of as
+            many passes. Its memory is that of a training step on the chunk, plus 128 MiB of gradients or those of one
+            row. That rows have the same gradient alone and together is checked by their sum.
         scaler: a GradScaler or a factor for the loss, divided out again; for float16, whose small gradients would
             vanish. None: 1, or 1024 under float16 autocast.
         chunk_size: rows of one pass (a DataLoader keeps its own batch size up to this).
@@ -140,8 +158,9 @@ def class_gradients(
         :class:`gradmix.gradients.ClassGradients` of the classes that occur.
 
     Raises:
-        ValueError: no rows, labels out of range, a NaN (its row is named), a layer without a rule (``NoRuleError``),
-            rows that influence each other (``CoupledRowsError``), statistics of the batch (``BatchStatisticsError``).
+        ValueError: no rows, labels out of range, y that are no classes, a NaN (its row is named), a layer without a
+            rule (``NoRuleError``), rows that influence each other (``CoupledRowsError``), statistics of the batch
+            (``BatchStatisticsError``).
         TypeError: an argument of the wrong type.
 
     >>> import torch, gradmix
@@ -158,6 +177,39 @@ def class_gradients(
     if total is None:
         raise ValueError("data: got no rows, expected at least one")
     return total
+
+
+@contextmanager
+def _recurrent_backward(model: nn.Module) -> Iterator[None]:
+    """Do without cuDNN in a model with recurrent layers: its own have no backward pass in evaluation mode."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    if not before or not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
+
+
+def _out_of_inference(leaf: Tensor) -> Tensor:
+    """The tensor, or a copy of one of inference mode, which cannot be kept for a backward pass."""
+    return leaf.clone() if leaf.is_inference() else leaf
+
+
+def _classes_of_targets(name: str, y: Any, rows: int) -> Tensor:
+    """Targets of a loss of the user's own as labels, if they say what class each row is of."""
+    try:
+        whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        labels: Tensor = y.long() if whole else y
+        check_labels(f"{name} labels", labels, rows, None)
+        return labels
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error}, to sum by. sample_gradients takes any y that loss= does: sum its vectors by classes of your own"
+        ) from None
 
 
 _sides: weakref.WeakKeyDictionary[nn.Module, dict[object, Sides]] = weakref.WeakKeyDictionary()
@@ -181,16 +233,22 @@ def _sides_of(model: nn.Module, layout: tuple[LayerSketch, ...], sketch: Sketch,
 
 @dataclass
 class Engine:
-    """The checked arguments of the functions above, with what is made once: the plan, the layout and the matrices."""
+    """The checked arguments of the functions above, with what is made once: the plan, the layout and the matrices.
+
+    Attributes:
+        loss: None: cross-entropy, for which logits and labels are checked.
+        settled: whether gradients have been made, so that the layout is to stay.
+    """
 
     model: nn.Module
     layers: str | Sequence[str]
     sketch: Sketch
-    loss: Loss
+    loss: Loss | None
     without_rule: WithoutRule
     scaler: Scaler
     chunk: int
     backend: str
+    settled: bool = False
 
     @classmethod
     def of(
@@ -218,26 +276,45 @@ class Engine:
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable or None")
         model = unwrap(model)
         loss_scale(scaler, device_of(model))
-        return cls(
-            model, layers, as_sketch(sketch, rank, seed), loss or cross_entropy, without_rule, scaler, chunk, backend
-        )
+        return cls(model, layers, as_sketch(sketch, rank, seed), loss, without_rule, scaler, chunk, backend)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """The model in evaluation mode, out of inference mode; everything restored afterwards."""
-        with torch.inference_mode(False), untouched(self.model):
+        with torch.inference_mode(False), untouched(self.model), _recurrent_backward(self.model):
             yield
 
     # ------------------------------------------------------------------------------------------------------ one batch
 
-    def prepare(self, x: Tensor, *, anew: bool = False) -> Plan:
-        """The plan for such rows; makes the layout and, when it changed, the sides."""
+    def prepare(self, x: InputTree, *, anew: bool = False) -> Plan:
+        """The plan for such rows; makes the layout and, when it changed, the sides.
+
+        Raises:
+            OutdatedPlanError: the plan has other layers than the rows before.
+        """
         plan = plan_for(self.model, x, self.layers, self.without_rule, anew=anew)
-        layout = layout_of([*plan.layers, *plan.exact], self.sketch)
-        if getattr(self, "layout", None) != layout:
-            self.layout: tuple[LayerSketch, ...] = layout
-            self.sides = _sides_of(self.model, layout, self.sketch, self.backend)
+        self._lay_out(plan)
         return plan
+
+    def _lay_out(self, plan: Plan) -> None:
+        layout = layout_of([*plan.layers, *plan.exact], self.sketch)
+        if getattr(self, "layout", None) == layout:
+            return
+        if self.settled:
+            raise OutdatedPlanError("other layers than for the rows before")
+        self.layout: tuple[LayerSketch, ...] = layout
+        self.sides = _sides_of(self.model, layout, self.sketch, self.backend)
+
+    def _row_by_row(self, plan: Plan) -> Plan:
+        """A plan of the same layers, or of all chosen parameters before there are any, that watches no call."""
+        if self.settled:
+            layers = tuple(Layer(place.name, place.parameters, place.shape) for place in self.layout)
+        else:
+            trainable = trainable_parameters(self.model)
+            layers = single_layers(trainable, select(trainable, self.layers))
+        result = plan_without_rules(layers, plan.classes)
+        self._lay_out(result)
+        return result
 
     @property
     def width(self) -> int:
@@ -248,55 +325,107 @@ class Engine:
         """Of sketches and sums: float64 for a float64 model, else float32."""
         return work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
 
-    def chunks(self, name: str, source: object, group: Group = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def chunks(self, name: str, source: object, group: Group = None) -> Iterator[tuple[int, Any, Any]]:
         """First row, x and y of each chunk that is not empty; of a group, this process's share of them."""
-        for start, x, y in numbered_chunks(name, source, self.chunk, device_of(self.model), group):
-            if len(x):
-                require_finite(start, **{name: x})
-                # A tensor of inference mode cannot be kept for a backward pass.
-                yield start, x.clone() if x.is_inference() else x, y.clone() if y.is_inference() else y
+        device, any_targets = device_of(self.model), self.loss is not None
+        for start, x, y in numbered_chunks(name, source, self.chunk, device, group, any_targets=any_targets):
+            if num_samples(x):
+                for leaf in tensors_of(x):
+                    require_finite(start, **{name: leaf})
+                yield start, map_tensors(_out_of_inference, x), map_tensors(_out_of_inference, y)
 
-    def run(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan, consumers: Sequence[Consumer]) -> None:
-        """One forward and one backward pass, see :func:`gradmix.gradients.passes.run_pass`."""
+    def losses(self, name: str, start: int) -> Loss:
+        """The rows' losses; for cross-entropy, logits and labels are checked."""
+        if self.loss is not None:
+            return self.loss
 
-        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        def checked(logits: Tensor, labels: Tensor) -> Tensor:
+            if logits.ndim != 2:
+                rows = len(logits)
+                raise ValueError(
+                    f"model: returned logits of shape {tuple(logits.shape)} for {rows} rows, expected ({rows}, C), or "
+                    "a loss= that takes them"
+                )
             check_label_range(name, labels, logits.shape[1], start)
-            return self.loss(logits, labels)
+            return cross_entropy(logits, labels)
 
-        run_pass(self.model, plan, x, y, consumers, loss=loss, scale=self.scale(x), name=name, first_row=start)
+        return checked
 
-    def scale(self, x: Tensor) -> float:
+    def run(self, name: str, start: int, x: InputTree, y: Any, plan: Plan, consumers: Sequence[Consumer]) -> None:
+        """One forward and one backward pass, if any layer has a rule: :func:`gradmix.gradients.passes.run_pass`."""
+        if plan.layers:
+            loss, scale = self.losses(name, start), self.scale(x)
+            run_pass(self.model, plan, x, y, consumers, loss=loss, scale=scale, name=name, first_row=start)
+
+    def scale(self, x: InputTree) -> float:
         """Factor of the loss in the backward pass."""
-        return loss_scale(self.scaler, x.device)
+        return loss_scale(self.scaler, first_tensor(x).device)
 
-    def _exact(self, plan: Plan, x: Tensor, y: Tensor) -> Iterator[tuple[slice, LayerSketch, int, Tensor]]:
-        """Rows, place, index of the layer and sketches (n, rows, columns), for the layers without a rule."""
+    def exact(self, name: str, start: int, x: InputTree, y: Any, plan: Plan) -> Iterator[tuple[slice, Gradients]]:
+        """Rows and gradients of the parameters without a rule: :func:`gradmix.gradients.exact.exact_gradients`."""
         if not plan.exact:
             return
-        places = {place.name: (index, place) for index, place in enumerate(self.layout)}
-        for part, gradients in exact_gradients(self.model, plan.exact, x, y, self.loss):
-            for layer, gradient in gradients.items():
-                left, right = self.sides.of(layer)
-                index, place = places[layer]
-                gradient = gradient.to(self.dtype())
-                yield part, place, index, right.reduce(left.reduce(gradient, 0, 1), 0, 2)
+        own = {n for layer in plan.exact for n in layer.parameters}
+        # Without any rules, no parameter may have a gradient that the layout has no place for.
+        placed = {n for place in self.layout for n in place.parameters}
+        trainable = trainable_parameters(self.model)
+        others = [] if plan.layers else [n for n in select(trainable, self.layers) if n not in placed]
+        names = [n for n in trainable if n in own or n in others]
+        for part, gradients in exact_gradients(
+            self.model,
+            names,
+            x,
+            y,
+            self.loss or cross_entropy,
+            checked_loss=self.losses(name, start),
+            scale=self.scale(x),
+            name=name,
+            first_row=start,
+        ):
+            for n in others:
+                used = gradients[n].reshape(len(gradients[n]), -1).any(1)
+                if bool(used.any()):
+                    raise ValueError(
+                        f"{name}: {n!r} is used by row {start + part.start + int(used.int().argmax())} and by none of "
+                        "the chunks before, expected chunks that use the same parameters; a larger chunk_size= helps"
+                    )
+            yield part, gradients
+
+    def _exact_sketches(
+        self, name: str, start: int, x: InputTree, y: Any, plan: Plan
+    ) -> Iterator[tuple[slice, LayerSketch, int, Tensor]]:
+        """Rows, place, index of the layer and sketches (n, rows, columns), for the layers without a rule."""
+        own = {layer.name for layer in plan.exact}
+        for part, gradients in self.exact(name, start, x, y, plan):
+            for index, place in enumerate(self.layout):
+                if place.name in own:
+                    yield part, place, index, self._sketched(place, gradients)
+
+    def _sketched(self, place: LayerSketch, gradients: Mapping[str, Tensor]) -> Tensor:
+        """(n, rows, columns): one layer's sketches, of gradients (n, *shape) by parameter name."""
+        left, right = self.sides.of(place.name)
+        blocks = [
+            gradients[n].reshape(-1, place.shape[0], gradients[n][0].numel() // place.shape[0])
+            for n in place.parameters
+        ]
+        return right.reduce(left.reduce(torch.cat(blocks, 2).to(self.dtype()), 0, 1), 0, 2)
 
     # ---------------------------------------------------------------------------------------------------- all batches
 
-    def samples(self, name: str, source: object) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def samples(self, name: str, source: object) -> Iterator[tuple[Any, Any, Tensor]]:
         """x, y and sketched gradients (n, D) of each chunk of the rows; inside :meth:`probing`."""
         for start, x, y in self.chunks(name, source):
 
-            def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> Tensor:
+            def run(plan: Plan, start: int = start, x: InputTree = x, y: Any = y) -> Tensor:
                 return self._sample_chunk(name, start, x, y, plan)
 
             yield x, y, self.retried(run, x)
 
-    def _sample_chunk(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
+    def _sample_chunk(self, name: str, start: int, x: InputTree, y: Any, plan: Plan) -> Tensor:
         out = self.zeros(x, self.width)
         consumer = SampleSketches(plan, self.layout, self.sides, out, self.scale(x))
         self.run(name, start, x, y, plan, [consumer])
-        for part, place, _, sketches in self._exact(plan, x, y):
+        for part, place, _, sketches in self._exact_sketches(name, start, x, y, plan):
             out[part, place.start : place.stop] = sketches.flatten(1)
         self._require_finite(name, out)
         return out
@@ -306,19 +435,21 @@ class Engine:
         total: ClassGradients | None = None
         for start, x, y in self.chunks(name, source):
 
-            def run(plan: Plan, start: int = start, x: Tensor = x, y: Tensor = y) -> ClassGradients:
+            def run(plan: Plan, start: int = start, x: InputTree = x, y: Any = y) -> ClassGradients:
                 return self._class_chunk(name, start, x, y, plan)
 
             part = self.retried(run, x)
             total = part if total is None else total.add_(part)
         return total
 
-    def _class_chunk(self, name: str, start: int, x: Tensor, y: Tensor, plan: Plan) -> ClassGradients:
+    def _class_chunk(self, name: str, start: int, x: InputTree, y: Any, plan: Plan) -> ClassGradients:
+        if self.loss is not None:
+            y = _classes_of_targets(name, y, num_samples(x))
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
         sums, squares = (self.zeros(classes, width) for width in (self.width, len(self.layout)))
         consumer = ClassSketches(plan, self.layout, self.sides, labels, sums, squares, self.scale(x), self.backend)
         self.run(name, start, x, y, plan, [consumer])
-        for part, place, index, sketches in self._exact(plan, x, y):
+        for part, place, index, sketches in self._exact_sketches(name, start, x, y, plan):
             flat = sketches.flatten(1)
             sums[:, place.start : place.stop].index_add_(0, labels[part], flat)
             squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
@@ -327,39 +458,54 @@ class Engine:
 
     def sketch_of(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """(D,): the sketch of a whole gradient, given by parameter name; after a pass, when the layers are known."""
-        parts = []
-        for place in self.layout:
-            left, right = self.sides.of(place.name)
-            whole = torch.cat([gradient[name].reshape(place.shape[0], -1) for name in place.parameters], 1)[None]
-            parts.append(right.reduce(left.reduce(whole.to(self.dtype()), 0, 1), 0, 2).flatten())
-        return torch.cat(parts)
+        one = {name: value[None] for name, value in gradient.items()}
+        return torch.cat([self._sketched(place, one).flatten() for place in self.layout])
 
-    def plan_of(self, x: Tensor) -> Plan:
+    def plan_of(self, x: InputTree) -> Plan:
         """The plan for rows like those of x, outside of a pass."""
         with self.probing():
-            return self.prepare(x.clone() if x.is_inference() else x)
+            return self.prepare(map_tensors(_out_of_inference, x))
 
     def rows_within(self, memory: int, plan: Plan) -> int:
         """How many rows to take at a time, so that a pass needs about ``memory`` bytes; at least 1."""
         return max(1, min(self.chunk, memory // max(1, ROW_FACTOR * plan.row_bytes)))
 
-    def zeros(self, rows: Tensor, *width: int) -> Tensor:
+    def zeros(self, rows: InputTree, *width: int) -> Tensor:
         """Zeros (N, *width) on the device of ``rows`` (N, ...), of the dtype of sketches and sums."""
-        return torch.zeros(len(rows), *width, dtype=self.dtype(), device=rows.device)
+        return torch.zeros(num_samples(rows), *width, dtype=self.dtype(), device=first_tensor(rows).device)
 
-    def retried(self, run: Callable[[Plan], T], x: Tensor) -> T:
-        """``run`` with the plan for such rows; once more with a new one, if the model has changed since it was made."""
+    def retried(self, run: Callable[[Plan], T], x: InputTree) -> T:
+        """``run`` with the plan for such rows; once more with a new one, if the model has changed since it was made.
+
+        If that does not fit either, the model's calls depend on what is in the rows, and it goes row by row where this
+        is asked for.
+        """
+        result = self._retried(run, x)
+        self.settled = True
+        return result
+
+    def _retried(self, run: Callable[[Plan], T], x: InputTree) -> T:
         try:
             return run(self.prepare(x))
         except OutdatedPlanError:
             pass
+        except MovedRowsError:
+            if self.without_rule == "error":
+                raise
         try:
             return run(self.prepare(x, anew=True))
-        except OutdatedPlanError as error:
-            raise ValueError(
-                f"model: does not make the same calls in every forward pass ({error}), expected a forward pass "
-                "that does not depend on the values in the rows"
-            ) from None
+        except (OutdatedPlanError, MovedRowsError) as error:
+            if self.without_rule == "exact":
+                pass
+            elif isinstance(error, MovedRowsError):
+                raise
+            else:
+                raise ValueError(
+                    f"model: does not make the same calls in every forward pass ({error}), expected a forward pass "
+                    "that does not depend on the values in the rows. Have the gradients computed row by row (slower) "
+                    "with without_rule='exact'"
+                ) from None
+        return run(self._row_by_row(plan_for(self.model, x, self.layers, self.without_rule)))
 
     def _require_finite(self, name: str, vectors: Tensor) -> None:
         if bool(torch.isfinite(vectors.sum())):

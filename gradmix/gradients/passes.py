@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from gradmix.gradients.axis import SampleAxis
 from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, without_compilation
-from gradmix.gradients.plan import CoupledRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
+from gradmix.gradients.plan import MovedRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
 from gradmix.gradients.rules import Rule
 from gradmix.head import logits_of
+from gradmix.inputs import InputTree, call_model, first_tensor, map_tensors, num_samples
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
 from gradmix.probe import require_finite
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
+"""From logits (N, ...) and y (N, ...) to the rows' losses (N,)."""
 
 HALF_SCALE = 1024.0
 """Factor of the loss under float16 unless a scaler gives another: about what a scaler settles at, per row."""
@@ -150,7 +152,7 @@ class _Capture(Watch):
         """From now on see gradients of losses times powers of two (N,), and check that these are found again.
 
         Raises (in the backward pass):
-            CoupledRowsError: they are not found where the rows are said to be.
+            MovedRowsError: they are not found where the rows are said to be.
         """
         self._weights = weights
 
@@ -161,7 +163,7 @@ class _Capture(Watch):
         # By what is far from rounding, and far from a neighbouring power of two.
         wrong = (after - expected).abs() > 0.25 * expected + 1e-6 * before.amax()
         if bool(wrong.any()):
-            raise CoupledRowsError(
+            raise MovedRowsError(
                 f"model: where {rule.refs[0].name!r} is used, rows are not where they were in a smaller batch; they "
                 "seem to be sorted or routed, expected an order of rows that does not depend on what is in them"
             )
@@ -194,11 +196,16 @@ def _spread(count: int, device: torch.device) -> Tensor:
     return (n * 7 + n // 5 + n // 25 * 2) % 5
 
 
+def own_copy(x: InputTree) -> InputTree:
+    """The rows, for a model that may change them in place."""
+    return map_tensors(lambda leaf: leaf.detach().clone(), x)
+
+
 def run_pass(
     model: nn.Module,
     plan: Plan,
-    x: Tensor,
-    y: Tensor,
+    x: InputTree,
+    y: Any,
     consumers: Sequence[Consumer],
     *,
     loss: Loss,
@@ -206,12 +213,12 @@ def run_pass(
     name: str,
     first_row: int = 0,
 ) -> None:
-    """A forward and a backward pass over x (N, ...), y; call it inside ``Engine.probing``.
+    """A forward and a backward pass over x and y, both (N, ...); call it inside ``Engine.probing``.
 
     Args:
         model: the unwrapped model.
         plan: the model's.
-        x, y: the rows.
+        x, y: the rows; the model is given a copy of x, which it may change.
         consumers: shown each layer's activations and output gradients.
         loss: the rows' losses (N,).
         scale: factor of the losses in the backward pass.
@@ -222,24 +229,25 @@ def run_pass(
         OutdatedPlanError: the model did not do what the plan says; nothing was handed to ``finish`` then.
         ValueError: a NaN, a loss of another shape, a label out of range.
     """
-    parameters = Parameters(trainable_parameters(model))
+    parameters, count = Parameters(trainable_parameters(model)), num_samples(x)
+    device = first_tensor(x).device
     with torch.enable_grad(), without_compilation():
-        capture = _Capture(parameters, plan, len(x), consumers, x.device)
+        capture = _Capture(parameters, plan, count, consumers, device)
         with capture:
-            logits = check_output(logits_of(model(x.detach())), len(x))
+            logits = check_output(logits_of(call_model(model, own_copy(x))), count)
         capture.check_complete()
-        losses = check_losses(loss(logits, y), len(x))
+        losses = check_losses(loss(logits, y), count)
         total = losses.sum() * scale
         if total.requires_grad:
             # No gradient can reach the parameters, unless one is used in another way than planned.
             leaves = [capture.anchor, *(parameters.named[name] for name in plan.selected())]
-            verifying = not plan.verified and len(x) > 1
+            verifying = not plan.verified and count > 1
             with refusing_checkpoints():
                 found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=verifying)
                 if any(gradient is not None for gradient in found[1:]):
                     raise OutdatedPlanError("a parameter used in another way than planned")
                 if verifying:
-                    weights = 0.5 ** _spread(len(x), x.device).to(losses.dtype)
+                    weights = 0.5 ** _spread(count, device).to(losses.dtype)
                     capture.verify(weights)
                     torch.autograd.grad((losses * weights).sum() * scale, capture.anchor, allow_unused=True)
                     plan.verified = True

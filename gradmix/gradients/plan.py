@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from gradmix.gradients.axis import Place, possible_places
 from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, unseen, without_compilation
 from gradmix.gradients.rules import Placement, Rule, matrix_shape
 from gradmix.head import logits_of
+from gradmix.inputs import InputTree, call_model, first_tensor, leaves, map_tensors, num_samples, tensors_of
 from gradmix.probe import require_finite
 
 WithoutRule = Literal["error", "exact"]
@@ -31,6 +32,10 @@ class NoRuleError(ValueError):
 
 class CoupledRowsError(ValueError):
     """The output for a row depends on other rows of the batch, so that it has no gradient of its own."""
+
+
+class MovedRowsError(CoupledRowsError):
+    """Rows are not where the plan says; whether they influence each other is not known."""
 
 
 class OutdatedPlanError(RuntimeError):
@@ -75,7 +80,7 @@ class Plan:
 
     Attributes:
         layers: those with rules, in the order of their first call.
-        exact: those without, each a single parameter.
+        exact: those without, each a single parameter; or all layers, of a model that has no plan for all its rows.
         calls: all calls that have a rule, of selected parameters or not, in their order.
         placement: where each parameter with a rule lies in its layer.
         row_bytes: bytes of the outputs of all calls for one row.
@@ -104,7 +109,7 @@ _KEPT = 256
 
 
 def plan_for(
-    model: nn.Module, x: Tensor, layers: str | Sequence[str], without_rule: WithoutRule, *, anew: bool = False
+    model: nn.Module, x: InputTree, layers: str | Sequence[str], without_rule: WithoutRule, *, anew: bool = False
 ) -> Plan:
     """The plan of a model for rows like those of ``x``, remembered from an earlier call unless ``anew``.
 
@@ -119,12 +124,11 @@ def plan_for(
     chosen = select(trainable, layers)
     # Where the samples are may depend on the rows' shape; in a model that routes its tokens it does.
     key = (
-        x.shape[1:],
-        x.dtype,
+        tuple((path, leaf.shape[1:], leaf.dtype) for path, leaf in cast(Any, leaves(x))),
         tuple(chosen),
         tuple((name, p.shape) for name, p in trainable.items()),
         without_rule,
-        torch.is_autocast_enabled(x.device.type),
+        torch.is_autocast_enabled(first_tensor(x).device.type),
         _fingerprint(model),
     )
     known = _plans.setdefault(model, {})
@@ -258,7 +262,11 @@ class _Probe(Watch):
 
 
 def _make_plan(
-    model: nn.Module, x: Tensor, trainable: Mapping[str, nn.Parameter], chosen: Sequence[str], without_rule: WithoutRule
+    model: nn.Module,
+    x: InputTree,
+    trainable: Mapping[str, nn.Parameter],
+    chosen: Sequence[str],
+    without_rule: WithoutRule,
 ) -> Plan:
     parameters = Parameters(trainable)
     records, missed, spread, classes = _spread_probe(model, x, parameters)
@@ -268,7 +276,12 @@ def _make_plan(
         # There may be as many positions as rows, say: with another number of rows the coincidence ends.
         again, _, _ = _probe(model, x, Parameters(trainable), 5, spread)
         if [r.parameters for r in again] != [r.parameters for r in records]:
-            raise NoRuleError("model: passes over 3 and over 5 rows made different calls, expected the same")
+            if without_rule == "exact":
+                return plan_without_rules(single_layers(trainable, chosen), classes)
+            raise NoRuleError(
+                "model: passes over 3 and over 5 rows made different calls, expected the same. Have the gradients "
+                "computed row by row (slower) with without_rule='exact'"
+            )
         places = [a & b.places() for a, b in zip(places, again, strict=True)]
     reasons = {name: parameters.users.get(name, "by a function that cannot be watched") for name in missed}
     matrices: dict[str, tuple[int, int]] = {}
@@ -285,18 +298,29 @@ def _make_plan(
         listed = "; ".join(f"{name!r}, which is used {reasons[name]}" for name in chosen if name in unruled)
         raise NoRuleError(
             f"model: got no rule for the per-sample gradient of {listed}. Leave it out by layers=, or have it computed "
-            "by torch.func (slower) with without_rule='exact'"
+            "row by row (slower) with without_rule='exact'"
         )
     calls = tuple(
         CallPlan(r.rule, r.parameters, next(iter(p)) if len(p) == 1 else None, index in spread)
         for index, (r, p) in enumerate(zip(records, places, strict=True))
     )
     layers, placement = _layers(records, matrices, trainable, wanted - unruled)
-    exact = tuple(Layer(name, (name,), matrix_shape(trainable[name].shape)) for name in chosen if name in unruled)
+    exact = single_layers(trainable, [name for name in chosen if name in unruled])
     if not layers and not exact:
         raise ValueError("layers: got only parameters that the model's forward pass does not use, expected others")
     row_bytes = sum(record.bytes for record in records) // 3
     return Plan(layers, exact, calls, placement, bool(missed), row_bytes, classes)
+
+
+def single_layers(trainable: Mapping[str, nn.Parameter], names: Sequence[str]) -> tuple[Layer, ...]:
+    """Layers of one parameter each."""
+    return tuple(Layer(name, (name,), matrix_shape(trainable[name].shape)) for name in names)
+
+
+def plan_without_rules(layers: tuple[Layer, ...], classes: int) -> Plan:
+    """The plan by which no call is watched, and the gradients of all layers are computed row by row."""
+    placement = Placement({}, {})
+    return Plan((), layers, (), placement, has_other_graph=True, row_bytes=0, classes=classes)
 
 
 class _CannotSpreadError(Exception):
@@ -304,7 +328,7 @@ class _CannotSpreadError(Exception):
 
 
 def _spread_probe(
-    model: nn.Module, x: Tensor, parameters: Parameters
+    model: nn.Module, x: InputTree, parameters: Parameters
 ) -> tuple[list[_Record], list[str], set[int], int]:
     """:func:`_probe` over 3 rows, with inputs spread that are the same for all rows, where that gives the rows a place.
 
@@ -322,7 +346,7 @@ def _spread_probe(
         placed = [_has_place(record) for record in records]
         lost = [i for i, found in enumerate(placed) if not found and i not in tried and records[i].rule.spreads]
         if not lost:
-            return records, missed, spread, logits.shape[1]
+            return records, missed, spread, 1 if logits.ndim == 1 else logits.shape[1]
         tried.add(lost[0])
         try:
             again, _, other = _probe(model, x, Parameters(parameters.named), 3, spread | {lost[0]})
@@ -342,31 +366,33 @@ def _has_place(record: _Record) -> bool:
 
 
 def _probe(
-    model: nn.Module, x: Tensor, parameters: Parameters, rows: int, spread: Collection[int]
+    model: nn.Module, x: InputTree, parameters: Parameters, rows: int, spread: Collection[int]
 ) -> tuple[list[_Record], list[str], Tensor]:
     """A forward pass over ``rows`` of the rows, some of them repeated if there are fewer, and a backward pass for each.
 
     Returns:
         The calls, the parameters that are used in ways without a rule, and the logits.
     """
-    leaf = x[torch.arange(rows, device=x.device) % len(x)].detach().clone()
-    leaf.requires_grad_(leaf.is_floating_point())
+    device, count = first_tensor(x).device, num_samples(x)
+    repeated = map_tensors(lambda t: t[torch.arange(rows, device=device) % count].detach().clone(), x)
+    entries = [leaf.requires_grad_() for leaf in tensors_of(repeated) if leaf.is_floating_point()]
     with torch.enable_grad(), without_compilation(), refusing_checkpoints():
-        with _Probe(parameters, rows, leaf.device, spread) as probe:
-            logits = check_output(logits_of(model(leaf.clone())), rows)
+        with _Probe(parameters, rows, device, spread) as probe:
+            logits = check_output(logits_of(call_model(model, map_tensors(Tensor.clone, repeated))), rows)
         require_finite(0, **{"the model's logits": logits.detach()})
         missed = unseen(logits, parameters.named)
         # Weights that differ: the sum of probabilities, say, depends on nothing.
-        weights = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype).cos()
+        weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device, dtype=logits.dtype).cos()
+        weights = weights.view(logits.shape[1:])
         for row in range(rows):
             probe.row = row
             if not logits.requires_grad:
                 break
-            inputs = [probe.anchor, leaf] if leaf.requires_grad else [probe.anchor]
+            inputs = [probe.anchor, *entries]
             gradients = torch.autograd.grad((logits[row] * weights).sum(), inputs, retain_graph=True, allow_unused=True)
-            if leaf.requires_grad and gradients[1] is not None:
-                others = torch.arange(rows, device=leaf.device) != row
-                if bool((gradients[1][others] != 0).any()):
+            for gradient in gradients[1:]:
+                others = torch.arange(rows, device=device) != row
+                if gradient is not None and bool((gradient[others] != 0).any()):
                     raise CoupledRowsError(
                         f"model: the output of row {row} of a batch of {rows} depends on other rows, expected rows "
                         "that do not influence each other, so that each has a gradient of its own"
@@ -375,12 +401,12 @@ def _probe(
 
 
 def check_output(logits: Tensor, rows: int) -> Tensor:
-    """The logits, if they are (N, C) as they should be.
+    """The logits, if they are of ``rows`` rows, (N, ...).
 
     Raises:
         ValueError: they are not.
     """
-    if logits.ndim != 2 or len(logits) != rows:
+    if logits.ndim == 0 or len(logits) != rows:
         raise ValueError(f"model: returned logits of shape {tuple(logits.shape)} for {rows} rows, expected ({rows}, C)")
     return logits
 

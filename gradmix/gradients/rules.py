@@ -16,6 +16,7 @@ one more column.
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -62,7 +63,7 @@ class Ref:
     def put(self, gradient: Tensor) -> Tensor:
         """The gradient (N, numel of the parameter) from that of ``value``, (N, *value.shape)."""
         if self.offset is None:
-            return gradient.flatten(1)
+            return gradient.reshape(len(gradient), -1)
         numel = math.prod(self.whole)
         index = torch.arange(numel, device=gradient.device)
         index = index.as_strided(self.value.shape, self.value.stride(), self.offset).flatten()
@@ -327,6 +328,19 @@ class MatMul(Linear):
             # For parts() the weight is what a linear layer would be given: W^T.
             self.weight = replace(weight, transposed=not weight.transposed)
 
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        rule = super().match(function, args, named, find)
+        if cls is not MatMul or (isinstance(rule, MatMul) and rule._given is not None and rule._given.value.ndim == 2):
+            return rule
+        return Contraction.match(function, args, named, find)
+
     def refusal(self) -> str | None:
         assert self._given is not None
         if self._given.value.ndim != 2 or self.x.ndim < 2:
@@ -360,6 +374,188 @@ class AddMM(MatMul):
             return bias
         result = super().tangent(directions)
         return result if bias is None else result + bias
+
+
+class Bilinear(Linear):
+    """y_o = x1^T W_o x2 + b_o: a linear layer on the products of the entries of x1 and x2."""
+
+    spreads = False
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.bilinear,)
+    signature: ClassVar = {"input": ..., "input2": ..., "weight": ..., "bias": None}
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        one, other = (self.arguments[name].to(work_dtype(self.x.dtype)) for name in ("input", "input2"))
+        self.x = (one[..., :, None] * other[..., None, :]).flatten(-2)
+        yield from super().parts(placement, axis, samples)
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        self.arguments = self.arguments | {"input2": self.arguments["input2"].to(work_dtype(self.x.dtype))}
+        return super().tangent(directions)
+
+    def forget_input(self) -> None:
+        super().forget_input()
+        self.arguments = self.arguments | {"input2": self.x}
+
+
+class Contraction(Rule):
+    """y = x and W contracted as einsum does: W from the left, a matrix for each head or expert, weights of more axes.
+
+    The gradient of sample n is x contracted with d over all axes but n's and those of W. It is a sum of outer products
+    if the axes of W are first those of x and then those of y, or the other way round. Each axis goes by its letter.
+    """
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.einsum, torch.bmm, Tensor.bmm)
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], weight: Ref | None, bias: Ref | None
+    ) -> None:
+        super().__init__(function, arguments, weight, bias)
+        assert weight is not None
+        self._x, self._w, self._y = arguments["letters"]
+        self._shape = weight.value.shape
+        if weight.transposed:
+            self._w, self._shape = self._w[::-1], weight.whole
+
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        operands = args[1:] if function is torch.einsum else args
+        if len(operands) != 2 or named or not all(isinstance(operand, Tensor) for operand in operands):
+            return None
+        first, second = (find(operand) for operand in operands)
+        weight = first or second
+        if weight is None or (first and second):
+            return None
+        ndims = [operand.ndim for operand in operands]
+        letters = _letters(args[0] if function is torch.einsum else _product(*ndims), ndims)
+        if letters is None:
+            return None
+        one, other, y = letters
+        arguments = {"input": operands[first is not None], "args": args, "first": first is not None}
+        return cls(function, arguments | {"letters": (other, one, y) if first else (one, other, y)}, weight, None)
+
+    def refusal(self) -> str | None:
+        assert self.weight is not None
+        value, whole = self.weight.value, self.weight.whole
+        if value.numel() != math.prod(whole) or (
+            value.shape != whole and not self.weight.transposed and not value.is_contiguous()
+        ):
+            return "it is used otherwise than whole and in its own order"
+        if any(len(set(letters)) < len(letters) for letters in (self._x, self._w, self._y)):
+            return "an axis is named twice"
+        sizes = dict(zip(self._x, self.x.shape, strict=True))
+        if any(sizes.get(a, size) != size for a, size in zip(self._w, self._shape, strict=True)):
+            return "an axis of length 1 is repeated"
+        if set(self._w) - {*self._x, *self._y} or set(self._x) - {*self._w, *self._y}:
+            return "an axis of one factor alone is summed"
+        return None
+
+    def run(self) -> Tensor:
+        assert self.weight is not None
+        return self._apply(self.x, self.weight.value)
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self.weight is not None
+        return self._apply(self.x.to(work_dtype(self.x.dtype)), self.weight.take(directions[self.weight.name]))
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        operands = (weight, x) if self.arguments["first"] else (x, weight)
+        result: Tensor = self.function(*self.arguments["args"][:-2], *operands)
+        return result
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return [dim for dim, a in enumerate(self._y) if a in self._x and a not in self._w]
+
+    def matrix(self, ref: Ref) -> tuple[int, int]:
+        rows = math.prod(self._shape[: max(1, self._split)])
+        return rows, math.prod(ref.whole) // max(1, rows)
+
+    @property
+    def _split(self) -> int:
+        """How many axes of W, from the first on, belong to one factor, where all others belong to the other; else 0."""
+        owners = [(a in self._x, a in self._y) for a in self._w]
+        first = next((i for i, owner in enumerate(owners) if owner != owners[0]), 0)
+        return first if len(set(owners[first:])) == 1 and (True, True) not in owners else 0
+
+    @property
+    def has_factors(self) -> bool:  # type: ignore[override]
+        """Whether the gradient is a sum of outer products."""
+        return self._split > 0
+
+    @property
+    def keeps_input(self) -> bool:  # type: ignore[override]
+        """Otherwise it is formed from the input itself."""
+        return self._split == 0
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        assert self.weight is not None
+        name, shape, x, split = self.weight.name, self.matrix(self.weight), self.x, self._split
+        sample = self._y[axis.dim]
+        position = next(a for a in string.ascii_letters if a not in self._x + self._w + self._y)
+
+        def by_axes(t: Tensor, letters: str) -> tuple[Tensor, str]:
+            """The samples first, positions that are folded with them on an axis of their own, and all axes' letters."""
+            dim = letters.index(sample)
+            rest = letters.replace(sample, position if t.shape[dim] > samples else "")
+            return replace(axis, dim=dim).split(t, samples), sample + rest
+
+        def factor(t: Tensor, letters: str, side: Side) -> Tensor:
+            """(N, T, size)."""
+            t, letters = by_axes(t, letters)
+            own = [a for a in self._w if a in letters]
+            others = sorted(set(letters) - {sample, *own})
+            t = t.permute([letters.index(a) for a in (sample, *others, *own)])
+            t = t.flatten(1 + len(others))
+            return side.apply(t.flatten(1, -2) if others else t.unsqueeze(1))
+
+        if split:
+            yield Outer(
+                placement.layer[name],
+                "row" if self._w[0] in self._x else "column",
+                lambda side: factor(x, self._x, side),
+                lambda d, side: factor(d, self._y, side),
+            )
+            return
+
+        def make(d: Tensor) -> Tensor:
+            (one, letters), (other, others) = by_axes(x, self._x), by_axes(d, self._y)
+            dtype = work_dtype(d.dtype)
+            gradient = torch.einsum(f"{letters},{others}->{sample}{self._w}", one.to(dtype), other.to(dtype))
+            return gradient.reshape(samples, *shape)
+
+        yield Dense(placement.layer[name], 0, placement.column[name], make)
+
+
+def _product(one: int, other: int) -> str:
+    """The equation of a matrix product of tensors with so many axes."""
+    batch = string.ascii_letters[3 : 1 + max(one, other)]
+    left, right = (batch[len(batch) - max(0, ndim - 2) :] for ndim in (one, other))
+    rows, columns = "a" * (one > 1), "c" * (other > 1)
+    return f"{left}{rows}b,{right}b{columns}->{batch}{rows}{columns}"
+
+
+def _letters(equation: object, ndims: Sequence[int]) -> tuple[str, str, str] | None:
+    """The letters of two operands with so many axes, and of the result, ellipses written out; None: not so written."""
+    if not isinstance(equation, str):
+        return None
+    operands, arrow, result = equation.replace(" ", "").partition("->")
+    parts = operands.split(",")
+    if len(parts) != 2:
+        return None
+    if not arrow:
+        letters = operands.replace(",", "").replace("...", "")
+        result = "..." * ("..." in operands) + "".join(sorted(a for a in set(letters) if letters.count(a) == 1))
+    extra = [ndim - len(part.replace("...", "")) for part, ndim in zip(parts, ndims, strict=True)]
+    if any((n and "..." not in part) or n < 0 for part, n in zip(parts, extra, strict=True)):
+        return None
+    spare = "".join(a for a in string.ascii_letters if a not in equation)[: max(extra)]
+    one, other = (part.replace("...", spare[len(spare) - n :]) for part, n in zip(parts, extra, strict=True))
+    return one, other, result.replace("...", spare)
 
 
 class Channels(Rule):
@@ -611,6 +807,8 @@ class Embedding(Rule):
     }
 
     def refusal(self) -> str | None:
+        if self.weight is not None and self.weight.transposed:
+            return "its columns are looked up"
         if self.arguments["max_norm"] is not None:
             return "max_norm changes it in the forward pass"
         if self.arguments["scale_grad_by_freq"]:
@@ -639,7 +837,7 @@ class Embedding(Rule):
         assert self.weight is not None
         weight = self.weight
 
-        index, kept = axis.split(self.x, samples).reshape(samples, -1), self._kept()
+        index, kept = axis.split(self.x, samples).reshape(samples, -1).long(), self._kept()
 
         def one_hot(side: Side) -> Tensor:
             rows = side.one_hot(index + weight.start, work_dtype(weight.value.dtype))
@@ -653,6 +851,117 @@ class Embedding(Rule):
             one_hot,
             lambda d, side: side.apply(positions(d, axis, samples)),
         )
+
+
+class Lookup(Embedding):
+    """y_t = W[i_t], W of any number of axes."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (Tensor.__getitem__, torch.index_select, Tensor.index_select)
+
+    @classmethod
+    def match(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        find: Callable[[Any], Ref | None],
+    ) -> Rule | None:
+        weight = find(args[0]) if args and not named else None
+        if weight is None or (function is not Tensor.__getitem__ and args[1] not in (0, -weight.value.ndim)):
+            return None
+        index = args[-1][0] if isinstance(args[-1], tuple) and len(args[-1]) == 1 else args[-1]
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            return None
+        if function is not Tensor.__getitem__ and index.ndim != 1:
+            return None  # a single row keeps its axis
+        index = torch.where(index < 0, index + len(weight.value), index)
+        return cls(function, cls.signature | {"input": index}, weight, None)
+
+    def run(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight.value[self.x]
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self.weight is not None
+        return self.weight.take(directions[self.weight.name])[self.x]
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return range(self.x.ndim)
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        ndim = self.x.ndim
+        for part in super().parts(placement, axis, samples):
+            assert isinstance(part, Outer)
+            yield replace(part, delta=self._flat(part.delta, ndim))
+
+    @staticmethod
+    def _flat(delta: Callable[[Tensor, Side], Tensor], ndim: int) -> Callable[[Tensor, Side], Tensor]:
+        return lambda d, side: delta(d.reshape(*d.shape[:ndim], -1), side)
+
+
+class EmbeddingBag(Embedding):
+    """y_b = sum over t in bag b of a_t W[i_t], a sum or a mean: the gradient is sum_t a_t e_{i_t} d_b^T."""
+
+    spreads = False
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.embedding_bag,)
+    signature: ClassVar = {
+        "input": ...,
+        "weight": ...,
+        "offsets": None,
+        "max_norm": None,
+        "norm_type": 2.0,
+        "scale_grad_by_freq": False,
+        "mode": "mean",
+        "sparse": False,
+        "per_sample_weights": None,
+        "include_last_offset": False,
+        "padding_idx": None,
+    }
+
+    def refusal(self) -> str | None:
+        if self.arguments["mode"] == "max":
+            return "the maximum of a bag is not linear in it"
+        return super().refusal()
+
+    def dims(self, output: Tensor) -> Sequence[int]:
+        return (0,)
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        assert self.weight is not None
+        direction, scales = self.weight.take(directions[self.weight.name]), self.arguments["per_sample_weights"]
+        scales = None if scales is None else scales.to(direction.dtype)
+        return self._call(self.arguments | {"weight": direction, "per_sample_weights": scales})
+
+    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+        assert self.weight is not None
+        weight, dtype = self.weight, work_dtype(self.weight.value.dtype)
+        index, bag, count = self.x.flatten().long(), *self._bags()
+        scales, kept = self.arguments["per_sample_weights"], self._kept()
+        scale = torch.ones_like(index, dtype=dtype) if scales is None else scales.flatten().to(dtype)
+        if kept is not None:
+            scale = scale * kept.flatten()
+        if self.arguments["mode"] == "mean":
+            scale = scale / scale.new_zeros(count).index_add_(0, bag, scale).clamp(min=1)[bag]
+
+        def bags(side: Side) -> Tensor:
+            rows = side.one_hot(index[None] + weight.start, dtype)[0] * scale[:, None]
+            return positions(rows.new_zeros(count, side.size).index_add_(0, bag, rows), axis, samples)
+
+        yield Outer(
+            placement.layer[weight.name],
+            "row",
+            bags,
+            lambda d, side: side.apply(positions(d, axis, samples)),
+        )
+
+    def _bags(self) -> tuple[Tensor, int]:
+        """The bag of each entry, and how many bags there are."""
+        x, offsets = self.x, self.arguments["offsets"]
+        if x.ndim == 2:
+            return torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1]), len(x)
+        offsets = offsets[:-1] if self.arguments["include_last_offset"] else offsets
+        at = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
+        return torch.searchsorted(offsets, at, right=True) - 1, len(offsets)
 
 
 _CACHED = 1 << 17
@@ -670,8 +979,8 @@ class _Normalisation(Rule):
         raise NotImplementedError
 
     def refusal(self) -> str | None:
-        if any(ref.value.shape != ref.whole for ref in self.refs):
-            return "only some of its rows are used"
+        if any(ref.value.shape != ref.whole or ref.transposed or ref.offset is not None for ref in self.refs):
+            return "it is used otherwise than whole and in its own order"
         return None
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
@@ -829,7 +1138,8 @@ def _as_part(ref: Ref) -> Ref:
     if ref.offset is not None or (ref.value.shape == ref.whole and not ref.transposed):
         return ref
     contiguous = math.prod(ref.whole[1:])
-    if ref.value.stride() not in (_strides(ref.whole), _strides(ref.whole)[::-1]):
+    strides = _strides(ref.whole)
+    if ref.value.stride() != (strides[::-1] if ref.transposed else strides):
         return ref
     return replace(ref, start=0, transposed=False, offset=ref.start * contiguous)
 
@@ -862,7 +1172,7 @@ class _Broadcast(Rule):
 
     def refusal(self) -> str | None:
         assert self.weight is not None
-        if self.weight.value.shape != self.weight.whole and self.weight.offset is None:
+        if self.weight.offset is None and (self.weight.value.shape != self.weight.whole or self.weight.transposed):
             return "a part of it, converted, meets the activations element by element"
         if self.x._is_view() and self.function in _IN_PLACE:
             return "it changes a view in place"
@@ -968,6 +1278,29 @@ class Multiplication(_Broadcast):
         return d * self.x
 
 
+class PReLU(_Broadcast):
+    """y = max(x, 0) + p min(x, 0), with one p or one for each channel, which is axis 1."""
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]] = (torch.prelu, Tensor.prelu)
+    keeps_input = True
+
+    def _own(self, ndim: int) -> list[int]:
+        assert self.weight is not None
+        count = self.weight.value.numel()
+        return [count if dim == 1 else 1 for dim in range(ndim)]
+
+    def refusal(self) -> str | None:
+        return "it is what goes in" if self.arguments["first"] else super().refusal()
+
+    def times(self, d: Tensor) -> Tensor:
+        return d * self.x.clamp(max=0)
+
+    def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return self.x.to(work_dtype(self.x.dtype)).clamp(max=0) * super().tangent(directions).view(
+            self._own(self.x.ndim)
+        )
+
+
 class Copies(_Broadcast):
     """y = p.expand(N, ...) or p.repeat(N, ...): a class token, one copy a sample."""
 
@@ -985,7 +1318,7 @@ class Copies(_Broadcast):
             times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
             if any(t != 1 and own != 1 for t, own in zip(times, self._own(len(times)), strict=True)):
                 return "it is repeated along an axis longer than 1"
-        return None
+        return super().refusal()
 
     def dims(self, output: Tensor) -> Sequence[int]:
         return [dim for dim in super().dims(output) if output.shape[dim] > 1]
@@ -1002,7 +1335,8 @@ class Copies(_Broadcast):
         if weight is None:
             return None
         weight = _as_part(weight)
-        return cls(function, {"input": weight.value, "sizes": args[1:], "named": named}, weight, None)
+        arguments = {"input": weight.value, "first": True, "sizes": args[1:], "named": named}
+        return cls(function, arguments, weight, None)
 
 
 RULES: dict[Callable[..., Any], type[Rule]] = {
@@ -1011,9 +1345,13 @@ RULES: dict[Callable[..., Any], type[Rule]] = {
         Linear,
         MatMul,
         AddMM,
+        Bilinear,
+        Contraction,
         Convolution,
         TransposedConvolution,
         Embedding,
+        Lookup,
+        EmbeddingBag,
         LayerNorm,
         RMSNorm,
         GroupNorm,
@@ -1022,6 +1360,7 @@ RULES: dict[Callable[..., Any], type[Rule]] = {
         Addition,
         Subtraction,
         Multiplication,
+        PReLU,
         Copies,
     )
     for function in rule.functions
