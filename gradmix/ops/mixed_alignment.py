@@ -15,15 +15,22 @@ and U = [h; 1] G^T, every sum over classes is a matrix product, so that no N x M
     sum_c p_c        ~  A B^T                      sum_c p_c u_c  ~  lam (A*U_a) B^T + mu A (B*U_b)^T
     sum_c p_c^2      ~  A^2 (B^2)^T                all divided by Z = sum_c A B (squared for the last)
 
-It is exact. For class indices as labels, the two labels' own classes are left out of the products (their entries of A
-and B are zero) and added afterwards, pair by pair, in the log domain. This costs nothing, and it removes the
-cancellation in softmax(z) - y: the residual of a well-fitted pair keeps its relative accuracy in float32, and a label's
-logit, however large, can neither overflow nor drown the others.
+It is exact. Two things keep it so in float32 where rows are well fitted and softmax(z) - y all but vanishes:
+
+- The two labels' own classes a and b are left out of the products (their entries of A and B are zero). With R the sum
+  of the other classes' exponentials, their residuals are (D - lam R) / Z and -(D + mu R) / Z, where
+  D = mu exp(z_a) - lam exp(z_b) is formed from its logarithms by expm1. There is no p - y in it. Two rows of one class
+  have the residual -R / Z there.
+- All of r is computed in units of its own size, and that size in the log domain. A size below what float32 can hold is
+  held at its edge (:data:`LEAST`), so that the sign of the inner product and the cosine outlive it.
+
+Label vectors y are their largest entry's one-hot vector e minus t = e - y, which is zero for one-hot vectors and small
+for smoothed labels: r = (p - lam e_i - mu e_j) + lam t_i + mu t_j, of which the first part is the above. Pairs where
+the two parts all but cancel are recomputed from their mixed logits in float64.
 
 A product of two exponentials can underflow where the rows favour different classes by a large margin. Such pairs are
-found by their Z and recomputed from their mixed logits. Both exponentials are scaled by 2^27, a power of two, which
-leaves their digits alone and postpones the underflow: pairs are lost only where lam and mu times the two margins come
-to more than 46.
+found by their R and recomputed too. Both exponentials are scaled by 2^27, a power of two, which leaves their digits
+alone and postpones the underflow: pairs are lost only where lam and mu times the two margins come to more than 46.
 """
 
 from __future__ import annotations
@@ -38,17 +45,29 @@ from torch import Tensor
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import exact_dtype, work_dtype
-from gradmix.ops.labels import check_labels, dense_labels
+from gradmix.ops.labels import check_labels, class_of, dense_labels
 from gradmix.ops.waiting import look_is_free
 
 SCALE = 2.0**27
 """Of A and of B. Sums of scaled squares, up to 2^108 a class, stay finite in float32 up to 2^19 classes."""
 
 UNDERFLOW = 1e-20
-"""Pairs whose Z (relative to its own largest possible term) is below this are recomputed.
+"""Pairs whose R (relative to its own largest possible term) is below this are recomputed if R matters.
 
-What is lost first is the square of a single exponential, below 2^-126 / SCALE^2 = 2^-180. Relative to Z^2, the scale of
-the squared probabilities, that is less than 2^-47 here, far below float32's own rounding."""
+What is lost first is the square of a single exponential, below 2^-126 / SCALE^2 = 2^-180. Relative to R^2 that is less
+than 2^-47 here, far below float32's own rounding."""
+
+NEGLIGIBLE = 20.0
+"""R does not matter below exp(-NEGLIGIBLE) of the labels' own terms."""
+
+CANCELLED = 1 / 16
+"""Pairs whose ||r||^2 is below this share of its parts' are recomputed: label vectors that the rows fit well."""
+
+MODERATE = 1e6
+"""Features and references of entries up to this, or down to its inverse, are left in their units."""
+
+LEAST = {torch.float32: 1e-32, torch.float64: 1e-150}
+"""Gradients are held at this size: the residual at this, divided by the largest entry of U."""
 
 CLASSES_AT_A_TIME = 1 << 24
 """Elements of a temporary of rows by classes; more classes are taken in parts (64 MiB of float32)."""
@@ -67,6 +86,10 @@ Precision = Literal["ieee", "tf32x3", "tf32"]
 PRECISIONS = get_args(Precision)
 
 
+Weight: TypeAlias = float | Tensor
+"""A mixing weight: a number, or a scalar float64 tensor where the host may not look at it."""
+
+
 class MixedAlignment(NamedTuple):
     """Inner products and gradient norms of all pairs.
 
@@ -83,15 +106,22 @@ class MixedAlignment(NamedTuple):
 def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
     """Cosine of gradients from their inner product with the reference and the two norms.
 
-    It is 0 where a gradient is zero, and NaN where the inner product or the norm is.
+    It is 0 where a gradient is zero, and NaN where the inner product or the norm is. Neither the norms' product nor
+    their squares are formed, which may leave the dtype's range where the norms do not.
 
     Args:
         inner: any shape, inner products with the reference.
         norm: same shape, norms of the gradients.
         reference_norm: scalar tensor, norm of the reference.
     """
-    scale = norm * reference_norm
-    return torch.where(scale == 0, torch.zeros_like(inner), inner / scale).clamp_(-1.0, 1.0)
+    zero = (norm == 0) | (reference_norm == 0)
+    return (inner / norm / reference_norm).masked_fill_(zero, 0).clamp_(-1.0, 1.0)
+
+
+def length(vector: Tensor) -> Tensor:
+    """Euclidean norm, (), of a tensor of any shape and size: no square leaves the dtype's range."""
+    largest = torch.linalg.vector_norm(vector, math.inf)
+    return largest * torch.linalg.vector_norm(vector / torch.where(largest == 0, 1, largest))
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -107,43 +137,125 @@ def mixed_alignment_reference(
     reference: Tensor,
     lam: float,
 ) -> MixedAlignment:
-    """The formula, pair by pair; slow. Arguments and result as :func:`mixed_alignment`."""
+    """The formula, pair by pair, in float64; slow. Arguments and result as :func:`mixed_alignment`."""
     dtype = work_dtype(features_a.dtype)
-    classes = logits_a.shape[1]
     mu = 1.0 - lam
-    h_a, h_b = _append_one(features_a.to(dtype), reference), _append_one(features_b.to(dtype), reference)
-    z_a, z_b = logits_a.to(dtype), logits_b.to(dtype)
-    y_a, y_b = dense_labels(labels_a, classes, dtype), dense_labels(labels_b, classes, dtype)
-    grad_reference = reference.to(dtype)
+    h_a, h_b = (_append_one(features.double(), reference) for features in (features_a, features_b))
+    z_a, z_b = logits_a.double(), logits_b.double()
+    grad_reference = reference.double()
     inner = h_a.new_empty(len(h_a), len(h_b))
     norm = torch.empty_like(inner)
     for i in range(len(h_a)):
         for j in range(len(h_b)):
             h = lam * h_a[i] + mu * h_b[j]
             z = lam * z_a[i] + mu * z_b[j]
-            y = lam * y_a[i] + mu * y_b[j]
-            gradient = torch.outer(torch.softmax(z, 0) - y, h)
+            r = mixed_residual(z[None], labels_a[i : i + 1], labels_b[j : j + 1], lam, LEAST[dtype])[0]
+            gradient = torch.outer(r, h)
             inner[i, j] = (gradient * grad_reference).sum()
-            norm[i, j] = gradient.norm()
-    return MixedAlignment(inner, norm)
+            norm[i, j] = length(gradient)
+    if look_is_free(inner.device):
+        require_range(float(torch.stack([inner, norm]).abs().max()) if inner.numel() else 0.0, dtype)
+    return MixedAlignment(inner.to(dtype), norm.to(dtype))
+
+
+def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weight, least: float) -> Tensor:
+    """softmax(z) - lam y_a - mu y_b without cancellation, (K, C), of pairs whose mixed logits are known.
+
+    Args:
+        logits: (K, C) z, float64 (or :func:`exact_dtype`).
+        labels_a: (K,) class indices or (K, C) label vectors.
+        labels_b: likewise.
+        lam: weight of ``labels_a``.
+        least: residuals are not smaller than about this, unless labels are vectors other than one-hot.
+    """
+    mu = 1.0 - lam
+    own, other = class_of(labels_a)[:, None], class_of(labels_b)[:, None]
+    rest = logits.scatter(1, own, -math.inf).scatter_(1, other, -math.inf)
+    top = rest.amax(1, keepdim=True)
+    top = torch.where(top == -math.inf, 0, top)  # no other class is there
+    exponential = torch.exp(rest - top)
+    total = exponential.sum(1, keepdim=True)
+    at_labels = logits.gather(1, own), logits.gather(1, other)
+    terms = _terms(*at_labels, top, total, _apart(own == other, logits.dtype), lam)
+    r = exponential.mul_(terms.scale)
+    r = r.scatter_(1, own, terms.own).scatter_add_(1, other, terms.other).mul_(terms.size.clamp_(min=least))
+    for labels, weight in ((labels_a, lam), (labels_b, mu)):
+        if labels.is_floating_point():
+            r = _plus(r, beside_one_hot(labels.to(logits.dtype)), weight)
+    return r
+
+
+def beside_one_hot(labels: Tensor) -> Tensor:
+    """(N, C) t = e - y: what label vectors lack to the one-hot vectors of their largest entries."""
+    return dense_labels(class_of(labels), labels.shape[1], labels.dtype).sub_(labels)
+
+
+class _Terms(NamedTuple):
+    """Residuals of pairs, divided by ``size``; all of one shape.
+
+    Attributes:
+        own: of the first label's class.
+        other: of the second label's class. If that is the same, its residual is the sum of both.
+        scale: what the other classes' exponentials are multiplied by to give theirs.
+        size: the unit, in float64: about the larger of the labels' part and the other classes' probability.
+    """
+
+    own: Tensor
+    other: Tensor
+    scale: Tensor
+    size: Tensor
+
+
+def _terms(log_own: Tensor, log_other: Tensor, log_tops: Tensor, rest: Tensor, same: Tensor, lam: Weight) -> _Terms:
+    """The residuals of pairs without cancellation.
+
+    Args:
+        log_own: logarithm of the first label's exponential, in float64.
+        log_other: of the second label's.
+        log_tops: of the unit that ``rest`` is in.
+        rest: R, the sum of the other classes' exponentials.
+        same: -inf where both labels are one class, else 0, in float64.
+        lam: weight of the first label.
+    """
+    mu, dtype = 1.0 - lam, rest.dtype
+    first, second = log_own + _log(mu), log_other + _log(lam)
+    # D = mu exp(own) - lam exp(other): its larger term times 1 - exp(-|the logarithm of their ratio|), and a sign.
+    larger = torch.maximum(first, second).add_(same)
+    ratio = first.sub_(second).to(dtype)
+    # A unit may be rounded; what is measured in it may not.
+    unit = torch.maximum(larger, rest.log().clamp_(min=-80).to(log_tops.dtype).add_(log_tops))
+    difference = ratio.abs().neg_().expm1_().mul_(ratio.sign_()).mul_(larger.sub_(unit).to(dtype).exp_()).neg_()
+    scale = (log_tops - unit).exp_().to(dtype)
+    share = rest * scale
+    size = (log_own - unit).exp_().add_((log_other - unit).add_(same).exp_()).add_(share).reciprocal_()
+    return _Terms(_plus(difference, share, -lam), _plus(difference, share, mu).neg_(), scale, size)
+
+
+def _apart(same: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where ``same``, else 0."""
+    return torch.zeros_like(same, dtype=dtype).masked_fill_(same, -math.inf)
+
+
+def _log(weight: Weight) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.log()
+    return math.log(weight) if weight > 0 else -math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------- factorised
 
 
-Weight: TypeAlias = float | Tensor
-"""A mixing weight: a number, or a scalar float64 tensor where the host may not look at it."""
-
-
 class _Side(NamedTuple):
-    """One side's rows, cast, with what does not depend on the mixing weight.
+    """One side's rows, cast and in range, with what does not depend on the mixing weight.
 
     Attributes:
         h: (N, d) features.
         z: (N, C) logits.
         u: (N, C) [h; 1] G^T.
-        y: (N,) class indices or (N, C) label vectors.
-        top: (N,), each row's largest logit among the classes that are not its label.
+        y: (N,) class indices; of label vectors those of their largest entries.
+        labels: y, or (N, C) label vectors.
+        t: (N, C) what label vectors lack to the one-hot vectors of y; None for class indices.
+        top: (N,), each row's largest logit among the classes that are not y.
         square: (N,) ||h||^2.
     """
 
@@ -151,6 +263,8 @@ class _Side(NamedTuple):
     z: Tensor
     u: Tensor
     y: Tensor
+    labels: Tensor
+    t: Tensor | None
     top: Tensor
     square: Tensor
 
@@ -173,42 +287,175 @@ def mixed_alignment_torch(
     dtype = work_dtype(features_a.dtype)
     same_rows = features_a is features_b and logits_a is logits_b and labels_a is labels_b
     with torch.autocast(features_a.device.type, enabled=False):
-        grad_reference = reference.to(dtype)
-        if labels_a.is_floating_point() != labels_b.is_floating_point():
-            classes = logits_a.shape[1]
-            labels_a, labels_b = (dense_labels(y, classes, dtype) for y in (labels_a, labels_b))
-        a = _side(features_a, logits_a, labels_a, grad_reference)
-        b = a if same_rows else _side(features_b, logits_b, labels_b, grad_reference)
+        h_a, h_b, grad_reference, units = in_range(features_a, features_b, reference, dtype)
+        split_a, split_b = split_labels(labels_a, labels_b, logits_a.shape[1], dtype)
+        a = _side(h_a, logits_a, *split_a, grad_reference)
+        b = a if same_rows else _side(h_b, logits_b, *split_b, grad_reference)
+        mutual = _mutual(a, b)
         gram = a.h @ b.h.T
-        bias = float(has_bias(a.h, grad_reference))
+        bias = units.one * units.one * has_bias(a.h, grad_reference)
         size = len(lams), len(a.z), len(b.z)
         inner, norm = a.z.new_empty(size), a.z.new_empty(size)
         for k, lam in enumerate(_weights(lams)):
-            sums = _soft_labels if a.y.is_floating_point() else _hard_labels
-            products, residual, z_sum = sums(a, b, lam)
-            products, residual = _without_losses(products, residual, z_sum, a, b, lam)
+            products, residual = _pairs(a, b, mutual, lam, units)
             mu = 1.0 - lam
             # lam^2 |h_a|^2 + 2 lam mu <h_a, h_b> + mu^2 |h_b|^2, and 1 for the bias
             mixed = _plus((lam * lam * a.square + bias)[:, None] + mu * mu * b.square, gram, 2 * lam * mu)
             inner[k] = products
-            torch.sqrt(residual.clamp_(min=0).mul_(mixed.clamp_(min=bias)), out=norm[k])
-    return MixedAlignment(inner, norm)
+            torch.mul(residual, mixed.clamp_(min=0).sqrt_(), out=norm[k])
+        return MixedAlignment(inner, norm)
 
 
 def _weights(lams: Tensor) -> Sequence[Weight]:
     return lams.tolist() if look_is_free(lams.device) else lams.unbind()
 
 
-def _side(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> _Side:
-    h, z, y = features.to(reference.dtype), logits.to(reference.dtype), labels
-    if y.is_floating_point():
-        y = y.to(reference.dtype)
-        top = z.amax(1)
-    elif z.shape[1] == 1:  # no class is left
-        top = torch.zeros_like(z[:, 0])
+class _Mutual(NamedTuple):
+    """What pairs of rows have that does not depend on the mixing weight.
+
+    Attributes:
+        logits: both rows' at both labels, as :func:`_at_labels` gives them, in float64.
+        vectors: likewise of u, and of t where there is one.
+        same: (N, M) bool, whether the labels are one class.
+        apart: (N, M) float64, -inf for these and else 0.
+    """
+
+    logits: _AtLabels
+    vectors: list[_AtLabels]
+    same: Tensor
+    apart: Tensor
+
+
+def _mutual(a: _Side, b: _Side) -> _Mutual:
+    exact = exact_dtype(a.z.device)
+    same = a.y[:, None] == b.y
+    logits = _AtLabels(*(v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, a is b)))
+    vectors = [_at_labels(v_a, a.y, v_b, b.y, a is b) for v_a, v_b in _vectors(a, b)]
+    return _Mutual(logits, vectors, same, _apart(same, exact))
+
+
+def _vectors(a: _Side, b: _Side) -> list[tuple[Tensor, Tensor]]:
+    return [(a.u, b.u)] if a.t is None or b.t is None else [(a.u, b.u), (a.t, b.t)]
+
+
+class Units(NamedTuple):
+    """Powers of two that features and reference were divided by, so that no square or product leaves the range.
+
+    They are numbers where the host may look at them, and scalar float64 tensors elsewhere.
+
+    Attributes:
+        features: of the features.
+        reference: of the reference.
+        least: the size at which residuals are held (:data:`LEAST`).
+    """
+
+    features: Weight
+    reference: Weight
+    least: Weight
+
+    @property
+    def one(self) -> Weight:
+        """What became of the 1 appended to the features."""
+        return 1.0 / self.features
+
+    @property
+    def product(self) -> Weight:
+        """Of the inner products."""
+        return self.features * self.reference
+
+
+def in_range(
+    features_a: Tensor, features_b: Tensor, reference: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Units]:
+    """Features of both sides and reference in ``dtype``, divided by powers of two, and these.
+
+    Where the host may look, what is of moderate size is left as it is.
+
+    Raises:
+        ValueError: inner products leave the range of the dtype; where the host may not look they become infinite.
+    """
+    h_a = features_a.to(dtype)
+    h_b = h_a if features_b is features_a else features_b.to(dtype)
+    grad_reference = reference.to(dtype)
+    bias = has_bias(h_a, grad_reference)
+    largest = _largest(h_a) if h_b is h_a else torch.maximum(_largest(h_a), _largest(h_b))
+    if bias:
+        largest = largest.clamp(min=1)
+    largest_reference = _largest(grad_reference)
+    units = Units(_unit(largest), _unit(largest_reference), 0.0)
+    # No entry of U is larger than this.
+    most = largest.to(exact_dtype(largest.device)) * largest_reference * max(1, grad_reference.shape[1])
+    if look_is_free(most.device):
+        number = float(most)
+        require_range(number, dtype)
+        least = LEAST[dtype] / number if 0 < number < math.inf else 0.0
     else:
-        top = z.scatter(1, y[:, None], -math.inf).amax(1)
-    return _Side(h, z, project(h, reference), y, top, h.square().sum(1))
+        least = torch.where((most > 0) & (most < math.inf), LEAST[dtype] / most, 0)
+    units = units._replace(least=least)
+    if isinstance(units.features, Tensor) or units.features != 1.0:
+        h_b, h_a = (h_a * units.one,) * 2 if h_b is h_a else (h_b * units.one, h_a * units.one)
+    if isinstance(units.product, Tensor) or units.features != 1.0 or units.reference != 1.0:
+        grad_reference = grad_reference * (1.0 / units.reference)
+        if bias:
+            grad_reference[:, -1] *= units.one
+    return h_a, h_b, grad_reference, units
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest magnitude, (); 0 of nothing."""
+    if values.numel() == 0:
+        return values.new_zeros(())
+    least, most = torch.aminmax(values)
+    return torch.maximum(least.neg(), most)
+
+
+def _unit(largest: Tensor) -> Weight:
+    """A power of two near ``largest`` where that is not of moderate size, else 1."""
+    limit = 120 if largest.dtype == torch.float32 else 1000
+    if look_is_free(largest.device):
+        number = float(largest)
+        if number == 0 or not math.isfinite(number) or 1 / MODERATE <= number <= MODERATE:
+            return 1.0
+        return 2.0 ** max(-limit, min(limit, math.frexp(number)[1]))
+    exponent = torch.frexp(largest).exponent.clamp(-limit, limit)
+    unit = torch.ldexp(torch.ones_like(largest, dtype=exact_dtype(largest.device)), exponent)
+    return torch.where((largest > 0) & (largest < math.inf), unit, 1)
+
+
+def require_range(largest: float, dtype: torch.dtype) -> None:
+    """Raise ValueError if inner products, ``largest`` of them, cannot be held in ``dtype``."""
+    if torch.finfo(dtype).max < largest < math.inf:
+        advice = "compute in float64, or scale the features" if dtype == torch.float32 else "scale the features"
+        raise ValueError(
+            f"features and reference: got entries of which inner products up to {largest:.0e} arise, expected them to "
+            f"stay within the range of {str(dtype).removeprefix('torch.')}: {advice}"
+        )
+
+
+Split: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def split_labels(labels_a: Tensor, labels_b: Tensor, classes: int, dtype: torch.dtype) -> tuple[Split, Split]:
+    """Of each side's labels (y, labels, t) as :class:`_Side` has them; t is None for both or neither.
+
+    Where the host may look, one-hot vectors are taken for the class indices that they are.
+    """
+    if not (labels_a.is_floating_point() or labels_b.is_floating_point()):
+        return (labels_a, labels_a, None), (labels_b, labels_b, None)
+    y_a, y_b = class_of(labels_a), class_of(labels_b)
+    vectors_a = dense_labels(labels_a, classes, dtype)
+    vectors_b = vectors_a if labels_b is labels_a else dense_labels(labels_b, classes, dtype)
+    t_a = beside_one_hot(vectors_a)
+    t_b = t_a if labels_b is labels_a else beside_one_hot(vectors_b)
+    if look_is_free(t_a.device) and not (t_a.any() or t_b.any()):
+        return (y_a, y_a, None), (y_b, y_b, None)
+    return (y_a, vectors_a, t_a), (y_b, vectors_b, t_b)
+
+
+def _side(h: Tensor, logits: Tensor, y: Tensor, labels: Tensor, t: Tensor | None, reference: Tensor) -> _Side:
+    z = logits.to(h.dtype)
+    top = z.scatter(1, y[:, None], -math.inf).amax(1) if z.shape[1] > 1 else torch.zeros_like(z[:, 0])
+    return _Side(h, z, project(h, reference), y, labels, t, top, h.square().sum(1))
 
 
 def _parts(a: _Side, b: _Side) -> Iterator[slice]:
@@ -224,49 +471,88 @@ def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left @ right.T if total is None else total.addmm_(left, right.T)
 
 
-def _hard_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """<r, u>, ||r||^2 and Z for class indices; all (N, M).
+def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tuple[Tensor, Tensor]:
+    """<r, u> in the caller's units, and ||r|| times the features' unit; both (N, M).
 
-    The products run over the classes that are neither row's label; ``own`` and ``other`` are the two labels' terms.
+    The products run over the classes that are neither row's label; ``terms`` are those of the two labels.
     """
     mu = 1.0 - lam
     dtype, exact = a.z.dtype, exact_dtype(a.z.device)
-    rest = rest_a = rest_b = rest_square = None
+    vectors = _vectors(a, b)
+    rest = rest_square = None
+    left: list[Tensor | None] = [None] * len(vectors)
+    right = left.copy()
     for part in _parts(a, b):
         e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
         rest = _added(rest, e_a, e_b)
-        rest_a = _added(rest_a, e_a * a.u[:, part], e_b)
-        rest_b = _added(rest_b, e_a, e_b * b.u[:, part])
+        for k, (v_a, v_b) in enumerate(vectors):
+            left[k] = _added(left[k], e_a * v_a[:, part], e_b)
+            right[k] = _added(right[k], e_a, e_b * v_b[:, part])
         rest_square = _added(rest_square, e_a.square_(), e_b.square_())
-    assert rest is not None and rest_a is not None and rest_b is not None and rest_square is not None
-    rest_u = _plus(rest_a.mul_(lam), rest_b, mu)
+    assert rest is not None and rest_square is not None
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
-    same_rows = a is b
-    z_own_a, z_a_at_b, z_b_at_a, z_own_b = (v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, same_rows))
-    log_own = _plus((lam * z_own_a)[:, None], z_b_at_a, mu)
-    log_other = _plus(mu * z_own_b, z_a_at_b, lam)
-    log_rest = (lam * a.top.to(exact))[:, None] + mu * b.top.to(exact)
-    shift = torch.maximum(torch.maximum(log_own, log_other), log_rest)
-    same = a.y[:, None] == b.y
-    own = log_own.sub_(shift).to(dtype).exp_()
-    other = log_other.sub_(shift).to(dtype).exp_().masked_fill_(same, 0)
-    scale = log_rest.sub_(shift).to(dtype).exp_()
+    log_own = _plus((lam * mutual.logits.own_a)[:, None], mutual.logits.b_at_a, mu)
+    log_other = _plus(mu * mutual.logits.own_b, mutual.logits.a_at_b, lam)
+    log_tops = (lam * a.top.to(exact) - 2 * math.log(SCALE))[:, None] + mu * b.top.to(exact)
+    lost = _lost(rest, log_own, log_other, log_tops, mutual, lam, a.z.shape[1])
+    terms = _terms(log_own, log_other, log_tops, rest, mutual.apart, lam)
 
-    z_sum = torch.addcmul(own + other, scale, rest, value=SCALE**-2)
-    scale.div_(z_sum).mul_(SCALE**-2)
-    u_own_a, u_a_at_b, u_b_at_a, u_own_b = _at_labels(a.u, a.y, b.u, b.y, same_rows)
-    u_own = _plus((lam * u_own_a)[:, None], u_b_at_a, mu)
-    u_other = _plus(mu * u_own_b, u_a_at_b, lam)
-    # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
-    residual_own = torch.where(same, rest.mul_(scale).neg_(), own.div_(z_sum).sub_(lam))
-    residual_other = other.div_(z_sum).sub_(mu).masked_fill_(same, 0)
+    sums = []
+    for at, total_a, total_b in zip(mutual.vectors, left, right, strict=True):
+        assert total_a is not None and total_b is not None
+        total = _plus(total_a.mul_(lam), total_b, mu).mul_(terms.scale)
+        total.addcmul_(terms.own, _plus((lam * at.own_a)[:, None], at.b_at_a, mu))
+        sums.append(total.addcmul_(terms.other, _plus(mu * at.own_b, at.a_at_b, lam)))
+    # By the root, since the scale of the squares leaves float32's range if squared first.
+    square = rest_square.sqrt_().mul_(terms.scale).square_()
+    square.addcmul_(terms.own, terms.own).addcmul_(terms.other, terms.other)
+    square.addcmul_(terms.own.mul_(mutual.same), terms.other, value=2.0)
 
-    inner = rest_u.mul_(scale).addcmul_(residual_own, u_own).addcmul_(residual_other, u_other)
-    # By the root, since the scale of the squares, and a well-fitted pair's own, leave float32's range if squared first.
-    residual = rest_square.sqrt_().mul_(scale).square_()
-    residual.addcmul_(residual_own, residual_own).addcmul_(residual_other, residual_other)
-    return inner, residual, z_sum
+    size = terms.size.clamp_(min=units.least)
+    inner = sums[0].mul_((size * units.product).to(dtype))
+    again = lost
+    if len(vectors) == 1:
+        residual = square.sqrt_().mul_((size * units.features).to(dtype))
+    else:
+        inner.add_(_of_both(a, b, "u", lam).mul_(units.product))
+        beside = _of_both(a, b, "t", lam).clamp_(min=0).sqrt_()
+        most = torch.maximum(beside, size.to(dtype))
+        first, second = size.to(dtype).div_(most), beside / most
+        parts = square.mul_(first.square()).add_(second.square())
+        whole = torch.addcmul(parts, first, sums[1].div_(most), value=2.0)
+        again = lost | ((whole < CANCELLED * parts) & (beside > 0))
+        residual = whole.clamp_(min=0).sqrt_().mul_(most).mul_(units.features)
+    return _again(inner, residual, again, lost, a, b, lam, units)
+
+
+def _of_both(a: _Side, b: _Side, what: str, lam: Weight) -> Tensor:
+    """<lam t_a + mu t_b, lam v_a + mu v_b> for v = ``what``, "u" or "t"; (N, M)."""
+    mu = 1.0 - lam
+    assert a.t is not None and b.t is not None
+    v_a, v_b = getattr(a, what), getattr(b, what)
+    mutual = a.t @ v_b.T
+    mutual = 2 * mutual if what == "t" else mutual + v_a @ b.t.T
+    return _plus((lam * lam * (a.t * v_a).sum(1))[:, None] + mu * mu * (b.t * v_b).sum(1), mutual, lam * mu)
+
+
+def _lost(
+    rest: Tensor,
+    log_own: Tensor,
+    log_other: Tensor,
+    log_tops: Tensor,
+    mutual: _Mutual,
+    lam: Weight,
+    classes: int,
+) -> Tensor:
+    """Whether R underflows and may yet be more than a rounding error beside the labels' terms; bool."""
+    lost = rest < UNDERFLOW * SCALE**2
+    if classes <= 2:
+        lost &= mutual.same if classes == 2 else False
+    if look_is_free(lost.device) and not lost.any():
+        return lost
+    larger = torch.maximum(log_own + _log(1.0 - lam), log_other + _log(lam)).add_(mutual.apart)
+    return lost.logical_and_(log_tops + math.log(UNDERFLOW * SCALE**2 * classes) > larger - NEGLIGIBLE)
 
 
 def _plus(base: Tensor, x: Tensor, weight: Weight) -> Tensor:
@@ -276,48 +562,31 @@ def _plus(base: Tensor, x: Tensor, weight: Weight) -> Tensor:
     return torch.add(base, x, alpha=weight)
 
 
-def _at_labels(
-    v_a: Tensor, y_a: Tensor, v_b: Tensor, y_b: Tensor, same_rows: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class _AtLabels(NamedTuple):
     """Entries of v at labels: v_a[i, y_i] (N,), v_a[i, y_j] (N, M), v_b[j, y_i] (N, M), v_b[j, y_j] (M,)."""
+
+    own_a: Tensor
+    a_at_b: Tensor
+    b_at_a: Tensor
+    own_b: Tensor
+
+
+def _at_labels(v_a: Tensor, y_a: Tensor, v_b: Tensor, y_b: Tensor, same_rows: bool) -> _AtLabels:
     a_at_b = v_a.index_select(1, y_b)
     if same_rows:
         own = a_at_b.diagonal()
-        return own, a_at_b, a_at_b.T, own
+        return _AtLabels(own, a_at_b, a_at_b.T, own)
     own_a, own_b = v_a.gather(1, y_a[:, None])[:, 0], v_b.gather(1, y_b[:, None])[:, 0]
-    return own_a, a_at_b, v_b.index_select(1, y_a).T, own_b
-
-
-def _soft_labels(a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """<r, u>, ||r||^2 and Z for label vectors of any kind; all (N, M)."""
-    mu = 1.0 - lam
-    z_sum = u_a = u_b = y_a = y_b = square = None
-    for part in _parts(a, b):
-        e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
-        z_sum = _added(z_sum, e_a, e_b)
-        u_a, u_b = _added(u_a, e_a * a.u[:, part], e_b), _added(u_b, e_a, e_b * b.u[:, part])
-        y_a, y_b = _added(y_a, e_a * a.y[:, part], e_b), _added(y_b, e_a, e_b * b.y[:, part])
-        square = _added(square, e_a.square_(), e_b.square_())
-    assert z_sum is not None and u_a is not None and u_b is not None
-    assert y_a is not None and y_b is not None and square is not None
-    p_u = _plus(u_a.mul_(lam), u_b, mu) / z_sum
-    p_y = _plus(y_a.mul_(lam), y_b, mu) / z_sum
-    # The scale of the squares leaves float32's range if it is squared as a whole.
-    p_square = square * z_sum.reciprocal().square_()
-    y_u = (
-        (lam * lam * (a.y * a.u).sum(1))[:, None]
-        + lam * mu * (a.y @ b.u.T + a.u @ b.y.T)
-        + mu * mu * (b.y * b.u).sum(1)
-    )
-    y_square = (lam * lam * a.y.square().sum(1))[:, None] + 2 * lam * mu * (a.y @ b.y.T) + mu * mu * b.y.square().sum(1)
-    return p_u - y_u, p_square - 2 * p_y + y_square, z_sum.mul_(SCALE**-2)
+    return _AtLabels(own_a, a_at_b, v_b.index_select(1, y_a).T, own_b)
 
 
 def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
-    """SCALE exp(weight (z - top)) of some classes; 0 for a row's label if that is a class index."""
+    """SCALE exp(weight (z - top)) of some classes, 0 for a row's label.
+
+    In float64: the rounding of an exponent in float32 is up to 46 times that of its power.
+    """
+    exact = exact_dtype(side.z.device)
     z = side.z[:, part]
-    if side.y.is_floating_point():
-        return z.sub(side.top[:, None]).mul_(weight).exp_().mul_(SCALE)
     width = z.shape[1]
     if width == side.z.shape[1]:
         label, room = side.y, 0
@@ -326,50 +595,55 @@ def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
         label, room = side.y - part.start, 1
         label = torch.where((label >= 0) & (label < width), label, width)
     e = z.new_empty(len(z), width + room)
-    torch.sub(z, side.top[:, None], out=e[:, :width])
+    e[:, :width] = z.to(exact, copy=True).sub_(side.top.to(exact)[:, None]).mul_(weight).exp_()
     # A label's logit may be so far above the others that its exponential is infinite, before it is put out.
-    return e.mul_(weight).exp_().mul_(SCALE).scatter_(1, label[:, None], 0.0)[:, :width]
+    return e.scatter_(1, label[:, None], 0.0)[:, :width].mul_(SCALE)
 
 
-def _without_losses(
-    inner: Tensor, residual: Tensor, z_sum: Tensor, a: _Side, b: _Side, lam: Weight
+def _again(
+    inner: Tensor,
+    residual: Tensor,
+    again: Tensor,
+    lost: Tensor,
+    a: _Side,
+    b: _Side,
+    lam: Weight,
+    units: Units,
 ) -> tuple[Tensor, Tensor]:
-    """``inner`` and ``residual``, recomputed where Z underflows."""
-    lost = z_sum < UNDERFLOW
+    """``inner`` and ``residual``, recomputed for the pairs ``again``; those of them ``lost`` have no other value."""
     classes = a.z.shape[1]
-    if look_is_free(z_sum.device):
-        pairs = lost.nonzero()
-        for chunk in pairs.split(max(1, EXACT_ELEMENTS // classes)):
+    if look_is_free(lost.device):
+        for chunk in again.nonzero().split(max(1, EXACT_ELEMENTS // classes)):
             i, j = chunk.unbind(1)
-            inner[i, j], residual[i, j] = _exact(i, j, a, b, lam)
+            inner[i, j], residual[i, j] = _exact(i, j, a, b, lam, units)
         return inner, residual
-    # The first so many lost pairs, their number unknown to the host; the rest of ``place`` points one past the end.
-    total = lost.numel()
+    # The first so many pairs, their number unknown to the host; the rest of ``place`` points one past the end.
+    total = again.numel()
     most = max(1, min(total, LOST_ELEMENTS // classes))
-    lost = lost.flatten()
-    slot = lost.cumsum(0).sub_(1)
-    within = lost & (slot < most)
-    number = torch.arange(total, device=lost.device)
-    place = torch.full((most + 1,), total, device=lost.device)
+    again = again.flatten()
+    slot = again.cumsum(0).sub_(1)
+    within = again & (slot < most)
+    number = torch.arange(total, device=again.device)
+    place = torch.full((most + 1,), total, device=again.device)
     place = place.scatter_(0, torch.where(within, slot, most), torch.where(within, number, total))[:most]
     i, j = (v.clamp(max=n - 1) for v, n in ((place // len(b.z), len(a.z)), (place % len(b.z), len(b.z))))
-    beyond = lost & ~within
+    beyond = lost.flatten() & ~within
     result = []
-    for old, new in zip((inner, residual), _exact(i, j, a, b, lam), strict=True):
+    for old, new in zip((inner, residual), _exact(i, j, a, b, lam, units), strict=True):
         flat = torch.cat([old.flatten(), old.new_zeros(1)]).scatter_(0, place, new)[:total]
         result.append(flat.masked_fill_(beyond, math.nan).view_as(old))
     return result[0], result[1]
 
 
-def _exact(i: Tensor, j: Tensor, a: _Side, b: _Side, lam: Weight) -> tuple[Tensor, Tensor]:
-    """<r, u> and ||r||^2 of the pairs (i, j), both (K,), by the softmax of the mixed logits, in float64."""
-    mu = 1.0 - lam
-    classes = a.z.shape[1]
+def _exact(i: Tensor, j: Tensor, a: _Side, b: _Side, lam: Weight, units: Units) -> tuple[Tensor, Tensor]:
+    """<r, u> and ||r|| of the pairs (i, j), both (K,), as :func:`_pairs` has them, in float64."""
     exact = exact_dtype(a.z.device)
-    p = torch.softmax(lam * a.z[i].to(exact) + mu * b.z[j].to(exact), 1)
-    r = p - lam * dense_labels(a.y[i], classes, exact) - mu * dense_labels(b.y[j], classes, exact)
-    u = lam * a.u[i].to(exact) + mu * b.u[j].to(exact)
-    return (r * u).sum(1).to(a.z.dtype), r.square().sum(1).to(a.z.dtype)
+    z = _plus(lam * a.z[i].to(exact), b.z[j].to(exact), 1.0 - lam)
+    r = mixed_residual(z, a.labels[i], b.labels[j], lam, units.least)
+    u = _plus(lam * a.u[i].to(exact), b.u[j].to(exact), 1.0 - lam)
+    largest = r.abs().amax(1)
+    norm = torch.linalg.vector_norm(r / largest.masked_fill(largest == 0, 1)[:, None], dim=1) * largest
+    return ((r * u).sum(1) * units.product).to(a.z.dtype), (norm * units.features).to(a.z.dtype)
 
 
 def project(features: Tensor, reference: Tensor) -> Tensor:
@@ -405,10 +679,12 @@ def _run_reference(
     """:func:`mixed_alignment_reference` for every mixing weight."""
     arguments = (features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference)
     dtype = work_dtype(features_a.dtype)
-    result = features_a.new_empty(2, len(lams), len(features_a), len(features_b), dtype=dtype)
+    size = len(lams), len(features_a), len(features_b)
+    # Two tensors of their own: what a registered operator returns must not share memory.
+    inner, norm = features_a.new_empty(size, dtype=dtype), features_a.new_empty(size, dtype=dtype)
     for k, lam in enumerate(lams.tolist()):
-        result[0, k], result[1, k] = mixed_alignment_reference(*arguments, lam)
-    return MixedAlignment(result[0], result[1])
+        inner[k], norm[k] = mixed_alignment_reference(*arguments, lam)
+    return MixedAlignment(inner, norm)
 
 
 def mixed_alignment_triton(
