@@ -158,7 +158,7 @@ def mixed_alignment_reference(
     return MixedAlignment(inner.to(dtype), norm.to(dtype))
 
 
-def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weight, least: float) -> Tensor:
+def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weight, least: Weight = 0.0) -> Tensor:
     """softmax(z) - lam y_a - mu y_b without cancellation, (K, C), of pairs whose mixed logits are known.
 
     Args:
@@ -166,7 +166,7 @@ def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weig
         labels_a: (K,) class indices or (K, C) label vectors.
         labels_b: likewise.
         lam: weight of ``labels_a``.
-        least: residuals are not smaller than about this, unless labels are vectors other than one-hot.
+        least: residuals whose largest entry would be smaller are made as large as this.
     """
     mu = 1.0 - lam
     own, other = class_of(labels_a)[:, None], class_of(labels_b)[:, None]
@@ -178,11 +178,13 @@ def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weig
     at_labels = logits.gather(1, own), logits.gather(1, other)
     terms = _terms(*at_labels, top, total, _apart(own == other, logits.dtype), lam)
     r = exponential.mul_(terms.scale)
-    r = r.scatter_(1, own, terms.own).scatter_add_(1, other, terms.other).mul_(terms.size.clamp_(min=least))
+    r = r.scatter_(1, own, terms.own).scatter_add_(1, other, terms.other)
+    r = r.mul_(terms.size.clamp_(min=torch.finfo(r.dtype).tiny))
     for labels, weight in ((labels_a, lam), (labels_b, mu)):
         if labels.is_floating_point():
             r = _plus(r, beside_one_hot(labels.to(logits.dtype)), weight)
-    return r
+    largest = r.abs().amax(1, keepdim=True)
+    return r.mul_((least / largest.masked_fill_(largest == 0, 1)).clamp_(min=1))
 
 
 def beside_one_hot(labels: Tensor) -> Tensor:
@@ -509,20 +511,23 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tu
     square.addcmul_(terms.own, terms.own).addcmul_(terms.other, terms.other)
     square.addcmul_(terms.own.mul_(mutual.same), terms.other, value=2.0)
 
-    size = terms.size.clamp_(min=units.least)
-    inner = sums[0].mul_((size * units.product).to(dtype))
-    again = lost
     if len(vectors) == 1:
+        size = terms.size.clamp_(min=units.least)
+        inner = sums[0].mul_((size * units.product).to(dtype))
         residual = square.sqrt_().mul_((size * units.features).to(dtype))
-    else:
-        inner.add_(_of_both(a, b, "u", lam).mul_(units.product))
-        beside = _of_both(a, b, "t", lam).clamp_(min=0).sqrt_()
-        most = torch.maximum(beside, size.to(dtype))
-        first, second = size.to(dtype).div_(most), beside / most
-        parts = square.mul_(first.square()).add_(second.square())
-        whole = torch.addcmul(parts, first, sums[1].div_(most), value=2.0)
-        again = lost | ((whole < CANCELLED * parts) & (beside > 0))
-        residual = whole.clamp_(min=0).sqrt_().mul_(most).mul_(units.features)
+        return _again(inner, residual, lost, lost, a, b, lam, units)
+    # Both parts of r in units of the larger.
+    size = terms.size.clamp_(min=torch.finfo(exact).tiny)
+    beside = _of_both(a, b, "t", lam).clamp_(min=0).sqrt_().to(exact)
+    most = torch.maximum(beside, size)
+    first, second = (part.div_(most).to(dtype) for part in (size, beside))
+    inner = sums[0].mul_(first).add_(_of_both(a, b, "u", lam).to(exact).div_(most))
+    parts = square.mul_(first.square()).add_(second.square())
+    whole = torch.addcmul(parts, first, sums[1].div_(most), value=2.0)
+    again = lost | ((whole < CANCELLED * parts) & (second > 0))
+    most.clamp_(min=units.least)
+    inner = inner.mul_(most * units.product).to(dtype)
+    residual = whole.clamp_(min=0).sqrt_().mul_((most * units.features).to(dtype))
     return _again(inner, residual, again, lost, a, b, lam, units)
 
 
