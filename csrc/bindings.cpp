@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "class_sketch.hpp"
 #include "cpu_level.hpp"
+#include "forked.hpp"
 #include "sketch_project.hpp"
 #include "tensor_view.hpp"
 
@@ -92,16 +94,21 @@ int thread_count(const py::object& num_threads) {
       throw py::type_error("num_threads: got " + std::string(py::str(py::type::of(num_threads).attr("__name__"))) +
                            ", expected an int or None");
     }
-    const auto wanted = num_threads.cast<std::int64_t>();
-    if (wanted < 1) {
-      throw py::value_error("num_threads: got " + std::to_string(wanted) + ", expected at least 1");
+    int overflow = 0;
+    const long long wanted = PyLong_AsLongLongAndOverflow(num_threads.ptr(), &overflow);
+    if (overflow < 0 || (overflow == 0 && wanted < 1)) {
+      throw py::value_error("num_threads: got " + std::string(py::str(num_threads)) + ", expected at least 1");
+    }
+    if (overflow > 0 || wanted > std::numeric_limits<int>::max()) {
+      throw py::value_error("num_threads: got " + std::string(py::str(num_threads)) + ", expected at most " +
+                            std::to_string(std::numeric_limits<int>::max()));
     }
 #if defined(_OPENMP)
     // More threads than this only cost; the result is the same for any number.
     threads = static_cast<int>(std::min<std::int64_t>(wanted, std::max(omp_get_num_procs(), 8)));
 #endif
   }
-  return threads;
+  return forked() ? 1 : threads;
 }
 
 void py_class_sketch(const py::object& deltas_object, const py::object& activations_object,
@@ -169,6 +176,7 @@ void py_sketch_project(const py::object& x_object, std::int64_t key, bool ones, 
 }  // namespace gradmix
 
 PYBIND11_MODULE(_C, module) {
+  gradmix::forked();  // remembers this process
   module.doc() = "Native bodies of gradmix's operators. Tensors come by DLPack; results are written into tensors given.";
   module.def("build_info", &gradmix::build_info, "How this extension was built, as a dict.");
   module.def("cuda_devices", &gradmix::cuda_devices,

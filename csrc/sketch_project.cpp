@@ -37,7 +37,10 @@ void sketch_project(const SketchProject& p, int threads) {
              : (p.samples * p.positions + kernels::kUnit - 1) / kernels::kUnit;
   const std::int64_t length = std::clamp((units + kPieces - 1) / kPieces, kLeastUnits, kernels::kMostUnits);
   const std::int64_t pieces = (units + length - 1) / length;
-  if (p.samples * p.positions * (p.columns + 1) / 4 * (p.rank + 16) < kSmallWork) threads = 1;
+  // In floating point: of an expanded x the product may be beyond any memory, and beyond 64 bits.
+  const double work = static_cast<double>(p.samples) * static_cast<double>(p.positions) *
+                      static_cast<double>(p.columns + 1) / 4 * static_cast<double>(p.rank + 16);
+  if (work < kSmallWork) threads = 1;
   threads = static_cast<int>(std::min<std::int64_t>(threads, pieces));
 
   const std::size_t item = p.dtype == Dtype::kFloat64 ? 8 : 4;

@@ -1,6 +1,8 @@
 #include "tensor_view.hpp"
 
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <utility>
 
 namespace py = pybind11;
@@ -157,8 +159,19 @@ void TensorView::read(const dlpack::Tensor& tensor, std::initializer_list<Dtype>
     refuse_value(argument_, "shape " + tuple_text(tensor.shape, tensor.ndim), std::string("shape ") + axes);
   }
   shape_.assign(tensor.shape, tensor.shape + ndim);
-  numel_ = 1;
-  for (const std::int64_t size : shape_) numel_ *= size;
+  constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  // Axes without entries do not make the others' product harmless: kernels multiply some of them.
+  std::int64_t bytes = itemsize(dtype_);
+  bool empty = false;
+  for (const std::int64_t size : shape_) {
+    if (size < 0) refuse_value(argument_, "shape " + shape_text(), "sizes of at least 0");
+    empty = empty || size == 0;
+    if (size > 1 && bytes > most / size) {
+      refuse_value(argument_, "shape " + shape_text(), "a product of sizes that memory can be addressed by");
+    }
+    bytes *= std::max<std::int64_t>(size, 1);
+  }
+  numel_ = empty ? 0 : bytes / itemsize(dtype_);
   strides_.resize(shape_.size());
   std::int64_t compact = 1;
   std::int64_t lowest = 0, highest = 0;
@@ -172,8 +185,16 @@ void TensorView::read(const dlpack::Tensor& tensor, std::initializer_list<Dtype>
     }
     strides_[axis] = stride;
     compact *= shape_[axis];
-    (stride < 0 ? lowest : highest) += stride * (shape_[axis] - 1);
+    if (numel_ == 0) continue;
+    // A quarter of the range for each of three axes, so that their sum and the last element stay within it.
+    const std::int64_t reach = most / itemsize(dtype_) / 4, steps = shape_[axis] - 1;
+    if (steps > 0 && (stride > reach / steps || stride < -(reach / steps))) {
+      refuse_value(argument_, "strides " + tuple_text(tensor.strides, ndim) + " for shape " + shape_text(),
+                   "strides that memory can be addressed by");
+    }
+    (stride < 0 ? lowest : highest) += stride * steps;
   }
+  if (numel_ > 0 && tensor.data == nullptr) refuse_value(argument_, "a tensor without memory", "one with its data");
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
   if (numel_ > 0) {
     begin_ = static_cast<const char*>(data_) + lowest * itemsize(dtype_);

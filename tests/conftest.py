@@ -1,8 +1,15 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# ``python -m pytest`` puts the working directory on the path, and a checkout's gradmix/, which has no compiled part,
+# would be met instead of the installed package.
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path[:] = [folder for folder in sys.path if Path(folder or os.curdir).resolve() != CHECKOUT]
 
 # Without a GPU, Triton's kernels run in its interpreter. Triton looks when a kernel is defined, so before any import.
 if not torch.cuda.is_available():
@@ -12,6 +19,8 @@ if not torch.cuda.is_available():
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=150)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
+
+pytest_plugins = ["bodies_run"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
