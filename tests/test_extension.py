@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.machinery
 import json
@@ -117,6 +118,40 @@ def read_only(*shape):
     return array
 
 
+class _Tensor(ctypes.Structure):
+    """DLTensor and what manages it, of DLPack's first version, as a producer in C would fill them in."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+KEPT = []
+
+
+def odd(shape, strides=None, data=True):
+    """A float32 tensor that says it has this shape and these strides, over a few bytes of memory."""
+    memory = (ctypes.c_float * 64)()
+    sizes = (ctypes.c_int64 * len(shape))(*shape)
+    steps = None if strides is None else (ctypes.c_int64 * len(strides))(*strides)
+    address = ctypes.addressof(memory) if data else None
+    tensor = _Tensor(address, (1, 0), len(shape), 2, 32, 1, sizes, steps, 0, None, None)
+    KEPT.append((memory, sizes, steps, tensor))  # a capsule does not
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return Exports(lambda: new(ctypes.addressof(tensor), b"dltensor", None))
+
+
 SHARED = torch.zeros(64)
 
 BAD = {
@@ -222,6 +257,27 @@ BAD = {
     ),
     "no threads": (dict(num_threads=0), ValueError, "num_threads: got 0, expected at least 1"),
     "half a thread": (dict(num_threads=0.5), TypeError, "num_threads: got float, expected an int or None"),
+    "threads beyond int": (dict(num_threads=1 << 31), ValueError, "num_threads: got 2147483648, expected at most 2147"),
+    "threads beyond 64 bits": (dict(num_threads=1 << 80), ValueError, r"num_threads: got 12089\d+, expected at most"),
+    "fewer threads than 64 bits hold": (dict(num_threads=-(1 << 80)), ValueError, r"num_threads: got -12\d+, expected"),
+    "a shape of 2^64 elements": (
+        dict(deltas=odd((1 << 32, 1 << 32, 1))),
+        ValueError,
+        r"deltas: got shape \(4294967296, 4294967296, 1\), expected a product of sizes that memory can be addressed by",
+    ),
+    "a shape whose product wraps around to 24": (
+        dict(deltas=odd((1 << 62, 4, 3))),
+        ValueError,
+        "deltas: got shape .*, expected a product of sizes",
+    ),
+    "bytes beyond 64 bits": (dict(deltas=odd((1 << 61, 2, 1))), ValueError, "deltas: got shape .*, expected a product"),
+    "no entries of 2^64": (dict(deltas=odd((0, 1 << 32, 1 << 32))), ValueError, "deltas: got shape .* a product"),
+    "a negative size": (
+        dict(deltas=odd((-4, 2, -3))),
+        ValueError,
+        r"deltas: got shape \(-4, 2, -3\), expected sizes of at least 0",
+    ),
+    "no memory": (dict(deltas=odd((4, 2, 3), data=False)), ValueError, "deltas: got a tensor without memory"),
 }
 
 
@@ -262,6 +318,13 @@ BAD_PROJECTION = {
         ValueError,
         "out: got memory shared with x",
     ),
+    "strides beyond 64 bits": (
+        dict(x=odd((4, 2, 3), (1 << 61, 3, 1))),
+        ValueError,
+        r"x: got strides \(2305843009213693952, 3, 1\) for shape \(4, 2, 3\), expected strides that memory",
+    ),
+    "negative strides beyond 64 bits": (dict(x=odd((4, 2, 3), (-(1 << 63), 3, 1))), ValueError, "x: got strides"),
+    "threads beyond int": (dict(num_threads=1 << 31), ValueError, "num_threads: got 2147483648, expected at most"),
     "key beyond 64 bits": (dict(key=1 << 63), TypeError, "incompatible function arguments"),
     "no threads": (dict(num_threads=0), ValueError, "num_threads: got 0, expected at least 1"),
 }
@@ -337,6 +400,30 @@ def test_default_number_of_threads():
     del usual["num_threads"]
     EXTENSION.class_sketch(**usual)
     assert torch.equal(usual["sums"], torch.full((2, 3, 5), 4.0))
+
+
+FORK = """
+import os, signal
+import torch
+from gradmix.ops.class_sketch import class_sketch
+from gradmix.ops.sketch_project import sketch_project
+torch.set_num_threads(2)
+x, labels = torch.randn(64, 8, 48), torch.arange(64) % 3
+def both():
+    return [*class_sketch(x, x, labels, 3, backend="cpp"), sketch_project(x, 32, 1, backend="cpp")]
+expected = both()  # the pool of threads is there from here on
+if (child := os.fork()) == 0:
+    signal.alarm(300)  # whoever waits for a thread that is not there waits forever
+    same = all(bool((a.numpy() == b.numpy()).all()) for a, b in zip(both(), expected))
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@NEEDS_EXTENSION
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_of_a_process_with_threads_computes_the_same():
+    assert run_python(FORK) == ["0"]
 
 
 # ------------------------------------------------------------------------------------------------------------ ownership
