@@ -51,10 +51,19 @@ from gradmix.inputs import InputTree, check_alike, first_tensor, floating_dtype,
 from gradmix.inputs import concatenate as concatenate_inputs
 from gradmix.mixing import beta_quadrature
 from gradmix.ops.class_pairs import class_members, class_pair_alignment, class_pair_sums
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_label_range, class_of, dense_labels, within_range
 from gradmix.ops.last_layer_gradient import last_layer_gradient
-from gradmix.ops.mixed_alignment import Weight, as_lams, check_lam, cosine, mixed_alignment_op
+from gradmix.ops.mixed_alignment import (
+    Weight,
+    as_lams,
+    check_lam,
+    cosine,
+    in_range,
+    length,
+    mixed_alignment_op,
+    mixed_residual,
+)
 from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
@@ -503,34 +512,35 @@ def mixed_input_alignment(
     Call it inside :func:`gradmix.probe.untouched`.
     """
     (x, y), (other_x, other_y) = rows, partners
-    mu, dtype = 1 - lam, reference.dtype
+    mu = 1 - lam
     inner, norm = [], []
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].unbind(1)
         features, logits = forward_head(model, head, mix_samples(take(x, i), take(other_x, j), lam))
         require_finite_pairs(logits, i, j)
-        own, other = (dense_labels(v, logits.shape[1], dtype) for v in (y[i], other_y[j]))
-        labels = lam * own + mu * other
-        part = row_alignment(features, logits, labels, reference)
+        part = row_alignment(features, logits, y[i], other_y[j], lam, reference)
         inner.append(part[0])
         norm.append(part[1])
     empty = reference.new_empty(0)
     return torch.cat([empty, *inner]), torch.cat([empty, *norm])
 
 
-def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each row, both (N,); ``labels`` (N, C) of the reference's dtype."""
-    dtype = reference.dtype
+def row_alignment(
+    features: Tensor, logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float, reference: Tensor
+) -> tuple[Tensor, Tensor]:
+    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each row, both (N,), for the labels lam y_a + (1 - lam) y_b."""
+    dtype, exact = reference.dtype, exact_dtype(reference.device)
     with torch.autocast(features.device.type, enabled=False):
-        h = features.to(dtype)
-        residual = torch.softmax(logits.to(dtype), 1) - labels
-        toward = residual @ reference  # (N, d + 1): G^T r
+        least = in_range(features, features, reference, dtype)[-1].least
+        h = features.to(exact)
+        residual = mixed_residual(logits.to(exact), y_a, y_b, lam, least)
+        toward = residual @ reference.to(exact)  # (N, d + 1): G^T r
         inner = (toward[:, : h.shape[1]] * h).sum(1)
         square = h.square().sum(1)
         if reference.shape[1] == h.shape[1] + 1:
             inner = inner + toward[:, -1]
             square = square + 1
-        return inner, residual.square().sum(1).mul(square).sqrt()
+        return inner.to(dtype), torch.linalg.vector_norm(residual, dim=1).mul(square.sqrt()).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- criteria
@@ -538,7 +548,7 @@ def row_alignment(features: Tensor, logits: Tensor, labels: Tensor, reference: T
 
 def by_sample(inner: Tensor, norm: Tensor, reference: Tensor) -> Alignment:
     """Criterion ``sample``: every pair for itself; ``reference`` is the reference gradient, or its norm."""
-    return Alignment(inner, cosine(inner, norm, reference.norm()))
+    return Alignment(inner, cosine(inner, norm, length(reference)))
 
 
 class ClassMean:
@@ -578,7 +588,7 @@ class ClassMean:
     def alignment(self) -> Alignment:
         """The (P, P) alignment; NaN where no pair was added."""
         inner, norm = self.means()
-        return Alignment(inner, cosine(inner, norm, self._reference.norm()), self.classes)
+        return Alignment(inner, cosine(inner, norm, length(self._reference)), self.classes)
 
 
 def class_table(
@@ -613,7 +623,7 @@ def class_table(
             torch.tensor(TABLE_LAMS, dtype=torch.float64, device="cpu"),
             backend=backend,
         )
-        return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
+        return ClassTable(TABLE_LAMS, inner, norm, length(reference), classes)
     own = (rows.x, rows.y)
     means = []
     for lam in TABLE_LAMS:
@@ -623,7 +633,7 @@ def class_table(
         mean.add_pairs(inner, norm, labels[pairs[:, 0]], labels[pairs[:, 1]])
         means.append(mean.means())
     inner, norm = (torch.stack(v) for v in zip(*means, strict=True))
-    return ClassTable(TABLE_LAMS, inner, norm, reference.norm(), classes)
+    return ClassTable(TABLE_LAMS, inner, norm, length(reference), classes)
 
 
 def whole_class_table(

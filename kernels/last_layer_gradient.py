@@ -1,8 +1,9 @@
 """The sum over rows of (softmax(z) - y) [h; 1]^T, residuals formed inside the product: ``last_layer_gradient``.
 
 A row kernel finds, for each row of logits, what turns a logit into a probability: the largest logit and the reciprocal
-of the sum of exponentials; and, for a class index as label, minus the other classes' probability, which is the residual
-of that class without cancellation. Then a program has a tile of classes x features and walks over the rows: it forms
+of the sum of exponentials; and minus the other classes' probability, which is the residual of a row's own class without
+cancellation. Of label vectors the own class is that of the largest entry, and what they lack to its one-hot vector is
+added. Then a program has a tile of classes x features and walks over the rows: it forms
 the residuals of its classes from the logits and multiplies them into its features. The bias's column is a plain sum of
 the residuals.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _rows(logits, labels, stats, rows, classes, stride, HARD: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(logits, labels, stats, rows, classes, stride, BLOCK: tl.constexpr):
     """Of each row the largest logit, 1 / sum exp(z - largest), and the residual of its label (3, N)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -33,7 +34,7 @@ def _rows(logits, labels, stats, rows, classes, stride, HARD: tl.constexpr, BLOC
         z = tl.load(logits + row * stride + start + lanes, mask=start + lanes < classes, other=-float("inf"))
         largest = tl.maximum(largest, z.to(tl.float32))
     top = tl.max(largest, 0)
-    label = tl.load(labels + row) if HARD else row * 0 - 1
+    label = tl.load(labels + row)
     others = tl.zeros((BLOCK,), tl.float32)
     own = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, classes, BLOCK):
@@ -55,6 +56,7 @@ def _tiles(
     features,
     logits,
     labels,
+    vectors,
     stats,
     rows,
     classes,
@@ -64,8 +66,8 @@ def _tiles(
     out_stride,
     features_stride,
     logits_stride,
-    labels_stride,
-    HARD: tl.constexpr,
+    vectors_stride,
+    SOFT: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,13 +90,13 @@ def _tiles(
         both = (c < classes)[:, None] & inside[None, :]
         z = tl.load(logits + row[None, :] * logits_stride + c[:, None], mask=both, other=-float("inf"))
         r = tl.exp(z.to(tl.float32) - top[None, :]) * inverse[None, :]
-        if HARD:
-            own = tl.load(stats + 2 * rows + row, mask=inside, other=0.0)
-            label = tl.load(labels + row, mask=inside, other=-1)
-            r = tl.where(c[:, None] == label[None, :], own[None, :], r)
-        else:
-            y = tl.load(labels + row[None, :] * labels_stride + c[:, None], mask=both, other=0.0)
-            r = r - y.to(tl.float32)
+        own = tl.load(stats + 2 * rows + row, mask=inside, other=0.0)
+        label = tl.load(labels + row, mask=inside, other=-1)
+        here = c[:, None] == label[None, :]
+        r = tl.where(here, own[None, :], r)
+        if SOFT:
+            y = tl.load(vectors + row[None, :] * vectors_stride + c[:, None], mask=both, other=0.0).to(tl.float32)
+            r += tl.where(here & both, 1.0 - y, -y)
         h = tl.load(
             features + row[:, None] * features_stride + f[None, :],
             mask=inside[:, None] & (f < width)[None, :],
@@ -175,9 +177,10 @@ def last_layer_gradient(out: Tensor, features: Tensor, logits: Tensor, labels: T
     (rows, width), classes = features.shape, logits.shape[1]
     if rows == 0:
         return
-    hard = not labels.is_floating_point()
+    soft = labels.is_floating_point()
     features, logits = _rows_of(features), _rows_of(logits)
-    labels = labels.contiguous() if hard else _rows_of(labels)
+    vectors = _rows_of(labels) if soft else labels
+    labels = labels.argmax(1) if soft else labels.contiguous()
     result = _rows_of(out)
     stats = torch.empty(3, rows, dtype=torch.float32, device=out.device)
     chosen = configuration(classes, width)
@@ -189,13 +192,13 @@ def last_layer_gradient(out: Tensor, features: Tensor, logits: Tensor, labels: T
     with torch.cuda.device_of(out):
         _rows[(rows,)](
             logits, labels, stats, rows, classes, logits.stride(0),
-            HARD=hard, BLOCK=min(ROW_BLOCK, triton.next_power_of_2(classes)), num_warps=4,
+            BLOCK=min(ROW_BLOCK, triton.next_power_of_2(classes)), num_warps=4,
         )  # fmt: skip
         _tiles[(*grid, parts)](
-            target, features, logits, labels, stats, rows, classes, width, each,
+            target, features, logits, labels, vectors, stats, rows, classes, width, each,
             0 if parts == 1 else target.stride(0), target.stride(-2),
-            features.stride(0), logits.stride(0), 0 if hard else labels.stride(0),
-            HARD=hard, BIAS=out.shape[1] > width, ADD=parts == 1, PRECISION=precision,
+            features.stride(0), logits.stride(0), vectors.stride(0) if soft else 0,
+            SOFT=soft, BIAS=out.shape[1] > width, ADD=parts == 1, PRECISION=precision,
             CLASSES=chosen.classes, FEATURES=chosen.features, ROWS=ROWS,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
@@ -213,20 +216,18 @@ def _rows_of(matrix: Tensor) -> Tensor:
 def variants() -> Iterator[Variant]:
     """The specialisations worth compiling ahead of time."""
     sizes = dict.fromkeys(("rows", "classes", "stride"), "i32")
-    for hard in (True, False):
-        kind = "hard" if hard else "soft"
-        pointers = {"logits": "*fp32", "labels": "*i64" if hard else "*fp32", "stats": "*fp32"}
-        yield Variant(
-            f"last_layer_gradient rows {kind}",
-            _rows,
-            {**pointers, **sizes, "HARD": "constexpr", "BLOCK": "constexpr"},
-            {"HARD": hard, "BLOCK": ROW_BLOCK},
-            4,
-            3,
-            max_registers=128,
-        )
+    pointers = {"logits": "*fp32", "labels": "*i64", "stats": "*fp32"}
+    yield Variant(
+        "last_layer_gradient rows",
+        _rows,
+        {**pointers, **sizes, "BLOCK": "constexpr"},
+        {"BLOCK": ROW_BLOCK},
+        4,
+        3,
+        max_registers=128,
+    )
     names = ("rows", "classes", "width", "rows_each", "out_split", "out_stride", "features_stride", "logits_stride")
-    constants = ("HARD", "BIAS", "ADD", "PRECISION", "CLASSES", "FEATURES", "ROWS")
+    constants = ("SOFT", "BIAS", "ADD", "PRECISION", "CLASSES", "FEATURES", "ROWS")
     for chosen in CONFIGURATIONS:
         for precision in ("tf32x3", "tf32", "ieee"):
             for hard, dtype in ((True, "fp32"), (True, "bf16"), (False, "fp32")):
@@ -234,13 +235,14 @@ def variants() -> Iterator[Variant]:
                     "out": "*fp32",
                     "features": f"*{dtype}",
                     "logits": f"*{dtype}",
-                    "labels": "*i64" if hard else "*fp32",
+                    "labels": "*i64",
+                    "vectors": "*i64" if hard else "*fp32",
                     "stats": "*fp32",
-                    **dict.fromkeys((*names, "labels_stride"), "i32"),
+                    **dict.fromkeys((*names, "vectors_stride"), "i32"),
                     **dict.fromkeys(constants, "constexpr"),
                 }
                 values: dict[str, Any] = {
-                    "HARD": hard,
+                    "SOFT": not hard,
                     "BIAS": True,
                     "ADD": True,
                     "PRECISION": precision,

@@ -7,7 +7,8 @@ With features h_n, logits z_n and labels y_n it is
 C x (d + 1). :func:`last_layer_gradient_reference` says exactly this. The other bodies never hold the residuals of all
 rows: the torch body takes rows in parts, and the Triton body forms residuals where the product needs them. For a label
 that is a class index, p - 1 is taken as minus the sum of the other classes' probabilities, which has no cancellation:
-the gradient of well-fitted rows keeps its relative accuracy in float32.
+the gradient of well-fitted rows keeps its relative accuracy in float32. Label vectors are taken as the one-hot vector
+of their largest entry, and what they lack to it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.labels import check_labels, dense_labels
-from gradmix.ops.mixed_alignment import Precision, check_precision
+from gradmix.ops.dtypes import exact_dtype, work_dtype
+from gradmix.ops.labels import check_labels, class_of
+from gradmix.ops.mixed_alignment import Precision, beside_one_hot, check_precision, mixed_residual
 
-RESIDUALS = 1 << 24
-"""Elements of the residuals, and of the rows' cast features, held at a time (64 MiB of float32)."""
+RESIDUALS = 1 << 23
+"""Elements of the residuals, and of the rows' cast features, held at a time (64 MiB of float64)."""
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -31,12 +32,13 @@ RESIDUALS = 1 << 24
 def last_layer_gradient_reference(
     out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3"
 ) -> None:
-    """The formula, row by row, added to ``out`` (C, d + 1) or, without bias, (C, d)."""
-    targets = dense_labels(labels, logits.shape[1], out.dtype)
-    for h, z, y in zip(features.to(out.dtype), logits.to(out.dtype), targets, strict=True):
+    """The formula, row by row in float64, added to ``out`` (C, d + 1) or, without bias, (C, d)."""
+    total = torch.zeros_like(out, dtype=torch.float64)
+    for h, z, y in zip(features.double(), logits.double(), labels, strict=True):
         if out.shape[1] == len(h) + 1:
             h = torch.cat([h, h.new_ones(1)])
-        out += torch.outer(torch.softmax(z, 0) - y, h)
+        total += torch.outer(mixed_residual(z[None], y[None], y[None], 1.0)[0], h)
+    out += total
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -54,20 +56,19 @@ def last_layer_gradient_torch(
     with torch.autocast(features.device.type, enabled=False):
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            residual = _residual(logits[part].to(out.dtype), labels[part])
+            residual = _residual(logits[part], labels[part]).to(out.dtype)
             out[:, :width].addmm_(residual.T, features[part].to(out.dtype))
             if out.shape[1] > width:
                 out[:, width] += residual.sum(0)
 
 
 def _residual(logits: Tensor, labels: Tensor) -> Tensor:
-    """softmax(z) - y, (N, C)."""
-    p = torch.softmax(logits, 1)
-    if labels.is_floating_point():
-        return p.sub_(labels)
-    label = labels[:, None]
-    p.scatter_(1, label, 0.0)
-    return p.scatter_(1, label, -p.sum(1, keepdim=True))
+    """softmax(z) - y, (N, C), in float64, whose exponents do not add their rounding to the powers."""
+    r = torch.softmax(logits.to(exact_dtype(logits.device)), 1)
+    label = class_of(labels)[:, None]
+    r.scatter_(1, label, 0.0)
+    r.scatter_(1, label, -r.sum(1, keepdim=True))
+    return r.add_(beside_one_hot(labels.to(r.dtype))) if labels.is_floating_point() else r
 
 
 # --------------------------------------------------------------------------------------------------------------- triton

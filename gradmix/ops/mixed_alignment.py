@@ -120,8 +120,9 @@ def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
 
 def length(vector: Tensor) -> Tensor:
     """Euclidean norm, (), of a tensor of any shape and size: no square leaves the dtype's range."""
-    largest = torch.linalg.vector_norm(vector, math.inf)
-    return largest * torch.linalg.vector_norm(vector / torch.where(largest == 0, 1, largest))
+    largest = largest_of(vector)
+    norm: Tensor = largest * torch.linalg.vector_norm(vector / torch.where(largest == 0, 1, largest))
+    return norm
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -380,13 +381,14 @@ def in_range(
     h_b = h_a if features_b is features_a else features_b.to(dtype)
     grad_reference = reference.to(dtype)
     bias = has_bias(h_a, grad_reference)
-    largest = _largest(h_a) if h_b is h_a else torch.maximum(_largest(h_a), _largest(h_b))
+    largest = largest_of(h_a) if h_b is h_a else torch.maximum(largest_of(h_a), largest_of(h_b))
     if bias:
         largest = largest.clamp(min=1)
-    largest_reference = _largest(grad_reference)
-    units = Units(_unit(largest), _unit(largest_reference), 0.0)
+    largest_reference = largest_of(grad_reference)
+    units = Units(unit_of(largest), unit_of(largest_reference), 0.0)
     # No entry of U is larger than this.
     most = largest.to(exact_dtype(largest.device)) * largest_reference * max(1, grad_reference.shape[1])
+    least: Weight
     if look_is_free(most.device):
         number = float(most)
         require_range(number, dtype)
@@ -403,7 +405,7 @@ def in_range(
     return h_a, h_b, grad_reference, units
 
 
-def _largest(values: Tensor) -> Tensor:
+def largest_of(values: Tensor) -> Tensor:
     """Largest magnitude, (); 0 of nothing."""
     if values.numel() == 0:
         return values.new_zeros(())
@@ -411,7 +413,7 @@ def _largest(values: Tensor) -> Tensor:
     return torch.maximum(least.neg(), most)
 
 
-def _unit(largest: Tensor) -> Weight:
+def unit_of(largest: Tensor) -> Weight:
     """A power of two near ``largest`` where that is not of moderate size, else 1."""
     limit = 120 if largest.dtype == torch.float32 else 1000
     if look_is_free(largest.device):
