@@ -5,25 +5,25 @@ loads logits and U of its rows on either side once, forms the exponentials once,
 
     Z  +=  A B^T        U  +=  (lam A*U_a) B^T + A (mu B*U_b)^T        S  +=  A^2 (B^2)^T
 
-with the label classes of the rows (class indices) at zero. The Gram product of the features follows in the same
-program, over an accumulator that takes the place of the three. The epilogue adds the two labels' terms in the log
-domain, and either stores the pairs or sums them over groups of rows, so that no N x M array is written. A kernel
-launched before it leaves for each row the largest logit outside of its label, ||h||^2 and, for label vectors, <y, u>
-and ||y||^2.
+with the label classes of the rows at zero. Of label vectors the label is the largest entry, and what they lack to its
+one-hot vector, t, is summed as u is. The Gram product of the features follows in the same program, over an accumulator
+that takes the place of the three. The epilogue adds the two labels' terms in the log domain, without a difference of
+probabilities and in units of the residual's own size, and either stores the pairs or sums them over groups of rows, so
+that no N x M array is written. A kernel launched before it leaves for each row the largest logit outside of its label,
+||h||^2 and, for label vectors, <t, u> and ||t||^2.
 
 Both exponentials are scaled by 2^27, so that products and squares have float32's whole range: their largest sums,
 2^54 C and 2^108 C, are finite for up to 2^19 classes, and what is lost is less than 2^-180 of the largest possible
-square. Pairs whose Z is less than 1e-20 of its largest possible term are recomputed by the same program, row by row,
-from the mixed logits: their differences in float64, the exponentials and sums in float32.
+square. Pairs whose sum over the other classes is less than 1e-20 of its largest possible term, and those whose residual
+all but cancels t, are recomputed by the same program, row by row, from the mixed logits in float64.
 
 Several mixing weights are served by one launch. The program loops over them and has the Gram product, which does not
 depend on them, kept in registers: formed anew for each, it would cost 2 d operations a pair beside 8 C.
 
 The block of classes is the same in every configuration, and the order of summation with it. Errors, relative to the
 largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and 1e-6 is typical
-(tests/test_kernels_mixed_alignment.py). With label vectors ||p - y||^2 is the sum of three terms, accurate to 2e-6 of
-the features' squared norm; its root, where p is all but y, to half the digits. On a GPU ``"tf32x3"`` is held to the
-same figures, and ``"tf32"`` to 5e-3 (tests/test_gpu_kernels.py).
+(tests/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held to the same figures,
+and ``"tf32"`` to 5e-3 (tests/test_gpu_kernels.py).
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ LOG_SCALE = tl.constexpr(27.0)
 UNSCALE = tl.constexpr(2.0**-54)
 PAIR_SCALE = tl.constexpr(2.0**54)
 UNDERFLOW = tl.constexpr(1e-20)
+LOG_UNDERFLOW = tl.constexpr(-46.05)
+NEGLIGIBLE = tl.constexpr(20.0)
+CANCELLED = tl.constexpr(1 / 16)
+LEAST = tl.constexpr(1e-30)  # the size at which residuals are held
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # the logarithm of an empty sum; finite, so that 0 times it is 0
 
@@ -62,6 +66,7 @@ def _statistics(
     features,
     logits,
     labels,
+    t,
     u,
     out,
     rows,
@@ -70,6 +75,7 @@ def _statistics(
     features_stride,
     logits_stride,
     labels_stride,
+    t_stride,
     u_stride,
     SOFT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -82,19 +88,16 @@ def _statistics(
     top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     label_u = tl.zeros((ROWS, COLUMNS), tl.float32)
     label_square = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if not SOFT:
-        label = tl.load(labels + r * labels_stride)
+    label = tl.load(labels + r * labels_stride)
     for start in range(0, classes, COLUMNS):
         c = start + tl.arange(0, COLUMNS)[None, :]
         z = tl.load(logits + r[:, None] * logits_stride + c, mask=c < classes, other=float("-inf")).to(tl.float32)
         if SOFT:
-            y = tl.load(labels + r[:, None] * labels_stride + c, mask=c < classes, other=0.0).to(tl.float32)
+            y = tl.load(t + r[:, None] * t_stride + c, mask=c < classes, other=0.0)
             v = tl.load(u + r[:, None] * u_stride + c, mask=c < classes, other=0.0)
             label_u += y * v
             label_square += y * y
-        else:
-            z = tl.where(c == label[:, None], float("-inf"), z)
-        top = tl.maximum(top, z)
+        top = tl.maximum(top, tl.where(c == label[:, None], float("-inf"), z))
     largest = tl.max(top, 1)
     square = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, COLUMNS):
@@ -113,11 +116,13 @@ def _row_kernel(
     features_a,
     logits_a,
     labels_a,
+    t_a,
     u_a,
     out_a,
     features_b,
     logits_b,
     labels_b,
+    t_b,
     u_b,
     out_b,
     rows_a,
@@ -127,10 +132,12 @@ def _row_kernel(
     features_a_stride,
     logits_a_stride,
     labels_a_stride,
+    t_a_stride,
     u_a_stride,
     features_b_stride,
     logits_b_stride,
     labels_b_stride,
+    t_b_stride,
     u_b_stride,
     SOFT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,13 +148,13 @@ def _row_kernel(
     blocks_a = tl.cdiv(rows_a, ROWS)
     if block < blocks_a:
         _statistics(
-            block, features_a, logits_a, labels_a, u_a, out_a, rows_a, classes, width,
-            features_a_stride, logits_a_stride, labels_a_stride, u_a_stride, SOFT, ROWS, COLUMNS,
+            block, features_a, logits_a, labels_a, t_a, u_a, out_a, rows_a, classes, width,
+            features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride, SOFT, ROWS, COLUMNS,
         )  # fmt: skip
     else:
         _statistics(
-            block - blocks_a, features_b, logits_b, labels_b, u_b, out_b, rows_b, classes, width,
-            features_b_stride, logits_b_stride, labels_b_stride, u_b_stride, SOFT, ROWS, COLUMNS,
+            block - blocks_a, features_b, logits_b, labels_b, t_b, u_b, out_b, rows_b, classes, width,
+            features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride, SOFT, ROWS, COLUMNS,
         )  # fmt: skip
 
 
@@ -155,22 +162,45 @@ def _row_kernel(
 
 
 @triton.jit
-def _with_labels(rest, rest_u, rest_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu):
-    """<r, u>, ||r||^2 and Z from the sums over the classes that are neither label, scaled by 2^54 (squares 2^108)."""
-    shift = tl.maximum(tl.maximum(log_own, log_other), log_rest)
-    own = tl.exp((log_own - shift).to(tl.float32))
-    other = tl.where(same, 0.0, tl.exp((log_other - shift).to(tl.float32)))
-    scale = tl.exp((log_rest - shift).to(tl.float32))
-    z_sum = scale * (rest * UNSCALE) + own + other
-    whole = tl.where(z_sum < UNDERFLOW, 1.0, z_sum)  # what is lost will be recomputed
-    scale = scale * UNSCALE / whole
-    # Two rows of one class: p - 1 is minus the rest's probability, which has no cancellation.
-    residual_own = tl.where(same, -(scale * rest), own / whole - lam)
-    residual_other = tl.where(same, 0.0, other / whole - mu)
-    inner = scale * rest_u + residual_own * u_own + residual_other * u_other
-    # In this order: the square of the scale leaves float32's range where its product with the squares does not.
-    residual = (scale * rest_square) * scale + residual_own * residual_own + residual_other * residual_other
-    return inner, residual, z_sum
+def _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu):
+    """Residuals of the two labels' classes in units of ``size``, and what turns the sums over the others into theirs.
+
+    ``rest`` is the sum of the other classes' exponentials times 2^54, in units of exp(``log_rest``). Where ``same``,
+    the label's residual is the sum of both.
+    """
+    dtype: tl.constexpr = rest.dtype
+    first = log_own + log_mu
+    second = log_other + log_lam
+    larger = tl.where(same, NOTHING, tl.maximum(first, second))
+    ratio = (first - second).to(dtype)
+    # A unit may be rounded; what is measured in it may not.
+    log_sum = tl.log(tl.maximum(rest.to(tl.float32) * UNSCALE, 1e-37)).to(tl.float64)
+    unit = tl.maximum(larger, log_rest + log_sum)
+    gap = -tl.abs(ratio)
+    gap = tl.where(gap < -100.0, -100.0, gap)  # which leaves a NaN a NaN
+    # exp(gap) - 1, by its series where the difference would cancel.
+    small = gap * (1 + gap / 2 * (1 + gap / 3 * (1 + gap / 4 * (1 + gap / 5 * (1 + gap / 6 * (1 + gap / 7))))))
+    shrunk = tl.where(gap > -0.3, small, tl.exp(gap) - 1)
+    difference = tl.where(ratio > 0, -shrunk, shrunk) * tl.exp((larger - unit).to(dtype))
+    scale = tl.exp((log_rest - unit).to(dtype)) * UNSCALE
+    share = rest * scale
+    whole = tl.exp(tl.minimum((log_own - unit).to(dtype), 80.0))
+    whole += tl.where(same, 0.0, tl.exp(tl.minimum((log_other - unit).to(dtype), 80.0)))
+    return difference - lam * share, -(difference + mu * share), scale, 1.0 / tl.maximum(whole + share, 1e-30), larger
+
+
+@triton.jit
+def _with_labels(
+    rest, rest_u, rest_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes
+):
+    """<r, u> and ||r||^2 in units of size and size^2, size, whether they are lost, and the terms, all of a tile."""
+    own, other, scale, size, larger = _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu)
+    inner = scale * rest_u + own * u_own + other * u_other
+    root = tl.sqrt_rn(rest_square) * scale
+    square = root * root + own * own + other * other + tl.where(same, 2.0 * own * other, 0.0)
+    there = (classes > 2) | (same & (classes > 1))
+    lost = there & (rest * UNSCALE < UNDERFLOW) & (log_rest + LOG_UNDERFLOW > larger - NEGLIGIBLE)
+    return inner, square, tl.maximum(size, LEAST), lost, own, other, scale
 
 
 @triton.jit
@@ -190,81 +220,77 @@ def _gram(
 
 @triton.jit
 def _row_again(
-    i, features_a, logits_a, labels_a, u_a, features_b, logits_b, labels_b, u_b, row_b, square_a, square_b,
-    features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
-    features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
-    classes, width, lam64, mu64, lam, mu,
+    i, features_a, logits_a, labels_a, t_a, u_a, features_b, logits_b, labels_b, t_b, u_b, row_b, square_a, square_b,
+    features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
+    features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
+    classes, width, lam64, mu64, lam, mu, log_lam, log_mu,
     SOFT: tl.constexpr, BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """<r, u> and ||g|| of row ``i`` of the first side with the tile's rows of the second, by their mixed logits."""
     most = tl.full((BLOCK_B,), float("-inf"), tl.float64)
-    first = tl.zeros((BLOCK_B,), tl.float32)
-    second = tl.zeros((BLOCK_B,), tl.float32)
-    third = tl.zeros((BLOCK_B,), tl.float32)
-    if not SOFT:
-        label_a = tl.load(labels_a + i * labels_a_stride)
-        label_b = tl.load(labels_b + row_b * labels_b_stride)
+    rest = tl.zeros((BLOCK_B,), tl.float64)
+    first = tl.zeros((BLOCK_B,), tl.float64)
+    second = tl.zeros((BLOCK_B,), tl.float64)
+    label_a = tl.load(labels_a + i * labels_a_stride)
+    label_b = tl.load(labels_b + row_b * labels_b_stride)
+    # 1. The largest mixed logit of the other classes.
     for start in range(0, classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
-        use = (c < classes) & (row_b >= 0)[:, None]
-        if not SOFT:
-            use = use & (c != label_a) & (c != label_b[:, None])
+        use = (c < classes) & (row_b >= 0)[:, None] & (c != label_a) & (c != label_b[:, None])
         z_a = tl.load(logits_a + i * logits_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
         z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
         most = tl.maximum(most, tl.max(tl.where(use, lam64 * z_a + mu64 * z_b, float("-inf")), 1))
+    # 2. The sum of their exponentials.
     for start in range(0, classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
-        use = (c < classes) & (row_b >= 0)[:, None]
-        if not SOFT:
-            use = use & (c != label_a) & (c != label_b[:, None])
+        use = (c < classes) & (row_b >= 0)[:, None] & (c != label_a) & (c != label_b[:, None])
         z_a = tl.load(logits_a + i * logits_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
         z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
         e = tl.where(use, lam64 * z_a + mu64 * z_b - most[:, None], 0.0)
-        e = tl.where(use, tl.exp(e.to(tl.float32)), 0.0)
+        rest += tl.sum(tl.where(use, tl.exp(e), 0.0), 1)
+    # 3. The residuals of the labels' classes.
+    own_b = logits_b + row_b * logits_b_stride
+    log_own = (
+        lam64 * tl.load(logits_a + i * logits_a_stride + label_a).to(tl.float64)
+        + mu64 * tl.load(own_b + label_a).to(tl.float64)
+    )  # fmt: skip
+    log_other = (
+        lam64 * tl.load(logits_a + i * logits_a_stride + label_b).to(tl.float64)
+        + mu64 * tl.load(own_b + label_b).to(tl.float64)
+    )  # fmt: skip
+    log_rest = tl.where(most == float("-inf"), NOTHING, most)
+    own, other, scale, size, _ = _terms(
+        rest * PAIR_SCALE, log_own, log_other, log_rest, label_b == label_a, lam64, mu64, log_lam, log_mu
+    )
+    # Beside t it may be as small as it is.
+    size = tl.maximum(size, 1e-290 if SOFT else LEAST)
+    # 4. All residuals, in units of size and then with t.
+    for start in range(0, classes, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        inside = (c < classes) & (row_b >= 0)[:, None]
+        at_a = inside & (c == label_a)
+        at_b = inside & (c == label_b[:, None])
+        use = inside & (c != label_a) & (c != label_b[:, None])
+        z_a = tl.load(logits_a + i * logits_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        e = tl.where(use, lam64 * z_a + mu64 * z_b - most[:, None], 0.0)
+        r = tl.where(use, tl.exp(e) * (scale * PAIR_SCALE)[:, None], 0.0)
+        r += tl.where(at_a, own[:, None], 0.0) + tl.where(at_b, other[:, None], 0.0)
+        v_a = tl.load(u_a + i * u_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+        v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
         if SOFT:
-            third += tl.sum(e, 1)
-        else:
-            v_a = tl.load(u_a + i * u_a_stride + c, mask=c < classes, other=0.0)
-            v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=c < classes, other=0.0)
-            e *= PAIR_SCALE
-            first += tl.sum(e * (lam * v_a + mu * v_b), 1)
-            second += tl.sum(e * e, 1)
-            third += tl.sum(e, 1)
-    if SOFT:
-        for start in range(0, classes, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)[None, :]
-            inside = c < classes
-            at_b = row_b[:, None]
-            z_a = tl.load(logits_a + i * logits_a_stride + c, mask=inside, other=0.0).to(tl.float64)
-            z_b = tl.load(logits_b + at_b * logits_b_stride + c, mask=inside, other=0.0).to(tl.float64)
-            e = tl.where(inside, lam64 * z_a + mu64 * z_b - most[:, None], 0.0)
-            e = tl.where(inside, tl.exp(e.to(tl.float32)), 0.0)
-            y_a = tl.load(labels_a + i * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
-            y_b = tl.load(labels_b + at_b * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
-            v_a = tl.load(u_a + i * u_a_stride + c, mask=inside, other=0.0)
-            v_b = tl.load(u_b + at_b * u_b_stride + c, mask=inside, other=0.0)
-            r = e / third[:, None] - (lam * y_a + mu * y_b)
-            first += tl.sum(r * (lam * v_a + mu * v_b), 1)
-            second += tl.sum(r * r, 1)
-        inner = first
-        residual = second
+            w_a = tl.load(t_a + i * t_a_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+            w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
+            r = r * size[:, None] + (lam64 * w_a + mu64 * w_b)
+        first += tl.sum(r * (lam64 * v_a + mu64 * v_b), 1)
+        second += tl.sum(r * r, 1)
+    if not SOFT:
+        first *= size
+        second = tl.sqrt(second) * size
     else:
-        own_b = logits_b + row_b * logits_b_stride
-        log_own = (
-            lam64 * tl.load(logits_a + i * logits_a_stride + label_a).to(tl.float64)
-            + mu64 * tl.load(own_b + label_a).to(tl.float64)
-        )  # fmt: skip
-        log_other = (
-            lam64 * tl.load(logits_a + i * logits_a_stride + label_b).to(tl.float64)
-            + mu64 * tl.load(own_b + label_b).to(tl.float64)
-        )  # fmt: skip
-        v_own = u_b + row_b * u_b_stride
-        u_own = lam * tl.load(u_a + i * u_a_stride + label_a) + mu * tl.load(v_own + label_a)
-        u_other = lam * tl.load(u_a + i * u_a_stride + label_b) + mu * tl.load(v_own + label_b)
-        log_rest = tl.where(most == float("-inf"), NOTHING, most)
-        inner, residual, _ = _with_labels(
-            third, first, second, log_rest, log_own, log_other, u_own, u_other, label_b == label_a, lam, mu
-        )
+        second = tl.sqrt(second)
+    inner = first.to(tl.float32)
+    residual = second.to(tl.float32)
     gram = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, width, BLOCK_C):
         k = start + tl.arange(0, BLOCK_C)[None, :]
@@ -287,17 +313,17 @@ def _norm(residual, gram, square_a, square_b, lam, mu, BIAS: tl.constexpr):
     mixed = _not_negative(mixed)
     if BIAS:
         mixed += 1.0
-    return tl.sqrt_rn(_not_negative(residual)) * tl.sqrt_rn(mixed)
+    return residual * tl.sqrt_rn(mixed)
 
 
 @triton.jit
 def _pair_kernel(
-    features_a, logits_a, labels_a, u_a, statistics_a,
-    features_b, logits_b, labels_b, u_b, statistics_b,
+    features_a, logits_a, labels_a, t_a, u_a, statistics_a,
+    features_b, logits_b, labels_b, t_b, u_b, statistics_b,
     lams, slots, inner_out, norm_out,
     n, m, rows_a, rows_b, classes, width, count,
-    features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
-    features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
+    features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
+    features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
     SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -320,9 +346,8 @@ def _pair_kernel(
         row_b = tl.minimum(at_b, m - 1)
     top_a = tl.load(statistics_a + TOP * rows_a + row_a)
     top_b = tl.load(statistics_b + TOP * rows_b + row_b)
-    if not SOFT:
-        label_a = tl.load(labels_a + row_a * labels_a_stride)
-        label_b = tl.load(labels_b + row_b * labels_b_stride)
+    label_a = tl.load(labels_a + row_a * labels_a_stride)
+    label_b = tl.load(labels_b + row_b * labels_b_stride)
     if SEVERAL:
         gram = _gram(
             features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
@@ -335,11 +360,13 @@ def _pair_kernel(
         mu = mu64.to(tl.float32)
         rate_a = (lam64 * LOG2_E).to(tl.float32)
         rate_b = (mu64 * LOG2_E).to(tl.float32)
+        log_lam = tl.where(lam64 > 0.0, tl.log(tl.where(lam64 > 0.0, lam64, 1.0)), NOTHING)
+        log_mu = tl.where(mu64 > 0.0, tl.log(tl.where(mu64 > 0.0, mu64, 1.0)), NOTHING)
         total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         if SOFT:
-            total_y = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+            total_t = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         for start in range(0, classes, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)[None, :]
             inside = c < classes
@@ -347,11 +374,8 @@ def _pair_kernel(
             z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=inside, other=0.0).to(tl.float32)
             v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
             v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
-            use_a = inside
-            use_b = inside
-            if not SOFT:
-                use_a = use_a & (c != label_a[:, None])
-                use_b = use_b & (c != label_b[:, None])
+            use_a = inside & (c != label_a[:, None])
+            use_b = inside & (c != label_b[:, None])
             # Of a label's logit, which may be far above the others, the exponential might be infinite.
             a = tl.where(use_a, tl.exp2(tl.where(use_a, z_a - top_a[:, None], 0.0) * rate_a + LOG_SCALE), 0.0)
             b = tl.where(use_b, tl.exp2(tl.where(use_b, z_b - top_b[:, None], 0.0) * rate_b + LOG_SCALE), 0.0)
@@ -360,11 +384,46 @@ def _pair_kernel(
             total_u = tl.dot(a, tl.trans(b * (mu * v_b)), total_u, input_precision=PRECISION)
             total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
             if SOFT:
-                y_a = tl.load(labels_a + row_a[:, None] * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
-                y_b = tl.load(labels_b + row_b[:, None] * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
-                total_y = tl.dot(a * (lam * y_a), tl.trans(b), total_y, input_precision=PRECISION)
-                total_y = tl.dot(a, tl.trans(b * (mu * y_b)), total_y, input_precision=PRECISION)
+                w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
+                w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
+                total_t = tl.dot(a * (lam * w_a), tl.trans(b), total_t, input_precision=PRECISION)
+                total_t = tl.dot(a, tl.trans(b * (mu * w_b)), total_t, input_precision=PRECISION)
+        # Zero, which the compiler cannot know: or else it forms the tile's addresses before the loop over the
+        # classes, and they fill the registers all through it.
+        zero = (tl.sum(tl.sum(total, 1), 0) < 0.0).to(tl.int64)
+        at_a_z = row_a * logits_a_stride + zero
+        at_b_z = row_b * logits_b_stride + zero
+        own_a = tl.load(logits_a + at_a_z + label_a).to(tl.float64)
+        own_b = tl.load(logits_b + at_b_z + label_b).to(tl.float64)
+        a_at_b = tl.load(logits_a + at_a_z[:, None] + label_b[None, :]).to(tl.float64)
+        b_at_a = tl.load(logits_b + at_b_z[None, :] + label_a[:, None]).to(tl.float64)
+        # Logits of 1e4 leave float32 no digits for their differences.
+        log_own = (lam64 * own_a)[:, None] + mu64 * b_at_a
+        log_other = lam64 * a_at_b + (mu64 * own_b)[None, :]
+        log_rest = (lam64 * top_a.to(tl.float64))[:, None] + (mu64 * top_b.to(tl.float64))[None, :]
+        at_a_u = row_a * u_a_stride + zero
+        at_b_u = row_b * u_b_stride + zero
+        u_own_a = tl.load(u_a + at_a_u + label_a)
+        u_own_b = tl.load(u_b + at_b_u + label_b)
+        u_a_at_b = tl.load(u_a + at_a_u[:, None] + label_b[None, :])
+        u_b_at_a = tl.load(u_b + at_b_u[None, :] + label_a[:, None])
+        u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
+        u_other = lam * u_a_at_b + (mu * u_own_b)[None, :]
+        same = label_a[:, None] == label_b[None, :]
+        inner, square, size, lost, own, other, scale = _with_labels(
+            total, total_u, total_square, log_rest, log_own, log_other, u_own, u_other, same,
+            lam, mu, log_lam, log_mu, classes,
+        )  # fmt: skip
         if SOFT:
+            at_a_t = row_a * t_a_stride + zero
+            at_b_t = row_b * t_b_stride + zero
+            t_own_a = tl.load(t_a + at_a_t + label_a)
+            t_own_b = tl.load(t_b + at_b_t + label_b)
+            t_a_at_b = tl.load(t_a + at_a_t[:, None] + label_b[None, :])
+            t_b_at_a = tl.load(t_b + at_b_t[None, :] + label_a[:, None])
+            cross = scale * total_t
+            cross += own * ((lam * t_own_a)[:, None] + mu * t_b_at_a)
+            cross += other * (lam * t_a_at_b + (mu * t_own_b)[None, :])
             label_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
             label_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
             for start in range(0, classes, BLOCK_C):
@@ -372,49 +431,31 @@ def _pair_kernel(
                 inside = c < classes
                 v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
                 v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
-                y_a = tl.load(labels_a + row_a[:, None] * labels_a_stride + c, mask=inside, other=0.0).to(tl.float32)
-                y_b = tl.load(labels_b + row_b[:, None] * labels_b_stride + c, mask=inside, other=0.0).to(tl.float32)
-                label_u = tl.dot(y_a, tl.trans(v_b), label_u, input_precision=PRECISION)
-                label_u = tl.dot(v_a, tl.trans(y_b), label_u, input_precision=PRECISION)
-                label_square = tl.dot(y_a, tl.trans(y_b), label_square, input_precision=PRECISION)
+                w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
+                w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
+                label_u = tl.dot(w_a, tl.trans(v_b), label_u, input_precision=PRECISION)
+                label_u = tl.dot(v_a, tl.trans(w_b), label_u, input_precision=PRECISION)
+                label_square = tl.dot(w_a, tl.trans(w_b), label_square, input_precision=PRECISION)
             own_u_a = tl.load(statistics_a + LABEL_U * rows_a + row_a)[:, None]
             own_u_b = tl.load(statistics_b + LABEL_U * rows_b + row_b)[None, :]
             own_square_a = tl.load(statistics_a + LABEL_SQUARE * rows_a + row_a)[:, None]
             own_square_b = tl.load(statistics_b + LABEL_SQUARE * rows_b + row_b)[None, :]
-            z_sum = total * UNSCALE
-            inverse = 1.0 / tl.where(z_sum < UNDERFLOW, 1.0, total)
-            inner = total_u * inverse - (lam * lam * own_u_a + lam * mu * label_u + mu * mu * own_u_b)
-            residual = (
-                (total_square * inverse) * inverse - 2.0 * (total_y * inverse)
-                + lam * lam * own_square_a + 2.0 * lam * mu * label_square + mu * mu * own_square_b
-            )  # fmt: skip
-        else:
-            # Zero, which the compiler cannot know: or else it forms the tile's addresses before the loop over the
-            # classes, and they fill the registers all through it.
-            zero = (tl.sum(tl.sum(total, 1), 0) < 0.0).to(tl.int64)
-            at_a_z = row_a * logits_a_stride + zero
-            at_b_z = row_b * logits_b_stride + zero
-            own_a = tl.load(logits_a + at_a_z + label_a).to(tl.float64)
-            own_b = tl.load(logits_b + at_b_z + label_b).to(tl.float64)
-            a_at_b = tl.load(logits_a + at_a_z[:, None] + label_b[None, :]).to(tl.float64)
-            b_at_a = tl.load(logits_b + at_b_z[None, :] + label_a[:, None]).to(tl.float64)
-            # Logits of 1e4 leave float32 no digits for their differences.
-            log_own = (lam64 * own_a)[:, None] + mu64 * b_at_a
-            log_other = lam64 * a_at_b + (mu64 * own_b)[None, :]
-            log_rest = (lam64 * top_a.to(tl.float64))[:, None] + (mu64 * top_b.to(tl.float64))[None, :]
-            at_a_u = row_a * u_a_stride + zero
-            at_b_u = row_b * u_b_stride + zero
-            u_own_a = tl.load(u_a + at_a_u + label_a)
-            u_own_b = tl.load(u_b + at_b_u + label_b)
-            u_a_at_b = tl.load(u_a + at_a_u[:, None] + label_b[None, :])
-            u_b_at_a = tl.load(u_b + at_b_u[None, :] + label_a[:, None])
-            u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
-            u_other = lam * u_a_at_b + (mu * u_own_b)[None, :]
-            same = label_a[:, None] == label_b[None, :]
-            inner, residual, z_sum = _with_labels(
-                total, total_u, total_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu
-            )
-        lost = counted & (z_sum < UNDERFLOW)
+            toward = lam * lam * own_u_a + lam * mu * label_u + mu * mu * own_u_b
+            beside = lam * lam * own_square_a + 2.0 * lam * mu * label_square + mu * mu * own_square_b
+            beside = tl.sqrt_rn(_not_negative(beside))
+            # Both parts of r in units of the larger.
+            most = tl.maximum(beside, size)
+            first = size / most
+            second = beside / most
+            inner = (inner * first + toward / most) * most
+            parts = square * first * first + second * second
+            square = parts + 2.0 * first * (cross / most)
+            lost = lost | ((square < parts * CANCELLED) & (second > 0.0))
+            size = most
+        residual = tl.sqrt_rn(_not_negative(square)) * size
+        if not SOFT:
+            inner *= size
+        lost = counted & lost
         if not SEVERAL:
             gram = _gram(
                 features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
@@ -432,11 +473,11 @@ def _pair_kernel(
                 if tl.max(lost_t.to(tl.int32), 0) > 0:
                     i = tl.sum(tl.where(tl.arange(0, BLOCK_A) == t, row_a, 0), 0)
                     inner_t, norm_t = _row_again(
-                        i, features_a, logits_a, labels_a, u_a, features_b, logits_b, labels_b, u_b, row_b,
+                        i, features_a, logits_a, labels_a, t_a, u_a, features_b, logits_b, labels_b, t_b, u_b, row_b,
                         tl.load(statistics_a + SQUARE * rows_a + i), square_b,
-                        features_a_stride, logits_a_stride, labels_a_stride, u_a_stride,
-                        features_b_stride, logits_b_stride, labels_b_stride, u_b_stride,
-                        classes, width, lam64, mu64, lam, mu, SOFT, BIAS, BLOCK_B, BLOCK_C,
+                        features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
+                        features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
+                        classes, width, lam64, mu64, lam, mu, log_lam, log_mu, SOFT, BIAS, BLOCK_B, BLOCK_C,
                     )  # fmt: skip
                     replace = here & lost_t[None, :]
                     inner = tl.where(replace, inner_t[None, :], inner)
@@ -518,18 +559,26 @@ class _Rows(NamedTuple):
     features: Tensor
     logits: Tensor
     labels: Tensor
+    t: Tensor
     u: Tensor
 
     @property
-    def strides(self) -> tuple[int, int, int, int]:
-        return self.features.stride(0), self.logits.stride(0), self.labels.stride(0), self.u.stride(0)
+    def strides(self) -> tuple[int, int, int, int, int]:
+        rows = (self.features, self.logits, self.labels, self.t, self.u)
+        features, logits, labels, t, u = (part.stride(0) for part in rows)
+        return features, logits, labels, t, u
 
 
 def _rows(features: Tensor, logits: Tensor, labels: Tensor, u: Tensor) -> _Rows:
     def lined_up(x: Tensor) -> Tensor:
         return x if x.ndim < 2 or x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
 
-    return _Rows(lined_up(features), lined_up(logits), lined_up(labels), lined_up(u))
+    u, t = lined_up(u), labels
+    if labels.is_floating_point():
+        labels = labels.argmax(1)
+        # What they lack to the one-hot vectors of their largest entries.
+        t = torch.zeros_like(t, dtype=torch.float32).scatter_(1, labels[:, None], 1.0).sub_(t)
+    return _Rows(lined_up(features), lined_up(logits), labels, lined_up(t), u)
 
 
 def _check_precision(precision: str) -> None:
@@ -547,7 +596,7 @@ def _row_statistics(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(n, ROWS) + (0 if b is a else triton.cdiv(m, ROWS))
     _row_kernel[(blocks,)](
         *a, out_a, *b, out_b, n, m, classes, width, *a.strides, *b.strides,
-        SOFT=a.labels.is_floating_point(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
+        SOFT=a.t.is_floating_point(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
     )  # fmt: skip
     return out_a, out_b
 
@@ -555,7 +604,7 @@ def _row_statistics(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor]:
 def _launch(
     a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
-    soft = a.labels.is_floating_point()
+    soft = a.t.is_floating_point()
     n, m = (len(a.logits), len(b.logits)) if slots is None else (len(slots), len(slots))
     shape = (len(lams), n // group, m // group)
     inner, norm = a.u.new_empty(shape), a.u.new_empty(shape)
@@ -690,13 +739,14 @@ def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]
         yield from (
             (f"features_{side}", element),
             (f"logits_{side}", element),
-            (f"labels_{side}", "*fp32" if soft else "*i64"),
+            (f"labels_{side}", "*i64"),
+            (f"t_{side}", "*fp32" if soft else "*i64"),
             (f"u_{side}", "*fp32"),
             (f"{last}_{side}", "*fp32"),
         )
 
 
-_STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "u"))
+_STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "t", "u"))
 
 
 def _row_variant(soft: bool) -> Variant:

@@ -18,7 +18,15 @@ from torch import Tensor
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.mixed_alignment import MixedAlignment, Precision, as_lams, check_precision
+from gradmix.ops.mixed_alignment import (
+    MixedAlignment,
+    Precision,
+    Weight,
+    as_lams,
+    check_precision,
+    largest_of,
+    unit_of,
+)
 
 # ----------------------------------------------------------------------------------------------------------- references
 
@@ -35,16 +43,16 @@ def cosine_alignment_reference(x: Tensor, y: Tensor, precision: str = "tf32x3") 
 def mixed_gram_alignment_reference(
     x: Tensor, y: Tensor, reference: Tensor, lam: Tensor, precision: str = "tf32x3"
 ) -> MixedAlignment:
-    """The mixtures formed, row by row. Arguments and result as :func:`mixed_gram_alignment`; lam: (1,)."""
+    """The mixtures formed, row by row, in float64. Arguments and result as :func:`mixed_gram_alignment`; lam: (1,)."""
     dtype = work_dtype(x.dtype)
-    x, y, reference = x.to(dtype), y.to(dtype), reference.to(dtype)
+    x, y, reference = x.double(), y.double(), reference.double()
     inner = x.new_empty(x.shape[0], x.shape[1], y.shape[1])
     norm = torch.empty_like(inner)
     for p in range(x.shape[1]):
         mixed = lam * x[:, p, None] + (1 - lam) * y
         inner[:, p] = (mixed * reference[:, None]).sum(2)
         norm[:, p] = mixed.norm(dim=2)
-    return MixedAlignment(inner, norm)
+    return MixedAlignment(inner.to(dtype), norm.to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -78,8 +86,7 @@ def mixed_gram_alignment_torch(
     """From a batched product. Arguments and result as :func:`mixed_gram_alignment`; lam: (1,)."""
     dtype = work_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        left = x.to(dtype)
-        right = left if x is y else y.to(dtype)
+        left, right, unit = _in_range(x.to(dtype), None if x is y else y.to(dtype))
         target = reference.to(dtype)[:, :, None]
         a = lam.to(dtype)
         b = (1 - lam).to(dtype)
@@ -89,7 +96,16 @@ def mixed_gram_alignment_torch(
         inner_right = inner_left if x is y else (right @ target)[:, :, 0]
         square = (left @ right.mT).mul_(2 * a * b)
         square.add_((a * a * square_left)[:, :, None]).add_((b * b * square_right)[:, None])
-        return MixedAlignment((a * inner_left)[:, :, None] + (b * inner_right)[:, None], square.clamp_(min=0).sqrt_())
+        inner = (a * inner_left)[:, :, None] + (b * inner_right)[:, None]
+        return MixedAlignment(inner.mul_(unit), square.clamp_(min=0).sqrt_().mul_(unit))
+
+
+def _in_range(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Weight]:
+    """x, and y or x again, divided by a power of two that keeps their squares within the dtype's range; and that."""
+    unit = unit_of(largest_of(x) if y is None else torch.maximum(largest_of(x), largest_of(y)))
+    if isinstance(unit, Tensor) or unit != 1.0:
+        x, y = x * (1.0 / unit), None if y is None else y * (1.0 / unit)
+    return x, x if y is None else y, unit
 
 
 # --------------------------------------------------------------------------------------------------------------- triton
@@ -108,7 +124,11 @@ def mixed_gram_alignment_triton(
     """All of it in one kernel. Arguments and result as :func:`mixed_gram_alignment`; lam: (1,) float64."""
     from gradmix.kernels import cosine_alignment as kernel
 
-    return MixedAlignment(*kernel.mixed_gram_alignment(x, y, reference, lam, precision))
+    unit: Weight = 1.0
+    if x.dtype != torch.float16:  # whose squares float32 holds
+        x, y, unit = _in_range(x, None if x is y else y)
+    inner, norm = kernel.mixed_gram_alignment(x, y, reference, lam, precision)
+    return MixedAlignment(inner.mul_(unit), norm.mul_(unit))
 
 
 def _cosine_can_run(x: Tensor, y: Tensor, *_rest: object) -> str | None:
@@ -223,8 +243,8 @@ def mixed_gram_alignment(
 
     Where lam x_p and (1 - lam) y_q all but cancel, the squared norm is a small difference of large terms: its error is
     about 1e-7 of (lam |x_p| + (1 - lam) |y_q|)^2 in float32, the norm's then up to 5e-4 of the terms' lengths; below
-    zero it is taken as zero. Squared lengths must be within the dtype's range: lengths of about 1e-18 to 1e18 in
-    float32.
+    zero it is taken as zero. Squared lengths may leave the dtype's range, except for rows 1e18 times shorter than the
+    longest; inner products that do become infinite, or zero.
 
     Args:
         x: (L, P, K) float64, float32, float16 or bfloat16.

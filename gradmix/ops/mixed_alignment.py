@@ -141,6 +141,7 @@ def mixed_alignment_reference(
     """The formula, pair by pair, in float64; slow. Arguments and result as :func:`mixed_alignment`."""
     dtype = work_dtype(features_a.dtype)
     mu = 1.0 - lam
+    least = in_range(features_a, features_b, reference, dtype)[-1].least
     h_a, h_b = (_append_one(features.double(), reference) for features in (features_a, features_b))
     z_a, z_b = logits_a.double(), logits_b.double()
     grad_reference = reference.double()
@@ -150,12 +151,10 @@ def mixed_alignment_reference(
         for j in range(len(h_b)):
             h = lam * h_a[i] + mu * h_b[j]
             z = lam * z_a[i] + mu * z_b[j]
-            r = mixed_residual(z[None], labels_a[i : i + 1], labels_b[j : j + 1], lam, LEAST[dtype])[0]
+            r = mixed_residual(z[None], labels_a[i : i + 1], labels_b[j : j + 1], lam, least)[0]
             gradient = torch.outer(r, h)
             inner[i, j] = (gradient * grad_reference).sum()
             norm[i, j] = length(gradient)
-    if look_is_free(inner.device):
-        require_range(float(torch.stack([inner, norm]).abs().max()) if inner.numel() else 0.0, dtype)
     return MixedAlignment(inner.to(dtype), norm.to(dtype))
 
 
