@@ -176,7 +176,7 @@ def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weig
     exponential = torch.exp(rest - top)
     total = exponential.sum(1, keepdim=True)
     at_labels = logits.gather(1, own), logits.gather(1, other)
-    terms = _terms(*at_labels, top, total, _apart(own == other, logits.dtype), lam)
+    terms = _terms(*at_labels, top.clone(), total, _apart(own == other, logits.dtype), lam)
     r = exponential.mul_(terms.scale)
     r = r.scatter_(1, own, terms.own).scatter_add_(1, other, terms.other)
     r = r.mul_(terms.size.clamp_(min=torch.finfo(r.dtype).tiny))
@@ -209,7 +209,7 @@ class _Terms(NamedTuple):
 
 
 def _terms(log_own: Tensor, log_other: Tensor, log_tops: Tensor, rest: Tensor, same: Tensor, lam: Weight) -> _Terms:
-    """The residuals of pairs without cancellation.
+    """The residuals of pairs without cancellation; the three logarithms are used up.
 
     Args:
         log_own: logarithm of the first label's exponential, in float64.
@@ -227,9 +227,9 @@ def _terms(log_own: Tensor, log_other: Tensor, log_tops: Tensor, rest: Tensor, s
     # A unit may be rounded; what is measured in it may not.
     unit = torch.maximum(larger, rest.log().clamp_(min=-80).to(log_tops.dtype).add_(log_tops))
     difference = ratio.abs().neg_().expm1_().mul_(ratio.sign_()).mul_(larger.sub_(unit).to(dtype).exp_()).neg_()
-    scale = (log_tops - unit).exp_().to(dtype)
+    scale = log_tops.sub_(unit).exp_().to(dtype)
     share = rest * scale
-    size = (log_own - unit).exp_().add_((log_other - unit).add_(same).exp_()).add_(share).reciprocal_()
+    size = log_own.sub_(unit).exp_().add_(log_other.sub_(unit).add_(same).exp_()).add_(share).reciprocal_()
     return _Terms(_plus(difference, share, -lam), _plus(difference, share, mu).neg_(), scale, size)
 
 
