@@ -512,7 +512,6 @@ def mixed_input_alignment(
     Call it inside :func:`gradmix.probe.untouched`.
     """
     (x, y), (other_x, other_y) = rows, partners
-    mu = 1 - lam
     inner, norm = [], []
     for start in range(0, len(pairs), chunk):
         i, j = pairs[start : start + chunk].unbind(1)
