@@ -1,8 +1,8 @@
 """Looking at a model without leaving a trace.
 
 Whatever runs inside :func:`untouched` sees the model in evaluation mode and without autograd; afterwards, also after an
-exception, training flags and the random number generators are as they were. In evaluation mode BatchNorm reads its
-running statistics and does not update them, and dropout is off.
+exception, training flags, buffers and the random number generators are as they were. In evaluation mode BatchNorm reads
+its running statistics and does not update them, and dropout is off.
 """
 
 from __future__ import annotations
@@ -74,10 +74,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     merge layers in them. Autocast keeps no half-precision copies of weights meanwhile: made without autograd, they
     would serve the caller's next forward pass too, which then had no gradient (seen with torch 2.5). What is made in
     the body are ordinary tensors also where the caller is in inference mode: they may be kept and used outside it.
+
+    Buffers that the model writes (counters, moving averages, caches) are put back, see :class:`_Buffers`. What else it
+    keeps of a forward pass, in lists or dictionaries of its own, say, is its own affair.
     """
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
     cached = torch.is_autocast_cache_enabled()
+    with torch.inference_mode(False):
+        buffers = _Buffers(model)
     with preserved_rng(device), torch.inference_mode(False), torch.no_grad():
         try:
             torch.set_autocast_cache_enabled(False)
@@ -88,6 +93,110 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.set_autocast_cache_enabled(cached)
             for module in training:
                 module.training = True
+            buffers.restore()
+
+
+class _Buffers:
+    """A model's buffers as they are now, to be put back.
+
+    All are copied: which of them a forward pass will write is not known before. Written back are those that were
+    written. Autograd's version counters do not tell, as a write through ``.data`` does not count: values are compared;
+    where that would make the host wait for a GPU, all are written back, past the counters. Buffers that were assigned,
+    registered or deleted are again those that were there. With a module's buffers its plain attributes (numbers, texts,
+    None) are put back, which may say how far a cache is filled. A written buffer keeps its higher version.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (m, dict(m._buffers.items()), set(m._non_persistent_buffers_set), dict(vars(m))) for m in model.modules()
+        ]
+        found = {id(b): b for _, own, _, _ in self._modules for b in own.values() if b is not None and _is_plain(b)}
+        # With the memory and the version that each had.
+        self._copies = [
+            (b, b.detach(), None if b.is_inference() else b._version, b.requires_grad, b.detach().clone())
+            for b in found.values()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back."""
+        written: set[int] = set()
+        behind: tuple[list[Tensor], list[Tensor]] = [], []
+        for buffer, memory, version, required_grad, copy in self._copies:
+            if buffer.data_ptr() != memory.data_ptr() or buffer.shape != memory.shape:
+                buffer.data = memory
+                written.add(id(buffer))
+            if buffer.requires_grad and not required_grad:
+                buffer.detach_()
+            if version is not None and buffer._version != version:
+                written.add(id(buffer))
+            # Entries that an expanded buffer repeats are one in memory.
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in memory.stride())
+            if not look_is_free(buffer.device):
+                behind[0].append(buffer.data[once])
+                behind[1].append(copy[once])
+            elif not torch.equal(buffer.detach(), copy):
+                written.add(id(buffer))
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.data[once].copy_(copy[once])
+        if behind[0]:
+            torch._foreach_copy_(*behind)
+        for module, buffers, transient, attributes in self._modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its attributes are not Python's
+            now = module._buffers
+            rebound = now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items())
+            if rebound:
+                now.clear()
+                now.update(buffers)
+                module._non_persistent_buffers_set = transient
+            if rebound or any(id(b) in written for b in buffers.values()):
+                _restore_plain_attributes(module, attributes)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether a buffer has entries that can be copied and compared."""
+    lazy = isinstance(buffer, nn.parameter.UninitializedBuffer)
+    return not lazy and buffer.layout == torch.strided and not buffer.is_quantized and not buffer.is_meta
+
+
+def _restore_plain_attributes(module: nn.Module, before: dict[str, object]) -> None:
+    plain = (bool, int, float, complex, str, tuple, type(None))
+    now = vars(module)
+    for name in [name for name, value in now.items() if name not in before and isinstance(value, plain)]:
+        del now[name]
+    now.update({name: value for name, value in before.items() if isinstance(value, plain)})
+
+
+class RandomState:
+    """The global generators of torch (CPU and ``device``), numpy and Python as they are now."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._torch, self._python, self._numpy = self._tensors(), random.getstate(), np.random.get_state()
+
+    def _tensors(self) -> list[Tensor]:
+        accelerator = [] if self._device is None else [torch.cuda.get_rng_state(self._device)]
+        return [torch.get_rng_state(), *accelerator]
+
+    def has_moved(self) -> bool:
+        """Whether a number was drawn from any of them since."""
+        same = all(map(torch.equal, self._tensors(), self._torch)) and random.getstate() == self._python
+        now, before = (_numpy_words(state) for state in (np.random.get_state(), self._numpy))
+        return not same or now != before
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self._torch[0])
+        if self._device is not None:
+            torch.cuda.set_rng_state(self._torch[1], self._device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
+def _numpy_words(state: Any) -> tuple[bytes, object]:
+    """The generator's state and its place in it."""
+    return np.asarray(state[1]).tobytes(), state[2]
 
 
 @contextmanager
@@ -96,18 +205,11 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
 
     Data sets may draw from any of them in ``__getitem__``.
     """
-    host = torch.get_rng_state()
-    accelerator = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
-    python, legacy_numpy = random.getstate(), np.random.get_state()
+    state = RandomState(device)
     try:
         yield
     finally:
-        torch.set_rng_state(host)
-        if accelerator is not None:
-            assert device is not None
-            torch.cuda.set_rng_state(accelerator, device)
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)
+        state.restore()
 
 
 def require_finite(first_row: int = 0, **named: InputTree) -> None:

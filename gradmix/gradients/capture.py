@@ -4,7 +4,8 @@ A module's hook sees what goes into the module, which need not be what its weigh
 (``padding_mode``), may be passed by altogether (``nn.MultiheadAttention`` hands the weights of its submodules to a
 function), and knows nothing of a weight that is used twice or by another module. So it is the functions that are
 watched, by a ``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a
-path to the parameter in autograd's graph, and by that path it is found out: no use escapes (:func:`unseen`).
+path to the parameter in autograd's graph, and by that path it is found out: no use escapes (:func:`unseen`, and again
+in every pass). So nothing is detached but what a rule takes; a converted parameter keeps its path until then.
 """
 
 from __future__ import annotations
@@ -38,27 +39,41 @@ class Parameters:
         self.named = dict(named)
         self._names = {id(parameter): name for name, parameter in self.named.items()}
         self._detached = {name: parameter.detach() for name, parameter in self.named.items()}
-        self._casts: dict[int, tuple[Tensor, Ref]] = {}
+        self._copies: dict[int, tuple[Tensor, int, Ref]] = {}
         self.users: dict[str, str] = {}
         """By parameter name, who used it in a way that has no rule, in words."""
+        self.standardised: list[Tensor] = []
+        """What ``batch_norm`` normalised by its own statistics, in the order of the calls."""
 
     def find(self, value: Any) -> Ref | None:
-        """What ``value`` is of the parameters: one of them, rows of one, its transpose, or None."""
-        if not isinstance(value, Tensor):
+        """What ``value`` is of the parameters: one of them, rows of one, its transpose, a copy of these, or None.
+
+        Only what autograd sees as such: no detached tensor, and no view made without autograd.
+        """
+        if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         name = self._names.get(id(value))
         if name is not None:
             return Ref(name, self._detached[name], 0, False, value.shape)
-        cast = self._casts.get(id(value))
-        if cast is not None:
-            return cast[1]
+        copied = self._copied(value)
+        if copied is not None:
+            return copied
         base = value._base
-        if base is None:
+        if base is None or value.grad_fn is None:
             return None
-        name = self._names.get(id(base))
+        name, copied = self._names.get(id(base)), self._copied(base)
+        if copied is not None and copied.is_whole:
+            name = copied.name
         return None if name is None else self._view(name, base, value)
 
+    def _copied(self, value: Tensor) -> Ref | None:
+        """What was copied to ``value``, unless that has been changed in place since."""
+        found = self._copies.get(id(value))
+        return None if found is None or value._version != found[1] else found[2]
+
     def _view(self, name: str, base: Tensor, value: Tensor) -> Ref | None:
+        if value.dtype != base.dtype or value.is_complex():
+            return None
         offset = int(value.storage_offset() - base.storage_offset())
         geometry, own = (tuple(value.shape), value.stride()), (tuple(base.shape), base.stride())
         if value.ndim == 2 and offset == 0 and geometry == tuple(v[::-1] for v in own) and geometry != own:
@@ -79,23 +94,33 @@ class Parameters:
                 self.note_user(function, value, why)
             elif isinstance(value, Tensor):
                 base = value if value._base is None else value._base
-                name = self._names.get(id(value)) or self._names.get(id(base))
+                name = self._name_of(value) or self._name_of(base)
                 if name is not None:
                     text = f"by {_name(function)}" + (f": {why}" if why else "")
                     self.users.setdefault(name, text)
 
-    def cast(self, result: Any, source: Ref) -> None:
-        """Know the result of converting a parameter to another dtype as that parameter."""
-        if isinstance(result, Tensor) and result.shape == source.value.shape:
-            ref = Ref(source.name, result, source.start, source.transposed, source.whole)
-            self._casts[id(result)] = (result, ref)
+    def _name_of(self, value: Tensor) -> str | None:
+        copied = self._copies.get(id(value))
+        return self._names.get(id(value)) if copied is None else copied[2].name
+
+    def copy(self, result: Any, source: Ref) -> None:
+        """Know a copy of a parameter, or of what was found of one, by the same name."""
+        if not isinstance(result, Tensor) or result.shape != source.value.shape or id(result) in self._names:
+            return
+        if result.requires_grad and result.is_floating_point():
+            self._copies[id(result)] = (result, result._version, source.converted(result))
 
     def uses_any(self, values: Iterable[Any]) -> bool:
         """Whether a parameter is among these."""
         return any(self.find(value) is not None for value in values)
 
 
-_CASTS = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type_as}
+_COPYING = {
+    *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+    *(Tensor.cpu, Tensor.cuda, Tensor.clone, torch.clone, Tensor.contiguous),
+}
+"""Functions whose result has the entries of their first argument."""
+
 _SILENT = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "is_floating_point"}
 
 
@@ -120,11 +145,15 @@ class Watch(TorchFunctionMode):
         """Watch one call."""
         named = kwargs or {}
         kind = RULES.get(func)
+        if kind is BatchNorm and _by_batch_statistics(args, named):
+            # No rule: of weights there is a path in the graph; of rows it is refused (gradmix.gradients.plan).
+            self.parameters.standardised.append((named["input"] if "input" in named else args[0]).detach().clone())
+            kind = None
         if not torch.is_grad_enabled():
             return func(*args, **named)  # a part that the model keeps out of its gradient
+        if torch._C._are_functorch_transforms_active():
+            kind = None  # what it is given inside vmap, say, is not what the parameters are
         if kind is not None:
-            if kind is BatchNorm:
-                _refuse_batch_statistics(args, named)
             rule = kind.match(func, args, named, self.parameters.find)
             if rule is not None:
                 why = rule.refusal()
@@ -132,11 +161,11 @@ class Watch(TorchFunctionMode):
                     return self.seen(rule)
                 self.parameters.note_user(func, [*args, *named.values()], why)
                 return func(*args, **named)
-        if func in _CASTS and args:
+        if func in _COPYING and args:
             source = self.parameters.find(args[0])
             if source is not None:
-                result = func(source.value, *args[1:], **named)
-                self.parameters.cast(result, source)
+                result = func(*args, **named)
+                self.parameters.copy(result, source)
                 return result
         if func in _OPENED and self.parameters.uses_any([*args, *named.values()]):
             with self:
@@ -146,14 +175,17 @@ class Watch(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _refuse_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    training = named.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise BatchStatisticsError(
-            "model: a BatchNorm layer normalises by the statistics of the batch, expected running statistics: a row's "
-            "gradient would depend on the rows around it. In evaluation mode it uses running statistics if it was made "
-            "with track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
-        )
+class Passing(Watch):
+    """Makes the calls and does no more."""
+
+    def seen(self, rule: Rule) -> Tensor:
+        """Make the call."""
+        return rule.run()
+
+
+def _by_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call of ``batch_norm`` normalises by what it is given."""
+    return bool(named.get("training", args[5] if len(args) > 5 else False))
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,20 +230,17 @@ class _Start(torch.autograd.Function):
         return gradients[0], None
 
 
-def tapped(output: Tensor, anchor: Tensor, *, anchored: bool = False) -> Tensor:
+def tapped(output: Tensor, anchor: Tensor) -> Tensor:
     """What a call gave, so prepared that a hook on it meets its gradient in a backward pass to ``anchor``.
 
     Args:
         output: a tensor that nobody else has yet.
         anchor: requires grad.
-        anchored: whether a path leads from the anchor to it already.
     """
     if output._is_view():
         # As linear layers return it for inputs of more than two axes. A hook on a view is lost if the model goes on in
         # place; nobody else has this view's memory, so it may pass for a tensor of its own.
         output = torch.ops.aten._unsafe_view(output, output.shape)
-    if anchored:
-        return output
     result: Tensor = _Start.apply(output, anchor)  # type: ignore[no-untyped-call]
     return result
 

@@ -119,7 +119,8 @@ def class_gradients(
     Costs one forward pass and a backward pass without weight gradients. The model runs in evaluation mode (dropout off,
     BatchNorm by its running statistics), under the autocast that is active where this is called, and is left as it was.
     Its rows must not influence each other, and inside it they must not be put into an order that depends on what is in
-    them (sorted by length, routed to experts): the first batch of each shape is checked for that, later ones are not.
+    them (sorted by length, routed to experts): every pass is checked for that on a few rows, and the first one of each
+    shape on all (:mod:`gradmix.gradients.row_check` says how, and what escapes).
 
     Memory beyond the model's and the data's own: for each chunk of B rows, what autograd keeps of the forward pass
     without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l`` bytes of sketched activations (T_l

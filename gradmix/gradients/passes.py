@@ -2,27 +2,35 @@
 
 The rows' losses are summed, so that each row's gradient is its own. The graph begins at the output of the first layer
 that is wanted, and the backward pass makes the gradients of activations only.
+
+Nothing is taken for granted that may be otherwise in another batch. In every pass autograd says whether a wanted
+parameter has a gradient of its own, beside what the rules make: then the plan is wrong. Two rows are forwarded by
+themselves (:mod:`gradmix.gradients.row_check`). And where the model looks at values, or moves entries by an index, a
+second backward pass, from losses times weights, tells whether the rows are where the plan says.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, without_compilation
+from gradmix.gradients.capture import Parameters, refusing_checkpoints, tapped, without_compilation
 from gradmix.gradients.plan import MovedRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
+from gradmix.gradients.row_check import Follow, check_rows, rows_to_check
 from gradmix.gradients.rules import Rule
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, map_tensors, num_samples
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
-from gradmix.probe import require_finite
+from gradmix.probe import RandomState, require_finite
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 """From logits (N, ...) and y (N, ...) to the rows' losses (N,)."""
@@ -88,47 +96,80 @@ def loss_scale(scaler: float | torch.amp.GradScaler | None, device: torch.device
     return float(scaler)
 
 
-class _Capture(Watch):
+_READING = {
+    *("item", "tolist", "numpy", "__array__", "equal", "allclose", "is_nonzero"),
+    *("__bool__", "__int__", "__float__", "__index__", "__contains__"),
+}
+"""Functions that give a tensor's values to Python, by which a model may go on in another way."""
+
+_MOVING = {
+    *("__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim", "embedding"),
+    *("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
+    *("index_add", "index_add_", "index_copy", "index_copy_", "index_put", "index_put_"),
+    *("masked_select", "masked_scatter", "masked_scatter_", "sort", "msort", "topk"),
+}
+"""Functions that move entries to places that depend on values."""
+
+
+class _Capture(Follow):
     """Lets the consumers observe every call that the plan wants."""
 
     def __init__(
-        self, parameters: Parameters, plan: Plan, samples: int, consumers: Sequence[Consumer], device: torch.device
+        self, parameters: Parameters, plan: Plan, samples: int, kept: Tensor, consumers: Sequence[Consumer]
     ) -> None:
-        super().__init__(parameters)
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self._plan, self._samples, self._consumers = plan, samples, consumers
-        self._wanted = set(plan.selected())
-        self._next = 0
-        self._verifying = not plan.verified and samples > 1
+        super().__init__(parameters, plan, samples, kept)
+        self.anchor = torch.zeros((), device=kept.device, requires_grad=True)
+        self._consumers = consumers
+        self._reads = 0
+        self._moved = False
         self._norms: dict[int, Tensor] = {}
         self._weights: Tensor | None = None
 
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Watch one call, and whether it may put the rows into an order that depends on what is in them."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _READING:
+            value = result.tobytes() if isinstance(result, np.ndarray) else repr(result)
+            self._reads = hash((self._reads, value))
+        elif name in _MOVING and not self._moved:
+            self._moved = self._moves_rows(name, [*args, *(kwargs or {}).values()])
+        return result
+
+    def _moves_rows(self, name: str, values: Sequence[Any]) -> bool:
+        """Whether a call of a function in ``_MOVING`` may move activations from row to row."""
+        found = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
+        tensors = [v for v in found if isinstance(v, Tensor)]
+        moved = [t for t in tensors if t.requires_grad and self.parameters.find(t) is None]
+        if not moved or name in ("sort", "msort", "topk"):
+            return bool(moved)
+        index = [t for t in tensors if t.ndim and not t.is_floating_point()]
+        if name == "__getitem__" and any(t.shape == (self._samples,) and _counts_up(t) for t in index):
+            return False  # row n to row n, from other positions maybe
+        dim = next((v for v in values[1:2] if isinstance(v, int)), None)
+        if name in ("gather", "index_select", "take_along_dim") and dim is not None:
+            return moved[0].shape[dim] % self._samples == 0  # else there are no rows along this axis
+        return bool(index) or any(isinstance(v, list) for v in values)
+
     def seen(self, rule: Rule) -> Tensor:
         """Make the call; if it is of a layer that is wanted, show it to the consumers."""
-        planned = self._plan.calls[self._next] if self._next < len(self._plan.calls) else None
-        self._next += 1
-        if planned is None or planned.rule is not type(rule) or planned.parameters != tuple(r.name for r in rule.refs):
-            raise OutdatedPlanError("another call than planned")
-        if planned.spread:
-            rule.spread(self._samples)
-        output = rule.run()
+        output, axis = self.follow(rule)
+        if axis is None:
+            return output
         if rule.weight is not None and rule.weight.name not in self._wanted:
             rule.weight = None
         if rule.bias is not None and rule.bias.name not in self._wanted:
             rule.bias = None
-        if not rule.refs:
-            return output
-        if planned.place is None or output.shape[planned.place.axis.dim] != self._samples * planned.place.folded:
-            raise OutdatedPlanError(f"an output of shape {tuple(output.shape)} for {self._samples} rows")
         with torch.no_grad(), _full_precision(output.device):
-            callbacks = [consumer.observe(rule, planned.place.axis, self._samples) for consumer in self._consumers]
+            callbacks = [consumer.observe(rule, axis, self._samples) for consumer in self._consumers]
         late = rule.has_factors and any(consumer.late for consumer in self._consumers)
         held = rule.x if rule.keeps_input or late else None
         version = None if held is None else held._version
         rule.forget_input()
-        output = tapped(output, self.anchor, anchored=output.requires_grad and not self._plan.has_other_graph)
-
-        index, axis = self._next - 1, planned.place.axis
+        output = tapped(output, self.anchor)
+        index = self._next - 1
 
         def hook(gradient: Tensor) -> None:
             if held is not None and held._version != version:
@@ -140,7 +181,7 @@ class _Capture(Watch):
                 if self._weights is not None:
                     self._check_rows(rule, axis, gradient, self._norms[index])
                     return
-                if self._verifying:
+                if self.verifying:
                     self._norms[index] = _row_norms(gradient, axis, self._samples)
                 for callback in callbacks:
                     callback(gradient)
@@ -148,18 +189,34 @@ class _Capture(Watch):
         output.register_hook(hook)
         return output
 
-    def verify(self, weights: Tensor) -> None:
-        """From now on see gradients of losses times powers of two (N,), and check that these are found again.
+    @property
+    def verifying(self) -> bool:
+        """Whether to check where the rows are by gradients: in the first batch, and where they may have moved since.
 
-        Raises (in the backward pass):
-            MovedRowsError: they are not found where the rows are said to be.
+        What a model reads of its tensors' values may steer where rows go; nothing is new if it reads the same.
         """
-        self._weights = weights
+        return self._samples > 1 and (not self._plan.verified or self._moved or self._reads not in self._plan.reads)
+
+    def verify(self, losses: Tensor, scale: float) -> None:
+        """Check, in a backward pass from the rows' losses (N,) times weights, that these are found where the rows are.
+
+        Raises:
+            MovedRowsError: they are not.
+        """
+        # By powers of two numbers scale exactly, whatever they are rounded to, unless they become too small.
+        half = torch.float16 in self.dtypes or loss_scale(None, losses.device) != 1.0
+        levels = 5 if half else 8 if losses.is_cuda else 16
+        exponents = [n % levels for n in range(self._samples)]
+        random.Random(self._plan.passes).shuffle(exponents)
+        self._weights = torch.tensor([0.5**e for e in exponents], dtype=torch.float64, device="cpu").to(losses)
+        torch.autograd.grad((losses * self._weights).sum() * scale, self.anchor, allow_unused=True)
+        if len(self._plan.reads) < _KEPT_READS:
+            self._plan.reads.add(self._reads)
 
     def _check_rows(self, rule: Rule, axis: SampleAxis, gradient: Tensor, before: Tensor) -> None:
         assert self._weights is not None
         after = _row_norms(gradient, axis, self._samples)
-        expected = before * self._weights[:, None]
+        expected = before * self._weights[:, None].to(before.dtype)
         # By what is far from rounding, and far from a neighbouring power of two.
         wrong = (after - expected).abs() > 0.25 * expected + 1e-6 * before.amax()
         if bool(wrong.any()):
@@ -168,10 +225,13 @@ class _Capture(Watch):
                 "seem to be sorted or routed, expected an order of rows that does not depend on what is in them"
             )
 
-    def check_complete(self) -> None:
-        """Raise unless all calls of the plan were met."""
-        if self._next != len(self._plan.calls):
-            raise OutdatedPlanError(f"{self._next} calls instead of {len(self._plan.calls)}")
+
+_KEPT_READS = 1024
+"""Passes whose reads are kept, of those that differ in them."""
+
+
+def _counts_up(index: Tensor) -> bool:
+    return index.dtype == torch.int64 and torch.equal(index, torch.arange(len(index), device=index.device))
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -188,12 +248,6 @@ def _row_norms(gradient: Tensor, axis: SampleAxis, samples: int) -> Tensor:
     rows = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=work_dtype(rows.dtype))
     return norms
-
-
-def _spread(count: int, device: torch.device) -> Tensor:
-    """(count,) small integers, different for neighbours and in no short period."""
-    n = torch.arange(count, device=device)
-    return (n * 7 + n // 5 + n // 25 * 2) % 5
 
 
 def own_copy(x: InputTree) -> InputTree:
@@ -227,33 +281,45 @@ def run_pass(
 
     Raises:
         OutdatedPlanError: the model did not do what the plan says; nothing was handed to ``finish`` then.
+        CoupledRowsError: rows influence each other or are not where the plan says (:mod:`gradmix.gradients.row_check`).
         ValueError: a NaN, a loss of another shape, a label out of range.
     """
     parameters, count = Parameters(trainable_parameters(model)), num_samples(x)
     device = first_tensor(x).device
+    before, verifying = RandomState(device), False
+    moved: MovedRowsError | None = None
+    rows = rows_to_check(plan, count, device)
     with torch.enable_grad(), without_compilation():
-        capture = _Capture(parameters, plan, count, consumers, device)
+        capture = _Capture(parameters, plan, count, torch.tensor(rows, device=device), consumers)
         with capture:
             logits = check_output(logits_of(call_model(model, own_copy(x))), count)
         capture.check_complete()
         losses = check_losses(loss(logits, y), count)
         total = losses.sum() * scale
         if total.requires_grad:
-            # No gradient can reach the parameters, unless one is used in another way than planned.
-            leaves = [capture.anchor, *(parameters.named[name] for name in plan.selected())]
-            verifying = not plan.verified and count > 1
+            # No gradient can reach the parameters that are wanted, unless one is used in another way than planned: a
+            # proof, in every pass, that nothing is left out.
+            leaves = [capture.anchor, *(parameters.named[name] for name in plan.wanted)]
+            verifying = capture.verifying
             with refusing_checkpoints():
                 found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=verifying)
                 if any(gradient is not None for gradient in found[1:]):
                     raise OutdatedPlanError("a parameter used in another way than planned")
                 if verifying:
-                    weights = 0.5 ** _spread(count, device).to(losses.dtype)
-                    capture.verify(weights)
-                    torch.autograd.grad((losses * weights).sum() * scale, capture.anchor, allow_unused=True)
-                    plan.verified = True
+                    try:
+                        capture.verify(losses, scale)
+                    except MovedRowsError as error:
+                        moved = error
     # After the backward pass has been queued: this is where a GPU is waited for.
     require_finite(
         first_row, **{f"the model's logits of {name}": logits.detach(), f"the loss of {name}": losses.detach()}
     )
+    del losses, total
+    if rows:
+        with torch.enable_grad(), without_compilation():
+            check_rows(model, plan, x, logits, capture.outputs, rows, before, all_rows=not plan.verified)
+    if moved is not None:
+        raise moved  # where rows influence each other, that has been said instead
+    plan.verified |= verifying
     for consumer in consumers:
         consumer.finish()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.gradients.axis import Place, possible_places
-from gradmix.gradients.capture import Parameters, Watch, refusing_checkpoints, tapped, unseen, without_compilation
+from gradmix.gradients.capture import (
+    BatchStatisticsError,
+    Parameters,
+    Passing,
+    Watch,
+    refusing_checkpoints,
+    tapped,
+    unseen,
+    without_compilation,
+)
 from gradmix.gradients.rules import Placement, Rule, matrix_shape
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, leaves, map_tensors, num_samples, tensors_of
@@ -85,18 +95,26 @@ class Plan:
         placement: where each parameter with a rule lies in its layer.
         row_bytes: bytes of the outputs of all calls for one row.
         classes: number of the model's logits.
-        has_other_graph: whether some use of a parameter has no rule, so that autograd's graph may begin elsewhere.
         verified: whether a whole batch has been found to lie where the plan says.
+        wanted: names of the parameters whose gradients the calls are to give; those that no call uses are unused.
+        standardised: shapes of what ``batch_norm`` normalises by its own statistics: of weights, not of rows.
+        noisy: whether the model was found to draw random numbers.
+        passes: passes made by it.
+        reads: hashes of what the model read of tensors' values in passes in which the rows were found at their places.
     """
 
     layers: tuple[Layer, ...]
     exact: tuple[Layer, ...]
     calls: tuple[CallPlan, ...]
     placement: Placement
-    has_other_graph: bool
     row_bytes: int
     classes: int
     verified: bool = False
+    wanted: tuple[str, ...] = ()
+    standardised: tuple[torch.Size, ...] = ()
+    noisy: bool = False
+    passes: int = 0
+    reads: set[int] = field(default_factory=set)
 
     def selected(self) -> list[str]:
         """Names of all parameters with a rule whose gradients are wanted."""
@@ -269,18 +287,26 @@ def _make_plan(
     without_rule: WithoutRule,
 ) -> Plan:
     parameters = Parameters(trainable)
-    records, missed, spread, classes = _spread_probe(model, x, parameters)
+    try:
+        records, missed, spread, classes = _spread_probe(model, x, parameters)
+    finally:
+        # Also where rows were found to be coupled: this may be by what.
+        standardised = _check_statistics(model, x, parameters)
     places = [record.places() for record in records]
-    unreached = any(all(r is None for r in record.reached) for record in records)
-    if unreached or any(len(possible) > 1 for possible in places):
+    rows, probes = 3, 0
+    while probes < _PROBES and (
+        any(len(possible) > 1 for possible in places)
+        or (probes == 0 and any(all(r is None for r in record.reached) for record in records))
+    ):
         # There may be as many positions as rows, say: with another number of rows the coincidence ends.
-        again, _, _ = _probe(model, x, Parameters(trainable), 5, spread)
+        rows, probes = _telling_rows(places, rows), probes + 1
+        again, _, _ = _probe(model, x, Parameters(trainable), rows, spread)
         if [r.parameters for r in again] != [r.parameters for r in records]:
             if without_rule == "exact":
                 return plan_without_rules(single_layers(trainable, chosen), classes)
             raise NoRuleError(
-                "model: passes over 3 and over 5 rows made different calls, expected the same. Have the gradients "
-                "computed row by row (slower) with without_rule='exact'"
+                f"model: passes over 3 and over {rows} rows made different calls, expected the same. Have the "
+                "gradients computed row by row (slower) with without_rule='exact'"
             )
         places = [a & b.places() for a, b in zip(places, again, strict=True)]
     reasons = {name: parameters.users.get(name, "by a function that cannot be watched") for name in missed}
@@ -309,7 +335,62 @@ def _make_plan(
     if not layers and not exact:
         raise ValueError("layers: got only parameters that the model's forward pass does not use, expected others")
     row_bytes = sum(record.bytes for record in records) // 3
-    return Plan(layers, exact, calls, placement, bool(missed), row_bytes, classes)
+    return Plan(
+        layers,
+        exact,
+        calls,
+        placement,
+        row_bytes,
+        classes,
+        wanted=tuple(name for name in chosen if name not in unruled),
+        standardised=standardised,
+    )
+
+
+_PROBES = 4
+"""Probes with further numbers of rows: one is enough, unless what a row's logits depend on is not the same for all."""
+
+
+def _telling_rows(places: Sequence[set[Place]], before: int) -> int:
+    """More than ``before`` rows, so many that they tell the places apart.
+
+    Of samples and positions folded into one axis, the order n T + t cannot pass for t N + n with N rows unless n T + t
+    is n modulo N for every row n: for n = 0 and 1 with the same t, unless N divides T - 1.
+    """
+    folded = {place.folded for possible in places if len(possible) > 1 for place in possible if place.folded > 1}
+    rows = max(before + 1, 5)
+    while any((size - 1) % rows == 0 for size in folded):
+        rows += 1
+    return rows
+
+
+def _check_statistics(model: nn.Module, x: InputTree, parameters: Parameters) -> tuple[torch.Size, ...]:
+    """Shapes of what ``batch_norm`` normalised by its own statistics in a probe, if that does not depend on the rows.
+
+    Raises:
+        BatchStatisticsError: over two rows it is something else.
+    """
+    if parameters.standardised:
+        other = Parameters(parameters.named)
+        # An error of the model's own has been, or will be, raised elsewhere.
+        with suppress(Exception), torch.enable_grad(), without_compilation(), Passing(other):
+            forward(model, x, torch.arange(2, device="cpu"))
+        first, second = parameters.standardised, other.standardised
+        if len(first) != len(second) or not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+            raise BatchStatisticsError(
+                "model: a BatchNorm layer normalises by the statistics of the batch, expected running statistics: a "
+                "row's gradient would depend on the rows around it. In evaluation mode it uses running statistics if "
+                "it was made with track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
+            )
+    return tuple(value.shape for value in parameters.standardised)
+
+
+def forward(model: nn.Module, x: InputTree, rows: Tensor) -> Tensor:
+    """The logits of some rows of x, by their indices modulo their number, in this order."""
+    device, count = first_tensor(x).device, num_samples(x)
+    index = rows.to(device) % count
+    logits = logits_of(call_model(model, map_tensors(lambda leaf: leaf[index].detach(), x)))
+    return check_output(logits, len(rows))
 
 
 def single_layers(trainable: Mapping[str, nn.Parameter], names: Sequence[str]) -> tuple[Layer, ...]:
@@ -320,7 +401,7 @@ def single_layers(trainable: Mapping[str, nn.Parameter], names: Sequence[str]) -
 def plan_without_rules(layers: tuple[Layer, ...], classes: int) -> Plan:
     """The plan by which no call is watched, and the gradients of all layers are computed row by row."""
     placement = Placement({}, {})
-    return Plan((), layers, (), placement, has_other_graph=True, row_bytes=0, classes=classes)
+    return Plan((), layers, (), placement, row_bytes=0, classes=classes)
 
 
 class _CannotSpreadError(Exception):

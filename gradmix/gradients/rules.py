@@ -19,6 +19,7 @@ import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
@@ -37,12 +38,13 @@ class Ref:
 
     Attributes:
         name: of the parameter.
-        value: what the call was given, detached: the parameter, some of its rows, or its transpose.
+        value: what the call was given, detached: the parameter, some of its rows, or its transpose, maybe converted.
         start: the first row of the parameter's matrix that is used.
         transposed: whether the call was given the transpose.
         whole: the parameter's own shape.
         offset: None; or, for a view other than its rows or its transpose, the position in the parameter's memory, which
             is contiguous, of the view's first entry.
+        own_strides: of a converted view: its strides in the parameter's memory; None: those of ``value``.
     """
 
     name: str
@@ -51,11 +53,27 @@ class Ref:
     transposed: bool
     whole: torch.Size
     offset: int | None = None
+    own_strides: tuple[int, ...] | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those of the view of the parameter."""
+        return self.value.stride() if self.own_strides is None else self.own_strides
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the parameter as it is, of its own shape."""
+        return self.offset is None and not self.transposed and self.value.shape == self.whole
+
+    def converted(self, result: Tensor) -> Ref:
+        """The same view after a conversion of its entries, of the same shape."""
+        return replace(self, value=result.detach(), own_strides=self.strides)
 
     def take(self, direction: Tensor) -> Tensor:
-        """What of ``direction``, a tensor of the parameter's shape, corresponds to ``value``."""
+        """What of ``direction``, a tensor of the parameter's shape, corresponds to ``value``, of its working dtype."""
+        direction = direction.to(work_dtype(self.value.dtype))
         if self.offset is not None:
-            return direction.contiguous().as_strided(self.value.shape, self.value.stride(), self.offset)
+            return direction.contiguous().as_strided(self.value.shape, self.strides, self.offset)
         if self.transposed:
             return direction.T
         return direction if self.value.shape == self.whole else direction[self.start : self.start + len(self.value)]
@@ -66,7 +84,7 @@ class Ref:
             return gradient.reshape(len(gradient), -1)
         numel = math.prod(self.whole)
         index = torch.arange(numel, device=gradient.device)
-        index = index.as_strided(self.value.shape, self.value.stride(), self.offset).flatten()
+        index = index.as_strided(self.value.shape, self.strides, self.offset).flatten()
         return gradient.new_zeros(len(gradient), numel).index_add_(1, index, gradient.flatten(1))
 
 
@@ -1058,9 +1076,20 @@ class RMSNorm(LayerNorm):
 
     def normalised(self) -> Tensor:
         a, dtype = self.arguments, work_dtype(self.x.dtype)
-        # Without an eps of its own, the function takes that of the input's dtype.
-        eps = torch.finfo(self.x.dtype).eps if a["eps"] is None else a["eps"]
+        eps = _default_eps(self.x.dtype) if a["eps"] is None else a["eps"]
         return F.rms_norm(self.x.to(dtype), a["normalized_shape"], None, eps)
+
+
+@cache
+def _default_eps(dtype: torch.dtype) -> float:
+    """What ``rms_norm`` adds without an eps of its own: the eps of the dtype that it computes in.
+
+    For half-precision inputs that is float32, or, in some versions of torch, theirs. It is told by what comes out.
+    """
+    own, of_sums = torch.finfo(dtype).eps, torch.finfo(work_dtype(dtype)).eps
+    # x / sqrt(x^2 + eps) with x^2 between the two is below a half or above.
+    x = torch.full((1,), math.sqrt(math.sqrt(own * of_sums)), dtype=dtype, device="cpu")
+    return own if float(F.rms_norm(x, (1,))) < 0.5 else of_sums
 
 
 class GroupNorm(_Normalisation, Channels):
@@ -1135,11 +1164,11 @@ class InstanceNorm(_Normalisation, Channels):
 
 def _as_part(ref: Ref) -> Ref:
     """The same parameter, rows or the transpose of which are described as any other part is."""
-    if ref.offset is not None or (ref.value.shape == ref.whole and not ref.transposed):
+    if ref.offset is not None or ref.is_whole:
         return ref
     contiguous = math.prod(ref.whole[1:])
     strides = _strides(ref.whole)
-    if ref.value.stride() != (strides[::-1] if ref.transposed else strides):
+    if ref.strides != (strides[::-1] if ref.transposed else strides):
         return ref
     return replace(ref, start=0, transposed=False, offset=ref.start * contiguous)
 
@@ -1174,6 +1203,8 @@ class _Broadcast(Rule):
         assert self.weight is not None
         if self.weight.offset is None and (self.weight.value.shape != self.weight.whole or self.weight.transposed):
             return "a part of it, converted, meets the activations element by element"
+        if self.arguments["first"] and self.function in _IN_PLACE:
+            return "it is changed in place"
         if self.x._is_view() and self.function in _IN_PLACE:
             return "it changes a view in place"
         return None
