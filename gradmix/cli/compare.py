@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gradmix.cli.errors import UsageError, require
+from gradmix.names import shown
 
 if TYPE_CHECKING:
     from gradmix.training.results import RunResult
@@ -41,7 +42,7 @@ def main(args: list[str]) -> int:
     }
     print(renderings[options.format](), end="")
     if options.output is not None:
-        print(f"\nSaved in {options.output}", file=sys.stderr)
+        print(f"\nSaved in {shown(str(options.output))}", file=sys.stderr)
     return 0
 
 

@@ -70,7 +70,7 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     if not interrupted:
         _tidy(output)
         return _say_diverged(results)
-    kept = f"the results so far are in {output}" if results else "no run was saved"
+    kept = f"the results so far are in {shown(str(output))}" if results else "no run was saved"
     print(f"gradmix: interrupted; {kept}; go on with: {_resume(output, processes)}", file=sys.stderr)
     return interruption.status
 
@@ -121,7 +121,7 @@ def _planned(
     todo = [run for run in _runs(config) if run not in results]
     if not todo:
         ended = "have ended" if any(r.status != "complete" for r in results.values()) else "are complete"
-        print(f"Nothing is left to do: all {len(results)} runs of {config.output} {ended}.")
+        print(f"Nothing is left to do: all {len(results)} runs of {shown(str(config.output))} {ended}.")
     return config, todo, resumed is not None
 
 
@@ -326,7 +326,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
         if before != now
     ]
     if differing:
-        print(f"gradmix: changed: {', '.join(differing)}; the same bits are no longer promised", file=sys.stderr)
+        print(f"gradmix: changed: {shown(', '.join(differing))}; the same bits are no longer promised", file=sys.stderr)
     return changed
 
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def _write(data: bytes, path: Path) -> None:
     try:
         try:
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # A file system without locks: there nobody can tell that this is a leftover.
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]

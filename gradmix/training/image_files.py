@@ -29,6 +29,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 TINY_IMAGENET = "tiny-imagenet-200"
 """The folder in which Tiny ImageNet is published."""
 
+_FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+# What is decoded, whatever a file's name ends in. Pillow knows more: EPS it has run as a program, by Ghostscript.
+
 _DRAFT = 2
 # A JPEG is decoded at 1/2, 1/4 or 1/8 as long as both sides keep this many times the pixels wanted: the rest of the
 # reduction is antialiased, and the result differs from a full decoding's by less than one of 256 levels on average.
@@ -127,7 +130,7 @@ class ImageFiles:
 
 
 def decode(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Reads one image as :class:`ImageFiles` describes it.
+    """Reads one image, of JPEG, PNG, PPM, BMP, TIFF, WebP, GIF, JPEG 2000 or AVIF, as :class:`ImageFiles` describes it.
 
     Args:
         path: The file.
@@ -137,7 +140,7 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
         ``(3, S, S)`` uint8.
 
     Raises:
-        DamagedImageError: The file is there but cannot be decoded: it is no image, is cut short, has more pixels than
+        DamagedImageError: The file is there but cannot be decoded: it is none of these, is cut short, has more pixels than
             Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values whose range
             :func:`~gradmix.training.pixels.eight_bits` does not know.
         ModuleNotFoundError: Pillow is not installed.
@@ -150,7 +153,9 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # at metadata that are odd, whose images are well
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(io.BytesIO(content)) as image:
+            image_module.init()
+            formats = [name for name in _FORMATS if name in image_module.OPEN]
+            with image_module.open(io.BytesIO(content), formats=formats) as image:
                 image.draft(None, (_DRAFT * size, _DRAFT * size))
                 image.load()
                 whole = eight_bits(image).convert("RGB")

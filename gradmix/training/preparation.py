@@ -19,9 +19,18 @@ class Preparation:
             deviation.
         augment: As the configuration has it.
         channels_last: Whether images are to have that layout.
+        dtype: Of the model; floats become it.
     """
 
-    def __init__(self, stream: TaskStream, augment: str | None, *, channels_last: bool) -> None:
+    def __init__(
+        self,
+        stream: TaskStream,
+        augment: str | None,
+        *,
+        channels_last: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         self._mean, self._std, self._shape = stream.mean, stream.std, stream.input_shape
         self._augment, self._channels_last = augment or "none", channels_last
         if self._augment != "none" and len(stream.input_shape) != 3:
@@ -43,17 +52,20 @@ class Preparation:
 
     def changes(self, rows: Rows) -> bool:
         """Whether :meth:`for_testing` gives ``rows``, which lie in memory, other values than they have."""
-        return isinstance(rows, TensorRows) and (rows.x.dtype == torch.uint8 or rows.shape != self._shape)
+        if not isinstance(rows, TensorRows):
+            return False
+        other = rows.x.is_floating_point() and rows.x.dtype != self._dtype
+        return other or rows.x.dtype == torch.uint8 or rows.shape != self._shape
 
     def for_testing(self, x: Tensor) -> Tensor:
         """Rows ``(N, ...)`` as they are, images cropped in the middle to the model's size."""
         return self._laid_out(self._cropped(self._floats(x)))
 
     def _floats(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.uint8:
-            return x
-        # Images in one pass, and without the host waiting for their constants to be on the device.
-        return as_floats(x, self._mean, self._std) if x.ndim == 4 else to_float(x, 255.0, self._mean, self._std)
+        if x.dtype == torch.uint8:
+            # Images in one pass, and without the host waiting for their constants to be on the device.
+            x = as_floats(x, self._mean, self._std) if x.ndim == 4 else to_float(x, 255.0, self._mean, self._std)
+        return x.to(self._dtype) if x.is_floating_point() else x
 
     def _cropped(self, x: Tensor) -> Tensor:
         if x.ndim == 4 and x.shape[-2:] != self._shape[-2:]:

@@ -112,7 +112,8 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
 
     Raises:
         TypeError: ``data`` is nothing of the kind, its items are none, or a label is no integer.
-        ValueError: No rows, a negative label, labels and rows differ in number, or an image has its channels last.
+        ValueError: No rows, a negative label, labels and rows differ in number, an image has its channels last, or rows
+            at hand hold numbers that are not finite; of items it is found when they are read.
     """
     # Only where items are the tensors' rows: a class derived from it may make others of them.
     plain = isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__
@@ -122,6 +123,9 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
         x, y = data
         x = _tensor_of(name, x) if isinstance(x, np.ndarray) else x
         x = _readable(name, x, x.ndim - 1, tokens)
+        at = _not_finite(x)
+        if at is not None:
+            raise ValueError(f"{name}: row {at} holds {_NOT_FINITE}")
         rows: Rows = TensorRows(x, _labels(name, y if labels is None else labels, len(x)))
     elif (
         hasattr(data, "__getitem__")
@@ -164,7 +168,7 @@ class Inputs:
         """The input of an item.
 
         Raises:
-            DamagedImageError: It is an image of values whose range is not known.
+            DamagedImageError: It is an image of values whose range is not known, or holds numbers that are not finite.
             TypeError: It is of another kind, or the item is none.
             ValueError: It is an image whose channels come last.
         """
@@ -192,7 +196,26 @@ class Inputs:
             raise TypeError(
                 f"{name}: got an input of type {type(value).__name__}, expected a tensor, an array or a Pillow image"
             )
-        return _readable(name, value, value.ndim, self._tokens)
+        value = _readable(name, value, value.ndim, self._tokens)
+        if _not_finite(value.unsqueeze(0)) is not None:
+            raise DamagedImageError(f"{name}: holds {_NOT_FINITE}")
+        return value
+
+
+_NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numbers"
+
+
+def _not_finite(x: Tensor) -> int | None:
+    """The first row of ``x (N, ...)`` that holds something else than finite numbers of float32; None: there is none."""
+    if not x.is_floating_point() or x.numel() == 0:
+        return None
+    most = torch.finfo(torch.float32).max
+
+    def finite(values: Tensor) -> bool:
+        # Both are NaN where one value is; nothing as large as the values is made.
+        return all(-most <= float(end) <= most for end in torch.aminmax(values))
+
+    return None if finite(x) else next(row for row, values in enumerate(x) if not finite(values))
 
 
 def _readable(name: str, x: Tensor, dimensions: int, tokens: bool) -> Tensor:

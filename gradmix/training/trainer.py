@@ -234,7 +234,8 @@ class _Run:
             folder=folder if replay.storage == "disk" else None,
         )
         self.clock = Clock(device)
-        self.preparation = Preparation(stream, optim.augment, channels_last=channels_last)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self.preparation = Preparation(stream, optim.augment, channels_last=channels_last, dtype=dtype)
         self.reading = Reading(config.data.workers, skip_damaged=config.data.skip_damaged, device=device)
         drawn_for = config, seed, self.buffer, self.clock, device, self.preparation, group
         source = None

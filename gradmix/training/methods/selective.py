@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.alignment import Alignment, Criterion, Estimator
+from gradmix.alignment import Alignment, Criterion, Estimator, reference_gradient
 from gradmix.head import HeadCapture, HeadOutput
-from gradmix.probe import is_compiled, untouched, unwrap
+from gradmix.probe import ModelNotFiniteError, is_compiled, untouched, unwrap
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
@@ -56,6 +56,7 @@ class SelectiveMixup(LinearMixing):
             group=context.group,
             shared_batch=True,
         )
+        self._of_all_parameters = mix.estimator in ("jvp", "sketch")
         self._pairs: Pairs | None = None
 
     @classmethod
@@ -154,16 +155,13 @@ class SelectiveMixup(LinearMixing):
         known = self._mixup.state_dict()
         parts = ("age", "stale", "refreshes", "generator")
         require_like({part: state[part] for part in parts}, {part: known[part] for part in parts}, "method")
-        reference, table, classes = state["reference"], state["table"], self.context.num_classes
-        if reference is not None:
-            if not (isinstance(reference, Tensor) and reference.is_floating_point()):
-                raise ValueError("method.reference: got something else than a gradient")
-            require_tensor(reference, reference.dtype, (None,) * reference.ndim, "method.reference")
-            rows = {(len(p), p[0].numel()) for p in self.context.model.parameters() if p.ndim > 1}
-            if self.context.growing:
-                rows |= {(count, size) for count in range(1, classes) for _, size in rows}
-            if reference.ndim == 2 and not rows & {(len(reference), reference.shape[1] - bias) for bias in (0, 1)}:
-                raise ValueError(f"method.reference: got shape {tuple(reference.shape)}, which no layer's gradient has")
+        # Earlier versions did not keep them.
+        shapes = state.get("shapes", {})
+        if not isinstance(shapes, Mapping) or not all(_is_shape(shape) for shape in shapes.values()):
+            raise ValueError("method.shapes: got something else than the shapes of parameters")
+        table, classes = state["table"], self.context.num_classes
+        if state["reference"] is not None:
+            self._check_reference(state["reference"])
         if table is not None:
             lams = table["lams"]
             require_like(lams, [0.0] * max(2, len(lams)), "method.table.lams")
@@ -176,6 +174,39 @@ class SelectiveMixup(LinearMixing):
             dtype = getattr(table["inner"], "dtype", torch.float32)
             for name, expected in (("inner", shape), ("norm", shape), ("reference_norm", ())):
                 require_tensor(table[name], dtype, expected, f"method.table.{name}")
+
+    def _check_reference(self, reference: Any) -> None:
+        """The same of a gradient: of all parameters, or of the head as it is found in the model."""
+        model = unwrap(self.context.model)
+        if self._of_all_parameters:
+            known = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            if not isinstance(reference, Mapping) or not set(reference) <= set(known):
+                raise ValueError("method.reference: got something else than a gradient of the model's parameters")
+            for name, gradient in reference.items():
+                self._check_gradient(gradient, known[name].shape, f"method.reference.{name}")
+            return
+        if not isinstance(reference, Tensor):
+            raise ValueError(f"method.reference: got {type(reference).__name__}, expected a gradient of the head")
+        buffer = self.context.buffer
+        x, y = next(iter(self.context.source)) if self.context.source is not None else buffer.part(0, 1)
+        try:
+            head = reference_gradient(model, (x[:1], y[:1]))
+        except ModelNotFiniteError:
+            # The run has diverged, as its next step will find.
+            return
+        self._check_gradient(reference, head.shape, "method.reference")
+
+    def _check_gradient(self, gradient: Any, shape: torch.Size, key: str) -> None:
+        dtype = getattr(gradient, "dtype", torch.float32)
+        expected: tuple[int | None, ...] = tuple(shape)
+        # Of a growing head it may be one from before.
+        require_tensor(gradient, dtype, (None, *expected[1:]) if self.context.growing else expected, key)
+        if not dtype.is_floating_point:
+            raise ValueError(f"{key}: got {dtype}, expected floats")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)
 
 
 class GradMixClass(SelectiveMixup):
