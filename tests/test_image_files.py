@@ -146,15 +146,20 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
 
 LARGE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
 PNG = encoded(Image.fromarray(RGB), "PNG")
+# Which Pillow would hand to Ghostscript to be run.
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/etc/passwd) (r) file\nshowpage\n%%EOF"
+)
 DAMAGED = {
     "no bytes": (b"", "the file is empty"),
-    "text": (b"<html>404 Not Found</html>", r"is no image that Pillow knows \(it begins with b'<html>40'\)"),
+    "text": (b"<html>404 Not Found</html>", r"is no image of a kind that is read \(it begins with b'<html>40'\)"),
     "cut in the pixels": (LARGE[: len(LARGE) // 2], "cannot be decoded: .*truncated"),
-    "cut in the header": (LARGE[:30], "is no image that Pillow knows|cannot be decoded"),
-    "first bytes only": (LARGE[:3], "is no image that Pillow knows|cannot be decoded"),
+    "cut in the header": (LARGE[:30], "is no image of a kind that is read|cannot be decoded"),
+    "first bytes only": (LARGE[:3], "is no image of a kind that is read|cannot be decoded"),
     "png cut short": (PNG[: len(PNG) // 2], "cannot be decoded"),
     "png with a bit flipped": (PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:], "cannot be decoded"),
-    "zeros": (bytes(2000), r"is no image that Pillow knows \(it begins with b'\\x00"),
+    "zeros": (bytes(2000), r"is no image of a kind that is read \(it begins with b'\\x00"),
+    "a program": (POSTSCRIPT, r"is no image of a kind that is read \(it begins with b'%!PS-Ado"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -122,3 +123,16 @@ def test_what_a_killed_command_left_is_no_obstacle(here: Path) -> None:
     (here / "out" / LOCK).write_text("1\n")
     assert cli.main(["train", *FEW, "--output", "out"]) == 0
     assert not (here / "out" / LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    # With a checkpoint after every step.
+    assert cli.main(["train", *FEW, "--checkpoint", "1e-9", "--output", "out"]) == 0
+    assert [result.status for result in load_runs(here / "out").values()] == ["complete"]
+    assert not any(path.suffix == ".tmp" for path in here.rglob("*"))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,22 @@ def test_errors_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["experiment", str(missing)]) == 2
     captured = capsys.readouterr().err
     assert not steers(captured) and r"\x1b]0;title\x07.yaml" in captured
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="such a folder cannot be made")
+def test_folders_do_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, data, tables = "out\x1b[31m", "data\x1b[32m", "tables\x1b[33m"
+    few = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "10")
+    assert cli.main(["train", *few, "--output", out]) == 0
+    assert cli.main(["train", "--resume", out, "--data-dir", data]) == 0
+    assert cli.main(["compare", out, "--output", tables]) == 0
+    captured = capsys.readouterr()
+    assert not steers(captured.out + captured.err)
+    for name in (out, data, tables):
+        assert names.shown(name) in captured.out + captured.err
 
 
 @pytest.mark.parametrize("word", ["plain", "two words", "it's", "$HOME", "\x1b[1m", "a\nb", "\udc80", "q'\\\x01"])

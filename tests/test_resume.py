@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import heads
 import pytest
+import torch
 from fresh import run_python
 from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit
+from torch import nn
 
 import gradmix
 from gradmix.training import checkpoint, trainer
@@ -23,7 +26,7 @@ from gradmix.training.benchmarks import make_stream
 from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.methods import METHODS
-from gradmix.training.streams import TaskStream
+from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.trainer import Progress, train_one
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kill_and_resume.py"
@@ -89,6 +92,24 @@ def test_every_way_to_select_goes_on_to_the_bit(case: str, method: str, stream: 
 def test_estimators_over_all_parameters_go_on_to_the_bit(estimator: Any, stream: TaskStream, tmp_path: Path) -> None:
     config = replace(BASE, mix=MixConfig(estimator=estimator, refresh=2))
     assert_goes_on_to_the_bit(config, "gradmix-sample", stream, tmp_path, [STEPS_PER_TASK + 3, STEPS])
+
+
+def averaged(num_classes: int) -> nn.Module:
+    return heads.Averaged()
+
+
+def tempered(num_classes: int) -> nn.Module:
+    return heads.LearntTemperature()
+
+
+@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("model", [averaged, tempered])
+def test_heads_that_are_no_single_layer_go_on_to_the_bit(model: Any, method: str, tmp_path: Path) -> None:
+    # Their gradients have the shape of no parameter.
+    y = torch.arange(60) % heads.CLASSES
+    x = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    config = replace(BASE, optim=replace(OPTIM, model=f"test_resume:{model.__name__}"), mix=MixConfig(refresh=3))
+    goes_on_to_the_bit(config, method, class_incremental((x, y), (x, y), tasks=3), tmp_path, [10, 18])
 
 
 SETTINGS = {

@@ -130,7 +130,7 @@ class ImageFiles:
 
 
 def decode(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Reads one image, of JPEG, PNG, PPM, BMP, TIFF, WebP, GIF, JPEG 2000 or AVIF, as :class:`ImageFiles` describes it.
+    """Reads one image as :class:`ImageFiles` describes it: JPEG, PNG, PPM, BMP, TIFF, WebP, GIF, JPEG 2000 or AVIF.
 
     Args:
         path: The file.
@@ -140,8 +140,8 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
         ``(3, S, S)`` uint8.
 
     Raises:
-        DamagedImageError: The file is there but cannot be decoded: it is none of these, is cut short, has more pixels than
-            Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values whose range
+        DamagedImageError: The file is there but cannot be decoded: it is none of these, is cut short, has more pixels
+            than Pillow deems harmless (``PIL.Image.MAX_IMAGE_PIXELS``), or values whose range
             :func:`~gradmix.training.pixels.eight_bits` does not know.
         ModuleNotFoundError: Pillow is not installed.
         OSError: The file cannot be read.
@@ -175,7 +175,7 @@ def _cause(error: Exception, content: bytes) -> str:
     if not content:
         return "the file is empty"
     if type(error).__name__ == "UnidentifiedImageError":  # whose own text names a buffer, not a file
-        return f"is no image that Pillow knows (it begins with {content[:8]!r})"
+        return f"is no image of a kind that is read (it begins with {content[:8]!r})"
     return f"cannot be decoded: {error or type(error).__name__}"
 
 

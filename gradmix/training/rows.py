@@ -196,10 +196,10 @@ class Inputs:
             raise TypeError(
                 f"{name}: got an input of type {type(value).__name__}, expected a tensor, an array or a Pillow image"
             )
-        value = _readable(name, value, value.ndim, self._tokens)
-        if _not_finite(value.unsqueeze(0)) is not None:
+        x = _readable(name, value, value.ndim, self._tokens)
+        if _not_finite(x.unsqueeze(0)) is not None:
             raise DamagedImageError(f"{name}: holds {_NOT_FINITE}")
-        return value
+        return x
 
 
 _NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numbers"

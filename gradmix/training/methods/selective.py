@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradmix.alignment import Alignment, Criterion, Estimator, reference_gradient
 from gradmix.head import HeadCapture, HeadOutput
-from gradmix.probe import ModelNotFiniteError, is_compiled, untouched, unwrap
+from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched, unwrap
+from gradmix.rows import chunks_of
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
@@ -155,8 +156,8 @@ class SelectiveMixup(LinearMixing):
         known = self._mixup.state_dict()
         parts = ("age", "stale", "refreshes", "generator")
         require_like({part: state[part] for part in parts}, {part: known[part] for part in parts}, "method")
-        # Earlier versions did not keep them.
-        shapes = state.get("shapes", {})
+        # Earlier versions did not keep them, and before the first gradient there are none.
+        shapes = state.get("shapes") or {}
         if not isinstance(shapes, Mapping) or not all(_is_shape(shape) for shape in shapes.values()):
             raise ValueError("method.shapes: got something else than the shapes of parameters")
         table, classes = state["table"], self.context.num_classes
@@ -187,10 +188,11 @@ class SelectiveMixup(LinearMixing):
             return
         if not isinstance(reference, Tensor):
             raise ValueError(f"method.reference: got {type(reference).__name__}, expected a gradient of the head")
-        buffer = self.context.buffer
-        x, y = next(iter(self.context.source)) if self.context.source is not None else buffer.part(0, 1)
+        source = self.context.buffer if self.context.source is None else self.context.source
+        # A row tells the shape.
+        row = next(chunks_of("buffer", source, 1, device_of(model)))
         try:
-            head = reference_gradient(model, (x[:1], y[:1]))
+            head = reference_gradient(model, row)
         except ModelNotFiniteError:
             # The run has diverged, as its next step will find.
             return
