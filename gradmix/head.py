@@ -32,7 +32,7 @@ from gradmix.head_layers import (
 from gradmix.head_values import MASKED, estimated_factor, off_linear, related, stacked
 from gradmix.inputs import InputTree, call_model, map_tensors
 from gradmix.ops.waiting import later, look_is_free, require
-from gradmix.probe import untouched, unwrap
+from gradmix.probe import check_watched, untouched, unwrap
 
 __all__ = ["Head", "HeadCapture", "HeadNotFoundError", "HeadOutput", "logits_of", "resolve_head"]
 
@@ -138,16 +138,19 @@ def resolve_head(model: nn.Module, head: HeadLike = None, example: InputTree | N
 
     Raises:
         HeadNotFoundError: the module named is not part of the model or holds no linear layer; or none could be found.
-        TypeError: ``head`` is neither a module nor a name.
+        TypeError: ``head`` is neither a module nor a name, or it or the model is of TorchScript.
     """
     if isinstance(head, Head):
         return head
     inner = unwrap(model)
+    check_watched("model", inner)
     name = _name_of(inner, head)
     known = _remembered(inner, name)
     if known is not None:
         return known
     only = None if name is None else inner.get_submodule(name)
+    if only is not None:
+        check_watched("head", only)
     # A module whose attributes are those of nn.Linear needs no pass; every pass checks what it computes.
     layer = None if only is None or name is None else named_layer(only, name)
     if layer is not None:
