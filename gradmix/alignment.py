@@ -315,8 +315,10 @@ def checked_rows(name: str, x: InputTree, y: Tensor, output: CapturedOutput, fir
     )
     check_label_range(name, y, logits.shape[1], first_row)
     y = within_range(y, logits.shape[1])
-    masked = logits <= MASKED
-    masked = (masked & (y > 0)).any(1) if y.is_floating_point() else masked.gather(1, y[:, None])[:, 0]
+    if y.is_floating_point():
+        masked = ((logits <= MASKED) & (y > 0)).any(1)
+    else:
+        masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
     require(
         masked,
         lambda row: ValueError(

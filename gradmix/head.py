@@ -243,9 +243,11 @@ class HeadCapture:
         for what, counts in ((self.head.describe(), map(len, self._calls)), ("the model", [len(self._passes)])):
             wrong = next((count for count in counts if count != 1), None)
             if wrong is not None:
+                # Another one may end in the logits by now, such as that of another task.
+                _forget(self._model, self.head.name)
                 raise HeadNotFoundError(
                     f"head: {what} was seen to run {wrong} times in one forward pass of the model, expected once (code "
-                    "compiled before may pass by the hook)"
+                    f"compiled before may pass by the hook); {_otherwise(self.head)}"
                 )
         features, logits = _output_of(self._model, self.head, self._passes[0])
         return CapturedOutput(features, logits, self.head.appends_one(features))
