@@ -315,8 +315,10 @@ def checked_rows(name: str, x: InputTree, y: Tensor, output: CapturedOutput, fir
     )
     check_label_range(name, y, logits.shape[1], first_row)
     y = within_range(y, logits.shape[1])
-    masked = logits <= MASKED
-    masked = (masked & (y > 0)).any(1) if y.is_floating_point() else masked.gather(1, y[:, None])[:, 0]
+    if y.is_floating_point():
+        masked = ((logits <= MASKED) & (y > 0)).any(1)
+    else:
+        masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
     require(
         masked,
         lambda row: ValueError(
@@ -771,7 +773,11 @@ def forward_pair(
 ) -> tuple[Rows, Rows]:
     """The batch and the candidates, forwarded once each; the same object twice if ``own_rows``."""
     rows = forward_all(model, head, "batch", batch, chunk)
-    return rows, rows if own_rows else forward_all(model, head, "candidates", candidates, chunk)
+    if own_rows:
+        return rows, rows
+    partners = forward_all(model, head, "candidates", candidates, chunk)
+    check_one_mask(rows, partners)
+    return rows, partners
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, pair: tuple[InputTree, Tensor], chunk: int) -> Rows:
@@ -798,9 +804,29 @@ def concatenate(parts: list[Rows], classes: int | None = None) -> Rows:
     if len({part.y.is_floating_point() for part in parts}) > 1:
         classes = parts[0].logits.shape[1] if classes is None else classes
         parts = [replace(part, y=dense_labels(part.y, classes, torch.float32)) for part in parts]
+    for part in parts[1:]:
+        check_one_mask(parts[0], part)
     x = concatenate_inputs([part.x for part in parts])
     y, features, logits = (torch.cat([getattr(part, name) for part in parts]) for name in ("y", "features", "logits"))
     return Rows(x, y, features, logits, parts[0].appends_one)
+
+
+def check_one_mask(rows: Rows, others: Rows) -> None:
+    """Refuse rows of two passes in which the model masks other classes: their mixtures are of no head.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if len(rows) == 0 or rows.logits.shape[1] != others.logits.shape[1]:
+        return
+    masked = rows.logits[:1] <= MASKED
+    require(
+        ((others.logits <= MASKED) != masked).any(1),
+        lambda row: ValueError(
+            f"model: masks other classes for sample {row} of a pass than in a pass before, expected one mask for all "
+            "samples that are mixed with each other (of the batch, the candidates, and by class the buffer)"
+        ),
+    )
 
 
 def pair_alignment(

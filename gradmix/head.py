@@ -32,7 +32,7 @@ from gradmix.head_layers import (
 from gradmix.head_values import MASKED, estimated_factor, off_linear, related, stacked
 from gradmix.inputs import InputTree, call_model, map_tensors
 from gradmix.ops.waiting import later, look_is_free, require
-from gradmix.probe import untouched, unwrap
+from gradmix.probe import check_watched, untouched, unwrap
 
 __all__ = ["Head", "HeadCapture", "HeadNotFoundError", "HeadOutput", "logits_of", "resolve_head"]
 
@@ -138,16 +138,19 @@ def resolve_head(model: nn.Module, head: HeadLike = None, example: InputTree | N
 
     Raises:
         HeadNotFoundError: the module named is not part of the model or holds no linear layer; or none could be found.
-        TypeError: ``head`` is neither a module nor a name.
+        TypeError: ``head`` is neither a module nor a name, or it or the model is of TorchScript.
     """
     if isinstance(head, Head):
         return head
     inner = unwrap(model)
+    check_watched("model", inner)
     name = _name_of(inner, head)
     known = _remembered(inner, name)
     if known is not None:
         return known
     only = None if name is None else inner.get_submodule(name)
+    if only is not None:
+        check_watched("head", only)
     # A module whose attributes are those of nn.Linear needs no pass; every pass checks what it computes.
     layer = None if only is None or name is None else named_layer(only, name)
     if layer is not None:
@@ -240,9 +243,11 @@ class HeadCapture:
         for what, counts in ((self.head.describe(), map(len, self._calls)), ("the model", [len(self._passes)])):
             wrong = next((count for count in counts if count != 1), None)
             if wrong is not None:
+                # Another one may end in the logits by now, such as that of another task.
+                _forget(self._model, self.head.name)
                 raise HeadNotFoundError(
                     f"head: {what} was seen to run {wrong} times in one forward pass of the model, expected once (code "
-                    "compiled before may pass by the hook)"
+                    f"compiled before may pass by the hook); {_otherwise(self.head)}"
                 )
         features, logits = _output_of(self._model, self.head, self._passes[0])
         return CapturedOutput(features, logits, self.head.appends_one(features))

@@ -134,6 +134,8 @@ def layers_of(module: nn.Module, path: str, classes: int | None = None) -> list[
         path: its name.
         classes: C, if it is known.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return []  # what it is given cannot be seen
     names = list(module._parameters)
     if parametrize.is_parametrized(module) or "weight" in vars(module):
         names.insert(0, "weight")  # an attribute made of other parameters

@@ -15,12 +15,14 @@ Anything else is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradmix.ops.dtypes import exact_dtype, work_dtype
+from gradmix.ops.waiting import look_is_free
 
 MASK_GAP = 100.0
 """How far below a sample's largest logit a masked one is at least: exp(-100) is no float32 number above 0."""
@@ -114,7 +116,8 @@ def off_linear(
     # A few of all by their numbers, so that no sample is always left out of small batches.
     step = max(1, -(-len(features) // CHECKED_SAMPLES))
     dtype = exact_dtype(features.device)
-    with torch.autocast(features.device.type, enabled=False):
+    # Autocast leaves float64 alone.
+    with nullcontext() if dtype == torch.float64 else torch.autocast(features.device.type, enabled=False):
         h, w, b = (
             None if v is None else v.detach().to(logits.dtype).to(dtype) for v in (features[::step], weight, bias)
         )
@@ -122,14 +125,21 @@ def off_linear(
         z = logits[::step].to(dtype)
         product = h @ w.T
         terms = h.abs() @ w.abs().T
+        if b is not None:
+            product, terms = product + b, terms + b.abs()
+        accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
+        tolerance = accumulated * terms
+        wrong: Tensor = ((product - z).abs() > tolerance).any(1)
+        # The usual case: the rounding of the sum explains it, and that of the factors need not be known.
+        if look_is_free(features.device) and not wrong.any():
+            return wrong
         scale = (h.square() @ w.square().T).sqrt() + product.abs()
         if b is not None:
-            product, terms, scale = product + b, terms + b.abs(), scale + b.abs()
-        accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
-        tolerance = accumulated * terms + 4 * _product_eps(logits) * (scale + z.abs())
+            scale = scale + b.abs()
+        tolerance = tolerance + 4 * _product_eps(logits) * (scale + z.abs())
         if not up_to_shift:
-            wrong: Tensor = (product - z).abs() > tolerance
-            return wrong.any(1)
+            wrong = ((product - z).abs() > tolerance).any(1)
+            return wrong
         factor = estimated_factor(z, product)
         if factor is not None:
             product, tolerance = product * factor, tolerance * factor.abs().clamp(min=1)
@@ -137,8 +147,8 @@ def off_linear(
         error = product - z
         error = error - error.gather(1, largest.indices)
         tolerance = tolerance + tolerance.gather(1, largest.indices)
-        wrong = (error.abs() > tolerance) & (z >= largest.values - MASK_GAP)
-        return wrong.any(1)
+        wrong = ((error.abs() > tolerance) & (z >= largest.values - MASK_GAP)).any(1)
+        return wrong
 
 
 def stacked(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:

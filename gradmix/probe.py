@@ -60,6 +60,19 @@ def without_compilation() -> AbstractContextManager[Any]:
     return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
+def check_watched(what: str, module: nn.Module) -> None:
+    """Refuse a module whose forward passes cannot be watched: TorchScript takes no hooks.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{what}: got a torch.jit.ScriptModule, which takes no hooks, expected the module that it was scripted or "
+            "traced from; parts of a model before its classifier may be such"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter (or buffer); the CPU for a model with neither."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

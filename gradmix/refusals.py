@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gradmix.gradients.capture import BatchStatisticsError, without_compilation
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, leaves, num_samples, take
+from gradmix.probe import check_watched
 
 _ROWS = 2
 """Rows that tell whether statistics are those of the batch."""
@@ -67,6 +68,7 @@ def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
     Modules of torch's are stopped by a hook, which only those have that would use such statistics. Other calls of
     ``batch_norm`` are watched in the first pass of a model; weights may be standardised by one, so the values decide.
     """
+    check_watched("model", model)
     watch = _Watch()
     with ExitStack() as stack:
         for module in model.modules():
@@ -79,7 +81,9 @@ def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
         stack.callback(model.register_forward_hook(lambda *_: passes.append(None)).remove)
         with without_compilation(), watch:  # which may pass by hooks and watches
             yield
-    if watch.called and _is_coupled(model, x):
+    # What TorchScript calls is not seen.
+    unseen = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    if (watch.called or unseen) and _is_coupled(model, x):
         _refuse()
     if passes and num_samples(x) >= _ROWS:
         _met.add(model)
@@ -115,7 +119,7 @@ class _Watch(TorchFunctionMode):
             raise
 
 
-def _refuse_single(error: ValueError) -> None:
+def _refuse_single(error: Exception) -> None:
     """Refuse the model if this is what torch says of a single row whose statistics are wanted."""
     if "more than 1 value per channel" in str(error):
         _refuse()
@@ -125,7 +129,7 @@ def _is_coupled(model: nn.Module, x: InputTree) -> bool:
     """Whether the first row's logits are others in a batch with the second one."""
     try:
         alone, together = (logits_of(call_model(model, take(x, slice(n))))[0].float() for n in (1, _ROWS))
-    except ValueError as error:
+    except (ValueError, torch.jit.Error) as error:
         _refuse_single(error)
         raise
     return bool((alone - together).abs().amax() > _TOLERANCE * together.abs().amax())

@@ -27,6 +27,7 @@ from gradmix.alignment import (
     buffer_rows,
     check_choice,
     check_mixable,
+    check_one_mask,
     checked_rows,
     class_index,
     class_table,
@@ -514,6 +515,8 @@ def _select(
             if candidates is None
             else forward_all(model, settings.head, "candidates", candidates, settings.chunk_size)
         )
+        if candidates is not None:
+            check_one_mask(rows, partners)
         _check_width(settings.num_classes, rows.logits.shape[1])
         width = rows.logits.shape[1]
         nothing = None

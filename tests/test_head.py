@@ -6,9 +6,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import truth
 from models import CLASSES, MLP, NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
+import gradmix
 from gradmix.head import HeadCapture, HeadNotFoundError, logits_of, resolve_head
 from gradmix.head_values import MASKED
 
@@ -223,3 +225,24 @@ def test_a_model_that_returns_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model: returned list, expected a tensor or an object with a tensor \.logits"):
         logits_of([1])
     assert logits_of({"logits": torch.ones(1)}).item() == 1
+
+
+def test_a_head_of_another_task_is_looked_for_anew():
+    class ByTask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+            self.task = 0
+
+        def forward(self, x):
+            return self.heads[self.task](x)
+
+    torch.manual_seed(0)
+    model, x, y = ByTask(), torch.randn(7, 5), torch.arange(7) % 3
+    gradmix.reference_gradient(model, (x, y))
+    model.task = 1
+    with pytest.raises(HeadNotFoundError, match="heads.0.*run 0 times.*the next call looks for its head anew"):
+        gradmix.reference_gradient(model, (x, y))
+    torch.testing.assert_close(
+        gradmix.reference_gradient(model, (x, y)), truth.reference(model, "heads.1", x, y).float(), rtol=1e-5, atol=1e-6
+    )
