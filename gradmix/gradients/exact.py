@@ -74,10 +74,9 @@ def exact_gradients(
             losses = check_losses(function(logits, targets), size)
             total = losses.sum() * scale
             leaves = [*wanted.values(), logits]
-            used = [t for t in leaves if total.requires_grad and t.requires_grad]
+            used = leaves if logits.requires_grad and total.requires_grad else []
             with refusing_checkpoints():
-                found = [*torch.autograd.grad(total, used, allow_unused=True)] if used else []
-            found += [None] * (len(leaves) - len(found))
+                found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
         # A layer that has no part has no gradient, and a table's may be sparse.
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
         dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
