@@ -37,10 +37,15 @@ class Parameters:
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self.named = dict(named)
-        self._names = {id(parameter): name for name, parameter in self.named.items()}
+        # A hook on its gradient may be anything (a mask, a scale): such a parameter is left to autograd, by its path.
+        self._names = {id(p): name for name, p in self.named.items() if not p._backward_hooks}
         self._detached = {name: parameter.detach() for name, parameter in self.named.items()}
         self._copies: dict[int, tuple[Tensor, int, Ref]] = {}
-        self.users: dict[str, str] = {}
+        self.users = {
+            name: "with a hook on its gradient (Tensor.register_hook)"
+            for name, p in self.named.items()
+            if p._backward_hooks
+        }
         """By parameter name, who used it in a way that has no rule, in words."""
         self.standardised: list[Tensor] = []
         """What ``batch_norm`` normalised by its own statistics, in the order of the calls."""
@@ -81,7 +86,7 @@ class Parameters:
         if not base.is_contiguous():
             return None
         if value.ndim == base.ndim and value.shape[1:] == base.shape[1:] and value.stride() == base.stride():
-            step = base.stride(0)
+            step = base.stride(0) if base.ndim else 0
             # Rows of a matrix for the rules of layers; rows of a token, say, are like any other part of it.
             if (step and offset % step == 0 and base.ndim <= 2) or value.shape == base.shape:
                 return Ref(name, value.detach(), offset // max(1, step), False, base.shape)
@@ -264,7 +269,10 @@ def refusing_checkpoints() -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError as error:
+    except RuntimeError as error:
+        # With use_reentrant=True it is an error of no class of its own.
+        if not isinstance(error, CheckpointError) and "torch.utils.checkpoint" not in str(error):
+            raise
         raise ValueError(
             "model: computes parts again in the backward pass (torch.utils.checkpoint), expected a forward pass "
             "without; in evaluation mode there is no need for it"

@@ -276,6 +276,8 @@ class Engine:
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable or None")
         model = unwrap(model)
+        if any(p.is_inference() for p in model.parameters()):
+            raise ValueError("model: was made in torch.inference_mode, expected parameters that can have gradients")
         loss_scale(scaler, device_of(model))
         return cls(model, layers, as_sketch(sketch, rank, seed), loss, without_rule, scaler, chunk, backend)
 

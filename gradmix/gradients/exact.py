@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmix.gradients.capture import without_compilation
+from gradmix.gradients.capture import refusing_checkpoints, without_compilation
 from gradmix.gradients.passes import Loss, check_losses, own_copy
 from gradmix.gradients.plan import CoupledRowsError, check_output
 from gradmix.head import logits_of
@@ -67,24 +67,28 @@ def exact_gradients(
     wanted = {n: parameters[n] for n in names}
 
     def gradient_of(rows: InputTree, targets: Any, function: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits, losses and the gradients of the losses' sum, by autograd."""
+        """Logits, losses and the gradients of the losses' sum, by autograd: of the parameters, then of the logits."""
         size = num_samples(rows)
         with torch.enable_grad(), without_compilation():
             logits = check_output(logits_of(call_model(model, own_copy(rows))), size)
             losses = check_losses(function(logits, targets), size)
             total = losses.sum() * scale
-            leaves = list(wanted.values())
-            found = (
-                torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-            )
+            leaves = [*wanted.values(), logits]
+            used = leaves if logits.requires_grad and total.requires_grad else []
+            with refusing_checkpoints():
+                found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
         # A layer that has no part has no gradient, and a table's may be sparse.
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
         dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
         return logits.detach(), losses.detach(), dense
 
-    logits, losses, batch = gradient_of(x, y, checked_loss)
+    logits, losses, (*batch, of_logits) = gradient_of(x, y, checked_loss)
     require_finite(first_row, **{f"the model's logits of {name}": logits, f"the loss of {name}": losses})
     tolerance = _tolerance(logits)
+    # Where the gradients are 0, as of what the next layer takes away again, there is nothing but rounding.
+    rounding = (
+        32 * torch.finfo(logits.dtype).eps * float(torch.linalg.vector_norm(of_logits.to(work_dtype(logits.dtype))))
+    )
     sums, size = [torch.zeros_like(g, dtype=work_dtype(g.dtype)) for g in batch], 0.0
     together = True
     step = max(1, _ENTRIES // max(1, sum(p.numel() for p in wanted.values())))
@@ -93,18 +97,19 @@ def exact_gradients(
         rows, targets = take(x, part), take(y, part)
         found = _by_func(model, wanted, rows, targets, loss, scale) if together else None
         if found is not None and start == 0:
-            expected = batch if part.stop == count else gradient_of(rows, targets, loss)[2]
-            found = found if _agree([g.sum(0) for g in found], expected, _size(found), tolerance) else None
+            expected = batch if part.stop == count else gradient_of(rows, targets, loss)[2][:-1]
+            error = tolerance * _size(found) + rounding
+            found = found if _agree([g.sum(0) for g in found], expected, error) else None
         if found is None:
             together = False
             each = [slice(n, n + 1) for n in range(part.stop - part.start)]
-            singles = [gradient_of(take(rows, one), take(targets, one), loss)[2] for one in each]
+            singles = [gradient_of(take(rows, one), take(targets, one), loss)[2][:-1] for one in each]
             found = [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
         for total, gradient in zip(sums, found, strict=True):
             total += gradient.sum(0, dtype=total.dtype)
         size += _size(found)
         yield part, {n: gradient / scale for n, gradient in zip(wanted, found, strict=True)}
-    if not _agree(sums, batch, size, tolerance):
+    if not _agree(sums, batch, tolerance * size + rounding):
         raise CoupledRowsError(
             f"model: the gradients of {count} rows alone do not add up to the gradient of the rows together, expected "
             "a forward pass without chance, and rows that do not influence each other, so that each has a gradient of "
@@ -146,11 +151,11 @@ def _size(gradients: Sequence[Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(g, dim=1).sum()) for g in flat)
 
 
-def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], size: float, tolerance: float) -> bool:
-    """Whether gradients are the same up to rounding, which is in proportion to what they are sums of."""
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], error: float) -> bool:
+    """Whether gradients are the same up to an error."""
     differences = ((a - b).to(work_dtype(b.dtype)) for a, b in zip(found, expected, strict=True))
     # What is not finite is no difference: it is found in the gradients themselves.
-    return not sum(float(torch.linalg.vector_norm(d)) for d in differences) > tolerance * size
+    return not sum(float(torch.linalg.vector_norm(d)) for d in differences) > error
 
 
 def _tolerance(logits: Tensor) -> float:

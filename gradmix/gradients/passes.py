@@ -317,7 +317,9 @@ def run_pass(
     del losses, total
     if rows:
         with torch.enable_grad(), without_compilation():
-            check_rows(model, plan, x, logits, capture.outputs, rows, before, all_rows=not plan.verified)
+            check_rows(
+                model, parameters.named, plan, x, logits, capture.outputs, rows, before, all_rows=not plan.verified
+            )
     if moved is not None:
         raise moved  # where rows influence each other, that has been said instead
     plan.verified |= verifying

@@ -431,8 +431,8 @@ def _spread_probe(
         tried.add(lost[0])
         try:
             again, _, other = _probe(model, x, Parameters(parameters.named), 3, spread | {lost[0]})
-        except (_CannotSpreadError, CoupledRowsError, RuntimeError, ValueError, IndexError):
-            continue  # the model does not take it so; it is refused by name then
+        except Exception:  # whatever a model raises that does not take it so; it is refused by name then
+            continue
         now = [_has_place(record) for record in again]
         none_lost = len(now) == len(placed) and all(
             after or not before for before, after in zip(placed, now, strict=True)
@@ -510,6 +510,8 @@ def _layers(
                 apart |= {record.weight}
         elif record.bias in ruled:
             weights.setdefault(record.bias, set()).add("")  # used without this weight
+        if record.weight in ruled:
+            weights.setdefault(record.weight, set()).add("")  # if it is a bias elsewhere, then not of one weight alone
     layers: dict[str, Layer] = {}
     layer_of: dict[str, str] = {}
     column: dict[str, int] = {}

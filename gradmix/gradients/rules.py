@@ -268,7 +268,7 @@ class Rule:
 
     def column_of_ones(self, placement: Placement) -> bool:
         """Whether the bias is a column in the weight's layer."""
-        if self.weight is None or self.bias is None:
+        if self.weight is None or self.bias is None or self.weight.name == self.bias.name:
             return False
         same_rows = (self.weight.start, len(self.weight.value)) == (self.bias.start, len(self.bias.value))
         return same_rows and placement.layer[self.weight.name] == placement.layer[self.bias.name]
