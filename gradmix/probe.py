@@ -109,6 +109,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
             buffers.restore()
 
 
+@contextmanager
+def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Leave hooks on the parameters' gradients (``Tensor.register_hook``) out of the body's backward passes.
+
+    They change or log what an optimiser gets, of a whole batch; the gradient of the loss is something else, and a log
+    must not be shown gradients of rows.
+    """
+    hooks = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooks:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, own in hooks:
+            parameter._backward_hooks = own
+
+
 class _Buffers:
     """A model's buffers as they are now, to be put back.
 

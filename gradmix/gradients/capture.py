@@ -37,15 +37,10 @@ class Parameters:
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self.named = dict(named)
-        # A hook on its gradient may be anything (a mask, a scale): such a parameter is left to autograd, by its path.
-        self._names = {id(p): name for name, p in self.named.items() if not p._backward_hooks}
+        self._names = {id(parameter): name for name, parameter in self.named.items()}
         self._detached = {name: parameter.detach() for name, parameter in self.named.items()}
         self._copies: dict[int, tuple[Tensor, int, Ref]] = {}
-        self.users = {
-            name: "with a hook on its gradient (Tensor.register_hook)"
-            for name, p in self.named.items()
-            if p._backward_hooks
-        }
+        self.users: dict[str, str] = {}
         """By parameter name, who used it in a way that has no rule, in words."""
         self.standardised: list[Tensor] = []
         """What ``batch_norm`` normalised by its own statistics, in the order of the calls."""

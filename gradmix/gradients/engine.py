@@ -40,7 +40,7 @@ from gradmix.inputs import InputTree, first_tensor, map_tensors, num_samples, te
 from gradmix.ops.backends import check_backend
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
-from gradmix.probe import device_of, require_finite, untouched, unwrap
+from gradmix.probe import device_of, require_finite, untouched, unwrap, without_gradient_hooks
 from gradmix.processes import Group
 from gradmix.rows import RowSource, as_pair, numbered_chunks
 
@@ -118,6 +118,7 @@ def class_gradients(
 
     Costs one forward pass and a backward pass without weight gradients. The model runs in evaluation mode (dropout off,
     BatchNorm by its running statistics), under the autocast that is active where this is called, and is left as it was.
+    The gradients are those of the loss: hooks on a parameter's gradient (``Tensor.register_hook``) are not called.
     Its rows must not influence each other, and inside it they must not be put into an order that depends on what is in
     them (sorted by length, routed to experts): every pass is checked for that on a few rows, and the first one of each
     shape on all (:mod:`gradmix.gradients.row_check` says how, and what escapes).
@@ -283,8 +284,13 @@ class Engine:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """The model in evaluation mode, out of inference mode; everything restored afterwards."""
-        with torch.inference_mode(False), untouched(self.model), _recurrent_backward(self.model):
+        """The model in evaluation mode, without hooks on gradients, out of inference mode; restored afterwards."""
+        with (
+            torch.inference_mode(False),
+            untouched(self.model),
+            without_gradient_hooks(self.model),
+            _recurrent_backward(self.model),
+        ):
             yield
 
     # ------------------------------------------------------------------------------------------------------ one batch
