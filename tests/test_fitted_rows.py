@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from models import MLP, rows
+from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 from gradmix import alignment_matrix, select_pairs
+from gradmix.ops import mixed_alignment as module
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.cosine_alignment import MIXED_OPERATOR, mixed_gram_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
@@ -155,6 +157,69 @@ def test_rows_that_are_sure_of_different_other_classes(backend: str) -> None:
     z[torch.arange(N), y] += 400.0
     for lam in (0.3, 0.5):
         assert_right([h, z, y, reference], lam, backend)
+
+
+@pytest.mark.parametrize("shift", [0.0, -5e3])
+@pytest.mark.parametrize("backend", BODIES)
+def test_rows_of_two_classes_that_are_confidently_wrong(backend: str, shift: float) -> None:
+    """No other class is left, and both labels' exponentials are below what any float can hold."""
+    h, _, _, reference = make(classes=2)
+    y = torch.arange(N) % 2
+    for margin in (100.0, 4e3):
+        z = shift - margin * torch.eye(2)[y] + torch.rand(N, 2, generator=torch.Generator().manual_seed(1))
+        for lam in (0.0, 0.5, 0.501, 1.0):
+            assert_right([h, z, y, reference], lam, backend)
+
+
+@pytest.mark.parametrize("backend", BODIES)
+def test_one_class_of_any_logits_has_no_gradient(backend: str) -> None:
+    h, _, _, reference = make(classes=1)
+    for logit in (-5e3, 0.0, 5e3):
+        z, y = torch.full((N, 1), logit), torch.zeros(N, dtype=torch.long)
+        for lam in (0.0, 0.5, 1.0):
+            result = mixed_alignment(h, z, y, h, z, y, reference, lam, backend=backend)
+            assert not result.inner.any() and not result.norm.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_smoothed_labels_whose_mixture_is_even(backend: str) -> None:
+    """What the two vectors lack to one-hot ones cancels too."""
+    h, z, y, reference = make("smoothed", classes=2)
+    for lam in (0.5, 0.500001):
+        inner, norm, _ = truth(h, z, y, reference, lam)
+        result = mixed_alignment(h, z, y, h, z, y, reference, lam, backend=backend)
+        assert (np.abs(result.norm.numpy() - norm) <= 1e-5 * norm).all()
+        assert (np.abs(result.inner.numpy() - inner) <= 1e-5 * norm * float(reference.norm())).all()
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_exponentials_and_logarithms_give_the_same(labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host may look, moderate logits are spared the logarithms."""
+    for margin in (0.0, 3.0, 12.0):
+        h, z, y, reference = make(labels, margin)
+        for lam in (0.0, 0.3, 0.5, 1 - 5e-8):
+            found = mixed_alignment(h, z, y, h, z, y, reference, lam, backend="torch")
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "MODERATE_LOGITS", -1.0)
+                other = mixed_alignment(h, z, y, h, z, y, reference, lam, backend="torch")
+            assert ((found.norm - other.norm).abs() <= 2e-6 * other.norm).all()
+            assert ((found.inner - other.inner).abs() <= 2e-6 * other.norm * reference.norm()).all()
+            assert_right([h, z, y, reference], lam, "torch")
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_a_device_that_is_not_waited_for(labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    for margin in (3.0, 20.0):
+        for lam in (0.3, 1 - 5e-8):
+            h, z, y, reference = make(labels, margin)
+            with watched():
+                result = OPERATOR.choose("torch").run(
+                    h, z, y, h, z, y, reference, torch.tensor([lam], dtype=torch.float64)
+                )
+            inner, norm, _ = truth(h, z, y, reference, lam)
+            assert (np.abs(result.norm[0].numpy() - norm) <= 1e-5 * norm).all()
+            assert (np.abs(result.inner[0].numpy() - inner) <= 1e-5 * norm * float(reference.norm())).all()
 
 
 def test_one_hot_vectors_are_decided_as_class_indices() -> None:

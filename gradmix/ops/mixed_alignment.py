@@ -63,6 +63,12 @@ NEGLIGIBLE = 20.0
 CANCELLED = 1 / 16
 """Pairs whose ||r||^2 is below this share of its parts' are recomputed: label vectors that the rows fit well."""
 
+MODERATE_LOGITS = 40.0
+"""Logits that mix to a range up to this have exponentials whose products float32 can hold: no logarithm is needed."""
+
+CLOSE = 1e-6
+"""D from such products is refused if a pair's residual is below this share: float64 leaves it 1e-8 of itself."""
+
 MODERATE = 1e6
 """Features and references of entries up to this, or down to its inverse, are left in their units."""
 
@@ -71,6 +77,9 @@ LEAST = {torch.float32: 1e-32, torch.float64: 1e-150}
 
 CLASSES_AT_A_TIME = 1 << 24
 """Elements of a temporary of rows by classes; more classes are taken in parts (64 MiB of float32)."""
+
+CACHED = 1 << 16
+"""Elements of a temporary in float64 that stays in a processor's cache."""
 
 EXACT_ELEMENTS = 1 << 22
 """Elements of the largest temporary while pairs are recomputed (32 MiB of float64)."""
@@ -175,8 +184,8 @@ def mixed_residual(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: Weig
     top = torch.where(top == -math.inf, 0, top)  # no other class is there
     exponential = torch.exp(rest - top)
     total = exponential.sum(1, keepdim=True)
-    at_labels = logits.gather(1, own), logits.gather(1, other)
-    terms = _terms(*at_labels, top.clone(), total, _apart(own == other, logits.dtype), lam)
+    at_own, at_other = (logits.gather(1, y).sub_(top) for y in (own, other))
+    terms = _terms(at_own, at_other, 0.0, total, (own != other).to(logits.dtype), lam)
     r = exponential.mul_(terms.scale)
     r = r.scatter_(1, own, terms.own).scatter_add_(1, other, terms.other)
     r = r.mul_(terms.size.clamp_(min=torch.finfo(r.dtype).tiny))
@@ -196,10 +205,10 @@ class _Terms(NamedTuple):
     """Residuals of pairs, divided by ``size``; all of one shape.
 
     Attributes:
-        own: of the first label's class.
-        other: of the second label's class. If that is the same, its residual is the sum of both.
+        own: of the first label's class. If that is the second's too, it is the sum of both.
+        other: of the second label's class; 0 if that is the first's.
         scale: what the other classes' exponentials are multiplied by to give theirs.
-        size: the unit, in float64: about the larger of the labels' part and the other classes' probability.
+        size: the unit: about the larger of the labels' part and the other classes' probability.
     """
 
     own: Tensor
@@ -208,34 +217,62 @@ class _Terms(NamedTuple):
     size: Tensor
 
 
-def _terms(log_own: Tensor, log_other: Tensor, log_tops: Tensor, rest: Tensor, same: Tensor, lam: Weight) -> _Terms:
-    """The residuals of pairs without cancellation; the three logarithms are used up.
+def _terms(log_own: Tensor, log_other: Tensor, log_unit: float, rest: Tensor, different: Tensor, lam: Weight) -> _Terms:
+    """The residuals of any pairs without cancellation, with ``size`` in float64; the two logarithms are used up.
 
     Args:
         log_own: logarithm of the first label's exponential, in float64.
         log_other: of the second label's.
-        log_tops: of the unit that ``rest`` is in.
+        log_unit: of the unit that ``rest`` is in.
         rest: R, the sum of the other classes' exponentials.
-        same: -inf where both labels are one class, else 0, in float64.
+        different: 0 where both labels are one class, else 1.
         lam: weight of the first label.
     """
     mu, dtype = 1.0 - lam, rest.dtype
+    apart = different.to(log_own.dtype).log()
     first, second = log_own + _log(mu), log_other + _log(lam)
     # D = mu exp(own) - lam exp(other): its larger term times 1 - exp(-|the logarithm of their ratio|), and a sign.
-    larger = torch.maximum(first, second).add_(same)
+    larger = torch.maximum(first, second).add_(apart)
     ratio = first.sub_(second).to(dtype)
     # A unit may be rounded; what is measured in it may not.
-    unit = torch.maximum(larger, rest.log().clamp_(min=-80).to(log_tops.dtype).add_(log_tops))
-    difference = ratio.abs().neg_().expm1_().mul_(ratio.sign_()).mul_(larger.sub_(unit).to(dtype).exp_()).neg_()
-    scale = log_tops.sub_(unit).exp_().to(dtype)
+    unit = torch.maximum(larger, rest.log().to(log_own.dtype).add_(log_unit)).clamp_(min=-1e30)
+    difference = ratio.abs().neg_().expm1_().mul_(ratio.sign_()).mul_(larger.sub_(unit).to(dtype).exp_())
+    # Without other classes, or of an R that is lost, it is no number.
+    scale = (log_unit - unit).exp_().clamp_(max=1e35).to(dtype)
     share = rest * scale
-    size = log_own.sub_(unit).exp_().add_(log_other.sub_(unit).add_(same).exp_()).add_(share).reciprocal_()
-    return _Terms(_plus(difference, share, -lam), _plus(difference, share, mu).neg_(), scale, size)
+    size = log_own.sub_(unit).exp_().add_(log_other.sub_(unit).add_(apart).exp_()).add_(share).reciprocal_()
+    other = _plus(difference, share * different, -mu)
+    return _Terms((share + other).neg_(), other, scale, size)
 
 
-def _apart(same: Tensor, dtype: torch.dtype) -> Tensor:
-    """-inf where ``same``, else 0."""
-    return torch.zeros_like(same, dtype=dtype).masked_fill_(same, -math.inf)
+def _moderate_terms(
+    own: Tensor, other: Tensor, unit: float, rest: Tensor, different: Tensor, lam: float, classes: int
+) -> _Terms | None:
+    """:func:`_terms` in float32 from exponentials, or None if a pair needs the logarithms; the host looks.
+
+    Args:
+        own: the first label's exponential, in float64; it is used up, as are ``other`` and ``rest`` but for None.
+        other: the second label's.
+        unit: of ``rest``.
+        rest: R.
+        different: 0 where both labels are one class, else 1.
+        lam: weight of the first label.
+        classes: C.
+    """
+    if classes < 2 or (classes > 2 and not float(rest.amin()) * unit >= UNDERFLOW):
+        return None
+    mu, dtype = 1.0 - lam, rest.dtype
+    whole = torch.addcmul(own.to(dtype), other.to(dtype), different).add_(rest, alpha=unit)
+    minus = other.mul_(lam).sub_(own, alpha=mu).to(dtype).mul_(different)  # -D
+    share = rest * unit
+    measure = torch.maximum(minus.abs(), share)
+    size = torch.div(measure, whole, out=whole)
+    if not float((size - different).amin()) >= CLOSE - 1:
+        return None
+    scale = measure.reciprocal_()
+    share.mul_(scale)
+    other = minus.mul_(scale).sub_(share * different, alpha=mu)
+    return _Terms(share.add_(other).neg_(), other, scale.mul_(unit), size)
 
 
 def _log(weight: Weight) -> Weight:
@@ -259,6 +296,7 @@ class _Side(NamedTuple):
         t: (N, C) what label vectors lack to the one-hot vectors of y; None for class indices.
         top: (N,), each row's largest logit among the classes that are not y.
         square: (N,) ||h||^2.
+        reach: the range of all logits; infinite where the host may not look.
     """
 
     h: Tensor
@@ -269,6 +307,7 @@ class _Side(NamedTuple):
     t: Tensor | None
     top: Tensor
     square: Tensor
+    reach: float
 
 
 def mixed_alignment_torch(
@@ -316,24 +355,52 @@ class _Mutual(NamedTuple):
     """What pairs of rows have that does not depend on the mixing weight.
 
     Attributes:
-        logits: both rows' at both labels, as :func:`_at_labels` gives them, in float64.
+        logits: both rows' at both labels, as :func:`_at_labels` gives them, above their row's ``top``, in float64.
         vectors: likewise of u, and of t where there is one.
-        same: (N, M) bool, whether the labels are one class.
-        apart: (N, M) float64, -inf for these and else 0.
+        different: (N, M), 0 where the labels are one class, else 1.
+        beside: <t, u> and <t, t> of the rows mixed, where there is a t.
     """
 
     logits: _AtLabels
     vectors: list[_AtLabels]
-    same: Tensor
-    apart: Tensor
+    different: Tensor
+    beside: list[_Mixed]
+
+
+class _Mixed(NamedTuple):
+    """A product of two mixtures, lam^2 own_a + lam mu cross + mu^2 own_b: (N,), (N, M) and (M,)."""
+
+    own_a: Tensor
+    cross: Tensor
+    own_b: Tensor
+
+    def at(self, lam: Weight) -> Tensor:
+        mu = 1.0 - lam
+        return _plus(self.own(lam), self.cross, lam * mu)
+
+    def own(self, lam: Weight) -> Tensor:
+        """Without the cross term."""
+        mu = 1.0 - lam
+        return (lam * lam * self.own_a)[:, None] + mu * mu * self.own_b
 
 
 def _mutual(a: _Side, b: _Side) -> _Mutual:
     exact = exact_dtype(a.z.device)
-    same = a.y[:, None] == b.y
-    logits = _AtLabels(*(v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, a is b)))
+    own_a, a_at_b, b_at_a, own_b = (v.to(exact) for v in _at_labels(a.z, a.y, b.z, b.y, a is b))
+    top_a, top_b = a.top.to(exact), b.top.to(exact)
+    logits = _AtLabels(own_a - top_a, a_at_b - top_a[:, None], b_at_a - top_b, own_b - top_b)
     vectors = [_at_labels(v_a, a.y, v_b, b.y, a is b) for v_a, v_b in _vectors(a, b)]
-    return _Mutual(logits, vectors, same, _apart(same, exact))
+    # In floating point, which holds class numbers up to 2^24: comparisons are slow.
+    different = (a.y.to(a.z.dtype)[:, None] - b.y.to(a.z.dtype)).abs_().clamp_(max=1)
+    beside = []
+    if a.t is not None and b.t is not None:
+        across = a.t @ b.u.T
+        across = across + (across.T if a is b else a.u @ b.t.T)
+        beside = [
+            _Mixed((a.t * a.u).sum(1), across, (b.t * b.u).sum(1)),
+            _Mixed(a.t.square().sum(1), (a.t @ b.t.T).mul_(2), b.t.square().sum(1)),
+        ]
+    return _Mutual(logits, vectors, different, beside)
 
 
 def _vectors(a: _Side, b: _Side) -> list[tuple[Tensor, Tensor]]:
@@ -458,7 +525,11 @@ def split_labels(labels_a: Tensor, labels_b: Tensor, classes: int, dtype: torch.
 def _side(h: Tensor, logits: Tensor, y: Tensor, labels: Tensor, t: Tensor | None, reference: Tensor) -> _Side:
     z = logits.to(h.dtype)
     top = z.scatter(1, y[:, None], -math.inf).amax(1) if z.shape[1] > 1 else torch.zeros_like(z[:, 0])
-    return _Side(h, z, project(h, reference), y, labels, t, top, h.square().sum(1))
+    reach = math.inf
+    if look_is_free(z.device) and z.numel():
+        least, most = torch.aminmax(z)
+        reach = float(most) - float(least)
+    return _Side(h, z, project(h, reference), y, labels, t, top, h.square().sum(1), reach)
 
 
 def _parts(a: _Side, b: _Side) -> Iterator[slice]:
@@ -469,9 +540,11 @@ def _parts(a: _Side, b: _Side) -> Iterator[slice]:
         yield slice(start, min(start + step, classes))
 
 
-def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``total`` + left right^T, in place."""
-    return left @ right.T if total is None else total.addmm_(left, right.T)
+def _added(total: Tensor, left: Tensor, right: Tensor, weight: Weight = 1.0) -> Tensor:
+    """``total`` + weight left right^T, in place."""
+    if isinstance(weight, Tensor):
+        return total.addmm_(left * weight.to(left.dtype), right.T)
+    return total.addmm_(left, right.T, alpha=weight)
 
 
 def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tuple[Tensor, Tensor]:
@@ -480,85 +553,75 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tu
     The products run over the classes that are neither row's label; ``terms`` are those of the two labels.
     """
     mu = 1.0 - lam
-    dtype, exact = a.z.dtype, exact_dtype(a.z.device)
+    dtype = a.z.dtype
     vectors = _vectors(a, b)
-    rest = rest_square = None
-    left: list[Tensor | None] = [None] * len(vectors)
-    right = left.copy()
+    rest, rest_square, *totals = (a.z.new_zeros(len(a.z), len(b.z)) for _ in range(2 + len(vectors)))
     for part in _parts(a, b):
         e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
-        rest = _added(rest, e_a, e_b)
-        for k, (v_a, v_b) in enumerate(vectors):
-            left[k] = _added(left[k], e_a * v_a[:, part], e_b)
-            right[k] = _added(right[k], e_a, e_b * v_b[:, part])
-        rest_square = _added(rest_square, e_a.square_(), e_b.square_())
-    assert rest is not None and rest_square is not None
+        _added(rest, e_a, e_b)
+        for total, (v_a, v_b) in zip(totals, vectors, strict=True):
+            _added(total, e_a * v_a[:, part], e_b, lam)
+            _added(total, e_a, e_b * v_b[:, part], mu)
+        _added(rest_square, e_a.square_(), e_b.square_())
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
     log_own = _plus((lam * mutual.logits.own_a)[:, None], mutual.logits.b_at_a, mu)
     log_other = _plus(mu * mutual.logits.own_b, mutual.logits.a_at_b, lam)
-    log_tops = (lam * a.top.to(exact) - 2 * math.log(SCALE))[:, None] + mu * b.top.to(exact)
-    lost = _lost(rest, log_own, log_other, log_tops, mutual, lam, a.z.shape[1])
-    terms = _terms(log_own, log_other, log_tops, rest, mutual.apart, lam)
+    classes, different = a.z.shape[1], mutual.different
+    terms = lost = None
+    if (
+        not isinstance(lam, Tensor)
+        and dtype == torch.float32
+        and units.features == units.reference == 1.0
+        and lam * a.reach + mu * b.reach <= MODERATE_LOGITS
+    ):
+        terms = _moderate_terms(log_own.exp(), log_other.exp(), SCALE**-2, rest, different, lam, classes)
+    if terms is None:
+        lost = _lost(rest, log_own, log_other, different, lam, classes)
+        terms = _terms(log_own, log_other, -2 * math.log(SCALE), rest, different, lam)
 
-    sums = []
-    for at, total_a, total_b in zip(mutual.vectors, left, right, strict=True):
-        assert total_a is not None and total_b is not None
-        total = _plus(total_a.mul_(lam), total_b, mu).mul_(terms.scale)
-        total.addcmul_(terms.own, _plus((lam * at.own_a)[:, None], at.b_at_a, mu))
-        sums.append(total.addcmul_(terms.other, _plus(mu * at.own_b, at.a_at_b, lam)))
+    for total, at in zip(totals, mutual.vectors, strict=True):
+        total.mul_(terms.scale).addcmul_(terms.own, _plus((lam * at.own_a)[:, None], at.b_at_a, mu))
+        total.addcmul_(terms.other, _plus(mu * at.own_b, at.a_at_b, lam))
     # By the root, since the scale of the squares leaves float32's range if squared first.
     square = rest_square.sqrt_().mul_(terms.scale).square_()
     square.addcmul_(terms.own, terms.own).addcmul_(terms.other, terms.other)
-    square.addcmul_(terms.own.mul_(mutual.same), terms.other, value=2.0)
 
-    if len(vectors) == 1:
-        size = terms.size.clamp_(min=units.least)
-        inner = sums[0].mul_((size * units.product).to(dtype))
-        residual = square.sqrt_().mul_((size * units.features).to(dtype))
-        return _again(inner, residual, lost, lost, a, b, lam, units)
-    # Both parts of r in units of the larger.
-    size = terms.size.clamp_(min=torch.finfo(exact).tiny)
-    beside = _of_both(a, b, "t", lam).clamp_(min=0).sqrt_().to(exact)
-    most = torch.maximum(beside, size)
-    first, second = (part.div_(most).to(dtype) for part in (size, beside))
-    inner = sums[0].mul_(first).add_(_of_both(a, b, "u", lam).to(exact).div_(most))
-    parts = square.mul_(first.square()).add_(second.square())
-    whole = torch.addcmul(parts, first, sums[1].div_(most), value=2.0)
-    again = lost | ((whole < CANCELLED * parts) & (second > 0))
-    most.clamp_(min=units.least)
-    inner = inner.mul_(most * units.product).to(dtype)
-    residual = whole.clamp_(min=0).sqrt_().mul_((most * units.features).to(dtype))
-    return _again(inner, residual, again, lost, a, b, lam, units)
-
-
-def _of_both(a: _Side, b: _Side, what: str, lam: Weight) -> Tensor:
-    """<lam t_a + mu t_b, lam v_a + mu v_b> for v = ``what``, "u" or "t"; (N, M)."""
-    mu = 1.0 - lam
-    assert a.t is not None and b.t is not None
-    v_a, v_b = getattr(a, what), getattr(b, what)
-    mutual = a.t @ v_b.T
-    mutual = 2 * mutual if what == "t" else mutual + v_a @ b.t.T
-    return _plus((lam * lam * (a.t * v_a).sum(1))[:, None] + mu * mu * (b.t * v_b).sum(1), mutual, lam * mu)
+    inner, size, again = totals[0], terms.size, lost
+    if mutual.beside:
+        # Both parts of r in units of the larger.
+        toward, beside = mutual.beside
+        size.clamp_(min=torch.finfo(size.dtype).tiny)
+        most = torch.maximum(beside.own(lam).sqrt_().to(size.dtype), size)
+        first = torch.div(size, most, out=size).to(dtype)
+        inner = inner.mul_(first).add_(toward.at(lam).to(most.dtype).div_(most))
+        square.mul_(first).mul_(first)
+        whole = torch.addcmul(square, first, totals[1].div_(most), value=2.0)
+        whole.add_(beside.at(lam).to(most.dtype).div_(most).div_(most))
+        # The second part's square is at most 1, and 1 if it is the larger.
+        left = torch.sub(whole, square, alpha=CANCELLED)
+        if not (look_is_free(left.device) and left.numel() and float(left.amin()) >= CANCELLED):
+            again = left < CANCELLED if lost is None else (left < CANCELLED).logical_or_(lost)
+        square, size = whole.clamp_(min=0), most
+    size.clamp_(min=units.least)
+    inner = inner.mul_(_times(size, units.product).to(dtype))
+    residual = square.sqrt_().mul_(_times(size, units.features).to(dtype))
+    return (inner, residual) if again is None else _again(inner, residual, again, lost, a, b, lam, units)
 
 
-def _lost(
-    rest: Tensor,
-    log_own: Tensor,
-    log_other: Tensor,
-    log_tops: Tensor,
-    mutual: _Mutual,
-    lam: Weight,
-    classes: int,
-) -> Tensor:
+def _times(x: Tensor, weight: Weight) -> Tensor:
+    return x * weight if isinstance(weight, Tensor) or weight != 1.0 else x
+
+
+def _lost(rest: Tensor, log_own: Tensor, log_other: Tensor, different: Tensor, lam: Weight, classes: int) -> Tensor:
     """Whether R underflows and may yet be more than a rounding error beside the labels' terms; bool."""
     lost = rest < UNDERFLOW * SCALE**2
     if classes <= 2:
-        lost &= mutual.same if classes == 2 else False
+        lost &= different == 0 if classes == 2 else False
     if look_is_free(lost.device) and not lost.any():
         return lost
-    larger = torch.maximum(log_own + _log(1.0 - lam), log_other + _log(lam)).add_(mutual.apart)
-    return lost.logical_and_(log_tops + math.log(UNDERFLOW * SCALE**2 * classes) > larger - NEGLIGIBLE)
+    larger = torch.maximum(log_own + _log(1.0 - lam), log_other + _log(lam)).add_(different.log())
+    return lost.logical_and_(larger < math.log(UNDERFLOW * classes) + NEGLIGIBLE)
 
 
 def _plus(base: Tensor, x: Tensor, weight: Weight) -> Tensor:
@@ -579,11 +642,14 @@ class _AtLabels(NamedTuple):
 
 def _at_labels(v_a: Tensor, y_a: Tensor, v_b: Tensor, y_b: Tensor, same_rows: bool) -> _AtLabels:
     a_at_b = v_a.index_select(1, y_b)
+    # Contiguous: what is read across its rows costs several times as much. Of few classes, all are the cheaper to turn.
+    few = v_b.shape[1] < len(y_a)
+    b_at_a = v_b.T.contiguous().index_select(0, y_a) if few else v_b.index_select(1, y_a).T.contiguous()
     if same_rows:
         own = a_at_b.diagonal()
-        return _AtLabels(own, a_at_b, a_at_b.T, own)
+        return _AtLabels(own, a_at_b, b_at_a, own)
     own_a, own_b = v_a.gather(1, y_a[:, None])[:, 0], v_b.gather(1, y_b[:, None])[:, 0]
-    return _AtLabels(own_a, a_at_b, v_b.index_select(1, y_a).T, own_b)
+    return _AtLabels(own_a, a_at_b, b_at_a, own_b)
 
 
 def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
@@ -601,7 +667,11 @@ def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
         label, room = side.y - part.start, 1
         label = torch.where((label >= 0) & (label < width), label, width)
     e = z.new_empty(len(z), width + room)
-    e[:, :width] = z.to(exact, copy=True).sub_(side.top.to(exact)[:, None]).mul_(weight).exp_()
+    top = side.top.to(exact)[:, None]
+    step = max(1, CACHED // width) if look_is_free(z.device) else max(1, len(z))
+    for start in range(0, len(z), step):
+        rows = slice(start, start + step)
+        e[rows, :width] = z[rows].to(exact, copy=True).sub_(top[rows]).mul_(weight).exp_()
     # A label's logit may be so far above the others that its exponential is infinite, before it is put out.
     return e.scatter_(1, label[:, None], 0.0)[:, :width].mul_(SCALE)
 
@@ -610,7 +680,7 @@ def _again(
     inner: Tensor,
     residual: Tensor,
     again: Tensor,
-    lost: Tensor,
+    lost: Tensor | None,
     a: _Side,
     b: _Side,
     lam: Weight,
@@ -618,7 +688,7 @@ def _again(
 ) -> tuple[Tensor, Tensor]:
     """``inner`` and ``residual``, recomputed for the pairs ``again``; those of them ``lost`` have no other value."""
     classes = a.z.shape[1]
-    if look_is_free(lost.device):
+    if lost is None or look_is_free(lost.device):
         for chunk in again.nonzero().split(max(1, EXACT_ELEMENTS // classes)):
             i, j = chunk.unbind(1)
             inner[i, j], residual[i, j] = _exact(i, j, a, b, lam, units)
