@@ -48,7 +48,7 @@ NEGLIGIBLE = tl.constexpr(20.0)
 CANCELLED = tl.constexpr(1 / 16)
 LEAST = tl.constexpr(1e-30)  # the size at which residuals are held
 LOG2_E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1e30)  # the logarithm of an empty sum; finite, so that 0 times it is 0
+NOTHING = tl.constexpr(-1e30)  # the logarithm of zero
 
 # What the row kernel leaves for each row.
 TOP = tl.constexpr(0)
@@ -104,7 +104,7 @@ def _statistics(
         c = start + tl.arange(0, COLUMNS)[None, :]
         h = tl.load(features + r[:, None] * features_stride + c, mask=c < width, other=0.0).to(tl.float32)
         square += h * h
-    tl.store(out + TOP * rows + r, tl.where(largest == float("-inf"), NOTHING, largest), mask=there)
+    tl.store(out + TOP * rows + r, tl.where(largest == float("-inf"), 0.0, largest), mask=there)
     tl.store(out + SQUARE * rows + r, tl.sum(square, 1), mask=there)
     if SOFT:
         tl.store(out + LABEL_U * rows + r, tl.sum(label_u, 1), mask=there)
@@ -162,11 +162,11 @@ def _row_kernel(
 
 
 @triton.jit
-def _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu):
+def _terms(rest, log_own, log_other, same, lam, mu, log_lam, log_mu):
     """Residuals of the two labels' classes in units of ``size``, and what turns the sums over the others into theirs.
 
-    ``rest`` is the sum of the other classes' exponentials times 2^54, in units of exp(``log_rest``). Where ``same``,
-    the label's residual is the sum of both.
+    ``rest`` is the sum of the other classes' exponentials times 2^54. Where ``same``, the label's residual is the sum
+    of both.
     """
     dtype: tl.constexpr = rest.dtype
     first = log_own + log_mu
@@ -175,14 +175,15 @@ def _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu):
     ratio = (first - second).to(dtype)
     # A unit may be rounded; what is measured in it may not.
     log_sum = tl.log(tl.maximum(rest.to(tl.float32) * UNSCALE, 1e-37)).to(tl.float64)
-    unit = tl.maximum(larger, log_rest + log_sum)
+    log_sum = tl.where(rest == 0.0, NOTHING / 2, log_sum)  # more than the logarithm of no D
+    unit = tl.maximum(larger, log_sum)
     gap = -tl.abs(ratio)
     gap = tl.where(gap < -100.0, -100.0, gap)  # which leaves a NaN a NaN
     # exp(gap) - 1, by its series where the difference would cancel.
     small = gap * (1 + gap / 2 * (1 + gap / 3 * (1 + gap / 4 * (1 + gap / 5 * (1 + gap / 6 * (1 + gap / 7))))))
     shrunk = tl.where(gap > -0.3, small, tl.exp(gap) - 1)
     difference = tl.where(ratio > 0, -shrunk, shrunk) * tl.exp((larger - unit).to(dtype))
-    scale = tl.exp((log_rest - unit).to(dtype)) * UNSCALE
+    scale = tl.exp(tl.minimum((-unit).to(dtype), 80.0)) * UNSCALE
     share = rest * scale
     whole = tl.exp(tl.minimum((log_own - unit).to(dtype), 80.0))
     whole += tl.where(same, 0.0, tl.exp(tl.minimum((log_other - unit).to(dtype), 80.0)))
@@ -191,15 +192,15 @@ def _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu):
 
 @triton.jit
 def _with_labels(
-    rest, rest_u, rest_square, log_rest, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes
+    rest, rest_u, rest_square, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes
 ):
     """<r, u> and ||r||^2 in units of size and size^2, size, whether they are lost, and the terms, all of a tile."""
-    own, other, scale, size, larger = _terms(rest, log_own, log_other, log_rest, same, lam, mu, log_lam, log_mu)
+    own, other, scale, size, larger = _terms(rest, log_own, log_other, same, lam, mu, log_lam, log_mu)
     inner = scale * rest_u + own * u_own + other * u_other
     root = tl.sqrt_rn(rest_square) * scale
     square = root * root + own * own + other * other + tl.where(same, 2.0 * own * other, 0.0)
     there = (classes > 2) | (same & (classes > 1))
-    lost = there & (rest * UNSCALE < UNDERFLOW) & (log_rest + LOG_UNDERFLOW > larger - NEGLIGIBLE)
+    lost = there & (rest * UNSCALE < UNDERFLOW) & (larger < LOG_UNDERFLOW + NEGLIGIBLE)
     return inner, square, tl.maximum(size, LEAST), lost, own, other, scale
 
 
@@ -250,17 +251,17 @@ def _row_again(
         rest += tl.sum(tl.where(use, tl.exp(e), 0.0), 1)
     # 3. The residuals of the labels' classes.
     own_b = logits_b + row_b * logits_b_stride
+    top = tl.where(most == float("-inf"), 0.0, most)
     log_own = (
         lam64 * tl.load(logits_a + i * logits_a_stride + label_a).to(tl.float64)
-        + mu64 * tl.load(own_b + label_a).to(tl.float64)
+        + mu64 * tl.load(own_b + label_a).to(tl.float64) - top
     )  # fmt: skip
     log_other = (
         lam64 * tl.load(logits_a + i * logits_a_stride + label_b).to(tl.float64)
-        + mu64 * tl.load(own_b + label_b).to(tl.float64)
+        + mu64 * tl.load(own_b + label_b).to(tl.float64) - top
     )  # fmt: skip
-    log_rest = tl.where(most == float("-inf"), NOTHING, most)
     own, other, scale, size, _ = _terms(
-        rest * PAIR_SCALE, log_own, log_other, log_rest, label_b == label_a, lam64, mu64, log_lam, log_mu
+        rest * PAIR_SCALE, log_own, log_other, label_b == label_a, lam64, mu64, log_lam, log_mu
     )
     # Beside t it may be as small as it is.
     size = tl.maximum(size, 1e-290 if SOFT else LEAST)
@@ -393,14 +394,14 @@ def _pair_kernel(
         zero = (tl.sum(tl.sum(total, 1), 0) < 0.0).to(tl.int64)
         at_a_z = row_a * logits_a_stride + zero
         at_b_z = row_b * logits_b_stride + zero
+        # Logits of 1e4 leave float32 no digits for their differences.
+        tops = (lam64 * top_a.to(tl.float64))[:, None] + (mu64 * top_b.to(tl.float64))[None, :]
         own_a = tl.load(logits_a + at_a_z + label_a).to(tl.float64)
         own_b = tl.load(logits_b + at_b_z + label_b).to(tl.float64)
         a_at_b = tl.load(logits_a + at_a_z[:, None] + label_b[None, :]).to(tl.float64)
         b_at_a = tl.load(logits_b + at_b_z[None, :] + label_a[:, None]).to(tl.float64)
-        # Logits of 1e4 leave float32 no digits for their differences.
-        log_own = (lam64 * own_a)[:, None] + mu64 * b_at_a
-        log_other = lam64 * a_at_b + (mu64 * own_b)[None, :]
-        log_rest = (lam64 * top_a.to(tl.float64))[:, None] + (mu64 * top_b.to(tl.float64))[None, :]
+        log_own = (lam64 * own_a)[:, None] + mu64 * b_at_a - tops
+        log_other = lam64 * a_at_b + (mu64 * own_b)[None, :] - tops
         at_a_u = row_a * u_a_stride + zero
         at_b_u = row_b * u_b_stride + zero
         u_own_a = tl.load(u_a + at_a_u + label_a)
@@ -411,7 +412,7 @@ def _pair_kernel(
         u_other = lam * u_a_at_b + (mu * u_own_b)[None, :]
         same = label_a[:, None] == label_b[None, :]
         inner, square, size, lost, own, other, scale = _with_labels(
-            total, total_u, total_square, log_rest, log_own, log_other, u_own, u_other, same,
+            total, total_u, total_square, log_own, log_other, u_own, u_other, same,
             lam, mu, log_lam, log_mu, classes,
         )  # fmt: skip
         if SOFT:
@@ -471,10 +472,10 @@ def _pair_kernel(
                 here = (tl.arange(0, BLOCK_A) == t)[:, None]
                 lost_t = tl.max((lost & here).to(tl.int32), 0) > 0
                 if tl.max(lost_t.to(tl.int32), 0) > 0:
-                    i = tl.sum(tl.where(tl.arange(0, BLOCK_A) == t, row_a, 0), 0)
+                    i = tl.sum(tl.where(tl.arange(0, BLOCK_A) == t, row_a, 0), 0) + zero
                     inner_t, norm_t = _row_again(
-                        i, features_a, logits_a, labels_a, t_a, u_a, features_b, logits_b, labels_b, t_b, u_b, row_b,
-                        tl.load(statistics_a + SQUARE * rows_a + i), square_b,
+                        i, features_a, logits_a, labels_a, t_a, u_a, features_b, logits_b, labels_b, t_b, u_b,
+                        row_b + zero, tl.load(statistics_a + SQUARE * rows_a + i), square_b,
                         features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
                         features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
                         classes, width, lam64, mu64, lam, mu, log_lam, log_mu, SOFT, BIAS, BLOCK_B, BLOCK_C,
@@ -508,6 +509,9 @@ def _pair_kernel(
 class Configuration(NamedTuple):
     """How the pairs are cut into tiles.
 
+    A product in three TF32 parts has every warp compute 16 whole rows of a tile. So a tile is high and narrow: of a
+    wide one with fewer rows than 16 a warp, warps repeat each other's work, and its numbers fill their registers.
+
     Attributes:
         rows_a: rows of the first side in a tile.
         rows_b: rows of the second side.
@@ -527,10 +531,10 @@ class Configuration(NamedTuple):
 CLASSES = 16
 """Classes (and features) of a block, in every configuration. With 32, fragments of the tiles fill the registers."""
 
-HARD = (Configuration(64, 32, 8, 2, max_spills=640), Configuration(32, 32, 4, 2, max_spills=896))
+HARD = (Configuration(128, 16, 8, 2, max_spills=512), Configuration(64, 16, 4, 2, max_spills=512))
 """For class indices, from the largest tile to the smallest."""
 
-SOFT = (Configuration(32, 32, 4, 2, max_spills=768),)
+SOFT = (Configuration(64, 16, 8, 2, max_spills=512),)
 """For label vectors, whose sums are twice as many."""
 
 ENOUGH_TILES = 112
@@ -538,7 +542,7 @@ ENOUGH_TILES = 112
 
 ROWS, COLUMNS, ROW_WARPS = 4, 256, 4  # of the row kernel
 
-LARGEST_GROUP = 32
+LARGEST_GROUP = 16
 
 
 def configuration(n: int, m: int, soft: bool) -> Configuration:
@@ -698,7 +702,7 @@ def class_pair_sums(
         u: (N, C) float32.
         lams: (L,) float64, mixing weights in [0, 1].
         rows: (G * group,) int64, row index in [0, N) of every slot, or -1 where it is empty.
-        group: slots of a group, a power of two up to 32.
+        group: slots of a group, a power of two up to 16.
         bias: whether the features have a 1 appended in the gradient's norm.
         precision: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
 
@@ -706,7 +710,7 @@ def class_pair_sums(
         ``(inner, norm)``, both (L, G, G) float32; 0 for a pair of groups without a pair of rows.
 
     Raises:
-        ValueError: an unknown precision, a group that is no power of two up to 32, or slots that are no whole groups.
+        ValueError: an unknown precision, a group that is no power of two up to 16, or slots that are no whole groups.
     """
     _check_precision(precision)
     if not 1 <= group <= LARGEST_GROUP or group & (group - 1):

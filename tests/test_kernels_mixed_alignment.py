@@ -5,6 +5,7 @@ The interpreter computes every precision in float32; what TF32 does to the produ
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -233,8 +234,11 @@ def grouped_truth(arguments: list[Tensor], rows: Tensor, group: int, *lams: floa
     )
 
 
-@pytest.mark.parametrize("case", ["hard", "soft", "lost pairs", "soft lost pairs", "no bias"])
-@pytest.mark.parametrize("group", [1, 2, 8, 32])
+@pytest.mark.parametrize(
+    "group, case",
+    # What is lost is slow to interpret, and knows of no groups.
+    [(8, "lost pairs"), (8, "soft lost pairs"), (2, "no bias"), *itertools.product([1, 2, 8, 16], ["hard", "soft"])],
+)
 def test_sums_over_groups(group: int, case: str) -> None:
     soft, scale = "soft" in case, 300.0 if "lost" in case else 1.0
     side = make(n=9, m=1, classes=7, soft=(soft, soft), scale=scale, bias=case != "no bias", dtype=torch.float32)
@@ -277,14 +281,14 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="precision: got 'bf16', expected one of ieee, tf32x3, tf32"):
         kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision="bf16")
     rows = torch.arange(5)
-    with pytest.raises(ValueError, match="group: got 3, expected a power of two up to 32"):
+    with pytest.raises(ValueError, match="group: got 3, expected a power of two up to 16"):
         kernel.class_pair_sums(*parts[:4], weights(0.3), rows, 3, bias=bias)
     with pytest.raises(ValueError, match="rows: got 5 slots, expected a multiple of the group of 2"):
         kernel.class_pair_sums(*parts[:4], weights(0.3), rows, 2, bias=bias)
 
 
 @pytest.mark.parametrize(
-    "n, m, soft, tile", [(256, 256, False, 32), (8192, 8192, False, 64), (1, 1, False, 32), (4096, 4096, True, 32)]
+    "n, m, soft, tile", [(256, 256, False, 64), (8192, 8192, False, 128), (1, 1, False, 64), (4096, 4096, True, 64)]
 )
 def test_the_configuration_is_a_function_of_the_sizes(n: int, m: int, soft: bool, tile: int) -> None:
     assert kernel.configuration(n, m, soft).rows_a == tile

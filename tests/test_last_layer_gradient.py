@@ -80,8 +80,7 @@ def test_float64(backend: str, case: str) -> None:
     assert_close(result, truth(arguments), arguments, 1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("soft, dtype", [(False, torch.bfloat16), (True, torch.float16)])
 @pytest.mark.parametrize("backend", FAST)
 def test_low_precision_is_summed_in_float32(backend: str, soft: bool, dtype: torch.dtype) -> None:
     arguments = make(n=70, classes=11, d=19, scale=5.0, soft=soft, dtype=dtype)
@@ -208,15 +207,14 @@ def test_every_configuration_of_the_kernel_gives_the_same(monkeypatch: pytest.Mo
     kernel = pytest.importorskip("gradmix.kernels.last_layer_gradient", reason="triton is not installed")
     if "triton" not in BODIES:
         pytest.skip("no Triton kernel can run here")
-    for soft in (False, True):
+    for soft, parts in ((False, 3), (True, 1)):
         arguments = make(n=37, classes=66, d=130, soft=soft)
         expected = truth(arguments)
         for configuration in kernel.CONFIGURATIONS:
-            for parts in (1, 3):
-                monkeypatch.setattr(kernel, "configuration", lambda *_, chosen=configuration: chosen)
-                monkeypatch.setattr(kernel, "splits", lambda *_, chosen=parts: chosen)
-                result = last_layer_gradient(*arguments, backend="triton")
-                assert_close(result, expected, arguments, 3e-7)
+            monkeypatch.setattr(kernel, "configuration", lambda *_, chosen=configuration: chosen)
+            monkeypatch.setattr(kernel, "splits", lambda *_, chosen=parts: chosen)
+            result = last_layer_gradient(*arguments, backend="triton")
+            assert_close(result, expected, arguments, 3e-7)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
