@@ -30,7 +30,7 @@ from gradmix.head_layers import (
     rows_of,
 )
 from gradmix.head_values import MASKED, estimated_factor, off_linear, related, stacked
-from gradmix.inputs import InputTree, call_model, map_tensors
+from gradmix.inputs import InputTree, call_model, map_tensors, own_copy
 from gradmix.ops.waiting import later, look_is_free, require
 from gradmix.probe import check_watched, untouched, unwrap
 
@@ -179,7 +179,7 @@ def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> CapturedOutp
         HeadNotFoundError: as :class:`HeadCapture`.
     """
     with HeadCapture(model, head, x) as capture:
-        call_model(model, x)
+        call_model(model, own_copy(x))
     return capture.checked()
 
 

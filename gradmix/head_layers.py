@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
 
 from gradmix.head_values import estimated_factor, off_linear, related
-from gradmix.inputs import InputTree, call_model, map_tensors
+from gradmix.inputs import InputTree, call_model, own_copy
 from gradmix.probe import without_compilation
 
 
@@ -243,9 +243,8 @@ def find_layers(model: nn.Module, example: InputTree, only: nn.Module | None = N
     Raises:
         HeadNotFoundError: there are none.
     """
-    example = map_tensors(lambda v: v.clone() if v.is_inference() else v, example)
     with torch.inference_mode(False), torch.no_grad(), without_compilation():
-        classes = logits_of(call_model(model, example)).shape[-1]
+        classes = logits_of(call_model(model, own_copy(example))).shape[-1]
     watched = {
         name: layers
         for name, module in model.named_modules()
@@ -260,7 +259,7 @@ def find_layers(model: nn.Module, example: InputTree, only: nn.Module | None = N
     graph = not any(v.is_inference() for v in (*model.parameters(), *model.buffers()))
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(graph), without_compilation():
-            output = logits_of(call_model(model, example))
+            output = logits_of(call_model(model, own_copy(example)))
     finally:
         for handle in handles:
             handle.remove()

@@ -189,6 +189,11 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
     return zip_tensors(mixed, x, other)
 
 
+def own_copy(x: Tree) -> Tree:
+    """The samples for a model that may change its input in place: the caller's stay as they are."""
+    return map_tensors(lambda leaf: leaf.detach().clone(), x)
+
+
 def call_model(model: nn.Module, x: InputTree) -> Any:
     """What the model returns for ``x``, given as :func:`arguments_of` says."""
     positional, named = arguments_of(model, x)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradmix.gradients.capture import BatchStatisticsError, without_compilation
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, leaves, num_samples, take
+from gradmix.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
 from gradmix.probe import check_watched
 
 _ROWS = 2
@@ -128,7 +128,7 @@ def _refuse_single(error: Exception) -> None:
 def _is_coupled(model: nn.Module, x: InputTree) -> bool:
     """Whether the first row's logits are others in a batch with the second one."""
     try:
-        alone, together = (logits_of(call_model(model, take(x, slice(n))))[0].float() for n in (1, _ROWS))
+        alone, together = (logits_of(call_model(model, own_copy(take(x, slice(n)))))[0].float() for n in (1, _ROWS))
     except (ValueError, torch.jit.Error) as error:
         _refuse_single(error)
         raise

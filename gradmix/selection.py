@@ -1221,9 +1221,9 @@ class GradMix:
         if {"shapes", *state} != expected:
             raise ValueError(f"state: got the keys {sorted(state)}, expected {sorted(expected)}")
         table = state["table"]
+        made = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
         self._source.set_state(state["generator"])
-        self.reference = state["reference"]
-        self.table = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
+        self.reference, self.table = state["reference"], made
         self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
         # A state from before these were kept is taken to be of a model like this one.
         self._shapes = state.get("shapes", self._shapes_now())

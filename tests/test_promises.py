@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +283,32 @@ def test_inside_autocast_the_callers_next_pass_still_has_gradients(use: str) -> 
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(g.abs().sum() > 0 for g in found[0])
     assert all(torch.equal(alone, after) for alone, after in zip(*found, strict=True))
+
+
+class InPlace(nn.Module):
+    """Normalises its input in place, as it may in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x.sub_(0.5).mul_(2)).tanh())
+
+
+@pytest.mark.parametrize("estimator", ["feature", "mixed", "jvp", "sketch"])
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+def test_a_model_that_writes_into_its_input_changes_copies(estimator: Any, criterion: Any) -> None:
+    model = InPlace().double()
+    given = {name: (torch.randn(9, 6).double(), torch.arange(9) % 4) for name in ("buffer", "batch", "candidates")}
+    before = {name: x.clone() for name, (x, _) in given.items()}
+
+    for call in (
+        lambda: gradmix.select_pairs(model, **given, estimator=estimator, criterion=criterion),
+        lambda: gradmix.alignment_matrix(model, **given, lam=0.3, estimator=estimator, criterion=criterion),
+        lambda: gradmix.GradMix(model, given["buffer"], estimator=estimator, criterion=criterion)(*given["batch"]),
+        lambda: gradmix.reference_gradient(model, given["buffer"]),
+        lambda: gradmix.HeadCapture(model, example=given["batch"][0]),
+    ):
+        call()
+        assert all(torch.equal(given[name][0], x) for name, x in before.items())

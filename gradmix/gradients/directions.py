@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from gradmix.gradients.consumers import InnerProducts, SquaredNorms
 from gradmix.gradients.engine import CHUNK, Engine, Scaler
-from gradmix.gradients.passes import Consumer, Loss, check_losses, own_copy
+from gradmix.gradients.passes import Consumer, Loss, check_losses
 from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
 from gradmix.gradients.sketches import Identity
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, num_samples
+from gradmix.inputs import InputTree, call_model, num_samples, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group, sum_over

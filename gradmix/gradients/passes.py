@@ -27,7 +27,7 @@ from gradmix.gradients.plan import MovedRowsError, OutdatedPlanError, Plan, chec
 from gradmix.gradients.row_check import Follow, check_rows, rows_to_check
 from gradmix.gradients.rules import Rule
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, first_tensor, map_tensors, num_samples
+from gradmix.inputs import InputTree, call_model, first_tensor, num_samples, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
 from gradmix.probe import RandomState, require_finite
@@ -248,11 +248,6 @@ def _row_norms(gradient: Tensor, axis: SampleAxis, samples: int) -> Tensor:
     rows = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=work_dtype(rows.dtype))
     return norms
-
-
-def own_copy(x: InputTree) -> InputTree:
-    """The rows, for a model that may change them in place."""
-    return map_tensors(lambda leaf: leaf.detach().clone(), x)
 
 
 def run_pass(
