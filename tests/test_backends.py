@@ -186,7 +186,9 @@ def test_every_body_gives_the_value_and_the_decision(operator: Operator, body: B
 @pytest.mark.parametrize("by_setting", [False, True], ids=["argument", "set_backend"])
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 @pytest.mark.parametrize("backend", ["reference", "triton", "torch", "cpp"])
-def test_select_pairs_chooses_the_same_by_every_backend(backend: str, criterion: str, by_setting: bool) -> None:
+def test_select_pairs_chooses_the_same_by_every_backend(
+    backend: str, criterion: str, by_setting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if backend == "cpp" and not by_setting:
         pytest.skip("mixed_alignment has no such body")
     if backend == "triton":
@@ -196,14 +198,13 @@ def test_select_pairs_chooses_the_same_by_every_backend(backend: str, criterion:
     model, batch, buffer = MLP(), rows(9, 1), rows(12, 2)
     how = {"lam": 0.6, "criterion": criterion}
     expected = select_pairs(model, buffer, batch, generator=torch.Generator().manual_seed(0), backend="torch", **how)
-    try:
-        if by_setting:
-            set_backend(backend)
-        else:
-            how["backend"] = backend
-        pairs = select_pairs(model, buffer, batch, generator=torch.Generator().manual_seed(0), **how)
-    finally:
-        set_backend("auto")
+    if by_setting:
+        # "auto" would stay in force over the environment variable, in the tests that follow, too.
+        monkeypatch.setattr("gradmix.ops.backends._preferred", None)
+        set_backend(backend)
+    else:
+        how["backend"] = backend
+    pairs = select_pairs(model, buffer, batch, generator=torch.Generator().manual_seed(0), **how)
     assert torch.equal(pairs.partner, expected.partner) and torch.equal(pairs.helpful, expected.helpful)
     torch.testing.assert_close(pairs.alignment, expected.alignment, rtol=0, atol=2e-6, equal_nan=True)
     assert pairs.mix()[1].shape == (9, CLASSES)
