@@ -307,8 +307,10 @@ def _name_of(model: nn.Module, head: nn.Module | str | None) -> str | None:
     if head is None:
         return None
     if isinstance(head, str):
-        if head not in dict(model.named_modules()):
-            raise HeadNotFoundError(f"head: the model has no module {head!r}; {_advice(model)}")
+        try:
+            model.get_submodule(head)
+        except AttributeError:
+            raise HeadNotFoundError(f"head: the model has no module {head!r}; {_advice(model)}") from None
         return head
     if isinstance(head, nn.Module):
         for path, module in model.named_modules():

@@ -246,16 +246,6 @@ def tapped(output: Tensor, anchor: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_compilation() -> Iterator[None]:
-    """Run compiled parts of a model as they were written, where this torch can."""
-    if hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
-
-
-@contextmanager
 def refusing_checkpoints() -> Iterator[None]:
     """Around a backward pass: say it plainly where a part of the model is computed again in it.
 

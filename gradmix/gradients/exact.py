@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmix.gradients.capture import refusing_checkpoints, without_compilation
+from gradmix.gradients.capture import refusing_checkpoints
 from gradmix.gradients.passes import Loss, check_losses
 from gradmix.gradients.plan import CoupledRowsError, check_output
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
 from gradmix.ops.dtypes import work_dtype
-from gradmix.probe import require_finite
+from gradmix.probe import require_finite, without_compilation
 
 _ENTRIES = 1 << 25
 """Entries of per-sample gradients held at a time (128 MiB of float32)."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.capture import Parameters, refusing_checkpoints, tapped, without_compilation
+from gradmix.gradients.capture import Parameters, refusing_checkpoints, tapped
 from gradmix.gradients.plan import MovedRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
 from gradmix.gradients.row_check import Follow, check_rows, rows_to_check
 from gradmix.gradients.rules import Rule
@@ -30,7 +30,7 @@ from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, num_samples, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
-from gradmix.probe import RandomState, require_finite
+from gradmix.probe import RandomState, require_finite, without_compilation
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
 """From logits (N, ...) and y (N, ...) to the rows' losses (N,)."""

@@ -26,12 +26,11 @@ from gradmix.gradients.capture import (
     refusing_checkpoints,
     tapped,
     unseen,
-    without_compilation,
 )
 from gradmix.gradients.rules import Placement, Rule, matrix_shape
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, leaves, map_tensors, num_samples, tensors_of
-from gradmix.probe import require_finite
+from gradmix.probe import require_finite, without_compilation
 
 WithoutRule = Literal["error", "exact"]
 
