@@ -51,7 +51,16 @@ def pytest_configure() -> None:
     Operator.choose = watch(Operator.choose)  # type: ignore[method-assign]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of several (pytest-xdist) has ended: what ran there counts."""
+    ran.update(map(tuple, getattr(node, "workeroutput", {}).get("bodies_run", ())))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["bodies_run"] = sorted(ran)
+        return
     if session.exitstatus == pytest.ExitCode.OK and is_whole(session.config) and None in not_run().values():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -2,6 +2,10 @@ import os
 import sys
 from pathlib import Path
 
+# One of several processes (pytest -n) has one core to itself; OpenMP reads this when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -21,6 +25,15 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
 
 pytest_plugins = ["bodies_run"]
+
+
+MOST_PROCESSES = 8
+"""Of ``pytest -n auto``: each collects all tests first, so that more of them save little."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(os.cpu_count() or 1, MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
