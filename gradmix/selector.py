@@ -91,6 +91,8 @@ class Selector:
         """The scores of the pairs that are proposed, rechecked where they are in doubt; passes are made."""
         pairs = proposal.pairs(self.scorer.scores_itself)
         scores = self._scores(mixtures, reference, pairs)
+        if scores.error is None:
+            return scores, None
         return self.scorer.recheck(scores, mixtures, reference.gradient, pairs, self.rule.threshold, proposal.generator)
 
     def _scores(self, mixtures: Mixtures[Any], reference: Reference, pairs: Tensor | None) -> PairScores:

@@ -171,15 +171,15 @@ class Scorer(ABC, Generic[AnySamples]):
         pairs: Tensor | None,
         threshold: float,
         generator: torch.Generator,
-    ) -> tuple[PairScores, Screening | None]:
-        """The scores again, better where a decision is in doubt; exact estimators have no doubt.
+    ) -> tuple[PairScores, Screening]:
+        """Scores with standard errors again, better where a decision is in doubt, and how many decisions that were.
 
         Args:
             scores, mixtures, gradient, pairs: of :meth:`score` or :meth:`class_scores`.
             threshold: the cosine that decides.
             generator: draws samples of classes.
         """
-        return scores, None
+        raise NotImplementedError(f"{type(self).__name__} gives no standard errors")
 
 
 class Estimator(Scorer[AnySamples]):
