@@ -259,7 +259,7 @@ def _tabulating(problem: Problem, classes: int) -> Call:
     given = HeadSamples(None, labels, problem.features_a[:rows], problem.logits_a[:rows])
     # The estimator asks neither the model nor the head for anything.
     estimator = resolve("feature", Network(nn.Identity(), None, None, CHUNK, "auto"))
-    return lambda: estimator.class_table(given, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())
+    return lambda: estimator.class_table(given, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())[0]
 
 
 def points_of(axis: str, values: Sequence[int], base: Sizes, device: torch.device, seed: int) -> list[_Point]:
