@@ -64,9 +64,9 @@ def select_pairs(
     (torch.Size([5, 4]), torch.Size([5, 3]))
 
     A mixture lam a + (1 - lam) b is helpful if the cosine of its gradient with the reference gradient, which is the
-    buffer's mean gradient, is at least ``threshold``; by default gradients are those of the last layer. Each sample gets one helpful
-    partner. A sample without one stays unmixed: its lam is 1. With an empty buffer every mixture counts as helpful,
-    which is plain Mixup. One lam serves the call.
+    buffer's mean gradient, is at least ``threshold``; by default gradients are those of the last layer. Each sample
+    gets one helpful partner. A sample without one stays unmixed: its lam is 1. With an empty buffer every mixture
+    counts as helpful, which is plain Mixup. One lam serves the call.
 
     The model, the tensors given, autograd's state and the global random generators are left as they were, also if the
     model raises. :class:`gradmix.GradMix` is the same for a training loop, with what can be kept between steps.
