@@ -11,12 +11,12 @@
 
 from gradmix._version import __version__
 from gradmix.alignment import Alignment, ClassTable, alignment_matrix, reference_gradient
-from gradmix.buffers import ReplayBuffer
 from gradmix.estimators import JvpEstimator, SketchEstimator
 from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
 from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
 from gradmix.mixing_stage import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.selection import GradMix, Pairs, select_pairs
 
 __all__ = [

@@ -68,7 +68,7 @@ from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
 from gradmix.refusals import refusing_by_name
-from gradmix.rows import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
+from gradmix.replay.sources import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
 
 Estimator = Literal["feature", "mixed", "jvp", "sketch"]
 Criterion = Literal["class", "sample"]

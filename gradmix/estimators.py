@@ -31,7 +31,7 @@ from gradmix.ops.labels import class_of, dense_labels
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group
 from gradmix.refusals import naming_dtypes
-from gradmix.rows import chunks_of
+from gradmix.replay.sources import chunks_of
 
 WholeReference: TypeAlias = Mapping[str, Tensor]
 """A gradient with respect to all parameters, by name."""

@@ -82,7 +82,7 @@ from gradmix.ops.waiting import later, look_is_free, require, settle
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.processes import Group, any_over, as_the_first, check_group
 from gradmix.refusals import refusing_by_name
-from gradmix.rows import CHUNK, RowSource, as_pair, has_rows
+from gradmix.replay.sources import CHUNK, RowSource, as_pair, has_rows
 
 Policy = Literal["uniform", "permute", "best"]
 

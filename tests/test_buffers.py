@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.buffers import BufferRows, ReplayBuffer, _quotas
+from gradmix.replay.buffer import BufferRows, ReplayBuffer, _quotas
 
 POLICIES = ("class", "balanced", "reservoir")
 DEVICES = [

@@ -21,9 +21,10 @@ from models import MLP
 from torch import Tensor
 
 import gradmix
-from gradmix import ReplayBuffer, storage
+from gradmix import ReplayBuffer
 from gradmix.alignment import buffer_rows
-from gradmix.storage import Column, RowFiles
+from gradmix.replay import sample_files
+from gradmix.replay.sample_files import Column, RowFiles
 from gradmix.training import checkpoint
 
 POLICIES = ("class", "balanced", "reservoir")
@@ -42,7 +43,7 @@ def add(buffer: ReplayBuffer, rows: tuple[Tensor, Tensor, dict[str, Tensor]], st
     buffer.add(x[start:stop], y[start:stop], **{name: value[start:stop] for name, value in extras.items()})
 
 
-def assert_same_rows(mine: gradmix.buffers.BufferRows, other: gradmix.buffers.BufferRows) -> None:
+def assert_same_rows(mine: gradmix.replay.buffer.BufferRows, other: gradmix.replay.buffer.BufferRows) -> None:
     assert torch.equal(mine.x, other.x) and mine.x.dtype == other.x.dtype
     assert torch.equal(mine.y, other.y)
     assert mine.extras.keys() == other.extras.keys()
@@ -247,7 +248,7 @@ def test_it_goes_on_identically_after_crashes(seed: int, policy: str, tmp_path: 
     assert torch.equal(mine.x, other.x) and torch.equal(mine.y, other.y)
     # Room for what two states may still need, not for everything that ever was.
     held = max(1, len(other))
-    assert (folder / storage.STAMPS).stat().st_size / 8 <= 4 * (held + 40)
+    assert (folder / sample_files.STAMPS).stat().st_size / 8 <= 4 * (held + 40)
 
 
 def test_draws_go_on_identically_from_a_state_with_a_draw_ahead(tmp_path: Path) -> None:
@@ -510,7 +511,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypa
 
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     another_buffer(tmp_path)
-    path = tmp_path / storage.DESCRIPTION
+    path = tmp_path / sample_files.DESCRIPTION
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(ValueError, match="is of format 99, expected at most 1"):
         add(ReplayBuffer(3, folder=tmp_path), stream(9), 0, 9)

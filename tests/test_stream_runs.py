@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix import selection
-from gradmix.buffers import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.training import sampler, trainer
 from gradmix.training.augment import as_floats
 from gradmix.training.benchmarks import make_stream, resolve, stream_of

@@ -17,7 +17,7 @@ from gradmix.mixing import draw_lam
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
 from gradmix.probe import untouched, unwrap
-from gradmix.rows import CHUNK
+from gradmix.replay.sources import CHUNK
 from gradmix.selection import Pairs
 from gradmix.training.config import MixConfig
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmix.alignment import Alignment, Criterion, Estimator, reference_gradient
 from gradmix.head import HeadCapture, HeadOutput
 from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched, unwrap
-from gradmix.rows import chunks_of
+from gradmix.replay.sources import chunks_of
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from gradmix.buffers import ReplayBuffer
 from gradmix.inputs import check_inputs, map_tensors, num_samples, take
 from gradmix.ops.labels import as_class_indices, check_labels
 from gradmix.processes import Group, rank_of, share, size_of
+from gradmix.replay.buffer import ReplayBuffer
 
 RowSource: TypeAlias = Union[
     "tuple[Any, Any]", "list[Any]", ReplayBuffer, "DataLoader[Any]", "Callable[[], Any]", "Iterable[Any]", Any

@@ -4,8 +4,8 @@ Every row seen is given an independent uniform key, and the rows with the smalle
 k smallest of n independent keys sit at a uniformly random set of k rows, so what is held is a uniform sample without
 replacement of what was seen, however the rows were split into calls. The policies differ only in the quota.
 
-Rows lie in memory, or, where they exceed it, in files of a folder (:mod:`gradmix.storage`); what is held and drawn is
-the same.
+Rows lie in memory, or, where they exceed it, in files of a folder (:mod:`gradmix.replay.sample_files`); what is held
+and drawn is the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradmix.graphs import sent
 from gradmix.inputs import InputTree, check_inputs, leaves, map_tensors, take, tensors_of
-from gradmix.storage import Column, RowFiles
+from gradmix.replay.sample_files import Column, RowFiles
 
 BufferPolicy = Literal["class", "balanced", "reservoir"]
 
