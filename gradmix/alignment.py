@@ -68,7 +68,8 @@ from gradmix.ops.waiting import look_is_free, require
 from gradmix.probe import device_of, require_finite, require_finite_pairs, untouched, unwrap
 from gradmix.processes import Group, as_the_first, check_group, gather_rows, sum_over
 from gradmix.refusals import refusing_by_name
-from gradmix.replay.sources import CHUNK, RowSource, as_pair, chunks_of, numbered_chunks
+from gradmix.replay.sources import CHUNK, as_pair, chunks_of, numbered_chunks
+from gradmix.replay.sources import SampleSource as RowSource
 
 Estimator = Literal["feature", "mixed", "jvp", "sketch"]
 Criterion = Literal["class", "sample"]

@@ -82,7 +82,9 @@ from gradmix.ops.waiting import later, look_is_free, require, settle
 from gradmix.probe import require_finite, untouched, unwrap
 from gradmix.processes import Group, any_over, as_the_first, check_group
 from gradmix.refusals import refusing_by_name
-from gradmix.replay.sources import CHUNK, RowSource, as_pair, has_rows
+from gradmix.replay.sources import CHUNK, as_pair
+from gradmix.replay.sources import SampleSource as RowSource
+from gradmix.replay.sources import has_samples as has_rows
 
 Policy = Literal["uniform", "permute", "best"]
 

@@ -24,7 +24,9 @@ import gradmix
 from gradmix import ReplayBuffer
 from gradmix.alignment import buffer_rows
 from gradmix.replay import sample_files
-from gradmix.replay.sample_files import Column, RowFiles
+from gradmix.replay.buffer import BufferRows
+from gradmix.replay.layout import Column
+from gradmix.replay.sample_files import SampleFiles
 from gradmix.training import checkpoint
 
 POLICIES = ("class", "balanced", "reservoir")
@@ -43,7 +45,7 @@ def add(buffer: ReplayBuffer, rows: tuple[Tensor, Tensor, dict[str, Tensor]], st
     buffer.add(x[start:stop], y[start:stop], **{name: value[start:stop] for name, value in extras.items()})
 
 
-def assert_same_rows(mine: gradmix.replay.buffer.BufferRows, other: gradmix.replay.buffer.BufferRows) -> None:
+def assert_same_rows(mine: BufferRows, other: BufferRows) -> None:
     assert torch.equal(mine.x, other.x) and mine.x.dtype == other.x.dtype
     assert torch.equal(mine.y, other.y)
     assert mine.extras.keys() == other.extras.keys()
@@ -166,13 +168,13 @@ def test_ahead_is_ahead_and_in_another_thread(tmp_path: Path, monkeypatch: pytes
     buffer = ReplayBuffer(50, folder=tmp_path)
     add(buffer, stream(40), 0, 40)
     readers: list[str] = []
-    read = RowFiles.read
+    read = SampleFiles.read
 
-    def noted(self: RowFiles, *args: Any, **more: Any) -> Any:
+    def noted(self: SampleFiles, *args: Any, **more: Any) -> Any:
         readers.append(threading.current_thread().name)
         return read(self, *args, **more)
 
-    monkeypatch.setattr(RowFiles, "read", noted)
+    monkeypatch.setattr(SampleFiles, "read", noted)
     for _ in range(3):
         buffer.prefetch(6)
         buffer.sample(6)
@@ -520,14 +522,14 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
         add(ReplayBuffer(3, folder=tmp_path), stream(9), 0, 9)
 
 
-# ------------------------------------------------------------------------------------------------------------ RowFiles
+# --------------------------------------------------------------------------------------------------------- SampleFiles
 
 
 @pytest.mark.parametrize("preadv", [True, False], ids=["preadv", "pread"])
 def test_slots_in_any_order_and_more_than_once(preadv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not preadv:
         monkeypatch.delattr(os, "preadv", raising=False)
-    files = RowFiles(tmp_path)
+    files = SampleFiles(tmp_path)
     files.create({"a": Column((2,), torch.int32)})
     files.reserve(20)
     values = torch.arange(40, dtype=torch.int32).view(20, 2)

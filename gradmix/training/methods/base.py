@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradmix.alignment import Alignment
 from gradmix.processes import Group, size_of, sum_over
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
-from gradmix.replay.sources import RowSource
+from gradmix.replay.sources import SampleSource as RowSource
 from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
 from gradmix.training.sharding import Share
