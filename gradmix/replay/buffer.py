@@ -1,4 +1,4 @@
-"""The replay buffer: a small, fair sample of everything seen so far.
+"""The replay buffer: a small, uniformly random subset of everything seen so far.
 
 :class:`ReplayBuffer` composes the parts of this package. The ledger decides which samples are held, a store keeps their
 data in memory or in files, draws choose among them, and a thread may copy the next draw ahead.
@@ -40,7 +40,7 @@ class BufferRows(NamedTuple):
 
 
 class ReplayBuffer:
-    """A replay buffer that holds a uniform sample of the samples seen, within a quota set by its policy.
+    """A replay buffer that holds a uniformly random subset of the samples seen, within a quota set by its policy.
 
     Policies:
 
@@ -48,7 +48,7 @@ class ReplayBuffer:
     - ``balanced``: ``capacity`` samples in total, shared equally by the classes seen. A class with fewer samples than
       its share leaves the rest to the others, so the buffer is full as soon as ``capacity`` samples were seen. A
       remainder goes one sample each to the classes with the smallest labels.
-    - ``reservoir``: ``capacity`` samples in total, a uniform sample of the stream whatever the classes.
+    - ``reservoir``: ``capacity`` samples in total, a uniformly random subset of the stream whatever the classes.
 
     What is held depends on the seed and on the sequence of samples alone: not on how they were split into calls of
     :meth:`add`, not on the device, not on how often the buffer was sampled. No global random state is read or changed.
@@ -335,6 +335,7 @@ class ReplayBuffer:
         return self._read(draws.balanced(self._ledger.labels, n, self._generator(generator)))[:2]
 
     def _check_draw(self, n: int) -> None:
+        """Raise unless ``n`` samples can be drawn."""
         _check_int("n", n, minimum=0)
         if n > 0 and len(self) == 0:
             raise ValueError(f"n: got {n}, but the buffer is empty; add rows before drawing any")
@@ -426,6 +427,7 @@ def _derived_seed(seed: int, purpose: str) -> int:
 
 
 def _check_int(name: str, value: int, minimum: int | None = None) -> None:
+    """Raise unless ``value`` is an integer, and not below ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
     if minimum is not None and value < minimum:

@@ -1,8 +1,8 @@
 """The ledger of a replay buffer: which samples are held, decided from random keys and quotas.
 
 Every sample seen gets an independent uniform key, and the samples with the smallest keys within a quota are held. The
-k smallest of n independent keys sit at a uniformly random set of k samples. So the samples held are a uniform sample
-without replacement of those seen, however they were split into calls. The policies differ in the quota only.
+k smallest of n independent keys sit at a uniformly random set of k samples. So the samples held are a uniformly
+random subset of those seen, however they were split into calls. The policies differ in the quota only.
 
 A ledger lies on the CPU and knows keys and labels only; decisions never wait for the data of samples.
 """

@@ -99,7 +99,12 @@ class MemoryStore:
 
     def part(self, start: int, stop: int) -> Columns:
         """Return views of all columns."""
-        return {name: self.column(name)[start:stop] for name in self._columns}
+        return {name: values[start:stop] for name, values in self._held().items()}
+
+    def _held(self) -> Columns:
+        """Return views of all columns, in order of arrival."""
+        self._sort()
+        return {name: column[: len(self._slots)] for name, column in self._columns.items()}
 
     def reader(self, places: Tensor) -> Callable[[], Columns]:
         """Return a function that copies samples from the device's memory to the same device."""
@@ -125,7 +130,7 @@ class MemoryStore:
         x, y = no_samples(self.device)
         extras: dict[str, Tensor] = {}
         if self.layout is not None:
-            columns = {name: self.column(name) for name in self._columns}
+            columns = self._held()
             x, y, extras = self.layout.inputs(columns), columns[LABELS], self.layout.extras(columns)
         return {
             "version": VERSION,
