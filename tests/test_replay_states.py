@@ -142,6 +142,44 @@ def test_a_state_can_be_loaded_by_weights_only(case: str, tmp_path: Path) -> Non
     assert torch.load(tmp_path / "state.pt", weights_only=True)["version"] == (2 if folder is None else 3)
 
 
+def wipe(state: Any) -> None:
+    """Set every tensor of a state to zero."""
+    if isinstance(state, Tensor):
+        state.zero_()
+    elif isinstance(state, (dict, list)):
+        for value in state.values() if isinstance(state, dict) else state:
+            wipe(value)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_shares_no_memory_with_the_buffer_either_way(case: str, tmp_path: Path) -> None:
+    state, folder = written(case, tmp_path)
+    buffer = ReplayBuffer(2, folder=folder)
+    buffer.load_state_dict(state)
+    expected = copy.deepcopy(buffer.state_dict())
+    wipe(state)
+    given = buffer.state_dict()
+    assert equal(given, expected)
+    wipe(given)
+    assert equal(buffer.state_dict(), expected)
+
+
+def test_a_state_that_was_loaded_can_be_loaded_again_after_more_samples(tmp_path: Path) -> None:
+    """As after two crashes without a state in between: its samples have not been overwritten."""
+    x = torch.arange(60.0)[:, None]
+    first = ReplayBuffer(6, policy="balanced", folder=tmp_path)
+    first.add(x[:20], torch.zeros(20, dtype=torch.int64))
+    state, held = first.state_dict(), first.x.clone()
+    first.close()
+    for _ in range(2):
+        buffer = ReplayBuffer(6, policy="balanced", folder=tmp_path)
+        buffer.load_state_dict(copy.deepcopy(state))
+        assert torch.equal(buffer.x, held)
+        for label in range(1, 5):  # each class takes room from those before
+            buffer.add(x[10 * label :][:10], torch.full((10,), label))
+        buffer.close()
+
+
 ORDER = [
     ({"policy": "balanced", "keys": None}, "lacks keys"),
     ({"version": 9, "capacity": 7}, "has version 9"),
