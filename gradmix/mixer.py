@@ -26,7 +26,7 @@ from gradmix.pairs import Pairs, labels_dtype
 from gradmix.probe import unwrap
 from gradmix.processes import Group, any_over, as_the_first
 from gradmix.references import Reference, on_host
-from gradmix.rows import CHUNK, RowSource, has_rows
+from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.samples import Mixtures, Request, joined
 from gradmix.selection import check_weight, checked_request, select
 from gradmix.selector import Rule, Selector
@@ -102,7 +102,7 @@ class GradMix:
     def __init__(
         self,
         model: nn.Module,
-        buffer: RowSource | None,
+        buffer: SampleSource | None,
         *,
         criterion: Criterion = "sample",
         estimator: EstimatorLike = "feature",
@@ -229,7 +229,7 @@ class GradMix:
         if self._shapes != self._shapes_now():
             return True
         if self.reference is None:
-            return has_rows(self._buffer) if request.marked is None else self._is_met(request.marked)
+            return has_samples(self._buffer) if request.marked is None else self._is_met(request.marked)
         if self.table is None:
             return False
         labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]

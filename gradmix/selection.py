@@ -27,7 +27,7 @@ from gradmix.pairs import Pairs, labels_dtype
 from gradmix.probe import unwrap
 from gradmix.processes import Group
 from gradmix.references import Reference
-from gradmix.rows import CHUNK, RowSource, as_pair
+from gradmix.replay.sources import CHUNK, SampleSource, as_pair
 from gradmix.samples import Request, Samples
 from gradmix.selector import Decision, Rule, Selector
 from gradmix.workers import refuse_worker
@@ -35,7 +35,7 @@ from gradmix.workers import refuse_worker
 
 def select_pairs(
     model: nn.Module,
-    buffer: RowSource | Tensor,
+    buffer: SampleSource | Tensor,
     batch: tuple[InputTree, Tensor],
     *,
     candidates: tuple[InputTree, Tensor] | None = None,
@@ -75,9 +75,9 @@ def select_pairs(
         model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
         buffer: the replay buffer: a :class:`gradmix.ReplayBuffer`, an ``(x, y)`` pair of tensors or arrays, a Dataset,
             a DataLoader, any object of samples ``(x, y)`` with ``__len__`` and ``__getitem__`` (such as a list), or a
-            function that returns one of these and is called at every read (:mod:`gradmix.rows`). Or (N,) bool, which
-            samples of the batch are replayed ones: the reference gradient is then their mean, from the forward pass
-            of the batch, and no buffer is read. A mask without a True is an empty buffer.
+            function that returns one of these and is called at every read (:mod:`gradmix.replay.sources`). Or (N,)
+            bool, which samples of the batch are replayed ones: the reference gradient is then their mean, from the
+            forward pass of the batch, and no buffer is read. A mask without a True is an empty buffer.
         batch: the samples to mix, replayed ones among them: x (N, ...) and y, (N,) integer class indices or (N, C)
             label vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which the model is given by
             keyword or position if its ``forward`` takes them so, else as it is. Estimators that mix inputs mix the
