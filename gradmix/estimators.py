@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from gradmix.checks import check_count
 from gradmix.gradients.directions import derivatives_of, mean_gradient_of
 from gradmix.gradients.engine import Engine, Scaler
-from gradmix.gradients.errors import standard_errors
 from gradmix.gradients.plan import WithoutRule
 from gradmix.gradients.sketches import Identity, Sketch
+from gradmix.gradients.standard_errors import standard_errors
 from gradmix.inputs import InputTree, first_tensor, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of, dense_labels

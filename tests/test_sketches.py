@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix.gradients import Gaussian, Identity, Rademacher, RowSampling, Sketch
-from gradmix.gradients.errors import standard_errors
+from gradmix.gradients.standard_errors import standard_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, differences, layer_of
-from gradmix.gradients.consumers import LayerSketch
+from gradmix.gradients.accumulators import LayerSketch
+from gradmix.gradients.similarity import Aligned, align, check_comparable, cosines, differences, layer_of
 
 _FORMAT = "gradmix.ClassGradients"
 _VERSION = 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, layer_of
-from gradmix.gradients.consumers import LayerSketch
+from gradmix.gradients.accumulators import LayerSketch
+from gradmix.gradients.similarity import Aligned, align, check_comparable, cosines, layer_of
 
 
 @dataclass(frozen=True, eq=False)

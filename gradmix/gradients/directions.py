@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmix.gradients.consumers import InnerProducts, SquaredNorms
+from gradmix.gradients.accumulators import InnerProducts, SquaredNorms
+from gradmix.gradients.backward import Consumer, Loss, check_losses
 from gradmix.gradients.engine import CHUNK, Engine, Scaler
-from gradmix.gradients.passes import Consumer, Loss, check_losses
 from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
 from gradmix.gradients.sketches import Identity
 from gradmix.head import logits_of

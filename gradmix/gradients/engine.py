@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.checks import check_count
-from gradmix.gradients.by_class import ClassGradients
-from gradmix.gradients.by_sample import SampleGradients
-from gradmix.gradients.consumers import (
+from gradmix.gradients.accumulators import (
     ClassSketches,
     LayerSketch,
     SampleSketches,
     Sides,
     layout_of,
 )
+from gradmix.gradients.backward import Consumer, Loss, cross_entropy, loss_scale, run_pass
+from gradmix.gradients.by_class import ClassGradients
+from gradmix.gradients.by_sample import SampleGradients
 from gradmix.gradients.exact import Gradients, exact_gradients
-from gradmix.gradients.passes import Consumer, Loss, cross_entropy, loss_scale, run_pass
 from gradmix.gradients.plan import (
     Layer,
     MovedRowsError,
@@ -121,7 +121,7 @@ def class_gradients(
     The gradients are those of the loss: hooks on a parameter's gradient (``Tensor.register_hook``) are not called.
     Its rows must not influence each other, and inside it they must not be put into an order that depends on what is in
     them (sorted by length, routed to experts): every pass is checked for that on a few rows, and the first one of each
-    shape on all (:mod:`gradmix.gradients.row_check` says how, and what escapes).
+    shape on all (:mod:`gradmix.gradients.sample_check` says how, and what escapes).
 
     Memory beyond the model's and the data's own: for each chunk of B rows, what autograd keeps of the forward pass
     without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l`` bytes of sketched activations (T_l
@@ -361,7 +361,7 @@ class Engine:
         return checked
 
     def run(self, name: str, start: int, x: InputTree, y: Any, plan: Plan, consumers: Sequence[Consumer]) -> None:
-        """One forward and one backward pass, if any layer has a rule: :func:`gradmix.gradients.passes.run_pass`."""
+        """One forward and one backward pass, if any layer has a rule: :func:`gradmix.gradients.backward.run_pass`."""
         if plan.layers:
             loss, scale = self.losses(name, start), self.scale(x)
             run_pass(self.model, plan, x, y, consumers, loss=loss, scale=scale, name=name, first_row=start)

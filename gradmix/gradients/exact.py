@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmix.gradients.capture import refusing_checkpoints
-from gradmix.gradients.passes import Loss, check_losses
+from gradmix.gradients.backward import Loss, check_losses
+from gradmix.gradients.intercept import refusing_checkpoints
 from gradmix.gradients.plan import CoupledRowsError, check_output
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take

@@ -17,17 +17,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gradmix.gradients.axis import Place, possible_places
-from gradmix.gradients.capture import (
+from gradmix.gradients.batch_axis import Place, possible_places
+from gradmix.gradients.intercept import (
     BatchStatisticsError,
     Parameters,
     Passing,
     Watch,
+    hook_gradient,
     refusing_checkpoints,
-    tapped,
-    unseen,
+    uncovered_parameters,
 )
-from gradmix.gradients.rules import Placement, Rule, matrix_shape
+from gradmix.gradients.rules.base import Placement, Rule, matrix_shape
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, leaves, map_tensors, num_samples, tensors_of
 from gradmix.probe import require_finite, without_compilation
@@ -253,7 +253,7 @@ class _Probe(Watch):
         """Make the call and watch for the gradient of what came out."""
         if len(self.records) in self._spread and not rule.spread(self._rows):
             raise _CannotSpreadError
-        output = tapped(rule.run(), self.anchor)
+        output = hook_gradient(rule.run(), self.anchor)
         weight, bias = (None if ref is None else ref.name for ref in (rule.weight, rule.bias))
         pairs = rule.pairs and not (rule.weight is not None and rule.weight.transposed)
         record = _Record(
@@ -460,7 +460,7 @@ def _probe(
         with _Probe(parameters, rows, device, spread) as probe:
             logits = check_output(logits_of(call_model(model, map_tensors(Tensor.clone, repeated))), rows)
         require_finite(0, **{"the model's logits": logits.detach()})
-        missed = unseen(logits, parameters.named)
+        missed = uncovered_parameters(logits, parameters.named)
         # Weights that differ: the sum of probabilities, say, depends on nothing.
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device, dtype=logits.dtype).cos()
         weights = weights.view(logits.shape[1:])

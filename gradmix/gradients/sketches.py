@@ -5,7 +5,7 @@ with E[L^T L] = I and E[R^T R] = I (Johnson-Lindenstrauss on either side; the Kr
 LoGra). How far off the cosine of two sketches is depends on what the gradients have in common. If they are unrelated
 on both sides it is about 1/k. If they are alike on one side it is about 1/sqrt(k): so it is in single layers of real
 networks, whose inputs after a ReLU share a direction. Over many layers these errors average out, to about 1/k again.
-:func:`gradmix.gradients.errors.standard_errors` tells it for the case at hand.
+:func:`gradmix.gradients.standard_errors.standard_errors` tells it for the case at hand.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layer rules: what the per-sample gradient of a layer's parameters is made of, function by function.
 
 A rule belongs to a function of torch that is linear in its parameters, up to a constant: ``F.linear``,
-``torch.conv2d``. :mod:`gradmix.gradients.capture` meets the calls in a model's forward pass, whatever module they are
+``torch.conv2d``. :mod:`gradmix.gradients.intercept` meets the calls in a model's forward pass, whatever module they are
 made in. With activations a_t that go in and gradients d_t with respect to what comes out, at positions t, the gradient
 of one sample with respect to the parameters, as a matrix, is either
 
@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.sides import Side
+from gradmix.gradients.batch_axis import BatchAxis
+from gradmix.gradients.projection import Side
 from gradmix.ops.dtypes import work_dtype
 
 
@@ -258,11 +258,11 @@ class Rule:
         """The bias, shaped to be added to the output."""
         return bias
 
-    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    def sum_features(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
         """(N, features): the output's gradient (or a product with it) summed over the positions of each sample."""
         return positions(d, axis, samples).to(work_dtype(d.dtype)).sum(1)
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         """The parts of the gradient with respect to this call's parameters."""
         raise NotImplementedError
 
@@ -273,12 +273,12 @@ class Rule:
         same_rows = (self.weight.start, len(self.weight.value)) == (self.bias.start, len(self.bias.value))
         return same_rows and placement.layer[self.weight.name] == placement.layer[self.bias.name]
 
-    def bias_alone(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def bias_alone(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         """The bias's own part, unless it is a column of the weight's factor."""
         if not self.column_of_ones(placement):
             yield from self._bias(placement, axis, samples)
 
-    def _bias(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def _bias(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         if self.bias is not None:
             name = self.bias.name
             yield Dense(
@@ -289,7 +289,7 @@ class Rule:
             )
 
 
-def positions(t: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+def positions(t: Tensor, axis: BatchAxis, samples: int) -> Tensor:
     """(N, T, d) of activations (..., d) with the samples along ``axis``."""
     t = axis.split(t, samples)
     return t.unsqueeze(1) if t.ndim == 2 else t.flatten(1, -2)
@@ -302,7 +302,7 @@ class Linear(Rule):
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.linear,)
     signature: ClassVar = {"input": ..., "weight": ..., "bias": None}
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         if self.weight is not None:
             ones, weight, x = self.column_of_ones(placement), self.weight, self.x
             if weight.transposed:  # its matrix is W^T, whose gradient is sum_t a_t d_t^T
@@ -401,7 +401,7 @@ class Bilinear(Linear):
     functions: ClassVar[tuple[Callable[..., Any], ...]] = (F.bilinear,)
     signature: ClassVar = {"input": ..., "input2": ..., "weight": ..., "bias": None}
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         one, other = (self.arguments[name].to(work_dtype(self.x.dtype)) for name in ("input", "input2"))
         self.x = (one[..., :, None] * other[..., None, :]).flatten(-2)
         yield from super().parts(placement, axis, samples)
@@ -510,7 +510,7 @@ class Contraction(Rule):
         """Otherwise it is formed from the input itself."""
         return self._split == 0
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         assert self.weight is not None
         name, shape, x, split = self.weight.name, self.matrix(self.weight), self.x, self._split
         sample = self._y[axis.dim]
@@ -585,7 +585,7 @@ class Channels(Rule):
     def along_features(self, bias: Tensor) -> Tensor:
         return bias.view(-1, *[1] * (self.x.ndim - 2))
 
-    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    def sum_features(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
         d = d.to(work_dtype(d.dtype))
         if d.ndim > 2:
             d = d.flatten(2).sum(2)
@@ -618,7 +618,7 @@ class Convolution(Channels):
         """Only small gradients are formed from the input itself."""
         return self.weight is not None and self.arguments["groups"] > 1 and self._is_small()
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         if self.weight is not None:
             weight = self.weight
             layer, groups = placement.layer[weight.name], self.arguments["groups"]
@@ -653,7 +653,7 @@ class Convolution(Channels):
             1 + len(self.weight.value) / self.x.shape[1]
         )
 
-    def _dense(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    def _dense(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
         """(N, out, in / groups * taps), one tap of the filter after the other."""
         assert self.weight is not None
         a, weight, dtype = self.arguments, self.weight.value, work_dtype(d.dtype)
@@ -706,7 +706,7 @@ class TransposedConvolution(Channels):
         spatial = self.function.__name__[14]
         return super().refusal() if self.x.ndim == int(spatial) + 2 else "its input has no axis of samples"
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         if self.weight is not None:
             weight, x, size, groups = self.weight, self.x, self.x.shape[2:], self.arguments["groups"]
             stride, padding, dilation = (self.arguments[name] for name in ("stride", "padding", "dilation"))
@@ -785,7 +785,7 @@ def channels(d: Tensor, side: Side, groups: int, start: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def by_sample(z: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+def by_sample(z: Tensor, axis: BatchAxis, samples: int) -> Tensor:
     """(N, T', size) from (B, T, size), where B holds the samples and maybe positions."""
     return z if len(z) == samples else axis.split(z, samples).flatten(1, -2)
 
@@ -851,7 +851,7 @@ class Embedding(Rule):
         kept: Tensor = self.x != (padding if padding >= 0 else len(self.weight.value) + padding)
         return kept
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         assert self.weight is not None
         weight = self.weight
 
@@ -906,7 +906,7 @@ class Lookup(Embedding):
     def dims(self, output: Tensor) -> Sequence[int]:
         return range(self.x.ndim)
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         ndim = self.x.ndim
         for part in super().parts(placement, axis, samples):
             assert isinstance(part, Outer)
@@ -950,7 +950,7 @@ class EmbeddingBag(Embedding):
         scales = None if scales is None else scales.to(direction.dtype)
         return self._call(self.arguments | {"weight": direction, "per_sample_weights": scales})
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         assert self.weight is not None
         weight, dtype = self.weight, work_dtype(self.weight.value.dtype)
         index, bag, count = self.x.flatten().long(), *self._bags()
@@ -1010,7 +1010,7 @@ class _Normalisation(Rule):
         assert isinstance(result, Tensor)
         return result
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         def both(d: Tensor) -> Tensor:
             total = self.sum_features(d, axis, samples)
             return torch.stack([self._weight_gradient(d, total, axis, samples), total], 2)
@@ -1037,7 +1037,7 @@ class _Normalisation(Rule):
                 lambda d: self.sum_features(d, axis, samples).view(samples, *rows_columns),
             )
 
-    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: SampleAxis, samples: int) -> Tensor:
+    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: BatchAxis, samples: int) -> Tensor:
         """(N, features), given the sum of d if it is there already."""
         return self.sum_features(d * self.normalised(), axis, samples)
 
@@ -1055,7 +1055,7 @@ class LayerNorm(_Normalisation):
     def dims(self, output: Tensor) -> Sequence[int]:
         return range(output.ndim - len(self.arguments["normalized_shape"]))
 
-    def sum_features(self, d: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+    def sum_features(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
         return super().sum_features(d.flatten(-len(self.arguments["normalized_shape"])), axis, samples)
 
     def normalised(self) -> Tensor:
@@ -1123,7 +1123,7 @@ class BatchNorm(_Normalisation, Channels):
         mean, variance = a["running_mean"].to(dtype), a["running_var"].to(dtype)
         return F.batch_norm(self.x.to(dtype), mean, variance, None, None, False, 0.0, a["eps"])
 
-    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: SampleAxis, samples: int) -> Tensor:
+    def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: BatchAxis, samples: int) -> Tensor:
         # x^ is affine in x, with coefficients of the channel alone: sums over positions come first.
         a, dtype = self.arguments, work_dtype(d.dtype)
         mean, variance = a["running_mean"].to(dtype), a["running_var"].to(dtype)
@@ -1209,7 +1209,7 @@ class _Broadcast(Rule):
             return "it changes a view in place"
         return None
 
-    def parts(self, placement: Placement, axis: SampleAxis, samples: int) -> Iterator[Part]:
+    def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
         assert self.weight is not None
         weight, rows_columns = self.weight, self.matrix(self.weight)
 

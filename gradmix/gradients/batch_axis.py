@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SampleAxis:
+class BatchAxis:
     """One axis of a tensor that holds the samples, maybe folded together with positions.
 
     Attributes:
@@ -39,7 +39,7 @@ class SampleAxis:
 class Place:
     """A sample axis, and how many entries of it belong to each sample."""
 
-    axis: SampleAxis
+    axis: BatchAxis
     folded: int
 
 
@@ -65,5 +65,5 @@ def possible_places(reached: Sequence[Tensor | None], shape: Sequence[int], dims
         for minor in (False, True) if folded > 1 else (False,):
             owners = [None if i is None else i % rows if minor else i // folded for i in where]
             if all(o is None or bool((o == row).all()) for row, o in enumerate(owners)):
-                places.add(Place(SampleAxis(dim, minor), folded))
+                places.add(Place(BatchAxis(dim, minor), folded))
     return places

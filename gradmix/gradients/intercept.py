@@ -4,8 +4,8 @@ A module's hook sees what goes into the module, which need not be what its weigh
 (``padding_mode``), may be passed by altogether (``nn.MultiheadAttention`` hands the weights of its submodules to a
 function), and knows nothing of a weight that is used twice or by another module. So it is the functions that are
 watched, by a ``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a
-path to the parameter in autograd's graph, and by that path it is found out: no use escapes (:func:`unseen`, and again
-in every pass). So nothing is detached but what a rule takes; a converted parameter keeps its path until then.
+path to the parameter in autograd's graph, and by that path it is found out: no use escapes (:func:`uncovered_parameters`,
+and again in every pass). So nothing is detached but what a rule takes; a converted parameter keeps its path until then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from gradmix.gradients.rules import RULES, BatchNorm, Ref, Rule
+from gradmix.gradients.rules.base import RULES, BatchNorm, Ref, Rule
 
 
 class BatchStatisticsError(ValueError):
@@ -208,7 +208,7 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{module.removeprefix('torch._C._nn').removeprefix('torch._C.') or 'torch'}.{name}"
 
 
-def unseen(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+def uncovered_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
     """Names of the parameters that ``output`` still depends on: those used in a way that no rule has seen."""
     if not output.requires_grad or not parameters:
         return []
@@ -230,7 +230,7 @@ class _Start(torch.autograd.Function):
         return gradients[0], None
 
 
-def tapped(output: Tensor, anchor: Tensor) -> Tensor:
+def hook_gradient(output: Tensor, anchor: Tensor) -> Tensor:
     """What a call gave, so prepared that a hook on it meets its gradient in a backward pass to ``anchor``.
 
     Args:

@@ -18,7 +18,7 @@ What can escape:
   there with a probability of 1/sqrt(N), and others influence them as before), as long as none of these is looked at;
 - an influence on gradients that no value shows, unless the probe or the backward passes of the first batch show it;
 - in batches after the first, rows that change places by a key that is equal for the two rows looked at, by means that
-  :mod:`gradmix.gradients.passes` does not see: it checks by gradients where the rows of a batch are if the model read
+  :mod:`gradmix.gradients.backward` does not see: it checks by gradients where the rows of a batch are if the model read
   other values than before, or moved entries by an index, but compiled code or a product with a permutation matrix is
   neither.
 
@@ -36,8 +36,8 @@ from math import inf, isqrt
 import torch
 from torch import Tensor, nn
 
-from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.capture import Parameters, Watch
+from gradmix.gradients.batch_axis import BatchAxis
+from gradmix.gradients.intercept import Parameters, Watch
 from gradmix.gradients.plan import (
     CoupledRowsError,
     MovedRowsError,
@@ -45,7 +45,7 @@ from gradmix.gradients.plan import (
     Plan,
     forward,
 )
-from gradmix.gradients.rules import Rule
+from gradmix.gradients.rules.base import Rule
 from gradmix.inputs import InputTree, first_tensor, num_samples
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import RandomState
@@ -76,7 +76,7 @@ class Follow(Watch):
         self._wanted = set(plan.selected())
         self._next = 0
 
-    def follow(self, rule: Rule) -> tuple[Tensor, SampleAxis | None]:
+    def follow(self, rule: Rule) -> tuple[Tensor, BatchAxis | None]:
         """Make the call; returns what came out and, if the call is wanted, where the samples are in it.
 
         Raises:

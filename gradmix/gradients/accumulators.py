@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmix.gradients.axis import SampleAxis
+from gradmix.gradients.batch_axis import BatchAxis
 from gradmix.gradients.plan import Layer, Plan
-from gradmix.gradients.rules import Outer, Part, Rule
-from gradmix.gradients.sides import Side
+from gradmix.gradients.projection import Side
+from gradmix.gradients.rules.base import Outer, Part, Rule
 from gradmix.gradients.sketches import Sketch
 from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.dtypes import work_dtype
@@ -100,8 +100,8 @@ class SketchConsumer:
         self._placement, self._sides, self._scale = plan.placement, sides, scale
         self._layers: dict[str, _Layer] = {}
 
-    def observe(self, rule: Rule, axis: SampleAxis, samples: int) -> Callable[[Tensor], None]:
-        """Sketch the activations; see :class:`gradmix.gradients.passes.Consumer`."""
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """Sketch the activations; see :class:`gradmix.gradients.backward.Consumer`."""
         kept: list[tuple[Part, Tensor | None]] = []
         for part in rule.parts(self._placement, axis, samples):
             factor = None
@@ -289,8 +289,8 @@ class InnerProducts:
     def __init__(self, directions: Mapping[str, Tensor], out: Tensor, scale: float) -> None:
         self._directions, self._out, self._scale = directions, out, scale
 
-    def observe(self, rule: Rule, axis: SampleAxis, samples: int) -> Callable[[Tensor], None]:
-        """See :class:`gradmix.gradients.passes.Consumer`."""
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """See :class:`gradmix.gradients.backward.Consumer`."""
         kept = [rule.tangent(self._directions)]
 
         def backward(d: Tensor) -> None:

@@ -5,7 +5,7 @@ that is wanted, and the backward pass makes the gradients of activations only.
 
 Nothing is taken for granted that may be otherwise in another batch. In every pass autograd says whether a wanted
 parameter has a gradient of its own, beside what the rules make: then the plan is wrong. Two rows are forwarded by
-themselves (:mod:`gradmix.gradients.row_check`). And where the model looks at values, or moves entries by an index, a
+themselves (:mod:`gradmix.gradients.sample_check`). And where the model looks at values, or moves entries by an index, a
 second backward pass, from losses times weights, tells whether the rows are where the plan says.
 """
 
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.gradients.axis import SampleAxis
-from gradmix.gradients.capture import Parameters, refusing_checkpoints, tapped
+from gradmix.gradients.batch_axis import BatchAxis
+from gradmix.gradients.intercept import Parameters, hook_gradient, refusing_checkpoints
 from gradmix.gradients.plan import MovedRowsError, OutdatedPlanError, Plan, check_output, trainable_parameters
-from gradmix.gradients.row_check import Follow, check_rows, rows_to_check
-from gradmix.gradients.rules import Rule
+from gradmix.gradients.rules.base import Rule
+from gradmix.gradients.sample_check import Follow, check_rows, rows_to_check
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, first_tensor, num_samples, own_copy
 from gradmix.ops.dtypes import work_dtype
@@ -48,7 +48,7 @@ class Consumer(Protocol):
 
     late: ClassVar[bool]
 
-    def observe(self, rule: Rule, axis: SampleAxis, samples: int) -> Callable[[Tensor], None]:
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
         """Take from a call in the forward pass what is needed; returns what to do with its output's gradient.
 
         The gradient is that of the summed losses times :attr:`scale`.
@@ -168,7 +168,7 @@ class _Capture(Follow):
         held = rule.x if rule.keeps_input or late else None
         version = None if held is None else held._version
         rule.forget_input()
-        output = tapped(output, self.anchor)
+        output = hook_gradient(output, self.anchor)
         index = self._next - 1
 
         def hook(gradient: Tensor) -> None:
@@ -213,7 +213,7 @@ class _Capture(Follow):
         if len(self._plan.reads) < _KEPT_READS:
             self._plan.reads.add(self._reads)
 
-    def _check_rows(self, rule: Rule, axis: SampleAxis, gradient: Tensor, before: Tensor) -> None:
+    def _check_rows(self, rule: Rule, axis: BatchAxis, gradient: Tensor, before: Tensor) -> None:
         assert self._weights is not None
         after = _row_norms(gradient, axis, self._samples)
         expected = before * self._weights[:, None].to(before.dtype)
@@ -241,7 +241,7 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _row_norms(gradient: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+def _row_norms(gradient: Tensor, axis: BatchAxis, samples: int) -> Tensor:
     """(N, positions that are folded with the samples): norms of an output's gradient."""
     rows = axis.split(gradient, samples)
     rows = rows.movedim(1 + axis.dim, 1) if rows.ndim > gradient.ndim else rows.unsqueeze(1)
@@ -276,7 +276,7 @@ def run_pass(
 
     Raises:
         OutdatedPlanError: the model did not do what the plan says; nothing was handed to ``finish`` then.
-        CoupledRowsError: rows influence each other or are not where the plan says (:mod:`gradmix.gradients.row_check`).
+        CoupledRowsError: rows influence each other or are not where the plan says.
         ValueError: a NaN, a loss of another shape, a label out of range.
     """
     parameters, count = Parameters(trainable_parameters(model)), num_samples(x)

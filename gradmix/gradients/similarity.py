@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmix.ops.cosine_alignment import cosine_alignment
 
 if TYPE_CHECKING:
-    from gradmix.gradients.consumers import LayerSketch
+    from gradmix.gradients.accumulators import LayerSketch
 
 
 class Aligned(NamedTuple):

@@ -1,0 +1,1 @@
+"""Layer rules: see :mod:`gradmix.gradients.rules.base`."""
