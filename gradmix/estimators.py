@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from gradmix.checks import check_count
 from gradmix.gradients.directions import derivatives_of, mean_gradient_of
-from gradmix.gradients.engine import Engine, Scaler
-from gradmix.gradients.plan import WithoutRule
-from gradmix.gradients.sketches import Identity, Sketch
+from gradmix.gradients.engine import Engine
+from gradmix.gradients.layers import WithoutRule
+from gradmix.gradients.losses import Scaler
+from gradmix.gradients.settings import EngineSettings
+from gradmix.gradients.sketches import Sketch
 from gradmix.gradients.standard_errors import standard_errors
 from gradmix.inputs import InputTree, first_tensor, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
@@ -132,12 +134,13 @@ def extent_of(model: nn.Module, estimator: WholeEstimator, x: Any, chunk: int) -
     device = first_tensor(x).device
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
-    engine = Engine.of(
-        model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
+    settings = EngineSettings(
+        layers=estimator.layers, without_rule=estimator.without_rule, scaler=estimator.scaler, chunk_size=chunk
     )
+    engine = Engine(model, settings)
     with naming_dtypes("batch", engine.model, lambda: x):
         plan = engine.plan_of(x)
-    return Extent(engine.rows_within(memory, plan), plan.classes)
+    return Extent(engine.samples_within(memory, plan), plan.num_classes)
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,10 @@ def whole_reference(
         group, shared: as :func:`gradmix.gradients.directions.mean_gradient_of`.
         name: how errors call the rows.
     """
-    engine = Engine.of(
-        model, estimator.layers, 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
+    settings = EngineSettings(
+        layers=estimator.layers, without_rule=estimator.without_rule, scaler=estimator.scaler, chunk_size=chunk
     )
+    engine = Engine(model, settings)
 
     def first() -> InputTree:
         return next((x for x, _ in chunks_of(name, source, 1, device_of(engine.model))), ())
@@ -236,9 +240,10 @@ def jvp_alignment(
     Args:
         width: number of classes.
     """
-    engine = Engine.of(
-        model, list(reference), 1, 0, Identity(), None, estimator.without_rule, estimator.scaler, chunk, "auto"
+    settings = EngineSettings(
+        layers=list(reference), without_rule=estimator.without_rule, scaler=estimator.scaler, chunk_size=chunk
     )
+    engine = Engine(model, settings)
     (x, y), (other_x, other_y) = rows, partners
     dtype = work_dtype(floating_dtype(x) or torch.float32)
     inner, norm = [y.new_zeros(0, dtype=dtype)], [y.new_zeros(0, dtype=dtype)]
@@ -285,18 +290,17 @@ class RowSketches:
         chunk: int,
         backend: str,
     ) -> None:
-        engine = Engine.of(
-            model,
-            list(reference),
-            estimator.rank,
-            estimator.seed,
-            estimator.sketch,
-            None,
-            estimator.without_rule,
-            estimator.scaler,
-            chunk,
-            backend,
+        settings = EngineSettings(
+            layers=list(reference),
+            rank=estimator.rank,
+            seed=estimator.seed,
+            sketch=estimator.sketch,
+            without_rule=estimator.without_rule,
+            scaler=estimator.scaler,
+            chunk_size=chunk,
+            backend=backend,
         )
+        engine = Engine(model, settings)
         self.classes: Tensor | None = None
         with engine.probing():
             if by_class:

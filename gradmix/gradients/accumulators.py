@@ -1,115 +1,79 @@
-"""What becomes of the parts of the gradients: sketches per sample, sketches per class, inner products, norms."""
+"""Accumulators of the parts of the gradients: sketches per sample, sketches per class, inner products, norms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from gradmix.gradients.batch_axis import BatchAxis
-from gradmix.gradients.plan import Layer, Plan
-from gradmix.gradients.projection import Side
-from gradmix.gradients.rules.base import Outer, Part, Rule
-from gradmix.gradients.sketches import Sketch
+from gradmix.gradients.layout import LayerSketch, Projections
+from gradmix.gradients.plan import Plan
+from gradmix.gradients.projection import Projection
+from gradmix.gradients.rules import Outer, Part, Rule
 from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.dtypes import work_dtype
 
 
-@dataclass(frozen=True)
-class LayerSketch:
-    """One layer's place in a sketched gradient.
+class Accumulator(Protocol):
+    """Receives the calls of a pass and the gradients of their outputs.
 
     Attributes:
-        name: of the layer.
-        parameters: names of its parameters; its matrix is ``cat([p.reshape(shape[0], -1) for p in parameters], 1)``.
-        shape: (p, q) of the matrix.
-        rows, columns: of its sketch L G R^T.
-        start: index of the sketch's first entry among all layers'.
+        keeps_activations: whether it needs the activations in the backward pass.
     """
 
-    name: str
-    parameters: tuple[str, ...]
-    shape: tuple[int, int]
-    rows: int
-    columns: int
-    start: int
+    keeps_activations: ClassVar[bool]
 
-    @property
-    def stop(self) -> int:
-        """Index behind the sketch's last entry."""
-        return self.start + self.rows * self.columns
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """Take what is needed of a call in the forward pass; returns a function of its output's gradient.
 
+        The gradient is that of the summed losses times the loss scale.
+        """
 
-def layout_of(layers: Sequence[Layer], sketch: Sketch) -> tuple[LayerSketch, ...]:
-    """The places of all layers, one after the other."""
-    places: list[LayerSketch] = []
-    start = 0
-    for layer in layers:
-        rows, columns = sketch.sizes(layer.name, *layer.shape)
-        places.append(LayerSketch(layer.name, layer.parameters, layer.shape, rows, columns, start))
-        start = places[-1].stop
-    return tuple(places)
-
-
-class Sides:
-    """The matrices of all layers, made when needed and kept."""
-
-    def __init__(self, layout: Sequence[LayerSketch], sketch: Sketch, backend: str) -> None:
-        self._sides = {
-            place.name: (
-                Side(sketch, place.name, "left", place.rows, place.shape[0], backend),
-                Side(sketch, place.name, "right", place.columns, place.shape[1], backend),
-            )
-            for place in layout
-        }
-
-    def of(self, layer: str) -> tuple[Side, Side]:
-        """The left and the right side of a layer."""
-        return self._sides[layer]
+    def finish(self) -> None:
+        """End the backward pass."""
 
 
 @dataclass
-class _Layer:
-    """What has come of one layer in this pass: factors of outer products, formed blocks, and how much is to come."""
+class _OpenLayer:
+    """The parts of one layer in a pass: factors of outer products, formed blocks, and the number of parts to come."""
 
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     blocks: list[Tensor] = field(default_factory=list)
     expected: int = 0
 
 
-class SketchConsumer:
-    """Gathers each layer's sketched factors; derived classes say what is made of them once all are there.
+class SketchAccumulator:
+    """Collects the projected factors of each layer; derived classes use them in :meth:`take_layer`.
 
-    A layer is done as soon as the last of its calls is, so that its factors are not kept for longer than they must.
+    A layer is closed with the last of its calls, so that its factors are not kept for longer than necessary.
 
     Args:
-        plan: of the model.
-        layout: places of the plan's layers.
-        sides: their matrices.
-        scale: of the loss.
+        plan: the model's.
+        projections: of the plan's layers.
+        scale: factor of the loss.
     """
 
-    late: ClassVar[bool] = False
-    """Whether activations are kept, and their factor made in the backward pass: where it is the larger of the two."""
+    keeps_activations: ClassVar[bool] = False
+    """If set, the activations' factor is made in the backward pass: where it is larger than the activations."""
 
-    def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, scale: float) -> None:
-        self._places = {place.name: (index, place) for index, place in enumerate(layout)}
-        self._placement, self._sides, self._scale = plan.placement, sides, scale
-        self._layers: dict[str, _Layer] = {}
+    def __init__(self, plan: Plan, projections: Projections, scale: float) -> None:
+        self._layout = {layer.name: (index, layer) for index, layer in enumerate(projections.layout)}
+        self._placement, self._projections, self._scale = plan.placement, projections, scale
+        self._layers: dict[str, _OpenLayer] = {}
 
     def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
-        """Sketch the activations; see :class:`gradmix.gradients.backward.Consumer`."""
+        """Project the activations; see :class:`Accumulator`."""
         kept: list[tuple[Part, Tensor | None]] = []
         for part in rule.parts(self._placement, axis, samples):
             factor = None
-            if isinstance(part, Outer) and not self.late:
-                left, right = self._sides.of(part.layer)
-                factor = part.activation(left if part.before == "row" else right)
-                part = Outer(part.layer, part.before, _done, part.delta)  # lets go of the activations
-            self._layers.setdefault(part.layer, _Layer()).expected += 1
+            if isinstance(part, Outer) and not self.keeps_activations:
+                factor = self._activation_factor(part)
+                part = Outer(part.layer, part.activation_side, _dropped, part.delta)  # drops the activations
+            self._layers.setdefault(part.layer, _OpenLayer()).expected += 1
             kept.append((part, factor))
 
         def backward(d: Tensor) -> None:
@@ -119,14 +83,18 @@ class SketchConsumer:
 
         return backward
 
+    def _activation_factor(self, part: Outer) -> Tensor:
+        left, right = self._projections.of(part.layer)
+        return part.activation(left if part.activation_side == "row" else right)
+
     def _take(self, part: Part, factor: Tensor | None, d: Tensor) -> None:
-        left, right = self._sides.of(part.layer)
+        left, right = self._projections.of(part.layer)
         layer = self._layers[part.layer]
         if isinstance(part, Outer):
             if factor is None:
-                factor = part.activation(left if part.before == "row" else right)
-            other = part.delta(d, right if part.before == "row" else left)
-            layer.factors.append((factor, other) if part.before == "row" else (other, factor))
+                factor = self._activation_factor(part)
+            other = part.delta(d, right if part.activation_side == "row" else left)
+            layer.factors.append((factor, other) if part.activation_side == "row" else (other, factor))
         else:
             block = left.reduce(part.make(d), part.start, 1)
             layer.blocks.append(right.reduce(block, part.column, 2))
@@ -135,43 +103,43 @@ class SketchConsumer:
             self._close(part.layer)
 
     def _close(self, name: str) -> None:
-        layer = self._layers.pop(name)
-        if not layer.factors and not layer.blocks:
+        parts = self._layers.pop(name)
+        if not parts.factors and not parts.blocks:
             return
-        index, place = self._places[name]
-        block = sum(layer.blocks[1:], layer.blocks[0]) if layer.blocks else None
+        index, layer = self._layout[name]
+        block = sum(parts.blocks[1:], parts.blocks[0]) if parts.blocks else None
         row = column = None
-        if layer.factors:
-            # A layer used more than once has one gradient: its calls are so many more positions.
-            rows, columns = zip(*layer.factors, strict=True)
+        if parts.factors:
+            # A layer used more than once has one gradient: its calls are further positions.
+            rows, columns = zip(*parts.factors, strict=True)
             row, column = (f[0] if len(f) == 1 else torch.cat(f, 1) for f in (rows, columns))
-        self.take_layer(index, place, row, column, block)
+        self.take_layer(index, layer, row, column, block)
 
     def take_layer(
-        self, index: int, place: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
-        """A layer's sketches are sum_t row_t column_t^T + block.
+        """Take the sketches of a layer, sum_t row_t column_t^T + block.
 
         Args:
             index: of the layer in the layout.
-            place: the layer's.
+            layer: its place in the layout.
             row, column: (N, T, rows) and (N, T, columns), or None for both.
             block: (N, rows, columns), or None.
         """
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Close layers of which a call had no part in the loss."""
+        """Close the layers of which a call had no part in the loss."""
         for name in list(self._layers):
             self._close(name)
 
 
-def _done(_side: Side) -> Tensor:
-    raise AssertionError("the activations were let go of")
+def _dropped(_projection: Projection) -> Tensor:
+    raise AssertionError("the activations were dropped")
 
 
 def _per_sample(row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
-    """(N, rows, columns)."""
+    """(N, rows, columns): sum_t row_t column_t^T + block."""
     if row is None or column is None:
         assert block is not None
         return block
@@ -179,58 +147,50 @@ def _per_sample(row: Tensor | None, column: Tensor | None, block: Tensor | None)
     return product if block is None else product + block
 
 
-class SampleSketches(SketchConsumer):
+class SampleSketches(SketchAccumulator):
     """Writes the sketches of all samples into ``out`` (N, D)."""
 
-    def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, out: Tensor, scale: float) -> None:
-        super().__init__(plan, layout, sides, scale)
+    def __init__(self, plan: Plan, projections: Projections, out: Tensor, scale: float) -> None:
+        super().__init__(plan, projections, scale)
         self._out = out
 
     def take_layer(
-        self, index: int, place: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
-        """See :meth:`SketchConsumer.take_layer`."""
+        """See :meth:`SketchAccumulator.take_layer`."""
         sketches = _per_sample(row, column, block).flatten(1)
-        self._out[:, place.start : place.stop] = sketches if self._scale == 1.0 else sketches / self._scale
+        self._out[:, layer.start : layer.stop] = sketches if self._scale == 1.0 else sketches / self._scale
 
 
-class ClassSketches(SketchConsumer):
-    """Adds the sketches of each class's samples into ``sums`` (P, D), and their squared norms into ``squares`` (P, L).
+class ClassSketches(SketchAccumulator):
+    """Adds the sketches of each class's samples to ``sums`` (P, D), and their squared norms to ``squares`` (P, L).
 
     Args:
+        plan, projections, scale: as :class:`SketchAccumulator`.
         labels: (N,) int64 in [0, P).
-        sums, squares: added to.
-        backend: of the operator ``class_sketch``.
+        sums, squares: the tensors that are added to.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        layout: Sequence[LayerSketch],
-        sides: Sides,
-        labels: Tensor,
-        sums: Tensor,
-        squares: Tensor,
-        scale: float,
-        backend: str,
+        self, plan: Plan, projections: Projections, labels: Tensor, sums: Tensor, squares: Tensor, scale: float
     ) -> None:
-        super().__init__(plan, layout, sides, scale)
-        self._labels, self._sums, self._squares, self._backend = labels, sums, squares, backend
+        super().__init__(plan, projections, scale)
+        self._labels, self._sums, self._squares = labels, sums, squares
 
     def take_layer(
-        self, index: int, place: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
-        """See :meth:`SketchConsumer.take_layer`."""
+        """See :meth:`SketchAccumulator.take_layer`."""
         classes = len(self._sums)
         if block is None:
             assert row is not None and column is not None
             arguments = (row, column, self._labels, classes)
-            sums, squares = CLASS_SKETCH.choose(self._backend, *arguments).run(*arguments)
-            self._sums[:, place.start : place.stop] += sums.flatten(1) / self._scale
+            sums, squares = CLASS_SKETCH.choose(self._projections.backend, *arguments).run(*arguments)
+            self._sums[:, layer.start : layer.stop] += sums.flatten(1) / self._scale
             self._squares[:, index] += squares / self._scale**2
             return
         sketches = _per_sample(row, column, block).flatten(1) / self._scale
-        self._sums[:, place.start : place.stop].index_add_(0, self._labels, sketches)
+        self._sums[:, layer.start : layer.stop].index_add_(0, self._labels, sketches)
         self._squares[:, index].index_add_(0, self._labels, sketches.square().sum(1))
 
 
@@ -238,59 +198,59 @@ _SLICE = 1 << 24
 """Entries of whole per-sample gradients that are formed at a time for their norms (64 MiB of float32)."""
 
 
-class SquaredNorms(SketchConsumer):
-    """Adds each sample's squared gradient norm into ``out`` (N,), exactly; its sides are identities."""
+class SquaredNorms(SketchAccumulator):
+    """Adds each sample's squared gradient norm to ``out`` (N,), exactly; its projections are identities."""
 
-    late: ClassVar[bool] = True
+    keeps_activations: ClassVar[bool] = True
 
-    def __init__(self, plan: Plan, layout: Sequence[LayerSketch], sides: Sides, out: Tensor, scale: float) -> None:
-        super().__init__(plan, layout, sides, scale)
+    def __init__(self, plan: Plan, projections: Projections, out: Tensor, scale: float) -> None:
+        super().__init__(plan, projections, scale)
         self._out = out
 
     def take_layer(
-        self, index: int, place: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
-        """See :meth:`SketchConsumer.take_layer`."""
-        self._out += self._squares(place, row, column, block) / self._scale**2
+        """See :meth:`SketchAccumulator.take_layer`."""
+        self._out += self._squares(layer, row, column, block) / self._scale**2
 
-    def _squares(self, place: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
+    def _squares(self, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
         if row is None or column is None:
             assert block is not None
             return block.square().sum((1, 2))
-        size, positions = place.rows * place.columns, row.shape[1]
-        if block is None and positions * (place.rows + place.columns) < size:
+        size, positions = layer.rows * layer.columns, row.shape[1]
+        if block is None and positions * (layer.rows + layer.columns) < size:
             # ||sum_t d_t a_t^T||^2 = sum_{s, t} <d_s, d_t> <a_s, a_t>: cheaper with few positions.
             pairs = torch.bmm(row, row.transpose(1, 2)) * torch.bmm(column, column.transpose(1, 2))
             return pairs.sum((1, 2))
         step = max(1, _SLICE // size)
-        parts = []
+        squares = []
         for start in range(0, len(row), step):
             part = slice(start, start + step)
-            whole = _per_sample(row[part], column[part], None if block is None else block[part])
-            parts.append(whole.square().sum((1, 2)))
-        return torch.cat(parts)
+            gradients = _per_sample(row[part], column[part], None if block is None else block[part])
+            squares.append(gradients.square().sum((1, 2)))
+        return torch.cat(squares)
 
 
 class InnerProducts:
-    """Adds the inner product of each sample's gradient with a direction into ``out`` (N,), exactly.
+    """Adds the inner product of each sample's gradient with a direction to ``out`` (N,), exactly.
 
-    <g, V> for g = sum_t d_t a_t^T is sum_t <d_t, V a_t>, and V a_t is the layer itself with V for its parameters: one
-    more forward call of each layer. It is the number that ``torch.func.jvp`` gives along V, at about the same cost, and
-    can be had in one pass with norms or sketches.
+    <g, V> for g = sum_t d_t a_t^T is sum_t <d_t, V a_t>, and V a_t is the layer itself with V as its parameters: one
+    more forward call of each layer. ``torch.func.jvp`` along V gives the same number at about the same cost, but not in
+    one pass with norms or sketches.
 
     Args:
         directions: V by parameter name, of the parameters' shapes.
         out: (N,), added to.
-        scale: of the loss.
+        scale: factor of the loss.
     """
 
-    late: ClassVar[bool] = False
+    keeps_activations: ClassVar[bool] = False
 
     def __init__(self, directions: Mapping[str, Tensor], out: Tensor, scale: float) -> None:
         self._directions, self._out, self._scale = directions, out, scale
 
     def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
-        """See :class:`gradmix.gradients.backward.Consumer`."""
+        """Compute the tangent of the call; see :class:`Accumulator`."""
         kept = [rule.tangent(self._directions)]
 
         def backward(d: Tensor) -> None:
@@ -301,4 +261,4 @@ class InnerProducts:
         return backward
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: every call is done with its gradient."""

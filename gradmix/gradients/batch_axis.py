@@ -1,8 +1,8 @@
-"""Where the samples lie in a tensor of activations.
+"""The batch axis of a tensor of activations.
 
 Most layers see (N, ..., d). Sequence models also have (T, N, d), and attention folds positions and samples into one
-axis, as (N T, d) or (T N, d). Which of these a tensor is cannot be told from one shape, so it is found out by looking
-at what the logits of each row depend on (:mod:`gradmix.gradients.plan`).
+axis, as (N T, d) or (T N, d). One shape does not tell them apart. The probe in :mod:`gradmix.gradients.trace` finds
+the axis by the entries that the logits of each sample depend on.
 """
 
 from __future__ import annotations
@@ -15,55 +15,56 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchAxis:
-    """One axis of a tensor that holds the samples, maybe folded together with positions.
+    """One axis of a tensor that holds the samples, possibly folded with positions.
 
     Attributes:
-        dim: the axis.
-        minor: index = position * N + sample, instead of sample * positions + position.
+        dim: index of the axis.
+        positions_first: order of a folded axis: index = position * N + sample if true, else sample * T + position.
+        positions: T, entries of the axis for each sample; 1 where nothing is folded.
     """
 
     dim: int
-    minor: bool = False
+    positions_first: bool = False
+    positions: int = 1
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
-        """The tensor with the samples first: (N, ...), positions folded with them in an axis of their own behind."""
-        folded = tensor.shape[self.dim] // samples
-        if folded == 1:
+        """Move the samples to axis 0: (N, ...). Folded positions get an axis of their own behind."""
+        positions = tensor.shape[self.dim] // samples
+        if positions == 1:
             return tensor.movedim(self.dim, 0)
-        sizes = (folded, samples) if self.minor else (samples, folded)
+        sizes = (positions, samples) if self.positions_first else (samples, positions)
         unfolded: Tensor = tensor.unflatten(self.dim, sizes)
-        return unfolded.movedim(self.dim + self.minor, 0)
+        return unfolded.movedim(self.dim + self.positions_first, 0)
+
+    def by_position(self, tensor: Tensor, samples: int) -> Tensor:
+        """(N, T, d) of activations (..., d): all axes but the samples and the last one become positions."""
+        tensor = self.split(tensor, samples)
+        return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
 
 
-@dataclass(frozen=True)
-class Place:
-    """A sample axis, and how many entries of it belong to each sample."""
-
-    axis: BatchAxis
-    folded: int
-
-
-def possible_places(reached: Sequence[Tensor | None], shape: Sequence[int], dims: Sequence[int]) -> set[Place]:
-    """Where the samples of a batch may be, judged by what the logits of each of its rows depend on.
+def possible_batch_axes(
+    dependencies: Sequence[Tensor | None], shape: Sequence[int], dims: Sequence[int]
+) -> set[BatchAxis]:
+    """Find the axes of a tensor that may hold the samples.
 
     Args:
-        reached: for each row of the batch, which entries of the tensor its logits depend on, bool and of the tensor's
-            shape; None: none.
-        shape: the tensor's shape.
-        dims: axes that may hold the samples at all.
+        dependencies: for each sample of the batch, the entries of the tensor that its logits depend on: bool, of the
+            tensor's shape; None: no entry.
+        shape: shape of the tensor.
+        dims: candidates for the axis.
     """
-    rows, places = len(reached), set()
+    samples, axes = len(dependencies), set()
     for dim in dims:
         size = shape[dim]
-        if size == 0 or size % rows:
+        if size == 0 or size % samples:
             continue
-        folded = size // rows
-        where = [
+        positions = size // samples
+        indices = [
             None if mask is None else mask.movedim(dim, 0).reshape(size, -1).any(1).nonzero().flatten()
-            for mask in reached
+            for mask in dependencies
         ]
-        for minor in (False, True) if folded > 1 else (False,):
-            owners = [None if i is None else i % rows if minor else i // folded for i in where]
-            if all(o is None or bool((o == row).all()) for row, o in enumerate(owners)):
-                places.add(Place(BatchAxis(dim, minor), folded))
-    return places
+        for positions_first in (False, True) if positions > 1 else (False,):
+            owners = [None if i is None else i % samples if positions_first else i // positions for i in indices]
+            if all(o is None or bool((o == sample).all()) for sample, o in enumerate(owners)):
+                axes.add(BatchAxis(dim, positions_first, positions))
+    return axes
