@@ -21,8 +21,8 @@ How to add a rule
    are met one by one. Recurrent layers have none, since ``nn.LSTM`` calls a single function that is not linear in its
    weights.
 2. Derive a class from :class:`Rule` and register it for the functions, as in the example below.
-3. ``signature``: the function's arguments by name, with their defaults. The activations are called ``input``, the
-   parameters ``weight`` and ``bias``.
+3. ``signature``: the function's arguments by name, with their defaults: all that it may be given, by position or by
+   keyword. The activations are called ``input``, the parameters ``weight`` and ``bias``.
 4. ``refusal``: the reason why a call cannot be served, or None. It goes into the sentence "'name', which is used by
    torch.functional.tensordot: reason".
 5. ``parts``: the gradient, written down. ``axis.by_position`` makes (N, T, d) of activations; a projection is applied
@@ -39,7 +39,7 @@ The example is run by ``tests/test_gradient_rule_recipe.py``::
     class TensorDot(Rule):
         '''y = x contracted with W (in, out) over one axis: the gradient is sum_t x_t d_t^T.'''
 
-        signature = {"input": ..., "weight": ..., "dims": 2}
+        signature = {"input": ..., "weight": ..., "dims": 2, "out": None}
 
         def refusal(self):
             if self.arguments["dims"] != 1 or self.weight.value.ndim != 2 or not self.weight.is_whole:
