@@ -5,9 +5,9 @@ The way of a call, one file for each step:
 1. ``api``, ``directions``: the public functions. ``settings`` and ``engine``: checked arguments, chunks of samples.
 2. ``layers``: which parameters, and the layers that they form. ``trace``: which calls use them, and where the samples
    are (``batch_axis``). ``plan`` and ``planner``: the plan of all passes that follows from it.
-3. ``backward``: a forward and a backward pass. ``intercept`` meets the calls of torch's functions, ``rules`` says what
-   the gradients of their parameters consist of, ``accumulators`` turns the parts into sketches, norms, inner products.
-   ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
+3. ``backward``: a forward and a backward pass. ``intercept`` watches the calls of torch's functions, ``rules`` says
+   what the gradients of their parameters consist of, ``accumulators`` turns the parts into sketches, norms and inner
+   products. ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
 4. ``sketches``: kinds of sketch. ``projection``: their matrices, applied. ``layout``: the layers' places.
 5. ``by_sample``, ``by_class``: the results. ``similarity`` and ``standard_errors``: what is computed from them.
 

@@ -91,7 +91,7 @@ class ClassGradients:
         )
 
     def to(self, device: torch.device | str) -> ClassGradients:
-        """A copy on another device."""
+        """These gradients on another device."""
         classes, vectors, counts, squares = (getattr(self, name).to(device) for name in _TENSORS)
         return ClassGradients(classes, vectors, counts, squares, self.layout, self.sketch)
 

@@ -62,9 +62,7 @@ class Projection:
             if ones:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
             return x if length == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - length))
-        backend_is_chosen = self._backend != "auto" or get_backend() != "auto"
-        recompute = backend_is_chosen or not stored_is_quicker(x, self.size)
-        if self._random_entries is not None and start == 0 and recompute:
+        if self._random_entries is not None and start == 0 and self._may_draw_entries(x):
             entries, key = self._random_entries
             arguments = (x, self.size, key, ones, entries)
             implementation = OPERATOR.choose(self._backend, *arguments)
@@ -72,6 +70,10 @@ class Projection:
                 projected: Tensor = implementation.run(*arguments)
                 return projected
         return project(x, self.matrix(x)[:, start : start + length], ones=ones)
+
+    def _may_draw_entries(self, x: Tensor) -> bool:
+        """Whether to draw the entries in the call: the backend is chosen by the user, or the matrix is not quicker."""
+        return self._backend != "auto" or get_backend() != "auto" or not stored_is_quicker(x, self.size)
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, T, size): M e_i for each index (N, T)."""

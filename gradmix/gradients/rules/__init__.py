@@ -1,12 +1,12 @@
 """Layer rules: what the per-sample gradients of a layer's parameters consist of, one file per family of functions.
 
 A rule belongs to functions of torch that are linear in their parameters, up to a constant: ``F.linear``,
-``torch.conv2d``. :mod:`gradmix.gradients.intercept` meets the calls in a model's forward pass, in whatever module they
-are made. With activations a_t that go in and gradients d_t of the output, at positions t, the gradient of one sample
-as a matrix is one of two kinds:
+``torch.conv2d``. :mod:`gradmix.gradients.intercept` watches the calls in a model's forward pass, in whatever module
+they are made. With activations a_t that go in and gradients d_t of the output, at positions t, the gradient of one
+sample as a matrix is one of two kinds:
 
 - a sum of outer products, sum_t d_t a_t^T (:class:`Outer`): linear layers, convolutions (a_t is the window seen at t),
-  embeddings (one factor is one-hot). It is never formed: both factors are projected before they meet.
+  embeddings (one factor is one-hot). It is never formed: both factors are projected before they are multiplied.
 - small, and formed (:class:`Dense`): normalisation, depthwise convolutions, single biases, class tokens, position
   embeddings.
 
@@ -18,8 +18,8 @@ How to add a rule
 1. Choose the file of the family: ``linear``, ``einsum`` (products with a parameter of any number of axes),
    ``convolution``, ``embedding``, ``normalisation``, ``elementwise`` (sums, scales, PReLU, class tokens). A new family
    is a new file, which is imported at the end of this one. ``nn.MultiheadAttention`` needs none: the calls inside it
-   are met one by one. Recurrent layers have none, since ``nn.LSTM`` calls a single function that is not linear in its
-   weights.
+   are watched one by one. Recurrent layers have none: ``nn.LSTM`` calls a single function, which is not linear in
+   its weights.
 2. Derive a class from :class:`Rule` and register it for the functions, as in the example below.
 3. ``signature``: the function's arguments by name, with their defaults: all that it may be given, by position or by
    keyword. The activations are called ``input``, the parameters ``weight`` and ``bias``.
@@ -31,7 +31,7 @@ How to add a rule
    (any axis but the last may hold the samples; :class:`ChannelsFirst`: axis 0), ``tangent`` (the function itself,
    called with the directions as parameters).
 7. Add cases to ``LAYERS`` in ``tests/gradient_networks.py``. Every case is checked against a loop over single samples,
-   in three precisions, with sketches and along directions.
+   in three precisions and along directions.
 
 The example is run by ``tests/test_gradient_rule_recipe.py``::
 
