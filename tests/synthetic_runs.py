@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
-from gradmix.training.results import AlignmentRecord, RunResult, Timing
+from gradmix.training.runs.results import AlignmentRecord, RunResult, Timing
 
 
 def make_result(

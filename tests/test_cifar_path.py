@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gradmix import cli
-from gradmix.training.experiments import load
-from gradmix.training.report import from_results
+from gradmix.training.reports.report import from_results
+from gradmix.training.runs.experiments import load
 
 pytestmark = pytest.mark.slow
 

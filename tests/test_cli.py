@@ -17,9 +17,9 @@ from fresh import run_python
 from synthetic_runs import make_result
 
 from gradmix import __version__, cli
-from gradmix.training import trainer
 from gradmix.training.config import TrainConfig, load_config, to_yaml
-from gradmix.training.results import RunResult, load_run, load_runs, save_run
+from gradmix.training.loop import trainer
+from gradmix.training.runs.results import RunResult, load_run, load_runs, save_run
 
 Calls = list[tuple[TrainConfig, str, int]]
 
@@ -234,7 +234,7 @@ def test_ctrl_c_saves_and_stops(
 
 
 def test_ctrl_c_waits_for_a_result_to_be_saved(trained: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmix.training import results
+    from gradmix.training.runs import results
 
     def interrupted_save(result: RunResult, folder: Path) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
@@ -250,7 +250,7 @@ def test_ctrl_c_waits_for_a_result_to_be_saved(trained: Calls, monkeypatch: pyte
 def test_ctrl_c_before_anything(
     trained: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gradmix.training import benchmarks
+    from gradmix.training.streams import benchmarks
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

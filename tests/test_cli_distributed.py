@@ -20,10 +20,10 @@ import gradmix
 from gradmix import cli
 from gradmix.cli import launch
 from gradmix.cli.launch import Processes, losses_explained
-from gradmix.training import plots
 from gradmix.training.config import load_config
-from gradmix.training.reading import default_workers
-from gradmix.training.results import RunResult, load_runs
+from gradmix.training.loop.reading import default_workers
+from gradmix.training.reports import plots
+from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SCRIPT = str(Path(__file__).with_name("one_of_several.py"))

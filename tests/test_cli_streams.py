@@ -12,7 +12,7 @@ import pytest
 
 from gradmix import cli
 from gradmix.cli.flags import _split_help
-from gradmix.training.results import load_run, load_runs
+from gradmix.training.runs.results import load_run, load_runs
 
 OWN = """
 import torch

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.alignment import feature_alignment
 from gradmix.selection import Pairs
-from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS, Context, StepRows, selective
 from gradmix.training.methods.controls import controlled
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream, resolve
 
 CONTROLS = (
     "random",
@@ -272,7 +272,7 @@ def test_methods_know_their_mixed_rows() -> None:
     model, _ = problem()
     buffer = gradmix.ReplayBuffer(3)
     buffer.add(torch.randn(12, 5), torch.arange(12) % 4)
-    from gradmix.training.clock import Clock
+    from gradmix.training.loop.clock import Clock
 
     context = Context(
         model,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gradmix.training import experiments
+import gradmix
 from gradmix.training.config import DataConfig, MixConfig, ReplayConfig, TrainConfig, from_dict
-from gradmix.training.experiments import content_hash, from_yaml, load, protocol, shipped
-from gradmix.training.trainer import settled
+from gradmix.training.loop.trainer import settled
+from gradmix.training.runs.experiments import content_hash, from_yaml, load, protocol, shipped
 
 TEXT = """
 title: A table
@@ -237,6 +237,6 @@ def test_shipped_ones_can_be_run(name: str) -> None:
 
 
 def test_shipped_ones_are_the_files_of_the_package() -> None:
-    folder = Path(experiments.__file__).parent.parent / "experiments"
+    folder = Path(gradmix.__file__).parent / "experiments"
     assert "digits" in shipped()
     assert sorted(shipped()) == sorted(path.stem for path in folder.glob("*.yaml"))

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from gradmix.training import checkpoint
-from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop import checkpoint
+from gradmix.training.loop.checkpoint import CheckpointError
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
 
 CONFIG = TrainConfig(optim=OptimConfig(model="mlp", epochs=1, batch=4), replay=ReplayConfig(size=4, batch=2), threads=1)
 FORGED: list[Any] = [

@@ -14,13 +14,13 @@ from truth import assert_decisions_agree
 
 import gradmix
 from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
-from gradmix.training import trainer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
+from gradmix.training.loop import trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
-from gradmix.training.metrics import average_accuracy
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.runs.metrics import average_accuracy
+from gradmix.training.streams.benchmarks import make_stream
 
 pytestmark = pytest.mark.gpu
 BUFFER = rows(12, 3)

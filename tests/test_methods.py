@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.buffers import BufferRows, ReplayBuffer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MethodName, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import (
     METHODS,
     Context,
@@ -37,7 +37,7 @@ from gradmix.training.methods import (
     remix,
 )
 from gradmix.training.models import build_model
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 CLASSES = 5
 IMAGE = (1, 6, 5)

@@ -16,11 +16,11 @@ import gradmix
 from gradmix import mixed_forward
 from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
-from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, TrainConfig
+from gradmix.training.loop.clock import Clock
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.methods import mixup as mixup_module
-from gradmix.training.mixing_space import stage_of
+from gradmix.training.methods.mixing_space import stage_of
 
 CLASSES, WORDS, LENGTH, WIDTH = 4, 30, 6, 8
 
@@ -490,7 +490,7 @@ def test_manifold_mixup_has_the_place_for_an_input(monkeypatch, space: str) -> N
     method = METHODS["manifold-mixup"](context)
     places: list[object] = []
     monkeypatch.setattr(
-        "gradmix.training.mixing_space.mixed_forward",
+        "gradmix.training.methods.mixing_space.mixed_forward",
         lambda model, stage, *a, **k: places.append(stage) or mixed_forward(model, stage, *a, **k),
     )
     losses = [float(method.loss(rows).detach()) for _ in range(30)]

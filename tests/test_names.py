@@ -18,11 +18,11 @@ from synthetic_runs import make_result
 
 from gradmix import cli, names
 from gradmix.cli.progress import Reporter
-from gradmix.training import document, plots, report, tables
-from gradmix.training.document import Code, Heading, Items, Table, Text
-from gradmix.training.experiments import from_yaml
-from gradmix.training.results import load_run, save_run, save_summary
-from gradmix.training.trainer import Progress
+from gradmix.training.loop.trainer import Progress
+from gradmix.training.reports import document, plots, report, tables
+from gradmix.training.reports.document import Code, Heading, Items, Table, Text
+from gradmix.training.runs.experiments import from_yaml
+from gradmix.training.runs.results import load_run, save_run, save_summary
 
 ODD = [
     r"$\foo$", "a ${b", r"$\frac{1}{$", "US$ and A$", "_hidden", "a_b^c{", "back\\slash\\", "two\nlines", "tab\tand\r",

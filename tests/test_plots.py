@@ -12,8 +12,8 @@ from fresh import run_python
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
-from gradmix.training import plots
-from gradmix.training.results import AlignmentRecord, RunResult
+from gradmix.training.reports import plots
+from gradmix.training.runs.results import AlignmentRecord, RunResult
 
 
 def texts(figure: Any) -> str:
@@ -138,7 +138,7 @@ def test_same_run_same_bytes(tmp_path: Path) -> None:
 
 def test_drawing_leaves_pyplot_alone() -> None:
     code = (
-        "import sys, gradmix.training.plots as p; assert 'matplotlib' not in sys.modules;"
+        "import sys, gradmix.training.reports.plots as p; assert 'matplotlib' not in sys.modules;"
         "import numpy as np; from pathlib import Path; p._figure(1, 1); assert 'matplotlib.pyplot' not in sys.modules"
     )
     assert run_python(code) == []

@@ -20,14 +20,14 @@ from fresh import run_python
 from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same
 
-from gradmix.training import checkpoint, trainer
-from gradmix.training.benchmarks import make_stream
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
-from gradmix.training.reading import MOST_WORKERS, Reading
-from gradmix.training.rows import StoredRows
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.data.samples import StoredRows
+from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.loop.reading import MOST_WORKERS, Reading
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow, which is not installed")
 
@@ -214,10 +214,10 @@ import os, signal, time
 from pathlib import Path
 import numpy as np
 import torch
-from gradmix.training import checkpoint
-from gradmix.training.benchmarks import make_stream
+from gradmix.training.loop import checkpoint
+from gradmix.training.streams.benchmarks import make_stream
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.trainer import train_one
+from gradmix.training.loop.trainer import train_one
 
 torch.set_num_threads(1)
 path = Path({path!r})

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training import results, tables
 from gradmix.training.config import MixConfig, TrainConfig, load_config
-from gradmix.training.results import (
+from gradmix.training.reports import tables
+from gradmix.training.runs import results
+from gradmix.training.runs.results import (
     AlignmentRecord,
     RunResult,
     Timing,

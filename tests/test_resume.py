@@ -21,13 +21,13 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit
 from torch import nn
 
 import gradmix
-from gradmix.training import checkpoint, trainer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.loop.checkpoint import CheckpointError
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kill_and_resume.py"
 ROWS, BATCH, EPOCHS, TASKS = 12, 7, 2, 3
@@ -278,10 +278,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from gradmix.training import checkpoint
-from gradmix.training.benchmarks import make_stream
+from gradmix.training.loop import checkpoint
+from gradmix.training.streams.benchmarks import make_stream
 from gradmix.training.config import OptimConfig, TrainConfig
-from gradmix.training.trainer import train_one
+from gradmix.training.loop.trainer import train_one
 
 torch.set_num_threads(1)
 path, moments = Path({path!r}), {moments!r}

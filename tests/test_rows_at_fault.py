@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gradmix.training.config import DataConfig, OptimConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import class_incremental
-from gradmix.training.trainer import train_one
 
 CONFIG = TrainConfig(data=DataConfig(workers=0), optim=OptimConfig(model="mlp", epochs=1, batch=8, lr=0.05), threads=1)
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
-from gradmix.training.settings import distinguishing, flatten
-from gradmix.training.trainer import CIRCUMSTANCES
+from gradmix.training.loop.trainer import CIRCUMSTANCES
+from gradmix.training.runs.settings import distinguishing, flatten
 
 BASE = TrainConfig()
 

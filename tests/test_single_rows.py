@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.single_rows import serve_single_rows
+from gradmix.training.loop.trainer import Progress, train_one
+from gradmix.training.models.single_sample import serve_single_rows
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
 
 
 def normalised(num_classes: int) -> nn.Module:

@@ -24,7 +24,7 @@ import gradmix
 from gradmix import ReplayBuffer, storage
 from gradmix.alignment import buffer_rows
 from gradmix.storage import Column, RowFiles
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 
 POLICIES = ("class", "balanced", "reservoir")
 EXTRAS = {"logits": (5,), "seen at": ()}
@@ -269,7 +269,7 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from gradmix import ReplayBuffer
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 from test_storage import add, stream
 folder = Path(sys.argv[1])
 rows = stream(600)

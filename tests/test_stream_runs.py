@@ -19,10 +19,6 @@ from torch import Tensor, nn
 import gradmix
 from gradmix import selection
 from gradmix.buffers import BufferRows, ReplayBuffer
-from gradmix.training import sampler, trainer
-from gradmix.training.augment import as_floats
-from gradmix.training.benchmarks import make_stream, resolve, stream_of
-from gradmix.training.clock import Clock
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -33,14 +29,18 @@ from gradmix.training.config import (
     to_dict,
     to_yaml,
 )
-from gradmix.training.experiments import content_hash
+from gradmix.training.data.augment import as_floats
+from gradmix.training.data.tabular import COVERTYPES
+from gradmix.training.data.texts import NEWSGROUPS
+from gradmix.training.loop import sampler, trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import Progress, settled, train_one
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.models import build_model
-from gradmix.training.protocols import Protocol
+from gradmix.training.runs.experiments import content_hash
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.tabular_data import COVERTYPES
-from gradmix.training.text_data import NEWSGROUPS
-from gradmix.training.trainer import Progress, settled, train_one
+from gradmix.training.streams.benchmarks import make_stream, resolve, stream_of
+from gradmix.training.streams.protocols import Protocol
 
 PER_CLASS, CLASSES, WIDTH, BATCH = 10, 6, 5, 7
 # 20 rows a task: three steps, the last of six rows.

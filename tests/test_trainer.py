@@ -13,19 +13,19 @@ from fresh import run_python
 from torch import nn
 
 from gradmix.buffers import ReplayBuffer
-from gradmix.training import trainer
-from gradmix.training.benchmarks import make_stream, resolve
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.environment import pick_device
-from gradmix.training.evaluation import evaluate
+from gradmix.training.data.samples import TensorRows
+from gradmix.training.loop import trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.environment import pick_device
+from gradmix.training.loop.evaluation import evaluate
+from gradmix.training.loop.optimiser import make_optimiser, make_schedule
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS, Context, Method, StepRows, weighted_cross_entropy
-from gradmix.training.metrics import average_accuracy
 from gradmix.training.models import build_model
-from gradmix.training.optimiser import make_optimiser, make_schedule
-from gradmix.training.results import RunResult
-from gradmix.training.rows import TensorRows
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.runs.metrics import average_accuracy
+from gradmix.training.runs.results import RunResult
+from gradmix.training.streams.benchmarks import make_stream, resolve
 
 SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
 
@@ -563,7 +563,7 @@ def test_the_peak_is_the_runs_own() -> None:
     # In a process of its own: one that has run other tests may serve such a tensor from memory it never gave back.
     code = """
 import torch
-from gradmix.training.memory import peak_memory, start_peak_memory
+from gradmix.training.loop.memory import peak_memory, start_peak_memory
 device = torch.device("cpu")
 hog = torch.ones(100 * 2**20)  # 400 MiB
 print(peak_memory(device))

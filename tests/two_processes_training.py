@@ -12,11 +12,11 @@ import torch
 import torch.multiprocessing
 
 from gradmix.processes import rank_of
-from gradmix.training.benchmarks import make_stream
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 BASE = TrainConfig(
     data=DataConfig(tasks=3, rows_per_class=40, workers=0),
@@ -157,7 +157,7 @@ def read(name: str) -> TaskStream:
 
 def outcome(case: tuple[str, TrainConfig], stream: TaskStream, group: Any = None, **options: Any) -> dict[str, Any]:
     """What a run comes to: its accuracies, the last model's parameters, the rows held."""
-    from gradmix.training import trainer
+    from gradmix.training.loop import trainer
 
     method, config = case
     runs: list[Any] = []

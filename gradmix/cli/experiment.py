@@ -19,9 +19,9 @@ from gradmix.names import shell, shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradmix.training.experiments import Experiment, Run
-    from gradmix.training.results import RunResult
-    from gradmix.training.trainer import Progress
+    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.runs.experiments import Experiment, Run
+    from gradmix.training.runs.results import RunResult
 
 _MISSING = 1
 _DEFAULT_OUTPUT = Path("runs") / "experiments"
@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
 
-    from gradmix.training import experiments
+    from gradmix.training.runs import experiments
 
     options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
@@ -72,9 +72,9 @@ def main(args: list[str]) -> int:
 
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
     from gradmix.cli.train import refuse_in_use
-    from gradmix.training import running
-    from gradmix.training.environment import pick_device
+    from gradmix.training.loop.environment import pick_device
     from gradmix.training.methods import METHODS
+    from gradmix.training.runs import running
 
     refuse_in_use(output, shared=True)
     root = output / _RUNS
@@ -131,8 +131,8 @@ def _shared(output: Path) -> Iterator[None]:
     """
     from gradmix.cli.train import refuse_in_use
     from gradmix.locks import locked
-    from gradmix.training.results import LOCK
-    from gradmix.training.whole_files import make_folder
+    from gradmix.training.runs.results import LOCK
+    from gradmix.training.runs.whole_files import make_folder
 
     make_folder(output)
     with locked(output / LOCK, shared=True) as mine:
@@ -142,7 +142,7 @@ def _shared(output: Path) -> Iterator[None]:
 
 
 def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
-    from gradmix.training.running import Watcher
+    from gradmix.training.runs.running import Watcher
 
     class Shown(Watcher):
         """Shows each run's steps, or, of runs in other processes, their ends."""
@@ -193,7 +193,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 def _write(
     experiment: Experiment, runs: Sequence[Run], output: Path, command: str, failed: Sequence[tuple[Run, str]]
 ) -> dict[str, Any]:
-    from gradmix.training import report
+    from gradmix.training.reports import report
 
     values = report.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
     folder = report.write(values, output / experiment.folder)
@@ -202,9 +202,9 @@ def _write(
 
 
 def _say(values: dict[str, Any], folder: Path) -> None:
-    from gradmix.training import report
-    from gradmix.training.cells import difference, interval, probability
-    from gradmix.training.tables import SHOWN
+    from gradmix.training.reports import report
+    from gradmix.training.reports.cells import difference, interval, probability
+    from gradmix.training.reports.tables import SHOWN
 
     rows, differences = report.summarise(values)
     print()
@@ -231,7 +231,8 @@ def _say(values: dict[str, Any], folder: Path) -> None:
 
 
 def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
-    from gradmix.training import report, running
+    from gradmix.training.reports import report
+    from gradmix.training.runs import running
 
     saved = output / experiment.folder / "results.json"
     if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
@@ -245,7 +246,7 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
 
 def _again(options: Any) -> int:
     """The report on a ``results.json``, beside it or in the folder asked for."""
-    from gradmix.training import report
+    from gradmix.training.reports import report
 
     if options.seeds or options.arms or options.dry_run:
         raise UsageError("got --seeds, --arms or --dry-run with a results.json, expected --report-only and --output")
@@ -258,7 +259,7 @@ def _again(options: Any) -> int:
 
 
 def _plan(runs: Sequence[Run], root: Path) -> int:
-    from gradmix.training.running import state_of
+    from gradmix.training.runs.running import state_of
 
     states = [state_of(run, root) for run in runs]
     width = max(len(shown(run.label)) for run in runs)

@@ -14,8 +14,8 @@ from gradmix.cli.errors import INTERRUPTED, StopNow
 from gradmix.names import shown
 
 if TYPE_CHECKING:
-    from gradmix.training.results import RunResult
-    from gradmix.training.trainer import Progress
+    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.runs.results import RunResult
 
 
 class Reporter:
@@ -112,7 +112,7 @@ class Reporter:
 
 def figures(result: RunResult) -> str:
     """A run's figures in a few words."""
-    from gradmix.training.results import metric_values, tasks_reached
+    from gradmix.training.runs.results import metric_values, tasks_reached
 
     if result.status != "complete":
         return f"{result.status} after {tasks_reached(result)} of {result.tasks} tasks"

@@ -22,7 +22,7 @@ from gradmix.names import shell, shown
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
-    from gradmix.training.results import RunResult
+    from gradmix.training.runs.results import RunResult
 
 _CHECKPOINTS = ".checkpoints"
 _CONFIG, _METRICS = "config.yaml", "metrics.json"
@@ -96,10 +96,10 @@ def _planned(
     config = parse_train(args) if resumed is None else resumed
     find_named("train --benchmark", config.data.benchmark, config.optim.model)
 
-    from gradmix.training.benchmarks import resolve
     from gradmix.training.config import check
-    from gradmix.training.environment import pick_device
+    from gradmix.training.loop.environment import pick_device
     from gradmix.training.methods import METHODS
+    from gradmix.training.streams.benchmarks import resolve
 
     check(config)
     config = resolve(config)
@@ -126,7 +126,7 @@ def _planned(
 
 
 def _stream(config: TrainConfig, processes: Processes) -> Any:
-    from gradmix.training.benchmarks import stream_of
+    from gradmix.training.streams.benchmarks import stream_of
 
     device = processes.device(config.device)
     if device.startswith("cuda:"):
@@ -137,8 +137,8 @@ def _stream(config: TrainConfig, processes: Processes) -> Any:
 
 
 def _begin(config: TrainConfig, held: ExitStack) -> None:
-    from gradmix.training.results import refuse_occupied, save_config
-    from gradmix.training.whole_files import make_folder
+    from gradmix.training.runs.results import refuse_occupied, save_config
+    from gradmix.training.runs.whole_files import make_folder
 
     assert config.output is not None
     make_folder(config.output)
@@ -155,7 +155,7 @@ def _occupy(output: Path, held: ExitStack) -> None:
         ValueError: Another command is at work in it.
     """
     from gradmix.locks import locked
-    from gradmix.training.results import LOCK
+    from gradmix.training.runs.results import LOCK
 
     while not held.enter_context(locked(output / LOCK)):
         # If not, it has just ended.
@@ -169,7 +169,7 @@ def refuse_in_use(output: Path, *, shared: bool = False) -> None:
         ValueError: One is; the message says which process.
     """
     from gradmix.locks import holder
-    from gradmix.training.results import LOCK
+    from gradmix.training.runs.results import LOCK
 
     who = holder(output / LOCK, shared=shared)
     if who is not None:
@@ -195,7 +195,7 @@ def _run_all(
     Raises:
         KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
     """
-    from gradmix.training import checkpoint, trainer
+    from gradmix.training.loop import checkpoint, trainer
 
     def step(progress: trainer.Progress) -> None:
         if reporter is not None:
@@ -238,8 +238,8 @@ def _run_all(
 
 def _save(result: RunResult, folder: Path) -> None:
     """Saves a run; an interrupted one that lies in its place stays until the new one is whole."""
-    from gradmix.training import results
-    from gradmix.training.whole_files import naming, sync
+    from gradmix.training.runs import results
+    from gradmix.training.runs.whole_files import naming, sync
 
     if not folder.exists():
         results.save_run(result, folder)
@@ -259,8 +259,8 @@ def _save(result: RunResult, folder: Path) -> None:
 def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
     if not results:
         return
-    from gradmix.training import tables
-    from gradmix.training.results import save_summary
+    from gradmix.training.reports import tables
+    from gradmix.training.runs.results import save_summary
 
     assert config.output is not None
     ordered = [results[run] for run in _runs(config) if run in results]
@@ -332,7 +332,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
 
 def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
     """The runs of a folder that are complete or have diverged, as they would again, by method and seed."""
-    from gradmix.training.results import load_run
+    from gradmix.training.runs.results import load_run
 
     assert config.output is not None
     found = {}
@@ -361,7 +361,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
         ValueError: It is taken; if by training that was interrupted, the message says how to go on with that.
     """
     from gradmix.training.config import load_config
-    from gradmix.training.results import refuse_occupied
+    from gradmix.training.runs.results import refuse_occupied
 
     output = config.output or _default_output(config.data.benchmark)
     refuse_in_use(output)

@@ -1,8 +1,8 @@
 """The configuration of a run: typed, complete, and the same on the command line and in ``config.yaml``.
 
-A field that is ``None`` is taken from the benchmark's protocol by :func:`~gradmix.training.benchmarks.resolve`; a
-resolved configuration has none left but those for which ``None`` has a meaning of its own, and says everything needed
-to run again.
+A field that is ``None`` is filled from the benchmark's protocol
+(:func:`~gradmix.training.streams.benchmarks.resolve`). In a resolved configuration only those fields are ``None`` for
+which it has a meaning of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BENCHMARK_NAMES = (
     "split-covertype",
     "split-wine",
 )
-"""Keys of :data:`gradmix.training.benchmarks.BENCHMARKS`."""
+"""Keys of :data:`gradmix.training.streams.benchmarks.BENCHMARKS`."""
 MODEL_NAMES = (
     "mlp",
     "resnet8",

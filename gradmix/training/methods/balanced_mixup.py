@@ -7,8 +7,8 @@ import torch
 
 from gradmix.head import HeadOutput
 from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
-from gradmix.training.mixing_space import Mixture
 
 ALPHA = 0.2
 """The parameter of Beta(alpha, 1): the larger of the two values the paper settles on, 0.1 and 0.2."""

@@ -23,9 +23,9 @@ from gradmix.alignment import Alignment
 from gradmix.buffers import BufferRows, ReplayBuffer
 from gradmix.processes import Group, size_of, sum_over
 from gradmix.rows import RowSource
-from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
-from gradmix.training.sharding import Share
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.sharding import Share
 
 Part: TypeAlias = "slice | Tensor"
 """Some of a step's rows: a slice of them, or their places."""

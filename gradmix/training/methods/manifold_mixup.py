@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gradmix.graphs import sent
 from gradmix.mixing import draw_lam
 from gradmix.training.methods.base import Context, StepRows, weighted_cross_entropy
+from gradmix.training.methods.mixing_space import require_mixable
 from gradmix.training.methods.mixup import Mixup
-from gradmix.training.mixing_space import require_mixable
 
 
 class ManifoldMixup(Mixup):

@@ -14,14 +14,14 @@ from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.ops.labels import dense_labels
 from gradmix.training.methods.base import Context, Method, StepRows, weighted_cross_entropy
-from gradmix.training.mixing_space import MixSpace, Mixture, mix_space, stage_of
+from gradmix.training.methods.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
 
 class Mixing(Method):
     """What the mixing methods share: the loss on mixed rows and, if asked for, on the originals, each by half.
 
     Attributes:
-        spaces: where the method can mix (:data:`gradmix.training.mixing_space.MixSpace`).
+        spaces: where the method can mix (:data:`gradmix.training.methods.mixing_space.MixSpace`).
 
     Raises:
         ValueError: the settings name another place, or one that the model does not have.

@@ -15,12 +15,12 @@ from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched
 from gradmix.rows import chunks_of
 from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
+from gradmix.training.loop.sharding import Share
+from gradmix.training.loop.state_checks import require_like, require_tensor
 from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
+from gradmix.training.methods.mixing_space import Mixture, mix_space, require_mixable
 from gradmix.training.methods.mixup import LinearMixing
-from gradmix.training.mixing_space import Mixture, mix_space, require_mixable
-from gradmix.training.run_state import require_like, require_tensor
-from gradmix.training.sharding import Share
 
 
 class SelectiveMixup(LinearMixing):
