@@ -51,7 +51,7 @@ def test_the_protocol_on_generated_images(tmp_path: Path, capsys: pytest.Capture
         arms:
           - {name: er, method: er}
           - {name: mixup, method: mixup}
-          - {name: gradmix, method: gradmix}
+          - {name: gradmix, method: gradmix-class}
           - {name: gradmix-sample, method: gradmix-sample}
           - {name: with originals, method: gradmix-sample, mix: {originals: true}}
         differences: [[gradmix-sample, mixup]]

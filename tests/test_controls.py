@@ -213,7 +213,7 @@ def test_the_norm_does_not_depend_on_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 def test_a_run_under_control(name: str, method: str) -> None:
     stream = make_stream("split-digits", tasks=2, rows_per_class=40)
     config = TrainConfig(
@@ -228,7 +228,7 @@ def test_a_run_under_control(name: str, method: str) -> None:
     assert first.mixed_share[1] <= 1
 
 
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("reference", [None, "replayed"])
 def test_a_control_takes_the_place_of_every_selection(
     reference: Literal["replayed"] | None, method: str, monkeypatch: pytest.MonkeyPatch

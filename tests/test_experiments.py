@@ -83,7 +83,7 @@ BASE = settled(TrainConfig(), "gradmix-sample", 0)
         (settled(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
         (settled(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
         (settled(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(), "gradmix", 0), False),
+        (settled(TrainConfig(), "gradmix-class", 0), False),
         (settled(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
         (settled(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
         (settled(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
@@ -219,7 +219,9 @@ def test_a_part_is_told_by_its_folder(others: dict[str, Any], part: str) -> None
 def test_parts_have_folders_of_their_own() -> None:
     names = ["a", "b", "A", "a-b", "a_b", "a b", "a/b", "../a", "ä", "a" * 300, "a" * 301]
     # The method is the same for all: what tells them apart is a setting.
-    arms = ", ".join(f"{{name: {name!r}, method: gradmix, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names))
+    arms = ", ".join(
+        f"{{name: {name!r}, method: gradmix-class, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names)
+    )
     experiment = from_yaml(f"title: x\nbase: {{}}\narms: [{arms}]\n", "table")
     narrowed = [experiment.narrowed(arms=chosen) for chosen in ([name] for name in names)]
     narrowed += [experiment.narrowed(arms=["a", "b"]), narrowed[0].narrowed(seeds=[1]), narrowed[0].narrowed(seeds=[2])]

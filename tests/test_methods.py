@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,19 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.buffers import BufferRows, ReplayBuffer
-from gradmix.training.config import DataConfig, MethodName, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig, from_dict
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.trainer import train_one
+from gradmix.training.method_names import PRESETS
 from gradmix.training.methods import (
     METHODS,
     Context,
     Finetune,
-    Method,
     Mixup,
     Pixels,
     StepRows,
     a_gem,
     balanced_mixup,
+    composition,
     cutmix,
     dark_replay,
     manifold_mixup,
@@ -343,7 +343,7 @@ def test_balanced_mixup_mixes_with_the_balanced_rows(monkeypatch, lam: float, n:
 
 
 def test_balanced_mixup_draws_from_beta_alpha_1() -> None:
-    assert METHODS["balanced-mixup"].wants_balanced and not METHODS["mixup"].wants_balanced
+    assert METHODS["balanced-mixup"].needs.balanced and not METHODS["mixup"].needs.balanced
     g = torch.Generator().manual_seed(0)
     lams = np.array([balanced_mixup.draw_balanced_lam(0.2, g) for _ in range(4000)])
     # Beta(a, 1) has the distribution function t^a.
@@ -416,7 +416,7 @@ def test_a_gem_step(scale: float | None, against: bool) -> None:
     context.model.register_forward_hook(lambda *_: calls.append(1))
     method = METHODS["a-gem"](context)
     loss = method.backward(rows)
-    assert len(calls) == 2 and not method.replays
+    assert len(calls) == 2 and not method.needs.replayed
     plain = copy.deepcopy(context.model)
     parameters = list(plain.parameters())
     current = (F.cross_entropy(plain(rows.x), rows.y, reduction="none") * rows.weight).sum()
@@ -439,7 +439,12 @@ def test_a_gem_without_a_buffer_is_finetuning() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- DER++
 
-DARK = {"der++": "er", "der++-mixup": "mixup", "der++-gradmix": "gradmix", "der++-gradmix-sample": "gradmix-sample"}
+DARK = {
+    "der++": "er",
+    "der++-mixup": "mixup",
+    "der++-gradmix-class": "gradmix-class",
+    "der++-gradmix-sample": "gradmix-sample",
+}
 
 
 def filled(context: Context) -> Context:
@@ -653,12 +658,12 @@ def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("kornia")
     seen: list[StepRows] = []
 
-    class Inner(METHODS["mixup"]):
+    class Inner(Mixup):
         def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
             seen.append(rows)
             return super().losses(rows)
 
-    monkeypatch.setattr(METHODS["trivialaugment-mixup"], "inner", Inner)
+    monkeypatch.setitem(composition.MIXING, "mixup", Inner)
     x, y, weight = torch.rand(12, *COLOUR), torch.arange(12) % 4, torch.rand(12)
     other = (torch.rand(5, *COLOUR), torch.arange(5) % 4) if candidates else None
     context = make_context(COLOUR)
@@ -804,5 +809,5 @@ def test_replay_keeps_what_finetuning_forgets(runs) -> None:
 
 
 def test_names_are_those_of_the_configuration() -> None:
-    assert tuple(METHODS) == get_args(MethodName)
-    assert all(issubclass(method, Method) for method in METHODS.values())
+    assert tuple(METHODS) == tuple(PRESETS)
+    assert from_dict({"methods": list(METHODS)}).methods == tuple(METHODS)

@@ -438,7 +438,7 @@ def make_rows(n: int, candidates: int = 0) -> StepRows:
     return StepRows(x, y, weight, tokens(candidates, 4) if candidates else None)
 
 
-LINEAR = ["mixup", "remix", "balanced-mixup", "gradmix", "gradmix-sample"]
+LINEAR = ["mixup", "remix", "balanced-mixup", "gradmix-class", "gradmix-sample"]
 
 
 @pytest.mark.parametrize("originals", [False, True])
@@ -499,7 +499,9 @@ def test_manifold_mixup_has_the_place_for_an_input(monkeypatch, space: str) -> N
     assert len(set(losses)) > 20
 
 
-@pytest.mark.parametrize("name", ["gradmix", "gradmix-sample", "der++-gradmix", "trivialaugment-gradmix"])
+@pytest.mark.parametrize(
+    "name", ["gradmix-class", "gradmix-sample", "der++-gradmix-class", "trivialaugment-gradmix-class"]
+)
 @pytest.mark.parametrize("space", ["embedding", "feature"])
 def test_selection_is_by_features_where_inputs_are_not_mixed(name: str, space: str) -> None:
     for given in (None, "feature"):
@@ -536,7 +538,7 @@ def test_the_stage_is_found_inside_wrappers() -> None:
         stage_of(model, "embedding")
 
 
-@pytest.mark.parametrize("name", ["mixup", "gradmix-sample", "gradmix"])
+@pytest.mark.parametrize("name", ["mixup", "gradmix-sample", "gradmix-class"])
 @pytest.mark.parametrize("space", ["embedding", "feature"])
 def test_steps_on_token_ids_learn(name: str, space: str) -> None:
     context = make_context(space, held=40)

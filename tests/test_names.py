@@ -41,7 +41,7 @@ def steers(text: str) -> list[str]:
 @pytest.mark.parametrize("start", range(0, len(ODD), 4))
 def test_a_run_and_its_pictures_are_saved(start: int, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     class_names = tuple(ODD[start : start + 4])
-    result = replace(make_result("gradmix", tasks=2, class_names=class_names), benchmark=class_names[0])
+    result = replace(make_result("gradmix-class", tasks=2, class_names=class_names), benchmark=class_names[0])
     folder = save_run(result, tmp_path / "run")
     assert {p.name for p in folder.glob("*.png")} == {"curve.png", "heatmap.png", "alignment.png"}
     assert not (folder / plots.NOT_DRAWN).exists() and not recwarn.list

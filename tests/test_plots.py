@@ -79,7 +79,13 @@ def test_alignment_marks_decisions_not_signs() -> None:
     assert np.asarray(crosses.get_offsets()).tolist() == [[1.0, 0.0]], (
         "(partner, row) of the one rejected pair with rows"
     )
-    for part in ("helpful (cosine ≥ 0.1)", "detrimental (cosine < 0.1)", "no rows of this pair", "digit 1", "gradmix"):
+    for part in (
+        "helpful (cosine ≥ 0.1)",
+        "detrimental (cosine < 0.1)",
+        "no rows of this pair",
+        "digit 1",
+        "gradmix-class",
+    ):
         assert part in texts(figure)
 
 
@@ -115,11 +121,11 @@ def test_heatmap_numbers_and_empty_cells() -> None:
 
 
 def test_compare_draws_one_line_a_method_with_a_band() -> None:
-    results = [make_result(m, s) for m in ("er", "mixup") for s in (0, 1, 2)] + [make_result("gradmix", 0)]
-    results.append(make_result("gradmix", 1, reached=1))
+    results = [make_result(m, s) for m in ("er", "mixup") for s in (0, 1, 2)] + [make_result("gradmix-class", 0)]
+    results.append(make_result("gradmix-class", 1, reached=1))
     axes = plots.compare(results).axes[0]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes.lines}
-    assert list(lines) == ["er", "mixup", "gradmix"]
+    assert list(lines) == ["er", "mixup", "gradmix-class"]
     expected = np.mean([plots.seen_accuracy(r.accuracy) for r in results[:3]], axis=0)
     np.testing.assert_allclose(lines["er"], expected)
     assert len(axes.collections) == 2, "a band needs two seeds"

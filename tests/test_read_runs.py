@@ -103,8 +103,8 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "by sample, one shuffled stream": ("gradmix-sample", False, {"replay": {"stream": "shuffled"}}),
     "by sample, replayed reference": ("gradmix-sample", False, {}),
     "by sample, whole buffer": ("gradmix-sample", True, {"mix": {"refresh": 2, "candidates": "balanced"}}),
-    "by class, replayed reference": ("gradmix", False, {"mix": {"estimator": "feature"}}),
-    "by class, whole buffer": ("gradmix", True, {}),
+    "by class, replayed reference": ("gradmix-class", False, {"mix": {"estimator": "feature"}}),
+    "by class, whole buffer": ("gradmix-class", True, {}),
     "der++ with gradmix, reservoir": (
         "der++-gradmix-sample", True, {"replay": {"policy": "reservoir", "size": 7}, "optim": {"accumulate": 2}},
     ),
@@ -355,7 +355,7 @@ def test_a_damaged_file_stops_the_run_by_its_name(file: str, workers: int, tmp_p
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("method", ["er", "der++", "gradmix"])
+@pytest.mark.parametrize("method", ["er", "der++", "gradmix-class"])
 def test_online_damaged_files_are_left_out(method: str, growing: bool, tmp_path: Path) -> None:
     config = config_of(
         spoilt(tmp_path, "train/ape/1.jpg", "train/dog/2.jpg"), 0, data={"skip_damaged": True, "online": True},

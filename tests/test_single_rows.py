@@ -70,7 +70,7 @@ def config(**changes: Any) -> TrainConfig:
         ("er", (7, 7, 7, 7), {"optim": {"batch": 7, "accumulate": 3}}),
         ("a-gem", (9, 8, 8, 8), {"replay": ReplayConfig(size=1, batch=1)}),
         ("der++", (9, 8, 9, 8), {"replay": ReplayConfig(size=1, batch=1)}),
-        ("gradmix", (9, 8, 9, 8), {"optim": {"growing_head": True}, "replay": ReplayConfig(size=1, batch=1)}),
+        ("gradmix-class", (9, 8, 9, 8), {"optim": {"growing_head": True}, "replay": ReplayConfig(size=1, batch=1)}),
         ("mixup", (9, 8, 9, 8), {"replay": ReplayConfig(size=1, batch=1)}),
     ],
 )

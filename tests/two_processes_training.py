@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
         "gradmix-sample",
         replace(BASE, data=replace(BASE.data, online=True, blur=0.2), optim=replace(BASE.optim, epochs=None)),
     ),
-    "by class": ("gradmix", BASE),
-    "by class, every third step": ("gradmix", replace(BASE, mix=MixConfig(refresh=3, class_samples=4))),
+    "by class": ("gradmix-class", BASE),
+    "by class, every third step": ("gradmix-class", replace(BASE, mix=MixConfig(refresh=3, class_samples=4))),
     "der++ with gradmix": ("der++-gradmix-sample", BASE),
     "der++, growing head": ("der++", replace(BASE, optim=replace(BASE.optim, growing_head=True))),
     "er, online, growing head": (
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
     # Of 80 rows the last step has one, as it has of the buffer, and the first process none.
     **{
         f"{method}, nothing for one process": (method, NOTHING)
-        for method in ("er", "a-gem", "der++", "mixup", "gradmix-sample", "gradmix")
+        for method in ("er", "a-gem", "der++", "mixup", "gradmix-sample", "gradmix-class")
     },
     "er, nothing for one process, in two parts": (
         "er",

@@ -37,7 +37,7 @@ COMMANDS = ("train", "experiment", "compare", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
         argv: Arguments after the program's name; None: those of the process.

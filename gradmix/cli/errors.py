@@ -36,7 +36,7 @@ class LostProcessError(Exception):
 
 
 def require(command: str, *modules: str, **others: str) -> None:
-    """Refuses to go on without the packages that a command needs.
+    """Refuse to go on without the packages that a command needs.
 
     Args:
         command: As the user gave it.
@@ -53,7 +53,7 @@ def require(command: str, *modules: str, **others: str) -> None:
 
 
 def message(error: BaseException) -> str:
-    """Puts an error into words, without its number or class."""
+    """Put an error into words, without its number or class."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -72,7 +72,7 @@ def status_of(error: BaseException) -> int:
 
 
 def reported(error: BaseException, who: str = "") -> int:
-    """Says on stderr what ended a command, as far as a line can say it.
+    """Say on stderr what ended a command, as far as a line can say it.
 
     Args:
         error: What came.

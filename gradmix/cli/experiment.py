@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gradmix.cli.errors import UsageError, require
+from gradmix.cli.former_names import former_names_said
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
@@ -29,7 +30,7 @@ _RUNS = "runs"
 
 
 def main(args: list[str]) -> int:
-    """Runs what is missing, and writes the report; with some flags only the one, or neither."""
+    """Run what is missing, and write the report; with some flags only the one, or neither."""
     require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
@@ -48,7 +49,8 @@ def main(args: list[str]) -> int:
         return _again(options)
     # It may name modules there, which are looked for when it is read.
     search_here()
-    experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
+    with former_names_said():
+        experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
     changes: dict[str, Any] = {}
@@ -73,7 +75,7 @@ def main(args: list[str]) -> int:
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
     from gradmix.cli.train import refuse_in_use
     from gradmix.training.loop.environment import pick_device
-    from gradmix.training.methods import METHODS
+    from gradmix.training.methods import find_method
     from gradmix.training.runs import running
 
     refuse_in_use(output, shared=True)
@@ -87,7 +89,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
             for device in dict.fromkeys(run.config.device for run in todo):
                 pick_device(device)
             for method in dict.fromkeys(run.method for run in todo):
-                METHODS[method].check_installed()
+                find_method(method).check_installed()
             running.check_data(todo)
             with interruption.deferred(), _shared(output):
                 with Reporter(len(todo), max(len(shown(run.label)) for run in runs)) as reporter:
@@ -124,7 +126,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
 
 @contextmanager
 def _shared(output: Path) -> Iterator[None]:
-    """Keeps training out of a folder whose runs several experiments may share.
+    """Keep training out of a folder whose runs several experiments may share.
 
     Raises:
         ValueError: Training is at work in it.

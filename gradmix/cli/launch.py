@@ -150,7 +150,7 @@ class _SaidElsewhere(BaseException):
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Joins the processes that ``torchrun`` started, if it did, for as long as the context is open.
+    """Join the processes that ``torchrun`` started, if it did, for as long as the context is open.
 
     Of several, a process in which the body fails ends here and at once: to take leave of the others it would have to
     wait for them. One that is done ends by :func:`finished`.
@@ -191,7 +191,7 @@ def told() -> Processes | None:
 
 
 def refuse_several(command: str, instead: str) -> None:
-    """Refuses to be one of several processes.
+    """Refuse to be one of several processes.
 
     Raises:
         UsageError: It is one; of the others, which wait for the first to say so, it is a SystemExit.
@@ -207,7 +207,7 @@ def refuse_several(command: str, instead: str) -> None:
 
 @contextmanager
 def losses_explained(go_on: Callable[[], str]) -> Iterator[None]:
-    """Puts into words that another process is gone, whatever the exchange within the body made of it.
+    """Put into words that another process is gone, whatever the exchange within the body made of it.
 
     Args:
         go_on: Makes the command that goes on where this one stopped.

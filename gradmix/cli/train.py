@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import UsageError, require
 from gradmix.cli.flags import parse_train
+from gradmix.cli.former_names import former_names_said
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, finished, joined, losses_explained
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.names import shell, shown
+from gradmix.training.method_names import recorded_name
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -30,7 +32,7 @@ _DIVERGED = 1
 
 
 def main(args: list[str]) -> int:
-    """Trains, saves every run and the table over them; as one of several processes, together with the others."""
+    """Train, save every run and the table over them; as one of several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
     with joined() as processes, losses_explained(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"):
         # What is taken of the folder is given back before processes end together.
@@ -93,19 +95,21 @@ def _planned(
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
     """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
     resumed = _resumed(args)
-    config = parse_train(args) if resumed is None else resumed
+    with former_names_said():
+        config = parse_train(args) if resumed is None else resumed
     find_named("train --benchmark", config.data.benchmark, config.optim.model)
 
     from gradmix.training.config import check
     from gradmix.training.loop.environment import pick_device
-    from gradmix.training.methods import METHODS
+    from gradmix.training.methods import find_method
     from gradmix.training.streams.benchmarks import resolve
 
     check(config)
     config = resolve(config)
     for method in config.methods:
-        METHODS[method].check_installed()
-        if processes.group is not None and not METHODS[method].joins:
+        found = find_method(method)
+        found.check_installed()
+        if processes.group is not None and found.needs.one_process:
             raise ValueError(
                 f"methods: got {method} with {processes.size} processes, expected one process: it mixes whole steps"
             )
@@ -149,7 +153,7 @@ def _begin(config: TrainConfig, held: ExitStack) -> None:
 
 
 def _occupy(output: Path, held: ExitStack) -> None:
-    """Takes a folder for this command, for as long as ``held`` is open.
+    """Take a folder for this command, for as long as ``held`` is open.
 
     Raises:
         ValueError: Another command is at work in it.
@@ -163,7 +167,7 @@ def _occupy(output: Path, held: ExitStack) -> None:
 
 
 def refuse_in_use(output: Path, *, shared: bool = False) -> None:
-    """Refuses a folder in which a command is at work, or, to share it, one that has it alone.
+    """Refuse a folder in which a command is at work, or, to share it, one that has it alone.
 
     Raises:
         ValueError: One is; the message says which process.
@@ -182,6 +186,18 @@ def _runs(config: TrainConfig) -> list[tuple[str, int]]:
     return [(method, seed) for method in config.methods for seed in config.seeds]
 
 
+def _run_folder(output: Path, method: str, seed: int) -> Path:
+    """The folder of one run: by the method's name, or by its former name in a folder that has it."""
+    former = output / recorded_name(method)
+    return (former if former.is_dir() else output / method) / f"seed-{seed}"
+
+
+def _checkpoint_file(output: Path, method: str, seed: int) -> Path:
+    """The checkpoint of one run; as :func:`_run_folder` one under the former name is gone on with."""
+    former = output / _CHECKPOINTS / f"{recorded_name(method)}-seed-{seed}.pt"
+    return former if former.is_file() else former.with_name(f"{method}-seed-{seed}.pt")
+
+
 def _run_all(
     config: TrainConfig,
     todo: list[tuple[str, int]],
@@ -190,7 +206,7 @@ def _run_all(
     interruption: Interruption,
     processes: Processes,
 ) -> None:
-    """Trains run by run; the first process saves the runs and adds them to ``results``.
+    """Train run by run; the first process saves the runs and adds them to ``results``.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
@@ -205,7 +221,7 @@ def _run_all(
     def keep(result: RunResult) -> None:
         # Of several processes with a GPU each, the first one's is not what was asked for.
         result = replace(result, config=replace(result.config, device=config.device))
-        _save(result, output / result.method / f"seed-{result.seed}")
+        _save(result, _run_folder(output, result.method, result.seed))
         results[result.method, result.seed] = result
         if reporter is not None:
             reporter.finish(result)
@@ -219,7 +235,7 @@ def _run_all(
         for method, seed in todo:
             if reporter is not None:
                 reporter.start(method, seed)
-            file = output / _CHECKPOINTS / f"{method}-seed-{seed}.pt"
+            file = _checkpoint_file(output, method, seed)
             with interruption.deferred():
                 result = trainer.train_one(
                     own,
@@ -237,7 +253,7 @@ def _run_all(
 
 
 def _save(result: RunResult, folder: Path) -> None:
-    """Saves a run; an interrupted one that lies in its place stays until the new one is whole."""
+    """Save a run; an interrupted one that lies in its place stays until the new one is whole."""
     from gradmix.training.runs import results
     from gradmix.training.runs.whole_files import naming, sync
 
@@ -307,7 +323,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     refuse_in_use(folder)
     if (folder / _METRICS).is_file():
         raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
-    config = load_config(folder / _CONFIG)
+    config = load_config(folder / _CONFIG, saved=True)
     changed = replace(config, output=folder)
     if given.data_dir is not None:
         changed = replace(changed, data=replace(config.data, data_dir=given.data_dir))
@@ -337,7 +353,7 @@ def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
     assert config.output is not None
     found = {}
     for method, seed in _runs(config):
-        folder = config.output / method / f"seed-{seed}"
+        folder = _run_folder(config.output, method, seed)
         old = folder.with_name(f".{folder.name}-old")
         if not folder.exists() and old.is_dir():
             # The process ended between the two steps of the exchange.
@@ -372,7 +388,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
         if not file.is_file() or (output / _METRICS).is_file():
             raise
         try:
-            there = replace(load_config(file), output=output)
+            there = replace(load_config(file, saved=True), output=output)
             unfinished = len(_runs(there)) - len(_ended(there))
         except (ValueError, OSError):
             raise error from None

@@ -18,7 +18,7 @@ Among = tuple[int, Tensor]
 def random_crop_flip(
     x: Tensor, padding: int = 4, generator: torch.Generator | None = None, among: Among | None = None
 ) -> Tensor:
-    """Pads every image with zeros, cuts a random window of the old size, and mirrors it left to right half the time.
+    """Pad every image with zeros, cut a random window of the old size, and mirror it left to right half the time.
 
     Offsets are uniform in ``0..2*padding`` in both directions, drawn for every image apart. On normalised images the
     zeros of the border are the mean colour.
@@ -69,7 +69,7 @@ def random_resized_crop_flip(
     generator: torch.Generator | None = None,
     among: Among | None = None,
 ) -> Tensor:
-    """Cuts a random box out of every image, scales it to a square, and mirrors it left to right half the time.
+    """Cut a random box out of every image, scale it to a square, and mirror it left to right half the time.
 
     The augmentation with which networks are trained on ImageNet (Szegedy et al., "Going deeper with convolutions",
     2015, section 6), on boxes of :func:`random_boxes`. Scaling is bilinear within the box, without antialiasing: images

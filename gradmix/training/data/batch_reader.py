@@ -129,7 +129,7 @@ class BatchReader:
         self.close()
 
     def close(self) -> None:
-        """Stops the workers, if there are any, and waits until they have ended."""
+        """Stop the workers, if there are any, and wait until they have ended."""
         reading = None if self._reading is None else self._reading()
         self._reading = None
         if reading is not None:
@@ -281,7 +281,7 @@ def _as_it_is(part: _Part) -> _Part:
 
 
 def _apart(parent: int, _worker: int) -> None:
-    """Takes a worker out of reach of signals to all processes of a command, as Ctrl-C and torchrun send them.
+    """Take a worker out of reach of signals to all processes of a command, as Ctrl-C and torchrun send them.
 
     What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop. If
     that has ended by now, so does the worker: torch's watchdog looks only from now on whether the parent changes.

@@ -71,7 +71,7 @@ class LabelledImages:
 def to_float(
     x: Tensor, maximum: float = 255.0, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
 ) -> Tensor:
-    """Scales raw values to [0, 1] and, where constants are given, normalises: ``(x / maximum - mean) / std``.
+    """Scale raw values to [0, 1] and, where constants are given, normalise: ``(x / maximum - mean) / std``.
 
     Args:
         x: Raw values ``(..., C, H, W)`` of any dtype.
@@ -104,7 +104,7 @@ def to_float(
 
 
 def load_digits() -> LabelledImages:
-    """Reads the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; values 0 to 16.
+    """Read the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; values 0 to 16.
 
     They come without a test set. Of every class, in the order of the data set, each fifth row (the 5th, 10th, ...) is a
     test row: 1,442 training and 355 test rows. The rows of one writer stand together there, so writers occur in both.
@@ -126,7 +126,7 @@ def load_digits() -> LabelledImages:
 
 
 def load_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
-    """Reads MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
+    """Read MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
 
     Args:
         data_dir: The data directory.
@@ -140,7 +140,7 @@ def load_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
 
 
 def load_fashion_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
-    """Reads Fashion-MNIST, 28x28 pixels, from ``<data_dir>/FashionMNIST/raw``, in the files of :func:`load_mnist`.
+    """Read Fashion-MNIST, 28x28 pixels, from ``<data_dir>/FashionMNIST/raw``, in the files of :func:`load_mnist`.
 
     Args:
         data_dir: The data directory.
@@ -154,7 +154,7 @@ def load_fashion_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledIm
 
 
 def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
-    """Reads CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
+    """Read CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
 
     Args:
         data_dir: The data directory.
@@ -171,7 +171,7 @@ def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
 
 
 def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
-    """Reads CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
+    """Read CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
 
     Args:
         data_dir: The data directory.
@@ -223,7 +223,7 @@ _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 
 
 
 def read_idx(path: str | Path) -> npt.NDArray[Any]:
-    """Reads one array in the IDX format, compressed with gzip if the name ends in ``.gz``.
+    """Read one array in the IDX format, compressed with gzip if the name ends in ``.gz``.
 
     The format: two zero bytes, a byte for the data type, a byte for the number of dimensions D, D sizes as big-endian
     32-bit integers, then the values, big-endian, last dimension fastest.
@@ -319,7 +319,7 @@ def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
-    """Reads a pickled dictionary of numbers, strings and numpy arrays, and refuses to load anything else.
+    """Read a pickled dictionary of numbers, strings and numpy arrays, and refuses to load anything else.
 
     A pickle may name any function to be called. :mod:`~gradmix.training.data.pickled_arrays` calls none and makes
     nothing but these, so a file from an unknown source can do no harm. Files of Python 2 and 3, and of either

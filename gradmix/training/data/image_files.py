@@ -130,7 +130,7 @@ class ImageFiles:
 
 
 def decode(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Reads one image as :class:`ImageFiles` describes it: JPEG, PNG, PPM, BMP, TIFF, WebP, GIF, JPEG 2000 or AVIF.
+    """Read one image as :class:`ImageFiles` describes it: JPEG, PNG, PPM, BMP, TIFF, WebP, GIF, JPEG 2000 or AVIF.
 
     Args:
         path: The file.
@@ -183,7 +183,7 @@ def _cause(error: Exception, content: bytes) -> str:
 
 
 def image_folder(root: str | os.PathLike[str], size: int, *, test: bool = True) -> tuple[ImageFiles, ImageFiles]:
-    """Reads images sorted into folders by class: ``root/train/<class>/**`` and ``root/val/<class>/**``.
+    """Read images sorted into folders by class: ``root/train/<class>/**`` and ``root/val/<class>/**``.
 
     Without ``val`` it is ``root/test``. Labels are numbers of the training folders in the order of their names; a
     folder of the other part is of the class whose name is the same, be its letters composed or not. Images may lie in
@@ -223,7 +223,7 @@ def image_folder(root: str | os.PathLike[str], size: int, *, test: bool = True) 
 
 
 def tiny_imagenet(root: str | os.PathLike[str], size: int = 64, *, test: bool = True) -> tuple[ImageFiles, ImageFiles]:
-    """Reads Tiny ImageNet as it is published: 200 classes, 64x64 pixels, the validation images as test images.
+    """Read Tiny ImageNet as it is published: 200 classes, 64x64 pixels, the validation images as test images.
 
     Labels follow ``wnids.txt``; the training images of class ``w`` lie in ``train/w/images``, all validation images in
     ``val/images``, with their classes in ``val/val_annotations.txt``. Classes are named by ``words.txt`` or, without
@@ -307,7 +307,7 @@ def imagenet(
     val_labels: str | os.PathLike[str] | None = None,
     test: bool = True,
 ) -> tuple[ImageFiles, ImageFiles]:
-    """Reads ImageNet-1K, or some of its classes: ``train/<wnid>/*.JPEG``, the validation images as test images.
+    """Read ImageNet-1K, or some of its classes: ``train/<wnid>/*.JPEG``, the validation images as test images.
 
     Labels are numbers of the WordNet ids in order, as everywhere; classes are named by these ids. The validation images
     lie in ``val/<wnid>`` or, as they are published, all in ``val`` itself. In that case their classes come from either

@@ -232,7 +232,7 @@ class _Machine:
                 raise pickle.UnpicklingError(f"a call of {function.word} with other arguments than numpy writes")
 
     def build(self) -> None:
-        """Gives a dtype its byte order, or an array what it holds."""
+        """Give a dtype its byte order, or an array what it holds."""
         state, target = self.pop(), self._stack[-1]
         if not isinstance(state, tuple):
             raise pickle.UnpicklingError(f"a state that is a {type(state).__name__}")

@@ -73,7 +73,7 @@ class LabelledRows:
 
 
 def covertype(root: str | Path) -> LabelledRows:
-    """Reads Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
+    """Read Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
 
     The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
     44 say by 0 or 1 in which wilderness area and on which type of soil a patch lies.
@@ -108,7 +108,7 @@ def covertype(root: str | Path) -> LabelledRows:
 
 
 def wine() -> LabelledRows:
-    """Reads the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
+    """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
 
     They come without a test set: of every class, in the order of the data set, each fifth row is a test row: 144
     training and 34 test rows.
@@ -142,7 +142,7 @@ def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) ->
 
 
 def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:
-    """Reads lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
+    """Read lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
 
     Parsed by :func:`numpy.loadtxt` as 32-bit integers, which takes it half the time of floating-point numbers: about a
     second for 581,012 lines of 55.

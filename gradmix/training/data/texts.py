@@ -140,7 +140,7 @@ class HashedVocabulary:
 
 
 def newsgroups20(root: str | Path, *, strip: bool = True, test: bool = True) -> Texts:
-    """Reads 20 Newsgroups, the version split by date: 11,314 training and 7,532 test posts.
+    """Read 20 Newsgroups, the version split by date: 11,314 training and 7,532 test posts.
 
     They are read from the folders ``20news-bydate-train/<group>/<post>`` and ``20news-bydate-test/<group>/<post>`` in
     ``root`` or in ``root/20news-bydate``; where there are none, from the archive ``20news-bydate.tar.gz`` there, of
@@ -268,7 +268,7 @@ def _post(content: bytes, source: Path, name: str) -> str:
 
 
 def _need_words(where: str, texts: Sequence[str], labels: Tensor, names: Sequence[str]) -> None:
-    """Refuses texts of which a class has none with a word in it: a model would learn nothing of them."""
+    """Refuse texts of which a class has none with a word in it: a model would learn nothing of them."""
     spoken = {label for text, label in zip(texts, labels.tolist(), strict=True) if next(words(text), None) is not None}
     silent = [names[label] for label in sorted(set(labels.tolist()) - spoken)]
     if silent:
@@ -304,7 +304,7 @@ def without_quotes(text: str) -> str:
 
 
 def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True) -> Texts:
-    """Reads texts of one's own from ``root/train/<class>/*.txt`` and ``root/test/<class>/*.txt``.
+    """Read texts of one's own from ``root/train/<class>/*.txt`` and ``root/test/<class>/*.txt``.
 
     Labels follow the classes' names in order, texts the files' names. Names that begin with a dot are passed over. A
     folder of test texts is of the class whose name is the same, be its letters composed or not.

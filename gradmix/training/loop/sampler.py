@@ -82,8 +82,8 @@ class StepSampler(ABC):
             balanced: whether a step holds class-balanced candidates.
         """
         train = task.train
-        self._replays, self._balanced, self._more = method.replays, balanced, method.draws_more
-        self._gathers = method.gathers
+        self._replays, self._balanced, self._more = method.needs.replayed, balanced, method.needs.second_batch
+        self._gathers = method.needs.whole_step
         self._rows = len(train)
         if self._mingles:
             self._rows += len(self._buffer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def require_like(value: Any, like: Any, key: str) -> None:
-    """Refuses a state of another form than a known one.
+    """Refuse a state of another form than a known one.
 
     Args:
         value: The state.
@@ -48,7 +48,7 @@ def require_like(value: Any, like: Any, key: str) -> None:
 
 
 def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int | None, ...], key: str) -> Tensor:
-    """Refuses anything but a tensor of that dtype and shape, in which None stands for any length.
+    """Refuse anything but a tensor of that dtype and shape, in which None stands for any length.
 
     Raises:
         ValueError: It is something else; or, of any length, shows more entries than it has memory for.
@@ -64,7 +64,7 @@ def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]
 
 
 def require_number(value: Any, low: float, high: float, key: str) -> None:
-    """Refuses anything but an int from ``low`` to ``high``.
+    """Refuse anything but an int from ``low`` to ``high``.
 
     Raises:
         ValueError: It is something else.
@@ -74,7 +74,7 @@ def require_number(value: Any, low: float, high: float, key: str) -> None:
 
 
 def require_order(value: Any, rows: int, key: str) -> None:
-    """Refuses anything but an order of so many rows.
+    """Refuse anything but an order of so many rows.
 
     Raises:
         ValueError: It is something else.

@@ -25,7 +25,7 @@ from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
 from gradmix.probe import ModelNotFiniteError, preserved_rng
 from gradmix.processes import Group, rank_of
-from gradmix.training.config import MethodName, TrainConfig, to_dict
+from gradmix.training.config import TrainConfig, to_dict
 from gradmix.training.data.samples import StoredRows, TensorRows
 from gradmix.training.loop import checkpoint as checkpoints
 from gradmix.training.loop import distributed
@@ -42,7 +42,8 @@ from gradmix.training.loop.reading import KeptRows, Reading
 from gradmix.training.loop.reading_sampler import ReadingSampler
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
 from gradmix.training.loop.state_checks import require_like, require_number, require_order, require_tensor
-from gradmix.training.methods import METHODS, Context, Method, Pixels, StepRows
+from gradmix.training.method_names import current_name, recorded_name
+from gradmix.training.methods import Context, Method, Pixels, StepRows, find_method
 from gradmix.training.models import build_model
 from gradmix.training.models.growing_head import grow_head, grown_state
 from gradmix.training.models.single_sample import serve_single_rows
@@ -87,17 +88,16 @@ def settled(config: TrainConfig, method: str, seed: int, stream: TaskStream | No
 
     Args:
         config: the configuration as the user gave it.
-        method: key of :data:`gradmix.training.methods.METHODS`.
+        method: a name that :func:`gradmix.training.methods.find_method` knows.
         seed: the training seed.
         stream: the stream it is for, if that is not the benchmark's.
 
     Raises:
         ValueError: an unknown method, or a setting out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-    config = resolve(replace(config, methods=(cast(MethodName, method),), seeds=(seed,)), stream)
-    return METHODS[method].settled(config)
+    found = find_method(method)
+    method = current_name(method, warn=False)
+    return found.settled(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
 
 
 def train_one(
@@ -118,7 +118,7 @@ def train_one(
 
     Args:
         config: fields left open are taken from the benchmark's protocol; ``methods`` and ``seeds`` are not read.
-        method: key of :data:`gradmix.training.methods.METHODS`.
+        method: a name that :func:`gradmix.training.methods.find_method` knows.
         seed: the training seed.
         stream: the benchmark's tasks if they were read already; or any other stream
             (:func:`gradmix.training.streams.class_incremental`), whose protocol then fills what is left open.
@@ -142,6 +142,7 @@ def train_one(
     if stream is None:
         stream = stream_of(config.data)
     config = settled(config, method, seed, stream)
+    (method,) = config.methods
     if config.data.blur is not None:
         stream = blurred(stream, config.data.blur, seed)
     device = pick_device(config.device)
@@ -170,7 +171,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     for key in CIRCUMSTANCES:
         section, _, name = key.rpartition(".")
         del (plain[section] if section else plain)[name]
-    return {"method": config.methods[0], "seed": config.seeds[0], **plain}
+    return {"method": recorded_name(config.methods[0]), "seed": config.seeds[0], **plain}
 
 
 @contextmanager
@@ -257,7 +258,7 @@ class _Run:
             self.model = distributed.with_shared_statistics(self.model, device)
         serve_single_rows(self.model)
         self.differing = [] if group is None else distributed.differing_buffers(self.model)
-        self.method: Method = METHODS[method](
+        self.method: Method = find_method(method)(
             Context(
                 model=self.wrapped(),
                 buffer=self.buffer,
@@ -355,7 +356,7 @@ class _Run:
 
     def learn(self, task: Task) -> None:
         """Train on one task, or on what is left of it, then show it to the buffer; online, that step by step."""
-        balanced = self.config.mix.candidates == "balanced" or self.method.wants_balanced
+        balanced = self.config.mix.candidates == "balanced" or self.method.needs.balanced
         self.sampler.start_task(task, self.method, balanced=balanced)
         self.count_classes(task.train.y)
         if self.order is None:
@@ -431,7 +432,7 @@ class _Run:
 
         Of several processes that are given their shares alone none knows it of the others.
         """
-        return not len(rows.y) and (self.group is None or self.method.gathers)
+        return not len(rows.y) and (self.group is None or self.method.needs.whole_step)
 
     def show(self, x: Tensor, y: Tensor) -> None:
         """Show rows to the buffer, with what the method wants to keep with them."""
@@ -439,7 +440,7 @@ class _Run:
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What the method wants to keep with rows, or with those that are to be read from files."""
-        if not self.method.keeps_more:
+        if not self.method.needs.extras:
             return {}
         if not self.keeps_numbers:
             return self.method.extras(self.preparation.for_testing(x.to(self.device)), y.to(self.device))
@@ -515,14 +516,14 @@ class _Run:
             for label, count in self.buffer.seen_per_class.items():
                 self.counts[label] = count
             return
-        replays = self.method.replays and len(self.buffer)
+        replays = self.method.needs.replayed and len(self.buffer)
         labels = torch.cat([own_y, self.buffer.y.cpu()]) if replays else own_y
         self.counts.copy_(torch.bincount(labels, minlength=len(self.counts)))
 
     def rows_per_epoch(self) -> list[int]:
         """Rows of one epoch, by task."""
         own = [len(task.train) for task in self.stream.tasks]
-        if self.config.replay.stream != "shuffled" or not self.method.replays:
+        if self.config.replay.stream != "shuffled" or not self.method.needs.replayed:
             return own
         # What the buffer will hold depends on nothing but the labels, so a buffer of labels tells.
         assert self.config.replay.size is not None and self.config.replay.policy is not None
@@ -702,11 +703,11 @@ class _Run:
                     raise ValueError("buffer.x: got rows that the data set does not have")
             elif isinstance(train, TensorRows):
                 require_tensor(rows, train.x.dtype, (1, *train.shape), "buffer.x")
-            if self.method.keeps_more:
+            if self.method.needs.extras:
                 for name, like in self.extras(*self.buffer.part(0, 1)).items():
                     shape = (held, *like.shape[1:])
                     require_tensor(self.buffer.extras.get(name), like.dtype, shape, f"buffer.extras.{name}")
-        mingled = held if self.config.replay.stream == "shuffled" and self.method.replays else 0
+        mingled = held if self.config.replay.stream == "shuffled" and self.method.needs.replayed else 0
         require_order(self.order, len(train) + mingled, "order")
         assert self.order is not None and self.config.optim.batch is not None
         require_number(self.batches_done, 0, -(-len(self.order) // self.config.optim.batch), "batches_done")

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmix.head import logits_of
 from gradmix.probe import unwrap
 from gradmix.processes import sum_over
-from gradmix.training.methods.base import Finetune, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Finetune, Needs, StepRows, weighted_cross_entropy
 
 
 class AGEM(Finetune):
@@ -21,7 +21,7 @@ class AGEM(Finetune):
     weight decay and momentum come after the projection. While the buffer is empty it is plain finetuning.
     """
 
-    draws_more = True
+    needs = Needs(replayed=False, second_batch=True)
 
     def backward(self, rows: StepRows) -> Tensor:
         context = self.context

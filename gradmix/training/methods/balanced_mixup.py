@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gradmix.head import HeadOutput
-from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.base import Needs, StepRows
 from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
 
@@ -28,7 +28,7 @@ class BalancedMixup(LinearMixing):
         ValueError: a step brings no balanced rows, or fewer than rows.
     """
 
-    wants_balanced = True
+    needs = Needs(balanced=True, whole_step=True)
 
     def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         if rows.candidates is None or len(rows.candidates[1]) < len(rows.y):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -104,24 +104,45 @@ class Context:
     growing: bool = False
 
 
-class Method(ABC):
-    """A way to learn from a step's rows.
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of the loop that makes its steps; ``a | b`` is what a method around another one needs.
 
     Attributes:
-        replays: whether a step holds replayed rows at all.
-        wants_balanced: whether a step must hold class-balanced ``candidates`` whatever the settings.
-        draws_more: whether it draws another batch of replayed rows in every step.
-        gathers: whether all processes that make a step need all its rows; otherwise each is given its share alone.
-        keeps_more: whether it has something kept in the buffer besides the rows (:meth:`extras`).
-        joins: whether several processes can make its steps together.
+        replayed: a step holds replayed samples.
+        balanced: a step holds class-balanced ``candidates``, whatever the settings.
+        second_batch: another batch of replayed samples is drawn in every step.
+        whole_step: all processes that make a step get all of its samples; otherwise each gets its share alone.
+        extras: something is kept in the buffer beside the samples (:meth:`Method.extras`).
+        one_process: steps cannot be made by several processes together.
     """
 
-    joins = True
-    replays = True
-    wants_balanced = False
-    draws_more = False
-    gathers = False
-    keeps_more = False
+    replayed: bool = True
+    balanced: bool = False
+    second_batch: bool = False
+    whole_step: bool = False
+    extras: bool = False
+    one_process: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            replayed=self.replayed and other.replayed,
+            balanced=self.balanced or other.balanced,
+            second_batch=self.second_batch or other.second_batch,
+            whole_step=self.whole_step or other.whole_step,
+            extras=self.extras or other.extras,
+            one_process=self.one_process or other.one_process,
+        )
+
+
+class Method(ABC):
+    """A way to learn from a step's samples.
+
+    Attributes:
+        needs: what it needs of the loop.
+    """
+
+    needs: Needs = Needs()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -239,31 +260,26 @@ class ER(Method):
 
 
 class Finetune(ER):
-    """Cross-entropy on the current rows alone."""
+    """Cross-entropy on the current samples alone."""
 
-    replays = False
+    needs = Needs(replayed=False)
 
 
 class Wrapping(Method):
-    """A method on top of another, ``inner``, which has the say in everything that is not overridden.
+    """A method around another one, which decides everything that is not overridden.
 
-    Attributes:
-        inner: the other method's class.
+    ``settled`` and ``check_installed`` are of the wrapper alone; :mod:`gradmix.training.methods.composition` asks each
+    layer.
+
+    Args:
+        context: what the method is built from.
+        inner: the method inside; None: experience replay.
     """
 
-    inner: ClassVar[type[Method]] = ER
-
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, inner: Method | None = None) -> None:
         super().__init__(context)
-        self._inner = self.inner(context)
-        self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
-        self.draws_more = self.draws_more or self._inner.draws_more
-        self.keeps_more = self.keeps_more or self._inner.keeps_more
-        self.gathers = self.gathers or self._inner.gathers
-
-    @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
-        return cls.inner.settled(config)
+        self._inner = ER(context) if inner is None else inner
+        self.needs = type(self).needs | self._inner.needs
 
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
         return self._inner.losses(rows)

@@ -13,7 +13,7 @@ from gradmix.graphs import sent
 from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.ops.labels import dense_labels
-from gradmix.training.methods.base import Context, Method, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Context, Method, Needs, StepRows, weighted_cross_entropy
 from gradmix.training.methods.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
 
@@ -28,7 +28,7 @@ class Mixing(Method):
     """
 
     spaces: ClassVar[tuple[MixSpace, ...]] = ("input",)
-    gathers = True
+    needs = Needs(whole_step=True)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -23,7 +23,7 @@ def grow_head(
     head: nn.Module | str | None = None,
     example: Tensor | None = None,
 ) -> nn.Linear | nn.Conv2d:
-    """Replaces a model's classifier by one of more classes that gives the old classes the same logits.
+    """Replace a model's classifier by one of more classes that gives the old classes the same logits.
 
     The old classes' weights and biases, and dtype, device, layout, ``requires_grad`` and training flag stay. The new
     classes' are uniform in ±1 / sqrt(in_features), as torch initialises a linear layer. Gradients (``.grad``) are not
@@ -78,7 +78,7 @@ def grow_head(
 
 
 def grown_state(optimiser: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
-    """Puts a grown classifier's parameters into an optimiser in the old ones' place, with their state.
+    """Put a grown classifier's parameters into an optimiser in the old ones' place, with their state.
 
     State of a parameter's shape, such as momentum or Adam's moments, keeps its rows, and the new classes' start at 0;
     single numbers, such as a count of steps, stay. Groups, order and settings do as well. Parameters that the optimiser

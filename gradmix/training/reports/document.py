@@ -99,7 +99,7 @@ def drawn(blocks: Sequence[Block]) -> list[Block]:
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """Renders GitHub-flavoured Markdown, with links to the plots as ``NAME.svg``."""
+    """Render GitHub-flavoured Markdown, with links to the plots as ``NAME.svg``."""
     parts = []
     for block in blocks:
         if isinstance(block, Heading):
@@ -125,7 +125,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """Renders one HTML page that needs nothing else, light or dark as the reader has it."""
+    """Render one HTML page that needs nothing else, light or dark as the reader has it."""
     parts = []
     heading = next(block.text for block in blocks if isinstance(block, Heading))
     for block in blocks:
@@ -255,7 +255,7 @@ def _html_table(block: Table) -> str:
 
 
 def _coloured(svg: str) -> str:
-    """Leaves to the page those colours that it has in two brightnesses."""
+    """Leave to the page those colours that it has in two brightnesses."""
     for dark, (name, _) in _LIGHTER.items():
         svg = re.sub(f"(?i){dark}", f"var({name})", svg)
     return svg

@@ -23,7 +23,7 @@ _SAME_RATE = 0.01
 
 
 def diverged(seeds: Sequence[int], of: int) -> str:
-    """Says that some of an arm's runs have diverged, and which.
+    """Say that some of an arm's runs have diverged, and which.
 
     Example:
         >>> diverged([3], 5)

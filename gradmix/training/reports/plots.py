@@ -67,7 +67,7 @@ def _as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @_as_text
 def curve(result: RunResult) -> Figure:
-    """Draws one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
+    """Draw one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
     from matplotlib.ticker import MaxNLocator
 
     result = _legible(result)
@@ -109,7 +109,7 @@ def curve(result: RunResult) -> Figure:
 
 @_as_text
 def compare(results: Sequence[RunResult]) -> Figure:
-    """Draws a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
+    """Draw a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
 
     Where no run is complete, the interrupted ones are drawn as far as they went; those that have diverged never are.
 
@@ -158,7 +158,7 @@ def compare(results: Sequence[RunResult]) -> Figure:
 
 @_as_text
 def heatmap(result: RunResult) -> Figure:
-    """Draws the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
+    """Draw the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
     result = _legible(result)
     tasks = result.tasks
     side = min(max(3.0, 0.62 * tasks), 12.0)
@@ -189,7 +189,7 @@ def heatmap(result: RunResult) -> Figure:
 
 @_as_text
 def alignment(result: RunResult) -> Figure:
-    """Draws the class-pair alignment at the last refresh of each task, one panel a task.
+    """Draw the class-pair alignment at the last refresh of each task, one panel a task.
 
     Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white
     at the threshold.
@@ -277,7 +277,7 @@ def alignment(result: RunResult) -> Figure:
 def dots(
     labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
 ) -> Figure:
-    """Draws a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
+    """Draw a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
 
     Args:
         labels: Names of the rows, from top to bottom.
@@ -304,7 +304,7 @@ def dots(
 def forest(
     labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
 ) -> Figure:
-    """Draws a row for each difference: its mean and 95 % t-interval, and a line at 0.
+    """Draw a row for each difference: its mean and 95 % t-interval, and a line at 0.
 
     Intervals that hold 0 are drawn hollow and grey. The others are blue above 0 and orange below, and full if they are
     sure.
@@ -329,7 +329,7 @@ def forest(
 
 @_as_text
 def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
-    """Draws a line for each label: the mean over seeds of some measure after each task, its last value at its end.
+    """Draw a line for each label: the mean over seeds of some measure after each task, its last value at its end.
 
     Up to :data:`BANDS_UP_TO` lines have a band of one standard deviation over seeds.
 
@@ -357,7 +357,7 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
 
 @_as_text
 def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
-    """Draws a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
+    """Draw a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
 
     Args:
         key: The setting.
@@ -399,7 +399,7 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
 
 @_as_text
 def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
-    """Renders a figure as an SVG element, the same text for the same figure.
+    """Render a figure as an SVG element, the same text for the same figure.
 
     Args:
         figure: The figure.
@@ -424,7 +424,7 @@ def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
 
 @_as_text
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -434,7 +434,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> None:
-    """Draws pictures into a folder, each whole or not at all.
+    """Draw pictures into a folder, each whole or not at all.
 
     One that fails, for whatever reason, costs nothing but itself: it is said in a warning, and in :data:`NOT_DRAWN`
     beside the others.
@@ -461,13 +461,13 @@ def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> No
 
 
 def not_drawn(name: str, error: Exception) -> str:
-    """Says in a line that a picture is missing, and why."""
+    """Say in a line that a picture is missing, and why."""
     reason = names.shown(" ".join(str(error).split())) or "no reason given"
     return f"{name} could not be drawn ({type(error).__name__}: {reason}); no figures are lost with it"
 
 
 def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Computes the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
+    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
 
     Example:
         >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
@@ -477,7 +477,7 @@ def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _take_ink(figure: Figure) -> None:
-    """Draws in the ink what matplotlib draws in black by itself, and takes the ground from under the legends."""
+    """Draw in the ink what matplotlib draws in black by itself, and take the ground from under the legends."""
     from matplotlib.colors import to_rgb
     from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
@@ -556,7 +556,7 @@ def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None
 
 
 def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes a text beside each point, in the order of their heights and far enough from one another to be read."""
+    """Write a text beside each point, in the order of their heights and far enough from one another to be read."""
     figure.draw_without_rendering()
     below, above = axes.get_ylim()
     points = float(axes.bbox.height) * 72.0 / figure.dpi
@@ -583,7 +583,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
 
 
 def apart(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
-    """Moves ascending places by as little as possible, in squares, until neighbours are ``gap`` apart.
+    """Move ascending places by as little as possible, in squares, until neighbours are ``gap`` apart.
 
     Args:
         places: ``(n,)`` ascending places.
@@ -641,7 +641,7 @@ def _hatch(axes: Axes) -> None:
 
 
 def _spread(records: Sequence[AlignmentRecord]) -> tuple[float, str]:
-    """Returns how far the colours reach from the threshold, and the ends beyond which values are cut off."""
+    """Return how far the colours reach from the threshold, and the ends beyond which values are cut off."""
     apart = np.concatenate([(r.cosine - r.threshold)[np.isfinite(r.cosine)] for r in records])
     if not apart.size:
         return 1.0, "neither"

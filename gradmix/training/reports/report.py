@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.training.config import to_dict
+from gradmix.training.method_names import current_name
 from gradmix.training.reports import cells, document, findings, plots
 from gradmix.training.reports.document import Block, Code, Heading, Items, Picture, Table, Text
 from gradmix.training.reports.significance import holm, paired_p_value
@@ -118,7 +119,7 @@ def collect(
     command: str = "",
     failed: Sequence[tuple[Run, str]] = (),
 ) -> dict[str, Any]:
-    """Reads the runs of an experiment that are there, as the plain values of ``results.json``.
+    """Read the runs of an experiment that are there, as the plain values of ``results.json``.
 
     Args:
         experiment: The specification.
@@ -166,7 +167,7 @@ def collect(
 
 
 def from_results(path: str | Path) -> dict[str, Any]:
-    """Reads a ``results.json``.
+    """Read a ``results.json``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -190,11 +191,22 @@ def from_results(path: str | Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
+    _use_current_names(values)
     return dict(values)
 
 
+def _use_current_names(values: Mapping[str, Any]) -> None:
+    """Put the current names of methods in the place of former ones, in arms and runs."""
+    for entry in (*values["arms"], *values["runs"]):
+        entry["method"] = current_name(entry["method"], warn=False)
+    for run in values["runs"]:
+        config = run.get("config")
+        if config and "methods" in config:
+            config["methods"] = [current_name(name, warn=False) for name in config["methods"]]
+
+
 def summarise(values: Mapping[str, Any]) -> tuple[list[Row], list[Difference]]:
-    """Computes the rows and the paired differences over the complete runs of ``results.json``'s values."""
+    """Compute the rows and the paired differences over the complete runs of ``results.json``'s values."""
     rows: dict[tuple[str, str], Row] = {}
     for run in values["runs"]:
         key = _place(run["arm"], run["values"])
@@ -601,17 +613,17 @@ def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def to_markdown(values: Mapping[str, Any]) -> str:
-    """Renders the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
+    """Render the report as GitHub-flavoured Markdown, with links to the plots that :func:`write` puts beside it."""
     return document.to_markdown(document.drawn(_document(values, *summarise(values))))
 
 
 def to_html(values: Mapping[str, Any]) -> str:
-    """Renders the report as one HTML page that needs nothing else, light or dark as the reader has it."""
+    """Render the report as one HTML page that needs nothing else, light or dark as the reader has it."""
     return document.to_html(document.drawn(_document(values, *summarise(values))))
 
 
 def write(values: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes ``report.md``, ``report.html``, ``results.json`` and the plots as SVG; each replaces the one before whole.
+    """Write ``report.md``, ``report.html``, ``results.json`` and the plots as SVG; each replaces the one before whole.
 
     The results come first, so that they are there whatever becomes of the rest. A plot that cannot be drawn costs
     nothing but itself: a note stands in its place, and a warning says so.

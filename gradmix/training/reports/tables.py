@@ -68,7 +68,7 @@ class Summary:
 
 
 def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
-    """Groups runs that differ by nothing but the seed, under a label each, in the order given.
+    """Group runs that differ by nothing but the seed, under a label each, in the order given.
 
     The label is the method's name; where runs of one method have different settings, these are added to it, so that
     no mean is taken over different settings.
@@ -100,7 +100,7 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
 
 
 def summarise(results: Sequence[RunResult]) -> Summary:
-    """Computes the table over several runs; those that are not complete are named in the notes and enter no mean.
+    """Compute the table over several runs; those that are not complete are named in the notes and enter no mean.
 
     Raises:
         ValueError: As :func:`group`.
@@ -150,7 +150,7 @@ def summarise(results: Sequence[RunResult]) -> Summary:
 
 
 def to_text(summary: Summary, width: int = 80) -> str:
-    """Renders the tables as plain text, at most ``width`` columns wide where the labels allow it."""
+    """Render the tables as plain text, at most ``width`` columns wide where the labels allow it."""
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
     blocks, with_data = [], False
     if summary.rows:
@@ -171,7 +171,7 @@ def to_text(summary: Summary, width: int = 80) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """Renders the tables as GitHub-flavoured Markdown."""
+    """Render the tables as GitHub-flavoured Markdown."""
     blocks = [f"# {markdown(summary.benchmark)}"]
     if summary.rows:
         blocks.append(_markdown_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})")))
@@ -183,7 +183,7 @@ def to_markdown(summary: Summary) -> str:
 
 
 def to_dict_rows(summary: Summary) -> list[dict[str, Any]]:
-    """Returns the rows as plain dictionaries."""
+    """Return the rows as plain dictionaries."""
     return [
         {
             "label": row.label,
@@ -199,7 +199,7 @@ def to_dict_rows(summary: Summary) -> list[dict[str, Any]]:
 
 
 def to_json_dict(summary: Summary) -> dict[str, Any]:
-    """Returns the whole summary as plain values, formulae included; ``half_width`` is half of the 95 % t-interval."""
+    """Return the whole summary as plain values, formulae included; ``half_width`` is half of the 95 % t-interval."""
     return {
         "benchmark": summary.benchmark,
         "formulas": {name: metrics.FORMULAS[name] for name in METRIC_LABELS},

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
 from gradmix.training.loop.trainer import settled
+from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
 from gradmix.training.reports.cells import setting
 from gradmix.training.runs.settings import distinguishing
 
@@ -100,9 +101,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the run lies, relative to the folder of all runs: ``BENCHMARK-METHOD-HASH/seed-K``."""
-        benchmark = self.config.data.benchmark.replace(":", "-")
-        return Path(f"{benchmark}-{self.method}-{content_hash(self.config)}") / f"seed-{self.seed}"
+        """Where the run lies, relative to the folder of all runs: ``BENCHMARK-METHOD-HASH/seed-K``.
+
+        Like the hash it has the method's :func:`~gradmix.training.method_names.recorded_name`, so a run that was made
+        before a method was renamed is found.
+        """
+        benchmark, method = self.config.data.benchmark.replace(":", "-"), recorded_name(self.method)
+        return Path(f"{benchmark}-{method}-{content_hash(self.config)}") / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ def content_hash(config: TrainConfig) -> str:
     hashes as they are, and a default that changes later does not give its name to runs made under the former.
     """
     told = {k: v for k, v in distinguishing(config).items() if not (v is None or v is False or v == "none")}
-    told["method"] = config.methods[0]
+    told["method"] = recorded_name(config.methods[0])
     text = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -250,7 +255,7 @@ def shipped() -> dict[str, str]:
 
 
 def load(name_or_file: str | Path) -> Experiment:
-    """Reads an experiment that comes with the package, or a file of one's own (any name with a dot or a slash).
+    """Read an experiment that comes with the package, or a file of one's own (any name with a dot or a slash).
 
     Raises:
         FileNotFoundError: There is no such file, or none of that name is shipped.
@@ -278,7 +283,7 @@ def load(name_or_file: str | Path) -> Experiment:
 
 
 def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
-    """Reads a specification, and checks every arm at every value before anything could be run.
+    """Read a specification, and check every arm at every value before anything could be run.
 
     Args:
         text: YAML.
@@ -370,12 +375,13 @@ def _arm(value: Any, key: str) -> Arm:
     _mapping(value, key, _ARM_KEYS)
     name = _string(value.get("name"), f"{key}.name")
     method = value.get("method")
-    if not (isinstance(method, str) and method in get_args(MethodName)):
-        raise ValueError(f"{key}.method: got {method!r}, expected one of {', '.join(get_args(MethodName))}")
+    method = current_name(method) if isinstance(method, str) else method
+    if method not in COMPOSITIONS:
+        raise ValueError(f"{key}.method: got {method!r}, expected one of {choices()}")
     _sections(value, key)
     if "benchmark" in value.get("data", {}):
         raise ValueError(f"{key}.data.benchmark: one experiment has one benchmark, expected it in base.data")
-    return Arm(name, cast(MethodName, method), {section: value[section] for section in SECTIONS if section in value})
+    return Arm(name, method, {section: value[section] for section in SECTIONS if section in value})
 
 
 def _sections(value: Mapping[str, Any], key: str) -> None:

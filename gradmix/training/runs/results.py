@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradmix import names
-from gradmix.training.config import MethodName, TrainConfig, load_config, to_yaml
+from gradmix.training.config import TrainConfig, load_config, to_yaml
+from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
 from gradmix.training.runs.whole_files import make_folder, replacing_folder, write_text
 
@@ -108,7 +109,7 @@ class RunResult:
 
     Attributes:
         benchmark: Name of the benchmark, e.g. ``split-digits``.
-        method: Name of the method, e.g. ``gradmix``.
+        method: Name of the method, e.g. ``gradmix-class``.
         seed: Training seed.
         status: ``complete``; ``interrupted`` if training was stopped before its end; ``diverged`` if it ended because
             the loss was not finite. Only complete runs are to be compared.
@@ -173,14 +174,14 @@ _FILES = ("config.yaml", "metrics.json", "accuracy_matrix.csv")
 
 
 def metric_values(result: RunResult) -> dict[str, float]:
-    """Computes all of :data:`METRIC_LABELS`; of a run that is not complete, over the tasks reached."""
+    """Compute all of :data:`METRIC_LABELS`; of a run that is not complete, over the tasks reached."""
     chance = 1.0 / max(1, sum(len(classes) for classes in result.task_classes))
     values = metrics.summary(result.accuracy, chance)
     return {name: float(values[name]) for name in METRIC_LABELS}
 
 
 def task_names(result: RunResult) -> tuple[str, ...]:
-    """Names the tasks by number and classes, e.g. ``task 1 (cat, dog)``; of many classes, only the first and last."""
+    """Name the tasks by number and classes, e.g. ``task 1 (cat, dog)``; of many classes, only the first and last."""
     names = []
     for number, classes in enumerate(result.task_classes, start=1):
         members = [result.class_names[c] for c in classes]
@@ -190,13 +191,13 @@ def task_names(result: RunResult) -> tuple[str, ...]:
 
 
 def tasks_reached(result: RunResult) -> int:
-    """Counts the tasks after which the model was scored on all tasks seen."""
+    """Count the tasks after which the model was scored on all tasks seen."""
     reached = [bool(np.isfinite(result.accuracy[t, : t + 1]).all()) for t in range(result.tasks)]
     return reached.index(False) if False in reached else result.tasks
 
 
 def refuse_occupied(folder: str | Path) -> Path:
-    """Returns ``folder`` as a path if results may be written there.
+    """Return ``folder`` as a path if results may be written there.
 
     Raises:
         ValueError: It is a file, or a folder that is not empty.
@@ -212,7 +213,7 @@ def refuse_occupied(folder: str | Path) -> Path:
 
 
 def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) -> Path:
-    """Writes one run's folder, whole or not at all; when this returns, or goes on to the pictures, it is on the disk.
+    """Write one run's folder, whole or not at all; when this returns, or goes on to the pictures, it is on the disk.
 
     It holds ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json`` and ``accuracy_matrix.csv``.
 
@@ -239,7 +240,7 @@ def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) ->
 
 
 def draw_run(result: RunResult, folder: str | Path) -> None:
-    """Draws ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png`` of a saved run.
+    """Draw ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png`` of a saved run.
 
     A picture that fails costs nothing but itself, as :func:`gradmix.training.reports.plots.draw` says. A run that
     has diverged has none.
@@ -255,7 +256,7 @@ def draw_run(result: RunResult, folder: str | Path) -> None:
 
 
 def load_run(folder: str | Path) -> RunResult:
-    """Reads a folder that :func:`save_run` wrote.
+    """Read a folder that :func:`save_run` wrote.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
@@ -266,7 +267,7 @@ def load_run(folder: str | Path) -> RunResult:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run folder: {name} is missing")
     path = folder / "metrics.json"
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved=True)
     try:
         return _from_dict(json.loads(path.read_text(encoding="utf-8")), config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -288,7 +289,7 @@ def status_of(folder: str | Path) -> str:
 
 
 def load_runs(folder: str | Path) -> dict[Path, RunResult]:
-    """Reads a run folder, or all run folders below a folder, in the order in which they were run.
+    """Read a run folder, or all run folders below a folder, in the order in which they were run.
 
     Raises:
         FileNotFoundError: There is no such folder, or no run in it.
@@ -303,17 +304,17 @@ def load_runs(folder: str | Path) -> dict[Path, RunResult]:
     if not found:
         raise FileNotFoundError(f"{folder}: no run in it, expected {', '.join(_FILES)} there or in folders below")
     runs = {p: load_run(p) for p in sorted(found)}
-    methods = get_args(MethodName)
+    methods = list(COMPOSITIONS)
     return dict(sorted(runs.items(), key=lambda item: (methods.index(item[1].method), item[1].seed)))
 
 
 def save_config(config: TrainConfig, folder: str | Path) -> None:
-    """Writes the ``config.yaml`` of several runs into their common folder."""
+    """Write the ``config.yaml`` of several runs into their common folder."""
     write_text(Path(folder) / "config.yaml", _config_text(config))
 
 
 def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
-    """Writes ``summary.json``, ``summary.md`` and ``compare.png`` over several runs; existing ones are replaced.
+    """Write ``summary.json``, ``summary.md`` and ``compare.png`` over several runs; existing ones are replaced.
 
     A picture that fails costs nothing but itself (:func:`gradmix.training.reports.plots.draw`). There is none if all
     runs have diverged.
@@ -335,7 +336,7 @@ def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Renders plain values as strict JSON: numbers that are not finite become null, flat lists take one line."""
+    """Render plain values as strict JSON: numbers that are not finite become null, flat lists take one line."""
     return _json(value, "") + "\n"
 
 
@@ -418,7 +419,7 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
     timing = values["timing"]
     return RunResult(
         benchmark=_text(values, "benchmark"),
-        method=_text(values, "method"),
+        method=current_name(_text(values, "method"), warn=False),
         seed=int(values["seed"]),
         status=values["status"],
         class_names=tuple(str(n) for n in values["class_names"]),

@@ -90,7 +90,7 @@ def checkpoint_of(run: Run, root: str | Path) -> Path:
 def attempt(
     run: Run, root: str | Path, on_step: Callable[[trainer.Progress], None] | None = None, *, jobs: int = 1
 ) -> RunResult | None:
-    """Trains and saves a run, unless it is there already, or another process is at it.
+    """Train and save a run, unless it is there already, or another process is at it.
 
     Args:
         run: The run.
@@ -137,7 +137,7 @@ def run_all(
     watcher: Watcher | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Makes all runs, in their order, as far as that goes.
+    """Make all runs, in their order, as far as that goes.
 
     Args:
         runs: The runs; those that are complete already, or have diverged, are passed over.
@@ -284,7 +284,7 @@ def _hire(context: Any, stop: Any) -> _Worker:
 
 
 def _work(pipe: Any, stop: Any, parent: int) -> None:
-    """Makes the runs that come through ``pipe`` until None comes, or the other end is gone."""
+    """Make the runs that come through ``pipe`` until None comes, or the other end is gone."""
     # A signal to all of the group reaches the parent as well, which says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -317,7 +317,7 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Takes the lock of that name, or says that another process has it."""
+    """Take the lock of that name, or say that another process has it."""
     make_folder(path.parent)
     with locked(path) as mine:
         yield mine
@@ -330,7 +330,7 @@ def _stream(data: DataConfig) -> TaskStream:
 
 
 def check_data(runs: Sequence[Run]) -> None:
-    """Reads what the runs will read, so that missing data are found before anything is trained.
+    """Read what the runs will read, so that missing data are found before anything is trained.
 
     Raises:
         FileNotFoundError, ValueError: The data are missing or damaged.

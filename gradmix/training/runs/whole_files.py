@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a hidden name beside ``path`` to write to; what is there when the block ends takes the place of ``path``.
+    """Give a hidden name beside ``path`` to write to; what is there when the block ends takes the place of ``path``.
 
     When it has, it is on the disk. A block that fails leaves ``path`` as it was, and nothing else behind.
 
@@ -53,7 +53,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text as UTF-8 in the place of what ``path`` holds.
+    """Write text as UTF-8 in the place of what ``path`` holds.
 
     Raises:
         OSError: The system's, with ``path`` as its file.
@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and its parents, if they are not there, and has the disk know of them."""
+    """Make a folder and its parents, if they are not there, and flush their entries to the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -95,7 +95,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names ``path`` in errors of the system, which name a hidden file or, from a full disk, none."""
+    """Name ``path`` in errors of the system, which name a hidden file or, from a full disk, none."""
     try:
         yield
     except OSError as error:

@@ -316,7 +316,7 @@ def make_stream(
     classes_per_task: int | None = None,
     image_size: int | None = None,
 ) -> TaskStream:
-    """Reads a benchmark's data and cuts them into its tasks.
+    """Read a benchmark's data and cut them into its tasks.
 
     Args:
         name: Key of :data:`BENCHMARKS`.
@@ -422,7 +422,7 @@ def _names() -> str:
 
 
 def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfig:
-    """Fills every open field of ``optim`` and ``replay`` from the stream's protocol, and checks all ranges.
+    """Fill every open field of ``optim`` and ``replay`` from the stream's protocol, and check all ranges.
 
     Args:
         config: The configuration as the user gave it; unchanged.

@@ -92,7 +92,7 @@ def class_incremental(
     std: tuple[float, ...] | None = None,
     vocabulary: int | None = None,
 ) -> TaskStream:
-    """Cuts a data set into a class-incremental stream, for :func:`gradmix.training.loop.trainer.train_one`.
+    """Cut a data set into a class-incremental stream, for :func:`gradmix.training.loop.trainer.train_one`.
 
     Args:
         train: Training rows: an ``(x, y)`` pair of tensors or arrays, or any map-style data set of ``(input, label)``
@@ -310,7 +310,7 @@ def _of_classes(rows: Rows, y: Tensor, classes: tuple[int, ...]) -> Rows:
 
 
 def _spread(labels: Tensor, share: float) -> Tensor:
-    """Marks a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
+    """Mark a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
     rank = rank_in_class(labels)
     _, where, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     counts = counts[where]
