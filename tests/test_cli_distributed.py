@@ -19,7 +19,7 @@ from patience import PATIENCE
 import gradmix
 from gradmix import cli
 from gradmix.cli import launch
-from gradmix.cli.launch import Processes, losses_explained
+from gradmix.cli.launch import Processes, explain_lost_process
 from gradmix.training.config import load_config
 from gradmix.training.loop.reading import default_workers
 from gradmix.training.reports import plots
@@ -253,11 +253,11 @@ def test_each_process_takes_its_own_gpu(name: str, gpus: int, expected: str, mon
 )
 def test_a_lost_process_is_put_into_words(error: Exception, words: str | None) -> None:
     if words is None:
-        with pytest.raises(type(error)) as kept, losses_explained(lambda: "again"):
+        with pytest.raises(type(error)) as kept, explain_lost_process(lambda: "again"):
             raise error
         assert kept.value is error
         return
-    with pytest.raises(launch.LostProcessError) as made, losses_explained(lambda: "again"):
+    with pytest.raises(launch.LostProcessError) as made, explain_lost_process(lambda: "again"):
         raise error
     assert (
         words in str(made.value) and str(made.value).endswith("go on with: again") and "pair.cc" not in str(made.value)

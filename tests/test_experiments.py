@@ -11,7 +11,7 @@ import pytest
 
 import gradmix
 from gradmix.training.config import DataConfig, MixConfig, ReplayConfig, TrainConfig, from_dict
-from gradmix.training.loop.trainer import settled
+from gradmix.training.loop.trainer import resolved_config
 from gradmix.training.runs.experiments import content_hash, from_yaml, load, protocol, shipped
 
 TEXT = """
@@ -71,7 +71,7 @@ def test_circumstances_are_taken_from_the_caller() -> None:
     assert run.folder == from_yaml(TEXT, "table").runs()[0].folder
 
 
-BASE = settled(TrainConfig(), "gradmix-sample", 0)
+BASE = resolved_config(TrainConfig(), "gradmix-sample", 0)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ BASE = settled(TrainConfig(), "gradmix-sample", 0)
         (replace(BASE, seeds=(7,)), True),
         (replace(BASE, device="cuda:0", threads=5, checkpoint=0.0, output=Path("x")), True),
         (replace(BASE, data=replace(BASE.data, data_dir=Path("elsewhere"))), True),
-        (settled(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
-        (settled(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
-        (settled(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(), "gradmix-class", 0), False),
-        (settled(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
+        (resolved_config(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
+        (resolved_config(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(), "gradmix-class", 0), False),
+        (resolved_config(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
     ],
     ids=["seed", "circumstances", "data dir", "said again", "protocol's", "size", "method", "order", "small", "flag"],
 )

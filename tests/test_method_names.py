@@ -24,7 +24,7 @@ from gradmix.training.config import (
     to_yaml,
 )
 from gradmix.training.loop.clock import Clock
-from gradmix.training.loop.trainer import identity, settled, train_one
+from gradmix.training.loop.trainer import identity, resolved_config, train_one
 from gradmix.training.method_names import (
     COMPOSITIONS,
     PRESETS,
@@ -96,7 +96,7 @@ def test_the_layers_of_a_composition() -> None:
     assert (method.core, method.wrappers) == (GradMixClass, (TrivialAugment, DarkReplay))
     assert method.needs.second_batch and method.needs.extras and method.needs.whole_step and method.needs.replayed
     assert not METHODS["finetune"].needs.replayed and METHODS["manifold-mixup"].needs.one_process
-    config = method.settled(TrainConfig())
+    config = method.resolved_config(TrainConfig())
     assert (config.replay.distillation, config.mix.estimator) == (0.5, "mixed"), "each layer's own"
 
 
@@ -149,7 +149,7 @@ def test_a_former_name_warns_and_says_which_one_it_is(former: str, current: str)
     with pytest.warns(FormerNameWarning, match=said):
         assert from_dict({"methods": [former]}).methods == (current,)
     with pytest.warns(FormerNameWarning, match=said):
-        assert settled(TINY, former, 0).methods == (current,)
+        assert resolved_config(TINY, former, 0).methods == (current,)
     with pytest.warns(FormerNameWarning, match=said):
         read = experiments.from_yaml(f"title: t\nbase: {{threads: 1}}\narms: [{{name: a, method: {former}}}]", "t")
     assert read.arms[0].method == current
@@ -186,7 +186,7 @@ HASHES = {
 
 @pytest.mark.parametrize(("name", "expected"), HASHES.items())
 def test_hashes_and_folders_are_those_of_before(name: str, expected: str) -> None:
-    config = settled(TINY, name, 3)
+    config = resolved_config(TINY, name, 3)
     former = {current: former for former, current in FORMER.items()}.get(name, name)
     assert content_hash(config) == expected
     assert Run("arm", {}, config).folder == Path(f"split-digits-{former}-{expected}/seed-3")

@@ -496,12 +496,12 @@ def test_dark_replay_state_is_the_inner_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", DARK)
 def test_dark_replay_settles_its_weight_and_the_inner_settings(name: str) -> None:
-    config = METHODS[name].settled(TrainConfig())
+    config = METHODS[name].resolved_config(TrainConfig())
     assert config.replay.distillation == 0.5
-    assert config.mix == METHODS[DARK[name]].settled(TrainConfig()).mix
+    assert config.mix == METHODS[DARK[name]].resolved_config(TrainConfig()).mix
     own = TrainConfig(replay=ReplayConfig(distillation=0.0))
-    assert METHODS[name].settled(own).replay.distillation == 0.0
-    assert METHODS[DARK[name]].settled(TrainConfig()).replay.distillation is None
+    assert METHODS[name].resolved_config(own).replay.distillation == 0.0
+    assert METHODS[DARK[name]].resolved_config(TrainConfig()).replay.distillation is None
 
 
 def test_dark_replay_keeps_logits_of_the_model_in_evaluation(monkeypatch) -> None:

@@ -34,7 +34,7 @@ from gradmix.training.data.tabular import COVERTYPES
 from gradmix.training.data.texts import NEWSGROUPS
 from gradmix.training.loop import sampler, trainer
 from gradmix.training.loop.clock import Clock
-from gradmix.training.loop.trainer import Progress, settled, train_one
+from gradmix.training.loop.trainer import Progress, resolved_config, train_one
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.models import build_model
 from gradmix.training.runs.experiments import content_hash
@@ -325,9 +325,9 @@ def test_values_that_no_run_can_have_are_refused(case: str) -> None:
 
 def test_what_is_off_has_no_part_in_the_hash_of_a_run() -> None:
     # Runs made before there were these settings are found again.
-    base = settled(TrainConfig(), "gradmix-class", 0)
+    base = resolved_config(TrainConfig(), "gradmix-class", 0)
     assert content_hash(base) == "64995f35fc45"
-    assert content_hash(settled(TrainConfig(), "er", 3)) == "cc04f0c501cb"
+    assert content_hash(resolved_config(TrainConfig(), "er", 3)) == "cc04f0c501cb"
     assert content_hash(replace(base, data=replace(base.data, workers=3))) == content_hash(base)
     hashes = [content_hash(base)]
     for section in FIELDS:

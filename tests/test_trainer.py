@@ -290,10 +290,10 @@ def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
 
 def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
     left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5))
-    assert METHODS["gradmix-class"].settled(left_open).mix == MixConfig(estimator="mixed", refresh=0)
-    assert METHODS["gradmix-sample"].settled(left_open).mix == MixConfig(estimator="feature", refresh=1)
-    assert METHODS["gradmix-class"].settled(given) == given
-    assert METHODS["er"].settled(left_open) == left_open
+    assert METHODS["gradmix-class"].resolved_config(left_open).mix == MixConfig(estimator="mixed", refresh=0)
+    assert METHODS["gradmix-sample"].resolved_config(left_open).mix == MixConfig(estimator="feature", refresh=1)
+    assert METHODS["gradmix-class"].resolved_config(given) == given
+    assert METHODS["er"].resolved_config(left_open) == left_open
 
 
 def test_the_learning_rate_falls_at_its_milestones() -> None:

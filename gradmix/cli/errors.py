@@ -71,7 +71,7 @@ def status_of(error: BaseException) -> int:
     return ERROR if isinstance(error, _EXPECTED) and not isinstance(error, BrokenPipeError) else 1
 
 
-def reported(error: BaseException, who: str = "") -> int:
+def report_error(error: BaseException, who: str = "") -> int:
     """Say on stderr what ended a command, as far as a line can say it.
 
     Args:

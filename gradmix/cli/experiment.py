@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gradmix.cli.errors import UsageError, require
-from gradmix.cli.former_names import former_names_said
+from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
@@ -49,7 +49,7 @@ def main(args: list[str]) -> int:
         return _again(options)
     # It may name modules there, which are looked for when it is read.
     search_here()
-    with former_names_said():
+    with print_former_names():
         experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")

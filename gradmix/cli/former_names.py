@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def former_names_said() -> Iterator[None]:
+def print_former_names() -> Iterator[None]:
     """Print, in place of the warning, what a method that is called by its former name is called now.
 
     Python hides deprecation warnings from users of a command. Other warnings are passed on.

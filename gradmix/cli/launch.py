@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, reported, status_of
+from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, report_error, status_of
 
 if TYPE_CHECKING:
     from gradmix.processes import Group
@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of a command; by itself, unless :func:`joined` finds others.
+    """This process's place among those of a command; by itself, unless :func:`join_processes` finds others.
 
     Attributes:
         rank: Its number, from 0.
@@ -149,11 +149,11 @@ class _SaidElsewhere(BaseException):
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def join_processes() -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started, if it did, for as long as the context is open.
 
     Of several, a process in which the body fails ends here and at once: to take leave of the others it would have to
-    wait for them. One that is done ends by :func:`finished`.
+    wait for them. One that is done ends by :func:`finish`.
 
     Raises:
         ValueError: ``GRADMIX_TIMEOUT`` is no number of seconds, or the environment does not hold what it should.
@@ -206,7 +206,7 @@ def refuse_several(command: str, instead: str) -> None:
 
 
 @contextmanager
-def losses_explained(go_on: Callable[[], str]) -> Iterator[None]:
+def explain_lost_process(go_on: Callable[[], str]) -> Iterator[None]:
     """Put into words that another process is gone, whatever the exchange within the body made of it.
 
     Args:
@@ -286,7 +286,7 @@ def _leave(error: BaseException, here: Processes) -> None:
     # What the first process has to say is said for all, but for what it alone could see.
     who = "" if here.first and not isinstance(error, LostProcessError) else f"process {here.rank} of {here.size}"
     try:
-        status = reported(error, who)
+        status = report_error(error, who)
     except BaseException:
         if who:
             print(f"gradmix: {who} failed:", file=sys.stderr)
@@ -295,7 +295,7 @@ def _leave(error: BaseException, here: Processes) -> None:
     _end(status)
 
 
-def finished(processes: Processes, status: int) -> int:
+def finish(processes: Processes, status: int) -> int:
     """The exit status of a process that is done; one of several waits for the others and ends here."""
     if processes.group is not None:
         # That another one left earlier, maybe with what they met at, is no failure.

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import UsageError, require
 from gradmix.cli.flags import parse_train
-from gradmix.cli.former_names import former_names_said
+from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
-from gradmix.cli.launch import Processes, finished, joined, losses_explained
+from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.names import shell, shown
 from gradmix.training.method_names import recorded_name
@@ -34,11 +34,14 @@ _DIVERGED = 1
 def main(args: list[str]) -> int:
     """Train, save every run and the table over them; as one of several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
-    with joined() as processes, losses_explained(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"):
+    with (
+        join_processes() as processes,
+        explain_lost_process(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"),
+    ):
         # What is taken of the folder is given back before processes end together.
         with ExitStack() as held:
             status = _train(args, processes, held)
-        return finished(processes, status)
+        return finish(processes, status)
 
 
 def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
@@ -50,7 +53,10 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     if not resumed:
         processes.by_the_first(lambda: _begin(config, held))
     interrupted = False
-    with Interruption(silent=not processes.first) as interruption, losses_explained(lambda: _resume(output, processes)):
+    with (
+        Interruption(silent=not processes.first) as interruption,
+        explain_lost_process(lambda: _resume(output, processes)),
+    ):
         try:
             # Several processes stop where all do, and never where one of them happens to be.
             with nullcontext() if processes.group is None else interruption.deferred():
@@ -95,7 +101,7 @@ def _planned(
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
     """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
     resumed = _resumed(args)
-    with former_names_said():
+    with print_former_names():
         config = parse_train(args) if resumed is None else resumed
     find_named("train --benchmark", config.data.benchmark, config.optim.model)
 

@@ -60,8 +60,15 @@ FORMER_MODULES = {
 """The new place of each former module, relative to this package."""
 
 
+_RENAMED = {"trainer": {"settled": "resolved_config", "CIRCUMSTANCES": "RUNTIME_FIELDS"}}
+"""What has another name in its new module, by former module."""
+
+
 class _SameNames(dict[str, str]):
-    """A mapping of every name to itself, for :func:`~gradmix._moved.moved`; special names are left out."""
+    """A mapping of every name that it does not have to itself, for :func:`~gradmix._moved.moved`.
+
+    Special names are left out.
+    """
 
     def __contains__(self, name: object) -> bool:
         return not str(name).startswith("__")
@@ -75,6 +82,6 @@ def register() -> None:
     package = __name__.rpartition(".")[0]
     for old, new in FORMER_MODULES.items():
         stub = ModuleType(f"{package}.{old}", f"Moved to :mod:`{package}.{new}`.")
-        stub.__dict__["__getattr__"] = moved(stub.__name__, f"{package}.{new}", _SameNames())
+        stub.__dict__["__getattr__"] = moved(stub.__name__, f"{package}.{new}", _SameNames(_RENAMED.get(old, {})))
         sys.modules[stub.__name__] = stub
         setattr(sys.modules[package], old, stub)

@@ -55,7 +55,7 @@ from gradmix.training.streams.benchmarks import resolve, stream_of
 LOSS_EVERY = 25
 """Steps between two losses shown, or looked at for not being finite: reading one waits for a GPU."""
 
-CIRCUMSTANCES = (
+RUNTIME_FIELDS = (
     "methods",
     "seeds",
     "output",
@@ -83,7 +83,7 @@ class Progress:
     loss: float | None
 
 
-def settled(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
+def resolved_config(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
     """The complete configuration of one run: narrowed to it, and nothing left to the benchmark's or method's default.
 
     Args:
@@ -97,7 +97,7 @@ def settled(config: TrainConfig, method: str, seed: int, stream: TaskStream | No
     """
     found = find_method(method)
     method = current_name(method, warn=False)
-    return found.settled(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
+    return found.resolved_config(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
 
 
 def train_one(
@@ -141,7 +141,7 @@ def train_one(
     """
     if stream is None:
         stream = stream_of(config.data)
-    config = settled(config, method, seed, stream)
+    config = resolved_config(config, method, seed, stream)
     (method,) = config.methods
     if config.data.blur is not None:
         stream = blurred(stream, config.data.blur, seed)
@@ -166,9 +166,12 @@ def train_one(
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What makes a run the one it is: its settled configuration without :data:`CIRCUMSTANCES`, but method and seed."""
+    """Return what tells a run from others: method, seed and the resolved configuration without :data:`RUNTIME_FIELDS`.
+
+    The method stands under its :func:`~gradmix.training.method_names.recorded_name`.
+    """
     plain = to_dict(config)
-    for key in CIRCUMSTANCES:
+    for key in RUNTIME_FIELDS:
         section, _, name = key.rpartition(".")
         del (plain[section] if section else plain)[name]
     return {"method": recorded_name(config.methods[0]), "seed": config.seeds[0], **plain}

@@ -210,7 +210,7 @@ class Method(ABC):
         """
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         """``config`` with the method's own values where it leaves them to the method."""
         return config
 
@@ -268,8 +268,8 @@ class Finetune(ER):
 class Wrapping(Method):
     """A method around another one, which decides everything that is not overridden.
 
-    ``settled`` and ``check_installed`` are of the wrapper alone; :mod:`gradmix.training.methods.composition` asks each
-    layer.
+    ``resolved_config`` and ``check_installed`` are of the wrapper alone; a
+    :class:`~gradmix.training.methods.composition.Composition` asks each layer.
 
     Args:
         context: what the method is built from.

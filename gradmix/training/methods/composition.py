@@ -85,10 +85,10 @@ class Composition:
             method = wrapper(context, method)
         return method
 
-    def settled(self, config: TrainConfig) -> TrainConfig:
+    def resolved_config(self, config: TrainConfig) -> TrainConfig:
         """``config`` with the method's own values where it leaves them to the method."""
         for layer in self._layers():
-            config = layer.settled(config)
+            config = layer.resolved_config(config)
         return config
 
     def check_installed(self) -> None:

@@ -44,7 +44,7 @@ class DarkReplay(Wrapping):
         self._weight = self.weight if own is None else own
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         own = config.replay.distillation
         replay = replace(config.replay, distillation=cls.weight if own is None else own)
         return replace(config, replay=replay)

@@ -40,7 +40,7 @@ class SelectiveMixup(LinearMixing):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        mix = self.settled(TrainConfig(mix=context.mix)).mix
+        mix = self.resolved_config(TrainConfig(mix=context.mix)).mix
         assert mix.estimator is not None
         self._mixup = GradMix(
             context.model,
@@ -61,7 +61,7 @@ class SelectiveMixup(LinearMixing):
         self._pairs: Pairs | None = None
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         mix = config.mix
         default = cls.default_estimator
         refresh = cls.online_refresh if config.data.online else cls.default_refresh

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
-from gradmix.training.loop.trainer import settled
+from gradmix.training.loop.trainer import resolved_config
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
 from gradmix.training.reports.cells import setting
 from gradmix.training.runs.settings import distinguishing
@@ -225,11 +225,12 @@ def label_of(arm: str, values: Mapping[str, Any]) -> str:
 
 
 def content_hash(config: TrainConfig) -> str:
-    """Twelve hexadecimal digits that tell apart configurations under which something else is learnt.
+    """Return twelve hexadecimal digits that differ between configurations under which something else is learnt.
 
-    Of a settled configuration every field counts but the seed and the circumstances (device, threads, folders), and but
-    what is off (null, false or ``none``): so a feature added later, which is off in all runs made before, leaves their
-    hashes as they are, and a default that changes later does not give its name to runs made under the former.
+    Every field of a resolved configuration counts, except the seed, the runtime fields (device, threads, folders) and
+    what is off (null, false or ``none``). So a feature added later, which is off in all former runs, leaves their
+    hashes as they are, and runs made under a former default keep their hash when the default changes. A method counts
+    by its :func:`~gradmix.training.method_names.recorded_name`.
     """
     told = {k: v for k, v in distinguishing(config).items() if not (v is None or v is False or v == "none")}
     told["method"] = recorded_name(config.methods[0])
@@ -366,7 +367,7 @@ def _config(
         values.setdefault("data", {})["data_dir"] = str(others.pop("data_dir"))
     try:
         config = from_dict({**values, **others, "methods": [arm.method], "seeds": [experiment.seeds[0]]})
-        return settled(config, arm.method, experiment.seeds[0])
+        return resolved_config(config, arm.method, experiment.seeds[0])
     except ValueError as error:
         raise ValueError(f"{label_of(arm.name, point)}: {error}") from error
 

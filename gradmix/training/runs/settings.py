@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradmix.training.config import TrainConfig, to_dict
-from gradmix.training.loop.trainer import CIRCUMSTANCES
+from gradmix.training.loop.trainer import RUNTIME_FIELDS
 
 
 def distinguishing(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what is learnt, as plain values by key: those of a configuration, but not
-    :data:`~gradmix.training.loop.trainer.CIRCUMSTANCES`, which hold methods and seeds too.
+    :data:`~gradmix.training.loop.trainer.RUNTIME_FIELDS`, which hold methods and seeds too.
     """
-    return {key: value for key, value in flatten(to_dict(config)) if key not in CIRCUMSTANCES}
+    return {key: value for key, value in flatten(to_dict(config)) if key not in RUNTIME_FIELDS}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
