@@ -34,10 +34,12 @@ from gradmix.training.method_names import (
     recorded_name,
 )
 from gradmix.training.methods import (
+    ER,
     METHODS,
     Context,
     DarkReplay,
     GradMixClass,
+    Needs,
     StepRows,
     TrivialAugment,
     composition,
@@ -121,6 +123,18 @@ def test_every_composition_makes_a_step(name: str) -> None:
     loss = method.backward(StepRows(x, y, torch.full((12,), 1 / 12), candidates=(x.flip(0), y.flip(0))))
     gradients = [p.grad for p in context.model.parameters() if p.grad is not None]
     assert loss.isfinite() and gradients and all(g.isfinite().all() for g in gradients)
+
+
+def test_former_class_flags_are_understood_with_a_warning() -> None:
+    with pytest.warns(
+        DeprecationWarning, match=r"Own: got the class attributes keeps_more, joins, expected needs = Needs"
+    ):
+
+        class Own(ER):
+            keeps_more = True
+            joins = False
+
+    assert Own.needs == Needs(extras=True, one_process=True) and ER.needs == Needs()
 
 
 def test_an_unknown_name_is_refused_with_all_that_there_are() -> None:

@@ -453,7 +453,7 @@ class Counting(Spy):
         type(self).seen.append((self.context.counts.clone(), replayed, rows))
         yield 0 * self.parameter.sum()
 
-    keeps_more = True
+    needs = Needs(extras=True)
 
     def extras(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"label_again": y.clone(), "brightness": x.flatten(1).sum(1)}
@@ -488,7 +488,7 @@ def test_more_replayed_rows_leave_the_step_as_it_was(spy, stream, monkeypatch: p
 
 
 def test_a_method_that_wants_balanced_candidates_gets_them(spy, stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spy, "wants_balanced", True)
+    monkeypatch.setattr(spy, "needs", Needs(balanced=True))
     train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "er", 0, stream=stream)
     assert all(rows.candidates is not None for rows in spy.seen)
 

@@ -7,10 +7,11 @@ tau CE(replayed), each a mean over its own rows; a mixed row has the weight of t
 from __future__ import annotations
 
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -135,6 +136,16 @@ class Needs:
         )
 
 
+_FORMER_FLAGS = {
+    "replays": "replayed",
+    "wants_balanced": "balanced",
+    "draws_more": "second_batch",
+    "gathers": "whole_step",
+    "keeps_more": "extras",
+    "joins": "one_process",
+}
+
+
 class Method(ABC):
     """A way to learn from a step's samples.
 
@@ -143,6 +154,21 @@ class Method(ABC):
     """
 
     needs: Needs = Needs()
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        """Understand the class flags that :class:`Needs` has replaced, with a warning."""
+        super().__init_subclass__(**others)
+        former = {name: cls.__dict__[name] for name in _FORMER_FLAGS if name in cls.__dict__}
+        if former:
+            warnings.warn(
+                f"{cls.__name__}: got the class attributes {', '.join(former)}, expected needs = Needs(...)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            values = {_FORMER_FLAGS[name]: bool(value) for name, value in former.items()}
+            if "one_process" in values:
+                values["one_process"] = not values["one_process"]
+            cls.needs = replace(cls.needs, **values)
 
     def __init__(self, context: Context) -> None:
         self.context = context
