@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
 from gradmix.probe import ModelNotFiniteError, preserved_rng
 from gradmix.processes import Group, rank_of
+from gradmix.rows import RowSource
 from gradmix.training.config import TrainConfig, to_dict
 from gradmix.training.data.samples import StoredRows, TensorRows
 from gradmix.training.loop import checkpoint as checkpoints
@@ -40,6 +40,7 @@ from gradmix.training.loop.preparation import Preparation
 from gradmix.training.loop.random_state import restore_rng, rng_state
 from gradmix.training.loop.reading import KeptRows, Reading
 from gradmix.training.loop.reading_sampler import ReadingSampler
+from gradmix.training.loop.run_parts import Position, Records
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
 from gradmix.training.loop.state_checks import require_like, require_number, require_order, require_tensor
 from gradmix.training.method_names import current_name, recorded_name
@@ -241,7 +242,30 @@ class _Run:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self.preparation = Preparation(stream, optim.augment, channels_last=channels_last, dtype=dtype)
         self.reading = Reading(config.data.workers, skip_damaged=config.data.skip_damaged, device=device)
-        drawn_for = config, seed, self.buffer, self.clock, device, self.preparation, group
+        source = self._make_sampler()
+        self.generators = {**self.sampler.generators, "mixing": generator_for(seed, "mixing")}
+        self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
+        self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
+        if group is not None:
+            self.model = distributed.with_shared_statistics(self.model, device)
+        serve_single_rows(self.model)
+        self.differing = [] if group is None else distributed.differing_buffers(self.model)
+        self.method: Method = find_method(method)(self._context(source))
+        self.records = Records(len(stream.tasks))
+        self.position = Position(mixed=torch.zeros((), dtype=torch.int64, device=device))
+        self.steps_total = sum(self.epochs * -(-rows // optim.batch) for rows in self.rows_per_epoch())
+        self.seconds_before, self.peak_before = 0.0, 0
+        self.losses = LossWatch(device, group)
+        self.optimiser: torch.optim.SGD | None = None
+        self.schedule: torch.optim.lr_scheduler.MultiStepLR
+        self.checkpoint: Path | None = None
+        self.checkpoint_seconds = 0.0
+        self.wants_to_stop = self.all_stop = False
+
+    def _make_sampler(self) -> RowSource | None:
+        """Make the sampler of steps; return what the reference gradient reads, if that is not the buffer itself."""
+        stream = self.stream
+        drawn_for = self.config, self.seed, self.buffer, self.clock, self.device, self.preparation, self.group
         source = None
         if self.keeps_numbers:
             items = cast(StoredRows, stream.tasks[0].train).items
@@ -254,50 +278,29 @@ class _Run:
             self.sampler = ResidentSampler(*drawn_for)
             if self.preparation.changes(stream.tasks[0].train):
                 source = KeptRows(self.buffer, self.preparation).as_source()
-        self.generators = {**self.sampler.generators, "mixing": generator_for(seed, "mixing")}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
-        self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
-        if group is not None:
-            self.model = distributed.with_shared_statistics(self.model, device)
-        serve_single_rows(self.model)
-        self.differing = [] if group is None else distributed.differing_buffers(self.model)
-        self.method: Method = find_method(method)(
-            Context(
-                model=self.wrapped(),
-                buffer=self.buffer,
-                num_classes=stream.num_classes,
-                mix=config.mix,
-                generator=self.generators["mixing"],
-                clock=self.clock,
-                replay=replay,
-                counts=self.counts,
-                draw_replayed=self.sampler.replayed,
-                pixels=None if stream.mean is None or stream.std is None else Pixels(stream.mean, stream.std),
-                source=source,
-                autocast=self.autocast,
-                scaler=self.scaler,
-                accumulate=optim.accumulate or 1,
-                group=group,
-                growing=optim.growing_head,
-            )
+        return source
+
+    def _context(self, source: RowSource | None) -> Context:
+        """Return what the method is built from."""
+        mean, std = self.stream.mean, self.stream.std
+        return Context(
+            model=self.wrapped(),
+            buffer=self.buffer,
+            num_classes=self.stream.num_classes,
+            mix=self.config.mix,
+            generator=self.generators["mixing"],
+            clock=self.clock,
+            replay=self.config.replay,
+            counts=self.counts,
+            draw_replayed=self.sampler.replayed,
+            pixels=None if mean is None or std is None else Pixels(mean, std),
+            source=source,
+            autocast=self.autocast,
+            scaler=self.scaler,
+            accumulate=self.config.optim.accumulate or 1,
+            group=self.group,
+            growing=self.config.optim.growing_head,
         )
-        tasks = len(stream.tasks)
-        self.accuracy = np.full((tasks, tasks), np.nan)
-        self.mixed_share = [float("nan")] * tasks
-        self.alignments: list[AlignmentRecord] = []
-        self.steps = 0
-        self.steps_total = sum(self.epochs * -(-rows // optim.batch) for rows in self.rows_per_epoch())
-        self.seconds_before, self.peak_before = 0.0, 0
-        # Where the run is: steps done of an epoch whose rows come in `order`; None: the task has not begun.
-        self.task, self.epoch, self.batches_done = 0, 0, 0
-        self.order: Tensor | None = None
-        self.mixed, self.seen = torch.zeros((), dtype=torch.int64, device=device), 0
-        self.losses = LossWatch(device, group)
-        self.optimiser: torch.optim.SGD | None = None
-        self.schedule: torch.optim.lr_scheduler.MultiStepLR
-        self.checkpoint: Path | None = None
-        self.checkpoint_seconds = 0.0
-        self.wants_to_stop = self.all_stop = False
 
     def wrapped(self) -> nn.Module:
         """The model as the loss is to see it: compiled, and its gradients averaged over the processes."""
@@ -313,11 +316,11 @@ class _Run:
         environment = describe_environment(self.device) | distributed.environment(self.config.optim.batch, self.group)
         status: Any = "complete"
         try:
-            while self.task < len(self.stream.tasks):
-                task = self.stream.tasks[self.task]
+            while self.position.task < len(self.stream.tasks):
+                task = self.stream.tasks[self.position.task]
                 self.learn(task)
                 with self.clock("evaluation"):
-                    self.accuracy[task.index] = evaluate(
+                    self.records.accuracy[task.index] = evaluate(
                         self.model,
                         self.stream,
                         self.device,
@@ -326,7 +329,7 @@ class _Run:
                         self.reading,
                         self.group,
                     )
-                self.task += 1
+                self.position.task += 1
         except KeyboardInterrupt:
             status = "interrupted"
         except (DivergedError, ModelNotFiniteError):
@@ -341,9 +344,9 @@ class _Run:
             status=status,
             class_names=self.stream.class_names,
             task_classes=tuple(task.classes for task in self.stream.tasks),
-            accuracy=self.accuracy,
+            accuracy=self.records.accuracy,
             timing=Timing(
-                steps=self.steps,
+                steps=self.position.steps,
                 seconds_total=self.seconds_total(),
                 seconds_step=self.clock.seconds("step"),
                 seconds_selection=self.clock.seconds("selection"),
@@ -352,61 +355,64 @@ class _Run:
                 peak_memory_bytes=self.peak_memory(),
             ),
             config=self.config,
-            mixed_share=tuple(self.mixed_share),
-            alignments=tuple(self.alignments),
+            mixed_share=tuple(self.records.mixed_share),
+            alignments=tuple(self.records.alignments),
             environment=environment,
         )
 
     def learn(self, task: Task) -> None:
         """Train on one task, or on what is left of it, then show it to the buffer; online, that step by step."""
+        position = self.position
         balanced = self.config.mix.candidates == "balanced" or self.method.needs.balanced
         self.sampler.start_task(task, self.method, balanced=balanced)
         self.count_classes(task.train.y)
-        if self.order is None:
+        if position.order is None:
             if not self.online:
                 # Online, the head grows with the first row of a class.
                 self.grow(task.train.y)
             if self.optimiser is None or not self.online:
                 self.start_optimiser()
-            self.mixed.zero_()
-            self.seen = 0
+            position.mixed.zero_()
+            position.seen = 0
         self.model.train()
-        while self.epoch < self.epochs:
-            if self.order is None:
+        while position.epoch < self.epochs:
+            if position.order is None:
                 if not self.online or task.index == 0:
                     self.method.start_epoch()
-                self.order = self.sampler.epoch_order()
-            steps = self.sampler.steps_of(self.order)
-            self.sampler.start_epoch(self.order, self.batches_done)
-            while self.batches_done < steps:
+                position.order = self.sampler.epoch_order()
+            steps = self.sampler.steps_of(position.order)
+            self.sampler.start_epoch(position.order, position.batches_done)
+            while position.batches_done < steps:
                 rows, loss = self.step()
-                self.batches_done += 1
-                self.steps += 1
+                position.batches_done += 1
+                position.steps += 1
                 self.losses.note(loss)
                 if self.online:
                     self.show(*self.sampler.step_rows())
                     self.schedule.step()
-                if self.batches_done == steps or self.steps % LOSS_EVERY == 0:
+                if position.batches_done == steps or position.steps % LOSS_EVERY == 0:
                     self.losses.look()
-                if self.batches_done == steps:
+                if position.batches_done == steps:
                     if not self.online:
                         self.schedule.step()
-                    if self.epoch == self.epochs - 1:
-                        self.mixed_share[task.index] = int(self.mixed) / self.seen if self.seen else float("nan")
+                    if position.epoch == self.epochs - 1:
+                        self.records.mixed_share[task.index] = (
+                            int(position.mixed) / position.seen if position.seen else float("nan")
+                        )
                         self.record_table(task, rows)
                 # The last thing in a step: here a run may be left, and nothing is to be done twice or left out.
                 self.after_step(task, loss)
-            self.epoch, self.batches_done, self.order = self.epoch + 1, 0, None
+            position.epoch, position.batches_done, position.order = position.epoch + 1, 0, None
         if not self.online:
             for x, y in self.sampler.own_rows():
                 self.show(x, y)
-        self.epoch = 0
+        position.epoch = 0
 
     def step(self) -> tuple[StepRows, Tensor]:
         """One step of the optimiser on the next rows; returns them and their loss, detached."""
         if self.group is not None:
             # Other numbers in every process, for dropout, that follow from where the run is.
-            torch.manual_seed(derived_seed(self.seed, f"global/{rank_of(self.group)}/{self.steps}"))
+            torch.manual_seed(derived_seed(self.seed, f"global/{rank_of(self.group)}/{self.position.steps}"))
         with self.clock("step"):
             with self.clock("data"):
                 rows = self.sampler.rows()
@@ -426,8 +432,8 @@ class _Run:
                 distributed.share_buffers(self.differing, self.group)
         count = self.method.mixed_rows()
         if count is not None:
-            self.mixed += count
-            self.seen += len(rows.y)
+            self.position.mixed += count
+            self.position.seen += len(rows.y)
         return rows, loss
 
     def is_empty(self, rows: StepRows) -> bool:
@@ -482,7 +488,7 @@ class _Run:
         except KeyboardInterrupt:
             self.wants_to_stop = True
         # Several processes stop at the same step, which they have to agree on.
-        if self.group is not None and self.steps % distributed.AGREE_EVERY == 0:
+        if self.group is not None and self.position.steps % distributed.AGREE_EVERY == 0:
             self.wants_to_stop = distributed.any_wants(self.wants_to_stop, self.device, self.group)
             self.all_stop = self.wants_to_stop
         if self.wants_to_stop and (self.group is None or self.all_stop):
@@ -492,20 +498,20 @@ class _Run:
             self.save()
 
     def report(self, task: Task, loss: Tensor) -> None:
-        if self.steps % LOSS_EVERY == 0 and self.group is not None:
+        if self.position.steps % LOSS_EVERY == 0 and self.group is not None:
             loss = distributed.mean(loss, self.group)
         if self.on_step is None:
             return
-        shown = float(loss) if self.steps % LOSS_EVERY == 0 else None
+        shown = float(loss) if self.position.steps % LOSS_EVERY == 0 else None
         self.on_step(
             Progress(
                 self.method_name,
                 self.seed,
                 task.index + 1,
                 len(self.stream.tasks),
-                self.epoch + 1,
+                self.position.epoch + 1,
                 self.epochs,
-                self.steps,
+                self.position.steps,
                 self.steps_total,
                 shown,
             )
@@ -556,7 +562,7 @@ class _Run:
         if table is None or table.classes is None:
             return
         threshold = self.config.mix.threshold
-        self.alignments.append(
+        self.records.alignments.append(
             AlignmentRecord(
                 task=task.index,
                 classes=table.classes.cpu().numpy(),
@@ -609,13 +615,7 @@ class _Run:
         assert self.optimiser is not None
         schedule = self.schedule.state_dict()
         return {
-            "task": self.task,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "order": self.order,
-            "steps": self.steps,
-            "mixed": int(self.mixed),
-            "seen": self.seen,
+            **self.position.state_dict(),
             "diverged": self.losses.found(),
             "width": self.width,
             "model": self.model.state_dict(),
@@ -628,18 +628,7 @@ class _Run:
             "method": self.method.state_dict(),
             "generators": self.state_of_generators(),
             "global_generators": rng_state(self.device),
-            "accuracy": torch.from_numpy(self.accuracy),
-            "mixed_share": self.mixed_share,
-            "alignments": [
-                {
-                    "task": record.task,
-                    "classes": torch.from_numpy(record.classes),
-                    "cosine": torch.from_numpy(record.cosine),
-                    "helpful": torch.from_numpy(record.helpful),
-                    "threshold": record.threshold,
-                }
-                for record in self.alignments
-            ],
+            **self.records.state_dict(),
             "clock": self.clock.state_dict(),
             "seconds_total": self.seconds_total(),
             "peak_memory": self.peak_memory(),
@@ -650,26 +639,16 @@ class _Run:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that cannot be this run's, as far as that is to be told before any of it is taken up."""
-        tasks, most = len(self.stream.tasks), torch.iinfo(torch.int64).max
-        highest = {"task": tasks - 1, "epoch": self.epochs - 1, "width": self.stream.num_classes}
-        for name in ("task", "epoch", "batches_done", "steps", "mixed", "seen", "width", "peak_memory"):
-            require_number(state[name], self.width if name == "width" else 0, highest.get(name, most), name)
+        self.position.check(state, tasks=len(self.stream.tasks), epochs=self.epochs)
+        require_number(state["width"], self.width, self.stream.num_classes, "width")
+        require_number(state["peak_memory"], 0, torch.iinfo(torch.int64).max, "peak_memory")
         require_like(state["seconds_total"], 0.0, "seconds_total")
         require_like(state["clock"], {str(section): 0.0 for section in state["clock"]}, "clock")
         require_like(state["generators"], self.state_of_generators(), "generators")
         known = rng_state(self.device)
         require_like(state["global_generators"]["numpy"], known["numpy"], "global_generators.numpy")
         require_like(state["global_generators"]["torch"], known["torch"], "global_generators.torch")
-        require_tensor(state["accuracy"], torch.float64, (tasks, tasks), "accuracy")
-        require_like(state["mixed_share"], [0.0] * tasks, "mixed_share")
-        for record in state["alignments"]:
-            require_number(record["task"], 0, tasks - 1, "alignments.task")
-            classes = len(require_tensor(record["classes"], torch.int64, (None,), "alignments.classes"))
-            require_tensor(record["cosine"], torch.float64, (classes, classes), "alignments.cosine")
-            require_tensor(record["helpful"], torch.bool, (classes, classes), "alignments.helpful")
-            require_like(record["threshold"], 0.0, "alignments.threshold")
-            if not bool(((record["classes"] >= 0) & (record["classes"] < self.stream.num_classes)).all()):
-                raise ValueError("alignments.classes: got classes that the stream does not have")
+        self.records.check(state, num_classes=self.stream.num_classes)
 
     def check_optimiser(self, state: Mapping[str, Any]) -> None:
         """The same of the model's width, and what belongs to the optimiser, which have to be there for it."""
@@ -693,7 +672,7 @@ class _Run:
 
     def check_buffer(self) -> None:
         """The same of the buffer that has been loaded, and of what counts its rows: the order of an epoch."""
-        train, num_classes = self.stream.tasks[self.task].train, self.stream.num_classes
+        train, num_classes = self.stream.tasks[self.position.task].train, self.stream.num_classes
         held = len(self.buffer)
         if held:
             rows, labels = self.buffer.part(0, 1)[0], self.buffer.y
@@ -711,9 +690,11 @@ class _Run:
                     shape = (held, *like.shape[1:])
                     require_tensor(self.buffer.extras.get(name), like.dtype, shape, f"buffer.extras.{name}")
         mingled = held if self.config.replay.stream == "shuffled" and self.method.needs.replayed else 0
-        require_order(self.order, len(train) + mingled, "order")
-        assert self.order is not None and self.config.optim.batch is not None
-        require_number(self.batches_done, 0, -(-len(self.order) // self.config.optim.batch), "batches_done")
+        require_order(self.position.order, len(train) + mingled, "order")
+        assert self.position.order is not None and self.config.optim.batch is not None
+        require_number(
+            self.position.batches_done, 0, -(-len(self.position.order) // self.config.optim.batch), "batches_done"
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of :meth:`state_dict`.
@@ -723,10 +704,7 @@ class _Run:
             Exception: it is no such state; the run is then not to be gone on with.
         """
         self.check(state)
-        self.task, self.epoch, self.batches_done = state["task"], state["epoch"], state["batches_done"]
-        self.order, self.steps = state["order"], state["steps"]
-        self.mixed.fill_(state["mixed"])
-        self.seen = state["seen"]
+        self.position.load_state_dict(state)
         # Earlier versions did not look.
         self.losses.restore(state.get("diverged", False))
         if state["width"] != self.width:
@@ -741,31 +719,20 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
         self.buffer.load_state_dict(state["buffer"])
         self.sampler.load_state_dict(state["sampler"])
-        self.method.load_state_dict(_moved(state["method"], self.device))
+        self.method.load_state_dict(_to_device(state["method"], self.device))
         for purpose, generator in self.generators.items():
             generator.set_state(state["generators"][purpose])
         restore_rng(state["global_generators"], self.device)
-        self.accuracy = state["accuracy"].numpy()
-        self.mixed_share = list(state["mixed_share"])
-        self.alignments = [
-            AlignmentRecord(
-                task=record["task"],
-                classes=record["classes"].numpy(),
-                cosine=record["cosine"].numpy(),
-                helpful=record["helpful"].numpy(),
-                threshold=record["threshold"],
-            )
-            for record in state["alignments"]
-        ]
+        self.records.load_state_dict(state)
         self.check_buffer()
         self.clock.load_state_dict(state["clock"])
         self.seconds_before, self.peak_before = state["seconds_total"], state["peak_memory"]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     """A state with its tensors on a device; generators' states, which are bytes, belong on the CPU."""
     if isinstance(value, Tensor):
         return value if value.dtype == torch.uint8 else value.to(device)
     if isinstance(value, dict):
-        return {k: _moved(v, device) for k, v in value.items()}
-    return [_moved(v, device) for v in value] if isinstance(value, list) else value
+        return {k: _to_device(v, device) for k, v in value.items()}
+    return [_to_device(v, device) for v in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Balanced-MixUp: rows as they come, mixed with rows drawn class by class."""
+"""Balanced-MixUp: the step's samples mixed with class-balanced ones."""
 
 from __future__ import annotations
 

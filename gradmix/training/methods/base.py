@@ -1,7 +1,7 @@
-"""What every method is: a way to turn a step's rows into gradients.
+"""The interface of all methods: from the samples of a step to gradients.
 
-A step's rows are those of the current task and the replayed ones. The loss is a weighted sum over rows, CE(current) +
-tau CE(replayed), each a mean over its own rows; a mixed row has the weight of the row it was made from.
+A step has samples of the current task and replayed ones. The loss is CE(current) + tau CE(replayed), each a mean over
+its own samples. A mixed sample has the weight of the sample it was made from.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.sharding import Share
 
 Part: TypeAlias = "slice | Tensor"
-"""Some of a step's rows: a slice of them, or their places."""
+"""A part of a step's samples: a slice, or their indices."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one step.
+    """The samples of one step.
 
     Attributes:
         x: (N, ...) inputs, the current task's first unless they come in one shuffled stream.
         y: (N,) int64 class indices.
-        weight: (N,) weight of each row's loss.
-        candidates: (x, y) where partners may come from; None: the step's own rows.
-        replayed: (N,) bool, the rows that come from the buffer; None: nobody has told them apart.
-        share: which of the rows this process trains on, where several make the step together; None: all of them.
+        weight: (N,) weight of each sample's loss.
+        candidates: (x, y) from which partners are chosen; None: from the step's own samples.
+        replayed: (N,) bool, the samples that come from the buffer; None: not known.
+        share: the samples this process trains on, where several processes make the step together; None: all.
     """
 
     x: Tensor
@@ -55,7 +55,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What turns inputs back into pixels in [0, 1]: ``x * std + mean``; values by channel."""
+    """The constants, by channel, that turn inputs back into pixels in [0, 1]: ``x * std + mean``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -66,25 +66,24 @@ class Context:
     """What a method is built from.
 
     Attributes:
-        model: the network in training; another wrapper of the same one takes its place where its head has grown.
+        model: the network in training; replaced by another wrapper of the same network when its head has grown.
         buffer: the replay buffer, filled after each task.
-        num_classes: width of the model's output, in the end.
+        num_classes: number of classes of the whole stream.
         mix: the mixing settings.
         generator: source of the method's randomness.
         clock: times the sections ``selection`` and, where a method draws or augments rows itself, ``data``.
         replay: the replay settings.
-        counts: (num_classes,) int64, the rows of each class that the current task's training draws from: all of the
-            current classes', those in the buffer of the old ones. Kept up to date by the trainer.
-        draw_replayed: draws another batch of replayed rows, apart from the step's own and augmented as they are; None
-            while the buffer is empty.
-        pixels: what the inputs were normalised by; None: they are pixels in [0, 1], or no images.
-        source: what is read for the reference gradient, if that is not the buffer itself: the rows whose numbers it
-            holds.
-        autocast: makes the context in which forward passes of the loss are made.
+        counts: (num_classes,) int64, the number of samples of each class that the current task's training draws from:
+            all samples of current classes, the buffer's of old ones. The trainer keeps it up to date.
+        draw_replayed: draws another batch of replayed samples, apart from the step's own and augmented in the same
+            way; None while the buffer is empty.
+        pixels: the constants by which the inputs were normalised; None: pixels in [0, 1], or no images.
+        source: what is read for the reference gradient if the buffer holds numbers of samples and not the samples.
+        autocast: makes the context for the forward passes of the loss.
         scaler: scales the loss before its backward pass.
-        accumulate: forward and backward passes that a step's rows are trained on in, each of a part of them.
-        group: the processes that make every step together, each on its share of the rows; None: this one alone.
-        growing: whether the model's output is widened as classes arrive, to ``num_classes`` in the end.
+        accumulate: number of forward and backward passes in a step, each of a part of its samples.
+        group: the processes that make every step together, each on its share of the samples; None: this one alone.
+        growing: whether the model's head grows as classes arrive, up to ``num_classes``.
     """
 
     model: nn.Module
@@ -175,14 +174,14 @@ class Method(ABC):
 
     @abstractmethod
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
-        """What the step's loss is the sum of, one after the other: scalars with graphs that share no activations."""
+        """Yield the terms of the step's loss: scalars with graphs that share no activations."""
 
     def loss(self, rows: StepRows) -> Tensor:
-        """The step's loss, a scalar with a graph."""
+        """Return the step's loss, a scalar with a graph."""
         return reduce(operator.add, self.losses(rows))
 
     def backward(self, rows: StepRows) -> Tensor:
-        """Leave the step's gradients, scaled by the context's scaler, in the parameters' empty ``.grad``.
+        """Compute the step's gradients, scaled by the context's scaler, into the parameters' empty ``.grad``.
 
         Returns:
             The loss, detached and unscaled.
@@ -203,7 +202,7 @@ class Method(ABC):
                     part = next(parts, None)
                 if part is None:
                     break
-                # Now, so that its activations are gone before the next one's are made.
+                # At once, so that its activations are freed before the next term makes its own.
                 context.scaler.scale(part).backward()
                 total += part.detach()
         if shared is not None:
@@ -211,25 +210,25 @@ class Method(ABC):
         return total
 
     def parts(self, rows: StepRows) -> list[Part]:
-        """The parts in which this process's rows are trained on, as many as the context says."""
+        """Return the parts of this process's samples, ``context.accumulate`` of them."""
         count = len(rows.y) if rows.share is None else len(rows.share.mine)
         size = max(1, -(-count // self.context.accumulate))
         if rows.share is not None:
             return list(rows.share.mine.split(size))
-        # One part at least: also a process without rows has gradients to be averaged with the others'.
+        # At least one part: a process without samples also has gradients to be averaged with the others'.
         return [slice(start, start + size) for start in range(0, max(1, count), size)]
 
     def cross_entropies(self, rows: StepRows) -> Iterator[Tensor]:
-        """The weighted cross-entropy of the model on the rows, part by part."""
+        """Yield the weighted cross-entropy of the model on the samples, part by part."""
         for part in self.parts(rows):
             yield weighted_cross_entropy(self.context.model(rows.x[part]), rows.y[part], rows.weight[part])
 
     def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
-        """Called before every epoch."""
+        """Prepare for an epoch; called before each."""
 
     @classmethod  # noqa: B027 - as start_epoch
     def check_installed(cls) -> None:
-        """Look for the packages the method needs besides those of training.
+        """Check that the packages are installed that the method needs besides those of training.
 
         Raises:
             ModuleNotFoundError: one is not installed; the message names the extra that brings it.
@@ -237,27 +236,27 @@ class Method(ABC):
 
     @classmethod
     def resolved_config(cls, config: TrainConfig) -> TrainConfig:
-        """``config`` with the method's own values where it leaves them to the method."""
+        """Return ``config`` with the method's own values in the fields that are left to the method."""
         return config
 
     def mixed_rows(self) -> Tensor | None:
-        """Number of rows of the last step that found a helpful partner; None where nothing is selected."""
+        """Return the number of samples of the last step with a helpful partner; None if nothing is selected."""
         return None
 
     def class_table(self, rows: StepRows) -> Alignment | None:
-        """The class-pair alignment in force, for the record; None where nothing is selected or the buffer is empty."""
+        """Return the current alignment of class pairs; None if nothing is selected or the buffer is empty."""
         return None
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is to be kept in the buffer besides rows ``x (N, ...)`` and ``y (N,)`` shown to it: tensors (N, ...)."""
+        """Return what the buffer keeps with the samples ``x (N, ...)``, ``y (N,)`` shown to it: tensors (N, ...)."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method remembers between steps, of tensors and plain values; the generator is not part of it."""
+        """Return what the method keeps between steps, as tensors and plain values, without the generator."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - as start_epoch
-        """Take up a state of :meth:`state_dict`."""
+        """Restore a state of :meth:`state_dict`."""
 
 
 def average_gradients(model: nn.Module, group: Group) -> None:
@@ -268,9 +267,9 @@ def average_gradients(model: nn.Module, group: Group) -> None:
 
 
 def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y.
+    """Return sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y.
 
-    Label vectors may be wider than the logits: classes for which the model has no output yet have no share in them.
+    Label vectors may have more classes than the logits: those for which the model has no output yet have weight 0.
     """
     if y.ndim == 2:
         y = y[:, : logits.shape[1]]
@@ -278,7 +277,7 @@ def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 class ER(Method):
-    """Experience replay: cross-entropy on the current and the replayed rows."""
+    """Experience replay: cross-entropy on the current and the replayed samples."""
 
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
         """CE(current) + tau CE(replayed)."""

@@ -1,4 +1,4 @@
-"""DER++ on top of any method: replayed rows are to keep the logits they had."""
+"""DER++ around any method: a loss that keeps the logits of replayed samples."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class DarkReplay(Wrapping):
         if not self.context.growing and group is None and len(kept):
             yield self._weight * F.mse_loss(logits.float(), kept)
             return
-        # Nothing was kept of classes for which there was no output, and there may be none for yet.
+        # Nothing was kept for classes without an output at that time, and some may have none yet.
         kept = kept[:, : logits.shape[1]]
         known = torch.isfinite(kept)
         error = (logits.float() - kept.masked_fill(~known, 0.0)).square().masked_fill(~known, 0.0)
-        # Each process has its share, maybe none; the mean of what they say is to be that over all rows.
+        # Each process has its share, maybe none; the mean over processes must be the mean over all samples.
         (count,) = sum_over([known.sum()], group)
         yield self._weight * size_of(group) * error.sum() / count.clamp(min=1)
 
