@@ -212,9 +212,9 @@ def test_what_the_environment_tells(
         monkeypatch.setenv(name, value)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            launch.told()
+            launch.processes_from_environment()
     else:
-        assert launch.told() == expected
+        assert launch.processes_from_environment() == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(args: list[str]) -> int:
-    """Print the comparison, and save it if ``--output`` is given."""
+    """Print the comparison; save it too if ``--output`` is given."""
     require("compare", "tyro", "yaml", "matplotlib", "scipy")
     import tyro
 

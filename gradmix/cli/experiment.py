@@ -1,4 +1,4 @@
-"""``gradmix experiment``: the runs of a specification, as far as they are not there yet, and the report on them."""
+"""``gradmix experiment``: the missing runs of a specification, and the report on all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RUNS = "runs"
 
 
 def main(args: list[str]) -> int:
-    """Run what is missing, and write the report; with some flags only the one, or neither."""
+    """Make the missing runs and write the report; some flags leave out one or both."""
     require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
         raise UsageError("experiment: got no name, expected one of gradmix experiment --list, or a YAML file")
     if options.experiment.endswith(".json"):
         return _again(options)
-    # It may name modules there, which are looked for when it is read.
+    # It may name modules in this folder, which are imported when it is read.
     search_here()
     with print_former_names():
         experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
     if options.device is not None:
         changes["device"] = options.device
     if options.jobs > 1 and experiment.base.get("threads") is None:
-        # As many threads as cores in each of several processes would be in one another's way.
+        # One thread for each core in each of several processes would oversubscribe the machine.
         changes["threads"] = 1
     runs = experiment.runs(**changes)
     find_named("experiment on", runs[0].config.data.benchmark)
@@ -85,7 +85,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     outcome = running.Outcome()
     with Interruption() as interruption:
         try:
-            # What would fail every run is told before the first, and leaves no report of failures.
+            # What would fail every run is reported before the first one, without a report of failures.
             for device in dict.fromkeys(run.config.device for run in todo):
                 pick_device(device)
             for method in dict.fromkeys(run.method for run in todo):
@@ -126,10 +126,10 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
 
 @contextmanager
 def _shared(output: Path) -> Iterator[None]:
-    """Keep training out of a folder whose runs several experiments may share.
+    """Lock a folder against ``gradmix train``; several experiments may share its runs.
 
     Raises:
-        ValueError: Training is at work in it.
+        ValueError: ``gradmix train`` uses it.
     """
     from gradmix.cli.train import refuse_in_use
     from gradmix.locks import locked
@@ -238,7 +238,7 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
 
     saved = output / experiment.folder / "results.json"
     if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
-        # The runs were thrown away; what they had to say is here.
+        # The runs are gone, but their figures are in this file.
         values = report.from_results(saved)
         _say(values, report.write(values, saved.parent))
     else:
@@ -247,7 +247,7 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
 
 
 def _again(options: Any) -> int:
-    """The report on a ``results.json``, beside it or in the folder asked for."""
+    """Write the report on a ``results.json``, beside it or in the folder given."""
     from gradmix.training.reports import report
 
     if options.seeds or options.arms or options.dry_run:
@@ -274,7 +274,7 @@ def _plan(runs: Sequence[Run], root: Path) -> int:
 
 
 def _command(experiment: Experiment, options: Any) -> str:
-    """What makes the same report; where the data lie and by which device is up to whoever runs it."""
+    """Return the command that makes the same report, without data folder and device."""
     words = ["gradmix", "experiment", experiment.source]
     if options.seeds:
         words += ["--seeds", *map(str, options.seeds)]
@@ -284,7 +284,7 @@ def _command(experiment: Experiment, options: Any) -> str:
 
 
 def _again_command(command: str, options: Any) -> str:
-    """What goes on with the runs: here the data, the device and the processes count too."""
+    """Return the command that continues the runs, with data folder, device and number of processes."""
     words = [command]
     for name in ("output", "data_dir", "device"):
         value = getattr(options, name)

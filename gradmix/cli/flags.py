@@ -21,7 +21,7 @@ _METAVARS = {"methods": "METHOD [METHOD ...]"}
 
 
 def parse_train(args: list[str]) -> TrainConfig:
-    """Read the flags of ``train``; those not given are taken from ``--config``, else have their defaults.
+    """Parse the flags of ``train``; the others are taken from ``--config``, or have their defaults.
 
     Raises:
         FileNotFoundError: There is no such configuration file.
@@ -45,7 +45,7 @@ def parse_train(args: list[str]) -> TrainConfig:
 
 
 def _config_file(args: list[str]) -> str | None:
-    """Find ``--config`` before the other flags are read, since it changes their defaults."""
+    """Find ``--config`` before the other flags are parsed, since it changes their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="gradmix train")
     parser.add_argument("--config", metavar="FILE")
     found = parser.parse_known_args(args)[0].config
@@ -53,7 +53,7 @@ def _config_file(args: list[str]) -> str | None:
 
 
 def _flags_of(base: TrainConfig) -> type:
-    """Make the dataclass from which tyro makes the flags, with the values of ``base`` as defaults.
+    """Make the dataclass that tyro turns into flags, with the values of ``base`` as defaults.
 
     Names get a prefix where a bare one would say too little: ``replay.batch`` is ``--replay-batch``.
     """
@@ -130,7 +130,7 @@ def _from_flags(base: TrainConfig, parsed: Any) -> TrainConfig:
 
 
 def _split_help(doc: str) -> tuple[str, str | None]:
-    """Take ``None: what it means`` out of a field's docstring: the help shows it as the default."""
+    """Split ``None: what it means`` off a field's docstring: the help shows it as the default."""
     # To the end of the sentence: a dot within it belongs to a number or a key.
     found = re.search(r"[;.] None: (.+?)(?:\.(?=\s|$)|$)", doc)
     if found is None:

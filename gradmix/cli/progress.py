@@ -1,4 +1,4 @@
-"""What a user sees of runs while they go on, and how Ctrl-C or SIGTERM ends them."""
+"""Progress of runs on the terminal, and how Ctrl-C or SIGTERM ends them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gradmix train``: methods over seeds into a run folder, anew or going on from where it was interrupted."""
+"""``gradmix train``: methods over seeds into a run folder, from the start or resumed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _DIVERGED = 1
 
 
 def main(args: list[str]) -> int:
-    """Train, save every run and the table over them; as one of several processes, together with the others."""
+    """Train, and save every run and the table over all; with several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
     with (
         join_processes() as processes,
         explain_lost_process(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"),
     ):
-        # What is taken of the folder is given back before processes end together.
+        # The folder's lock is released before the processes end together.
         with ExitStack() as held:
             status = _train(args, processes, held)
         return finish(processes, status)
@@ -58,13 +58,13 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
         explain_lost_process(lambda: _resume(output, processes)),
     ):
         try:
-            # Several processes stop where all do, and never where one of them happens to be.
+            # Several processes all stop at the same step.
             with nullcontext() if processes.group is None else interruption.deferred():
                 _run_all(config, todo, stream, results, interruption, processes)
         except KeyboardInterrupt:
             interrupted = True
         except Exception:
-            # What was reached is summarised, and the failure is what counts.
+            # The runs so far are summarised; the failure is what is reported.
             with suppress(KeyboardInterrupt), interruption.deferred():
                 _report(config, results)
             raise
@@ -84,7 +84,7 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
 
 
 def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
-    """The exit status of training that was not interrupted: 1, and a word on stderr, if a run has diverged."""
+    """Return the exit status of training that was not interrupted: 1, with a line on stderr, if a run has diverged."""
     diverged = [f"{method}, seed {seed}" for (method, seed), result in results.items() if result.status == "diverged"]
     if not diverged:
         return 0
@@ -99,7 +99,7 @@ def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
 def _planned(
     args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack | None = None
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
-    """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
+    """Return the configuration, the runs to make, and whether a folder is resumed; its results go to ``results``."""
     resumed = _resumed(args)
     with print_former_names():
         config = parse_train(args) if resumed is None else resumed
@@ -153,30 +153,30 @@ def _begin(config: TrainConfig, held: ExitStack) -> None:
     assert config.output is not None
     make_folder(config.output)
     _occupy(config.output, held)
-    # Another command may have been here since it was looked at.
+    # Another command may have used the folder since it was checked.
     refuse_occupied(config.output)
     save_config(config, config.output)
 
 
 def _occupy(output: Path, held: ExitStack) -> None:
-    """Take a folder for this command, for as long as ``held`` is open.
+    """Lock a folder for this command while ``held`` is open.
 
     Raises:
-        ValueError: Another command is at work in it.
+        ValueError: Another command uses it.
     """
     from gradmix.locks import locked
     from gradmix.training.runs.results import LOCK
 
     while not held.enter_context(locked(output / LOCK)):
-        # If not, it has just ended.
+        # If none holds it now, it has just ended.
         refuse_in_use(output)
 
 
 def refuse_in_use(output: Path, *, shared: bool = False) -> None:
-    """Refuse a folder in which a command is at work, or, to share it, one that has it alone.
+    """Refuse a folder that another command has locked; with ``shared`` only one that it has locked for itself.
 
     Raises:
-        ValueError: One is; the message says which process.
+        ValueError: It is locked; the message names the process.
     """
     from gradmix.locks import holder
     from gradmix.training.runs.results import LOCK
@@ -215,7 +215,7 @@ def _run_all(
     """Train run by run; the first process saves the runs and adds them to ``results``.
 
     Raises:
-        KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
+        KeyboardInterrupt: Training was interrupted; the interrupted run is among the results if a task was reached.
     """
     from gradmix.training.loop import checkpoint, trainer
 
@@ -225,14 +225,14 @@ def _run_all(
         interruption.check()
 
     def keep(result: RunResult) -> None:
-        # Of several processes with a GPU each, the first one's is not what was asked for.
+        # With a GPU for each process, the first one's device is not what the user asked for.
         result = replace(result, config=replace(result.config, device=config.device))
         _save(result, _run_folder(output, result.method, result.seed))
         results[result.method, result.seed] = result
         if reporter is not None:
             reporter.finish(result)
         if result.status != "interrupted":
-            # Only now: until the run was saved, the checkpoint was all there was of it.
+            # Only after the run is saved: until then the checkpoint is all there is of it.
             checkpoint.remove(file)
 
     assert config.output is not None
@@ -259,7 +259,7 @@ def _run_all(
 
 
 def _save(result: RunResult, folder: Path) -> None:
-    """Save a run; an interrupted one that lies in its place stays until the new one is whole."""
+    """Save a run; an interrupted one in the same folder stays until the new one is complete."""
     from gradmix.training.runs import results
     from gradmix.training.runs.whole_files import naming, sync
 
@@ -302,10 +302,10 @@ def _tidy(output: Path) -> None:
 
 
 def _resumed(args: list[str]) -> TrainConfig | None:
-    """The configuration of the folder given by ``--resume``; None without the flag.
+    """Return the configuration of the folder given by ``--resume``; None without the flag.
 
     Raises:
-        UsageError: There is another flag than those which may differ.
+        UsageError: There is a flag that must not differ.
         FileNotFoundError, ValueError: The folder or its configuration is missing or damaged.
     """
     if not any(arg == "--resume" or arg.startswith("--resume=") for arg in args) or {"-h", "--help"} & set(args):
@@ -353,7 +353,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
 
 
 def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
-    """The runs of a folder that are complete or have diverged, as they would again, by method and seed."""
+    """Return the runs of a folder that are complete or have diverged, by method and seed."""
     from gradmix.training.runs.results import load_run
 
     assert config.output is not None
@@ -362,7 +362,7 @@ def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
         folder = _run_folder(config.output, method, seed)
         old = folder.with_name(f".{folder.name}-old")
         if not folder.exists() and old.is_dir():
-            # The process ended between the two steps of the exchange.
+            # The process ended between the two renames.
             os.replace(old, folder)
         if (folder / _METRICS).is_file():
             result = load_run(folder)
@@ -372,15 +372,15 @@ def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
 
 
 def _resume(output: Path, processes: Processes) -> str:
-    """The command that goes on with the runs of a folder."""
+    """Return the command that resumes the runs of a folder."""
     return f"{processes.command()} train --resume {shell(str(output))}"
 
 
 def _new_output(config: TrainConfig, processes: Processes) -> Path:
-    """The run folder, new or empty.
+    """Return the run folder, new or empty.
 
     Raises:
-        ValueError: It is taken; if by training that was interrupted, the message says how to go on with that.
+        ValueError: It is not empty; if training was interrupted there, the message says how to resume it.
     """
     from gradmix.training.config import load_config
     from gradmix.training.runs.results import refuse_occupied
