@@ -23,8 +23,9 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
 from gradmix.training.data.samples import StoredRows
-from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.loop import checkpoint
 from gradmix.training.loop.reading import MOST_WORKERS, Reading
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.streams.benchmarks import make_stream
@@ -382,13 +383,13 @@ def test_damaged_files_are_left_out_and_named_once(
     damaged = ("train/bee/3.jpg", "train/bee/0.jpg", "train/dog/6.jpg")
     config = config_of(spoilt(tmp_path, *damaged), workers, data={"skip_damaged": True}, replay={"size": 20})
     runs: list[Any] = []
-    make = trainer._Run.__init__
+    make = Run.__init__
 
     def note(self: Any, *args: Any) -> None:
         make(self, *args)
         runs.append(self)
 
-    monkeypatch.setattr(trainer._Run, "__init__", note)
+    monkeypatch.setattr(Run, "__init__", note)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = train_one(config, method, 0)
