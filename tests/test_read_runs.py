@@ -22,7 +22,7 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
-from gradmix.training.data.samples import StoredRows
+from gradmix.training.data.samples import StoredSamples
 from gradmix.training.loop import checkpoint
 from gradmix.training.loop.reading import MOST_WORKERS, Reading
 from gradmix.training.loop.run import Run
@@ -478,4 +478,4 @@ def test_two_tasks_in_the_true_layout(layout: Any, tmp_path: Path) -> None:
     stream = make_stream(benchmark, tmp_path, classes_per_task=3, image_size=8)
     assert [len(task.train) for task in stream.tasks] == [3 * TRAIN_ROWS, TRAIN_ROWS]
     rows = stream.tasks[0].train
-    assert isinstance(rows, StoredRows) and rows.read(torch.tensor([0])).dtype == torch.uint8
+    assert isinstance(rows, StoredSamples) and rows.read(torch.tensor([0])).dtype == torch.uint8

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradmix.buffers import ReplayBuffer
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.data.samples import TensorRows
+from gradmix.training.data.samples import TensorSamples
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.environment import pick_device
 from gradmix.training.loop.evaluation import evaluate
@@ -346,8 +346,8 @@ def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
     few = tuple(
         replace(
             task,
-            train=TensorRows(F.pad(task.train.x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.train.y[:24]),
-            test=TensorRows(F.pad(task.test.x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.test.y[:8]),
+            train=TensorSamples(F.pad(task.train.x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.train.y[:24]),
+            test=TensorSamples(F.pad(task.test.x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.test.y[:8]),
         )
         for task in stream.tasks[:2]
     )

@@ -61,12 +61,13 @@ FORMER_MODULES = {
 
 
 _RENAMED = {
+    "rows": {"Rows": "Samples", "TensorRows": "TensorSamples", "StoredRows": "StoredSamples", "rows_of": "samples_of"},
     "trainer": {
         "settled": "resolved_config",
         "CIRCUMSTANCES": "gradmix.training.runs.settings:RUNTIME_FIELDS",
         "identity": "gradmix.training.runs.settings:identity",
         "LOSS_EVERY": "gradmix.training.loop.run:LOSS_EVERY",
-    }
+    },
 }
 """What has another name in its new module, by former module."""
 

@@ -19,7 +19,7 @@ from gradmix.probe import ModelNotFiniteError
 from gradmix.processes import Group, rank_of
 from gradmix.rows import RowSource
 from gradmix.training.config import TrainConfig
-from gradmix.training.data.samples import StoredRows, TensorRows
+from gradmix.training.data.samples import StoredSamples, TensorSamples
 from gradmix.training.loop import checkpoint as checkpoints
 from gradmix.training.loop import distributed
 from gradmix.training.loop.clock import Clock
@@ -132,7 +132,7 @@ class Run:
         drawn_for = self.config, self.seed, self.buffer, self.clock, self.device, self.preparation, self.group
         source = None
         if self.keeps_numbers:
-            items = cast(StoredRows, stream.tasks[0].train).items
+            items = cast(StoredSamples, stream.tasks[0].train).items
             self.sampler: StepSampler = ReadingSampler(*drawn_for, reading=self.reading)
             source = KeptRows(self.buffer, self.preparation, items=items, reading=self.reading).as_source()
         elif stream.is_read:
@@ -317,7 +317,7 @@ class Run:
             return {}
         if not self.keeps_numbers:
             return self.method.extras(self.preparation.for_testing(x.to(self.device)), y.to(self.device))
-        rows = StoredRows(cast(StoredRows, self.stream.tasks[0].train).items, y, x)
+        rows = StoredSamples(cast(StoredSamples, self.stream.tasks[0].train).items, y, x)
         parts = [
             self.method.extras(self.preparation.for_testing(read.to(self.device)), labels.to(self.device))
             for read, labels in self.reading.batches(rows, 256)
@@ -550,10 +550,10 @@ class Run:
                 raise ValueError(f"buffer: got labels that are none of the stream's {num_classes} classes")
             if self.keeps_numbers:
                 require_tensor(rows, torch.int64, (1,), "buffer.x")
-                highest = len(cast(StoredRows, train).items) - 1
+                highest = len(cast(StoredSamples, train).items) - 1
                 if int(self.buffer.x.min()) < 0 or int(self.buffer.x.max()) > highest:
                     raise ValueError("buffer.x: got rows that the data set does not have")
-            elif isinstance(train, TensorRows):
+            elif isinstance(train, TensorSamples):
                 require_tensor(rows, train.x.dtype, (1, *train.shape), "buffer.x")
             if self.method.needs.extras:
                 for name, like in self.extras(*self.buffer.part(0, 1)).items():
