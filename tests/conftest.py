@@ -24,7 +24,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
 
-pytest_plugins = ["bodies_run"]
+pytest_plugins = ["bodies_run", "fast_set"]
 
 
 MOST_PROCESSES = 8
