@@ -49,11 +49,14 @@ from torch import Tensor, nn
 from training_step import Case, Loop
 
 import gradmix
-from gradmix.alignment import TABLE_LAMS, TABLE_ROWS, Rows, class_table
+from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES
+from gradmix.estimators import Network, resolve
 from gradmix.head import HeadOutput
+from gradmix.mixer import GradMix
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
-from gradmix.selection import GradMix, Pairs
+from gradmix.pairs import Pairs
+from gradmix.samples import HeadSamples
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""
@@ -142,7 +145,7 @@ def reference_work(sizes: Sizes, rows: int) -> Work:
 
 def table_rows(classes: int) -> int:
     """Rows behind a class table of so many classes."""
-    return classes * max(1, min(CLASS_SAMPLES, TABLE_ROWS // classes))
+    return classes * max(1, min(CLASS_SAMPLES, TABLE_SAMPLES // classes))
 
 
 def table_work(sizes: Sizes, classes: int) -> Work:
@@ -253,20 +256,10 @@ def _tabulating(problem: Problem, classes: int) -> Call:
     """The class table of so many classes, from rows whose labels go round."""
     rows = table_rows(classes)
     labels = torch.arange(rows, device=problem.labels_a.device) % classes
-    nothing = problem.features_a.new_empty(rows, 0)
-    given = Rows(nothing, labels, problem.features_a[:rows], problem.logits_a[:rows])
-    no_model = nn.Identity()  # the estimator asks neither the model nor the head for anything
-    return lambda: class_table(
-        no_model,
-        no_model,
-        given,
-        problem.reference,
-        estimator="feature",
-        class_samples=CLASS_SAMPLES,
-        generator=torch.Generator(),
-        chunk=CHUNK,
-        backend="auto",
-    )
+    given = HeadSamples(None, labels, problem.features_a[:rows], problem.logits_a[:rows])
+    # The estimator asks neither the model nor the head for anything.
+    estimator = resolve("feature", Network(nn.Identity(), None, None, CHUNK, "auto"))
+    return lambda: estimator.class_table(given, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())[0]
 
 
 def points_of(axis: str, values: Sequence[int], base: Sizes, device: torch.device, seed: int) -> list[_Point]:

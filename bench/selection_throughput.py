@@ -61,9 +61,9 @@ from _selection_sweep import check_picture, draw, sweep
 from torch import nn
 
 import gradmix
-from gradmix.alignment import reference_gradient
 from gradmix.head import HeadCapture
 from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.references import reference_gradient
 
 BAND = 1e-6
 """A pair whose inner product is smaller than this share of the largest is too close to zero for its decision to count;

@@ -42,7 +42,7 @@ from _networks import NETWORKS, make_network
 from torch import Tensor, nn
 
 from gradmix.head import HeadCapture, HeadOutput
-from gradmix.selection import GradMix
+from gradmix.mixer import GradMix
 
 CRITERIA = ("class", "sample")
 

@@ -10,14 +10,19 @@
 """
 
 from gradmix._version import __version__
-from gradmix.alignment import Alignment, ClassTable, alignment_matrix, reference_gradient
+from gradmix.alignment import alignment_matrix
 from gradmix.buffers import ReplayBuffer
+from gradmix.class_table import ClassTable
+from gradmix.criteria import Alignment
 from gradmix.estimators import JvpEstimator, SketchEstimator
 from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
 from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
+from gradmix.mixer import GradMix
 from gradmix.mixing_stage import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
-from gradmix.selection import GradMix, Pairs, select_pairs
+from gradmix.pairs import Pairs
+from gradmix.references import reference_gradient
+from gradmix.selection import select_pairs
 
 __all__ = [
     "Alignment",

@@ -14,3 +14,9 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")

@@ -48,10 +48,10 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "policies": ("kornia",),
     "images": ("PIL",),
     "bench": ("rich",),
-    "test": ("pytest", "hypothesis", "triton"),
+    "test": ("pytest", "xdist", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),
 }
-_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "xdist": "pytest-xdist"}
 
 
 def report() -> dict[str, Any]:

@@ -9,14 +9,16 @@ results copied out.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Inputs: TypeAlias = "tuple[Tensor | float | None, ...]"
-"""Arguments: tensors, which may change from call to call; numbers, which may too; None, which may not."""
+Inputs: TypeAlias = "tuple[Any, ...]"
+"""Arguments: tensors and floats, which may change from call to call; tuples and dataclasses of arguments; and anything
+else, which is part of what is captured."""
 
 WARM_UPS = 3
 """Calls before a capture, in which libraries allocate and kernels are compiled."""
@@ -69,45 +71,65 @@ class Graphs:
         Args:
             function: hashable; it makes the host wait for nothing, what it returns depends on its arguments alone, and
                 is a NamedTuple of tensors or None.
-            inputs: tensors on one CUDA device, numbers, or None. The function gets numbers as scalar float64 tensors.
+            inputs: arguments whose tensors are on one CUDA device. The function gets floats as scalar float64 tensors.
         """
-        key = (function, *(_kind(value) for value in inputs))
-        graph = self._kept.pop(key, None) or _Graph(function, inputs)
+        leaves: list[Tensor | float] = []
+        shape = _shape_of(inputs, leaves)
+        key = (function, shape, *(_kind(leaf) for leaf in leaves))
+        graph = self._kept.pop(key, None) or _Graph(function, shape, leaves)
         self._kept[key] = graph
         if len(self._kept) > GRAPHS:
             self._kept.popitem(last=False)
-        return graph(inputs)
+        return graph(leaves)
 
 
-def _kind(value: Tensor | float | None) -> object:
-    if isinstance(value, Tensor):
-        return value.device, value.dtype, value.shape, value.stride()
-    return None if value is None else float
+_LEAF = object()
+"""Stands for a tensor or a float in the shape of arguments."""
+
+
+def _shape_of(value: Any, leaves: list[Tensor | float]) -> Any:
+    """The arguments with their tensors and floats taken out, in order, into ``leaves``."""
+    if isinstance(value, (Tensor, float)):
+        leaves.append(value)
+        return _LEAF
+    if isinstance(value, tuple):
+        return type(value), tuple(_shape_of(part, leaves) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(_shape_of(getattr(value, part.name), leaves) for part in fields(value))
+    return value
+
+
+def _filled(shape: Any, leaves: Iterator[Tensor]) -> Any:
+    """The arguments of a shape, with tensors in their places."""
+    if shape is _LEAF:
+        return next(leaves)
+    if not isinstance(shape, tuple):
+        return shape
+    kind, parts = shape
+    values = [_filled(part, leaves) for part in parts]
+    return tuple(values) if kind is tuple else kind(*values)
+
+
+def _kind(value: Tensor | float) -> object:
+    return (value.device, value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else float
 
 
 class _Graph:
     """One captured call."""
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
-        device = next(value.device for value in inputs if isinstance(value, Tensor))
+    def __init__(self, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float]) -> None:
+        device = next(value.device for value in leaves if isinstance(value, Tensor))
         self._own = [
-            value.clone()
-            if isinstance(value, Tensor)
-            else None
-            if value is None
-            else torch.full((), value, dtype=torch.float64, device=device)
-            for value in inputs
+            value.clone() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+            for value in leaves
         ]
         # What each was copied from, and in which state; the tensor is held, so that its place is not taken by another.
-        self._source: list[tuple[Tensor, int] | None] = [None] * len(inputs)
-        self._replay, self._results = capture(lambda: function(*self._own), device)
+        self._source: list[tuple[Tensor, int] | None] = [None] * len(leaves)
+        self._replay, self._results = capture(lambda: function(*_filled(shape, iter(self._own))), device)
 
-    def __call__(self, inputs: Inputs) -> Any:
-        for k, (own, value) in enumerate(zip(self._own, inputs, strict=True)):
-            if own is None:
-                continue
+    def __call__(self, leaves: list[Tensor | float]) -> Any:
+        for k, (own, value) in enumerate(zip(self._own, leaves, strict=True)):
             if not isinstance(value, Tensor):
-                assert value is not None
                 own.fill_(value)
                 continue
             state = None if value.is_inference() else (value, value._version)

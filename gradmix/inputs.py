@@ -123,6 +123,24 @@ def floating_dtype(x: InputTree) -> torch.dtype | None:
     return torch.float64 if torch.float64 in found else found[0] if found else None
 
 
+def check_mixable(name: str, x: InputTree, estimator: str) -> None:
+    """Refuse inputs without mixtures to forward, such as token ids.
+
+    Args:
+        name: what errors call the inputs.
+        x: the inputs.
+        estimator: the name of the estimator that mixes them.
+
+    Raises:
+        TypeError: no leaf is of a floating-point dtype.
+    """
+    if floating_dtype(x) is None:
+        raise TypeError(
+            f"{name}: got x of dtype {first_tensor(x).dtype} with the estimator {estimator!r}, which mixes inputs, "
+            "expected a floating-point dtype; token ids are served by the estimator 'feature'"
+        )
+
+
 def check_alike(name: str, x: InputTree, like: InputTree, whose: str) -> None:
     """Check that samples of ``x`` are like those of another checked tree: parts, shapes, and integers or not.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradmix import alignment
+from gradmix.estimators import feature
 from gradmix.ops import draw_partners, last_layer_gradient, mixed_alignment, waiting
 
 WAITING = {
@@ -57,7 +57,7 @@ def watched() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # A dispatch mode does not see what a registered operator calls.
         for module, name in (
-            (alignment, "mixed_alignment_op"),
+            (feature, "mixed_alignment_op"),
             (draw_partners, "_draw_partners_op"),
             (last_layer_gradient, "_last_layer_gradient_op"),
         ):

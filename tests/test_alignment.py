@@ -8,18 +8,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradmix
-from gradmix.alignment import (
-    TABLE_LAMS,
-    Alignment,
-    ClassTable,
-    alignment_matrix,
-    class_index,
-    class_table,
-    forward_all,
-    reference_gradient,
-)
+from gradmix.alignment import alignment_matrix
+from gradmix.class_table import TABLE_LAMS, ClassTable
+from gradmix.criteria import Alignment, class_index
+from gradmix.estimators import EstimatorName, Network, resolve
+from gradmix.forward import forward_all
 from gradmix.head import logits_of
 from gradmix.probe import untouched
+from gradmix.references import reference_gradient
+from gradmix.samples import Samples
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -177,11 +174,17 @@ def test_by_class_with_foreign_candidates_counts_every_pair() -> None:
     assert by_class.inner[1, 0].isnan()
 
 
-def table(model: nn.Module, pair: tuple, grad_reference: Tensor, **options: object) -> ClassTable:
-    settings = {"estimator": "feature", "class_samples": 32, "chunk": 512, "backend": "auto"} | options
+def table(
+    model: nn.Module,
+    pair: tuple,
+    grad_reference: Tensor,
+    estimator: EstimatorName = "feature",
+    class_samples: int = 32,
+) -> ClassTable:
+    resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
     with untouched(model):
-        got = forward_all(model, model.fc, "rows", pair, 512)
-        return class_table(model, model.fc, got, grad_reference, generator=torch.Generator().manual_seed(0), **settings)
+        got = forward_all(model, model.fc, "rows", Samples(*pair), 512)
+        return resolved.class_table(got, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
 
 
 @pytest.mark.parametrize("lam", TABLE_LAMS)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.alignment import feature_alignment
+from gradmix.estimators.feature import feature_scores
+from gradmix.forward import forward_all
 from gradmix.selection import Pairs
 from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
@@ -68,7 +69,7 @@ def test_rows_without_a_partner_stay_whole(name: str, criterion: str, candidates
     else:
         assert ((found.partner >= 0) & (found.partner < candidates)).all()
     x, y = found.mix()
-    assert torch.equal(x[~found.helpful], pairs._batch[0][~found.helpful])
+    assert torch.equal(x[~found.helpful], pairs.batch.x[~found.helpful])
     torch.testing.assert_close(y.sum(1), torch.ones(len(pairs)))
 
 
@@ -117,7 +118,7 @@ def test_random_partner_keeps_the_rows_and_changes_the_partners() -> None:
 @pytest.mark.parametrize("candidates", [None, 40])
 def test_partners_of_the_same_classes_or_of_the_buffers(candidates: int | None) -> None:
     model, pairs = problem(criterion="sample", threshold=0.7, candidates=candidates)
-    labels = pairs._batch[1] if candidates is None else pairs._candidates[1]
+    labels = pairs.candidates.y
     rows = pairs.helpful
     assert 0 < rows.sum() < len(pairs)
     wanted = {
@@ -156,21 +157,21 @@ def test_anti_takes_detrimental_partners_alone(criterion: str) -> None:
 def test_a_class_that_was_not_judged_is_neither_helpful_nor_detrimental() -> None:
     """As where a table on a GPU meets a class that it does not know."""
     model, pairs = problem(criterion="class")
-    table, y = pairs._judged, pairs._batch[1]
+    table, y = pairs._alignment, pairs.batch.y
     known = replace(table, inner=table.inner[:3, :3], cosine=table.cosine[:3, :3], classes=table.classes[:3])
-    helpful, cosine = replace(pairs, _judged=known).by_row()
+    helpful, cosine = replace(pairs, _alignment=known).by_row()
     whole_helpful, whole_cosine = pairs.by_row()
     judged = (y < 3)[:, None] & (y < 3)
     assert not judged.all()
     assert torch.equal(helpful, whole_helpful & judged)
     assert torch.equal(cosine[judged], whole_cosine[judged]) and cosine[~judged].isnan().all()
-    found = control("anti", model, replace(pairs, _judged=known))
+    found = control("anti", model, replace(pairs, _alignment=known))
     assert found.helpful.any() and (y[found.helpful] < 3).all() and (y[found.partner[found.helpful]] < 3).all()
 
 
 def norms(model: nn.Module, pairs: Pairs) -> Tensor:
     """(N, N) norms of all mixtures' gradients, each from its own outer product."""
-    x, y = pairs._batch
+    x, y = pairs.batch.x, pairs.batch.y
     hidden = model[1](model[0](x)).detach().double()
     logits = model[2](hidden.float()).detach().double()
     one_hot = torch.eye(4, dtype=torch.float64)[y]
@@ -205,10 +206,8 @@ def test_gradients_are_chosen_by_norm_as_many_pairs_as_were_helpful(name: str) -
 
 def test_the_norm_does_not_depend_on_the_reference() -> None:
     model, pairs = problem(criterion="sample")
-    from gradmix.alignment import forward_all
-
-    rows = forward_all(model, model[2], "batch", pairs._batch, 64)
-    zero, other = (feature_alignment(rows, rows, scale * torch.ones(4, 9), 0.3)[1] for scale in (0.0, 5.0))
+    rows = forward_all(model, model[2], "batch", pairs.batch, 64)
+    zero, other = (feature_scores(rows, rows, scale * torch.ones(4, 9), 0.3).norm for scale in (0.0, 5.0))
     assert torch.equal(zero, other)
 
 

@@ -78,7 +78,7 @@ def test_rows_of_a_class_table(growth: ModuleType, volume: ModuleType, classes: 
     assert growth.table_rows(classes) == rows
     setting = volume.Setting(volume.NETWORKS[0], 2, 512, classes)
     assert setting.table == 4 * rows * (2048 + classes) / 2  # half of them lie with the other process
-    assert (volume.TABLE_ROWS, volume.CLASS_SAMPLES) == (growth.TABLE_ROWS, growth.CLASS_SAMPLES)
+    assert (volume.TABLE_ROWS, volume.CLASS_SAMPLES) == (growth.TABLE_SAMPLES, growth.CLASS_SAMPLES)
 
 
 def test_work(growth: ModuleType) -> None:

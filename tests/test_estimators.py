@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from truth import assert_decisions_agree, double, one_hot
 
 import gradmix
-from gradmix.alignment import TABLE_LAMS
-from gradmix.estimators import JvpEstimator, RowSketches, SketchEstimator, whole_reference
+from gradmix.class_table import TABLE_LAMS
+from gradmix.criteria import PairScores
+from gradmix.estimators import JvpEstimator, Network, SketchEstimator
+from gradmix.estimators.sketch import Sketch
 from gradmix.gradients import mean_gradient
 from gradmix.head import logits_of
-from gradmix.selection import GradMix
+from gradmix.mixer import GradMix
+from gradmix.samples import Mixtures, Samples
 
 BUFFER, BATCH, OTHERS = rows(11, 3), rows(6, 1), rows(4, 2)
 LAM = 0.3
@@ -154,10 +157,12 @@ def test_a_network_without_rules_row_by_row() -> None:
 # --------------------------------------------------------------------------------------------------------------- sketch
 
 
-def sketched(model: nn.Module, estimator: SketchEstimator, by_class: bool, batch: tuple = BATCH) -> RowSketches:
-    reference = whole_reference(model, estimator, BUFFER, 64)
+def sketched(model: nn.Module, estimator: SketchEstimator, by_class: bool) -> PairScores:
+    sketch = Sketch(Network(model, None, None, 64, "auto"), estimator)
+    reference, _ = sketch.reference(BUFFER, BATCH[0])
     assert reference is not None
-    return RowSketches(model, estimator, [("batch", batch)], reference, by_class=by_class, chunk=64, backend="auto")
+    mixtures = Mixtures(Samples(*BATCH), None, LAM, 5, 64)
+    return (sketch.class_scores if by_class else sketch.score)(mixtures, reference.gradient, None)
 
 
 @pytest.mark.parametrize("name", NETWORKS, ids=str)
@@ -187,10 +192,10 @@ def test_by_class_it_mixes_the_mean_gradients() -> None:
 
 def test_sketched_inner_products_are_within_their_standard_errors() -> None:
     model = network("convnet with batch norm")
-    exact = sketched(model, SketchEstimator(sketch="identity"), by_class=False).cells(LAM)
+    exact = sketched(model, SketchEstimator(sketch="identity"), by_class=False)
     ratios = []
     for seed in range(40):
-        cells = sketched(model, SketchEstimator(rank=4, seed=seed), by_class=False).cells(LAM)
+        cells = sketched(model, SketchEstimator(rank=4, seed=seed), by_class=False)
         ratios.append((cells.inner - exact.inner) / cells.error)
     ratio = torch.stack(ratios)
     # The stated error of a mixture is an upper bound (the two rows' errors may cancel): no more than 5 % lie outside.
@@ -200,7 +205,7 @@ def test_sketched_inner_products_are_within_their_standard_errors() -> None:
 
 def doubtful_cells(model: nn.Module, estimator: SketchEstimator, criterion: str) -> tuple[Tensor, Tensor]:
     """Which pairs are within so many standard errors of 0, and how many of these errors they are away."""
-    cells = sketched(model, estimator, by_class=criterion == "class").cells(LAM)
+    cells = sketched(model, estimator, by_class=criterion == "class")
     distance = cells.inner.abs() / cells.error
     return distance <= estimator.errors, distance
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer
-from gradmix.alignment import Rows, class_index
+from gradmix.criteria import class_index
+from gradmix.estimators import feature, mixed
 from gradmix.gradients import mean_gradient
+from gradmix.samples import HeadSamples
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -78,20 +80,20 @@ def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: 
     torch.testing.assert_close(mixup.pairs.alignment, mixup.table.at(lam).cosine, equal_nan=True)
 
 
-@pytest.mark.parametrize(("estimator", "width"), [("feature", 0), ("mixed", 3 * 8 * 8)])
-def test_only_mixed_inputs_keep_inputs_alive(monkeypatch: pytest.MonkeyPatch, estimator: str, width: int) -> None:
-    widths: list[int] = []
+@pytest.mark.parametrize("kind", [feature.Feature, mixed.Mixed], ids=["feature", "mixed"])
+def test_only_mixed_inputs_keep_inputs_alive(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    kept: list[bool] = []
 
-    def spy(model: object, head: object, table_rows: Rows, *args: object, **options: object) -> object:
-        widths.append(table_rows.x.flatten(1).shape[1])
-        return class_table(model, head, table_rows, *args, **options)
+    def spy(self: object, samples: HeadSamples, *args: object) -> object:
+        kept.append(samples.x is not None)
+        return class_table(self, samples, *args)
 
-    class_table = gradmix.selection.class_table
-    monkeypatch.setattr(gradmix.selection, "class_table", spy)
-    mixup = GradMix(MLP(), filled(40), estimator=estimator, criterion="class")
+    class_table = kind.class_table
+    monkeypatch.setattr(kind, "class_table", spy)
+    mixup = GradMix(MLP(), filled(40), estimator=kind.name, criterion="class")
     mixup(*rows(6, 1))
     mixup.select(*rows(6, 1), candidates=rows(5, 2))
-    assert widths == [width, width]
+    assert kept == [kind is mixed.Mixed] * 2
 
 
 def test_choices_follow_the_kept_table() -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer, select_pairs
-from gradmix.alignment import forward_all, marked_reference
+from gradmix.forward import forward_all
 from gradmix.head import resolve_head
 from gradmix.ops import waiting
 from gradmix.probe import untouched
+from gradmix.references import marked_gradient
+from gradmix.samples import Samples
 
 MARKS = {"some": [1, 4, 5, 8], "one": [7], "none": [], "all": list(range(10))}
 
@@ -44,7 +46,9 @@ def test_the_reference_is_that_of_the_marked_rows(case: str, bias: bool, soft: b
     model, batch = MLP(bias).double(), rows(10, 1, torch.float64, soft)
     with untouched(model):
         head = resolve_head(model, "fc")
-        reference, nothing = marked_reference(forward_all(model, head, "batch", batch, 99), marked(MARKS[case]))
+        reference, nothing = marked_gradient(
+            forward_all(model, head, "batch", Samples(*batch), 99), marked(MARKS[case])
+        )
     assert bool(nothing) == (case == "none")
     if case == "none":
         assert not reference.any() and reference.shape == (CLASSES, 12 + bias)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import gradmix
 from gradmix import ReplayBuffer, storage
-from gradmix.alignment import buffer_rows
+from gradmix.estimators import Network, resolve
 from gradmix.storage import Column, RowFiles
 from gradmix.training import checkpoint
 
@@ -117,7 +117,8 @@ def test_a_reference_gradient_reads_it_part_by_part(tmp_path: Path, monkeypatch:
     expected = gradmix.reference_gradient(model, other, chunk_size=8)
     monkeypatch.setattr(ReplayBuffer, "x", property(lambda self: pytest.fail("read as a whole")))
     assert torch.equal(gradmix.reference_gradient(model, mine, chunk_size=8), expected)
-    assert sum(len(part) for part in buffer_rows(mine, 3, 8, torch.device("cpu"))) == 15
+    jvp = resolve("jvp", Network(model, None, None, 8, "auto"))
+    assert sum(len(part) for part in jvp.reference(mine, mine.part(0, 1)[0], keep=3)[1]) == 15
 
 
 # --------------------------------------------------------------------------------------------------- drawing it ahead

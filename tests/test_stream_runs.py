@@ -17,8 +17,8 @@ from resuming import assert_same_result, goes_on_to_the_bit
 from torch import Tensor, nn
 
 import gradmix
-from gradmix import selection
 from gradmix.buffers import BufferRows, ReplayBuffer
+from gradmix.estimators import last_layer
 from gradmix.training import sampler, trainer
 from gradmix.training.augment import as_floats
 from gradmix.training.benchmarks import make_stream, resolve, stream_of
@@ -551,7 +551,7 @@ def test_runs_of_several_passes_are_complete(method: str, stream: TaskStream) ->
 @pytest.mark.parametrize(("name", "criterion"), [("gradmix-sample", "sample"), ("gradmix", "class")])
 def test_the_replayed_rows_may_be_the_reference(name: str, criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     context, rows = context_of(1, MixConfig(reference="replayed", estimator="feature")), step_of(40, 15)
-    monkeypatch.setattr(selection, "read_buffer", lambda *_a, **_k: pytest.fail("the buffer is read"))
+    monkeypatch.setattr(last_layer, "read_buffer", lambda *_a, **_k: pytest.fail("the buffer is read"))
     method: Any = METHODS[name](context)
     method.backward(rows)
     monkeypatch.undo()
@@ -575,13 +575,13 @@ def test_a_run_by_replayed_rows_leaves_the_buffer_alone(
     method: str, stream: TaskStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
-    read = selection.read_buffer
+    read = last_layer.read_buffer
 
     def count(*args: Any, **named: Any) -> Any:
         reads.append(1)
         return read(*args, **named)
 
-    monkeypatch.setattr(selection, "read_buffer", count)
+    monkeypatch.setattr(last_layer, "read_buffer", count)
     config = replace(BASE, mix=MixConfig(reference="replayed"))
     result = train_one(config, method, 0, stream=stream)
     # By sample, once for the record at the end of each task.

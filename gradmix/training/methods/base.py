@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.alignment import Alignment
 from gradmix.buffers import BufferRows, ReplayBuffer
+from gradmix.criteria import Alignment
 from gradmix.processes import Group, size_of, sum_over
 from gradmix.rows import RowSource
 from gradmix.training.clock import Clock

@@ -11,14 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradmix.alignment import feature_alignment, forward_all
+from gradmix.estimators.feature import feature_scores
+from gradmix.forward import forward_all
 from gradmix.graphs import sent
 from gradmix.mixing import draw_lam
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
+from gradmix.pairs import Pairs
 from gradmix.probe import untouched, unwrap
 from gradmix.rows import CHUNK
-from gradmix.selection import Pairs
 from gradmix.training.config import MixConfig
 
 
@@ -51,20 +52,17 @@ def controlled(
         ValueError: ``replayed`` is missing.
     """
     device, count = pairs.partner.device, len(pairs)
-    own_rows = pairs._candidates is None
-    other = pairs._batch if pairs._candidates is None else pairs._candidates
+    own, other = pairs.candidates is pairs.batch, pairs.candidates
     drawn = sent(torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64), device)
     if mix.control in ("random", "random-partner"):
-        partner, found = draw_partners(
-            None, drawn, policy="uniform", score=None, own_rows=own_rows, partners=len(other[1])
-        )
+        partner, found = draw_partners(None, drawn, policy="uniform", score=None, own_rows=own, partners=len(other))
         kept = pairs.helpful
         if mix.control == "random":
             shuffled = sent(torch.randperm(count, generator=generator, device=generator.device), device)
             kept = kept[shuffled] if mix.control_rate is None else shuffled < round(mix.control_rate * count)
         found = found & kept
     elif mix.control in ("partner-class", "replayed-partner"):
-        other_class = class_of(other[1])
+        other_class = class_of(other.y)
         if mix.control == "partner-class":
             fitting = other_class[pairs.partner].unsqueeze(1) == other_class
         elif replayed is None:
@@ -72,32 +70,30 @@ def controlled(
         else:
             fitting = torch.isin(other_class, replayed.to(device)).expand(count, -1)
         allowed = fitting & pairs.helpful.unsqueeze(1)
-        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own_rows)
+        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own)
     else:
         helpful, cosine = pairs.by_row(mix.threshold)
         if mix.control == "anti":
             allowed = ~helpful & ~cosine.isnan()
         else:
-            allowed = _as_many_by_norm(pairs, model, other, helpful, largest=mix.control == "large-gradient")
-        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own_rows)
+            allowed = _as_many_by_norm(pairs, model, helpful, largest=mix.control == "large-gradient")
+        partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own)
     # lam is 1 where a row stays as it is; the step's own weight is that of any row GradMix mixed.
     lam = pairs.lam.min() if bool(pairs.helpful.any()) else draw_lam(mix.alpha, generator)
     return replace(pairs, partner=partner, helpful=found, lam=torch.where(found, lam, torch.ones_like(pairs.lam)))
 
 
-def _as_many_by_norm(
-    pairs: Pairs, model: nn.Module, other: tuple[Tensor, Tensor], helpful: Tensor, *, largest: bool
-) -> Tensor:
+def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest: bool) -> Tensor:
     """(N, M) bool: as many pairs as are helpful, those with the smallest or largest gradient."""
     model = unwrap(model)
     with untouched(model):
-        rows = forward_all(model, None, "batch", pairs._batch, CHUNK)
-        partners = rows if pairs._candidates is None else forward_all(model, None, "candidates", other, CHUNK)
+        own, batch = pairs.candidates is pairs.batch, forward_all(model, None, "batch", pairs.batch, CHUNK)
+        partners = batch if own else forward_all(model, None, "candidates", pairs.candidates, CHUNK)
         # The norm does not depend on the reference.
-        nothing = rows.features.new_zeros(rows.logits.shape[1], rows.features.shape[1] + 1)
+        nothing = batch.features.new_zeros(batch.logits.shape[1], batch.features.shape[1] + 1)
         lam = float(pairs.lam.min())
-        norm = feature_alignment(rows, partners, nothing, lam)[1]
-    if pairs._candidates is None:
+        norm = feature_scores(batch, partners, nothing, lam).norm
+    if own:
         # A row is not its own partner: such pairs are neither counted nor taken.
         helpful = helpful.clone().fill_diagonal_(False)
         norm = norm.clone().fill_diagonal_(-torch.inf if largest else torch.inf)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.alignment import Alignment, Criterion, Estimator, reference_gradient
+from gradmix.criteria import Alignment, Criterion
+from gradmix.estimators import EstimatorName
 from gradmix.head import HeadCapture, HeadOutput
+from gradmix.mixer import GradMix
+from gradmix.pairs import Pairs
 from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched, unwrap
+from gradmix.references import reference_gradient
 from gradmix.rows import chunks_of
-from gradmix.selection import GradMix, Pairs
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
@@ -34,7 +37,7 @@ class SelectiveMixup(LinearMixing):
     """
 
     criterion: Criterion
-    default_estimator: Estimator
+    default_estimator: EstimatorName
     default_refresh: int
     online_refresh: int
 

@@ -1,0 +1,154 @@
+"""Class tables: the alignment of pairs of classes as a function of the mixing weight, which serves many steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradmix.criteria import Alignment, ClassMeans, PairScores
+from gradmix.mixing import beta_quadrature
+from gradmix.ops.labels import class_of
+from gradmix.ops.mixed_alignment import Weight, cosine
+from gradmix.processes import Group, as_the_first
+
+TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Mixing weights at which a class table is evaluated; between them it is interpolated.
+
+Whether a pair of classes may be mixed depends on the weight: near 1 it is a question about the sample's own class, near
+0 about the partner's. One decision for all weights, their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
+
+AVERAGE_NODES = 8
+"""Quadrature nodes of a class table's average over Beta(alpha, alpha), which is for people to look at."""
+
+TABLE_SAMPLES = 2048
+"""Samples behind a class table at the most; with many classes there are fewer of each."""
+
+
+class TableTensors(NamedTuple):
+    """The tensors of a class table, as in :class:`ClassTable`."""
+
+    inner: Tensor
+    norm: Tensor
+    reference_norm: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Alignment of class pairs as a function of the mixing weight.
+
+    Attributes:
+        lams: L mixing weights from 0 to 1, ascending.
+        inner: (L, P, P), mean inner products with the reference; NaN where no pair of samples was evaluated.
+        norm: (L, P, P), mean gradient norms.
+        reference_norm: scalar tensor, the reference gradient's norm.
+        classes: (P,) int64, ascending; entry (a, b) is a sample of ``classes[a]`` with weight lam and a partner of
+            ``classes[b]``.
+    """
+
+    lams: tuple[float, ...]
+    inner: Tensor
+    norm: Tensor
+    reference_norm: Tensor
+    classes: Tensor
+
+    def at(self, lam: Weight) -> Alignment:
+        """The alignment at one mixing weight, (P, P), interpolated linearly between the weights evaluated."""
+        return interpolated(self.lams, self.tensors(), lam).alignment(self.reference_norm)
+
+    def average(self, alpha: float) -> Alignment:
+        """The mean over Beta(alpha, alpha), (P, P): what can be shown of the table in one picture."""
+        inner, norm = torch.zeros_like(self.inner[0]), torch.zeros_like(self.norm[0])
+        for lam, weight in zip(*beta_quadrature(alpha, AVERAGE_NODES), strict=True):
+            scores = interpolated(self.lams, self.tensors(), lam)
+            inner += weight * scores.inner
+            norm += weight * scores.norm
+        return Alignment(inner, cosine(inner, norm, self.reference_norm), self.classes)
+
+    def tensors(self) -> TableTensors:
+        """The table without its weights."""
+        return TableTensors(self.inner, self.norm, self.reference_norm, self.classes)
+
+    def of_first_process(self, group: Group) -> ClassTable:
+        """The table of a group's first process; those of the others differ from it by their draws and by rounding."""
+        inner, norm = as_the_first([self.inner, self.norm], group)
+        return replace(self, inner=inner, norm=norm)
+
+
+def interpolated(lams: Sequence[float], table: TableTensors, lam: Weight) -> PairScores:
+    """The scores (P, P) of a table at one mixing weight, a number or a scalar tensor that the host does not read."""
+    if isinstance(lam, Tensor):
+        # Filled one by one: a copy from the host would be waited for.
+        known = torch.stack([torch.full_like(lam, value) for value in lams])
+        upper = torch.searchsorted(known, lam.reshape(1), right=True).clamp_(1, len(lams) - 1)
+        low, high = known[upper - 1], known[upper]
+        share = ((lam - low) / (high - low)).to(table.inner.dtype)
+        inner, norm = (torch.lerp(v[upper - 1], v[upper], share[:, None, None])[0] for v in (table.inner, table.norm))
+        return PairScores(inner, norm, classes=table.classes)
+    above = min(bisect_right(lams, lam), len(lams) - 1)
+    part = (lam - lams[above - 1]) / (lams[above] - lams[above - 1])
+    inner, norm = (torch.lerp(v[above - 1], v[above], part) for v in (table.inner, table.norm))
+    return PairScores(inner, norm, classes=table.classes)
+
+
+def table_of(scores: Sequence[PairScores], classes: Tensor, reference_norm: Tensor) -> ClassTable:
+    """The table of the scores (P, P) at each of :data:`TABLE_LAMS`."""
+    inner, norm = (torch.stack([getattr(part, name) for part in scores]) for name in ("inner", "norm"))
+    return ClassTable(TABLE_LAMS, inner, norm, reference_norm, classes)
+
+
+def sampled_scores(
+    score: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    y: Tensor,
+    per_pair: int,
+    like: Tensor,
+    generator: torch.Generator,
+) -> list[PairScores]:
+    """The mean scores of random pairs of samples of each ordered pair of classes, at each of :data:`TABLE_LAMS`.
+
+    Args:
+        score: from pairs (K, 2) of samples and a mixing weight to their inner products and norms, both (K,).
+        y: labels of the N samples.
+        per_pair: pairs of samples for each pair of classes, shared out among the weights, one at least.
+        like: a tensor of the dtype of the sums.
+        generator: draws the pairs.
+    """
+    labels = class_of(y)
+    classes = torch.unique(labels)
+    positions = torch.arange(len(classes), device=labels.device)
+    cells = torch.cartesian_prod(positions, positions).view(-1, 2)
+    found = []
+    for lam in TABLE_LAMS:
+        pairs = draw_of_classes(cells, classes, (labels, labels), max(1, per_pair // len(TABLE_LAMS)), generator)
+        means = ClassMeans(classes, like)
+        means.add_pairs(*score(pairs, lam), labels[pairs[:, 0]], labels[pairs[:, 1]])
+        found.append(means.scores())
+    return found
+
+
+def draw_of_classes(
+    cells: Tensor, classes: Tensor, labels: tuple[Tensor, Tensor], count: int, generator: torch.Generator
+) -> Tensor:
+    """(K count, 2) indices of samples drawn with replacement, ``count`` for each pair of classes in ``cells`` (K, 2).
+
+    Args:
+        cells: positions among ``classes``: of the class of the first index, and of the second.
+        classes: (P,) int64.
+        labels: class labels (N,) and (M,) of the samples that the first and the second index count.
+        count: draws for each pair.
+        generator: source of the draws.
+    """
+    device = labels[0].device
+    drawn = torch.rand(2, len(cells), count, generator=generator, device=generator.device).to(device)
+    columns = []
+    for u, column, label in zip(drawn, cells.unbind(1), labels, strict=True):
+        order = torch.argsort(label, stable=True)
+        counts = (label[:, None] == classes).sum(0)
+        first, size = (v[column, None] for v in (counts.cumsum(0) - counts, counts))
+        columns.append(order[first + (u * size).long().clamp_(max=size - 1)].reshape(-1))
+    return torch.stack(columns, 1)

@@ -1,0 +1,94 @@
+"""Draws: which candidates are proposed to a sample, and which of the helpful ones it is given.
+
+All random numbers come from the caller's generator, usually on the host, and go to the device without a wait. So a run
+draws the same numbers on a CPU and on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmix.graphs import sent
+from gradmix.ops.draw_partners import DrawnPartners, draw_partners
+
+Policy = Literal["uniform", "permute", "best"]
+
+
+class Proposal:
+    """The draw of one partner for each sample; for the policy ``permute`` it is made before anything is scored.
+
+    Args:
+        policy: as :func:`gradmix.select_pairs`.
+        count: N, samples.
+        candidates: M.
+        own: whether the candidates are the samples themselves.
+        generator: source of the numbers.
+        device: where they are wanted.
+    """
+
+    def __init__(
+        self, policy: Policy, count: int, candidates: int, own: bool, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self.generator = generator
+        self._shape, self._own, self._device = (count, candidates), own, device
+        self._permuted = self._permutation() if policy == "permute" else None
+
+    def _permutation(self) -> Tensor:
+        (count, candidates), source = self._shape, self.generator
+        if candidates >= count:
+            drawn = torch.randperm(candidates, generator=source, device=source.device)[:count]
+        else:
+            drawn = torch.randint(candidates, (count,), generator=source, device=source.device)
+        return sent(drawn, self._device)
+
+    def pairs(self, itself: bool) -> Tensor | None:
+        """(K, 2) int64, sample and candidate of the pairs that matter, in order; None: all N x M.
+
+        Args:
+            itself: whether a sample as its own partner is among them.
+        """
+        others = self._own and not itself
+        if self._permuted is None and not others:
+            return None
+        if self._permuted is not None:
+            pairs = torch.stack([torch.arange(self._shape[0], device=self._device), self._permuted], 1)
+        else:
+            pairs = all_pairs(*self._shape, self._device)
+        return pairs[pairs[:, 0] != pairs[:, 1]] if others else pairs
+
+    def numbers(self) -> Tensor:
+        """(N,): what :func:`choose` draws by; call it once."""
+        if self._permuted is not None:
+            return self._permuted
+        source = self.generator
+        drawn = torch.rand(self._shape[0], generator=source, device=source.device, dtype=torch.float64)
+        return sent(drawn, self._device)
+
+
+def all_pairs(count: int, candidates: int, device: torch.device) -> Tensor:
+    """(count * candidates, 2) int64: all pairs, those of the first sample first."""
+    places = (torch.arange(n, device=device) for n in (count, candidates))
+    return torch.cartesian_prod(*places).view(-1, 2)
+
+
+def choose(allowed: Tensor, score: Tensor, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
+    """One allowed partner for each sample.
+
+    Args:
+        allowed: (N, M) bool.
+        score: (N, M), the larger the better; the policy ``best`` reads it.
+        numbers: (N,) of :meth:`Proposal.numbers`.
+        policy: as :func:`gradmix.select_pairs`.
+        own: whether the candidates are the samples themselves.
+    """
+    return draw_partners(
+        allowed, numbers, policy=policy, score=score if policy == "best" else None, own_rows=own, partners=None
+    )
+
+
+def choose_any(candidates: int, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
+    """As :func:`choose`, where every candidate is allowed, and as good as the others."""
+    return draw_partners(None, numbers, policy=policy, score=None, own_rows=own, partners=candidates)

@@ -1,0 +1,82 @@
+"""Estimator ``feature``: samples are mixed at the head's input, so that no mixture is forwarded.
+
+With features h = lam h_a + mu h_b, logits z = lam z_a + mu z_b and labels y = lam y_a + mu y_b, mu = 1 - lam, the
+gradient of the last layer is (softmax(z) - y) [h; 1]^T. All pairs follow from a few matrix products
+(:mod:`gradmix.ops.mixed_alignment`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES, ClassTable
+from gradmix.criteria import PairScores, class_index
+from gradmix.estimators.base import Screening
+from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.ops.class_pairs import class_pair_alignment
+from gradmix.ops.labels import class_of
+from gradmix.ops.mixed_alignment import Weight, as_lams, mixed_alignment_op
+from gradmix.references import ClassQuota
+from gradmix.samples import HeadSamples, Mixtures
+
+
+class Feature(LastLayerEstimator):
+    """The estimator ``feature`` of one network."""
+
+    name = "feature"
+    mixes_inputs: ClassVar[bool] = False
+    is_pure: ClassVar[bool] = True
+
+    def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
+        """All pairs at once, whatever ``pairs`` says."""
+        self.check_fits(mixtures, gradient)
+        return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, self.network.backend)
+
+    def class_table(
+        self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
+    ) -> tuple[ClassTable, Screening | None]:
+        """Of all pairs of up to ``per_class`` samples of each class."""
+        classes = torch.unique(class_of(samples.y))
+        limit = max(1, min(per_class, TABLE_SAMPLES // len(classes)))
+        samples = samples.take(ClassQuota(limit).admit(samples.y))
+        inner, norm = class_pair_alignment(
+            samples.features,
+            samples.logits,
+            samples.y,
+            class_index(classes, class_of(samples.y)),
+            len(classes),
+            gradient,
+            torch.tensor(TABLE_LAMS, dtype=torch.float64, device="cpu"),
+            backend=self.network.backend,
+        )
+        return ClassTable(TABLE_LAMS, inner, norm, self.reference_norm(gradient), classes), None
+
+
+def feature_scores(
+    batch: HeadSamples, partners: HeadSamples, gradient: Tensor, lam: Weight, backend: str = "auto"
+) -> PairScores:
+    """The scores (N, M) of all pairs, mixed in feature space; nothing is checked.
+
+    Args:
+        batch: N samples.
+        partners: M samples.
+        gradient: the reference, (C, d + 1) or (C, d).
+        lam: weight of the batch's sample.
+        backend: of the operator ``mixed_alignment``.
+    """
+    inner, norm = mixed_alignment_op(
+        batch.features,
+        batch.logits,
+        batch.y,
+        partners.features,
+        partners.logits,
+        partners.y,
+        gradient,
+        as_lams(lam, batch.features.device),
+        "tf32x3",
+        backend,
+    )
+    return PairScores(inner[0], norm[0])

@@ -1,0 +1,69 @@
+"""Estimator ``jvp``: mixed inputs are forwarded, and the derivative of their loss along the reference is taken; exact.
+
+The reference is the buffer's gradient with respect to all parameters. The derivative of a mixture's loss along it is
+the inner product of both gradients, without a gradient being formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmix.class_table import ClassTable, sampled_scores, table_of
+from gradmix.criteria import PairScores
+from gradmix.estimators.base import Network, Screening
+from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
+from gradmix.estimators.full_network import FullGradient, FullNetworkEstimator, check_memory
+from gradmix.gradients.engine import Scaler
+from gradmix.gradients.plan import WithoutRule
+from gradmix.ops.labels import class_of
+from gradmix.samples import Mixtures, Samples
+
+
+@dataclass(frozen=True)
+class JvpEstimator:
+    """Exact alignment of real mixed inputs, over all parameters.
+
+    A mixture costs a forward pass, one more call of each layer, a backward pass without weight gradients, and about
+    as much again for its gradient's norm.
+
+    Attributes:
+        layers, without_rule, scaler: as :func:`gradmix.class_gradients`.
+        memory: bytes that a pass may take, roughly; None: half of what is free on a GPU, 4 GiB on a CPU.
+    """
+
+    layers: str | Sequence[str] = "all"
+    without_rule: WithoutRule = "error"
+    scaler: Scaler = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory)
+
+
+class Jvp(FullNetworkEstimator):
+    """The estimator ``jvp`` of one network."""
+
+    def __init__(self, network: Network, settings: JvpEstimator) -> None:
+        super().__init__(network, settings, type(settings).__name__)
+
+    def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+        """Of the pairs that matter alone, each forwarded."""
+        pairs = pairs_of(mixtures, pairs)
+        return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))
+
+    def class_table(
+        self, samples: Samples, gradient: FullGradient, per_class: int, threshold: float, generator: torch.Generator
+    ) -> tuple[ClassTable, Screening | None]:
+        """Of ``per_class`` random mixtures for each ordered pair of classes, shared out among the mixing weights."""
+        norm = self.reference_norm(gradient)
+        chunk_size, num_classes = self.sizes(samples.x)
+
+        def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+            return self.score_pairs(Mixtures(samples, None, lam, num_classes, chunk_size), gradient, pairs)
+
+        scores = sampled_scores(score, samples.y, per_class, norm, generator)
+        return table_of(scores, torch.unique(class_of(samples.y)), norm.to(scores[0].inner)), None

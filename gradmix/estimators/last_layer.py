@@ -1,0 +1,82 @@
+"""What the estimators of the last layer's gradient share: passes that capture the head, and its reference gradient."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradmix.estimators.base import Estimator, Network, PassSizes
+from gradmix.forward import forward_all, with_output
+from gradmix.head import given_outputs, resolve_head
+from gradmix.inputs import InputTree, first_tensor
+from gradmix.ops.mixed_alignment import check_reference, length
+from gradmix.references import Keep, Reference, marked_gradient, read_buffer
+from gradmix.refusals import refusing_by_name
+from gradmix.samples import HeadSamples, Mixtures, Request, check_one_mask
+
+
+class LastLayerEstimator(Estimator[HeadSamples]):
+    """Base of the estimators whose gradients are those of the last layer's weight and bias."""
+
+    full_network: ClassVar[bool] = False
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def sizes(self, x: InputTree) -> PassSizes:
+        """With C as the user gave it, or of the head."""
+        network = self.network
+        if network.num_classes is not None:
+            return PassSizes(network.chunk_size, network.num_classes)
+        with refusing_by_name("batch", network.model, x):
+            return PassSizes(network.chunk_size, resolve_head(network.model, network.head, x).num_classes)
+
+    def see(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
+        """The batch and the candidates with the head's input and output."""
+        network = self.network
+        if request.outputs is None:
+            batch = self._forward("batch", request)
+        else:
+            output = given_outputs(network.model, network.head, request.outputs, len(request.batch))
+            batch = with_output("batch", request.batch, output)
+        candidates = None
+        if request.candidates is not None:
+            candidates = self._forward("candidates", request)
+            check_one_mask(batch, candidates)
+        num_classes = batch.logits.shape[1]
+        network.check_num_classes(num_classes)
+        return Mixtures(batch, candidates, lam, num_classes, network.chunk_size)
+
+    def _forward(self, name: str, request: Request) -> HeadSamples:
+        network = self.network
+        return forward_all(network.model, network.head, name, getattr(request, name), network.chunk_size)
+
+    def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[HeadSamples]]:
+        """The buffer's mean last-layer gradient."""
+        network = self.network
+        kept = Keep(keep, self.name if self.mixes_inputs else None) if keep else None
+        gradient, samples = read_buffer(
+            network.model, network.head, buffer, network.chunk_size, first_tensor(x).device, network.group, kept
+        )
+        return None if gradient is None else Reference(gradient), samples
+
+    def marked_reference(self, batch: HeadSamples, marked: Tensor) -> Reference:
+        """The marked samples' mean last-layer gradient; whether there are any is decided on the device."""
+        return marked_gradient(batch, marked, self.network.batch_group)
+
+    def given_reference(self, gradient: object) -> Reference:
+        """A tensor of :func:`gradmix.reference_gradient`."""
+        if not isinstance(gradient, Tensor):
+            raise TypeError(
+                f"reference: got {type(gradient).__name__}, expected a tensor as gradmix.reference_gradient gives it"
+            )
+        return Reference(gradient)
+
+    def reference_norm(self, gradient: Tensor) -> Tensor:
+        """() the Euclidean norm."""
+        return length(gradient)
+
+    def check_fits(self, mixtures: Mixtures[HeadSamples], gradient: Tensor) -> None:
+        """Raise ValueError unless the reference is of this last layer."""
+        check_reference(gradient, mixtures.num_classes, mixtures.batch.features.shape[1])

@@ -1,0 +1,86 @@
+"""Estimator ``mixed``: mixed inputs are forwarded, one pass a pair; exact for the last layer's gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradmix.class_table import ClassTable, sampled_scores, table_of
+from gradmix.criteria import PairScores
+from gradmix.estimators.base import Screening
+from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
+from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.head import HeadOutput, forward_head
+from gradmix.inputs import mix_samples, take
+from gradmix.ops.dtypes import exact_dtype
+from gradmix.ops.labels import class_of
+from gradmix.ops.mixed_alignment import in_range, mixed_residual
+from gradmix.probe import require_finite_pairs
+from gradmix.samples import HeadSamples, Mixtures, Samples
+
+
+class Mixed(LastLayerEstimator):
+    """The estimator ``mixed`` of one network."""
+
+    name = "mixed"
+
+    def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
+        """Of the pairs that matter alone, each forwarded."""
+        self.check_fits(mixtures, gradient)
+        pairs = pairs_of(mixtures, pairs)
+        samples = (mixtures.batch, mixtures.partners)
+        return as_matrix(mixtures, pairs, *self._score_pairs(samples, gradient, pairs, float(mixtures.lam)))
+
+    def class_table(
+        self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
+    ) -> tuple[ClassTable, Screening | None]:
+        """Of ``per_class`` random mixtures for each ordered pair of classes, shared out among the mixing weights."""
+        scores = sampled_scores(
+            lambda pairs, lam: self._score_pairs((samples, samples), gradient, pairs, lam),
+            samples.y,
+            per_class,
+            gradient,
+            generator,
+        )
+        return table_of(scores, torch.unique(class_of(samples.y)), self.reference_norm(gradient)), None
+
+    def _score_pairs(
+        self, samples: tuple[Samples, Samples], gradient: Tensor, pairs: Tensor, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        """(inner, norm), both (K,), of ``pairs`` (K, 2) of the two sides' samples."""
+        (own, other), network = samples, self.network
+        inner, norm = [gradient.new_empty(0)], [gradient.new_empty(0)]
+        for start in range(0, len(pairs), network.chunk_size):
+            i, j = pairs[start : start + network.chunk_size].unbind(1)
+            output = forward_head(network.model, network.head, mix_samples(take(own.x, i), take(other.x, j), lam))
+            require_finite_pairs(output.logits, i, j)
+            part = last_layer_scores(output, own.y[i], other.y[j], lam, gradient)
+            inner.append(part[0])
+            norm.append(part[1])
+        return torch.cat(inner), torch.cat(norm)
+
+
+def last_layer_scores(
+    output: HeadOutput, y_a: Tensor, y_b: Tensor, lam: float, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each sample, both (N,), for the labels lam y_a + (1 - lam) y_b.
+
+    Args:
+        output: the head's input h (N, d) and logits (N, C) for the mixtures.
+        y_a, y_b: labels of the N pairs.
+        lam: weight of the first.
+        gradient: the reference G, (C, d + 1) or (C, d).
+    """
+    features, logits = output
+    dtype, exact = gradient.dtype, exact_dtype(gradient.device)
+    with torch.autocast(features.device.type, enabled=False):
+        least = in_range(features, features, gradient, dtype)[-1].least
+        h = features.to(exact)
+        residual = mixed_residual(logits.to(exact), y_a, y_b, lam, least)
+        toward = residual @ gradient.to(exact)  # (N, d + 1): G^T r
+        inner = (toward[:, : h.shape[1]] * h).sum(1)
+        square = h.square().sum(1)
+        if gradient.shape[1] == h.shape[1] + 1:
+            inner = inner + toward[:, -1]
+            square = square + 1
+        return inner.to(dtype), torch.linalg.vector_norm(residual, dim=1).mul(square.sqrt()).to(dtype)

@@ -1,0 +1,51 @@
+"""A class table as a scorer: scores of classes are looked up, and no pass is made."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gradmix.class_table import TableTensors, interpolated
+from gradmix.criteria import PairScores
+from gradmix.estimators.base import Estimator, PassSizes, Scorer
+from gradmix.inputs import InputTree
+from gradmix.samples import Mixtures, Request, Samples
+
+
+class TableLookup(Scorer[Samples]):
+    """Scores by a class table of an estimator; the "gradient" of its reference is the table's tensors.
+
+    Args:
+        made_by: the estimator that made the table.
+        lams: the table's mixing weights.
+    """
+
+    is_pure: ClassVar[bool] = True
+
+    def __init__(self, made_by: Estimator[Any], lams: tuple[float, ...]) -> None:
+        self.network, self.name = made_by.network, made_by.name
+        self._made_by, self._lams = made_by, lams
+
+    def __eq__(self, other: object) -> bool:
+        """Equal ones score alike, so that a captured graph of one serves the other."""
+        return isinstance(other, TableLookup) and (self._made_by, self._lams) == (other._made_by, other._lams)
+
+    def __hash__(self) -> int:
+        return hash((self._made_by, self._lams))
+
+    def sizes(self, x: InputTree) -> PassSizes:
+        """Those of the estimator that made the table."""
+        return self._made_by.sizes(x)
+
+    def see(self, request: Request, lam: float) -> Mixtures[Samples]:
+        """The labels are enough."""
+        return self._made_by.label(request, lam)
+
+    def reference_norm(self, gradient: TableTensors) -> Tensor:
+        """() as the table has it."""
+        return gradient.reference_norm
+
+    def class_scores(self, mixtures: Mixtures[Samples], gradient: TableTensors, pairs: Tensor | None) -> PairScores:
+        """The table at the mixing weight."""
+        return interpolated(self._lams, gradient, mixtures.lam)

@@ -1,0 +1,104 @@
+"""Forward passes of labelled samples in chunks, with the head's input and output captured and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.head import CapturedOutput, HeadLike, forward_head
+from gradmix.head_values import MASKED
+from gradmix.inputs import first_tensor
+from gradmix.ops.labels import check_label_range, within_range
+from gradmix.ops.waiting import require
+from gradmix.probe import require_finite
+from gradmix.processes import Group
+from gradmix.refusals import refusing_by_name
+from gradmix.rows import chunks_of, numbered_chunks
+from gradmix.samples import HeadSamples, Samples, joined
+
+
+def forward_all(model: nn.Module, head: HeadLike, name: str, samples: Samples, chunk_size: int) -> HeadSamples:
+    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.probe.untouched`.
+
+    Args:
+        model: the unwrapped model.
+        head: the head, its name, or None: it is found.
+        name: what errors call the samples.
+        samples: one or more.
+        chunk_size: samples of one pass.
+
+    Raises:
+        ValueError: a sample with a NaN or an infinity in it, or for which the model returns one, named; a label out of
+            range.
+    """
+    device = first_tensor(samples.x).device
+    source = (samples.x, samples.y)
+    parts = [part for _, part in forward_source(model, head, name, source, chunk_size, device)]
+    return parts[0] if len(parts) == 1 else joined(parts, parts[0].logits.shape[1])
+
+
+def forward_source(
+    model: nn.Module,
+    head: HeadLike,
+    name: str,
+    source: object,
+    chunk_size: int,
+    device: torch.device,
+    group: Group = None,
+) -> Iterator[tuple[int, HeadSamples]]:
+    """This process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
+
+    A process without a share of a source that has samples gets one chunk of none, so that it knows their shapes. Call
+    it inside :func:`gradmix.probe.untouched`.
+    """
+    empty = True
+    for start, x, y in numbered_chunks(name, source, chunk_size, device, group):
+        yield start, _forward_chunk(model, head, name, x, y, start)
+        empty = False
+    if empty and group is not None:
+        for x, y in islice(chunks_of(name, source, 1, device), 1):
+            yield 0, _forward_chunk(model, head, name, x, y, 0).take(torch.arange(0, device=y.device))
+
+
+def _forward_chunk(model: nn.Module, head: HeadLike, name: str, x: Any, y: Tensor, first: int) -> HeadSamples:
+    with refusing_by_name(name, model, x):
+        output = forward_head(model, head, x)
+    return with_output(name, Samples(x, y), output, first)
+
+
+def with_output(name: str, samples: Samples, output: CapturedOutput, first: int = 0) -> HeadSamples:
+    """``samples`` with the head's input and output, after a check of both.
+
+    Args:
+        name: what errors call the samples.
+        samples: N.
+        output: the head's input and output for them.
+        first: number of the first sample, for errors.
+
+    Raises:
+        ValueError: a NaN or an infinity, a label beyond the logits' classes or of a class that the model masks.
+    """
+    (x, y), (features, logits) = (samples.x, samples.y), output
+    if len(features) != len(y):
+        raise ValueError(f"{name}: the head ran on {len(features)} rows, expected {len(y)} as there are labels")
+    require_finite(
+        first, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
+    )
+    check_label_range(name, y, logits.shape[1], first)
+    y = within_range(y, logits.shape[1])
+    if y.is_floating_point():
+        masked = ((logits <= MASKED) & (y > 0)).any(1)
+    else:
+        masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
+    require(
+        masked,
+        lambda row: ValueError(
+            f"{name}: row {first + row} has a label among the classes that the model masks, expected labels of the "
+            "others: the loss of a masked class has no gradient that could be compared"
+        ),
+    )
+    return HeadSamples(x, y, features, logits, output.appends_one)

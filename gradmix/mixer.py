@@ -1,0 +1,333 @@
+"""Selective Mixup for a training loop: :class:`GradMix` keeps what one :func:`gradmix.select_pairs` would compute."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import astuple, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.checks import check_count
+from gradmix.class_table import ClassTable
+from gradmix.criteria import Criterion, class_index
+from gradmix.draw import Policy
+from gradmix.estimators import EstimatorLike, Network, Screening, TableLookup, resolve
+from gradmix.estimators.full_network import FullGradient
+from gradmix.graphs import Graphs, call
+from gradmix.head import HeadOutput
+from gradmix.inputs import InputTree, first_tensor
+from gradmix.mixing import default_generator, draw_lam
+from gradmix.ops.labels import class_of, dense_labels
+from gradmix.ops.mixed_alignment import check_lam
+from gradmix.ops.waiting import look_is_free, require, settle
+from gradmix.pairs import Pairs, labels_dtype
+from gradmix.probe import unwrap
+from gradmix.processes import Group, any_over, as_the_first
+from gradmix.references import Reference, on_host
+from gradmix.rows import CHUNK, RowSource, has_rows
+from gradmix.samples import Mixtures, Request, joined
+from gradmix.selection import check_weight, checked_request, select
+from gradmix.selector import Rule, Selector
+from gradmix.workers import refuse_worker
+
+Shapes: TypeAlias = dict[str, list[int]]
+"""Parameters' shapes by name."""
+
+
+class GradMix:
+    """Selective Mixup for a training loop: keeps the reference gradient (and table of class pairs) between steps.
+
+    Called like torchvision's and timm's Mixup::
+
+        mixup = gradmix.GradMix(model, buffer, alpha=1.0)
+        for x, y in loader:                                   # replayed rows among them
+            x, y = mixup(x, y)
+            loss = F.cross_entropy(model(x), y)
+
+    What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time;
+    when a parameter of the model has appeared, gone, or changed its shape, as in a classifier that grows (over all
+    parameters: also when one has been frozen or freed); and, by class, when a batch holds a class the table does not
+    know. The class table is made of the buffer's rows and
+    the rows at hand, and holds the alignment as a function of lam, because it serves steps with different lam.
+
+    Args:
+        model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
+            :func:`select_pairs`.
+        buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between. None: there is none,
+            and every call marks the replayed rows of its batch.
+        refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
+        class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for
+            each pair of classes).
+        cuda_graph: on a GPU, capture what follows the rows' own forward pass in a CUDA graph, one for each shape of
+            batch, and replay it, so that a selection costs the host one launch; elsewhere it makes no difference. For
+            the estimator ``feature``, and by class for all of them. Same results.
+        group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
+            make the same calls, each with a batch of its own. Each forwards its share of the buffer, and all keep the
+            same reference gradient, to the bit; and the same class table, made of the buffer's rows and the batches of
+            all of them, in the order of the ranks, as one process would of the whole batch. By class every call asks
+            all processes whether one of them has met an unknown class. A process that fails leaves the others waiting
+            (:mod:`gradmix.processes`).
+        shared_batch: whether every process of the group is given the same batch, the whole one, as where the outputs of
+            its parts have been gathered already; they then make the same decisions if their generators are alike.
+
+    On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes): what a check finds
+    is raised by the next call (:mod:`gradmix.ops.waiting`), and a class that the table does not know has its rows stay
+    unmixed in that step and the table computed anew in the next one. Reading a buffer kept on the host, and making a
+    class table, do wait.
+
+    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
+    the model, which does not learn.
+
+    Attributes:
+        mixup_enabled: whether a call mixes. Set to False, as training loops with timm's Mixup do for the last epochs, a
+            call returns its inputs as they are, and label vectors; :meth:`select` does not look at it.
+        reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
+            buffer is empty.
+        table: the class table (:class:`gradmix.alignment.ClassTable`), or None.
+        pairs: the last :class:`Pairs`, or None.
+        screening: None, or for the estimator ``sketch`` by class how the table came about.
+        refreshes: how often the reference gradient was computed.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`select_pairs`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        buffer: RowSource | None,
+        *,
+        criterion: Criterion = "sample",
+        estimator: EstimatorLike = "feature",
+        alpha: float = 1.0,
+        threshold: float = 0.0,
+        policy: Policy = "uniform",
+        refresh: int | Literal["epoch"] = 1,
+        class_samples: int = 32,
+        head: nn.Module | str | None = None,
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        chunk_size: int = CHUNK,
+        cuda_graph: bool = False,
+        group: Group = None,
+        shared_batch: bool = False,
+    ) -> None:
+        network = Network(unwrap(model), head, num_classes, chunk_size, backend, group, shared_batch)
+        self._estimator, self._rule = resolve(estimator, network), Rule(criterion, threshold, policy)
+        check_weight(alpha, None)
+        self._alpha = alpha
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(f"cuda_graph: got {type(cuda_graph).__name__}, expected a bool")
+        if cuda_graph and criterion == "sample" and estimator != "feature":
+            raise ValueError(
+                f"cuda_graph: got True with the estimator {estimator!r} by sample, expected 'feature', or by class "
+                "any of them; passes of mixed inputs are not captured"
+            )
+        self._graphs = Graphs() if cuda_graph else None
+        if refresh != "epoch":
+            check_count("refresh", refresh)
+        check_count("class_samples", class_samples)
+        self._model, self._buffer = network.model, buffer
+        self._refresh, self._class_samples = refresh, class_samples
+        self._generator = generator
+        self.mixup_enabled = True
+        self.reference: Tensor | FullGradient | None = None
+        self.table: ClassTable | None = None
+        self.pairs: Pairs | None = None
+        self.screening: Screening | None = None
+        self.refreshes = 0
+        self._age = 0
+        self._stale = True
+        self._shapes: Shapes | None = None
+
+    @property
+    def _source(self) -> torch.Generator:
+        """The generator given, or the library's own as of now: another one after ``torch.manual_seed``."""
+        return default_generator() if self._generator is None else self._generator
+
+    def __call__(self, x: InputTree, y: Tensor, *, replayed: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C).
+
+        With ``mixup_enabled`` False the inputs are given back as they are, with their label vectors.
+        """
+        if self.mixup_enabled:
+            return self.select(x, y, replayed=replayed).mix()
+        refuse_worker("GradMix")
+        with self._estimator.running():
+            request = checked_request(self._estimator, (x, y), None, None, ("replayed", None))
+            mixtures = self._estimator.label(request, 1.0)
+        return x, dense_labels(mixtures.batch.y, mixtures.num_classes, labels_dtype(request.batch.x))
+
+    def select(
+        self,
+        x: InputTree,
+        y: Tensor,
+        *,
+        candidates: tuple[InputTree, Tensor] | None = None,
+        lam: float | None = None,
+        outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
+        replayed: Tensor | None = None,
+    ) -> Pairs:
+        """The pairs for a batch.
+
+        Args:
+            x, y: the batch.
+            candidates, lam, outputs: as :func:`select_pairs`.
+            replayed: (N,) bool, which rows of the batch are replayed ones. Their mean gradient is then the reference of
+                this call in place of the buffer's, which is not read. By sample what is kept between steps is neither
+                used nor changed. By class the table is refreshed as ever, its reference the marked rows' gradient, and
+                made of the rows at hand alone; as long as there is none, whether a row is marked is found out as
+                whether a class is unknown.
+
+        Raises:
+            ValueError, TypeError: as :func:`select_pairs`; no ``replayed`` where there is no buffer.
+        """
+        refuse_worker("GradMix")
+        if lam is not None:
+            check_lam(lam)
+        if replayed is None and self._buffer is None:
+            raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
+        with self._estimator.running():
+            request = checked_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
+            # By sample the gradient of marked samples serves this call alone.
+            once = request.marked is not None and self._rule.criterion == "sample"
+            if not once:
+                if self._is_due(request):
+                    self._refresh_kept(request)
+                request = replace(request, marked=None)
+            lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
+            selector, known = (Selector(self._estimator, self._rule), None) if once else self._kept()
+            run = call
+            if self._graphs is not None and self._graphs.serve(first_tensor(request.batch.x).device):
+                run = self._graphs
+            self.pairs = select(selector, request, known, lam, self._source, run)
+        self._age += 1
+        return self.pairs
+
+    def _kept(self) -> tuple[Selector, Reference | None]:
+        """What selects between two refreshes: the class table, else the estimator with the reference gradient."""
+        if self.table is not None:
+            lookup = TableLookup(self._estimator, self.table.lams)
+            return Selector(lookup, self._rule), Reference(self.table.tensors())
+        known = None if self.reference is None else Reference(self.reference)
+        return Selector(self._estimator, self._rule), known
+
+    def start_epoch(self) -> None:
+        """Have the next call compute everything anew."""
+        self._stale = True
+
+    def _is_due(self, request: Request) -> bool:
+        if self._stale or (self._refresh != "epoch" and self._age >= self._refresh):
+            return True
+        if self._shapes != self._shapes_now():
+            return True
+        if self.reference is None:
+            return has_rows(self._buffer) if request.marked is None else self._is_met(request.marked)
+        if self.table is None:
+            return False
+        labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]
+        return self._is_met(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
+
+    def _is_met(self, flags: Tensor) -> bool:
+        """Whether any of ``flags`` (K,) is set, in any process; where the host may not look, the next call knows."""
+        group = self._estimator.network.group
+        if group is not None:
+            flags = any_over(flags, group)
+        if look_is_free(flags.device) or self._estimator.full_network:
+            return bool(flags.any())
+        # By a weak reference: the question is kept for the model, and must not keep it.
+        kept = weakref.ref(self)
+
+        def grow_stale(_row: int) -> None:
+            mixup = kept()
+            if mixup is not None:
+                mixup.start_epoch()
+
+        require(flags, grow_stale)
+        return False
+
+    def _shapes_now(self) -> Shapes:
+        """What the kept gradient depends on of the model, but for values."""
+        frozen_count = not self._estimator.full_network
+        parameters = self._model.named_parameters()
+        return {name: list(p.shape) for name, p in parameters if p.requires_grad or frozen_count}
+
+    def _refresh_kept(self, request: Request) -> None:
+        """Compute anew what is kept; all or nothing, so that a model that raises leaves what was kept before."""
+        estimator, by_class = self._estimator, self._rule.criterion == "class"
+        reference: Reference | None = None
+        samples: list[Any] = []
+        table = screening = None
+        if request.marked is None:
+            keep = self._class_samples if by_class else 0
+            reference, samples = estimator.reference(self._buffer, request.batch.x, keep)
+        if by_class and (reference is not None or request.marked is not None):
+            mixtures = estimator.see(request, 1.0)
+            if request.marked is not None:
+                reference = on_host(estimator.marked_reference(mixtures.batch, request.marked))
+            if reference is not None:
+                table, screening = self._class_table(mixtures, samples, reference)
+        self.reference = None if reference is None else reference.gradient
+        self.table, self.screening = table, screening
+        self._age, self._stale, self._shapes = 0, False, self._shapes_now()
+        self.refreshes += 1
+
+    def _class_table(
+        self, mixtures: Mixtures[Any], samples: list[Any], reference: Reference
+    ) -> tuple[ClassTable, Screening | None]:
+        """The class table of the buffer's ``samples`` and of those at hand, the same in all processes."""
+        estimator, network = self._estimator, self._estimator.network
+        at_hand = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
+        if not estimator.mixes_inputs:
+            at_hand = [part.without_inputs() for part in at_hand]
+        parts = [*samples, *(part.gathered(network.batch_group) for part in at_hand)]
+        table, screening = estimator.class_table(
+            joined(parts, mixtures.num_classes),
+            reference.gradient,
+            self._class_samples,
+            self._rule.threshold,
+            self._source,
+        )
+        if screening is not None:
+            counts = torch.tensor(astuple(screening), device=table.inner.device)
+            screening = Screening(*as_the_first([counts], network.group)[0].tolist())
+        return table.of_first_process(network.group), screening
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept between steps, of tensors and plain numbers; loads with ``torch.load(weights_only=True)``.
+
+        Raises:
+            ValueError: the call before was given what it should not have been, found on a GPU.
+        """
+        # Whether the table is to be made anew may still be on its way from the GPU.
+        settle(self._model)
+        table = self.table
+        return {
+            "reference": self.reference,
+            "table": None if table is None else vars(table) | {"lams": list(table.lams)},
+            "age": self._age,
+            "stale": self._stale,
+            "shapes": self._shapes,
+            "refreshes": self.refreshes,
+            "generator": self._source.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown; nothing is changed then.
+        """
+        expected = {"reference", "table", "age", "stale", "refreshes", "generator", "shapes"}
+        if {"shapes", *state} != expected:
+            raise ValueError(f"state: got the keys {sorted(state)}, expected {sorted(expected)}")
+        table = state["table"]
+        made = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
+        self._source.set_state(state["generator"])
+        self.reference, self.table = state["reference"], made
+        self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
+        # A state from before these were kept is taken to be of a model like this one.
+        self._shapes = state.get("shapes", self._shapes_now())

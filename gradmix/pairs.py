@@ -1,0 +1,181 @@
+"""The pairs that were selected: partners, weights, and the mixtures that follow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmix.criteria import Alignment
+from gradmix.estimators.base import Screening
+from gradmix.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
+from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.labels import as_class_indices, dense_labels
+from gradmix.samples import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The partner chosen for each of N samples among M candidates.
+
+    Attributes:
+        partner: (N,) int64, index of the candidate; the sample's own index, or 0 among foreign candidates, where it
+            has none.
+        lam: (N,) weight of the sample itself; 1 where it has no partner.
+        helpful: (N,) bool, whether the sample has a partner.
+        alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where
+            a mixture was not evaluated, 0 throughout while the buffer is empty.
+        classes: None, or (P,) int64 class labels of ``alignment``.
+        num_classes: length of a mixed label vector.
+        screening: None, or for the estimator ``sketch`` how many pairs were scored by sketches, how many of them again
+            by forwarded mixtures, and how many are in doubt (:class:`gradmix.estimators.Screening`).
+    """
+
+    partner: Tensor
+    lam: Tensor
+    helpful: Tensor
+    num_classes: int
+    _alignment: Alignment = field(repr=False)
+    _batch: Samples = field(repr=False)
+    _candidates: Samples | None = field(repr=False)
+    screening: Screening | None = None
+
+    @cached_property
+    def _compact(self) -> Alignment:
+        # How many classes there are is not known before somebody asks, as a GPU would have to be waited for.
+        return self._alignment.compact()
+
+    @property
+    def alignment(self) -> Tensor:
+        """(N, M), or (P, P) by class."""
+        return self._compact.cosine
+
+    @property
+    def classes(self) -> Tensor | None:
+        """None, or (P,) int64 in ascending order."""
+        return self._compact.classes
+
+    def __len__(self) -> int:
+        return len(self.partner)
+
+    @property
+    def batch(self) -> Samples:
+        """The samples that pairs were selected for."""
+        return self._batch
+
+    @property
+    def candidates(self) -> Samples:
+        """The samples that partners are among: those given, or the batch itself."""
+        return self._batch if self._candidates is None else self._candidates
+
+    def by_row(self, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The decisions for each pair of samples, also where the criterion is by class.
+
+        Args:
+            threshold: smallest cosine of a helpful mixture.
+
+        Returns:
+            (N, M) bool, whether the mixture of sample i and candidate j is helpful; and (N, M), its cosine or that of
+            its classes, NaN where none was evaluated.
+        """
+        return self._alignment.by_pair(self._batch.y, self.candidates.y, threshold)
+
+    def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
+        """The mixed samples: lam x_i + (1 - lam) x_partner, and their labels likewise.
+
+        Of a mapping, tuple or list of tensors those of a floating-point dtype are mixed; the others have to be the same
+        for a sample and its partner, and stay.
+
+        Args:
+            x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings;
+                where partners came from other candidates, those keep theirs, so the shapes must agree.
+            y: (N,) or (N, C) in place of their labels.
+
+        Returns:
+            x (N, ...) of the input's dtype, a mapping as a dict; y (N, num_classes) label vectors, float64 for float64
+            inputs, else float32.
+
+        Raises:
+            TypeError: inputs that cannot be mixed, such as token ids; see :func:`gradmix.mixed_forward`.
+            ValueError: a wrong number of samples, or shapes that do not fit.
+        """
+        own = self._given(x, y)
+        other = own if self._candidates is None else self._candidates
+        if self._candidates is not None and floating_dtype(own.x) is not None:
+            check_alike("x", own.x, other.x, "the candidates")
+        mixed = mix_samples(own.x, take(other.x, self.partner), self.lam)
+        return mixed, self._mixed_labels(own, other)
+
+    def mix_labels(self, y: Tensor | None = None) -> Tensor:
+        """The labels of the mixed samples, for inputs that are mixed elsewhere (:func:`gradmix.mixed_forward`).
+
+        Args:
+            y: (N,) or (N, C) in place of the labels that were selected on, as in :meth:`mix`.
+
+        Returns:
+            (N, num_classes) label vectors, float64 for float64 inputs, else float32.
+
+        Raises:
+            ValueError: a wrong number of samples.
+        """
+        own = self._given(None, y)
+        return self._mixed_labels(own, own if self._candidates is None else self._candidates)
+
+    def other_x(self, x: InputTree | None = None) -> Any:
+        """Every sample's partner, (N, ...), unmixed; where it has none itself, or among candidates the first of them.
+
+        Args:
+            x: (N, ...) in place of the inputs that were selected on, where partners are of the batch itself.
+
+        Raises:
+            ValueError: a wrong number of samples, or samples given though partners came from other candidates.
+        """
+        if self._candidates is None:
+            return take(self._given(x, None).x, self.partner)
+        if x is not None:
+            count = check_inputs("x", x)
+            raise ValueError(f"x: got {count} rows, expected None, as partners are among the candidates")
+        return take(self._candidates.x, self.partner)
+
+    def _mixed_labels(self, own: Samples, other: Samples) -> Tensor:
+        dtype = labels_dtype(own.x)
+        weight = self.lam.to(dtype)[:, None]
+        labels = weight * dense_labels(own.y, self.num_classes, dtype)
+        return labels + (1 - weight) * dense_labels(other.y, self.num_classes, dtype)[self.partner]
+
+    def as_tuple(self) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """``(x, y_a, y_b, lam)``: mixed inputs, both labels and lam (N,): loss = lam CE(y_a) + (1 - lam) CE(y_b)."""
+        return self.mix()[0], self._batch.y, self.candidates.y[self.partner], self.lam
+
+    def summary(self) -> dict[str, float]:
+        """Plain figures: samples (``rows``), ``mixed`` ones, their ``mixed_share``, their ``lam``, and of the evaluated
+        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``; for the
+        estimator ``sketch`` the numbers ``screened``, ``rechecked`` and ``uncertain``.
+        """
+        mixed = int(self.helpful.sum())
+        known = self.alignment[~torch.isnan(self.alignment)]
+        return {
+            **({} if self.screening is None else asdict(self.screening)),
+            "rows": len(self),
+            "mixed": mixed,
+            "mixed_share": mixed / len(self),
+            "lam": float(self.lam[self.helpful][0]) if mixed else 1.0,
+            "positive_share": float((known >= 0).double().mean()),
+            "mean_cosine": float(known.double().mean()),
+        }
+
+    def _given(self, x: InputTree | None, y: Tensor | None) -> Samples:
+        """The batch, with the inputs and labels given in place of its own."""
+        samples = Samples(self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y))
+        for name, count in (("x", check_inputs("x", samples.x)), ("y", check_inputs("y", samples.y))):
+            if count != len(self):
+                raise ValueError(f"{name}: got {count} rows, expected the {len(self)} that pairs were selected for")
+        return samples
+
+
+def labels_dtype(x: InputTree) -> torch.dtype:
+    """Of mixed labels and weights: float64 for float64 inputs, else float32."""
+    return work_dtype(floating_dtype(x) or torch.float32)

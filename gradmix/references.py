@@ -1,0 +1,216 @@
+"""The reference gradient of the last layer: the mean gradient of the replay buffer, or of marked samples of the batch.
+
+G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T, (C, d + 1), with h_n the head's input and z_n the model's logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.forward import forward_source
+from gradmix.head import HeadLike
+from gradmix.inputs import check_mixable
+from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.labels import class_of
+from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.probe import device_of, untouched, unwrap
+from gradmix.processes import Group, check_group, gather_rows, sum_over
+from gradmix.rows import CHUNK, RowSource
+from gradmix.samples import HeadSamples, joined
+from gradmix.workers import refuse_worker
+
+
+class Reference(NamedTuple):
+    """A reference gradient, as an estimator makes and reads it.
+
+    Attributes:
+        gradient: (C, d + 1) or (C, d) of the last layer; by parameter name, of the full network.
+        empty: None, or () bool on the device: no sample is behind it, and every mixture counts as helpful.
+    """
+
+    gradient: Any
+    empty: Tensor | None = None
+
+
+def reference_gradient(
+    model: nn.Module,
+    buffer: RowSource,
+    *,
+    head: nn.Module | str | None = None,
+    chunk_size: int = CHUNK,
+    group: Group = None,
+) -> Tensor:
+    """Mean last-layer gradient of the buffer's cross-entropy: G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
+
+    The model runs in evaluation mode and is left as it was.
+
+    Args:
+        model: returns logits (N, C), or an object that holds them as ``.logits``.
+        buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any object of samples
+            ``(x, y)`` with ``__len__`` and ``__getitem__``, or a function that returns one of these and is called at
+            every read (:mod:`gradmix.rows`). x is a tensor, or a mapping, tuple or list of tensors, which the model is
+            given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.inputs`).
+        head: the classifier, or its name; None: found by itself.
+        chunk_size: samples of one forward pass.
+        group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each
+            forwards its share of the samples, and all get the same result, to the bit. Every process must call this;
+            one that fails leaves the others waiting (:mod:`gradmix.processes`). A DataLoader must give the same batches
+            in all of them. None: this process forwards all samples.
+
+    Returns:
+        (C, d + 1) float32 (float64 for a float64 model), the last column the bias's; (C, d) for a head without bias.
+
+    Raises:
+        ValueError: an empty buffer, labels out of range, a NaN (its sample is named), or no certain head.
+        TypeError: a buffer of another type.
+
+    >>> import torch, gradmix
+    >>> model = torch.nn.Linear(2, 2)
+    >>> G = gradmix.reference_gradient(model, (torch.eye(2), torch.tensor([0, 1])))
+    >>> G.shape
+    torch.Size([2, 3])
+    """
+    refuse_worker("reference_gradient")
+    check_group(group)
+    model = unwrap(model)
+    with untouched(model):
+        reference, _ = read_buffer(model, head, buffer, chunk_size, device_of(model), group)
+    if reference is None:
+        raise ValueError("buffer: got no rows, expected at least one")
+    return reference
+
+
+def read_buffer(
+    model: nn.Module,
+    head: HeadLike,
+    buffer: object,
+    chunk_size: int,
+    device: torch.device,
+    group: Group,
+    keep: Keep | None = None,
+) -> tuple[Tensor | None, list[HeadSamples]]:
+    """The reference gradient, None for an empty buffer; and the first samples of each class, in chunks.
+
+    Both are the same in all processes of a group, each of which forwards its share.
+
+    Args:
+        model, head, chunk_size: as :func:`gradmix.forward.forward_source`.
+        buffer: the source of samples.
+        device: where they are forwarded.
+        group: the processes.
+        keep: which samples are kept; None: none.
+    """
+    total = MeanGradient()
+    kept: list[HeadSamples] = []
+    places: list[Tensor] = []
+    quota = ClassQuota(0 if keep is None else keep.per_class)
+    for start, samples in forward_source(model, head, "buffer", buffer, chunk_size, device, group):
+        total.add(samples)
+        if keep is not None:
+            index = quota.admit(samples.y)
+            kept.append(keep.reduced(samples).take(index))
+            places.append(start + index)
+    if keep is not None and kept and group is not None:
+        # The first samples of all are among the first samples of each share.
+        everyone = joined(kept, kept[0].logits.shape[1]).gathered(group)
+        everyone = everyone.take(gather_rows(torch.cat(places), group).argsort())
+        kept = [everyone.take(ClassQuota(keep.per_class).admit(everyone.y))]
+    return total.value(group), kept
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which samples of the buffer are kept while it is read.
+
+    Attributes:
+        per_class: the first so many of each class.
+        inputs_for: name of the estimator that mixes their inputs; None: the inputs are not kept.
+    """
+
+    per_class: int
+    inputs_for: str | None
+
+    def reduced(self, samples: HeadSamples) -> HeadSamples:
+        """``samples`` with what is kept of each.
+
+        Raises:
+            TypeError: inputs that cannot be mixed.
+        """
+        if self.inputs_for is None:
+            return samples.without_inputs()
+        check_mixable("buffer", samples.x, self.inputs_for)
+        return samples
+
+
+class MeanGradient:
+    """Running sum of last-layer gradients; its mean is the reference gradient."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, samples: HeadSamples) -> None:
+        """Add sum_n r_n [h_n; 1]^T of these samples."""
+        self._sum = last_layer_gradient(
+            samples.features, samples.logits, samples.y, bias=samples.appends_one, out=self._sum
+        )
+        self._count += len(samples)
+
+    def value(self, group: Group = None) -> Tensor | None:
+        """(C, d + 1), or (C, d) without bias, over the samples of all processes of a group; None if there were none.
+
+        Every process must have added samples, be it none of them, or no process may have.
+        """
+        if self._sum is None or group is None:
+            return None if self._sum is None else self._sum / self._count
+        total, count = sum_over([self._sum, torch.full_like(self._sum[0, 0], self._count)], group)
+        return total / count
+
+
+def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -> Reference:
+    """The mean last-layer gradient of the samples that are marked; the host waits for nothing.
+
+    Args:
+        samples: N.
+        marked: (N,) bool.
+        group: processes, each with samples of its own, over all of which the mean is taken.
+
+    Returns:
+        (C, d + 1), or (C, d) without bias; zero where no sample is marked, which ``empty`` says.
+    """
+    h = samples.features.to(work_dtype(samples.features.dtype))
+    if samples.appends_one:
+        h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+    # A zero [h; 1] adds nothing, so that the number of such samples need not be known.
+    total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, bias=False)
+    total, count = sum_over([total, marked.sum().to(total.dtype)], group)
+    return Reference(total / count.clamp(min=1), count == 0)
+
+
+def on_host(reference: Reference | None) -> Reference | None:
+    """The reference, or None where no sample is behind it; the host waits for the device."""
+    if reference is None or reference.empty is None:
+        return reference
+    return None if bool(reference.empty) else Reference(reference.gradient)
+
+
+class ClassQuota:
+    """Admits the first ``limit`` samples of every class over several calls."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count: dict[int, int] = {}
+
+    def admit(self, labels: Tensor) -> Tensor:
+        """Indices of this call's samples that are within the quota, in order."""
+        admitted = []
+        for index, label in enumerate(class_of(labels).tolist()):
+            count = self._count.get(label, 0)
+            if count < self._limit:
+                self._count[label] = count + 1
+                admitted.append(index)
+        return torch.tensor(admitted, dtype=torch.int64, device=labels.device)

@@ -1,0 +1,163 @@
+"""Labelled samples as they travel through a selection, alone or with what the classifier's head made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradmix.head import HeadOutput
+from gradmix.head_values import MASKED
+from gradmix.inputs import concatenate, map_tensors, take
+from gradmix.ops.labels import dense_labels
+from gradmix.ops.mixed_alignment import Weight
+from gradmix.ops.waiting import require
+from gradmix.processes import Group, gather_rows
+
+AnySamples = TypeVar("AnySamples", bound="Samples")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Labelled samples.
+
+    Attributes:
+        x: inputs, a tensor or a tree of tensors (N, ...); None where only labels and features are kept.
+        y: (N,) int64 class indices, or (N, C) label vectors.
+    """
+
+    x: Any
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def map(self: AnySamples, function: Any) -> AnySamples:
+        """Apply ``function`` to every tensor (N, ...)."""
+        x = None if self.x is None else map_tensors(function, self.x)
+        return replace(self, x=x, y=function(self.y))
+
+    def take(self: AnySamples, index: Tensor) -> AnySamples:
+        """The samples at ``index``, (K,) int64 or (N,) bool."""
+        return self.map(lambda value: take(value, index))
+
+    def gathered(self: AnySamples, group: Group) -> AnySamples:
+        """The samples of all processes of a group, in the order of the ranks."""
+        return self.map(lambda value: gather_rows(value, group))
+
+    def without_inputs(self: AnySamples) -> AnySamples:
+        """The same without x: what is kept in feature space must not keep images alive."""
+        return replace(self, x=None)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSamples(Samples):
+    """Samples with the head's input and output.
+
+    Attributes:
+        features: (N, d).
+        logits: (N, C).
+        appends_one: whether a column of ones for the head's bias goes with the features.
+    """
+
+    features: Tensor
+    logits: Tensor
+    appends_one: bool = True
+
+    def map(self, function: Any) -> HeadSamples:
+        """Apply ``function`` to every tensor (N, ...)."""
+        return replace(super().map(function), features=function(self.features), logits=function(self.logits))
+
+
+def joined(parts: Sequence[AnySamples], num_classes: int) -> AnySamples:
+    """Several parts as one; class indices and label vectors meet as label vectors (N, num_classes).
+
+    Raises:
+        ValueError: the model masks other classes in one part than in another.
+    """
+    if len({part.y.is_floating_point() for part in parts}) > 1:
+        parts = [replace(part, y=dense_labels(part.y, num_classes, torch.float32)) for part in parts]
+    for part in parts[1:]:
+        check_one_mask(parts[0], part)
+    x = None if parts[0].x is None else concatenate([part.x for part in parts])
+    tensors = [name for name in ("y", "features", "logits") if hasattr(parts[0], name)]
+    return replace(parts[0], x=x, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
+
+
+def check_one_mask(samples: Samples, others: Samples) -> None:
+    """Refuse samples of two passes in which the model masks other classes: no head has their mixtures' logits.
+
+    Raises:
+        ValueError: there are such; on a GPU, by the next call.
+    """
+    if not isinstance(samples, HeadSamples) or not isinstance(others, HeadSamples):
+        return
+    if len(samples) == 0 or samples.logits.shape[1] != others.logits.shape[1]:
+        return
+    masked = samples.logits[:1] <= MASKED
+    require(
+        ((others.logits <= MASKED) != masked).any(1),
+        lambda row: ValueError(
+            f"model: masks other classes for sample {row} of a pass than in a pass before, expected one mask for all "
+            "samples that are mixed with each other (of the batch, the candidates, and by class the buffer)"
+        ),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The arguments of one selection, checked and on one device.
+
+    Attributes:
+        batch: the samples to mix.
+        candidates: where partners come from; None: the batch itself, a sample not being its own partner.
+        outputs: the head's input and output for the batch, from a pass made before; None: a pass is made.
+        marked: (N,) bool, the samples whose mean gradient is the reference; None: it comes from elsewhere.
+    """
+
+    batch: Samples
+    candidates: Samples | None = None
+    outputs: HeadOutput | tuple[Tensor, Tensor] | None = None
+    marked: Tensor | None = None
+
+    @property
+    def partners(self) -> Samples:
+        """The candidates, or the batch itself."""
+        return self.batch if self.candidates is None else self.candidates
+
+
+@dataclass(frozen=True, eq=False)
+class Mixtures(Generic[AnySamples]):
+    """All mixtures lam a + (1 - lam) b of a sample a of the batch and a candidate b.
+
+    Attributes:
+        batch: N samples.
+        candidates: M samples; None: the batch itself.
+        lam: weight of the batch's sample, a number in [0, 1] or a scalar tensor.
+        num_classes: C, length of a label vector.
+        chunk_size: samples of one forward pass.
+    """
+
+    batch: AnySamples
+    candidates: AnySamples | None
+    lam: Weight
+    num_classes: int
+    chunk_size: int
+
+    @property
+    def own(self) -> bool:
+        """Whether partners are of the batch itself."""
+        return self.candidates is None
+
+    @property
+    def partners(self) -> AnySamples:
+        """The candidates, or the batch itself."""
+        return self.batch if self.candidates is None else self.candidates
+
+    def without_inputs(self) -> Mixtures[AnySamples]:
+        """The same without the samples' inputs."""
+        candidates = None if self.candidates is None else self.candidates.without_inputs()
+        return replace(self, batch=self.batch.without_inputs(), candidates=candidates)

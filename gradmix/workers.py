@@ -1,0 +1,19 @@
+"""Worker processes of a DataLoader, in which nothing can be judged by a model in training."""
+
+from __future__ import annotations
+
+import torch
+
+
+def refuse_worker(what: str) -> None:
+    """Refuse to judge by a model in a worker process of a DataLoader, which has a copy from when it was started.
+
+    Raises:
+        RuntimeError: this is such a process.
+    """
+    if torch.utils.data.get_worker_info() is not None:
+        raise RuntimeError(
+            f"{what}: was called in a worker process of a DataLoader, whose copy of the model and of the buffer stays "
+            "as it was when the worker was started, expected a call in the training loop, on the batch that the loader "
+            "gives"
+        )
