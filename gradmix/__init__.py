@@ -11,7 +11,6 @@
 
 from gradmix._version import __version__
 from gradmix.alignment import alignment_matrix
-from gradmix.buffers import ReplayBuffer
 from gradmix.class_table import ClassTable
 from gradmix.criteria import Alignment
 from gradmix.estimators import JvpEstimator, SketchEstimator
@@ -22,6 +21,7 @@ from gradmix.mixing_stage import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
 from gradmix.pairs import Pairs
 from gradmix.references import reference_gradient
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.selection import select_pairs
 
 __all__ = [

@@ -10,7 +10,7 @@ from gradmix.estimators import EstimatorLike, Network, resolve
 from gradmix.inputs import InputTree
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.probe import unwrap
-from gradmix.rows import CHUNK, RowSource
+from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.selection import checked_request
 from gradmix.selector import Rule, Selector
 from gradmix.workers import refuse_worker
@@ -18,7 +18,7 @@ from gradmix.workers import refuse_worker
 
 def alignment_matrix(
     model: nn.Module,
-    buffer: RowSource,
+    buffer: SampleSource,
     batch: tuple[InputTree, Tensor],
     *,
     lam: float,

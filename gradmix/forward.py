@@ -17,7 +17,7 @@ from gradmix.ops.waiting import require
 from gradmix.probe import require_finite
 from gradmix.processes import Group
 from gradmix.refusals import refusing_by_name
-from gradmix.rows import chunks_of, numbered_chunks
+from gradmix.replay.sources import chunks_of, numbered_chunks
 from gradmix.samples import HeadSamples, Samples, joined
 
 

@@ -26,7 +26,7 @@ from gradmix.pairs import Pairs, labels_dtype
 from gradmix.probe import unwrap
 from gradmix.processes import Group, any_over, as_the_first
 from gradmix.references import Reference, on_host
-from gradmix.rows import CHUNK, RowSource, has_rows
+from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.samples import Mixtures, Request, joined
 from gradmix.selection import check_weight, checked_request, select
 from gradmix.selector import Rule, Selector
@@ -37,56 +37,61 @@ Shapes: TypeAlias = dict[str, list[int]]
 
 
 class GradMix:
-    """Selective Mixup for a training loop: keeps the reference gradient (and table of class pairs) between steps.
+    """Selective Mixup for a training loop, called like torchvision's and timm's Mixup.
 
-    Called like torchvision's and timm's Mixup::
+    ::
 
         mixup = gradmix.GradMix(model, buffer, alpha=1.0)
-        for x, y in loader:                                   # replayed rows among them
+        for x, y in loader:  # replayed samples among them
             x, y = mixup(x, y)
             loss = F.cross_entropy(model(x), y)
 
-    What is kept is computed again when it is ``refresh`` calls old; when the buffer has been filled for the first time;
-    when a parameter of the model has appeared, gone, or changed its shape, as in a classifier that grows (over all
-    parameters: also when one has been frozen or freed); and, by class, when a batch holds a class the table does not
-    know. The class table is made of the buffer's rows and
-    the rows at hand, and holds the alignment as a function of lam, because it serves steps with different lam.
+    It keeps the reference gradient between steps and, by class, the table of class pairs. Both are computed anew
+
+    - when they are ``refresh`` calls old;
+    - when the buffer has been filled for the first time;
+    - when a parameter of the model is new, gone, or of another shape, as in a classifier that grows (over all
+      parameters: also when one has been frozen or freed);
+    - by class, when a batch holds a class that the table does not know.
+
+    The class table is made of samples of the buffer and of those at hand. It holds the alignment as a function of lam,
+    because it serves steps with different lam.
+
+    On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes). The next call
+    raises what a check finds (:mod:`gradmix.ops.waiting`). Samples of a class that the table does not know stay unmixed
+    in that step, and the next one computes the table anew. Reading a buffer kept on the host, and making a class table,
+    do wait.
+
+    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
+    the model, which does not learn.
 
     Args:
         model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
             :func:`select_pairs`.
         buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between. None: there is none,
-            and every call marks the replayed rows of its batch.
+            and every call marks the replayed samples of its batch.
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
-        class_samples: rows of each class behind its entries of the class table (estimator ``mixed``: mixed inputs for
-            each pair of classes).
-        cuda_graph: on a GPU, capture what follows the rows' own forward pass in a CUDA graph, one for each shape of
+        class_samples: samples of each class behind its entries of the class table (estimators ``mixed`` and ``jvp``:
+            mixtures for each pair of classes).
+        cuda_graph: on a GPU, capture what follows the samples' own forward pass in a CUDA graph, one for each shape of
             batch, and replay it, so that a selection costs the host one launch; elsewhere it makes no difference. For
             the estimator ``feature``, and by class for all of them. Same results.
         group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
-            make the same calls, each with a batch of its own. Each forwards its share of the buffer, and all keep the
-            same reference gradient, to the bit; and the same class table, made of the buffer's rows and the batches of
-            all of them, in the order of the ranks, as one process would of the whole batch. By class every call asks
-            all processes whether one of them has met an unknown class. A process that fails leaves the others waiting
-            (:mod:`gradmix.processes`).
+            make the same calls, each with a batch of its own. Each forwards its share of the buffer. All keep the same
+            reference gradient, to the bit, and the same class table, made of the samples of the buffer and of all
+            processes' batches in the order of the ranks, as one process would make it of the whole batch. By class
+            every call asks all processes whether one of them has met an unknown class. A process that fails leaves the
+            others waiting (:mod:`gradmix.processes`).
         shared_batch: whether every process of the group is given the same batch, the whole one, as where the outputs of
             its parts have been gathered already; they then make the same decisions if their generators are alike.
 
-    On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes): what a check finds
-    is raised by the next call (:mod:`gradmix.ops.waiting`), and a class that the table does not know has its rows stay
-    unmixed in that step and the table computed anew in the next one. Reading a buffer kept on the host, and making a
-    class table, do wait.
-
-    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
-    the model, which does not learn.
-
     Attributes:
         mixup_enabled: whether a call mixes. Set to False, as training loops with timm's Mixup do for the last epochs, a
-            call returns its inputs as they are, and label vectors; :meth:`select` does not look at it.
+            call returns its inputs as they are, and label vectors; :meth:`select` does not read it.
         reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
             buffer is empty.
-        table: the class table (:class:`gradmix.alignment.ClassTable`), or None.
-        pairs: the last :class:`Pairs`, or None.
+        table: the class table (:class:`gradmix.ClassTable`), or None.
+        pairs: the last :class:`gradmix.Pairs`, or None.
         screening: None, or for the estimator ``sketch`` by class how the table came about.
         refreshes: how often the reference gradient was computed.
 
@@ -97,7 +102,7 @@ class GradMix:
     def __init__(
         self,
         model: nn.Module,
-        buffer: RowSource | None,
+        buffer: SampleSource | None,
         *,
         criterion: Criterion = "sample",
         estimator: EstimatorLike = "feature",
@@ -176,11 +181,10 @@ class GradMix:
         Args:
             x, y: the batch.
             candidates, lam, outputs: as :func:`select_pairs`.
-            replayed: (N,) bool, which rows of the batch are replayed ones. Their mean gradient is then the reference of
-                this call in place of the buffer's, which is not read. By sample what is kept between steps is neither
-                used nor changed. By class the table is refreshed as ever, its reference the marked rows' gradient, and
-                made of the rows at hand alone; as long as there is none, whether a row is marked is found out as
-                whether a class is unknown.
+            replayed: (N,) bool, which samples of the batch are replayed ones. Their mean gradient is then the reference
+                of this call in place of the buffer's, which is not read. By sample, what is kept between steps is
+                neither used nor changed. By class, the table is refreshed as ever; its reference is the marked samples'
+                gradient, and it is made of the samples at hand alone.
 
         Raises:
             ValueError, TypeError: as :func:`select_pairs`; no ``replayed`` where there is no buffer.
@@ -225,7 +229,7 @@ class GradMix:
         if self._shapes != self._shapes_now():
             return True
         if self.reference is None:
-            return has_rows(self._buffer) if request.marked is None else self._is_met(request.marked)
+            return has_samples(self._buffer) if request.marked is None else self._is_met(request.marked)
         if self.table is None:
             return False
         labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]

@@ -19,7 +19,7 @@ from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.probe import device_of, untouched, unwrap
 from gradmix.processes import Group, check_group, gather_rows, sum_over
-from gradmix.rows import CHUNK, RowSource
+from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.samples import HeadSamples, joined
 from gradmix.workers import refuse_worker
 
@@ -38,7 +38,7 @@ class Reference(NamedTuple):
 
 def reference_gradient(
     model: nn.Module,
-    buffer: RowSource,
+    buffer: SampleSource,
     *,
     head: nn.Module | str | None = None,
     chunk_size: int = CHUNK,
@@ -52,8 +52,8 @@ def reference_gradient(
         model: returns logits (N, C), or an object that holds them as ``.logits``.
         buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any object of samples
             ``(x, y)`` with ``__len__`` and ``__getitem__``, or a function that returns one of these and is called at
-            every read (:mod:`gradmix.rows`). x is a tensor, or a mapping, tuple or list of tensors, which the model is
-            given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.inputs`).
+            every read (:mod:`gradmix.replay.sources`). x is a tensor, or a mapping, tuple or list of tensors, which
+            the model is given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.inputs`).
         head: the classifier, or its name; None: found by itself.
         chunk_size: samples of one forward pass.
         group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each

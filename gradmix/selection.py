@@ -27,7 +27,7 @@ from gradmix.pairs import Pairs, labels_dtype
 from gradmix.probe import unwrap
 from gradmix.processes import Group
 from gradmix.references import Reference
-from gradmix.rows import CHUNK, RowSource, as_pair
+from gradmix.replay.sources import CHUNK, SampleSource, as_pair
 from gradmix.samples import Request, Samples
 from gradmix.selector import Decision, Rule, Selector
 from gradmix.workers import refuse_worker
@@ -35,7 +35,7 @@ from gradmix.workers import refuse_worker
 
 def select_pairs(
     model: nn.Module,
-    buffer: RowSource | Tensor,
+    buffer: SampleSource | Tensor,
     batch: tuple[InputTree, Tensor],
     *,
     candidates: tuple[InputTree, Tensor] | None = None,
@@ -54,70 +54,75 @@ def select_pairs(
     chunk_size: int = CHUNK,
     group: Group = None,
 ) -> Pairs:
-    """Choose for each row a partner with which it may be mixed without harm to the replay buffer.
-
-    One mixing weight serves the call. A mixture is helpful if the cosine of its last-layer gradient with the reference
-    gradient is at least ``threshold`` (see :mod:`gradmix.alignment`). A row without a helpful partner stays unmixed:
-    its lam is 1. With an empty buffer every mixture counts as helpful, which is plain Mixup. The model, the tensors
-    given, autograd's state and the global random generators are left as they were, also if the model raises.
-
-    Args:
-        model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
-        buffer: the replay buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any
-            object of rows ``(x, y)`` with ``__len__`` and ``__getitem__`` (a list of rows), or a function that returns
-            one of these, called at every read (:mod:`gradmix.rows`). Or (N,) bool, which of the batch's own rows are
-            replayed ones: the reference gradient is then their mean, from the outputs at hand, and no buffer is
-            forwarded. If no row is marked, that is an empty buffer.
-        batch: the rows to mix, replayed rows among them: x (N, ...) and y, (N,) integer class indices or (N, C) label
-            vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which the model is given by
-            keyword or position if its ``forward`` takes them so, else as it is. Estimators that mix inputs mix those of
-            a floating-point dtype; of the others, such as token ids, a row must have the same as its partner. The
-            estimator ``feature`` takes any x that the model takes.
-        candidates: where partners may come from, (x, y) of M rows; None: the batch's own rows, a row not being its own
-            partner.
-        criterion: ``"sample"``: every pair is judged by itself; ``"class"``, as in the paper: pairs of classes, by the
-            mean over the rows at hand.
-        estimator: for the last layer's gradient ``"feature"``: rows are mixed at the head's input; ``"mixed"``: mixed
-            inputs are forwarded, all N x M of them, or with policy ``permute`` only the N drawn. For the gradient with
-            respect to all parameters ``"jvp"``: likewise, exactly; ``"sketch"``: sketched gradients of the rows are
-            mixed, and the decisions in doubt checked again by mixed inputs, up to a budget. Settings of these two are
-            given as :class:`gradmix.JvpEstimator` or :class:`gradmix.SketchEstimator`.
-        alpha: lam is drawn from Beta(alpha, alpha).
-        lam: the weight of the row itself, in [0, 1], in place of a drawn one.
-        threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
-        policy: ``"uniform"``: a random one of the helpful partners; ``"permute"``: one random partner, as Mixup draws
-            it, kept if helpful; ``"best"``: the largest cosine, ties broken at random, which forgets less and learns
-            less, and is only for reference gradients of the very step (REPRODUCIBILITY.md).
-        head: the classifier layer, or its name; None: found by itself (the linear layer whose output is the model's).
-        num_classes: width of the mixed labels; None: the head's.
-        generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
-            ``torch.initial_seed()``, which starts again with every call of ``torch.manual_seed``.
-        backend: of the operator ``mixed_alignment``.
-        reference: a reference gradient computed before (:func:`reference_gradient`; for ``jvp`` and ``sketch``
-            :func:`gradmix.gradients.mean_gradient`), in place of a pass over the buffer.
-        outputs: features (N, d) and logits (N, C) of the batch from a forward pass that was made anyway
-            (:class:`gradmix.HeadCapture`), in place of one made here; of no use to ``jvp`` and ``sketch``.
-        chunk_size: rows forwarded at a time.
-        group: processes that share the reference gradient, each with a batch of its own, as
-            :func:`gradmix.reference_gradient`; with marked rows it is the mean over the marked rows of all of them.
-
-    Returns:
-        :class:`Pairs`.
-
-    Raises:
-        ValueError: a value out of range, a NaN or infinity (its row is named), labels beyond the model's classes, an
-            empty batch, or no certain head. What is wrong with values on a GPU is raised by the next call, as this one
-            waits for nothing (:mod:`gradmix.ops.waiting`; estimators ``feature`` and ``mixed``).
-        TypeError: an argument of the wrong type.
-        BatchStatisticsError: the model normalises by statistics of the batch.
-        RuntimeError: called in a worker process of a DataLoader.
+    """Select for each sample of a batch a partner with which it may be mixed without harm to the replay buffer.
 
     >>> import torch, gradmix
     >>> model, buffer = torch.nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3)
     >>> pairs = gradmix.select_pairs(model, buffer, (torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])))
-    >>> x, y = pairs.mix()
+    >>> x, y = pairs.mix()  # train on these
     >>> x.shape, y.shape
     (torch.Size([5, 4]), torch.Size([5, 3]))
+
+    A mixture lam a + (1 - lam) b is helpful if the cosine of its gradient with the reference gradient, which is the
+    buffer's mean gradient, is at least ``threshold``; by default gradients are those of the last layer. Each sample
+    gets one helpful partner. A sample without one stays unmixed: its lam is 1. With an empty buffer every mixture
+    counts as helpful, which is plain Mixup. One lam serves the call.
+
+    The model, the tensors given, autograd's state and the global random generators are left as they were, also if the
+    model raises. :class:`gradmix.GradMix` is the same for a training loop, with what can be kept between steps.
+
+    Args:
+        model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
+        buffer: the replay buffer: a :class:`gradmix.ReplayBuffer`, an ``(x, y)`` pair of tensors or arrays, a Dataset,
+            a DataLoader, any object of samples ``(x, y)`` with ``__len__`` and ``__getitem__`` (such as a list), or a
+            function that returns one of these and is called at every read (:mod:`gradmix.replay.sources`). Or (N,)
+            bool, which samples of the batch are replayed ones: the reference gradient is then their mean, from the
+            forward pass of the batch, and no buffer is read. A mask without a True is an empty buffer.
+        batch: the samples to mix, replayed ones among them: x (N, ...) and y, (N,) integer class indices or (N, C)
+            label vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which the model is given by
+            keyword or position if its ``forward`` takes them so, else as it is. Estimators that mix inputs mix the
+            tensors of a floating-point dtype; of the others, such as token ids, a sample must have the same as its
+            partner. The estimator ``feature`` takes any x that the model takes.
+        candidates: where partners come from, (x, y) of M samples; None: the batch itself, a sample not being its own
+            partner.
+        criterion: ``"sample"``: the inner product of each pair decides. ``"class"``, as in the paper: the mean over the
+            pairs of the same two classes decides.
+        estimator: how a mixture's gradient is had.
+
+            - ``"feature"``: of the last layer, samples mixed at its input; no mixture is forwarded.
+            - ``"mixed"``: of the last layer, exact; all N x M mixtures are forwarded, or with ``permute`` N of them.
+            - ``"jvp"`` or :class:`gradmix.JvpEstimator`: of all parameters, exact; forwards as ``mixed``.
+            - ``"sketch"`` or :class:`gradmix.SketchEstimator`: of all parameters, from sketches of the samples'
+              gradients; decisions in doubt are rechecked by forwarded mixtures, up to a budget.
+        alpha: lam is drawn from Beta(alpha, alpha).
+        lam: weight of the sample itself, in [0, 1], in place of a drawn one.
+        threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
+        policy: ``"uniform"``: a random helpful partner. ``"permute"``: one random partner, as Mixup draws it, kept if
+            it is helpful. ``"best"``: the partner with the largest cosine, ties broken at random; it forgets less and
+            learns less, and needs a reference gradient of the very step (REPRODUCIBILITY.md).
+        head: the classifier layer, or its name; None: the linear layers whose output are the logits are found.
+        num_classes: length of the mixed label vectors; None: the head's.
+        generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
+            ``torch.initial_seed()``, which starts again with every call of ``torch.manual_seed``.
+        backend: of the operators (:func:`gradmix.set_backend`).
+        reference: a reference gradient computed before, in place of a pass over the buffer
+            (:func:`gradmix.reference_gradient`; for ``jvp`` and ``sketch`` :func:`gradmix.gradients.mean_gradient`).
+        outputs: features (N, d) and logits (N, C) of the batch from a forward pass made before
+            (:class:`gradmix.HeadCapture`), in place of one made here; ``jvp`` and ``sketch`` do not use them.
+        chunk_size: samples of one forward pass.
+        group: processes that share the reference gradient, each with a batch of its own, as
+            :func:`gradmix.reference_gradient`; with a mask, the mean is over the marked samples of all of them.
+
+    Returns:
+        :class:`gradmix.Pairs`.
+
+    Raises:
+        ValueError: a value out of range, a NaN or infinity (its sample is named), labels beyond the model's classes, an
+            empty batch, or no certain head. On a GPU the next call raises what is wrong with values, as this one waits
+            for nothing (:mod:`gradmix.ops.waiting`; estimators ``feature`` and ``mixed``).
+        TypeError: an argument of the wrong type.
+        BatchStatisticsError: the model normalises by statistics of the batch.
+        RuntimeError: called in a worker process of a DataLoader.
     """
     network = Network(unwrap(model), head, num_classes, chunk_size, backend, group)
     resolved, rule = resolve(estimator, network), Rule(criterion, threshold, policy)

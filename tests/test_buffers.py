@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.buffers import BufferRows, ReplayBuffer, _quotas
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.ledger import quotas
 
 POLICIES = ("class", "balanced", "reservoir")
 DEVICES = [
@@ -120,9 +121,9 @@ QUOTAS = {
 
 
 @pytest.mark.parametrize("case", QUOTAS)
-def test_balanced_quotas(case):
+def test_balancedquotas(case):
     capacity, seen = QUOTAS[case]
-    quota = _quotas("balanced", capacity, torch.tensor(seen)).tolist()
+    quota = quotas("balanced", capacity, torch.tensor(seen)).tolist()
     assert quota == poured(capacity, seen)
     assert sum(quota) == min(capacity, sum(seen))
 
@@ -132,7 +133,7 @@ def test_balanced_quotas_of_random_counts():
     for _ in range(200):
         seen = generator.integers(0, 30, size=generator.integers(1, 9)).tolist()
         capacity = int(generator.integers(1, 120))
-        assert _quotas("balanced", capacity, torch.tensor(seen)).tolist() == poured(capacity, seen)
+        assert quotas("balanced", capacity, torch.tensor(seen)).tolist() == poured(capacity, seen)
 
 
 @pytest.mark.parametrize("policy", ["balanced", "reservoir"])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.buffers import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.training.benchmarks import make_stream
 from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MethodName, MixConfig, OptimConfig, ReplayConfig, TrainConfig

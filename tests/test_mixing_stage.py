@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradmix
 from gradmix import mixed_forward
-from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, TrainConfig
 from gradmix.training.methods import METHODS, Context, StepRows

@@ -27,7 +27,7 @@ from two_processes_selection import (
 
 import gradmix
 from gradmix.processes import any_over, as_the_first, gather_rows, share, sum_over
-from gradmix.rows import numbered_chunks
+from gradmix.replay.sources import numbered_chunks
 
 
 def assert_close(value: Any, expected: Any, tolerance: float | None) -> None:

@@ -92,7 +92,7 @@ def test_decisions_are_those_of_single_autograd_gradients() -> None:
 
 def test_uniform_draws_every_helpful_partner_equally_often() -> None:
     model, batch = MLP(), rows(8, 1)
-    g, count, draws = generator(), torch.zeros(8, 8), 3000
+    g, count, draws = generator(), torch.zeros(8, 8), 800
     for _ in range(draws):
         pairs = select_pairs(
             model, BUFFER, batch, lam=0.4, criterion="sample", generator=g, reference=torch.ones(CLASSES, 13)

@@ -21,9 +21,12 @@ from models import MLP
 from torch import Tensor
 
 import gradmix
-from gradmix import ReplayBuffer, storage
+from gradmix import ReplayBuffer
 from gradmix.estimators import Network, resolve
-from gradmix.storage import Column, RowFiles
+from gradmix.replay import sample_files
+from gradmix.replay.buffer import BufferRows
+from gradmix.replay.layout import Column
+from gradmix.replay.sample_files import SampleFiles
 from gradmix.training import checkpoint
 
 POLICIES = ("class", "balanced", "reservoir")
@@ -42,7 +45,7 @@ def add(buffer: ReplayBuffer, rows: tuple[Tensor, Tensor, dict[str, Tensor]], st
     buffer.add(x[start:stop], y[start:stop], **{name: value[start:stop] for name, value in extras.items()})
 
 
-def assert_same_rows(mine: gradmix.buffers.BufferRows, other: gradmix.buffers.BufferRows) -> None:
+def assert_same_rows(mine: BufferRows, other: BufferRows) -> None:
     assert torch.equal(mine.x, other.x) and mine.x.dtype == other.x.dtype
     assert torch.equal(mine.y, other.y)
     assert mine.extras.keys() == other.extras.keys()
@@ -166,13 +169,13 @@ def test_ahead_is_ahead_and_in_another_thread(tmp_path: Path, monkeypatch: pytes
     buffer = ReplayBuffer(50, folder=tmp_path)
     add(buffer, stream(40), 0, 40)
     readers: list[str] = []
-    read = RowFiles.read
+    read = SampleFiles.read
 
-    def noted(self: RowFiles, *args: Any, **more: Any) -> Any:
+    def noted(self: SampleFiles, *args: Any, **more: Any) -> Any:
         readers.append(threading.current_thread().name)
         return read(self, *args, **more)
 
-    monkeypatch.setattr(RowFiles, "read", noted)
+    monkeypatch.setattr(SampleFiles, "read", noted)
     for _ in range(3):
         buffer.prefetch(6)
         buffer.sample(6)
@@ -248,7 +251,7 @@ def test_it_goes_on_identically_after_crashes(seed: int, policy: str, tmp_path: 
     assert torch.equal(mine.x, other.x) and torch.equal(mine.y, other.y)
     # Room for what two states may still need, not for everything that ever was.
     held = max(1, len(other))
-    assert (folder / storage.STAMPS).stat().st_size / 8 <= 4 * (held + 40)
+    assert (folder / sample_files.STAMPS).stat().st_size / 8 <= 4 * (held + 40)
 
 
 def test_draws_go_on_identically_from_a_state_with_a_draw_ahead(tmp_path: Path) -> None:
@@ -511,7 +514,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypa
 
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     another_buffer(tmp_path)
-    path = tmp_path / storage.DESCRIPTION
+    path = tmp_path / sample_files.DESCRIPTION
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(ValueError, match="is of format 99, expected at most 1"):
         add(ReplayBuffer(3, folder=tmp_path), stream(9), 0, 9)
@@ -520,14 +523,14 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
         add(ReplayBuffer(3, folder=tmp_path), stream(9), 0, 9)
 
 
-# ------------------------------------------------------------------------------------------------------------ RowFiles
+# --------------------------------------------------------------------------------------------------------- SampleFiles
 
 
 @pytest.mark.parametrize("preadv", [True, False], ids=["preadv", "pread"])
 def test_slots_in_any_order_and_more_than_once(preadv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not preadv:
         monkeypatch.delattr(os, "preadv", raising=False)
-    files = RowFiles(tmp_path)
+    files = SampleFiles(tmp_path)
     files.create({"a": Column((2,), torch.int32)})
     files.reserve(20)
     values = torch.arange(40, dtype=torch.int32).view(20, 2)

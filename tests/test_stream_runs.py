@@ -17,8 +17,8 @@ from resuming import assert_same_result, goes_on_to_the_bit
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.buffers import BufferRows, ReplayBuffer
 from gradmix.estimators import last_layer
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.training import sampler, trainer
 from gradmix.training.augment import as_floats
 from gradmix.training.benchmarks import make_stream, resolve, stream_of

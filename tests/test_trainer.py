@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fresh import run_python
 from torch import nn
 
-from gradmix.buffers import ReplayBuffer
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training import trainer
 from gradmix.training.benchmarks import make_stream, resolve
 from gradmix.training.clock import Clock

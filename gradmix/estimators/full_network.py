@@ -24,7 +24,7 @@ from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group
 from gradmix.references import ClassQuota, Reference
 from gradmix.refusals import naming_dtypes
-from gradmix.rows import chunks_of
+from gradmix.replay.sources import chunks_of
 from gradmix.samples import Mixtures, Request, Samples
 
 FullGradient: TypeAlias = Mapping[str, Tensor]

@@ -23,7 +23,8 @@ from gradmix.inputs import InputTree, call_model, num_samples, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group, sum_over
-from gradmix.rows import RowSource, as_pair
+from gradmix.replay.sources import SampleSource as RowSource
+from gradmix.replay.sources import as_pair
 
 
 class Derivatives(NamedTuple):

@@ -42,7 +42,8 @@ from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
 from gradmix.probe import device_of, require_finite, untouched, unwrap, without_gradient_hooks
 from gradmix.processes import Group
-from gradmix.rows import RowSource, as_pair, numbered_chunks
+from gradmix.replay.sources import SampleSource as RowSource
+from gradmix.replay.sources import as_pair, numbered_chunks
 
 Scaler: TypeAlias = "float | torch.amp.GradScaler | None"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from gradmix.buffers import ReplayBuffer
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.batch_reader import BatchReader
 from gradmix.training.preparation import Preparation
 from gradmix.training.rows import Rows, StoredRows, TensorRows

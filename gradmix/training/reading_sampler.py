@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.buffers import BufferRows
 from gradmix.graphs import sent
 from gradmix.processes import gather_rows
+from gradmix.replay.buffer import BufferRows
 from gradmix.training.batch_reader import BatchReader, ReadBatch
 from gradmix.training.methods import StepRows
 from gradmix.training.reading import Reading

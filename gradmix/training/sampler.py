@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.buffers import BufferRows, ReplayBuffer
 from gradmix.graphs import sent
 from gradmix.processes import Group, size_of
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.training.clock import Clock
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods import Method, StepRows

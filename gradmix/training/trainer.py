@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradmix.buffers import ReplayBuffer
 from gradmix.head import resolve_head
 from gradmix.probe import ModelNotFiniteError, preserved_rng
 from gradmix.processes import Group, rank_of
+from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training import checkpoint as checkpoints
 from gradmix.training import distributed
 from gradmix.training.benchmarks import resolve, stream_of

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.buffers import BufferRows, ReplayBuffer
 from gradmix.criteria import Alignment
 from gradmix.processes import Group, size_of, sum_over
-from gradmix.rows import RowSource
+from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.sources import SampleSource
 from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
 from gradmix.training.sharding import Share
@@ -96,7 +96,7 @@ class Context:
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     draw_replayed: Callable[[], BufferRows | None] = lambda: None
     pixels: Pixels | None = None
-    source: RowSource | None = None
+    source: SampleSource | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     accumulate: int = 1

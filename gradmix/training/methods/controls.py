@@ -19,7 +19,7 @@ from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
 from gradmix.pairs import Pairs
 from gradmix.probe import untouched, unwrap
-from gradmix.rows import CHUNK
+from gradmix.replay.sources import CHUNK
 from gradmix.training.config import MixConfig
 
 

@@ -16,7 +16,7 @@ from gradmix.mixer import GradMix
 from gradmix.pairs import Pairs
 from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched, unwrap
 from gradmix.references import reference_gradient
-from gradmix.rows import chunks_of
+from gradmix.replay.sources import chunks_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled

@@ -1,0 +1,249 @@
+"""Sources of samples: an ``(x, y)`` pair, a replay buffer, a data set or a data loader, all read in chunks.
+
+A source is one of:
+
+- a tuple ``(x, y)``, or a list of the two whose second entry is a tensor or an array: x a tensor, an array or a tree of
+  them (:mod:`gradmix.inputs`), y the labels of all samples;
+- a :class:`gradmix.ReplayBuffer`;
+- a Dataset, or any object with ``__len__`` and ``__getitem__``, such as a list, whose items are ``(x, y)`` of a sample;
+- an IterableDataset of such items, or a DataLoader of batches ``(x, y)``;
+- a function without arguments that returns one of these, called at every read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeAlias, Union
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from gradmix.inputs import check_inputs, map_tensors, num_samples, take
+from gradmix.ops.labels import as_class_indices, check_labels
+from gradmix.processes import Group, rank_of, share, size_of
+from gradmix.replay.buffer import ReplayBuffer
+
+SampleSource: TypeAlias = Union[
+    "tuple[Any, Any]", "list[Any]", ReplayBuffer, "DataLoader[Any]", "Callable[[], Any]", "Iterable[Any]", Any
+]
+
+CHUNK = 512
+"""Samples forwarded at a time unless the caller says otherwise."""
+
+EXPECTED = (
+    "a ReplayBuffer, an (x, y) pair of tensors or arrays, a Dataset, a DataLoader, an object of (x, y) rows with "
+    "__len__ and __getitem__, or a function that returns one of these"
+)
+
+PICKED = "DataLoader(data, 256, collate_fn=lambda rows: default_collate([{} for row in rows])) of torch.utils.data"
+"""How items that are no ``(x, y)`` are read; the blank is the expression that makes ``(x, y)`` of one item."""
+
+
+def as_pair(name: str, pair: object, *, any_targets: bool = False) -> tuple[Any, Any]:
+    """Check a pair and return its tensors.
+
+    Arrays become tensors that share their memory, and integer labels become int64.
+
+    Args:
+        name: Name of the argument in error messages.
+        pair: A pair ``(x, y)`` of tensors, arrays or trees of them; or a buffer, of which all samples are taken.
+        any_targets: Whether y may be a tree of tensors (N, ...) of any dtype.
+
+    Returns:
+        x, a tree of tensors (N, ...); and y, (N,) class indices or (N, C) label vectors, or that tree.
+
+    Raises:
+        TypeError: This is no pair, a leaf is no tensor, or labels have a wrong dtype.
+        ValueError: x and y differ in length, or labels have a wrong shape or are negative.
+    """
+    if isinstance(pair, ReplayBuffer):
+        return pair.x, pair.y
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        kind = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise TypeError(f"{name}: got {kind}, expected an (x, y) pair of tensors")
+    x, y = pair
+    labels, trees = (Tensor, np.ndarray), (Tensor, np.ndarray, Mapping, tuple, list)
+    if not isinstance(x, trees) or not isinstance(y, trees if any_targets else labels):
+        hint = "; torch.tensor(y) makes a tensor of labels in a list" if isinstance(y, (list, tuple)) else ""
+        raise TypeError(
+            f"{name}: got a pair of {type(x).__name__} and {type(y).__name__}, expected an (x, y) pair of tensors{hint}"
+        )
+    x, y = _tensors(f"{name} x", x), _tensors(f"{name} labels", y)
+    if isinstance(x, Tensor) and x.ndim == 0:
+        raise ValueError(f"{name}: x has no dimensions, expected rows (N, ...)")
+    count = check_inputs(f"{name} x", x)
+    if not any_targets:
+        y = as_class_indices(f"{name} labels", y)
+        check_labels(f"{name} labels", y, count, None)
+    elif check_inputs(f"{name} labels", y) != count:
+        raise ValueError(f"{name} labels: got {num_samples(y)} samples, expected {count} as in x")
+    return x, y
+
+
+def _tensors(name: str, tree: Any) -> Any:
+    """Return the tree with tensors in place of arrays."""
+
+    def tensor(value: object) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        if any(step < 0 for step in native.strides):
+            native = native.copy()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an array that cannot be written to: nothing writes to it
+                return torch.from_numpy(native)
+        except TypeError as error:
+            raise TypeError(f"{name}: got an array of dtype {value.dtype}, expected numbers ({error})") from None
+
+    return map_tensors(tensor, tree)
+
+
+def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the samples of a source as pairs ``(x, y)``: see :func:`numbered_chunks`."""
+    for _, x, y in numbered_chunks(name, source, chunk, device):
+        yield x, y
+
+
+def numbered_chunks(
+    name: str, source: object, chunk: int, device: torch.device, group: Group = None, *, any_targets: bool = False
+) -> Iterator[tuple[int, Any, Any]]:
+    """Yield the samples of a source in chunks, each with the number of its first sample in the source.
+
+    All processes of a group have the same samples, in the same order. Of a pair, a buffer or a Dataset each process
+    reads its own part. A DataLoader or an IterableDataset can only be read as a whole: each process reads all batches
+    and takes every batch whose turn it is.
+
+    Args:
+        name: Name of the argument in error messages.
+        source: Any source of samples.
+        chunk: Most samples at a time; a DataLoader's smaller batches stay as they are.
+        device: Where the chunks go.
+        group: Processes that share the source; this process gets its share.
+        any_targets: What y may be: see :func:`as_pair`.
+
+    Yields:
+        Number of the first sample, x and y.
+
+    Raises:
+        TypeError: The source is none, or as for :func:`as_pair`, for any of its batches.
+        ValueError: As for :func:`as_pair`.
+    """
+    source = _current(source)
+    if isinstance(source, (DataLoader, IterableDataset)):
+        batches = source if isinstance(source, DataLoader) else _batches(name, source, chunk)
+        first = 0
+        for turn, batch in enumerate(batches):
+            _check_entries(f"{name}: batch {turn}", batch)
+            x, y = as_pair(name, batch, any_targets=any_targets)
+            if turn % size_of(group) == rank_of(group):
+                yield from _split(x, y, chunk, device, first)
+            first += num_samples(x)
+    elif _is_pair(source):
+        x, y = as_pair(name, source, any_targets=any_targets)
+        own = share(num_samples(x), group)
+        x, y = (take(part, slice(own.start, own.stop)) for part in (x, y))
+        yield from _split(x, y, chunk, device, own.start)
+    elif isinstance(source, ReplayBuffer):
+        own = share(len(source), group)
+        for start in range(own.start, own.stop, chunk):
+            # Part by part: the buffer may exceed memory.
+            yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
+    elif _has_items(source):
+        own = share(len(source), group)  # type: ignore[arg-type]
+        for start in range(own.start, own.stop, chunk):
+            samples = _items(source, range(start, min(start + chunk, own.stop)))
+            x, y = as_pair(name, _collate(name, samples, start), any_targets=any_targets)
+            yield from _split(x, y, chunk, device, start)
+    else:
+        raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
+
+
+def has_samples(source: object) -> bool:
+    """Return whether a source may have samples; one whose length is unknown may."""
+    source = _current(source)
+    try:
+        return (num_samples(source[0]) if _is_pair(source) else len(source)) > 0  # type: ignore[arg-type, index]
+    except TypeError:
+        return True
+
+
+def _current(source: Any) -> object:
+    """Return the source itself, or the one that a function returns now."""
+    return source() if callable(source) and not isinstance(source, nn.Module) and not _has_items(source) else source
+
+
+def _is_pair(source: object) -> bool:
+    """Return whether this is ``(x, y)`` of all samples; a list of two may also be two samples, each a pair."""
+    if isinstance(source, list):
+        return len(source) == 2 and isinstance(source[1], (Tensor, np.ndarray, Mapping))
+    return isinstance(source, tuple)
+
+
+def _has_items(source: object) -> bool:
+    """Return whether samples are read by their number."""
+    if isinstance(source, (Tensor, np.ndarray, str, bytes, Mapping, type)):
+        return False
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+def _items(source: Any, indices: range) -> list[Any]:
+    """Read samples by number, several at once if the source can."""
+    several = getattr(source, "__getitems__", None)
+    return list(several(list(indices))) if several is not None else [source[index] for index in indices]
+
+
+def _batches(name: str, samples: Iterable[Any], chunk: int) -> Iterator[Any]:
+    """Yield batches of the samples of an IterableDataset."""
+    iterator, start = iter(samples), 0
+    while part := list(islice(iterator, chunk)):
+        yield _collate(name, part, start)
+        start += len(part)
+
+
+def _collate(name: str, samples: list[Any], start: int) -> Any:
+    """Return one ``(x, y)`` of samples, each an ``(x, y)``; ``start`` is the number of the first."""
+    for index, sample in enumerate(samples, start):
+        _check_entries(f"{name}: row {index}", sample)
+    try:
+        with torch.device("cpu"):  # numbers become tensors where the samples are, whatever the default device
+            return default_collate(samples)
+    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise TypeError(
+            f"{name}: rows {start} to {start + len(samples) - 1} cannot be stacked ({line}), expected (x, y) of "
+            "tensors, arrays or numbers of one shape; images become tensors by a transform such as "
+            "torchvision.transforms.ToTensor(), and a DataLoader with a collate_fn of its own serves anything else"
+        ) from error
+
+
+def _check_entries(what: str, value: object) -> None:
+    """Raise unless a sample or a batch is a pair: which entries are x and y is not guessed."""
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(repr, list(value)[:8]))
+        raise TypeError(
+            f"{what} is a {type(value).__name__} with the keys {keys}, expected (x, y), x maybe a mapping; with keys "
+            f"and label those of x and y: {PICKED.format('({key: row[key] for key in keys}, row[label])')}"
+        )
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{what} is of type {type(value).__name__}, expected (x, y)")
+    if len(value) != 2:
+        raise TypeError(
+            f"{what} has {len(value)} entries, expected two, (x, y). Rows of (x, y, task), say, are read by "
+            f"{PICKED.format('row[:2]')}, rows of (index, x, y) with row[1:]"
+        )
+
+
+def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
+    """Yield chunks of a pair on a device, each with its number, the first of which is ``first``."""
+
+    def move(leaf: Tensor) -> Tensor:
+        return leaf.to(device, non_blocking=True)
+
+    for start in range(0, num_samples(x), chunk):
+        part = slice(start, start + chunk)
+        yield first + start, map_tensors(move, take(x, part)), map_tensors(move, take(y, part))
