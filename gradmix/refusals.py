@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from gradmix.gradients.capture import BatchStatisticsError
+from gradmix.gradients.exceptions import BatchStatisticsError
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
 from gradmix.probe import check_watched, without_compilation

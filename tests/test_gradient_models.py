@@ -16,7 +16,7 @@ from gradient_truth import sample_gradients as truth
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.gradients.errors import standard_errors
+from gradmix.gradients.standard_errors import standard_errors
 
 EXACT = 1e-9
 

@@ -267,19 +267,19 @@ def test_a_copy_that_fails_is_raised_and_the_draw_is_undone() -> None:
 
 
 FORMER = {
-    "gradmix.replay.buffer.ReplayBuffer": "gradmix.replay.buffer.ReplayBuffer",
-    "gradmix.replay.buffer.BufferRows": "gradmix.replay.buffer.BufferRows",
-    "gradmix.replay.buffer.BufferPolicy": "gradmix.replay.ledger.BufferPolicy",
+    "gradmix.buffers.ReplayBuffer": "gradmix.replay.buffer.ReplayBuffer",
+    "gradmix.buffers.BufferRows": "gradmix.replay.buffer.BufferRows",
+    "gradmix.buffers.BufferPolicy": "gradmix.replay.ledger.BufferPolicy",
     "gradmix.storage.Column": "gradmix.replay.layout.Column",
     "gradmix.storage.RowFiles": "gradmix.replay.sample_files.SampleFiles",
     "gradmix.storage.DESCRIPTION": "gradmix.replay.sample_files.DESCRIPTION",
     "gradmix.storage.STAMPS": "gradmix.replay.sample_files.STAMPS",
-    "gradmix.replay.sources.CHUNK": "gradmix.replay.sources.CHUNK",
-    "gradmix.replay.sources.SampleSource": "gradmix.replay.sources.SampleSource",
-    "gradmix.replay.sources.as_pair": "gradmix.replay.sources.as_pair",
-    "gradmix.replay.sources.chunks_of": "gradmix.replay.sources.chunks_of",
-    "gradmix.replay.sources.has_samples": "gradmix.replay.sources.has_samples",
-    "gradmix.replay.sources.numbered_chunks": "gradmix.replay.sources.numbered_chunks",
+    "gradmix.rows.CHUNK": "gradmix.replay.sources.CHUNK",
+    "gradmix.rows.RowSource": "gradmix.replay.sources.SampleSource",
+    "gradmix.rows.as_pair": "gradmix.replay.sources.as_pair",
+    "gradmix.rows.chunks_of": "gradmix.replay.sources.chunks_of",
+    "gradmix.rows.has_rows": "gradmix.replay.sources.has_samples",
+    "gradmix.rows.numbered_chunks": "gradmix.replay.sources.numbered_chunks",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix.gradients import Gaussian, Identity, Rademacher, RowSampling, Sketch
-from gradmix.gradients.errors import standard_errors
+from gradmix.gradients.standard_errors import standard_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -494,3 +494,10 @@ def test_no_rows(call: Callable) -> None:
     x, y = LINEAR.batch()
     with pytest.raises(ValueError, match=r"got no rows, expected at least one"):
         call(LINEAR.model(), (x[:0], y[:0]))
+
+
+def test_the_old_path_of_standard_errors_warns() -> None:
+    from gradmix.gradients import errors
+
+    with pytest.warns(DeprecationWarning, match=r"has moved to gradmix\.gradients\.standard_errors\.standard_errors"):
+        assert errors.standard_errors is standard_errors

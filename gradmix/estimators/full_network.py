@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gradmix.estimators.base import Estimator, Network, PassSizes
 from gradmix.gradients.directions import derivatives_of, mean_gradient_of
-from gradmix.gradients.engine import Engine, Scaler
-from gradmix.gradients.plan import WithoutRule
-from gradmix.gradients.sketches import Identity
+from gradmix.gradients.engine import Engine
+from gradmix.gradients.layers import WithoutRule
+from gradmix.gradients.losses import Scaler
+from gradmix.gradients.settings import EngineSettings
 from gradmix.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
@@ -71,13 +72,16 @@ class FullNetworkEstimator(Estimator[Samples]):
         self.network, self.name = network, name
         self._settings = settings
 
+    def engine_settings(self, layers: str | Sequence[str], chunk_size: int) -> EngineSettings:
+        """The gradient engine's settings for exact gradients of ``layers``."""
+        settings = self._settings
+        return EngineSettings(
+            layers=layers, without_rule=settings.without_rule, scaler=settings.scaler, chunk_size=chunk_size
+        )
+
     def engine(self, layers: str | Sequence[str], chunk_size: int) -> Engine:
         """A gradient engine for exact gradients of ``layers``."""
-        settings = self._settings
-        return Engine.of(
-            self.network.model, layers, 1, 0, Identity(), None, settings.without_rule, settings.scaler, chunk_size,
-            "auto",
-        )  # fmt: skip
+        return Engine(self.network.model, self.engine_settings(layers, chunk_size))
 
     # ------------------------------------------------------------------------------------------------------- samples
 
@@ -94,8 +98,8 @@ class FullNetworkEstimator(Estimator[Samples]):
         engine = self.engine(self._settings.layers, self.network.chunk_size)
         with naming_dtypes("batch", engine.model, lambda: x):
             plan = engine.plan_of(x)
-        self.network.check_num_classes(plan.classes)
-        return PassSizes(engine.rows_within(memory, plan), plan.classes)
+        self.network.check_num_classes(plan.num_classes)
+        return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
 
     def see(self, request: Request, lam: float) -> Mixtures[Samples]:
         """The labelled samples: passes are made of mixtures."""

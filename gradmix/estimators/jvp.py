@@ -17,8 +17,8 @@ from gradmix.criteria import PairScores
 from gradmix.estimators.base import Network, Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.full_network import FullGradient, FullNetworkEstimator, check_memory
-from gradmix.gradients.engine import Scaler
-from gradmix.gradients.plan import WithoutRule
+from gradmix.gradients.layers import WithoutRule
+from gradmix.gradients.losses import Scaler
 from gradmix.ops.labels import class_of
 from gradmix.samples import Mixtures, Samples
 

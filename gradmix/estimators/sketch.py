@@ -20,10 +20,11 @@ from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Network, Screening
 from gradmix.estimators.forwarded_pairs import pairs_of
 from gradmix.estimators.full_network import FullGradient, FullNetworkEstimator, check_memory
-from gradmix.gradients.engine import Engine, Scaler
-from gradmix.gradients.errors import standard_errors
-from gradmix.gradients.plan import WithoutRule
+from gradmix.gradients.engine import Engine
+from gradmix.gradients.layers import WithoutRule
+from gradmix.gradients.losses import Scaler
 from gradmix.gradients.sketches import Sketch as SketchKind
+from gradmix.gradients.standard_errors import standard_errors
 from gradmix.ops.labels import class_of
 from gradmix.samples import Mixtures, Samples
 
@@ -85,11 +86,15 @@ class Sketch(FullNetworkEstimator):
 
     def sketches(self, mixtures: Mixtures[Samples], gradient: FullGradient, *, by_class: bool) -> GradientSketches:
         """The sketched gradients of the samples, or of their classes."""
-        settings, network = self._sketch, self.network
-        engine = Engine.of(
-            network.model, list(gradient), settings.rank, settings.seed, settings.sketch, None, settings.without_rule,
-            settings.scaler, mixtures.chunk_size, network.backend,
-        )  # fmt: skip
+        sketch, network = self._sketch, self.network
+        settings = replace(
+            self.engine_settings(list(gradient), mixtures.chunk_size),
+            rank=sketch.rank,
+            seed=sketch.seed,
+            sketch=sketch.sketch,
+            backend=network.backend,
+        )
+        engine = Engine(network.model, settings)
         sources = {"batch": mixtures.batch}
         if mixtures.candidates is not None:
             sources["candidates"] = mixtures.candidates

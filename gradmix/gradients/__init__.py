@@ -1,15 +1,28 @@
-"""Per-sample and per-class gradients of any layer, sketched: see :func:`gradmix.class_gradients`."""
+"""Per-sample and per-class gradients of any model, sketched: see :func:`gradmix.class_gradients`.
 
+The way of a call, one file for each step:
+
+1. ``api``, ``directions``: the public functions. ``settings`` and ``engine``: checked arguments, chunks of samples.
+2. ``layers``: which parameters, and the layers that they form. ``trace``: which calls use them, and where the samples
+   are (``batch_axis``). ``plan`` and ``planner``: the plan of all passes that follows from it.
+3. ``backward``: a forward and a backward pass. ``intercept`` watches the calls of torch's functions, ``rules`` says
+   what the gradients of their parameters consist of, ``accumulators`` turns the parts into sketches, norms and inner
+   products. ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
+4. ``sketches``: kinds of sketch. ``projection``: their matrices, applied. ``layout``: the layers' places.
+5. ``by_sample``, ``by_class``: the results. ``similarity`` and ``standard_errors``: what is computed from them.
+
+A new layer rule: see :mod:`gradmix.gradients.rules`.
+"""
+
+from gradmix.gradients.api import class_gradients, sample_gradients
 from gradmix.gradients.by_class import ClassGradientAverage, ClassGradients
 from gradmix.gradients.by_sample import SampleGradients
-from gradmix.gradients.capture import BatchStatisticsError
-from gradmix.gradients.comparing import Aligned
-from gradmix.gradients.consumers import LayerSketch
 from gradmix.gradients.directions import Derivatives, directional_derivatives, mean_gradient
-from gradmix.gradients.engine import class_gradients, sample_gradients
-from gradmix.gradients.errors import standard_errors
-from gradmix.gradients.plan import CoupledRowsError, NoRuleError
+from gradmix.gradients.exceptions import BatchStatisticsError, CoupledRowsError, NoRuleError
+from gradmix.gradients.layout import LayerSketch
+from gradmix.gradients.similarity import Aligned
 from gradmix.gradients.sketches import Gaussian, Identity, Rademacher, RowSampling, Sketch
+from gradmix.gradients.standard_errors import standard_errors
 
 __all__ = [
     "Aligned",

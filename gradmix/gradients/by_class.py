@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, differences, layer_of
-from gradmix.gradients.consumers import LayerSketch
+from gradmix.gradients.layout import LayerSketch, layer_vectors
+from gradmix.gradients.similarity import Aligned, align, cosines, differences, reference_vector
 
 _FORMAT = "gradmix.ClassGradients"
 _VERSION = 1
@@ -22,17 +22,17 @@ _TENSORS = ("classes", "vectors", "counts", "square_norms")
 
 @dataclass(eq=False)
 class ClassGradients:
-    """The sketched gradients of the rows of P classes, summed by class.
+    """The sketched gradients of the samples of P classes, summed by class.
 
     Attributes:
         classes: (P,) int64, ascending: the classes that occur.
-        vectors: (P, D) float32, or float64 for a float64 model: sums of the rows' sketched gradients, all layers' one
+        vectors: (P, D) float32, or float64 for a float64 model: sums of the samples' sketched gradients, one layer
             after the other.
-        counts: (P,) int64: rows summed.
-        square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the rows'
-            sketches, which estimates that of the squared gradient norms without bias. With the mean it tells the
-            spread within a class: square_norms / counts - |mean|^2.
-        layout: where each layer is among the D entries, and what it is made of.
+        counts: (P,) int64: number of samples summed.
+        square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the samples'
+            sketches, an unbiased estimate of that of the squared gradient norms. With the mean it gives the variance
+            within a class: square_norms / counts - |mean|^2.
+        layout: the place of each layer among the D entries, and its parameters.
         sketch: kind, seed and rank of the sketch, as plain values.
     """
 
@@ -52,14 +52,14 @@ class ClassGradients:
         Raises:
             KeyError: there is no such layer.
         """
-        return layer_of(self.vectors, self.layout, name)
+        return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
         """(P, D): the mean gradient of each class."""
         return self.vectors / self.counts.to(self.vectors.dtype)[:, None]
 
     def overall_mean(self) -> Tensor:
-        """(D,): the mean over all rows: the reference gradient, if the rows are the replay buffer's."""
+        """(D,): the mean over all samples: the reference gradient, if these are the replay buffer's."""
         return self.vectors.sum(0) / self.counts.sum()
 
     def cosine(self) -> Tensor:
@@ -71,15 +71,15 @@ class ClassGradients:
 
         Args:
             reference: :class:`ClassGradients` or :class:`SampleGradients` of the same sketch, such as the buffer's,
-                whose mean over all rows counts; or a vector (D,).
+                whose mean over all samples counts; or a vector (D,).
 
         Raises:
             TypeError, ValueError: the reference is of another sketch, model or type.
         """
-        return align(self.mean(), check_comparable(self, reference))
+        return align(self.mean(), reference_vector(self, reference))
 
     def select(self, classes: Tensor) -> ClassGradients:
-        """Of these classes only, in ascending order; those that do not occur are left out."""
+        """The gradients of these classes only, in ascending order; those that do not occur are left out."""
         kept = torch.isin(self.classes, classes.to(self.classes))
         return ClassGradients(
             self.classes[kept],
@@ -91,33 +91,33 @@ class ClassGradients:
         )
 
     def to(self, device: torch.device | str) -> ClassGradients:
-        """The same on another device."""
+        """These gradients on another device."""
         classes, vectors, counts, squares = (getattr(self, name).to(device) for name in _TENSORS)
         return ClassGradients(classes, vectors, counts, squares, self.layout, self.sketch)
 
     # ------------------------------------------------------------------------------------------------------- merging
 
     def __add__(self, other: ClassGradients) -> ClassGradients:
-        """The gradients of the rows of both.
+        """The gradients of the samples of both.
 
         Raises:
             ValueError: they are of another sketch or other layers.
         """
         if not isinstance(other, ClassGradients):
             return NotImplemented
-        return self._with(other.classes)._accumulate(other)
+        return self._with_classes(other.classes)._accumulate(other)
 
     def add_(self, other: ClassGradients) -> ClassGradients:
-        """Add ``other`` into these, without a copy where no class is new; returns self.
+        """Add ``other`` in place, without a copy where no class is new; returns self.
 
         Raises:
             ValueError: they are of another sketch or other layers; nothing is changed then.
         """
         self._check(other)
         if not bool(torch.isin(other.classes, self.classes).all()):
-            grown = self._with(other.classes)
+            extended = self._with_classes(other.classes)
             for name in _TENSORS:
-                setattr(self, name, getattr(grown, name))
+                setattr(self, name, getattr(extended, name))
         return self._accumulate(other)
 
     def _check(self, other: ClassGradients) -> None:
@@ -125,31 +125,31 @@ class ClassGradients:
         if why:
             raise ValueError(f"class gradients to add: got {why}")
 
-    def _with(self, classes: Tensor) -> ClassGradients:
-        """A copy that has rows for these classes too."""
+    def _with_classes(self, classes: Tensor) -> ClassGradients:
+        """A copy that has entries for these classes too."""
         union = torch.cat([self.classes, classes.to(self.classes)]).unique()
-        rows = torch.searchsorted(union, self.classes)
+        index = torch.searchsorted(union, self.classes)
 
-        def grown(tensor: Tensor) -> Tensor:
+        def extend(tensor: Tensor) -> Tensor:
             new = tensor.new_zeros(len(union), *tensor.shape[1:])
-            new[rows] = tensor
+            new[index] = tensor
             return new
 
-        vectors, counts, squares = grown(self.vectors), grown(self.counts), grown(self.square_norms)
+        vectors, counts, squares = extend(self.vectors), extend(self.counts), extend(self.square_norms)
         return ClassGradients(union, vectors, counts, squares, self.layout, self.sketch)
 
     def _accumulate(self, other: ClassGradients) -> ClassGradients:
         self._check(other)
-        rows = torch.searchsorted(self.classes, other.classes.to(self.classes))
+        index = torch.searchsorted(self.classes, other.classes.to(self.classes))
         for name in _TENSORS[1:]:
             mine = getattr(self, name)
-            mine.index_add_(0, rows, getattr(other, name).to(mine))
+            mine.index_add_(0, index, getattr(other, name).to(mine))
         return self
 
     def all_reduce(self, group: Any = None) -> ClassGradients:
-        """The gradients of the rows of all processes of a group, the same in each; these, if there is one process.
+        """The gradients of the samples of all processes of a group, the same in each; self without processes.
 
-        Every process must call it. One that has seen no rows calls it on :meth:`empty`.
+        Every process must call it. One without samples calls it on :meth:`empty`.
 
         Args:
             group: a process group of ``torch.distributed``; None: the default one.
@@ -164,10 +164,10 @@ class ClassGradients:
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
         size = distributed.get_world_size(group)
-        told: list[Any] = [None] * size
+        gathered: list[Any] = [None] * size
         mine = (self.classes.tolist(), self.layout, dict(self.sketch), str(self.vectors.dtype))
-        distributed.all_gather_object(told, mine, group=group)
-        known = [entry for entry in told if entry[1]]
+        distributed.all_gather_object(gathered, mine, group=group)
+        known = [entry for entry in gathered if entry[1]]
         if not known:
             return self
         for entry in known[1:]:
@@ -199,7 +199,7 @@ class ClassGradients:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> ClassGradients:
-        """Of no rows: what a process without data brings to :meth:`all_reduce`."""
+        """The gradients of no samples, with which a process without data calls :meth:`all_reduce`."""
         return cls(
             torch.zeros(0, dtype=torch.int64, device=device),
             torch.zeros(0, 0, device=device),
@@ -215,13 +215,13 @@ class ClassGradients:
         """Tensors and plain values; loads with ``torch.load(weights_only=True)``."""
         return {
             **{name: getattr(self, name) for name in _TENSORS},
-            "layout": [asdict(place) | {"parameters": list(place.parameters)} for place in self.layout],
+            "layout": [asdict(layer) | {"parameters": list(layer.parameters)} for layer in self.layout],
             "sketch": dict(self.sketch),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ClassGradients:
-        """What :meth:`state_dict` told.
+        """The gradients of a :meth:`state_dict`.
 
         Raises:
             ValueError: a key is missing, or the parts do not fit each other.
@@ -232,14 +232,14 @@ class ClassGradients:
         try:
             layout = tuple(
                 LayerSketch(
-                    place["name"],
-                    tuple(place["parameters"]),
-                    (place["shape"][0], place["shape"][1]),
-                    place["rows"],
-                    place["columns"],
-                    place["start"],
+                    layer["name"],
+                    tuple(layer["parameters"]),
+                    (layer["shape"][0], layer["shape"][1]),
+                    layer["rows"],
+                    layer["columns"],
+                    layer["start"],
                 )
-                for place in state["layout"]
+                for layer in state["layout"]
             )
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
@@ -247,10 +247,10 @@ class ClassGradients:
             ) from None
         classes, vectors, counts, squares = (state[name] for name in _TENSORS)
         result = cls(classes, vectors, counts, squares, layout, dict(state["sketch"]))
-        width = layout[-1].stop if layout else 0
+        size = layout[-1].stop if layout else 0
         expected = {
             "classes": (len(result.classes),),
-            "vectors": (len(result.classes), width),
+            "vectors": (len(result.classes), size),
             "counts": (len(result.classes),),
             "square_norms": (len(result.classes), len(layout)),
         }
@@ -278,7 +278,7 @@ class ClassGradients:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ClassGradients:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -301,7 +301,7 @@ class ClassGradients:
 
 
 def _safetensors() -> Any:
-    """The package and its writer for torch, wanted by :meth:`ClassGradients.save` and ``load`` alone."""
+    """The package and its writer for torch; only :meth:`ClassGradients.save` and ``load`` need them."""
     try:
         import safetensors.torch
     except ImportError:
@@ -312,14 +312,14 @@ def _safetensors() -> Any:
 class ClassGradientAverage:
     """Exponential moving average of the classes' mean gradients over steps.
 
-    A class's average starts at its first mean, and then moves by ``1 - decay`` towards the mean of each step in which
-    the class occurs; it does not fade in steps in which it does not.
+    The average of a class starts at its first mean, and then moves by ``1 - decay`` towards the mean of each step in
+    which the class occurs. It stays as it is in all other steps.
 
     Args:
         decay: in [0, 1): weight of the past.
 
     Attributes:
-        value: :class:`ClassGradients` with the averages, each counted as one row; None before the first update.
+        value: :class:`ClassGradients` with the averages, each counted as one sample; None before the first update.
 
     Raises:
         TypeError, ValueError: ``decay`` is no such number.
@@ -334,7 +334,7 @@ class ClassGradientAverage:
         self.value: ClassGradients | None = None
 
     def update(self, gradients: ClassGradients) -> ClassGradients:
-        """Take in the gradients of a step; returns the average.
+        """Add the gradients of a step; returns the average.
 
         Raises:
             ValueError: they are of another sketch or other layers; nothing is changed then.
@@ -353,12 +353,12 @@ class ClassGradientAverage:
             return step
         self.value._check(step)
         known = torch.isin(step.classes, self.value.classes)
-        merged = self.value._with(step.classes)
-        rows = torch.searchsorted(merged.classes, step.classes)
+        merged = self.value._with_classes(step.classes)
+        index = torch.searchsorted(merged.classes, step.classes)
         weight = torch.where(known, 1 - self.decay, 1.0).to(step.vectors)[:, None]
         for name in ("vectors", "square_norms"):
             mine = getattr(merged, name)
-            mine[rows] = torch.lerp(mine[rows], getattr(step, name).to(mine), weight)
+            mine[index] = torch.lerp(mine[index], getattr(step, name).to(mine), weight)
         merged.counts.fill_(1)
         self.value = merged
         return merged

@@ -1,4 +1,4 @@
-"""Sketched gradients of single rows."""
+"""Sketched gradients of single samples."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmix.gradients.comparing import Aligned, align, check_comparable, cosines, layer_of
-from gradmix.gradients.consumers import LayerSketch
+from gradmix.gradients.layout import LayerSketch, layer_vectors
+from gradmix.gradients.similarity import Aligned, align, cosines, reference_vector
 
 
 @dataclass(frozen=True, eq=False)
 class SampleGradients:
-    """The sketched gradients of N rows.
+    """The sketched gradients of N samples.
 
     Attributes:
         vectors: (N, D) float32, or float64 for a float64 model: all layers' sketches, one after the other.
-        layout: where each layer is among the D entries, and what it is made of.
+        layout: the place of each layer among the D entries, and its parameters.
         sketch: kind, seed and rank of the sketch, as plain values.
     """
 
@@ -35,30 +35,30 @@ class SampleGradients:
         Raises:
             KeyError: there is no such layer.
         """
-        return layer_of(self.vectors, self.layout, name)
+        return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
-        """(D,): the mean over the rows."""
+        """(D,): the mean over the samples."""
         return self.vectors.mean(0)
 
     def cosine(self) -> Tensor:
-        """(N, N): cosines between the rows' gradients; 0 where one of them is 0."""
+        """(N, N): cosines between the samples' gradients; 0 where one of them is 0."""
         return cosines(self.vectors, self.vectors)
 
     def align(self, reference: object) -> Aligned:
         """Inner products and cosines with a reference, both (N,).
 
         Args:
-            reference: :class:`SampleGradients` or :class:`ClassGradients` of the same sketch, whose mean over all rows
-                counts, or a vector (D,).
+            reference: :class:`SampleGradients` or :class:`ClassGradients` of the same sketch, whose mean over all
+                samples counts, or a vector (D,).
 
         Raises:
             TypeError, ValueError: the reference is of another sketch, model or type.
         """
-        return align(self.vectors, check_comparable(self, reference))
+        return align(self.vectors, reference_vector(self, reference))
 
     def __getitem__(self, rows: slice | Tensor) -> SampleGradients:
-        """The gradients of some rows."""
+        """The gradients of some of the samples."""
         if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.bool):
             raise TypeError(f"rows: got dtype {rows.dtype}, expected int64 or bool")
         return SampleGradients(self.vectors[rows], self.layout, self.sketch)

@@ -1,8 +1,9 @@
-"""Exact inner products of per-sample gradients with a direction, and exact norms, for all parameters.
+"""Exact inner products of per-sample gradients with a direction, exact norms, and the mean gradient.
 
-<g_n, V> is the derivative of row n's loss along V, which ``torch.func.jvp`` computes by a pass of dual numbers through
-the whole network. Where layers have rules it is had from what passes by anyway: layer by layer <d_t, V a_t>, summed
-over the positions t, d_t the gradient of the layer's output and V a_t the layer itself with V for its parameters.
+<g_n, V> is the derivative of sample n's loss along V, which ``torch.func.jvp`` computes by a pass of dual numbers
+through the whole network. Where layers have rules it follows from the activations and gradients of one pass: layer by
+layer <d_t, V a_t>, summed over the positions t, with d_t the gradient of the layer's output and V a_t the layer itself
+with V as its parameters.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmix.gradients.consumers import InnerProducts, SquaredNorms
-from gradmix.gradients.engine import CHUNK, Engine, Scaler
-from gradmix.gradients.passes import Consumer, Loss, check_losses
-from gradmix.gradients.plan import Plan, WithoutRule, check_output, select, trainable_parameters
-from gradmix.gradients.sketches import Identity
+from gradmix.gradients.accumulators import Accumulator, InnerProducts, SquaredNorms
+from gradmix.gradients.chunk import Chunk
+from gradmix.gradients.engine import Engine
+from gradmix.gradients.layers import WithoutRule, select_parameters, trainable_parameters
+from gradmix.gradients.losses import Loss, Scaler, check_losses, check_output
+from gradmix.gradients.plan import Plan
+from gradmix.gradients.settings import CHUNK, EngineSettings
 from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, num_samples, own_copy
+from gradmix.inputs import InputTree, call_model, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group, sum_over
@@ -28,11 +31,11 @@ from gradmix.replay.sources import as_pair
 
 
 class Derivatives(NamedTuple):
-    """What :func:`directional_derivatives` returns.
+    """The result of :func:`directional_derivatives`.
 
     Attributes:
         inner: (N,): <g_n, V>.
-        norm: (N,): ||g_n||, or None if it was not asked for.
+        norm: (N,): ||g_n||; None without ``norms``.
     """
 
     inner: Tensor
@@ -48,7 +51,7 @@ def mean_gradient(
     scaler: Scaler = None,
     chunk_size: int = CHUNK,
 ) -> dict[str, Tensor]:
-    """The mean over all rows of the loss's gradient, whole: what a backward pass over the rows gives.
+    """The mean gradient of the loss over all samples, without a sketch: that of a backward pass over the samples.
 
     The model runs in evaluation mode and is left as it was.
 
@@ -59,9 +62,9 @@ def mean_gradient(
         By parameter name, tensors of the parameters' shapes, float32 or, for float64 parameters, float64.
 
     Raises:
-        ValueError, TypeError: no rows, or an argument as in :func:`gradmix.class_gradients`.
+        ValueError, TypeError: no samples, or an argument as in :func:`gradmix.class_gradients`.
     """
-    engine = Engine.of(model, layers, 1, 0, Identity(), loss, "error", scaler, chunk_size, "auto")
+    engine = Engine(model, EngineSettings(layers=layers, loss=loss, scaler=scaler, chunk_size=chunk_size))
     with engine.probing():
         result = mean_gradient_of(engine, "data", data)
     if result is None:
@@ -72,32 +75,33 @@ def mean_gradient(
 def mean_gradient_of(
     engine: Engine, name: str, source: object, group: Group = None, *, shared: bool = True
 ) -> dict[str, Tensor] | None:
-    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no rows.
+    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no samples.
 
     Args:
-        engine, name: what computes, and how errors call the rows.
-        source: the rows.
+        engine: computes the gradients.
+        name: name of the samples in error messages.
+        source: the samples.
         group: processes over which the mean is taken; all have the same result.
-        shared: whether all of them hold the same rows, of which each takes its share; False: each has rows of its own.
+        shared: whether all processes hold the same samples, of which each takes its share; False: each has its own.
     """
     trainable = trainable_parameters(engine.model)
-    wanted = {n: trainable[n] for n in select(trainable, engine.layers)}
+    wanted = {n: trainable[n] for n in select_parameters(trainable, engine.settings.layers)}
     total = {n: torch.zeros_like(p, dtype=work_dtype(p.dtype), requires_grad=False) for n, p in wanted.items()}
     count = 0
-    for start, x, y in engine.chunks(name, source, group if shared else None):
-        scale = engine.scale(x)
+    for chunk in engine.chunks(name, source, group if shared else None):
+        scale = engine.scale(chunk.x)
         with torch.enable_grad():
-            logits = check_output(logits_of(call_model(engine.model, own_copy(x))), num_samples(x))
-            require_finite(start, **{f"the model's logits of {name}": logits.detach()})
-            losses = check_losses(engine.losses(name, start)(logits, y), num_samples(x))
+            logits = check_output(logits_of(call_model(engine.model, own_copy(chunk.x))), len(chunk))
+            require_finite(chunk.start, **{f"the model's logits of {name}": logits.detach()})
+            losses = check_losses(engine.losses(chunk)(logits, chunk.y), len(chunk))
             gradients = torch.autograd.grad(losses.sum() * scale, list(wanted.values()), allow_unused=True)
         for sum_, gradient in zip(total.values(), gradients, strict=True):
             if gradient is not None:
                 sum_.add_(gradient.to(sum_.dtype), alpha=1 / scale)
-        count += num_samples(x)
+        count += len(chunk)
     if group is not None:
-        *sums, rows = sum_over([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
-        total, count = dict(zip(total, sums, strict=True)), int(rows)
+        *sums, samples = sum_over([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
+        total, count = dict(zip(total, sums, strict=True)), int(samples)
     if count == 0:
         return None
     for n, sum_ in total.items():
@@ -118,7 +122,7 @@ def directional_derivatives(
     scaler: Scaler = None,
     chunk_size: int = CHUNK,
 ) -> Derivatives:
-    """<g_n, V> for each row's gradient g_n, exactly, and if asked for ||g_n||.
+    """<g_n, V> for each sample's gradient g_n, exactly, and with ``norms`` ||g_n||.
 
     One forward pass, one more call of each layer, and a backward pass without weight gradients. Norms cost about as
     much again, and the memory of the layers' inputs.
@@ -127,7 +131,7 @@ def directional_derivatives(
         model, loss, without_rule, scaler, chunk_size: as :func:`gradmix.class_gradients`.
         batch: x and y as in :func:`gradmix.sample_gradients`.
         directions: V by parameter name, such as :func:`mean_gradient` gives; parameters not named are held fixed.
-        norms: whether norms over the parameters named are wanted too.
+        norms: whether to compute the norms over the named parameters too.
 
     Returns:
         :class:`Derivatives`, float32, or float64 for a float64 model.
@@ -136,7 +140,10 @@ def directional_derivatives(
         ValueError, TypeError: a direction of no parameter or of another shape; or as :func:`gradmix.class_gradients`.
     """
     x, y = as_pair("batch", batch, any_targets=loss is not None)
-    engine = Engine.of(model, list(directions), 1, 0, Identity(), loss, without_rule, scaler, chunk_size, "auto")
+    settings = EngineSettings(
+        layers=list(directions), loss=loss, without_rule=without_rule, scaler=scaler, chunk_size=chunk_size
+    )
+    engine = Engine(model, settings)
     _check_directions(engine.model, directions)
     with engine.probing():
         parts = list(derivatives_of(engine, "batch", (x, y), directions, norms))
@@ -162,20 +169,20 @@ def derivatives_of(
     engine: Engine, name: str, source: object, directions: Mapping[str, Tensor], norms: bool
 ) -> Iterator[Derivatives]:
     """:func:`directional_derivatives` chunk by chunk; inside ``engine.probing()``, with an Identity sketch."""
-    for start, x, y in engine.chunks(name, source):
 
-        def run(plan: Plan, start: int = start, x: InputTree = x, y: Any = y) -> Derivatives:
-            inner, squares = engine.zeros(x), engine.zeros(x)
-            consumers: list[Consumer] = [InnerProducts(directions, inner, engine.scale(x))]
-            if norms:
-                consumers.append(SquaredNorms(plan, engine.layout, engine.sides, squares, engine.scale(x)))
-            engine.run(name, start, x, y, plan, consumers)
-            for part, gradients in engine.exact(name, start, x, y, plan):
-                for n, gradient in gradients.items():
-                    rows = gradient.reshape(len(gradient), -1).to(inner.dtype)
-                    inner[part] += rows @ directions[n].flatten().to(inner.dtype)
-                    squares[part] += rows.square().sum(1)
-            require_finite(start, **{f"the gradient of {name}": inner})
-            return Derivatives(inner, squares.sqrt() if norms else None)
+    def run(chunk: Chunk, plan: Plan) -> Derivatives:
+        inner, squares, scale = engine.zeros(chunk.x), engine.zeros(chunk.x), engine.scale(chunk.x)
+        accumulators: list[Accumulator] = [InnerProducts(directions, inner, scale)]
+        if norms:
+            accumulators.append(SquaredNorms(plan, engine.projections, squares, scale))
+        engine.run(chunk, plan, accumulators)
+        for part, gradients in engine.exact(chunk, plan):
+            for n, gradient in gradients.items():
+                flat = gradient.reshape(len(gradient), -1).to(inner.dtype)
+                inner[part] += flat @ directions[n].flatten().to(inner.dtype)
+                squares[part] += flat.square().sum(1)
+        require_finite(chunk.start, **{f"the gradient of {name}": inner})
+        return Derivatives(inner, squares.sqrt() if norms else None)
 
-        yield engine.retried(run, x)
+    for chunk in engine.chunks(name, source):
+        yield engine.with_plan(run, chunk)

@@ -1,53 +1,5 @@
-"""How far a sketched inner product may be off, told from the sketches themselves."""
+"""Moved to :mod:`gradmix.gradients.standard_errors`."""
 
-from __future__ import annotations
+from gradmix._moved import moved
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from gradmix.gradients.consumers import LayerSketch
-
-_ENTRIES = 1 << 23
-"""Entries of products of sketches formed at a time (32 MiB of float32)."""
-
-
-def standard_errors(vectors: Tensor, reference: Tensor, layout: Sequence[LayerSketch]) -> Tensor:
-    """Standard errors of the inner products of sketched gradients with a reference.
-
-    For a layer with gradients A and B, and L and R of independent normal entries of variance 1/l and 1/r, the variance
-    of <L A R^T, L B R^T> is
-
-        (|A B^T|^2 + tr((A B^T)^2)) / l + (|A^T B|^2 + tr((A^T B)^2)) / r
-        + (|A|^2 |B|^2 + <A, B>^2 + |A B^T|^2 + |A^T B|^2) / (l r)
-
-    where 1/l or 1/r is 0 for a side that is kept as it is (Isserlis' theorem, for both sides in turn). Random signs
-    have less. A and B are not known, so their sketches stand in for them, which makes it larger rather than smaller.
-    Layers are independent. The sign of an inner product within two standard errors of 0 is a guess.
-
-    Args:
-        vectors: (N, D) sketched gradients.
-        reference: (D,).
-        layout: the layers' places among the D entries.
-
-    Returns:
-        (N,), of the dtype of ``vectors``.
-    """
-    variance = vectors.new_zeros(len(vectors))
-    for place in layout:
-        left = 0.0 if place.rows == place.shape[0] else 1 / place.rows
-        right = 0.0 if place.columns == place.shape[1] else 1 / place.columns
-        if left == 0.0 and right == 0.0:
-            continue
-        size = (place.rows, place.columns)
-        b = reference[place.start : place.stop].view(size)
-        step = max(1, _ENTRIES // max(place.rows, place.columns) ** 2)
-        for start in range(0, len(vectors), step):
-            part = slice(start, start + step)
-            a = vectors[part, place.start : place.stop].unflatten(1, size)
-            rows, columns = a @ b.T, a.transpose(1, 2) @ b  # A B^T, A^T B
-            squares = [m.square().sum((1, 2)) for m in (rows, columns)]
-            traces = [(m * m.transpose(1, 2)).sum((1, 2)) for m in (rows, columns)]
-            cross = a.square().sum((1, 2)) * b.square().sum() + (a * b).sum((1, 2)).square() + squares[0] + squares[1]
-            variance[part] += left * (squares[0] + traces[0]) + right * (squares[1] + traces[1]) + left * right * cross
-    return variance.clamp_(min=0).sqrt()
+__getattr__ = moved(__name__, "gradmix.gradients.standard_errors", {"standard_errors": "standard_errors"})

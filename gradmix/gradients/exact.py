@@ -1,9 +1,9 @@
-"""Per-sample gradients of parameters without a layer rule: row by row, by ``torch.func`` or in a loop.
+"""Per-sample gradients of parameters without a layer rule: by ``torch.func``, or in a loop over the samples.
 
-``vmap(grad(loss))`` takes many rows at a time. What it cannot run (recurrent layers, packed sequences, control flow
-that looks at values, functions without a rule for vmap) is run by autograd, one row after the other. Either way the
-rows' sum is compared with the gradient of the whole batch: what a row has alone is its gradient only if it has the
-same among others.
+``vmap(grad(loss))`` takes many samples at a time. Autograd computes one sample after the other where it cannot run
+the model (recurrent layers, packed sequences, control flow that depends on values, functions without a rule for vmap).
+In both cases the sum over the samples is compared with the gradient of the whole batch: the gradient of a sample alone
+is its gradient only if it is the same among other samples.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmix.gradients.capture import refusing_checkpoints
-from gradmix.gradients.passes import Loss, check_losses
-from gradmix.gradients.plan import CoupledRowsError, check_output
+from gradmix.gradients.chunk import Chunk
+from gradmix.gradients.exceptions import CoupledRowsError
+from gradmix.gradients.intercept import refusing_checkpoints
+from gradmix.gradients.losses import Loss, check_losses, check_output
 from gradmix.head import logits_of
 from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
 from gradmix.ops.dtypes import work_dtype
@@ -29,124 +31,133 @@ _ENTRIES = 1 << 25
 """Entries of per-sample gradients held at a time (128 MiB of float32)."""
 
 Gradients = Mapping[str, Tensor]
-"""(n, *shape) by parameter name, for n rows."""
+"""(n, *shape) by parameter name, for n samples."""
 
 
 def exact_gradients(
-    model: nn.Module,
-    names: Sequence[str],
-    x: InputTree,
-    y: Any,
-    loss: Loss,
-    *,
-    checked_loss: Loss,
-    scale: float,
-    name: str,
-    first_row: int = 0,
+    model: nn.Module, names: Sequence[str], chunk: Chunk, loss: Loss, *, checked_loss: Loss, scale: float
 ) -> Iterator[tuple[slice, Gradients]]:
-    """Slices of the rows with the gradients of the parameters; call it inside ``Engine.probing``.
+    """Slices of the samples with the gradients of the parameters; call it inside ``Engine.probing``.
 
-    The batch is passed forward and backward once as a whole, and then row by row: at the cost of two to three passes if
-    ``torch.func`` can run the model, of as many passes as there are rows if not. The memory is that of a training step
-    on the batch, plus 128 MiB of gradients, or those of one row if they are larger.
+    The batch is passed forward and backward once as a whole, and then sample by sample: two to three passes if
+    ``torch.func`` can run the model, else as many passes as there are samples. The memory is that of a training step on
+    the batch, plus 128 MiB of gradients, or those of one sample if they are larger.
 
     Args:
         model: the unwrapped model.
-        names: of the parameters.
-        x, y: the rows.
-        loss, checked_loss: the rows' losses; the latter may look at values.
+        names: names of the parameters.
+        chunk: the samples.
+        loss: losses of the samples; must not read values.
+        checked_loss: the same; may read values, to check them.
         scale: factor of the losses in the backward pass, divided out again.
-        name, first_row: what the rows are called, and the index of row 0 there, for errors.
 
     Raises:
-        CoupledRowsError: the rows' gradients do not add up to that of the batch.
-        ValueError: a NaN, logits or losses of another shape, or what ``checked_loss`` raises.
+        CoupledRowsError: the gradients of the samples do not add up to that of the batch.
+        ValueError: a NaN, logits or losses of another shape, or an error of ``checked_loss``.
     """
-    count = num_samples(x)
     parameters = dict(model.named_parameters())
-    wanted = {n: parameters[n] for n in names}
-
-    def gradient_of(rows: InputTree, targets: Any, function: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits, losses and the gradients of the losses' sum, by autograd: of the parameters, then of the logits."""
-        size = num_samples(rows)
-        with torch.enable_grad(), without_compilation():
-            logits = check_output(logits_of(call_model(model, own_copy(rows))), size)
-            losses = check_losses(function(logits, targets), size)
-            total = losses.sum() * scale
-            leaves = [*wanted.values(), logits]
-            used = leaves if logits.requires_grad and total.requires_grad else []
-            with refusing_checkpoints():
-                found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
-        # A layer that has no part has no gradient, and a table's may be sparse.
-        zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
-        dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
-        return logits.detach(), losses.detach(), dense
-
-    logits, losses, (*batch, of_logits) = gradient_of(x, y, checked_loss)
-    require_finite(first_row, **{f"the model's logits of {name}": logits, f"the loss of {name}": losses})
+    gradients_of = _Gradients(model, {n: parameters[n] for n in names}, loss, scale)
+    logits, losses, (*batch, of_logits) = gradients_of.batch(chunk.x, chunk.y, checked_loss)
+    finite = {f"the model's logits of {chunk.name}": logits, f"the loss of {chunk.name}": losses}
+    require_finite(chunk.start, **finite)
     tolerance = _tolerance(logits)
-    # Where the gradients are 0, as of what the next layer takes away again, there is nothing but rounding.
+    # Where the gradients are 0, as before a layer that removes their effect, there is only rounding.
     rounding = (
         32 * torch.finfo(logits.dtype).eps * float(torch.linalg.vector_norm(of_logits.to(work_dtype(logits.dtype))))
     )
     sums, size = [torch.zeros_like(g, dtype=work_dtype(g.dtype)) for g in batch], 0.0
-    together = True
-    step = max(1, _ENTRIES // max(1, sum(p.numel() for p in wanted.values())))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        rows, targets = take(x, part), take(y, part)
-        found = _by_func(model, wanted, rows, targets, loss, scale) if together else None
+    vectorised = True
+    step = max(1, _ENTRIES // max(1, sum(parameters[n].numel() for n in names)))
+    for start in range(0, len(chunk), step):
+        part = slice(start, min(start + step, len(chunk)))
+        x, y = take(chunk.x, part), take(chunk.y, part)
+        found = gradients_of.samples_by_vmap(x, y) if vectorised else None
         if found is not None and start == 0:
-            expected = batch if part.stop == count else gradient_of(rows, targets, loss)[2][:-1]
+            expected = batch if part.stop == len(chunk) else gradients_of.batch(x, y, loss)[2][:-1]
             error = tolerance * _size(found) + rounding
             found = found if _agree([g.sum(0) for g in found], expected, error) else None
         if found is None:
-            together = False
-            each = [slice(n, n + 1) for n in range(part.stop - part.start)]
-            singles = [gradient_of(take(rows, one), take(targets, one), loss)[2][:-1] for one in each]
-            found = [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
+            vectorised = False
+            found = gradients_of.samples_by_loop(x, y)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient.sum(0, dtype=total.dtype)
         size += _size(found)
-        yield part, {n: gradient / scale for n, gradient in zip(wanted, found, strict=True)}
+        yield part, {n: gradient / scale for n, gradient in zip(names, found, strict=True)}
     if not _agree(sums, batch, tolerance * size + rounding):
         raise CoupledRowsError(
-            f"model: the gradients of {count} rows alone do not add up to the gradient of the rows together, expected "
-            "a forward pass without chance, and rows that do not influence each other, so that each has a gradient of "
-            "its own"
+            f"model: the gradients of {len(chunk)} rows alone do not add up to the gradient of the rows together, "
+            "expected a forward pass without chance, and rows that do not influence each other, so that each has a "
+            "gradient of its own"
         )
 
 
-def _by_func(
-    model: nn.Module, wanted: Mapping[str, Tensor], rows: InputTree, targets: Any, loss: Loss, scale: float
-) -> list[Tensor] | None:
-    """The rows' gradients by ``vmap(grad(loss))``, or None where ``torch.func`` cannot run the model."""
-    own = {name: p.detach() for name, p in wanted.items()}
-    fixed = {name: p.detach() for name, p in model.named_parameters() if name not in own} | dict(model.named_buffers())
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients of a loss of samples.
 
-    def row_loss(own: dict[str, Tensor], row: InputTree, target: Any) -> Tensor:
-        row, target = (map_tensors(lambda leaf: leaf[None], tree) for tree in (row, target))
-        positional, named = arguments_of(model, row)
-        logits = logits_of(torch.func.functional_call(model, {**fixed, **own}, positional, named))
-        return check_losses(loss(logits, target), 1).sum() * scale
+    Attributes:
+        model: the unwrapped model.
+        wanted: the parameters by name.
+        loss: losses of the samples.
+        scale: factor of the losses.
+    """
 
-    gradient = torch.func.vmap(torch.func.grad(row_loss), in_dims=(None, 0, 0), randomness="error")
-    try:
-        with (
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            without_compilation(),
-            _without_advice(),
-            _same_attributes(model),
-        ):
-            found = gradient(own, own_copy(rows), targets)
-    except Exception:  # whatever it cannot do; an error of the model's own comes again without it
-        return None
-    return [found[name].detach() for name in own]
+    model: nn.Module
+    wanted: Mapping[str, Tensor]
+    loss: Loss
+    scale: float
+
+    def batch(self, x: InputTree, y: Any, loss: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits, losses, and the gradients of the summed losses: of the parameters, then of the logits."""
+        samples = num_samples(x)
+        with torch.enable_grad(), without_compilation():
+            logits = check_output(logits_of(call_model(self.model, own_copy(x))), samples)
+            losses = check_losses(loss(logits, y), samples)
+            total = losses.sum() * self.scale
+            leaves = [*self.wanted.values(), logits]
+            used = leaves if logits.requires_grad and total.requires_grad else []
+            with refusing_checkpoints():
+                found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
+        # A layer without a part in the loss has no gradient, and that of a table may be sparse.
+        zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
+        dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
+        return logits.detach(), losses.detach(), dense
+
+    def samples_by_loop(self, x: InputTree, y: Any) -> list[Tensor]:
+        """(n, *shape) for each parameter, by a pass for each sample."""
+        each = [slice(n, n + 1) for n in range(num_samples(x))]
+        singles = [self.batch(take(x, one), take(y, one), self.loss)[2][:-1] for one in each]
+        return [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
+
+    def samples_by_vmap(self, x: InputTree, y: Any) -> list[Tensor] | None:
+        """(n, *shape) for each parameter, by ``vmap(grad(loss))``; None where ``torch.func`` cannot run the model."""
+        own = {name: p.detach() for name, p in self.wanted.items()}
+        fixed = {name: p.detach() for name, p in self.model.named_parameters() if name not in own}
+        fixed |= dict(self.model.named_buffers())
+
+        def sample_loss(own: dict[str, Tensor], sample: InputTree, target: Any) -> Tensor:
+            sample, target = (map_tensors(lambda leaf: leaf[None], tree) for tree in (sample, target))
+            positional, named = arguments_of(self.model, sample)
+            logits = logits_of(torch.func.functional_call(self.model, {**fixed, **own}, positional, named))
+            return check_losses(self.loss(logits, target), 1).sum() * self.scale
+
+        gradient = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0, 0), randomness="error")
+        try:
+            with (
+                torch.enable_grad(),
+                sdpa_kernel(SDPBackend.MATH),
+                without_compilation(),
+                _without_performance_warnings(),
+                _same_attributes(self.model),
+            ):
+                found = gradient(own, own_copy(x), y)
+        except Exception:  # anything that it cannot do; an error of the model itself occurs again in the loop
+            return None
+        return [found[name].detach() for name in own]
 
 
 def _size(gradients: Sequence[Tensor]) -> float:
-    """The sum of the norms of the rows' gradients, at most."""
+    """An upper bound of the sum of the norms of the samples' gradients."""
     flat = (g.reshape(len(g), -1).to(work_dtype(g.dtype)) for g in gradients)
     return sum(float(torch.linalg.vector_norm(g, dim=1).sum()) for g in flat)
 
@@ -154,12 +165,12 @@ def _size(gradients: Sequence[Tensor]) -> float:
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], error: float) -> bool:
     """Whether gradients are the same up to an error."""
     differences = ((a - b).to(work_dtype(b.dtype)) for a, b in zip(found, expected, strict=True))
-    # What is not finite is no difference: it is found in the gradients themselves.
+    # Values that are not finite are no difference: they are found in the gradients themselves.
     return not sum(float(torch.linalg.vector_norm(d)) for d in differences) > error
 
 
 def _tolerance(logits: Tensor) -> float:
-    """What is far from rounding in a network's pass, and far from other rows' influence."""
+    """A relative difference far above rounding in a network's pass, and far below the influence of other samples."""
     kind = logits.device.type
     if logits.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(kind):
         return 0.1
@@ -169,8 +180,8 @@ def _tolerance(logits: Tensor) -> float:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep to ourselves that vmap is slow for an operation: that these gradients are, is known."""
+def _without_performance_warnings() -> Iterator[None]:
+    """Suppress the warning that vmap is slow for an operation."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield

@@ -2,10 +2,10 @@
 
 A sketch keeps inner products in expectation, E <L G R^T, L H R^T> = <G, H>, if the matrices are drawn independently
 with E[L^T L] = I and E[R^T R] = I (Johnson-Lindenstrauss on either side; the Kronecker form is that of TensorSketch and
-LoGra). How far off the cosine of two sketches is depends on what the gradients have in common. If they are unrelated
-on both sides it is about 1/k. If they are alike on one side it is about 1/sqrt(k): so it is in single layers of real
-networks, whose inputs after a ReLU share a direction. Over many layers these errors average out, to about 1/k again.
-:func:`gradmix.gradients.errors.standard_errors` tells it for the case at hand.
+LoGra). The error of the cosine of two sketches depends on what the gradients have in common. It is about 1/k if they
+are unrelated on both sides, and about 1/sqrt(k) if they are alike on one side: this is the case in single layers of
+real networks, whose inputs after a ReLU share a direction. Over many layers these errors average out, to about 1/k
+again. :func:`gradmix.gradients.standard_errors` estimates the error of given sketches.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from gradmix.ops.counter_random import random_columns, random_matrix, sketch_key
 
 
 class Sketch(ABC):
-    """A kind of sketch; derive from it for one of your own and implement :meth:`matrix`.
+    """A kind of sketch. A sketch of your own derives from it and implements :meth:`matrix`.
 
     Args:
         rank: k, rows of either matrix, an integer >= 1; or a mapping from patterns of layer names (as in the shell:
-            ``"layer1.*"``, ``"*"``), of which the first that fits counts.
+            ``"layer1.*"``, ``"*"``); the first that fits counts.
         seed: an integer; the matrices depend on it, the layer's name and the side, and on nothing else.
 
     Raises:
-        TypeError, ValueError: ``rank`` or ``seed`` is no such thing.
+        TypeError, ValueError: ``rank`` or ``seed`` is of another type or range.
     """
 
     name: ClassVar[str] = ""
@@ -63,7 +63,7 @@ class Sketch(ABC):
     def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
         """Rows of L and of R for a layer with a gradient (rows x columns).
 
-        A side no larger than the rank k is kept as it is, and the other side gets k^2 / side rows instead of k: the
+        A side no larger than the rank k is not sketched, and the other side has k^2 / side rows instead of k: the
         sketch has about k^2 entries in either case, and about the same error.
         """
         rank = self.rank_of(layer)
@@ -82,22 +82,22 @@ class Sketch(ABC):
         Args:
             layer: its name.
             side: ``"left"`` (L) or ``"right"`` (R), which must be independent of each other.
-            size: rows, less than ``dim`` (a side of size ``dim`` is the identity, and is not asked for).
+            size: rows, less than ``dim`` (a side of size ``dim`` is the identity, and no matrix is made).
             dim: columns.
             dtype: float32 or float64.
-            device: where it is wanted.
+            device: device of the matrix.
         """
 
     def columns(self, layer: str, side: str, size: int, dim: int, index: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Columns ``index`` (...) of :meth:`matrix`, as (..., size): what is needed of an embedding's vocabulary."""
+        """Columns ``index`` (...) of :meth:`matrix`, as (..., size); for embeddings, which need few of them."""
         return self.matrix(layer, side, size, dim, dtype=dtype, device=index.device).T[index]
 
     def random_entries(self, layer: str, side: str) -> tuple[str, int] | None:
-        """``(entries, key)`` if :meth:`matrix` is a counter-based random matrix, which operators can then draw anew."""
+        """``(entries, key)`` if :meth:`matrix` is a counter-based random matrix, which operators can draw anew."""
         return None
 
     def describe(self) -> dict[str, object]:
-        """What two sketches must agree in to be compared: the kind, its seed and its ranks, as plain values."""
+        """Kind, seed and ranks as plain values: two sketches can be compared if these are the same."""
         return {"kind": self.name or type(self).__qualname__, "seed": self.seed, "rank": self.rank}
 
 
@@ -118,13 +118,13 @@ class _CounterSketch(Sketch):
 
 
 class Rademacher(_CounterSketch):
-    """Kronecker sketch, entries +-1/sqrt(k): of all independent entries those with the smallest variance."""
+    """Kronecker sketch, entries +-1/sqrt(k): the independent entries with the smallest variance."""
 
     name = "rademacher"
 
 
 class Gaussian(_CounterSketch):
-    """Kronecker sketch, normal entries of variance 1/k (in 65,536 quantiles, so that every device has the same)."""
+    """Kronecker sketch, normal entries of variance 1/k (in 65,536 quantiles, the same on every device)."""
 
     name = "gaussian"
 
@@ -138,20 +138,20 @@ class Identity(Sketch):
         super().__init__(1, 0)
 
     def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
-        """The layer's own."""
+        """The sizes of the layer itself."""
         return rows, columns
 
     def matrix(
         self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
-        """Never asked for by the engine."""
+        """The identity; the engine does not call it."""
         return torch.eye(size, dim, dtype=dtype, device=device)
 
 
 class RowSampling(Sketch):
-    """L and R pick ``size`` different rows and columns at random, scaled by sqrt(dim / size).
+    """L and R select ``size`` different rows and columns at random, scaled by sqrt(dim / size).
 
-    Unbiased, and far less exact than random signs wherever few entries carry a gradient.
+    Unbiased, and far less exact than random signs where few entries of a gradient are large.
     """
 
     name = "rows"
@@ -162,16 +162,16 @@ class RowSampling(Sketch):
         # 64 random bits for each row, in four numbers; the smallest are a uniform sample without replacement.
         draws = random_matrix(4, dim, sketch_key(self.seed, layer, side), "gaussian", dtype=torch.float64, device="cpu")
         chosen = torch.from_numpy(np.sort(np.lexsort(draws.numpy())[:size]))
-        picked = torch.zeros(size, dim, dtype=dtype, device="cpu")
-        picked[torch.arange(size, device="cpu"), chosen] = math.sqrt(dim / size)
-        return picked.to(device)
+        matrix = torch.zeros(size, dim, dtype=dtype, device="cpu")
+        matrix[torch.arange(size, device="cpu"), chosen] = math.sqrt(dim / size)
+        return matrix.to(device)
 
 
 KINDS: dict[str, type[Sketch]] = {kind.name: kind for kind in (Rademacher, Gaussian, Identity, RowSampling)}
 
 
 def as_sketch(sketch: str | Sketch, rank: int | Mapping[str, int], seed: int) -> Sketch:
-    """The sketch of that name with rank and seed, or the one given, which has its own.
+    """The sketch of that name with rank and seed; a :class:`Sketch` is returned as it is.
 
     Raises:
         TypeError, ValueError: neither a known name nor a :class:`Sketch`.

@@ -1,16 +1,12 @@
-"""Inner products and cosines of sketched gradients."""
+"""Inner products and cosines of sketched gradients, and whether these can be compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gradmix.ops.cosine_alignment import cosine_alignment
-
-if TYPE_CHECKING:
-    from gradmix.gradients.consumers import LayerSketch
 
 
 class Aligned(NamedTuple):
@@ -26,7 +22,7 @@ class Aligned(NamedTuple):
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) cosines between the rows of a (N, D) and of b (M, D); 0 where one of them is 0."""
+    """(N, M) cosines between the vectors of a (N, D) and of b (M, D); 0 where one of them is 0."""
     left = a[None]
     return cosine_alignment(left, left if a is b else b[None])[0]
 
@@ -36,35 +32,26 @@ def align(vectors: Tensor, reference: Tensor) -> Aligned:
     return Aligned(vectors @ reference, cosines(vectors, reference[None])[:, 0])
 
 
-def layer_of(vectors: Tensor, layout: Sequence[LayerSketch], name: str) -> Tensor:
-    """(N, rows, columns): what of the vectors (N, D) belongs to the layer of that name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for place in layout:
-        if place.name == name:
-            return vectors[:, place.start : place.stop].reshape(-1, place.rows, place.columns)
-    raise KeyError(f"layer: got {name!r}, expected one of {', '.join(repr(place.name) for place in layout)}")
-
-
 def differences(a: Any, b: Any) -> str | None:
-    """Why two sketched gradients cannot be compared, or None if they can."""
+    """The reason why two sketched gradients cannot be compared, or None if they can."""
     if dict(a.sketch) != dict(b.sketch):
-        return f"a sketch {_plain(b.sketch)}, expected {_plain(a.sketch)}"
+        return f"a sketch {_as_text(b.sketch)}, expected {_as_text(a.sketch)}"
     if a.layout != b.layout:
-        ours, theirs = {place.name for place in a.layout}, {place.name for place in b.layout}
-        odd = sorted(ours ^ theirs)
+        odd = sorted({layer.name for layer in a.layout} ^ {layer.name for layer in b.layout})
         return f"other layers ({', '.join(odd[:5]) or 'of other shapes'}), expected the same"
     return None
 
 
-def _plain(sketch: Any) -> str:
+def _as_text(sketch: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in sketch.items())
 
 
-def check_comparable(own: Any, reference: object) -> Tensor:
+def reference_vector(own: Any, reference: object) -> Tensor:
     """The reference as a vector (D,).
+
+    Args:
+        own: the sketched gradients that are compared with it.
+        reference: sketched gradients, whose mean over all samples counts, or a vector (D,).
 
     Raises:
         TypeError: it is neither sketched gradients nor a tensor.
@@ -82,6 +69,6 @@ def check_comparable(own: Any, reference: object) -> Tensor:
     why = differences(own, reference)
     if why:
         raise ValueError(f"reference: got {why}")
-    whole = getattr(reference, "overall_mean", None)
-    mean: Tensor = whole() if whole is not None else reference.mean()  # type: ignore[attr-defined]
+    overall_mean = getattr(reference, "overall_mean", None)
+    mean: Tensor = overall_mean() if overall_mean is not None else reference.mean()  # type: ignore[attr-defined]
     return mean.to(own.vectors)

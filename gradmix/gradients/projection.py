@@ -1,4 +1,4 @@
-"""One side of a layer's sketch: the matrix L or R, applied to whatever there is of a gradient."""
+"""The projection of one side of a layer: the matrix L or R of its sketch, applied to the factors of a gradient."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
 
 
-class Side:
+class Projection:
     """The matrix M (size x dim) of one side of one layer, or the identity where size = dim.
 
-    The matrix is made when it is first needed and kept, size * dim entries. Where the entries come from a counter and
-    a native body of ``sketch_project`` is quicker, which draws them anew, it is not made at all.
+    The matrix is made at its first use and kept: size * dim entries. It is not made at all where its entries come from
+    a counter and a native implementation of ``sketch_project``, which draws them in each call, is quicker.
 
     Args:
         sketch, layer, side, size, dim: as :meth:`Sketch.matrix`.
@@ -27,18 +27,18 @@ class Side:
     def __init__(self, sketch: Sketch, layer: str, side: str, size: int, dim: int, backend: str = "auto") -> None:
         self.size, self.dim = size, dim
         self._sketch, self._layer, self._side, self._backend = sketch, layer, side, backend
-        self._drawn = sketch.random_entries(layer, side)
-        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._random_entries = sketch.random_entries(layer, side)
+        self._matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     @property
     def is_identity(self) -> bool:
-        """Whether this side is kept as it is."""
+        """Whether the projection changes nothing."""
         return self.size == self.dim
 
     def matrix(self, like: Tensor) -> Tensor:
-        """(size, dim), of the working dtype and on the device of ``like``."""
+        """(size, dim): M, in the working dtype and on the device of ``like``."""
         key = work_dtype(like.dtype), like.device
-        if key not in self._made:
+        if key not in self._matrices:
             if self.is_identity:
                 matrix = torch.eye(self.dim, dtype=key[0], device=key[1])
             else:
@@ -48,30 +48,32 @@ class Side:
                         f"sketch: {type(self._sketch).__name__}.matrix gave shape {tuple(matrix.shape)} for the "
                         f"{self._side} side of layer {self._layer!r}, expected {(self.size, self.dim)}"
                     )
-            self._made[key] = matrix
-        return self._made[key]
+            self._matrices[key] = matrix
+        return self._matrices[key]
 
     def apply(self, x: Tensor, start: int = 0, ones: bool = False) -> Tensor:
-        """(N, T, size): M x_t for each position of x (N, T, D), which are entries ``start`` to ``start + D`` of dim.
+        """(N, T, size): M x_t for each position of x (N, T, D), the entries ``start`` to ``start + D`` of dim.
 
         With ``ones``, an entry of 1 follows them.
         """
-        width = x.shape[2] + ones
+        length = x.shape[2] + ones
         if self.is_identity:
             x = x.to(work_dtype(x.dtype))
             if ones:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-            return x if width == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - width))
-        drawn = self._drawn
-        asked = self._backend != "auto" or get_backend() != "auto"
-        if drawn is not None and start == 0 and (asked or not stored_is_quicker(x, self.size)):
-            entries, key = drawn
+            return x if length == self.dim else torch.nn.functional.pad(x, (start, self.dim - start - length))
+        if self._random_entries is not None and start == 0 and self._may_draw_entries(x):
+            entries, key = self._random_entries
             arguments = (x, self.size, key, ones, entries)
-            body = OPERATOR.choose(self._backend, *arguments)
-            if body.name != "torch":  # which would make the matrix in every call
-                projected: Tensor = body.run(*arguments)
+            implementation = OPERATOR.choose(self._backend, *arguments)
+            if implementation.name != "torch":  # torch would make the matrix in every call
+                projected: Tensor = implementation.run(*arguments)
                 return projected
-        return project(x, self.matrix(x)[:, start : start + width], ones=ones)
+        return project(x, self.matrix(x)[:, start : start + length], ones=ones)
+
+    def _may_draw_entries(self, x: Tensor) -> bool:
+        """Whether to draw the entries in the call: the backend is chosen by the user, or the matrix is not quicker."""
+        return self._backend != "auto" or get_backend() != "auto" or not stored_is_quicker(x, self.size)
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, T, size): M e_i for each index (N, T)."""
@@ -82,10 +84,10 @@ class Side:
     def filters(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, float]:
         """The first columns of M as convolution filters (size, *shape) of x's dtype, and a factor for their outputs.
 
-        The factor, 1 unless x is of half precision, keeps entries of +-1 exact there.
+        The factor is 1 unless x is of half precision, where it keeps entries of +-1 exact.
         """
-        width = math.prod(shape)
-        matrix = self.matrix(x)[:, :width].reshape(self.size, *shape)
+        length = math.prod(shape)
+        matrix = self.matrix(x)[:, :length].reshape(self.size, *shape)
         if matrix.dtype == x.dtype:
             return matrix, 1.0
         root = math.sqrt(self.size)
@@ -96,14 +98,14 @@ class Side:
         return self.matrix(like)[:, column]
 
     def reduce(self, gradient: Tensor, start: int, axis: int) -> Tensor:
-        """M applied along an axis, 1 or 2, of gradients (N, p, q), which are entries from ``start`` on of dim."""
-        width = gradient.shape[axis]
+        """Apply M along an axis, 1 or 2, of gradients (N, p, q), the entries from ``start`` on of dim."""
+        length = gradient.shape[axis]
         if self.is_identity:
-            if width == self.dim:
+            if length == self.dim:
                 return gradient
-            behind = self.dim - start - width
+            behind = self.dim - start - length
             return torch.nn.functional.pad(gradient, (start, behind) if axis == 2 else (0, 0, start, behind))
-        matrix = self.matrix(gradient)[:, start : start + width]
+        matrix = self.matrix(gradient)[:, start : start + length]
         if axis == 2:
             return gradient @ matrix.T
         # One product for all samples: they are many and small.

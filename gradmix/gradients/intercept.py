@@ -1,11 +1,11 @@
-"""Meeting the parameters of a model where they are used: in the calls of torch's functions, whatever module makes them.
+"""Interception of the calls that use a model's parameters, in whatever module they are made.
 
-A module's hook sees what goes into the module, which need not be what its weight is multiplied with
-(``padding_mode``), may be passed by altogether (``nn.MultiheadAttention`` hands the weights of its submodules to a
-function), and knows nothing of a weight that is used twice or by another module. So it is the functions that are
-watched, by a ``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a
-path to the parameter in autograd's graph, and by that path it is found out: no use escapes (:func:`unseen`, and again
-in every pass). So nothing is detached but what a rule takes; a converted parameter keeps its path until then.
+A module's hook sees the input of the module, which need not be what its weight is multiplied with (``padding_mode``).
+A module may be bypassed (``nn.MultiheadAttention`` hands the weights of its submodules to a function), and its hook
+does not know of a weight that is used twice or by another module. Therefore functions are watched, by a
+``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a path to the
+parameter in autograd's graph, by which :func:`uncovered_parameters` and every later pass find it: no use escapes. Only
+what a rule takes is detached; a converted parameter keeps its path until then.
 """
 
 from __future__ import annotations
@@ -21,32 +21,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from gradmix.gradients.rules import RULES, BatchNorm, Ref, Rule
-
-
-class BatchStatisticsError(ValueError):
-    """The model normalises by statistics of the batch, so that a row's gradient depends on the other rows."""
+from gradmix.gradients.rules import RULES, ParameterView, Rule
+from gradmix.gradients.rules.normalisation import BatchNorm
 
 
 class Parameters:
-    """The parameters whose calls are looked for, by name.
+    """The parameters whose calls are intercepted, by name.
 
     Args:
-        named: all that require gradients. A parameter with two names goes by the first.
+        named: all parameters that require gradients. A parameter with two names has the first.
+
+    Attributes:
+        users: by parameter name, the call that used it in a way without a rule, in words.
+        standardised: inputs that ``batch_norm`` normalised by their own statistics, in the order of the calls.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self.named = dict(named)
         self._names = {id(parameter): name for name, parameter in self.named.items()}
         self._detached = {name: parameter.detach() for name, parameter in self.named.items()}
-        self._copies: dict[int, tuple[Tensor, int, Ref]] = {}
+        self._copies: dict[int, tuple[Tensor, int, ParameterView]] = {}
         self.users: dict[str, str] = {}
-        """By parameter name, who used it in a way that has no rule, in words."""
         self.standardised: list[Tensor] = []
-        """What ``batch_norm`` normalised by its own statistics, in the order of the calls."""
 
-    def find(self, value: Any) -> Ref | None:
-        """What ``value`` is of the parameters: one of them, rows of one, its transpose, a copy of these, or None.
+    def find(self, value: Any) -> ParameterView | None:
+        """The parameter that ``value`` is: itself, rows of one, its transpose, a copy of these; None if it is none.
 
         Only what autograd sees as such: no detached tensor, and no view made without autograd.
         """
@@ -54,7 +53,7 @@ class Parameters:
             return None
         name = self._names.get(id(value))
         if name is not None:
-            return Ref(name, self._detached[name], 0, False, value.shape)
+            return ParameterView(name, self._detached[name], 0, False, value.shape)
         copied = self._copied(value)
         if copied is not None:
             return copied
@@ -66,29 +65,29 @@ class Parameters:
             name = copied.name
         return None if name is None else self._view(name, base, value)
 
-    def _copied(self, value: Tensor) -> Ref | None:
-        """What was copied to ``value``, unless that has been changed in place since."""
+    def _copied(self, value: Tensor) -> ParameterView | None:
+        """The source of a copy, unless the copy has been changed in place since."""
         found = self._copies.get(id(value))
         return None if found is None or value._version != found[1] else found[2]
 
-    def _view(self, name: str, base: Tensor, value: Tensor) -> Ref | None:
+    def _view(self, name: str, base: Tensor, value: Tensor) -> ParameterView | None:
         if value.dtype != base.dtype or value.is_complex():
             return None
         offset = int(value.storage_offset() - base.storage_offset())
         geometry, own = (tuple(value.shape), value.stride()), (tuple(base.shape), base.stride())
         if value.ndim == 2 and offset == 0 and geometry == tuple(v[::-1] for v in own) and geometry != own:
-            return Ref(name, value.detach(), 0, True, base.shape)
+            return ParameterView(name, value.detach(), 0, True, base.shape)
         if not base.is_contiguous():
             return None
         if value.ndim == base.ndim and value.shape[1:] == base.shape[1:] and value.stride() == base.stride():
             step = base.stride(0) if base.ndim else 0
-            # Rows of a matrix for the rules of layers; rows of a token, say, are like any other part of it.
+            # Rows of a matrix, for the rules of layers; rows of a token are described like any other part of it.
             if (step and offset % step == 0 and base.ndim <= 2) or value.shape == base.shape:
-                return Ref(name, value.detach(), offset // max(1, step), False, base.shape)
-        return Ref(name, value.detach(), 0, False, base.shape, offset)
+                return ParameterView(name, value.detach(), offset // max(1, step), False, base.shape)
+        return ParameterView(name, value.detach(), 0, False, base.shape, offset)
 
     def note_user(self, function: Callable[..., Any], values: Iterable[Any], why: str | None = None) -> None:
-        """Remember that a call used these in a way that has no rule."""
+        """Record that a call used the parameters among ``values`` in a way without a rule."""
         for value in values:
             if isinstance(value, (list, tuple)):
                 self.note_user(function, value, why)
@@ -96,22 +95,22 @@ class Parameters:
                 base = value if value._base is None else value._base
                 name = self._name_of(value) or self._name_of(base)
                 if name is not None:
-                    text = f"by {_name(function)}" + (f": {why}" if why else "")
+                    text = f"by {_function_name(function)}" + (f": {why}" if why else "")
                     self.users.setdefault(name, text)
 
     def _name_of(self, value: Tensor) -> str | None:
         copied = self._copies.get(id(value))
         return self._names.get(id(value)) if copied is None else copied[2].name
 
-    def copy(self, result: Any, source: Ref) -> None:
-        """Know a copy of a parameter, or of what was found of one, by the same name."""
+    def add_copy(self, result: Any, source: ParameterView) -> None:
+        """Record a tensor as a copy of a parameter, or of a view of one."""
         if not isinstance(result, Tensor) or result.shape != source.value.shape or id(result) in self._names:
             return
         if result.requires_grad and result.is_floating_point():
-            self._copies[id(result)] = (result, result._version, source.converted(result))
+            self._copies[id(result)] = (result, result._version, source.with_value(result))
 
     def uses_any(self, values: Iterable[Any]) -> bool:
-        """Whether a parameter is among these."""
+        """Whether a parameter is among these values."""
         return any(self.find(value) is not None for value in values)
 
 
@@ -122,21 +121,22 @@ _COPYING = {
 """Functions whose result has the entries of their first argument."""
 
 _SILENT = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "is_floating_point"}
+"""Functions that read no entry of a tensor."""
 
 
-class Watch(TorchFunctionMode):
-    """Calls :meth:`seen` for every call that has a rule; derived classes say what is done then.
+class Interceptor(TorchFunctionMode):
+    """Calls :meth:`intercept` for every call that has a rule.
 
     Args:
-        parameters: what to look for.
+        parameters: the parameters to look for.
     """
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
         self.parameters = parameters
 
-    def seen(self, rule: Rule) -> Tensor:
-        """A call that has a rule; returns what the model is to go on with."""
+    def intercept(self, rule: Rule) -> Tensor:
+        """Make a call that has a rule; returns its output, with which the model continues."""
         raise NotImplementedError
 
     def __torch_function__(
@@ -145,51 +145,51 @@ class Watch(TorchFunctionMode):
         """Watch one call."""
         named = kwargs or {}
         kind = RULES.get(func)
-        if kind is BatchNorm and _by_batch_statistics(args, named):
-            # No rule: of weights there is a path in the graph; of rows it is refused (gradmix.gradients.plan).
+        if kind is BatchNorm and _uses_batch_statistics(args, named):
+            # No rule. Weights leave a path in the graph; activations are refused (gradmix.gradients.planner).
             self.parameters.standardised.append((named["input"] if "input" in named else args[0]).detach().clone())
             kind = None
         if not torch.is_grad_enabled():
             return func(*args, **named)  # a part that the model keeps out of its gradient
         if torch._C._are_functorch_transforms_active():
-            kind = None  # what it is given inside vmap, say, is not what the parameters are
+            kind = None  # inside vmap, for example, the arguments are not the parameters themselves
         if kind is not None:
             rule = kind.match(func, args, named, self.parameters.find)
             if rule is not None:
                 why = rule.refusal()
                 if why is None:
-                    return self.seen(rule)
+                    return self.intercept(rule)
                 self.parameters.note_user(func, [*args, *named.values()], why)
                 return func(*args, **named)
         if func in _COPYING and args:
             source = self.parameters.find(args[0])
             if source is not None:
                 result = func(*args, **named)
-                self.parameters.copy(result, source)
+                self.parameters.add_copy(result, source)
                 return result
-        if func in _OPENED and self.parameters.uses_any([*args, *named.values()]):
+        if func in _TRANSPARENT and self.parameters.uses_any([*args, *named.values()]):
             with self:
-                return _OPENED[func](*args, **named)
+                return _TRANSPARENT[func](*args, **named)
         if getattr(func, "__name__", "") not in _SILENT:
             self.parameters.note_user(func, [*args, *named.values()])
         return func(*args, **named)
 
 
-class Passing(Watch):
-    """Makes the calls and does no more."""
+class PlainCalls(Interceptor):
+    """Makes the calls and records nothing."""
 
-    def seen(self, rule: Rule) -> Tensor:
+    def intercept(self, rule: Rule) -> Tensor:
         """Make the call."""
         return rule.run()
 
 
-def _by_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a call of ``batch_norm`` normalises by what it is given."""
+def _uses_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call of ``batch_norm`` normalises by the statistics of its input."""
     return bool(named.get("training", args[5] if len(args) > 5 else False))
 
 
-def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch that does not hand itself over to a mode, so that the calls inside it are watched."""
+def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function of torch that does not hand itself to a mode, so that the calls in it are watched."""
     assert isinstance(function, types.FunctionType)
     own = dict(function.__globals__, has_torch_function=lambda *_: False)
     copy = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
@@ -197,19 +197,20 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-_OPENED: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)
+_TRANSPARENT: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
 }
+"""Functions that are watched inside, with the copies that allow it."""
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _function_name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", str(function))
     module = getattr(function, "__module__", None) or "torch.Tensor"
     return f"{module.removeprefix('torch._C._nn').removeprefix('torch._C.') or 'torch'}.{name}"
 
 
-def unseen(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that ``output`` still depends on: those used in a way that no rule has seen."""
+def uncovered_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters that ``output`` still depends on: those used in a way that no rule covers."""
     if not output.requires_grad or not parameters:
         return []
     ones = torch.ones_like(output)
@@ -217,8 +218,8 @@ def unseen(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
     return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
 
 
-class _Start(torch.autograd.Function):
-    """Puts a tensor between the loss and the anchor, without a copy of it, so that its gradient is made."""
+class _Anchored(torch.autograd.Function):
+    """Connects a tensor with the anchor, without a copy, so that its gradient is computed."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, _anchor: Tensor) -> Tensor:
@@ -230,24 +231,26 @@ class _Start(torch.autograd.Function):
         return gradients[0], None
 
 
-def tapped(output: Tensor, anchor: Tensor) -> Tensor:
-    """What a call gave, so prepared that a hook on it meets its gradient in a backward pass to ``anchor``.
+def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+    """The output of a call, with a hook that is given its gradient in a backward pass to ``anchor``.
 
     Args:
-        output: a tensor that nobody else has yet.
+        output: a tensor that nothing else refers to yet.
         anchor: requires grad.
+        hook: called with the gradient.
     """
     if output._is_view():
-        # As linear layers return it for inputs of more than two axes. A hook on a view is lost if the model goes on in
-        # place; nobody else has this view's memory, so it may pass for a tensor of its own.
+        # Linear layers return one for inputs of more than two axes. A hook on a view is lost if the model continues in
+        # place. Nothing else has the memory of this view, so it may count as a tensor of its own.
         output = torch.ops.aten._unsafe_view(output, output.shape)
-    result: Tensor = _Start.apply(output, anchor)  # type: ignore[no-untyped-call]
+    result: Tensor = _Anchored.apply(output, anchor)  # type: ignore[no-untyped-call]
+    result.register_hook(hook)
     return result
 
 
 @contextmanager
 def refusing_checkpoints() -> Iterator[None]:
-    """Around a backward pass: say it plainly where a part of the model is computed again in it.
+    """Around a backward pass: refuse a model that computes parts of the forward pass again in it.
 
     Raises:
         ValueError: the model uses ``torch.utils.checkpoint``, whose second forward pass is not watched.
@@ -255,7 +258,7 @@ def refusing_checkpoints() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # With use_reentrant=True it is an error of no class of its own.
+        # With use_reentrant=True the error has no class of its own.
         if not isinstance(error, CheckpointError) and "torch.utils.checkpoint" not in str(error):
             raise
         raise ValueError(

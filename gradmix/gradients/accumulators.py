@@ -1,0 +1,264 @@
+"""Accumulators of the parts of the gradients: sketches per sample, sketches per class, inner products, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from gradmix.gradients.batch_axis import BatchAxis
+from gradmix.gradients.layout import LayerSketch, Projections
+from gradmix.gradients.plan import Plan
+from gradmix.gradients.projection import Projection
+from gradmix.gradients.rules import Outer, Part, Rule
+from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
+from gradmix.ops.dtypes import work_dtype
+
+
+class Accumulator(Protocol):
+    """Receives the calls of a pass and the gradients of their outputs.
+
+    Attributes:
+        keeps_activations: whether it needs the activations in the backward pass.
+    """
+
+    keeps_activations: ClassVar[bool]
+
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """Take what is needed of a call in the forward pass; returns a function of its output's gradient.
+
+        The gradient is that of the summed losses times the loss scale.
+        """
+
+    def finish(self) -> None:
+        """End the backward pass."""
+
+
+@dataclass
+class _OpenLayer:
+    """The parts of one layer in a pass: factors of outer products, formed blocks, and the number of parts to come."""
+
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[Tensor] = field(default_factory=list)
+    expected: int = 0
+
+
+class SketchAccumulator:
+    """Collects the projected factors of each layer; derived classes use them in :meth:`take_layer`.
+
+    A layer is closed with the last of its calls, so that its factors are not kept for longer than necessary.
+
+    Args:
+        plan: the model's.
+        projections: of the plan's layers.
+        scale: factor of the loss.
+    """
+
+    keeps_activations: ClassVar[bool] = False
+    """If set, the activations' factor is made in the backward pass: where it is larger than the activations."""
+
+    def __init__(self, plan: Plan, projections: Projections, scale: float) -> None:
+        self._layout = {layer.name: (index, layer) for index, layer in enumerate(projections.layout)}
+        self._placement, self._projections, self._scale = plan.placement, projections, scale
+        self._layers: dict[str, _OpenLayer] = {}
+
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """Project the activations; see :class:`Accumulator`."""
+        kept: list[tuple[Part, Tensor | None]] = []
+        for part in rule.parts(self._placement, axis, samples):
+            factor = None
+            if isinstance(part, Outer) and not self.keeps_activations:
+                factor = self._activation_factor(part)
+                part = Outer(part.layer, part.activation_side, _dropped, part.delta)  # drops the activations
+            self._layers.setdefault(part.layer, _OpenLayer()).expected += 1
+            kept.append((part, factor))
+
+        def backward(d: Tensor) -> None:
+            while kept:
+                part, factor = kept.pop()
+                self._take(part, factor, d)
+
+        return backward
+
+    def _activation_factor(self, part: Outer) -> Tensor:
+        left, right = self._projections.of(part.layer)
+        return part.activation(left if part.activation_side == "row" else right)
+
+    def _take(self, part: Part, factor: Tensor | None, d: Tensor) -> None:
+        left, right = self._projections.of(part.layer)
+        layer = self._layers[part.layer]
+        if isinstance(part, Outer):
+            if factor is None:
+                factor = self._activation_factor(part)
+            other = part.delta(d, right if part.activation_side == "row" else left)
+            layer.factors.append((factor, other) if part.activation_side == "row" else (other, factor))
+        else:
+            block = left.reduce(part.make(d), part.start, 1)
+            layer.blocks.append(right.reduce(block, part.column, 2))
+        layer.expected -= 1
+        if layer.expected == 0:
+            self._close(part.layer)
+
+    def _close(self, name: str) -> None:
+        parts = self._layers.pop(name)
+        if not parts.factors and not parts.blocks:
+            return
+        index, layer = self._layout[name]
+        block = sum(parts.blocks[1:], parts.blocks[0]) if parts.blocks else None
+        row = column = None
+        if parts.factors:
+            # A layer used more than once has one gradient: its calls are further positions.
+            rows, columns = zip(*parts.factors, strict=True)
+            row, column = (f[0] if len(f) == 1 else torch.cat(f, 1) for f in (rows, columns))
+        self.take_layer(index, layer, row, column, block)
+
+    def take_layer(
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+    ) -> None:
+        """Take the sketches of a layer, sum_t row_t column_t^T + block.
+
+        Args:
+            index: of the layer in the layout.
+            layer: its place in the layout.
+            row, column: (N, T, rows) and (N, T, columns), or None for both.
+            block: (N, rows, columns), or None.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Close the layers of which a call had no part in the loss."""
+        for name in list(self._layers):
+            self._close(name)
+
+
+def _dropped(_projection: Projection) -> Tensor:
+    raise AssertionError("the activations were dropped")
+
+
+def _per_sample(row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
+    """(N, rows, columns): sum_t row_t column_t^T + block."""
+    if row is None or column is None:
+        assert block is not None
+        return block
+    product = torch.bmm(row.transpose(1, 2), column)
+    return product if block is None else product + block
+
+
+class SampleSketches(SketchAccumulator):
+    """Writes the sketches of all samples into ``out`` (N, D)."""
+
+    def __init__(self, plan: Plan, projections: Projections, out: Tensor, scale: float) -> None:
+        super().__init__(plan, projections, scale)
+        self._out = out
+
+    def take_layer(
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+    ) -> None:
+        """See :meth:`SketchAccumulator.take_layer`."""
+        sketches = _per_sample(row, column, block).flatten(1)
+        self._out[:, layer.start : layer.stop] = sketches if self._scale == 1.0 else sketches / self._scale
+
+
+class ClassSketches(SketchAccumulator):
+    """Adds the sketches of each class's samples to ``sums`` (P, D), and their squared norms to ``squares`` (P, L).
+
+    Args:
+        plan, projections, scale: as :class:`SketchAccumulator`.
+        labels: (N,) int64 in [0, P).
+        sums, squares: the tensors that are added to.
+    """
+
+    def __init__(
+        self, plan: Plan, projections: Projections, labels: Tensor, sums: Tensor, squares: Tensor, scale: float
+    ) -> None:
+        super().__init__(plan, projections, scale)
+        self._labels, self._sums, self._squares = labels, sums, squares
+
+    def take_layer(
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+    ) -> None:
+        """See :meth:`SketchAccumulator.take_layer`."""
+        classes = len(self._sums)
+        if block is None:
+            assert row is not None and column is not None
+            arguments = (row, column, self._labels, classes)
+            sums, squares = CLASS_SKETCH.choose(self._projections.backend, *arguments).run(*arguments)
+            self._sums[:, layer.start : layer.stop] += sums.flatten(1) / self._scale
+            self._squares[:, index] += squares / self._scale**2
+            return
+        sketches = _per_sample(row, column, block).flatten(1) / self._scale
+        self._sums[:, layer.start : layer.stop].index_add_(0, self._labels, sketches)
+        self._squares[:, index].index_add_(0, self._labels, sketches.square().sum(1))
+
+
+_SLICE = 1 << 24
+"""Entries of whole per-sample gradients that are formed at a time for their norms (64 MiB of float32)."""
+
+
+class SquaredNorms(SketchAccumulator):
+    """Adds each sample's squared gradient norm to ``out`` (N,), exactly; its projections are identities."""
+
+    keeps_activations: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan, projections: Projections, out: Tensor, scale: float) -> None:
+        super().__init__(plan, projections, scale)
+        self._out = out
+
+    def take_layer(
+        self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
+    ) -> None:
+        """See :meth:`SketchAccumulator.take_layer`."""
+        self._out += self._squares(layer, row, column, block) / self._scale**2
+
+    def _squares(self, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
+        if row is None or column is None:
+            assert block is not None
+            return block.square().sum((1, 2))
+        size, positions = layer.rows * layer.columns, row.shape[1]
+        if block is None and positions * (layer.rows + layer.columns) < size:
+            # ||sum_t d_t a_t^T||^2 = sum_{s, t} <d_s, d_t> <a_s, a_t>: cheaper with few positions.
+            pairs = torch.bmm(row, row.transpose(1, 2)) * torch.bmm(column, column.transpose(1, 2))
+            return pairs.sum((1, 2))
+        step = max(1, _SLICE // size)
+        squares = []
+        for start in range(0, len(row), step):
+            part = slice(start, start + step)
+            gradients = _per_sample(row[part], column[part], None if block is None else block[part])
+            squares.append(gradients.square().sum((1, 2)))
+        return torch.cat(squares)
+
+
+class InnerProducts:
+    """Adds the inner product of each sample's gradient with a direction to ``out`` (N,), exactly.
+
+    <g, V> for g = sum_t d_t a_t^T is sum_t <d_t, V a_t>, and V a_t is the layer itself with V as its parameters: one
+    more forward call of each layer. ``torch.func.jvp`` along V gives the same number at about the same cost, but not in
+    one pass with norms or sketches.
+
+    Args:
+        directions: V by parameter name, of the parameters' shapes.
+        out: (N,), added to.
+        scale: factor of the loss.
+    """
+
+    keeps_activations: ClassVar[bool] = False
+
+    def __init__(self, directions: Mapping[str, Tensor], out: Tensor, scale: float) -> None:
+        self._directions, self._out, self._scale = directions, out, scale
+
+    def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
+        """Compute the tangent of the call; see :class:`Accumulator`."""
+        kept = [rule.tangent(self._directions)]
+
+        def backward(d: Tensor) -> None:
+            dtype = work_dtype(d.dtype)
+            product = d.to(dtype) * kept.pop().to(dtype)
+            self._out += axis.split(product, samples).reshape(samples, -1).sum(1).to(self._out.dtype) / self._scale
+
+        return backward
+
+    def finish(self) -> None:
+        """Do nothing: every call is done with its gradient."""

@@ -1,0 +1,28 @@
+"""A chunk of the samples: what one forward and backward pass takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gradmix.inputs import InputTree, num_samples
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples of one pass.
+
+    Attributes:
+        name: name of the argument that the samples come from, for error messages.
+        start: index of the first sample in it, for error messages.
+        x: (n, ...) inputs.
+        y: (n, ...) targets.
+    """
+
+    name: str
+    start: int
+    x: InputTree
+    y: Any
+
+    def __len__(self) -> int:
+        return num_samples(self.x)

@@ -1,0 +1,23 @@
+"""Errors of the gradient engine."""
+
+from __future__ import annotations
+
+
+class NoRuleError(ValueError):
+    """A parameter is used in a way for which there is no layer rule."""
+
+
+class BatchStatisticsError(ValueError):
+    """The model normalises by statistics of the batch, so that a sample's gradient depends on the other samples."""
+
+
+class CoupledRowsError(ValueError):
+    """The output for a sample depends on other samples of the batch, so that it has no gradient of its own."""
+
+
+class MovedRowsError(CoupledRowsError):
+    """Samples are not where the plan says; whether they influence each other is not known."""
+
+
+class OutdatedPlanError(RuntimeError):
+    """A forward pass differs from the plan."""

@@ -1,0 +1,58 @@
+"""The settings of the gradient engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from gradmix.checks import check_count
+from gradmix.gradients.layers import WithoutRule
+from gradmix.gradients.losses import Loss, Scaler
+from gradmix.gradients.sketches import Sketch
+from gradmix.ops.backends import check_backend
+
+CHUNK = 256
+"""Samples of one forward and backward pass by default."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What gradients are computed, and how; the arguments of :func:`gradmix.class_gradients`.
+
+    Attributes:
+        layers: ``"all"``, or patterns of the names of modules or parameters.
+        rank: of the sketch.
+        seed: of the sketch.
+        sketch: kind of the sketch, or a :class:`gradmix.gradients.Sketch`, which has its own rank and seed.
+        loss: from logits and targets to the losses of the samples; None: cross-entropy, for which logits and labels
+            are checked.
+        without_rule: treatment of parameters without a layer rule.
+        scaler: a GradScaler or a factor for the loss.
+        chunk_size: samples of one pass.
+        backend: of the operators ``class_sketch`` and ``sketch_project``.
+    """
+
+    layers: str | Sequence[str] = "all"
+    rank: int | Mapping[str, int] = 32
+    seed: int = 0
+    sketch: str | Sketch = "identity"
+    loss: Loss | None = None
+    without_rule: WithoutRule = "error"
+    scaler: Scaler = None
+    chunk_size: int = CHUNK
+    backend: str = "auto"
+
+    def check(self) -> None:
+        """Check the settings that do not depend on the model.
+
+        Raises:
+            TypeError, ValueError: one is wrong.
+        """
+        if self.without_rule not in get_args(WithoutRule):
+            allowed = " or ".join(map(repr, get_args(WithoutRule)))
+            raise ValueError(f"without_rule: got {self.without_rule!r}, expected {allowed}")
+        check_count("chunk_size", self.chunk_size)
+        check_backend(self.backend)
+        if self.loss is not None and not callable(self.loss):
+            raise TypeError(f"loss: got {type(self.loss).__name__}, expected a callable or None")
