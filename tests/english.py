@@ -68,11 +68,11 @@ PARTICIPLES = frozenset(
 """Function names that do not say who does what."""
 
 
-def texts(source: str) -> list[str]:
+def texts(source: str, nodes: list[ast.AST]) -> list[str]:
     """Docstrings (strings that stand as statements) and comments."""
     found = [
         node.value.value
-        for node in ast.walk(ast.parse(source))
+        for node in nodes
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     ]
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -81,12 +81,12 @@ def texts(source: str) -> list[str]:
 
 def findings(source: str) -> list[str]:
     """What is to be written otherwise, a line each."""
-    found = []
-    for text in texts(source):
+    nodes, found = list(ast.walk(ast.parse(source))), []
+    for text in texts(source, nodes):
         flat = " ".join(text.split())
         for pattern, instead in PHRASES.items():
             found += [f"{match[0]!r}: write {instead}" for match in re.finditer(pattern, flat, re.I)]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
             summary = (ast.get_docstring(node) or "").split("\n")[0]
             if summary.split(" ")[0] in FIRST_WORDS:
