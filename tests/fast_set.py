@@ -55,6 +55,7 @@ FAST = frozenset(
         "test_moved_names",
         "test_packaging",
         "test_pages",
+        "test_project_files",
         "test_public_api",
         "test_ratchet",
         "test_readme",
