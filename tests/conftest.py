@@ -24,7 +24,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
 
-pytest_plugins = ["bodies_run"]
+pytest_plugins = ["bodies_run", "fast_set"]
 
 
 MOST_PROCESSES = 8
@@ -32,8 +32,12 @@ MOST_PROCESSES = 8
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    return min(os.cpu_count() or 1, MOST_PROCESSES)
+def pytest_xdist_auto_num_workers() -> int | None:
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist reads it
+    # The cores that this process may use: in a container they are often fewer than the machine's.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,45 @@
+"""The project's checks by name: ``pip install nox``, then ``nox -s fast``, ``full``, ``docs`` or ``bench-smoke``.
+
+Each session installs the package as a user does, so that the installed one is what is tested. ``nox -R -s fast`` keeps
+the environment and the build of the last time. Arguments after ``--`` are pytest's: ``nox -s fast -- -k head``.
+"""
+
+import nox
+
+nox.options.sessions = ["fast", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+CONSTRAINTS = ("-c", "constraints.txt")
+
+
+@nox.session
+def fast(session: nox.Session) -> None:
+    """Style, types and the fast tests: what to run before every commit."""
+    session.install(*CONSTRAINTS, ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("pytest", "-m", "fast", "-n", "auto", "--dist", "worksteal", *session.posargs)
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """All tests: what to run before a merge."""
+    session.install(*CONSTRAINTS, ".[test]")
+    session.run("pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Spelling, the links of all pages, and the Python that stands in them."""
+    session.install(*CONSTRAINTS, ".[test]")
+    session.install("codespell")
+    session.run("codespell")
+    session.run("pytest", "tests/test_pages.py", "tests/test_readme.py", *session.posargs)
+
+
+@nox.session(name="bench-smoke")
+def bench_smoke(session: nox.Session) -> None:
+    """The benchmarks at small sizes: that they run and check their answers. Their times mean nothing."""
+    session.install(*CONSTRAINTS, ".[bench]")
+    for script in ("selection_throughput", "class_sketch", "sketch_project"):
+        session.run("python", f"bench/{script}.py", "--quick")
