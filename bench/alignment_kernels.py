@@ -38,7 +38,7 @@ from _selection_problem import LAM, Problem, Sizes, make_problem
 from _selection_rivals import INTERPRETED, by_plain_torch
 from torch import Tensor
 
-from gradmix.mixing import beta_quadrature
+from gradmix.mixing_weight import beta_quadrature
 from gradmix.ops import _triton, cosine_alignment, draw_partners, last_layer_gradient, mixed_alignment
 from gradmix.ops.backends import Operator
 

@@ -51,8 +51,8 @@ from training_step import Case, Loop
 import gradmix
 from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES
 from gradmix.estimators import Network, resolve
-from gradmix.head import HeadOutput
 from gradmix.mixer import GradMix
+from gradmix.model.head import HeadOutput
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.pairs import Pairs

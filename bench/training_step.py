@@ -41,8 +41,8 @@ from _measure import (
 from _networks import NETWORKS, make_network
 from torch import Tensor, nn
 
-from gradmix.head import HeadCapture, HeadOutput
 from gradmix.mixer import GradMix
+from gradmix.model.head import HeadCapture, HeadOutput
 
 CRITERIA = ("class", "sample")
 

@@ -15,9 +15,9 @@ from gradmix.class_table import ClassTable
 from gradmix.criteria import Alignment
 from gradmix.estimators import JvpEstimator, SketchEstimator
 from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
-from gradmix.head import HeadCapture, HeadNotFoundError, HeadOutput
 from gradmix.mixer import GradMix
-from gradmix.mixing_stage import mixed_forward
+from gradmix.model.head import HeadCapture, HeadNotFoundError, HeadOutput
+from gradmix.model.mixed_forward import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
 from gradmix.pairs import Pairs
 from gradmix.references import reference_gradient

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from gradmix._moved import moved
 from gradmix.criteria import Alignment, Criterion
 from gradmix.estimators import EstimatorLike, Network, resolve
-from gradmix.inputs import InputTree
+from gradmix.model.inputs import InputTree
+from gradmix.model.unchanged import unwrap
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.probe import unwrap
 from gradmix.replay.sources import CHUNK, SampleSource
+from gradmix.runtime.workers import refuse_worker
 from gradmix.selection import checked_request
 from gradmix.selector import Rule, Selector
-from gradmix.workers import refuse_worker
 
 
 def alignment_matrix(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gradmix.criteria import Alignment, ClassMeans, PairScores
-from gradmix.mixing import beta_quadrature
+from gradmix.mixing_weight import beta_quadrature
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import Weight, cosine
-from gradmix.processes import Group, as_the_first
+from gradmix.runtime.collectives import Group, broadcast
 
 TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Mixing weights at which a class table is evaluated; between them it is interpolated.
@@ -59,13 +59,13 @@ class ClassTable:
 
     def at(self, lam: Weight) -> Alignment:
         """The alignment at one mixing weight, (P, P), interpolated linearly between the weights evaluated."""
-        return interpolated(self.lams, self.tensors(), lam).alignment(self.reference_norm)
+        return interpolate(self.lams, self.tensors(), lam).alignment(self.reference_norm)
 
     def average(self, alpha: float) -> Alignment:
         """The mean over Beta(alpha, alpha), (P, P): what can be shown of the table in one picture."""
         inner, norm = torch.zeros_like(self.inner[0]), torch.zeros_like(self.norm[0])
         for lam, weight in zip(*beta_quadrature(alpha, AVERAGE_NODES), strict=True):
-            scores = interpolated(self.lams, self.tensors(), lam)
+            scores = interpolate(self.lams, self.tensors(), lam)
             inner += weight * scores.inner
             norm += weight * scores.norm
         return Alignment(inner, cosine(inner, norm, self.reference_norm), self.classes)
@@ -76,11 +76,11 @@ class ClassTable:
 
     def of_first_process(self, group: Group) -> ClassTable:
         """The table of a group's first process; those of the others differ from it by their draws and by rounding."""
-        inner, norm = as_the_first([self.inner, self.norm], group)
+        inner, norm = broadcast([self.inner, self.norm], group)
         return replace(self, inner=inner, norm=norm)
 
 
-def interpolated(lams: Sequence[float], table: TableTensors, lam: Weight) -> PairScores:
+def interpolate(lams: Sequence[float], table: TableTensors, lam: Weight) -> PairScores:
     """The scores (P, P) of a table at one mixing weight, a number or a scalar tensor that the host does not read."""
     if isinstance(lam, Tensor):
         # Filled one by one: a copy from the host would be waited for.

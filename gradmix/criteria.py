@@ -16,7 +16,7 @@ from torch import Tensor
 from gradmix.ops.class_pairs import class_members, class_pair_sums
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import cosine
-from gradmix.ops.waiting import look_is_free
+from gradmix.runtime.deferred_checks import can_sync
 
 Criterion = Literal["class", "sample"]
 
@@ -39,7 +39,7 @@ class Alignment:
 
     def compact(self) -> Alignment:
         """The same without the places of :func:`classes_of` that stand for no class; reads the classes."""
-        if self.classes is None or look_is_free(self.classes.device):
+        if self.classes is None or can_sync(self.classes.device):
             return self
         at = (self.classes >= 0).nonzero()[:, 0]
         inner, angle = (v.index_select(0, at).index_select(1, at) for v in (self.inner, self.cosine))
@@ -100,7 +100,7 @@ def classes_of(labels: Tensor) -> Tensor:
 
     Where the host may not read how many there are, as many as labels: -1 takes the place of repetitions.
     """
-    if look_is_free(labels.device):
+    if can_sync(labels.device):
         found: Tensor = torch.unique(labels)
         return found
     ordered = labels.sort().values

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
 from gradmix.ops.draw_partners import DrawnPartners, draw_partners
+from gradmix.runtime.transfer import to_device_async
 
 Policy = Literal["uniform", "permute", "best"]
 
@@ -42,7 +42,7 @@ class Proposal:
             drawn = torch.randperm(candidates, generator=source, device=source.device)[:count]
         else:
             drawn = torch.randint(candidates, (count,), generator=source, device=source.device)
-        return sent(drawn, self._device)
+        return to_device_async(drawn, self._device)
 
     def pairs(self, itself: bool) -> Tensor | None:
         """(K, 2) int64, sample and candidate of the pairs that matter, in order; None: all N x M.
@@ -65,7 +65,7 @@ class Proposal:
             return self._permuted
         source = self.generator
         drawn = torch.rand(self._shape[0], generator=source, device=source.device, dtype=torch.float64)
-        return sent(drawn, self._device)
+        return to_device_async(drawn, self._device)
 
 
 def all_pairs(count: int, candidates: int, device: torch.device) -> Tensor:

@@ -9,28 +9,29 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradmix.checks import check_count
 from gradmix.class_table import ClassTable
 from gradmix.criteria import Criterion, class_index
 from gradmix.draw import Policy
 from gradmix.estimators import EstimatorLike, Network, Screening, TableLookup, resolve
 from gradmix.estimators.full_network import FullGradient
-from gradmix.graphs import Graphs, call
-from gradmix.head import HeadOutput
-from gradmix.inputs import InputTree, first_tensor
-from gradmix.mixing import default_generator, draw_lam
+from gradmix.mixing_weight import draw_lam
+from gradmix.model.head import HeadOutput
+from gradmix.model.inputs import InputTree, first_tensor
+from gradmix.model.unchanged import unwrap
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.ops.waiting import look_is_free, require, settle
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.probe import unwrap
-from gradmix.processes import Group, any_over, as_the_first
 from gradmix.references import Reference, on_host
 from gradmix.replay.sources import CHUNK, SampleSource, has_samples
-from gradmix.samples import Mixtures, Request, joined
+from gradmix.runtime.collectives import Group, any_rank, broadcast
+from gradmix.runtime.cuda_graphs import Graphs, call
+from gradmix.runtime.deferred_checks import can_sync, check_samples, raise_deferred
+from gradmix.runtime.random import default_generator
+from gradmix.runtime.validation import check_count
+from gradmix.runtime.workers import refuse_worker
+from gradmix.samples import Mixtures, Request, concatenate_samples
 from gradmix.selection import check_weight, checked_request, select
 from gradmix.selector import Rule, Selector
-from gradmix.workers import refuse_worker
 
 Shapes: TypeAlias = dict[str, list[int]]
 """Parameters' shapes by name."""
@@ -58,9 +59,9 @@ class GradMix:
     because it serves steps with different lam.
 
     On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes). The next call
-    raises what a check finds (:mod:`gradmix.ops.waiting`). Samples of a class that the table does not know stay unmixed
-    in that step, and the next one computes the table anew. Reading a buffer kept on the host, and making a class table,
-    do wait.
+    raises what a check finds (:mod:`gradmix.runtime.deferred_checks`). Samples of a class that the table does not know
+    stay unmixed in that step, and the next one computes the table anew. Reading a buffer kept on the host, and making a
+    class table, do wait.
 
     Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
     the model, which does not learn.
@@ -81,7 +82,7 @@ class GradMix:
             reference gradient, to the bit, and the same class table, made of the samples of the buffer and of all
             processes' batches in the order of the ranks, as one process would make it of the whole batch. By class
             every call asks all processes whether one of them has met an unknown class. A process that fails leaves the
-            others waiting (:mod:`gradmix.processes`).
+            others waiting (:mod:`gradmix.runtime.collectives`).
         shared_batch: whether every process of the group is given the same batch, the whole one, as where the outputs of
             its parts have been gathered already; they then make the same decisions if their generators are alike.
 
@@ -239,8 +240,8 @@ class GradMix:
         """Whether any of ``flags`` (K,) is set, in any process; where the host may not look, the next call knows."""
         group = self._estimator.network.group
         if group is not None:
-            flags = any_over(flags, group)
-        if look_is_free(flags.device) or self._estimator.full_network:
+            flags = any_rank(flags, group)
+        if can_sync(flags.device) or self._estimator.full_network:
             return bool(flags.any())
         # By a weak reference: the question is kept for the model, and must not keep it.
         kept = weakref.ref(self)
@@ -250,7 +251,7 @@ class GradMix:
             if mixup is not None:
                 mixup.start_epoch()
 
-        require(flags, grow_stale)
+        check_samples(flags, grow_stale)
         return False
 
     def _shapes_now(self) -> Shapes:
@@ -289,7 +290,7 @@ class GradMix:
             at_hand = [part.without_inputs() for part in at_hand]
         parts = [*samples, *(part.gathered(network.batch_group) for part in at_hand)]
         table, screening = estimator.class_table(
-            joined(parts, mixtures.num_classes),
+            concatenate_samples(parts, mixtures.num_classes),
             reference.gradient,
             self._class_samples,
             self._rule.threshold,
@@ -297,7 +298,7 @@ class GradMix:
         )
         if screening is not None:
             counts = torch.tensor(astuple(screening), device=table.inner.device)
-            screening = Screening(*as_the_first([counts], network.group)[0].tolist())
+            screening = Screening(*broadcast([counts], network.group)[0].tolist())
         return table.of_first_process(network.group), screening
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +308,7 @@ class GradMix:
             ValueError: the call before was given what it should not have been, found on a GPU.
         """
         # Whether the table is to be made anew may still be on its way from the GPU.
-        settle(self._model)
+        raise_deferred(self._model)
         table = self.table
         return {
             "reference": self.reference,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
-from gradmix.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
+from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
 from gradmix.samples import Samples

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmix.forward import forward_source
-from gradmix.head import HeadLike
-from gradmix.inputs import check_mixable
+from gradmix.model.forward import forward_source
+from gradmix.model.head import HeadLike
+from gradmix.model.inputs import check_mixable
+from gradmix.model.unchanged import device_of, unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient
-from gradmix.probe import device_of, untouched, unwrap
-from gradmix.processes import Group, check_group, gather_rows, sum_over
 from gradmix.replay.sources import CHUNK, SampleSource
-from gradmix.samples import HeadSamples, joined
-from gradmix.workers import refuse_worker
+from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
+from gradmix.runtime.workers import refuse_worker
+from gradmix.samples import HeadSamples, concatenate_samples
 
 
 class Reference(NamedTuple):
@@ -53,13 +53,13 @@ def reference_gradient(
         buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any object of samples
             ``(x, y)`` with ``__len__`` and ``__getitem__``, or a function that returns one of these and is called at
             every read (:mod:`gradmix.replay.sources`). x is a tensor, or a mapping, tuple or list of tensors, which
-            the model is given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.inputs`).
+            the model is given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.model.inputs`).
         head: the classifier, or its name; None: found by itself.
         chunk_size: samples of one forward pass.
         group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each
             forwards its share of the samples, and all get the same result, to the bit. Every process must call this;
-            one that fails leaves the others waiting (:mod:`gradmix.processes`). A DataLoader must give the same batches
-            in all of them. None: this process forwards all samples.
+            one that fails leaves the others waiting (:mod:`gradmix.runtime.collectives`). A DataLoader must give the
+            same batches in all of them. None: this process forwards all samples.
 
     Returns:
         (C, d + 1) float32 (float64 for a float64 model), the last column the bias's; (C, d) for a head without bias.
@@ -77,7 +77,7 @@ def reference_gradient(
     refuse_worker("reference_gradient")
     check_group(group)
     model = unwrap(model)
-    with untouched(model):
+    with unchanged(model):
         reference, _ = read_buffer(model, head, buffer, chunk_size, device_of(model), group)
     if reference is None:
         raise ValueError("buffer: got no rows, expected at least one")
@@ -98,7 +98,7 @@ def read_buffer(
     Both are the same in all processes of a group, each of which forwards its share.
 
     Args:
-        model, head, chunk_size: as :func:`gradmix.forward.forward_source`.
+        model, head, chunk_size: as :func:`gradmix.model.forward.forward_source`.
         buffer: the source of samples.
         device: where they are forwarded.
         group: the processes.
@@ -116,8 +116,8 @@ def read_buffer(
             places.append(start + index)
     if keep is not None and kept and group is not None:
         # The first samples of all are among the first samples of each share.
-        everyone = joined(kept, kept[0].logits.shape[1]).gathered(group)
-        everyone = everyone.take(gather_rows(torch.cat(places), group).argsort())
+        everyone = concatenate_samples(kept, kept[0].logits.shape[1]).gathered(group)
+        everyone = everyone.take(all_gather_samples(torch.cat(places), group).argsort())
         kept = [everyone.take(ClassQuota(keep.per_class).admit(everyone.y))]
     return total.value(group), kept
 
@@ -167,7 +167,7 @@ class MeanGradient:
         """
         if self._sum is None or group is None:
             return None if self._sum is None else self._sum / self._count
-        total, count = sum_over([self._sum, torch.full_like(self._sum[0, 0], self._count)], group)
+        total, count = all_reduce_sum([self._sum, torch.full_like(self._sum[0, 0], self._count)], group)
         return total / count
 
 
@@ -187,7 +187,7 @@ def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
     # A zero [h; 1] adds nothing, so that the number of such samples need not be known.
     total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, bias=False)
-    total, count = sum_over([total, marked.sum().to(total.dtype)], group)
+    total, count = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
     return Reference(total / count.clamp(min=1), count == 0)
 
 

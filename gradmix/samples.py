@@ -9,13 +9,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gradmix.head import HeadOutput
-from gradmix.head_values import MASKED
-from gradmix.inputs import concatenate, map_tensors, take
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_values import MASKED
+from gradmix.model.inputs import concatenate, map_tensors, take
 from gradmix.ops.labels import dense_labels
 from gradmix.ops.mixed_alignment import Weight
-from gradmix.ops.waiting import require
-from gradmix.processes import Group, gather_rows
+from gradmix.runtime.collectives import Group, all_gather_samples
+from gradmix.runtime.deferred_checks import check_samples
 
 AnySamples = TypeVar("AnySamples", bound="Samples")
 
@@ -46,7 +46,7 @@ class Samples:
 
     def gathered(self: AnySamples, group: Group) -> AnySamples:
         """The samples of all processes of a group, in the order of the ranks."""
-        return self.map(lambda value: gather_rows(value, group))
+        return self.map(lambda value: all_gather_samples(value, group))
 
     def without_inputs(self: AnySamples) -> AnySamples:
         """The same without x: what is kept in feature space must not keep images alive."""
@@ -72,7 +72,7 @@ class HeadSamples(Samples):
         return replace(super().map(function), features=function(self.features), logits=function(self.logits))
 
 
-def joined(parts: Sequence[AnySamples], num_classes: int) -> AnySamples:
+def concatenate_samples(parts: Sequence[AnySamples], num_classes: int) -> AnySamples:
     """Several parts as one; class indices and label vectors meet as label vectors (N, num_classes).
 
     Raises:
@@ -98,7 +98,7 @@ def check_one_mask(samples: Samples, others: Samples) -> None:
     if len(samples) == 0 or samples.logits.shape[1] != others.logits.shape[1]:
         return
     masked = samples.logits[:1] <= MASKED
-    require(
+    check_samples(
         ((others.logits <= MASKED) != masked).any(1),
         lambda row: ValueError(
             f"model: masks other classes for sample {row} of a pass than in a pass before, expected one mask for all "

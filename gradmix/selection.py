@@ -18,19 +18,21 @@ from gradmix.draw import Policy, Proposal
 from gradmix.estimators import EstimatorLike, Network, resolve
 from gradmix.estimators.base import Estimator
 from gradmix.estimators.full_network import FullGradient
-from gradmix.graphs import call, sent
-from gradmix.head import HeadOutput
-from gradmix.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
-from gradmix.mixing import check_alpha, default_generator, draw_lam
+from gradmix.mixing_weight import check_alpha, draw_lam
+from gradmix.model.head import HeadOutput
+from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
+from gradmix.model.unchanged import unwrap
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.probe import unwrap
-from gradmix.processes import Group
 from gradmix.references import Reference
 from gradmix.replay.sources import CHUNK, SampleSource, as_pair
+from gradmix.runtime.collectives import Group
+from gradmix.runtime.cuda_graphs import call
+from gradmix.runtime.random import default_generator
+from gradmix.runtime.transfer import to_device_async
+from gradmix.runtime.workers import refuse_worker
 from gradmix.samples import Request, Samples
 from gradmix.selector import Decision, Rule, Selector
-from gradmix.workers import refuse_worker
 
 
 def select_pairs(
@@ -119,7 +121,7 @@ def select_pairs(
     Raises:
         ValueError: a value out of range, a NaN or infinity (its sample is named), labels beyond the model's classes, an
             empty batch, or no certain head. On a GPU the next call raises what is wrong with values, as this one waits
-            for nothing (:mod:`gradmix.ops.waiting`; estimators ``feature`` and ``mixed``).
+            for nothing (:mod:`gradmix.runtime.deferred_checks`; estimators ``feature`` and ``mixed``).
         TypeError: an argument of the wrong type.
         BatchStatisticsError: the model normalises by statistics of the batch.
         RuntimeError: called in a worker process of a DataLoader.
@@ -226,7 +228,7 @@ def _checked_marks(name: str, marked: object, count: int, device: torch.device) 
         raise TypeError(f"{name}: got a tensor of dtype {marked.dtype}, expected bool, which marks rows of the batch")
     if marked.shape != (count,):
         raise ValueError(f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({count},) as the batch's rows")
-    return sent(marked, device)
+    return to_device_async(marked, device)
 
 
 def check_weight(alpha: float, lam: float | None) -> None:

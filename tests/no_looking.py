@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmix.estimators import feature
-from gradmix.ops import draw_partners, last_layer_gradient, mixed_alignment, waiting
+from gradmix.ops import draw_partners, last_layer_gradient, mixed_alignment
+from gradmix.runtime import deferred_checks
 
 WAITING = {
     "aten::_local_scalar_dense",
@@ -48,7 +49,7 @@ class _Watch(TorchDispatchMode):
 
 def behind_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the package take the CPU for a device whose values are not to be looked at."""
-    monkeypatch.setattr(waiting, "DEVICES", frozenset({"cuda", "cpu"}))
+    monkeypatch.setattr(deferred_checks, "DEVICES", frozenset({"cuda", "cpu"}))
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from gradmix.alignment import alignment_matrix
 from gradmix.class_table import TABLE_LAMS, ClassTable
 from gradmix.criteria import Alignment, class_index
 from gradmix.estimators import EstimatorName, Network, resolve
-from gradmix.forward import forward_all
-from gradmix.head import logits_of
-from gradmix.probe import untouched
+from gradmix.model.forward import forward_all
+from gradmix.model.head import logits_of
+from gradmix.model.unchanged import unchanged
 from gradmix.references import reference_gradient
 from gradmix.samples import Samples
 
@@ -182,7 +182,7 @@ def table(
     class_samples: int = 32,
 ) -> ClassTable:
     resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
-    with untouched(model):
+    with unchanged(model):
         got = forward_all(model, model.fc, "rows", Samples(*pair), 512)
         return resolved.class_table(got, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
 

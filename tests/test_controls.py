@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix.estimators.feature import feature_scores
-from gradmix.forward import forward_all
+from gradmix.model.forward import forward_all
 from gradmix.pairs import Pairs
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.trainer import train_one

@@ -16,8 +16,8 @@ from gradmix.criteria import PairScores
 from gradmix.estimators import JvpEstimator, Network, SketchEstimator
 from gradmix.estimators.sketch import Sketch
 from gradmix.gradients import mean_gradient
-from gradmix.head import logits_of
 from gradmix.mixer import GradMix
+from gradmix.model.head import logits_of
 from gradmix.samples import Mixtures, Samples
 
 BUFFER, BATCH, OTHERS = rows(11, 3), rows(6, 1), rows(4, 2)

@@ -11,7 +11,7 @@ from truth import one_hot
 
 import gradmix
 from gradmix import GradMix, select_pairs
-from gradmix.ops import waiting
+from gradmix.runtime import deferred_checks
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("torch", "triton")
@@ -113,7 +113,7 @@ def test_bad_input_is_named_by_the_next_call(cuda_graph: bool, monkeypatch: pyte
     broken[4] = torch.nan
     assert not mixup.select(broken, y).helpful[4]
     with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
-        waiting.settle()
+        deferred_checks.raise_deferred()
     monkeypatch.setenv("GRADMIX_CHECKS", "now")
     with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
         mixup(broken, y)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.gradients import NoRuleError
 from gradmix.gradients.directions import directional_derivatives, mean_gradient
-from gradmix.inputs import call_model, num_samples, take
+from gradmix.model.inputs import call_model, num_samples, take
 
 EXACT = 1e-9
 VOCABULARY, WIDTH, HEADS, GROUPS, CLASSES = 19, 8, 4, 2, 3

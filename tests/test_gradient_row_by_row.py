@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.gradients import CoupledRowsError, NoRuleError
 from gradmix.gradients.directions import directional_derivatives, mean_gradient
-from gradmix.inputs import call_model
+from gradmix.model.inputs import call_model
 
 EXACT = 1e-9
 

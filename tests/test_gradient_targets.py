@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import gradmix
 from gradmix.gradients import NoRuleError
 from gradmix.gradients.directions import directional_derivatives, mean_gradient
-from gradmix.inputs import call_model, num_samples, take
+from gradmix.model.inputs import call_model, num_samples, take
 
 EXACT = 1e-9
 Loss = Callable[[Tensor, Any], Tensor]

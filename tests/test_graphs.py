@@ -9,8 +9,8 @@ from models import CLASSES, MLP, rows
 from no_looking import behind_the_host
 from torch import Tensor
 
-from gradmix import GradMix, graphs
-from gradmix.ops import waiting
+from gradmix import GradMix
+from gradmix.runtime import cuda_graphs, deferred_checks
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -46,10 +46,10 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     behind_the_host(monkeypatch)
     recorder = Recorder()
-    monkeypatch.setattr(graphs, "capture", recorder)
-    monkeypatch.setattr(graphs.Graphs, "serve", lambda self, device: True)
+    monkeypatch.setattr(cuda_graphs, "capture", recorder)
+    monkeypatch.setattr(cuda_graphs.Graphs, "serve", lambda self, device: True)
     yield recorder
-    waiting._underway.clear()
+    deferred_checks._underway.clear()
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["own rows", "candidates"])
@@ -86,7 +86,7 @@ def test_replays_choose_what_calls_choose(criterion: str, policy: str, foreign: 
 
 
 def test_every_shape_has_its_graph_and_the_oldest_goes(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "GRAPHS", 2)
+    monkeypatch.setattr(cuda_graphs, "GRAPHS", 2)
     mixup = GradMix(MLP(), rows(12, 3), criterion="sample", refresh="epoch", generator=generator(), cuda_graph=True)
     captures = []
     for n in (8, 8, 5, 8, 3, 8, 5):
@@ -98,7 +98,7 @@ def test_every_shape_has_its_graph_and_the_oldest_goes(recorder: Recorder, monke
 
 
 def test_a_tensor_that_did_not_change_is_not_copied(recorder: Recorder) -> None:
-    run = graphs.Graphs()
+    run = cuda_graphs.Graphs()
     seen = []
 
     def function(x: Tensor, y: Tensor | None, lam: Tensor) -> Product:

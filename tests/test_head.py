@@ -11,8 +11,8 @@ from models import CLASSES, MLP, NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.head import HeadCapture, HeadNotFoundError, logits_of, resolve_head
-from gradmix.head_values import MASKED
+from gradmix.model.head import HeadCapture, HeadNotFoundError, logits_of, resolve_head
+from gradmix.model.head_values import MASKED
 
 
 @pytest.mark.parametrize("name", NETWORKS, ids=str)

@@ -11,8 +11,8 @@ from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.head import HeadCapture, HeadNotFoundError, logits_of
-from gradmix.ops import waiting
+from gradmix.model.head import HeadCapture, HeadNotFoundError, logits_of
+from gradmix.runtime import deferred_checks
 
 LAM = 0.6
 OFF_DIAGONAL = ~torch.eye(12, dtype=torch.bool, device="cpu")
@@ -238,7 +238,7 @@ def test_where_nothing_is_looked_at_the_decisions_are_the_same(change: str, monk
             pairs = gradmix.select_pairs(model, BUFFER, BATCH, lam=LAM)
         want = truth(model, BUFFER, BATCH)
         torch.testing.assert_close(pairs.alignment[OFF_DIAGONAL], want[OFF_DIAGONAL], rtol=0, atol=1e-9)
-        waiting.settle()
+        deferred_checks.raise_deferred()
 
 
 @pytest.mark.parametrize("kind", SERVED, ids=str)
@@ -248,7 +248,7 @@ def test_where_nothing_is_looked_at_heads_are_served_alike(kind: str, monkeypatc
     behind_the_host(monkeypatch)
     with watched():
         pairs = gradmix.select_pairs(model, BUFFER, BATCH, lam=LAM)
-    waiting.settle()
+    deferred_checks.raise_deferred()
     torch.testing.assert_close(pairs.alignment, expected, rtol=0, atol=1e-9, equal_nan=True)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradmix
-from gradmix.head import HeadNotFoundError
+from gradmix.model.head import HeadNotFoundError
 from gradmix.training.models import build_model
 from gradmix.training.models.growing_head import grow_head, grown_state
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer, alignment_matrix, mixed_forward, reference_gradient, select_pairs
-from gradmix.inputs import map_tensors
+from gradmix.model.inputs import map_tensors
 
 CLASSES, IMAGE, TABLE, LAM = 4, 5, 3, 0.4
 Named = namedtuple("Named", ["image", "table"])

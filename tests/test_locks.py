@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradmix import cli
-from gradmix.locks import acquire, holder, locked
+from gradmix.runtime.locks import acquire, holder, locked
 from gradmix.training.runs.results import LOCK, load_runs
 
 FEW = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20")
@@ -51,7 +51,8 @@ def test_a_forked_worker_holds_no_lock_of_a_killed_process(tmp_path: Path) -> No
     # A process takes the lock, forks a worker as a DataLoader does, and is killed; the worker lives on.
     path = tmp_path / "lock"
     code = (
-        "import multiprocessing, os, signal, sys, time\nfrom pathlib import Path\nfrom gradmix.locks import locked\n"
+        "import multiprocessing, os, signal, sys, time\nfrom pathlib import Path\n"
+        "from gradmix.runtime.locks import locked\n"
         "def wait(pipe):\n    pipe.recv()\n"
         f"with locked(Path({str(path)!r})) as mine:\n"
         "    assert mine\n"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer, select_pairs
-from gradmix.forward import forward_all
-from gradmix.head import resolve_head
-from gradmix.ops import waiting
-from gradmix.probe import untouched
+from gradmix.model.forward import forward_all
+from gradmix.model.head import resolve_head
+from gradmix.model.unchanged import unchanged
 from gradmix.references import marked_gradient
+from gradmix.runtime import deferred_checks
 from gradmix.samples import Samples
 
 MARKS = {"some": [1, 4, 5, 8], "one": [7], "none": [], "all": list(range(10))}
@@ -44,7 +44,7 @@ def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_the_reference_is_that_of_the_marked_rows(case: str, bias: bool, soft: bool) -> None:
     model, batch = MLP(bias).double(), rows(10, 1, torch.float64, soft)
-    with untouched(model):
+    with unchanged(model):
         head = resolve_head(model, "fc")
         reference, nothing = marked_gradient(
             forward_all(model, head, "batch", Samples(*batch), 99), marked(MARKS[case])
@@ -171,7 +171,7 @@ def test_by_class_a_first_marked_row_is_noticed_without_waiting(monkeypatch: pyt
     assert mixup.select(*rows(10, 1), replayed=marked([3])).helpful.all() and mixup.reference is None
     mixup.select(*rows(10, 1), replayed=marked([3]))  # told by the call before
     assert mixup.reference is not None and mixup.table is not None
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
 
 def test_what_was_noticed_is_part_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +184,15 @@ def test_what_was_noticed_is_part_of_a_state(monkeypatch: pytest.MonkeyPatch) ->
     other.load_state_dict(mixup.state_dict())
     other.select(*rows(10, 1), replayed=marked([3]))
     assert other.reference is not None and other.table is not None
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
 
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 def test_captured_calls_choose_the_same(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmix import graphs
+    from gradmix.runtime import cuda_graphs
 
-    monkeypatch.setattr(graphs, "capture", lambda function, device: _replayable(function))
-    monkeypatch.setattr(graphs.Graphs, "serve", lambda self, device: True)
+    monkeypatch.setattr(cuda_graphs, "capture", lambda function, device: _replayable(function))
+    monkeypatch.setattr(cuda_graphs.Graphs, "serve", lambda self, device: True)
     behind_the_host(monkeypatch)
     plain, captured = (
         GradMix(MLP(), None, criterion=criterion, threshold=0.3, generator=generator(), cuda_graph=graph)
@@ -202,7 +202,7 @@ def test_captured_calls_choose_the_same(criterion: str, monkeypatch: pytest.Monk
     for step, places in enumerate(([1, 2], [], [4], list(range(10)))):
         batch = rows(10, step)
         assert_same(captured.select(*batch, replayed=marked(places)), plain.select(*batch, replayed=marked(places)))
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
 
 def _replayable(function: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradmix
 from gradmix import mixed_forward
-from gradmix.head import resolve_head
+from gradmix.model.head import resolve_head
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.config import MixConfig, TrainConfig
 from gradmix.training.loop.clock import Clock

@@ -16,8 +16,9 @@ import yaml
 from rich.console import Console
 from synthetic_runs import make_result
 
-from gradmix import cli, names
+from gradmix import cli
 from gradmix.cli.progress import Reporter
+from gradmix.runtime import names
 from gradmix.training.loop.trainer import Progress
 from gradmix.training.reports import document, plots, report, tables
 from gradmix.training.reports.document import Code, Heading, Items, Table, Text

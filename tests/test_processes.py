@@ -26,8 +26,8 @@ from two_processes_selection import (
 )
 
 import gradmix
-from gradmix.processes import any_over, as_the_first, gather_rows, share, sum_over
 from gradmix.replay.sources import numbered_chunks
+from gradmix.runtime.collectives import all_gather_samples, all_reduce_sum, any_rank, broadcast, local_share
 
 
 def assert_close(value: Any, expected: Any, tolerance: float | None) -> None:
@@ -51,12 +51,12 @@ def assert_close(value: Any, expected: Any, tolerance: float | None) -> None:
 
 def test_without_a_group_nothing_is_exchanged() -> None:
     values = [torch.rand(2, 3), torch.tensor(4)]
-    for result in (sum_over(values, None), as_the_first(values, None)):
+    for result in (all_reduce_sum(values, None), broadcast(values, None)):
         assert all(a is b for a, b in zip(result, values, strict=True))
-    assert gather_rows(values[0], None) is values[0]
-    assert any_over(torch.tensor([False, True]), None).tolist() == [True]
-    assert any_over(torch.zeros(0, dtype=torch.bool), None).tolist() == [False]
-    assert [*share(5, None)] == [0, 1, 2, 3, 4]
+    assert all_gather_samples(values[0], None) is values[0]
+    assert any_rank(torch.tensor([False, True]), None).tolist() == [True]
+    assert any_rank(torch.zeros(0, dtype=torch.bool), None).tolist() == [False]
+    assert [*local_share(5, None)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("group", ["world", 3, torch.nn.Linear(1, 1)], ids=["text", "number", "module"])

@@ -11,7 +11,7 @@ from models import NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.probe import untouched
+from gradmix.model.unchanged import unchanged
 
 
 def photograph(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict:
@@ -142,7 +142,7 @@ def test_the_failures_above_do_happen() -> None:
         model.when = when
         with pytest.raises(RuntimeError, match="out of luck"):
             gradmix.select_pairs(model, rows(8, 2), rows(6, 1), estimator="mixed")
-        gradmix.head._found.pop(model, None)
+        gradmix.model.head._found.pop(model, None)
 
 
 def test_a_refresh_that_fails_leaves_what_was_kept() -> None:
@@ -202,7 +202,7 @@ def test_wrapped_models_are_looked_into_and_their_wrapper_is_not_called(estimato
 
 def test_untouched_restores_after_an_exception() -> None:
     model = ConvNet().train()
-    with pytest.raises(KeyError), untouched(model):
+    with pytest.raises(KeyError), unchanged(model):
         assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
         raise KeyError

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gradmix
-from gradmix.head import HeadNotFoundError
+from gradmix.model.head import HeadNotFoundError
 
 # Tracing warns of everything that it will not see.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -157,7 +157,7 @@ def test_an_empty_buffer_is_plain_mixup(criterion: str, empty: tuple) -> None:
     )
     # What Mixup does with the same generator: the weight, then a permutation.
     g = generator(4)
-    lam = gradmix.mixing.draw_lam(1.0, g)
+    lam = gradmix.mixing_weight.draw_lam(1.0, g)
     permutation = torch.randperm(40, generator=g)
     x, y = pairs.mix()
     torch.testing.assert_close(x, lam * batch[0] + (1 - lam) * batch[0][permutation])

@@ -17,10 +17,10 @@ from truth import one_hot
 
 import gradmix
 from gradmix import GradMix, select_pairs
-from gradmix.head import HeadCapture
+from gradmix.model.head import HeadCapture
 from gradmix.ops import mixed_alignment as operator
-from gradmix.ops import waiting
 from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.runtime import deferred_checks
 
 BUFFER = rows(12, 3)
 
@@ -51,9 +51,9 @@ def made(kind: str, model: Any) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Any:
-    waiting._underway.clear()
+    deferred_checks._underway.clear()
     yield
-    waiting._underway.clear()
+    deferred_checks._underway.clear()
 
 
 def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
@@ -81,7 +81,7 @@ def test_a_call_looks_at_nothing_and_chooses_the_same(case: str, monkeypatch: py
         pairs = select_pairs(model, BUFFER, batch, generator=generator(), **more)
         mixed = pairs.mix()
     assert all(torch.isfinite(v).all() for v in mixed)
-    waiting.settle()
+    deferred_checks.raise_deferred()
     assert_same(pairs, expected)
 
 
@@ -98,7 +98,7 @@ def test_marked_rows_are_not_looked_at(case: str, marks: list[int], monkeypatch:
     behind_the_host(monkeypatch)
     with watched():
         pairs = select_pairs(model, marked, batch, generator=generator(), **more)
-    waiting.settle()
+    deferred_checks.raise_deferred()
     assert_same(pairs, expected)
 
 
@@ -113,7 +113,7 @@ def test_a_step_between_refreshes_looks_at_nothing_and_chooses_the_same(
     expected = [known.select(x, y, lam=lam, **more) for lam in (0.3, 0.8)]
     behind_the_host(monkeypatch)
     pairs = [unseen.select(x, y, lam=0.3, **more)]  # makes the table
-    waiting.settle()
+    deferred_checks.raise_deferred()
     with watched():
         pairs.append(unseen.select(x, y, lam=0.8, **more))
     for one, other in zip(pairs, expected, strict=True):
@@ -182,7 +182,7 @@ def test_bad_input_is_named_by_the_next_call(
     behind_the_host(monkeypatch)
     mixup = GradMix(model, BUFFER, criterion=criterion, refresh="epoch", generator=generator())
     mixup(X, Y)
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
     def call(x: Tensor, y: Tensor) -> gradmix.Pairs:
         return mixup.select(x, y) if kept else select_pairs(model, BUFFER, (x, y), criterion=criterion)
@@ -194,7 +194,7 @@ def test_bad_input_is_named_by_the_next_call(
     with pytest.raises(ValueError, match=rf"{message}.*\(found on the GPU in an earlier call"):
         call(X, Y)
     call(X, Y)
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
 
 def test_a_call_that_raises_leaves_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_a_call_that_raises_leaves_no_question(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="num_classes"):
         select_pairs(MLP(), BUFFER, (nan_in(X, 0), Y), num_classes=99)
     select_pairs(MLP(), BUFFER, (X, Y))
-    waiting.settle()
+    deferred_checks.raise_deferred()
 
 
 def test_checks_now_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
-    with waiting.later(MLP()), watched():
+    with deferred_checks.deferred_checks(MLP()), watched():
         result = operator.mixed_alignment_torch(*arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
@@ -349,8 +349,8 @@ def test_a_finding_stops_nobody_else(kind: str, monkeypatch: pytest.MonkeyPatch)
     mine(X)
     assert "batch: row 1 holds NaN" in str(thread(lambda: theirs(X)))
     thread.close()
-    waiting.settle()
-    assert not waiting._underway
+    deferred_checks.raise_deferred()
+    assert not deferred_checks._underway
 
 
 def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,9 +361,9 @@ def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest
     with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
         select_pairs(model, BUFFER, (X, Y))
     select_pairs(model, BUFFER, (X, Y))
-    waiting.settle(model)
-    waiting.settle(other)
-    assert not waiting._underway
+    deferred_checks.raise_deferred(model)
+    deferred_checks.raise_deferred(other)
+    assert not deferred_checks._underway
 
 
 @pytest.mark.parametrize("kind", GIVEN)
@@ -374,20 +374,22 @@ def test_findings_keep_no_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(3):
         call(X)
     call(nan_in(X, 4))
-    assert len(waiting._underway) == 1
+    assert len(deferred_checks._underway) == 1
     gone = weakref.ref(model)
     del model, call
     gc.collect()
-    assert gone() is None and not waiting._underway
+    assert gone() is None and not deferred_checks._underway
 
 
 def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
     model = MLP()
-    with waiting.later(model):
+    with deferred_checks.deferred_checks(model):
         # Outside of a call of its own a thread is told at once.
-        error = elsewhere(lambda: waiting.require(torch.tensor([False, True]), lambda row: ValueError(f"row {row}")))
-        waiting.require(torch.tensor([True]), lambda row: ValueError("later"))
+        error = elsewhere(
+            lambda: deferred_checks.check_samples(torch.tensor([False, True]), lambda row: ValueError(f"row {row}"))
+        )
+        deferred_checks.check_samples(torch.tensor([True]), lambda row: ValueError("later"))
     assert str(error) == "row 1"
     with pytest.raises(ValueError, match="later"):
-        waiting.settle()
+        deferred_checks.raise_deferred()

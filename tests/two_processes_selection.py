@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradmix
-from gradmix.processes import any_over, as_the_first, gather_rows, share, sum_over
+from gradmix.runtime.collectives import all_gather_samples, all_reduce_sum, any_rank, broadcast, local_share
 
 SIZE = 2
 """Processes."""
@@ -109,18 +109,18 @@ def own_rows(rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def tell_exchanges(rank: int, group: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {"shares": [[*share(n, group)] for n in range(6)]}
+    told: dict[str, Any] = {"shares": [[*local_share(n, group)] for n in range(6)]}
     given = [torch.full((2, 3), 1.0 + rank), torch.tensor(5 * rank), torch.ones(0), torch.tensor([0.5])]
     before = [v.clone() for v in given]
-    told["sums"] = sum_over(given, group)
+    told["sums"] = all_reduce_sum(given, group)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
-        told[f"rows of {dtype}"] = gather_rows(own_rows(rank, dtype), group)
-    told["rows of no width"] = gather_rows(torch.empty(2 + rank, 0), group)
-    told["no rows"] = gather_rows(torch.empty(0, 3), group)
-    told["rows of one"] = gather_rows(torch.ones(3 * rank, 2), group)
-    told["any"] = [any_over(torch.tensor([False, rank == k]), group) for k in range(3)]
-    told["the first's"] = as_the_first([torch.tensor([rank, 7]), torch.tensor(float("nan") if rank else 2.0)], group)
+        told[f"rows of {dtype}"] = all_gather_samples(own_rows(rank, dtype), group)
+    told["rows of no width"] = all_gather_samples(torch.empty(2 + rank, 0), group)
+    told["no rows"] = all_gather_samples(torch.empty(0, 3), group)
+    told["rows of one"] = all_gather_samples(torch.ones(3 * rank, 2), group)
+    told["any"] = [any_rank(torch.tensor([False, rank == k]), group) for k in range(3)]
+    told["the first's"] = broadcast([torch.tensor([rank, 7]), torch.tensor(float("nan") if rank else 2.0)], group)
     return told
 
 

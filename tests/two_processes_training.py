@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from gradmix.processes import rank_of
+from gradmix.runtime.collectives import rank_of
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
 from gradmix.training.loop.trainer import train_one

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gradmix.cli.errors import UsageError, require
-from gradmix.names import shown
+from gradmix.runtime.names import shown
 
 if TYPE_CHECKING:
     from gradmix.training.runs.results import RunResult

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-from gradmix.names import shown
+from gradmix.runtime.names import shown
 
 ERROR, INTERRUPTED = 2, 130
 """Exit statuses: after an error that the user can mend, and after Ctrl-C."""

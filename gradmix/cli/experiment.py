@@ -15,7 +15,7 @@ from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
-from gradmix.names import shell, shown
+from gradmix.runtime.names import shell, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +132,7 @@ def _shared(output: Path) -> Iterator[None]:
         ValueError: ``gradmix train`` uses it.
     """
     from gradmix.cli.train import refuse_in_use
-    from gradmix.locks import locked
+    from gradmix.runtime.locks import locked
     from gradmix.training.runs.results import LOCK
     from gradmix.training.runs.whole_files import make_folder
 

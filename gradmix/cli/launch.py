@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, report_error, status_of
 
 if TYPE_CHECKING:
-    from gradmix.processes import Group
+    from gradmix.runtime.collectives import Group
 
 TIMEOUT = 1800.0
 """Seconds that a process waits for another; ``GRADMIX_TIMEOUT`` in the environment sets another number."""
@@ -61,7 +61,7 @@ class Processes:
         """Call ``make`` in the first process and return its result in all; if it fails, the others end silently."""
         if self.group is None:
             return make()
-        from gradmix.processes import told_by_the_first
+        from gradmix.runtime.collectives import broadcast_object
 
         made: _T | None = None
         failure: BaseException | None = None
@@ -70,7 +70,7 @@ class Processes:
                 made = make()
             except BaseException as error:
                 failure = error
-        made, status = told_by_the_first((made, None if failure is None else status_of(failure)), self.group)
+        made, status = broadcast_object((made, None if failure is None else status_of(failure)), self.group)
         if failure is not None:
             raise failure
         if status is not None:

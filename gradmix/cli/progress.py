@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import INTERRUPTED, StopNow
-from gradmix.names import shown
+from gradmix.runtime.names import shown
 
 if TYPE_CHECKING:
     from gradmix.training.loop.run import Progress

@@ -19,7 +19,7 @@ from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
-from gradmix.names import shell, shown
+from gradmix.runtime.names import shell, shown
 from gradmix.training.method_names import recorded_name
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _occupy(output: Path, held: ExitStack) -> None:
     Raises:
         ValueError: Another command uses it.
     """
-    from gradmix.locks import locked
+    from gradmix.runtime.locks import locked
     from gradmix.training.runs.results import LOCK
 
     while not held.enter_context(locked(output / LOCK)):
@@ -178,7 +178,7 @@ def refuse_in_use(output: Path, *, shared: bool = False) -> None:
     Raises:
         ValueError: It is locked; the message names the process.
     """
-    from gradmix.locks import holder
+    from gradmix.runtime.locks import holder
     from gradmix.training.runs.results import LOCK
 
     who = holder(output / LOCK, shared=shared)

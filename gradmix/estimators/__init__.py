@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
-from gradmix.checks import check_choice
 from gradmix.estimators.base import Estimator, Network, Screening
 from gradmix.estimators.feature import Feature
 from gradmix.estimators.jvp import Jvp, JvpEstimator
 from gradmix.estimators.mixed import Mixed
 from gradmix.estimators.sketch import Sketch, SketchEstimator
 from gradmix.estimators.table import TableLookup
+from gradmix.runtime.validation import check_choice
 
 __all__ = [
     "Estimator",

@@ -15,17 +15,17 @@ from typing import Any, ClassVar, Generic, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmix.checks import check_count
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
-from gradmix.head import HeadLike
-from gradmix.inputs import InputTree
+from gradmix.model.head import HeadLike
+from gradmix.model.inputs import InputTree
+from gradmix.model.unchanged import require_finite, unchanged
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
-from gradmix.ops.waiting import later
-from gradmix.probe import require_finite, untouched
-from gradmix.processes import Group, check_group
 from gradmix.references import Reference
+from gradmix.runtime.collectives import Group, check_group
+from gradmix.runtime.deferred_checks import deferred_checks
+from gradmix.runtime.validation import check_count
 from gradmix.samples import AnySamples, Mixtures, Request, Samples
 
 
@@ -198,7 +198,7 @@ class Estimator(Scorer[AnySamples]):
     def running(self) -> Iterator[None]:
         """Around one call: leave the model as it is, and raise what earlier calls on a GPU found."""
         model = self.network.model
-        with nullcontext() if self.full_network else later(model), untouched(model):
+        with nullcontext() if self.full_network else deferred_checks(model), unchanged(model):
             yield
 
     @abstractmethod

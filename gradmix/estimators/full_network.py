@@ -18,14 +18,14 @@ from gradmix.gradients.engine import Engine
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
 from gradmix.gradients.settings import EngineSettings
-from gradmix.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
+from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
+from gradmix.model.refusals import naming_dtypes
+from gradmix.model.unchanged import device_of, require_finite
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
-from gradmix.probe import device_of, require_finite
-from gradmix.processes import Group
 from gradmix.references import ClassQuota, Reference
-from gradmix.refusals import naming_dtypes
 from gradmix.replay.sources import chunks_of
+from gradmix.runtime.collectives import Group
 from gradmix.samples import Mixtures, Request, Samples
 
 FullGradient: TypeAlias = Mapping[str, Tensor]

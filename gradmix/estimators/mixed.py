@@ -10,12 +10,12 @@ from gradmix.criteria import PairScores
 from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.last_layer import LastLayerEstimator
-from gradmix.head import HeadOutput, forward_head
-from gradmix.inputs import mix_samples, take
+from gradmix.model.head import HeadOutput, forward_head
+from gradmix.model.inputs import mix_samples, take
+from gradmix.model.unchanged import require_finite_pairs
 from gradmix.ops.dtypes import exact_dtype
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import in_range, mixed_residual
-from gradmix.probe import require_finite_pairs
 from gradmix.samples import HeadSamples, Mixtures, Samples
 
 

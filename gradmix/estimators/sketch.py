@@ -14,7 +14,6 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
-from gradmix.checks import check_count
 from gradmix.class_table import TABLE_LAMS, ClassTable, draw_of_classes, table_of
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Network, Screening
@@ -26,6 +25,7 @@ from gradmix.gradients.losses import Scaler
 from gradmix.gradients.sketches import Sketch as SketchKind
 from gradmix.gradients.standard_errors import standard_errors
 from gradmix.ops.labels import class_of
+from gradmix.runtime.validation import check_count
 from gradmix.samples import Mixtures, Samples
 
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradmix.class_table import TableTensors, interpolated
+from gradmix.class_table import TableTensors, interpolate
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Estimator, PassSizes, Scorer
-from gradmix.inputs import InputTree
+from gradmix.model.inputs import InputTree
 from gradmix.samples import Mixtures, Request, Samples
 
 
@@ -48,4 +48,4 @@ class TableLookup(Scorer[Samples]):
 
     def class_scores(self, mixtures: Mixtures[Samples], gradient: TableTensors, pairs: Tensor | None) -> PairScores:
         """The table at the mixing weight."""
-        return interpolated(self._lams, gradient, mixtures.lam)
+        return interpolate(self._lams, gradient, mixtures.lam)

@@ -27,7 +27,7 @@ from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Loss, Scaler
 from gradmix.gradients.settings import CHUNK, EngineSettings
 from gradmix.gradients.sketches import Sketch
-from gradmix.inputs import InputTree, num_samples
+from gradmix.model.inputs import InputTree, num_samples
 from gradmix.replay.sources import SampleSource, as_pair
 
 

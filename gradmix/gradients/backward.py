@@ -30,10 +30,10 @@ from gradmix.gradients.losses import Loss, check_losses, check_output, loss_scal
 from gradmix.gradients.plan import Plan
 from gradmix.gradients.rules import Rule
 from gradmix.gradients.sample_check import PlannedCalls, SampleCheck, samples_to_check
-from gradmix.head import logits_of
-from gradmix.inputs import call_model, first_tensor, own_copy
+from gradmix.model.head import logits_of
+from gradmix.model.inputs import call_model, first_tensor, own_copy
+from gradmix.model.unchanged import RandomState, require_finite, without_compilation
 from gradmix.ops.dtypes import work_dtype
-from gradmix.probe import RandomState, require_finite, without_compilation
 
 _READING = {
     *("item", "tolist", "numpy", "__array__", "equal", "allclose", "is_nonzero"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gradmix.inputs import InputTree, num_samples
+from gradmix.model.inputs import InputTree, num_samples
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from gradmix.gradients.layers import WithoutRule, select_parameters, trainable_p
 from gradmix.gradients.losses import Loss, Scaler, check_losses, check_output
 from gradmix.gradients.plan import Plan
 from gradmix.gradients.settings import CHUNK, EngineSettings
-from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, own_copy
+from gradmix.model.head import logits_of
+from gradmix.model.inputs import InputTree, call_model, own_copy
+from gradmix.model.unchanged import device_of, require_finite
 from gradmix.ops.dtypes import work_dtype
-from gradmix.probe import device_of, require_finite
-from gradmix.processes import Group, sum_over
 from gradmix.replay.sources import SampleSource, as_pair
+from gradmix.runtime.collectives import Group, all_reduce_sum
 
 
 class Derivatives(NamedTuple):
@@ -99,7 +99,7 @@ def mean_gradient_of(
                 sum_.add_(gradient.to(sum_.dtype), alpha=1 / scale)
         count += len(chunk)
     if group is not None:
-        *sums, samples = sum_over([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
+        *sums, samples = all_reduce_sum([*total.values(), torch.tensor(count, device=device_of(engine.model))], group)
         total, count = dict(zip(total, sums, strict=True)), int(samples)
     if count == 0:
         return None

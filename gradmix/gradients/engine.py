@@ -22,12 +22,12 @@ from gradmix.gradients.plan import Plan, plan_without_rules
 from gradmix.gradients.planner import plan_for
 from gradmix.gradients.settings import EngineSettings
 from gradmix.gradients.sketches import as_sketch
-from gradmix.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
+from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
+from gradmix.model.unchanged import device_of, require_finite, unchanged, unwrap, without_gradient_hooks
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
-from gradmix.probe import device_of, require_finite, untouched, unwrap, without_gradient_hooks
-from gradmix.processes import Group
 from gradmix.replay.sources import numbered_chunks
+from gradmix.runtime.collectives import Group
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class Engine:
         """The model in evaluation mode, without hooks on gradients, out of inference mode; restored afterwards."""
         with (
             torch.inference_mode(False),
-            untouched(self.model),
+            unchanged(self.model),
             without_gradient_hooks(self.model),
             _backward_of_recurrent_layers(self.model),
         ):

@@ -22,10 +22,10 @@ from gradmix.gradients.chunk import Chunk
 from gradmix.gradients.exceptions import CoupledRowsError
 from gradmix.gradients.intercept import refusing_checkpoints
 from gradmix.gradients.losses import Loss, check_losses, check_output
-from gradmix.head import logits_of
-from gradmix.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
+from gradmix.model.head import logits_of
+from gradmix.model.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
+from gradmix.model.unchanged import require_finite, without_compilation
 from gradmix.ops.dtypes import work_dtype
-from gradmix.probe import require_finite, without_compilation
 
 _ENTRIES = 1 << 25
 """Entries of per-sample gradients held at a time (128 MiB of float32)."""

@@ -16,7 +16,7 @@ from gradmix.gradients.layers import Layer, WithoutRule, select_parameters, sing
 from gradmix.gradients.plan import Plan, PlannedCall, plan_without_rules
 from gradmix.gradients.rules import Placement
 from gradmix.gradients.trace import SAMPLES, Trace, TracedCall, check_statistics, trace, trace_with_expansion
-from gradmix.inputs import InputTree, first_tensor, leaves
+from gradmix.model.inputs import InputTree, first_tensor, leaves
 
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 _KEPT = 256
@@ -31,7 +31,7 @@ def plan_for(
 ) -> Plan:
     """The plan of a model for samples like those of x; that of an earlier call unless ``anew``.
 
-    Call it inside :func:`gradmix.probe.untouched`.
+    Call it inside :func:`gradmix.model.unchanged.unchanged`.
 
     Raises:
         NoRuleError: a parameter is used in a way without a rule, unless ``without_rule`` is ``"exact"``.

@@ -42,9 +42,9 @@ from gradmix.gradients.intercept import Interceptor, Parameters
 from gradmix.gradients.plan import Plan
 from gradmix.gradients.rules import Rule
 from gradmix.gradients.trace import forward
-from gradmix.inputs import InputTree, first_tensor, num_samples
+from gradmix.model.inputs import InputTree, first_tensor, num_samples
+from gradmix.model.unchanged import RandomState
 from gradmix.ops.dtypes import work_dtype
-from gradmix.probe import RandomState
 
 _COARSE = 0.25
 """Relative difference (of Euclidean norms) that rounding does not explain."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from gradmix.checks import check_count
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Loss, Scaler
 from gradmix.gradients.sketches import Sketch
 from gradmix.ops.backends import check_backend
+from gradmix.runtime.validation import check_count
 
 CHUNK = 256
 """Samples of one forward and backward pass by default."""

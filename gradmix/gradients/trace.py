@@ -26,9 +26,9 @@ from gradmix.gradients.intercept import (
 )
 from gradmix.gradients.losses import check_output
 from gradmix.gradients.rules import Rule
-from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, first_tensor, map_tensors, num_samples, tensors_of
-from gradmix.probe import require_finite, without_compilation
+from gradmix.model.head import logits_of
+from gradmix.model.inputs import InputTree, call_model, first_tensor, map_tensors, num_samples, tensors_of
+from gradmix.model.unchanged import require_finite, without_compilation
 
 SAMPLES = 3
 """Samples of the first trace."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.waiting import look_is_free, require
+from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 DrawPolicy = Literal["uniform", "best", "permute"]
 POLICIES = get_args(DrawPolicy)
@@ -213,9 +213,9 @@ def draw_partners(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, an unknown policy or backend; where a look at values
-            is free (:mod:`gradmix.ops.waiting`) also a number drawn out of range. Elsewhere numbers are brought into
-            range, and a column that does not exist is not allowed.
+        ValueError: shapes or devices that do not fit, an unknown policy or backend; where values can be read without
+            a wait (:mod:`gradmix.runtime.deferred_checks`) also a number drawn out of range. Elsewhere numbers are
+            brought into range, and a column that does not exist is not allowed.
         RuntimeError: the backend named cannot run these tensors or is not available.
 
     >>> import torch
@@ -259,7 +259,7 @@ def draw_partners(
         raise TypeError(f"score: got dtype {score.dtype}, expected a floating-point dtype")
     if partners is None:
         raise ValueError("partners: got None, expected the number of columns, which nothing else tells here")
-    if look_is_free(drawn.device) and not torch.compiler.is_compiling():
+    if can_sync(drawn.device) and not torch.compiler.is_compiling():
         _check_range(drawn, partners if policy == "permute" else None)
     return DrawnPartners(*_draw_partners_op(allowed, drawn, score, partners, policy, own_rows, backend))
 
@@ -268,7 +268,7 @@ def _check_range(drawn: Tensor, partners: int | None) -> None:
     """Raise unless ``drawn`` is in [0, 1), or for ``partners`` columns one of them."""
     end = 1 if partners is None else partners
     what = "a number in [0, 1)" if partners is None else f"a column in [0, {partners})"
-    require(
+    check_samples(
         ~((drawn >= 0) & (drawn < end)),
         lambda row: ValueError(f"drawn: row {row} is {drawn[row].item()}, expected {what}"),
     )

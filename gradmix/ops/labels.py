@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmix.ops.waiting import look_is_free, require
+from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 SUM_TOLERANCE = 1e-2
 """How far a label vector's sum may be from 1: the rounding of bfloat16 labels, not more."""
@@ -76,7 +76,7 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
         hint = "; rows that no class is known of, y < 0, are to be left out" if int(labels[row]) < 0 else ""
         return ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}{hint}")
 
-    require(bad, error)
+    check_samples(bad, error)
 
 
 def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 0) -> None:
@@ -92,7 +92,7 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
         if labels.shape[1] != classes:
             raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {classes} as the model's logits")
         return
-    require(
+    check_samples(
         labels >= classes,
         lambda row: ValueError(
             f"{name} labels: row {first_row + row} is {int(labels[row])}, expected a class index in [0, {classes})"
@@ -105,7 +105,7 @@ def within_range(labels: Tensor, classes: int) -> Tensor:
 
     What is made of such labels lasts for a step: the next call raises the error.
     """
-    if labels.is_floating_point() or look_is_free(labels.device):
+    if labels.is_floating_point() or can_sync(labels.device):
         return labels
     return labels.clamp(0, classes - 1)
 
@@ -115,7 +115,7 @@ def _check_sums(name: str, labels: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     totals = labels.sum(1, dtype=torch.float32)
-    require(
+    check_samples(
         ~((totals - 1).abs() <= SUM_TOLERANCE),
         lambda row: ValueError(
             f"{name}: row {row} sums to {float(totals[row]):.4g}, expected label vectors that sum to 1"

@@ -46,7 +46,7 @@ from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_labels, class_of, dense_labels
-from gradmix.ops.waiting import look_is_free
+from gradmix.runtime.deferred_checks import can_sync
 
 SCALE = 2.0**27
 """Of A and of B. Sums of scaled squares, up to 2^108 a class, stay finite in float32 up to 2^19 classes."""
@@ -348,7 +348,7 @@ def mixed_alignment_torch(
 
 
 def _weights(lams: Tensor) -> Sequence[Weight]:
-    return lams.tolist() if look_is_free(lams.device) else lams.unbind()
+    return lams.tolist() if can_sync(lams.device) else lams.unbind()
 
 
 class _Mutual(NamedTuple):
@@ -455,7 +455,7 @@ def in_range(
     # No entry of U is larger than this.
     most = largest.to(exact_dtype(largest.device)) * largest_reference * max(1, grad_reference.shape[1])
     least: Weight
-    if look_is_free(most.device):
+    if can_sync(most.device):
         number = float(most)
         require_range(number, dtype)
         least = LEAST[dtype] / number if 0 < number < math.inf else 0.0
@@ -482,7 +482,7 @@ def largest_of(values: Tensor) -> Tensor:
 def unit_of(largest: Tensor) -> Weight:
     """A power of two near ``largest`` where that is not of moderate size, else 1."""
     limit = 120 if largest.dtype == torch.float32 else 1000
-    if look_is_free(largest.device):
+    if can_sync(largest.device):
         number = float(largest)
         if number == 0 or not math.isfinite(number) or 1 / MODERATE <= number <= MODERATE:
             return 1.0
@@ -517,7 +517,7 @@ def split_labels(labels_a: Tensor, labels_b: Tensor, classes: int, dtype: torch.
     vectors_b = vectors_a if labels_b is labels_a else dense_labels(labels_b, classes, dtype)
     t_a = beside_one_hot(vectors_a)
     t_b = t_a if labels_b is labels_a else beside_one_hot(vectors_b)
-    if look_is_free(t_a.device) and not (t_a.any() or t_b.any()):
+    if can_sync(t_a.device) and not (t_a.any() or t_b.any()):
         return (y_a, y_a, None), (y_b, y_b, None)
     return (y_a, vectors_a, t_a), (y_b, vectors_b, t_b)
 
@@ -526,7 +526,7 @@ def _side(h: Tensor, logits: Tensor, y: Tensor, labels: Tensor, t: Tensor | None
     z = logits.to(h.dtype)
     top = z.scatter(1, y[:, None], -math.inf).amax(1) if z.shape[1] > 1 else torch.zeros_like(z[:, 0])
     reach = math.inf
-    if look_is_free(z.device) and z.numel():
+    if can_sync(z.device) and z.numel():
         least, most = torch.aminmax(z)
         reach = float(most) - float(least)
     return _Side(h, z, project(h, reference), y, labels, t, top, h.square().sum(1), reach)
@@ -600,7 +600,7 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tu
         whole.add_(beside.at(lam).to(most.dtype).div_(most).div_(most))
         # The second part's square is at most 1, and 1 if it is the larger.
         left = torch.sub(whole, square, alpha=CANCELLED)
-        if not (look_is_free(left.device) and left.numel() and float(left.amin()) >= CANCELLED):
+        if not (can_sync(left.device) and left.numel() and float(left.amin()) >= CANCELLED):
             again = left < CANCELLED if lost is None else (left < CANCELLED).logical_or_(lost)
         square, size = whole.clamp_(min=0), most
     size.clamp_(min=units.least)
@@ -618,7 +618,7 @@ def _lost(rest: Tensor, log_own: Tensor, log_other: Tensor, different: Tensor, l
     lost = rest < UNDERFLOW * SCALE**2
     if classes <= 2:
         lost &= different == 0 if classes == 2 else False
-    if look_is_free(lost.device) and not lost.any():
+    if can_sync(lost.device) and not lost.any():
         return lost
     larger = torch.maximum(log_own + _log(1.0 - lam), log_other + _log(lam)).add_(different.log())
     return lost.logical_and_(larger < math.log(UNDERFLOW * classes) + NEGLIGIBLE)
@@ -668,7 +668,7 @@ def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
         label = torch.where((label >= 0) & (label < width), label, width)
     e = z.new_empty(len(z), width + room)
     top = side.top.to(exact)[:, None]
-    step = max(1, CACHED // width) if look_is_free(z.device) else max(1, len(z))
+    step = max(1, CACHED // width) if can_sync(z.device) else max(1, len(z))
     for start in range(0, len(z), step):
         rows = slice(start, start + step)
         e[rows, :width] = z[rows].to(exact, copy=True).sub_(top[rows]).mul_(weight).exp_()
@@ -688,7 +688,7 @@ def _again(
 ) -> tuple[Tensor, Tensor]:
     """``inner`` and ``residual``, recomputed for the pairs ``again``; those of them ``lost`` have no other value."""
     classes = a.z.shape[1]
-    if lost is None or look_is_free(lost.device):
+    if lost is None or can_sync(lost.device):
         for chunk in again.nonzero().split(max(1, EXACT_ELEMENTS // classes)):
             i, j = chunk.unbind(1)
             inner[i, j], residual[i, j] = _exact(i, j, a, b, lam, units)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gradmix.inputs import InputTree, map_tensors
+from gradmix.model.inputs import InputTree, map_tensors
 from gradmix.replay import draws
 from gradmix.replay.file_store import FileStore
 from gradmix.replay.layout import LABELS, Layout, check_samples, no_samples

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.inputs import leaves
+from gradmix.model.inputs import leaves
 from gradmix.replay.layout import LABELS, Column, Layout
 from gradmix.replay.sample_files import SampleFiles
 from gradmix.replay.state import FOLDER_VERSION, BufferState
 from gradmix.replay.store import Columns
+from gradmix.runtime.transfer import to_device_async
 
 STATES_KEPT = 2
 """States whose samples are not overwritten: the one that was saved last, and the one being saved."""
@@ -102,7 +102,7 @@ class FileStore:
         if self.device is None or self.device.type == "cpu":
             return columns
         device = self.device
-        return {name: sent(values, device) for name, values in columns.items()}
+        return {name: to_device_async(values, device) for name, values in columns.items()}
 
     def to(self, device: torch.device) -> None:
         """Send samples that are drawn from now on to another device."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.inputs import InputTree, check_inputs, leaves, map_tensors
+from gradmix.model.inputs import InputTree, check_inputs, leaves, map_tensors
 
 LABELS = "y"
 """Name of the column of labels, which are int64 in every layout."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.inputs import leaves, map_tensors
+from gradmix.model.inputs import leaves, map_tensors
 from gradmix.replay.layout import LABELS, Layout, no_samples
 from gradmix.replay.state import VERSION, BufferState
 from gradmix.replay.store import Columns
+from gradmix.runtime.transfer import to_device_async
 
 
 class MemoryStore:
@@ -109,7 +109,7 @@ class MemoryStore:
     def reader(self, places: Tensor) -> Callable[[], Columns]:
         """Return a function that copies samples from the device's memory to the same device."""
         columns = self._columns
-        at = sent(self._slots[places], columns[LABELS].device)
+        at = to_device_async(self._slots[places], columns[LABELS].device)
         return lambda: {name: column.index_select(0, at) for name, column in columns.items()}
 
     def deliver(self, columns: Columns) -> Columns:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.locks import Lock, acquire
 from gradmix.replay.column_file import ColumnFile, no_room_error
 from gradmix.replay.layout import Column
+from gradmix.runtime.locks import Lock, acquire
 
 FORMAT = 1
 """Version of a folder's content. A reader refuses a later one."""

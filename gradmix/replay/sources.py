@@ -3,7 +3,7 @@
 A source is one of:
 
 - a tuple ``(x, y)``, or a list of the two whose second entry is a tensor or an array: x a tensor, an array or a tree of
-  them (:mod:`gradmix.inputs`), y the labels of all samples;
+  them (:mod:`gradmix.model.inputs`), y the labels of all samples;
 - a :class:`gradmix.ReplayBuffer`;
 - a Dataset, or any object with ``__len__`` and ``__getitem__``, such as a list, whose items are ``(x, y)`` of a sample;
 - an IterableDataset of such items, or a DataLoader of batches ``(x, y)``;
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from gradmix.inputs import check_inputs, map_tensors, num_samples, take
+from gradmix.model.inputs import check_inputs, map_tensors, num_samples, take
 from gradmix.ops.labels import as_class_indices, check_labels
-from gradmix.processes import Group, rank_of, share, size_of
 from gradmix.replay.buffer import ReplayBuffer
+from gradmix.runtime.collectives import Group, local_share, rank_of, size_of
 
 SampleSource: TypeAlias = Union[
     "tuple[Any, Any]", "list[Any]", ReplayBuffer, "DataLoader[Any]", "Callable[[], Any]", "Iterable[Any]", Any
@@ -145,16 +145,16 @@ def numbered_chunks(
             first += num_samples(x)
     elif _is_pair(source):
         x, y = as_pair(name, source, any_targets=any_targets)
-        own = share(num_samples(x), group)
+        own = local_share(num_samples(x), group)
         x, y = (take(part, slice(own.start, own.stop)) for part in (x, y))
         yield from _split(x, y, chunk, device, own.start)
     elif isinstance(source, ReplayBuffer):
-        own = share(len(source), group)
+        own = local_share(len(source), group)
         for start in range(own.start, own.stop, chunk):
             # Part by part: the buffer may exceed memory.
             yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
     elif _has_items(source):
-        own = share(len(source), group)  # type: ignore[arg-type]
+        own = local_share(len(source), group)  # type: ignore[arg-type]
         for start in range(own.start, own.stop, chunk):
             samples = _items(source, range(start, min(start + chunk, own.stop)))
             x, y = as_pair(name, _collate(name, samples, start), any_targets=any_targets)

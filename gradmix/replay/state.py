@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradmix.inputs import leaves, tensors_of
+from gradmix.model.inputs import leaves, tensors_of
 from gradmix.replay.ledger import Ledger, quotas
 
 VERSION = 2

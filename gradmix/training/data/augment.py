@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmix.graphs import sent
+from gradmix.runtime.transfer import to_device_async
 
 Among = tuple[int, Tensor]
 """Of how many rows some are, and the places ``(N,)`` int64 of these on the CPU: what is drawn is drawn for all."""
@@ -45,7 +45,7 @@ def random_crop_flip(
     draws = torch.stack(
         [torch.randint(limit, (total,), generator=generator, device=source) for limit in (span, span, 2)]
     )
-    draws = sent(draws if among is None else draws[:, among[1]], x.device)
+    draws = to_device_async(draws if among is None else draws[:, among[1]], x.device)
     top, left, mirrored = draws.unsqueeze(2)
     rows = top + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device)
@@ -101,7 +101,7 @@ def random_resized_crop_flip(
     n, channels, height, width = x.shape
     total = n if among is None else among[0]
     boxes = random_boxes(total, height, width, scale=scale, ratio=ratio, generator=generator)
-    boxes = sent(boxes if among is None else boxes[:, among[1]], x.device)
+    boxes = to_device_async(boxes if among is None else boxes[:, among[1]], x.device)
     if n == 0 or channels == 0:  # which grid_sample refuses
         return x.new_empty((n, channels, size, size))
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -222,7 +222,9 @@ def as_floats(x: Tensor, mean: Sequence[float] | None = None, std: Sequence[floa
     stds = torch.tensor(std or [1.0] * channels, dtype=torch.float64)
     if not bool((stds > 0).all()):
         raise ValueError(f"std: got {stds.tolist()}, expected values above 0")
-    shift, factor = sent(torch.stack([-means / stds, 1 / (255 * stds)]).float(), x.device).reshape(2, channels, 1, 1)
+    shift, factor = to_device_async(torch.stack([-means / stds, 1 / (255 * stds)]).float(), x.device).reshape(
+        2, channels, 1, 1
+    )
     return torch.addcmul(shift, x, factor)
 
 

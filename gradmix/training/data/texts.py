@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmix.checks import check_count
+from gradmix.runtime.validation import check_count
 from gradmix.training.data.class_names import look_alikes, printable, same_names
 from gradmix.training.data.image_arrays import DataError, up_to
 

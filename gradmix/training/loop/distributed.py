@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.processes import Group, any_over, rank_of, size_of, sum_over, told_by_the_first
+from gradmix.runtime.collectives import Group, all_reduce_sum, any_rank, broadcast_object, rank_of, size_of
 
 AGREE_EVERY = 8
 """Steps between two questions whether a process wants to stop."""
@@ -66,7 +66,7 @@ def differing_buffers(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def share_buffers(buffers: Sequence[Tensor], group: Group) -> None:
     """Give every process the mean over all of them; of whole numbers, the mean rounded down."""
-    for buffer, total in zip(buffers, sum_over(buffers, group), strict=True):
+    for buffer, total in zip(buffers, all_reduce_sum(buffers, group), strict=True):
         mean = total / size_of(group) if total.is_floating_point() else total // size_of(group)
         buffer.copy_(mean)
 
@@ -80,12 +80,12 @@ def environment(batch: int | None, group: Group) -> dict[str, Any]:
 
 def any_wants(flag: bool, device: torch.device, group: Group) -> bool:
     """Whether any process does."""
-    return bool(any_over(torch.tensor([flag], device=device), group))
+    return bool(any_rank(torch.tensor([flag], device=device), group))
 
 
 def mean(value: Tensor, group: Group) -> Tensor:
     """The mean of a number over the processes."""
-    (total,) = sum_over([value], group)
+    (total,) = all_reduce_sum([value], group)
     return total / size_of(group)
 
 
@@ -104,7 +104,7 @@ def of_the_first(make: Callable[[], _T], group: Group) -> _T:
             made = make()
         except (ValueError, OSError) as error:
             failure = error if _travels(error) else ValueError(str(error))
-    made, failure = told_by_the_first((made, failure), group)
+    made, failure = broadcast_object((made, failure), group)
     if failure is not None:
         raise failure
     return cast(_T, made)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmix.ops.waiting import look_is_free
-from gradmix.processes import Group, any_over
+from gradmix.runtime.collectives import Group, any_rank
+from gradmix.runtime.deferred_checks import can_sync
 
 
 class DivergedError(ArithmeticError):
@@ -25,7 +25,7 @@ class LossWatch:
     """
 
     def __init__(self, device: torch.device, group: Group = None) -> None:
-        self._group, self._at_once = group, look_is_free(device)
+        self._group, self._at_once = group, can_sync(device)
         self._found = torch.zeros(1, dtype=torch.bool, device=device)
 
     def found(self) -> bool:
@@ -42,7 +42,7 @@ class LossWatch:
         Raises:
             DivergedError: where a look is free, as :meth:`look`.
         """
-        self._found |= any_over(~torch.isfinite(loss), self._group)
+        self._found |= any_rank(~torch.isfinite(loss), self._group)
         if self._at_once:
             self.look()
 

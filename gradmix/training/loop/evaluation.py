@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.head import logits_of
-from gradmix.probe import untouched
-from gradmix.processes import Group, share, sum_over
+from gradmix.model.head import logits_of
+from gradmix.model.unchanged import unchanged
+from gradmix.runtime.collectives import Group, all_reduce_sum, local_share
 from gradmix.training.loop.divergence import DivergedError
 from gradmix.training.loop.reading import Reading
 from gradmix.training.streams import TaskStream
@@ -49,15 +49,15 @@ def evaluate(
     correct = torch.zeros(len(stream.tasks) + 1, dtype=torch.int64, device=device)
     tests = [task.test for task in stream.tasks]
     if group is not None:
-        tests = [test.take(torch.tensor(share(len(test), group), dtype=torch.int64)) for test in tests]
-    with untouched(model), autocast():
+        tests = [test.take(torch.tensor(local_share(len(test), group), dtype=torch.int64)) for test in tests]
+    with unchanged(model), autocast():
         for task, x, y in reading.batches_of(tests, rows):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = logits_of(model(prepared(x)))
             predicted = logits.argmax(1, keepdim=True)
             correct[task] += (predicted.squeeze(1) == y).sum()
             correct[-1] += (~torch.isfinite(logits.gather(1, predicted))).sum()
-    (total,) = sum_over([correct], group)
+    (total,) = all_reduce_sum([correct], group)
     *right, unclear = total.tolist()
     if unclear:
         raise DivergedError(f"the model's outputs for {unclear} test rows are not finite")

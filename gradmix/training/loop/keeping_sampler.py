@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
 from gradmix.training.loop.reading import Reading
@@ -73,7 +73,7 @@ class KeepingSampler(ResidentSampler):
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
         assert self._train is not None
         x, y = self._gathered(next(self._batches_read), self._train.y[index])
-        return x.to(self._device, non_blocking=True), sent(y, self._device)
+        return x.to(self._device, non_blocking=True), to_device_async(y, self._device)
 
     def _gathered(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that this process and the others read of a batch with labels ``y (n,)``, and the labels of those."""

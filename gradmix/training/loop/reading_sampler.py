@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.processes import gather_rows
 from gradmix.replay.buffer import BufferRows
+from gradmix.runtime.collectives import all_gather_samples
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
 from gradmix.training.loop.reading import Reading
@@ -91,7 +91,7 @@ class ReadingSampler(StepSampler):
         """Know what other processes found too: the buffer is to be shown the same rows everywhere."""
         if self._group is not None and self._reading.skips_damaged:
             mine = torch.tensor(sorted(self._damaged), dtype=torch.int64)
-            for item in gather_rows(mine.to(self._device), self._group).tolist():
+            for item in all_gather_samples(mine.to(self._device), self._group).tolist():
                 self._damaged.setdefault(item, "found by another process")
 
     def _plans(self) -> Iterator[Tensor]:
@@ -162,12 +162,12 @@ class ReadingSampler(StepSampler):
         starts = torch.tensor([0, *plan.sizes]).cumsum(0).tolist()
         part_of = torch.bucketize(places, torch.tensor(starts[1:]), right=True)
         sizes = torch.bincount(part_of, minlength=4).tolist()
-        y = sent(plan.y[places], self._device)
+        y = to_device_async(plan.y[places], self._device)
         xs, ys, at = x.split(sizes), y.split(sizes), places.split(sizes)
         self._extra = None
         if plan.sizes[3]:
             own = at[3] - starts[3]
-            extras = {name: sent(value[own], self._device) for name, value in plan.extras.items()}
+            extras = {name: to_device_async(value[own], self._device) for name, value in plan.extras.items()}
             more = BufferRows(self._as_seen(xs[3], "replay augmentation", plan.sizes[3], own), ys[3], extras)
             if shared and self._gathers:
                 mine = Share.of([sizes[3]], self._group, self._device).mine
@@ -180,13 +180,13 @@ class ReadingSampler(StepSampler):
             candidates = self._as_seen(xs[2], "candidate augmentation", plan.sizes[2], at[2] - starts[2]), ys[2]
         elif self._from_replayed and sizes[1]:
             candidates = step_x[sizes[0] :], ys[1]
-        replayed = sent(plan.replayed[step], self._device)
+        replayed = to_device_async(plan.replayed[step], self._device)
         if not shared:
             return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed)
         if self._gathers:
             share = Share.of(sizes[:2], self._group, self._device)
             return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed, share)
-        weight = self._weights(plan.sizes[0], plan.sizes[1])[sent(step, self._device)]
+        weight = self._weights(plan.sizes[0], plan.sizes[1])[to_device_async(step, self._device)]
         return StepRows(step_x, step_y, weight, candidates, replayed)
 
     def _as_seen(self, x: Tensor, purpose: str, count: int, places: Tensor) -> Tensor:

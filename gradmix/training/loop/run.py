@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gradmix.head import resolve_head
-from gradmix.probe import ModelNotFiniteError
-from gradmix.processes import Group, rank_of
+from gradmix.model.head import resolve_head
+from gradmix.model.unchanged import ModelNotFiniteError
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.replay.sources import SampleSource
+from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.data.samples import StoredSamples, TensorSamples
 from gradmix.training.loop import checkpoint as checkpoints

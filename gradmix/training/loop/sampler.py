@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.processes import Group, size_of
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.runtime.collectives import Group, size_of
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import TrainConfig
 from gradmix.training.data.samples import Samples, TensorSamples
 from gradmix.training.loop.clock import Clock
@@ -187,7 +187,7 @@ class ResidentSampler(StepSampler):
             self._y = torch.cat([self._y, self._buffer.y])
 
     def start_epoch(self, order: Tensor, done: int) -> None:
-        self._batches, self._done = sent(order, self._device).split(self._batch), done
+        self._batches, self._done = to_device_async(order, self._device).split(self._batch), done
 
     def rows(self) -> StepRows:
         index = self._batches[self._done]
@@ -238,7 +238,7 @@ class ResidentSampler(StepSampler):
         places, from_buffer = self._draw_places(count)
         if not len(places) and not from_buffer:
             return None
-        index = sent(places, self._device)
+        index = to_device_async(places, self._device)
         x, y = self._x[index], self._y[index]
         if from_buffer:
             buffer_x, buffer_y = self._buffer.draw_balanced(from_buffer, self.generators["candidates"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.processes import Group, gather_rows, rank_of, size_of
+from gradmix.runtime.collectives import Group, all_gather_samples, rank_of, size_of
+from gradmix.runtime.transfer import to_device_async
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Share:
             start += size
         everyone = torch.tensor([place for own in places for place in own], dtype=torch.int64)
         mine = torch.tensor(places[rank_of(group)], dtype=torch.int64)
-        return Share(sent(mine, device), sent(everyone, device), tuple(map(len, places)), group)
+        return Share(to_device_async(mine, device), to_device_async(everyone, device), tuple(map(len, places)), group)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """All N rows ``(N, ...)`` in their order, of this process's ``(n, ...)`` and the others'."""
-        received = gather_rows(rows, self.group, self.counts)
+        received = all_gather_samples(rows, self.group, self.counts)
         ordered = torch.empty_like(received)
-        ordered[sent(self.everyone, received.device)] = received
+        ordered[to_device_async(self.everyone, received.device)] = received
         return ordered
 
     def gathered_of(self, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gradmix.probe import preserved_rng
-from gradmix.processes import Group, rank_of
+from gradmix.model.unchanged import preserved_rng
+from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.loop import checkpoint as checkpoints
 from gradmix.training.loop.environment import pick_device

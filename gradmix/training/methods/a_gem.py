@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradmix.head import logits_of
-from gradmix.probe import unwrap
-from gradmix.processes import sum_over
+from gradmix.model.head import logits_of
+from gradmix.model.unchanged import unwrap
+from gradmix.runtime.collectives import all_reduce_sum
 from gradmix.training.methods.base import Finetune, Needs, StepRows, weighted_cross_entropy
 
 
@@ -41,7 +41,7 @@ class AGEM(Finetune):
             # Weighted by length, since the shares of the replayed samples may differ by one.
             known = [r for r in reference if r is not None]
             count = torch.tensor([float(len(replayed.y))], device=logits.device)
-            *totals, counted = sum_over([*(r * count for r in known), count], context.group)
+            *totals, counted = all_reduce_sum([*(r * count for r in known), count], context.group)
             averaged = iter([total / counted for total in totals])
             reference = tuple(None if r is None else next(averaged) for r in reference)
         loss = super().backward(rows)

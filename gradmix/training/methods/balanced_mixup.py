@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gradmix.head import HeadOutput
+from gradmix.model.head import HeadOutput
 from gradmix.training.methods.base import Needs, StepRows
 from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
@@ -41,6 +41,6 @@ class BalancedMixup(LinearMixing):
 
 
 def draw_balanced_lam(alpha: float, generator: torch.Generator) -> float:
-    """One weight of the balanced row from Beta(alpha, 1), drawn by numpy as :func:`gradmix.mixing.draw_lam` does."""
+    """One weight of the balanced row from Beta(alpha, 1), drawn as :func:`gradmix.mixing_weight.draw_lam` draws."""
     seed = int(torch.randint(_SEED_LIMIT, (1,), generator=generator, device=generator.device))
     return float(np.random.default_rng(seed).beta(alpha, 1.0))

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmix.criteria import Alignment
-from gradmix.processes import Group, size_of, sum_over
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.replay.sources import SampleSource
+from gradmix.runtime.collectives import Group, all_reduce_sum, size_of
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.sharding import Share
@@ -262,7 +262,7 @@ class Method(ABC):
 def average_gradients(model: nn.Module, group: Group) -> None:
     """Replace the parameters' gradients by the mean over all processes."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for gradient, total in zip(gradients, sum_over(gradients, group), strict=True):
+    for gradient, total in zip(gradients, all_reduce_sum(gradients, group), strict=True):
         gradient.copy_(total / size_of(group))
 
 

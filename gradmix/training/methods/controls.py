@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.estimators.feature import feature_scores
-from gradmix.forward import forward_all
-from gradmix.graphs import sent
-from gradmix.mixing import draw_lam
+from gradmix.mixing_weight import draw_lam
+from gradmix.model.forward import forward_all
+from gradmix.model.unchanged import unchanged, unwrap
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
 from gradmix.pairs import Pairs
-from gradmix.probe import untouched, unwrap
 from gradmix.replay.sources import CHUNK
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import MixConfig
 
 
@@ -53,12 +53,14 @@ def controlled(
     """
     device, count = pairs.partner.device, len(pairs)
     own, other = pairs.candidates is pairs.batch, pairs.candidates
-    drawn = sent(torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64), device)
+    drawn = to_device_async(
+        torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64), device
+    )
     if mix.control in ("random", "random-partner"):
         partner, found = draw_partners(None, drawn, policy="uniform", score=None, own_rows=own, partners=len(other))
         kept = pairs.helpful
         if mix.control == "random":
-            shuffled = sent(torch.randperm(count, generator=generator, device=generator.device), device)
+            shuffled = to_device_async(torch.randperm(count, generator=generator, device=generator.device), device)
             kept = kept[shuffled] if mix.control_rate is None else shuffled < round(mix.control_rate * count)
         found = found & kept
     elif mix.control in ("partner-class", "replayed-partner"):
@@ -86,7 +88,7 @@ def controlled(
 def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest: bool) -> Tensor:
     """(N, M) bool: as many pairs as are helpful, those with the smallest or largest gradient."""
     model = unwrap(model)
-    with untouched(model):
+    with unchanged(model):
         own, batch = pairs.candidates is pairs.batch, forward_all(model, None, "batch", pairs.batch, CHUNK)
         partners = batch if own else forward_all(model, None, "candidates", pairs.candidates, CHUNK)
         # The norm does not depend on the reference.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from gradmix.head import HeadOutput
-from gradmix.mixing import draw_lam
+from gradmix.mixing_weight import draw_lam
+from gradmix.model.head import HeadOutput
 from gradmix.training.methods.base import StepRows
 from gradmix.training.methods.mixup import Mixing
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmix.head import logits_of
-from gradmix.probe import untouched, unwrap
-from gradmix.processes import size_of, sum_over
+from gradmix.model.head import logits_of
+from gradmix.model.unchanged import unchanged, unwrap
+from gradmix.runtime.collectives import all_reduce_sum, size_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, Method, Needs, StepRows, Wrapping
 
@@ -67,12 +67,12 @@ class DarkReplay(Wrapping):
         known = torch.isfinite(kept)
         error = (logits.float() - kept.masked_fill(~known, 0.0)).square().masked_fill(~known, 0.0)
         # Each process has its share, maybe none; the mean over processes must be the mean over all samples.
-        (count,) = sum_over([known.sum()], group)
+        (count,) = all_reduce_sum([known.sum()], group)
         yield self._weight * size_of(group) * error.sum() / count.clamp(min=1)
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         model = unwrap(self.context.model)
-        with untouched(model):
+        with unchanged(model):
             logits = [logits_of(model(part)).float() for part in x.split(_ROWS)]
         kept = torch.cat(logits)
         if self.context.growing:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.graphs import sent
-from gradmix.mixing import draw_lam
+from gradmix.mixing_weight import draw_lam
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.methods.base import Context, Needs, StepRows, weighted_cross_entropy
 from gradmix.training.methods.mixing_space import require_mixable
 from gradmix.training.methods.mixup import Mixup
@@ -56,7 +56,7 @@ class ManifoldMixup(Mixup):
         lam = draw_lam(context.mix.alpha, generator)
         if rows.candidates is None:
             x = rows.x
-            partner = sent(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
+            partner = to_device_async(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
             other_y = rows.y[partner]
         else:
             other_x, other_y = self.drawn_partners(rows)

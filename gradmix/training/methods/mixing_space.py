@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from gradmix.mixing_stage import mixed_forward
-from gradmix.probe import unwrap
+from gradmix.model.mixed_forward import mixed_forward
+from gradmix.model.unchanged import unwrap
 from gradmix.training.config import MixConfig
 
 MixSpace = Literal["input", "embedding", "feature"]

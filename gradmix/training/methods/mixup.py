@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
-from gradmix.head import HeadOutput
-from gradmix.mixing import draw_lam
+from gradmix.mixing_weight import draw_lam
+from gradmix.model.head import HeadOutput
 from gradmix.ops.labels import dense_labels
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.methods.base import Context, Method, Needs, StepRows, weighted_cross_entropy
 from gradmix.training.methods.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
@@ -84,7 +84,7 @@ class Mixing(Method):
             drawn = torch.randperm(len(y), generator=generator, device=generator.device)[: len(rows.y)]
         else:
             drawn = torch.randint(len(y), (len(rows.y),), generator=generator, device=generator.device)
-        return sent(drawn, rows.x.device)
+        return to_device_async(drawn, rows.x.device)
 
     def one_hot(self, y: Tensor) -> Tensor:
         """Return label vectors (N, C) float32 of class indices (N,)."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradmix.graphs import sent
+from gradmix.runtime.transfer import to_device_async
 from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepRows, Wrapping
 
 
@@ -219,11 +219,13 @@ def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tens
             moved.append(rows)
             matrices.append(_matrices(name, values[rows], image.shape[2], image.shape[3]))
             continue
-        on_device = sent(rows, image.device)
-        result[on_device] = _PIXELWISE[name](image[on_device], sent(values[rows].to(image.dtype), image.device))
+        on_device = to_device_async(rows, image.device)
+        result[on_device] = _PIXELWISE[name](
+            image[on_device], to_device_async(values[rows].to(image.dtype), image.device)
+        )
     if moved:
-        on_device = sent(torch.cat(moved), image.device)
-        matrix = sent(torch.cat(matrices).to(image.dtype), image.device)
+        on_device = to_device_async(torch.cat(moved), image.device)
+        matrix = to_device_async(torch.cat(matrices).to(image.dtype), image.device)
         transform = require_kornia().geometry.transform
         size = (image.shape[2], image.shape[3])
         result[on_device] = transform.warp_affine(image[on_device], matrix, size, mode="nearest")
@@ -310,8 +312,8 @@ def _by_channel(pixels: Pixels | None, x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"pixels: got {len(mean)} means and {len(std)} deviations, expected {channels}, one a channel")
     shape = (1, channels, 1, 1)
     return (
-        sent(torch.tensor(mean, dtype=torch.float32), x.device).view(shape),
-        sent(torch.tensor(std, dtype=torch.float32), x.device).view(shape),
+        to_device_async(torch.tensor(mean, dtype=torch.float32), x.device).view(shape),
+        to_device_async(torch.tensor(std, dtype=torch.float32), x.device).view(shape),
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradmix.criteria import Alignment, Criterion
 from gradmix.estimators import EstimatorName
-from gradmix.head import HeadCapture, HeadOutput
 from gradmix.mixer import GradMix
+from gradmix.model.head import HeadCapture, HeadOutput
+from gradmix.model.unchanged import ModelNotFiniteError, device_of, is_compiled, unchanged, unwrap
 from gradmix.pairs import Pairs
-from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched, unwrap
 from gradmix.references import reference_gradient
 from gradmix.replay.sources import chunks_of
 from gradmix.training.config import TrainConfig
@@ -130,7 +130,7 @@ class SelectiveMixup(LinearMixing):
         if outputs is None:
             model = unwrap(self.context.model)
             own = x[share.mine]
-            with untouched(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
+            with unchanged(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
                 model(own)
             outputs = capture.output
         return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradmix.probe import preserved_rng
+from gradmix.model.unchanged import preserved_rng
 from gradmix.training.config import MODEL_NAMES
 from gradmix.training.models.imported import checked, find_builder, is_import_path
 from gradmix.training.models.perceptron import MLP

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradmix.head import resolve_head
-from gradmix.probe import unwrap
+from gradmix.model.head import resolve_head
+from gradmix.model.unchanged import unwrap
 from gradmix.training.seeds import generator_for
 
 
@@ -46,7 +46,7 @@ def grow_head(
     Raises:
         ValueError: Fewer classes than before; or the classifier is of a class of its own, shared, tied, parametrised
             or hooked, none of which a new one could take over; or it is the model itself, or was not found
-            (:class:`gradmix.head.HeadNotFoundError`).
+            (:class:`gradmix.model.head.HeadNotFoundError`).
         TypeError: ``num_classes`` is no int, or ``head`` neither a module nor a name.
     """
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):

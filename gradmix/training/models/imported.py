@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.head import logits_of
+from gradmix.model.head import logits_of
 
 
 def is_import_path(name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gradmix.names import markdown, markdown_cell, shown
+from gradmix.runtime.names import markdown, markdown_cell, shown
 from gradmix.training.reports import plots
 
 if TYPE_CHECKING:

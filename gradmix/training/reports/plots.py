@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gradmix import names
+from gradmix.runtime import names
 from gradmix.training.reports import cells
 from gradmix.training.runs.metrics import Interval, mean_interval
 from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names

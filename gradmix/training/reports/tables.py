@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from gradmix.names import markdown, markdown_cell, shown
+from gradmix.runtime.names import markdown, markdown_cell, shown
 from gradmix.training.reports import cells, findings
 from gradmix.training.runs import metrics
 from gradmix.training.runs.metrics import Interval

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gradmix import names
+from gradmix.runtime import names
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
@@ -168,7 +168,7 @@ R_MEANING = "R[i,j] = accuracy on task j after training task i; tasks counted fr
 """What R means in :data:`gradmix.training.runs.metrics.FORMULAS`."""
 
 LOCK = ".lock"
-"""The file in a folder of runs that says that a command is at work in it (:mod:`gradmix.locks`)."""
+"""The file in a folder of runs that says that a command is at work in it (:mod:`gradmix.runtime.locks`)."""
 
 _FILES = ("config.yaml", "metrics.json", "accuracy_matrix.csv")
 

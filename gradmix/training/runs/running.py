@@ -20,7 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
-from gradmix.locks import locked
+from gradmix.runtime.locks import locked
 from gradmix.training.config import DataConfig
 from gradmix.training.loop import checkpoint, trainer
 from gradmix.training.runs import results

@@ -41,7 +41,7 @@ def rank_of(group: Group) -> int:
     return 0 if group is None else torch.distributed.get_rank(group)
 
 
-def share(n: int, group: Group) -> range:
+def local_share(n: int, group: Group) -> range:
     """Which of ``n`` rows are this process's: n div size of them or one more, in the order of the ranks.
 
     The shares of all processes, one after the other, are the rows.
@@ -50,7 +50,7 @@ def share(n: int, group: Group) -> range:
     return range(n * rank // size, n * (rank + 1) // size)
 
 
-def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The sums over all processes, the same in each to the last bit; new tensors, but for one process those given.
 
     Tensors of one dtype travel together, as one flat buffer.
@@ -71,7 +71,7 @@ def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     return sums
 
 
-def any_over(flags: Tensor, group: Group) -> Tensor:
+def any_rank(flags: Tensor, group: Group) -> Tensor:
     """(1,) bool: whether any of ``flags``, bool of any shape, is set in any process; it is not waited for."""
     flag = flags.any().view(1)
     if group is None:
@@ -81,7 +81,7 @@ def any_over(flags: Tensor, group: Group) -> Tensor:
     return found > 0
 
 
-def gather_rows(rows: Tensor, group: Group, counts: Sequence[int] | None = None) -> Tensor:
+def all_gather_samples(rows: Tensor, group: Group, counts: Sequence[int] | None = None) -> Tensor:
     """The rows of all processes, in the order of the ranks.
 
     Args:
@@ -112,7 +112,7 @@ def gather_rows(rows: Tensor, group: Group, counts: Sequence[int] | None = None)
     return torch.cat(parts)
 
 
-def as_the_first(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+def broadcast(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The tensors of the group's first process, in every process; all have the same shapes and dtypes."""
     if group is None:
         return list(tensors)
@@ -123,7 +123,7 @@ def as_the_first(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     return told
 
 
-def told_by_the_first(value: Any, group: Group) -> Any:
+def broadcast_object(value: Any, group: Group) -> Any:
     """The group's first process's value, in every process: anything that can be pickled; the others' are not read."""
     if group is None:
         return value

@@ -27,13 +27,6 @@ GRAPHS = 8
 """Graphs kept at a time, each with its memory; the one that was not used for the longest is dropped first."""
 
 
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` of a tensor that was made for it, not waited for."""
-    if device.type == "cuda" and host.device.type == "cpu":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
-
-
 def call(function: Callable[..., Any], inputs: Inputs) -> Any:
     """The call itself, of which :class:`Graphs` is the captured form."""
     return function(*inputs)

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.head import CapturedOutput, HeadLike, forward_head
-from gradmix.head_values import MASKED
-from gradmix.inputs import first_tensor
+from gradmix.model.head import CapturedOutput, HeadLike, forward_head
+from gradmix.model.head_values import MASKED
+from gradmix.model.inputs import first_tensor
+from gradmix.model.refusals import refusing_by_name
+from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import check_label_range, within_range
-from gradmix.ops.waiting import require
-from gradmix.probe import require_finite
-from gradmix.processes import Group
-from gradmix.refusals import refusing_by_name
 from gradmix.replay.sources import chunks_of, numbered_chunks
-from gradmix.samples import HeadSamples, Samples, joined
+from gradmix.runtime.collectives import Group
+from gradmix.runtime.deferred_checks import check_samples
+from gradmix.samples import HeadSamples, Samples, concatenate_samples
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, samples: Samples, chunk_size: int) -> HeadSamples:
-    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.probe.untouched`.
+    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.unchanged`.
 
     Args:
         model: the unwrapped model.
@@ -38,7 +38,7 @@ def forward_all(model: nn.Module, head: HeadLike, name: str, samples: Samples, c
     device = first_tensor(samples.x).device
     source = (samples.x, samples.y)
     parts = [part for _, part in forward_source(model, head, name, source, chunk_size, device)]
-    return parts[0] if len(parts) == 1 else joined(parts, parts[0].logits.shape[1])
+    return parts[0] if len(parts) == 1 else concatenate_samples(parts, parts[0].logits.shape[1])
 
 
 def forward_source(
@@ -53,7 +53,7 @@ def forward_source(
     """This process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
 
     A process without a share of a source that has samples gets one chunk of none, so that it knows their shapes. Call
-    it inside :func:`gradmix.probe.untouched`.
+    it inside :func:`gradmix.model.unchanged.unchanged`.
     """
     empty = True
     for start, x, y in numbered_chunks(name, source, chunk_size, device, group):
@@ -94,7 +94,7 @@ def with_output(name: str, samples: Samples, output: CapturedOutput, first: int 
         masked = ((logits <= MASKED) & (y > 0)).any(1)
     else:
         masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
-    require(
+    check_samples(
         masked,
         lambda row: ValueError(
             f"{name}: row {first + row} has a label among the classes that the model masks, expected labels of the "

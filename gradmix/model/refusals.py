@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from gradmix.gradients.exceptions import BatchStatisticsError
-from gradmix.head import logits_of
-from gradmix.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
-from gradmix.probe import check_watched, without_compilation
+from gradmix.model.head import logits_of
+from gradmix.model.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
+from gradmix.model.unchanged import check_watched, without_compilation
 
 _ROWS = 2
 """Rows that tell whether statistics are those of the batch."""

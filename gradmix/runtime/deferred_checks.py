@@ -33,7 +33,7 @@ Consequence = Callable[[int], "Exception | None"]
 """From the first row found bad: the error to raise, or None where the finding has been dealt with."""
 
 
-def look_is_free(device: torch.device) -> bool:
+def can_sync(device: torch.device) -> bool:
     """Whether the host may look at values on ``device`` at once: on the CPU, and everywhere by ``GRADMIX_CHECKS=now``.
 
     Raises:
@@ -69,7 +69,7 @@ _underway: weakref.WeakKeyDictionary[nn.Module, list[_Answers]] = weakref.WeakKe
 _lock = threading.Lock()
 
 
-def require(bad: Tensor, consequence: Consequence) -> None:
+def check_samples(bad: Tensor, consequence: Consequence) -> None:
     """Raise ``consequence(first bad row)`` if any row is bad: at once where a look is free, else with the next call.
 
     Args:
@@ -78,7 +78,7 @@ def require(bad: Tensor, consequence: Consequence) -> None:
     """
     if bad.numel() == 0:
         return
-    if look_is_free(bad.device) or _asking.questions is None:
+    if can_sync(bad.device) or _asking.questions is None:
         if bad.any():
             error = consequence(int(bad.nonzero()[0]))
             if error is not None:
@@ -88,12 +88,12 @@ def require(bad: Tensor, consequence: Consequence) -> None:
 
 
 @contextmanager
-def later(model: nn.Module) -> Iterator[None]:
+def deferred_checks(model: nn.Module) -> Iterator[None]:
     """Around one call: raise what earlier calls for this model found, and let the next one raise what this one finds.
 
     A body that raises leaves no question behind.
     """
-    settle(model)
+    raise_deferred(model)
     before, _asking.questions = _asking.questions, []
     try:
         yield
@@ -117,7 +117,7 @@ def _sent(flags: Tensor, consequences: list[Consequence]) -> _Answers:
     return _Answers(host, event, consequences)
 
 
-def settle(model: nn.Module | None = None) -> None:
+def raise_deferred(model: nn.Module | None = None) -> None:
     """Draw the consequences of what earlier calls of this thread, or of threads that have ended, found.
 
     It waits for the copy of the flags, which was queued before everything that came after that call.

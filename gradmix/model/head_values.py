@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.dtypes import exact_dtype, work_dtype
-from gradmix.ops.waiting import look_is_free
+from gradmix.runtime.deferred_checks import can_sync
 
 MASK_GAP = 100.0
 """How far below a sample's largest logit a masked one is at least: exp(-100) is no float32 number above 0."""
@@ -131,7 +131,7 @@ def off_linear(
         tolerance = accumulated * terms
         wrong: Tensor = ((product - z).abs() > tolerance).any(1)
         # The usual case: the rounding of the sum explains it, and that of the factors need not be known.
-        if look_is_free(features.device) and not wrong.any():
+        if can_sync(features.device) and not wrong.any():
             return wrong
         scale = (h.square() @ w.square().T).sqrt() + product.abs()
         if b is not None:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradmix.inputs import InputTree, leaves
-from gradmix.ops.waiting import look_is_free, require
+from gradmix.model.inputs import InputTree, leaves
+from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 
 class ModelNotFiniteError(ValueError):
@@ -80,7 +80,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Run the body with ``model`` in evaluation mode and without autograd, then restore everything.
 
     The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
@@ -162,7 +162,7 @@ class _Buffers:
                 written.add(id(buffer))
             # Entries that an expanded buffer repeats are one in memory.
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in memory.stride())
-            if not look_is_free(buffer.device):
+            if not can_sync(buffer.device):
                 behind[0].append(buffer.data[once])
                 behind[1].append(copy[once])
             elif not torch.equal(buffer.detach(), copy):
@@ -246,7 +246,7 @@ def require_finite(first_row: int = 0, **named: InputTree) -> None:
     """Raise ValueError naming the argument and the first row of it that holds a NaN or an infinity.
 
     Where a look at values is free, the usual case costs one reduction a tensor (a sum is finite only if every entry
-    is); where it is not, finite or not, the rows' largest entries are found (:mod:`gradmix.ops.waiting`).
+    is); where it is not, finite or not, the rows' largest entries are found (:mod:`gradmix.runtime.deferred_checks`).
 
     Args:
         first_row: index of row 0 in the whole argument, of which the tensors are a chunk.
@@ -272,7 +272,7 @@ def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
 
 def _seen_finite(*values: Tensor) -> bool:
     """Whether a look is free and finds everything finite, by one synchronisation."""
-    if not all(look_is_free(value.device) for value in values):
+    if not all(can_sync(value.device) for value in values):
         return False
     return bool(torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in values]).sum()))
 
@@ -281,7 +281,9 @@ def _require_rows(value: Tensor, error: Callable[[int, str], ValueError]) -> Non
     """Require the rows of ``value`` to be finite; ``error`` is made of the first that is not, and what it holds."""
     # The largest entries: the question must not keep a batch of images alive until the next call.
     largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
-    require(~torch.isfinite(largest), lambda row: error(row, "NaN" if torch.isnan(largest[row]) else "an infinity"))
+    check_samples(
+        ~torch.isfinite(largest), lambda row: error(row, "NaN" if torch.isnan(largest[row]) else "an infinity")
+    )
 
 
 def _row_not_finite(name: str, first_row: int, row: int, content: str) -> ValueError:

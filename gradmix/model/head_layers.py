@@ -2,7 +2,7 @@
 
 A layer is any module with a weight (C, d), or (d, C) as GPT-2's projections have it, whose output is W h + b. Which
 layers end in the logits is read off autograd's graph of one forward pass over a few samples; that their sum is what the
-model returns is checked on values (:mod:`gradmix.head_values`).
+model returns is checked on values (:mod:`gradmix.model.head_values`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
 
-from gradmix.head_values import estimated_factor, off_linear, related
-from gradmix.inputs import InputTree, call_model, own_copy
-from gradmix.probe import without_compilation
+from gradmix.model.head_values import estimated_factor, off_linear, related
+from gradmix.model.inputs import InputTree, call_model, own_copy
+from gradmix.model.unchanged import without_compilation
 
 
 class HeadNotFoundError(ValueError):
@@ -233,7 +233,7 @@ class _Candidate:
 def find_layers(model: nn.Module, example: InputTree, only: nn.Module | None = None) -> Found:
     """The layers whose weighted sum is what the model returns, by two forward passes over ``example``.
 
-    Call it inside :func:`gradmix.probe.untouched`: the passes run in the mode the model is in.
+    Call it inside :func:`gradmix.model.unchanged.unchanged`: the passes run in the mode the model is in.
 
     Args:
         model: the model.
