@@ -3,13 +3,14 @@
 ``tests/ratchet_exceptions.py`` lists what exceeds a limit, with its figure. A figure above its entry fails, and one
 below it fails until the entry is lowered. After moving files, ``python tests/test_ratchet.py --write`` writes the list
 anew and prints the differences; what has grown is to be split up, not written down.
+``python tests/test_ratchet.py --summary [checkout]`` counts files, lines and what exceeds the limits.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import english
 import pytest
 from ratchet_exceptions import EXCEPTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(sys.argv[2] if sys.argv[1:2] == ["--summary"] and sys.argv[2:] else Path(__file__).parents[1]).resolve()
 PACKAGE = ROOT / "gradmix"
 FILE = Path(__file__).with_name("ratchet_exceptions.py")
 
@@ -210,6 +211,29 @@ def write() -> None:
     FILE.write_text("\n".join([*lines, "}", ""]), encoding="utf-8")
 
 
+def summary(of: Callable[[str], bool]) -> dict[str, int]:
+    """The counts of the files that ``of`` selects by path."""
+    found = {kind: {key: f for key, f in figures(kind).items() if of(key.partition("::")[0])} for kind in LIMITS}
+    lines = found["lines of a file"].values()
+    return {
+        "files": len(lines),
+        "lines": sum(lines),
+        "longest file": max(lines),
+        "files over 400 lines": sum(n > 400 for n in lines),
+        "functions over 7 parameters": sum(n > 7 for n in found["parameters"].values()),
+        "modules in an import cycle": sum(n > 1 for n in found["modules in an import cycle"].values()),
+    }
+
+
+def print_summary() -> None:
+    """The counts of the core, and of training and the command line."""
+    trainer = ("gradmix/training/", "gradmix/cli/")
+    parts = [summary(lambda path: not path.startswith(trainer)), summary(lambda path: path.startswith(trainer))]
+    print(f"{'':30} {'core':>8} {'training, cli':>14}")
+    for name in parts[0]:
+        print(f"{name:30} {parts[0][name]:8} {parts[1][name]:14}")
+
+
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
@@ -266,6 +290,9 @@ def test_a_figure_above_or_below_its_entry_is_told(monkeypatch):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python tests/test_ratchet.py --write")
-    write()
+    if sys.argv[1:] == ["--write"]:
+        write()
+    elif sys.argv[1:2] == ["--summary"]:
+        print_summary()
+    else:
+        sys.exit("usage: python tests/test_ratchet.py --write | --summary [checkout]")
