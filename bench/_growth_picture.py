@@ -48,7 +48,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     """Write a result's picture as SVG, whose text follows the reader's theme, or as PNG; whole or not at all."""
     from matplotlib.figure import Figure
 
-    from gradmix.training import plots
+    from gradmix.training.reports import plots
 
     panels = list(_panels(result))
     columns = min(3, max(1, len(panels)))

@@ -36,15 +36,15 @@ from _measure import (
 )
 from torch import Tensor
 
-from gradmix.training.batch_reader import BatchReader
-from gradmix.training.benchmarks import stream_of
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.memory import peak_memory, start_peak_memory
+from gradmix.training.data.batch_reader import BatchReader
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.memory import peak_memory, start_peak_memory
+from gradmix.training.loop.reading import MOST_WORKERS, Reading
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS, Context, Method, StepRows
-from gradmix.training.reading import MOST_WORKERS, Reading
 from gradmix.training.streams import TaskStream
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.streams.benchmarks import stream_of
 
 AHEAD = 2
 """Batches that every worker process has in the making."""
@@ -168,7 +168,7 @@ class Block:
         data: of them, from asking for a step's rows to having them augmented; on a GPU by the device's own clock.
         waiting: of them, in which the host waited for the worker processes; a GPU may be busy meanwhile.
         selecting: of them, choosing pairs, and the pass that this takes without the originals.
-        peak_memory: as :func:`gradmix.training.memory.peak_memory`, bytes.
+        peak_memory: as :func:`gradmix.training.loop.memory.peak_memory`, bytes.
         loss: of the last step.
     """
 
@@ -224,7 +224,7 @@ class Course:
         self._rows, self._loss = self._rows + rows, loss
 
     def on_step(self, _progress: Progress) -> None:
-        """Called by :func:`gradmix.training.trainer.train_one` after every step."""
+        """Called by :func:`gradmix.training.loop.trainer.train_one` after every step."""
         self._steps += 1
         if self._steps == self._plan[self._segment].steps:
             self._end()
@@ -292,7 +292,7 @@ class InTurn(Method):
 
 @contextmanager
 def in_turn(course: Course) -> Iterator[str]:
-    """A method for :func:`gradmix.training.trainer.train_one` that follows a course; its name."""
+    """A method for :func:`gradmix.training.loop.trainer.train_one` that follows a course; its name."""
     name = "in-turn"
 
     class Following(InTurn):

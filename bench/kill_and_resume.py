@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from _measure import count, machine, machine_line, positive, write_json
 
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 
 Kind = Literal["start", "step", "write"]
 

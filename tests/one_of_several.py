@@ -16,7 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gradmix import cli
-from gradmix.training import plots, trainer
+from gradmix.training.loop import trainer
+from gradmix.training.reports import plots
 
 
 def main() -> int:

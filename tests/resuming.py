@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradmix.training import checkpoint
 from gradmix.training.config import TrainConfig
-from gradmix.training.results import RunResult
+from gradmix.training.loop import checkpoint
+from gradmix.training.loop.trainer import Progress, train_one
+from gradmix.training.runs.results import RunResult
 from gradmix.training.streams import TaskStream
-from gradmix.training.trainer import Progress, train_one
 
 # Not to be resumed from: when and how long.
 LEFT_OUT = ("clock", "seconds_total", "peak_memory")

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
-from gradmix.training.results import AlignmentRecord, RunResult, Timing
+from gradmix.training.method_names import recorded_name
+from gradmix.training.runs.results import AlignmentRecord, RunResult, Timing
 
 
 def make_result(
-    method: Any = "gradmix",
+    method: Any = "gradmix-class",
     seed: int = 0,
     *,
     benchmark: Any = "split-digits",
@@ -24,14 +25,14 @@ def make_result(
     class_names: tuple[str, ...] | None = None,
 ) -> RunResult:
     """A run whose old tasks lose accuracy from ``level``; ``reached`` below ``tasks`` makes it an interrupted one."""
-    rng = np.random.default_rng(1000 * seed + len(method))
+    rng = np.random.default_rng(1000 * seed + len(recorded_name(method)))
     done = tasks if reached is None else reached
     accuracy = np.full((tasks, tasks), np.nan)
     for i in range(done):
         for j in range(tasks):
             accuracy[i, j] = np.clip(level - 0.05 * (i - j) + rng.normal(0, 0.01), 0, 1) if j <= i else 0.0
     alignments = []
-    if method == "gradmix":
+    if method == "gradmix-class":
         for task in range(1, done):
             classes = np.arange((task + 1) * per_task)
             cosine = rng.normal(0, 0.3, (classes.size, classes.size))

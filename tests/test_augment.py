@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gradmix.training.augment import (
+from gradmix.training.data.augment import (
     TRIES,
     as_floats,
     centre_crop,
@@ -16,7 +16,7 @@ from gradmix.training.augment import (
     random_crop_flip,
     random_resized_crop_flip,
 )
-from gradmix.training.datasets import to_float
+from gradmix.training.data.image_arrays import to_float
 
 DEVICES = [
     "cpu",

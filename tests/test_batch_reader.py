@@ -20,8 +20,8 @@ import torch
 from patience import PATIENCE
 
 import gradmix
-from gradmix.training.batch_reader import BatchReader
-from gradmix.training.image_files import DamagedImageError, image_folder
+from gradmix.training.data.batch_reader import BatchReader
+from gradmix.training.data.image_files import DamagedImageError, image_folder
 
 WORKERS = [0, 1, 2]
 
@@ -359,7 +359,7 @@ def test_bad_calls(case):
 
 KILLED = """
 import multiprocessing, os, signal, torch
-from gradmix.training.batch_reader import BatchReader
+from gradmix.training.data.batch_reader import BatchReader
 multiprocessing.set_start_method("spawn")
 batches = iter(BatchReader(torch.arange(9.0), (torch.tensor([3, 1]) for _ in range(100)), workers=1))
 print(next(batches).rows.tolist(), flush=True)
@@ -384,7 +384,7 @@ def test_workers_started_afresh_read_and_die_with_their_parent(tmp_path):
 
 KILLED_EARLY = """
 import os, signal, time, torch
-from gradmix.training import batch_reader
+from gradmix.training.data import batch_reader
 begin = batch_reader._apart
 def late(parent, worker):
     while os.getppid() == parent:
@@ -416,7 +416,7 @@ def test_workers_end_whose_parent_was_killed_before_they_began(tmp_path):
 
 SIGNALLED = """
 import os, signal, torch
-from gradmix.training.batch_reader import BatchReader
+from gradmix.training.data.batch_reader import BatchReader
 arrived = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: arrived.append(number))

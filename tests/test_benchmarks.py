@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training import benchmarks
-from gradmix.training.benchmarks import BENCHMARKS, Benchmark, make_stream, resolve
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.datasets import LabelledImages
+from gradmix.training.data.image_arrays import LabelledImages
 from gradmix.training.models import build_model
-from gradmix.training.streams import TaskStream
+from gradmix.training.streams import TaskStream, benchmarks
+from gradmix.training.streams.benchmarks import BENCHMARKS, Benchmark, make_stream, resolve
 
 
 def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledImages:

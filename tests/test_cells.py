@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gradmix.training import cells
-from gradmix.training.metrics import Interval
+from gradmix.training.reports import cells
+from gradmix.training.runs.metrics import Interval
 
 NAN = math.nan
 FULL = "{mean:.2f} ± {std:.2f} ({half:.2f}) [{low:.2f}, {high:.2f}]{star}"

@@ -20,9 +20,9 @@ import torch
 from fresh import run_python
 from torch import nn
 
-from gradmix.training import checkpoint
-from gradmix.training.checkpoint import CheckpointError, load, remove, save
-from gradmix.training.random_state import restore_rng, rng_state
+from gradmix.training.loop import checkpoint
+from gradmix.training.loop.checkpoint import CheckpointError, load, remove, save
+from gradmix.training.loop.random_state import restore_rng, rng_state
 
 SETTINGS = {
     "method": "er",
@@ -325,7 +325,7 @@ def test_the_systems_own_limit_leaves_the_previous_one(path: Path) -> None:
         f"""
 import resource, signal, torch
 from pathlib import Path
-from gradmix.training.checkpoint import CheckpointError, load, save
+from gradmix.training.loop.checkpoint import CheckpointError, load, save
 path = Path({str(path)!r})
 save({{"x": torch.ones(3)}}, path)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -348,7 +348,7 @@ print(load(path)["x"].tolist(), [entry.name for entry in path.parent.iterdir()])
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 path = Path({path!r})
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 real = {{name: getattr(os, name) for name in ("write", "fsync", "replace")}}
@@ -387,7 +387,7 @@ def test_a_writer_killed_at_each_step_leaves_a_whole_checkpoint(path: Path) -> N
 
 WRITER = """
 import sys, torch
-from gradmix.training.checkpoint import save
+from gradmix.training.loop.checkpoint import save
 number = 0
 while True:
     number += 1
@@ -398,7 +398,7 @@ while True:
 
 @pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[3])}
     for pause in (0.0, 0.003, 0.011, 0.029):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path)],

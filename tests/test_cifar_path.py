@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gradmix import cli
-from gradmix.training.experiments import load
-from gradmix.training.report import from_results
+from gradmix.training.reports.report import from_results
+from gradmix.training.runs.experiments import load
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_the_protocol_on_generated_images(tmp_path: Path, capsys: pytest.Capture
         arms:
           - {name: er, method: er}
           - {name: mixup, method: mixup}
-          - {name: gradmix, method: gradmix}
+          - {name: gradmix, method: gradmix-class}
           - {name: gradmix-sample, method: gradmix-sample}
           - {name: with originals, method: gradmix-sample, mix: {originals: true}}
         differences: [[gradmix-sample, mixup]]

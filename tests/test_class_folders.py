@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training import class_names, config, datasets
-from gradmix.training.benchmarks import BENCHMARKS, make_stream
-from gradmix.training.class_names import look_alikes, printable, same_names
-from gradmix.training.datasets import DataError
-from gradmix.training.image_files import DamagedImageError, ImageFiles, image_folder, imagenet, tiny_imagenet
-from gradmix.training.text_data import NEWSGROUPS, newsgroups20, text_folder
+from gradmix.training import config
+from gradmix.training.data import class_names
+from gradmix.training.data import image_arrays as datasets
+from gradmix.training.data.class_names import look_alikes, printable, same_names
+from gradmix.training.data.image_arrays import DataError
+from gradmix.training.data.image_files import DamagedImageError, ImageFiles, image_folder, imagenet, tiny_imagenet
+from gradmix.training.data.texts import NEWSGROUPS, newsgroups20, text_folder
+from gradmix.training.streams.benchmarks import BENCHMARKS, make_stream
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -321,7 +323,7 @@ def test_the_advice_to_hold_out_training_images_works(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="or hold out training images .--validation"):
         image_folder(tmp_path, 8)
     section = config.DataConfig(benchmark="image-folder", data_dir=str(tmp_path), validation=0.25, image_size=8)
-    from gradmix.training.benchmarks import stream_of
+    from gradmix.training.streams.benchmarks import stream_of
 
     assert [len(task.test) for task in stream_of(section).tasks] == [2, 2]
 

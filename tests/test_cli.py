@@ -17,9 +17,9 @@ from fresh import run_python
 from synthetic_runs import make_result
 
 from gradmix import __version__, cli
-from gradmix.training import trainer
 from gradmix.training.config import TrainConfig, load_config, to_yaml
-from gradmix.training.results import RunResult, load_run, load_runs, save_run
+from gradmix.training.loop import trainer
+from gradmix.training.runs.results import RunResult, load_run, load_runs, save_run
 
 Calls = list[tuple[TrainConfig, str, int]]
 
@@ -61,18 +61,18 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_train_writes_runs_and_table(trained: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--methods", "er", "gradmix", "--seeds", "0", "1", "--output", "out") == 0
-    assert [(m, s) for _, m, s in trained] == [("er", 0), ("er", 1), ("gradmix", 0), ("gradmix", 1)]
+    assert run("train", "--methods", "er", "gradmix-class", "--seeds", "0", "1", "--output", "out") == 0
+    assert [(m, s) for _, m, s in trained] == [("er", 0), ("er", 1), ("gradmix-class", 0), ("gradmix-class", 1)]
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {
-        "config.yaml", "summary.json", "summary.md", "compare.png", "er", "gradmix",
+        "config.yaml", "summary.json", "summary.md", "compare.png", "er", "gradmix-class",
     }  # fmt: skip
-    assert (out / "gradmix" / "seed-1" / "alignment.png").is_file()
+    assert (out / "gradmix-class" / "seed-1" / "alignment.png").is_file()
     assert [(r.method, r.seed) for r in load_runs(out).values()] == [(m, s) for _, m, s in trained]
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert "er       seed 0  task 2 of 3" in lines
-    assert any(line.startswith("gradmix  seed 1  average accuracy 0.") for line in lines)
+    assert f"{'er':<13}  seed 0  task 2 of 3" in lines
+    assert any(line.startswith("gradmix-class  seed 1  average accuracy 0.") for line in lines)
     assert lines[-1] == "Run folder: out"
 
 
@@ -107,13 +107,13 @@ def test_flags_reach_the_configuration(trained: Calls) -> None:
 
 
 def test_saved_config_repeats_the_run_and_flags_override_it(trained: Calls) -> None:
-    assert run("train", "--methods", "gradmix", "--seeds", "4", "--mix-alpha", "0.3", "--output", "a") == 0
-    saved = "a/gradmix/seed-4/config.yaml"
+    assert run("train", "--methods", "gradmix-class", "--seeds", "4", "--mix-alpha", "0.3", "--output", "a") == 0
+    saved = "a/gradmix-class/seed-4/config.yaml"
     assert run("train", "--config", saved, "--output", "b") == 0
-    assert trained[1] == (replace(trained[0][0], output=Path("b")), "gradmix", 4)
+    assert trained[1] == (replace(trained[0][0], output=Path("b")), "gradmix-class", 4)
     assert run("train", f"--config={saved}", "--seeds", "6", "--mix-alpha", "0.5", "--output", "c") == 0
     config, method, seed = trained[2]
-    assert (method, seed, config.mix.alpha, config.optim) == ("gradmix", 6, 0.5, trained[0][0].optim)
+    assert (method, seed, config.mix.alpha, config.optim) == ("gradmix-class", 6, 0.5, trained[0][0].optim)
 
 
 def test_default_output_is_new_each_time(trained: Calls, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_ctrl_c_saves_and_stops(
 
 
 def test_ctrl_c_waits_for_a_result_to_be_saved(trained: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmix.training import results
+    from gradmix.training.runs import results
 
     def interrupted_save(result: RunResult, folder: Path) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
@@ -250,7 +250,7 @@ def test_ctrl_c_waits_for_a_result_to_be_saved(trained: Calls, monkeypatch: pyte
 def test_ctrl_c_before_anything(
     trained: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gradmix.training import benchmarks
+    from gradmix.training.streams import benchmarks
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -265,7 +265,7 @@ def test_ctrl_c_before_anything(
 
 @pytest.fixture
 def saved(trained: Calls) -> Path:
-    for method in ("er", "gradmix"):
+    for method in ("er", "gradmix-class"):
         for seed in (0, 1):
             save_run(make_result(method, seed), f"runs/{method}/seed-{seed}")
     return Path("runs")
@@ -274,9 +274,9 @@ def saved(trained: Calls) -> Path:
 def test_compare_parents_and_runs(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compare", str(saved)) == 0
     whole = capsys.readouterr().out
-    assert "gradmix - er" in whole and "split-digits" in whole
+    assert "gradmix-class - er" in whole and "split-digits" in whole
     # The parent and one of its runs: no run counts twice.
-    assert run("compare", str(saved / "er"), str(saved / "gradmix"), str(saved / "er" / "seed-0")) == 0
+    assert run("compare", str(saved / "er"), str(saved / "gradmix-class"), str(saved / "er" / "seed-0")) == 0
     assert capsys.readouterr().out == whole
 
 
@@ -285,7 +285,7 @@ def test_compare_formats_and_output(saved: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == Path("cmp/summary.md").read_text(encoding="utf-8")
     assert {p.name for p in Path("cmp").iterdir()} == {"summary.json", "summary.md", "compare.png"}
     assert run("compare", str(saved), "--format", "json") == 0
-    assert json.loads(capsys.readouterr().out)["rows"][1]["label"] == "gradmix"
+    assert json.loads(capsys.readouterr().out)["rows"][1]["label"] == "gradmix-class"
     assert run("compare", str(saved), "--output", "cmp") == 2
     assert "cmp exists and is not empty" in error_of(capsys)
 
@@ -396,10 +396,13 @@ def test_real_training_repeats_itself(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
-        run("train", *["--methods", "gradmix", "--seeds", "0", "--epochs", "1", "--threads", "1", "--output", "a"]) == 0
+        run(
+            "train", *["--methods", "gradmix-class", "--seeds", "0", "--epochs", "1", "--threads", "1", "--output", "a"]
+        )
+        == 0
     )
-    assert run("train", "--config", "a/gradmix/seed-0/config.yaml", "--output", "b") == 0
-    first, second = load_run("a/gradmix/seed-0"), load_run("b/gradmix/seed-0")
+    assert run("train", "--config", "a/gradmix-class/seed-0/config.yaml", "--output", "b") == 0
+    first, second = load_run("a/gradmix-class/seed-0"), load_run("b/gradmix-class/seed-0")
     assert first.status == "complete" and first.accuracy.shape == (5, 5)
     assert (first.accuracy == second.accuracy).all() and first.config == second.config
     assert len(first.alignments) > 0

@@ -19,11 +19,11 @@ from patience import PATIENCE
 import gradmix
 from gradmix import cli
 from gradmix.cli import launch
-from gradmix.cli.launch import Processes, losses_explained
-from gradmix.training import plots
+from gradmix.cli.launch import Processes, explain_lost_process
 from gradmix.training.config import load_config
-from gradmix.training.reading import default_workers
-from gradmix.training.results import RunResult, load_runs
+from gradmix.training.loop.reading import default_workers
+from gradmix.training.reports import plots
+from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SCRIPT = str(Path(__file__).with_name("one_of_several.py"))
@@ -212,9 +212,9 @@ def test_what_the_environment_tells(
         monkeypatch.setenv(name, value)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            launch.told()
+            launch.processes_from_environment()
     else:
-        assert launch.told() == expected
+        assert launch.processes_from_environment() == expected
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_each_process_takes_its_own_gpu(name: str, gpus: int, expected: str, mon
 )
 def test_a_lost_process_is_put_into_words(error: Exception, words: str | None) -> None:
     if words is None:
-        with pytest.raises(type(error)) as kept, losses_explained(lambda: "again"):
+        with pytest.raises(type(error)) as kept, explain_lost_process(lambda: "again"):
             raise error
         assert kept.value is error
         return
-    with pytest.raises(launch.LostProcessError) as made, losses_explained(lambda: "again"):
+    with pytest.raises(launch.LostProcessError) as made, explain_lost_process(lambda: "again"):
         raise error
     assert (
         words in str(made.value) and str(made.value).endswith("go on with: again") and "pair.cc" not in str(made.value)

@@ -17,9 +17,10 @@ from synthetic_runs import make_result
 from gradmix import cli
 from gradmix.cli.experiment import _watcher
 from gradmix.cli.progress import Reporter
-from gradmix.training import experiments, trainer
-from gradmix.training.cells import signed
-from gradmix.training.results import RunResult
+from gradmix.training.loop import trainer
+from gradmix.training.reports.cells import signed
+from gradmix.training.runs import experiments
+from gradmix.training.runs.results import RunResult
 
 TEXT = """
 title: Mine

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from gradmix import cli
-from gradmix.training import plots, trainer
 from gradmix.training.config import load_config
-from gradmix.training.results import RunResult, load_run, load_runs
+from gradmix.training.loop import trainer
+from gradmix.training.reports import plots
+from gradmix.training.runs.results import RunResult, load_run, load_runs
 
 FEW = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "40", "--threads", "1")
 

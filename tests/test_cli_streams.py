@@ -12,7 +12,7 @@ import pytest
 
 from gradmix import cli
 from gradmix.cli.flags import _split_help
-from gradmix.training.results import load_run, load_runs
+from gradmix.training.runs.results import load_run, load_runs
 
 OWN = """
 import torch
@@ -51,12 +51,14 @@ def run(*args: str) -> int:
 def test_modules_of_the_current_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = ("--benchmark", "mine_for_tests.things:stream", "--model", "mine_for_tests.things:make")
     before = list(sys.path)
-    assert run("train", *named, *FAST, "--methods", "er", "gradmix", "--tasks", "2", "--class-order-seed", "3") == 0
+    assert (
+        run("train", *named, *FAST, "--methods", "er", "gradmix-class", "--tasks", "2", "--class-order-seed", "3") == 0
+    )
     assert sys.path == [*before, str(folder)], "after all others, which are found as before"
     (output,) = (folder / "runs").iterdir()
     assert output.name.startswith("mine_for_tests.things-stream-"), "a name that every file system takes"
     runs = load_runs(output)
-    assert [run.method for run in runs.values()] == ["er", "gradmix"]
+    assert [run.method for run in runs.values()] == ["er", "gradmix-class"]
     for found in runs.values():
         assert found.benchmark == "mine" and found.accuracy.shape == (2, 2)
         assert found.config.data.benchmark == named[1] and found.config.optim.model == named[3]
@@ -164,7 +166,7 @@ def test_help_says_what_is_off_and_whose_default_it_is(
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for text in (
         "--mix-refresh INT Steps between two computations of the reference gradient (and class table); 0: once per "
-        "epoch. (default: the method's own: 0 for gradmix (20 with data.online), 1 for gradmix-sample)",
+        "epoch. (default: the method's own: 0 for gradmix-class (20 with data.online), 1 for gradmix-sample)",
         "(default: the method's own: 0.5 for der++ and what builds on it, nothing for others)",
         "--blur FLOAT Standard deviation, in tasks, by which rows stray from the place of their task in the stream, so "
         "that tasks pass over into each other. (default: not at all)",

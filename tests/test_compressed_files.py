@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradmix.training import text_data
-from gradmix.training.datasets import DataError, read_idx
-from gradmix.training.tabular_data import covertype, read_integers
-from gradmix.training.text_data import newsgroups20
+from gradmix.training.data import texts as text_data
+from gradmix.training.data.image_arrays import DataError, read_idx
+from gradmix.training.data.tabular import covertype, read_integers
+from gradmix.training.data.texts import newsgroups20
 
 SIZE = 1 << 27
 
@@ -83,9 +83,9 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 READ = """
 import resource, sys
 from pathlib import Path
-import gradmix.training.text_data as text_data
-from gradmix.training.datasets import DataError, read_idx
-from gradmix.training.tabular_data import covertype
+import gradmix.training.data.texts as text_data
+from gradmix.training.data.image_arrays import DataError, read_idx
+from gradmix.training.data.tabular import covertype
 text_data._MOST_BYTES = 1 << 24
 readers = {"read_idx": lambda p: read_idx(p / "x.gz"), "covertype": covertype, "newsgroups20": text_data.newsgroups20}
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

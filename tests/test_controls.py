@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.estimators.feature import feature_scores
 from gradmix.forward import forward_all
-from gradmix.selection import Pairs
-from gradmix.training.benchmarks import make_stream, resolve
+from gradmix.pairs import Pairs
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS, Context, StepRows, selective
 from gradmix.training.methods.controls import controlled
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream, resolve
 
 CONTROLS = (
     "random",
@@ -212,7 +212,7 @@ def test_the_norm_does_not_depend_on_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 def test_a_run_under_control(name: str, method: str) -> None:
     stream = make_stream("split-digits", tasks=2, rows_per_class=40)
     config = TrainConfig(
@@ -227,7 +227,7 @@ def test_a_run_under_control(name: str, method: str) -> None:
     assert first.mixed_share[1] <= 1
 
 
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("reference", [None, "replayed"])
 def test_a_control_takes_the_place_of_every_selection(
     reference: Literal["replayed"] | None, method: str, monkeypatch: pytest.MonkeyPatch
@@ -271,7 +271,7 @@ def test_methods_know_their_mixed_rows() -> None:
     model, _ = problem()
     buffer = gradmix.ReplayBuffer(3)
     buffer.add(torch.randn(12, 5), torch.arange(12) % 4)
-    from gradmix.training.clock import Clock
+    from gradmix.training.loop.clock import Clock
 
     context = Context(
         model,

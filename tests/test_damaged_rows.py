@@ -10,11 +10,11 @@ import torch
 from resuming import assert_same_result, goes_on_to_the_bit, interrupted_run
 from torch import Tensor
 
-from gradmix.training import trainer
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.loop import trainer
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import train_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:row .* is left out")
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training import datasets
-from gradmix.training.datasets import DataError, LabelledImages, rank_in_class, read_idx, read_pickle, to_float
+from gradmix.training.data import image_arrays as datasets
+from gradmix.training.data.image_arrays import DataError, LabelledImages, rank_in_class, read_idx, read_pickle, to_float
 
 DATA_DIR_VARIABLE = "GRADMIX_DATA_DIR"
 

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing
 from two_processes_training import CASES, OPTION_CASES, READ_CASES, outcome, process, read, resident
 
-from gradmix.training.sharding import Share
+from gradmix.training.loop.sharding import Share
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_two_processes_agree_and_go_on_to_the_bit(told: list[dict[str, Any]], na
 def test_shares_are_even_and_whole(monkeypatch: pytest.MonkeyPatch, sizes: list[int], count: int) -> None:
     shares = []
     for rank in range(count):
-        monkeypatch.setattr("gradmix.training.sharding.size_of", lambda _group: count)
-        monkeypatch.setattr("gradmix.training.sharding.rank_of", lambda _group, rank=rank: rank)
+        monkeypatch.setattr("gradmix.training.loop.sharding.size_of", lambda _group: count)
+        monkeypatch.setattr("gradmix.training.loop.sharding.rank_of", lambda _group, rank=rank: rank)
         shares.append(Share.of(sizes, None, torch.device("cpu")))
     everyone = torch.cat([share.mine for share in shares])
     assert all(torch.equal(share.everyone, everyone) for share in shares)

@@ -17,16 +17,16 @@ from synthetic_runs import make_result
 from torch import nn
 
 from gradmix import cli
-from gradmix.training import plots, report, tables
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.divergence import DivergedError, LossWatch
-from gradmix.training.evaluation import evaluate
-from gradmix.training.experiments import from_yaml
+from gradmix.training.loop.divergence import DivergedError, LossWatch
+from gradmix.training.loop.evaluation import evaluate
+from gradmix.training.loop.trainer import LOSS_EVERY, train_one
 from gradmix.training.methods import METHODS
-from gradmix.training.results import load_run, save_run, save_summary
-from gradmix.training.running import run_all, state_of
+from gradmix.training.reports import plots, report, tables
+from gradmix.training.runs.experiments import from_yaml
+from gradmix.training.runs.results import load_run, save_run, save_summary
+from gradmix.training.runs.running import run_all, state_of
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import LOSS_EVERY, train_one
 
 
 def stream(shape: tuple[int, ...] = (12,), rows: int = 40, times: float = 1.0) -> TaskStream:
@@ -53,7 +53,7 @@ def test_every_method_ends_alike(method: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"data": DataConfig(online=True)}, {"replay": ReplayConfig(stream="shuffled")}])
-@pytest.mark.parametrize("method", ["er", "gradmix"])
+@pytest.mark.parametrize("method", ["er", "gradmix-class"])
 def test_so_do_other_orders_of_steps(method: str, changes: dict[str, Any]) -> None:
     assert train_one(replace(config(1e18), **changes), method, 0, stream=stream()).status == "diverged"
 
@@ -82,7 +82,7 @@ def test_classes_masked_by_minus_infinity_are_no_divergence() -> None:
 
 
 def test_on_a_gpu_a_loss_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmix.training.divergence.look_is_free", lambda _: False)
+    monkeypatch.setattr("gradmix.training.loop.divergence.look_is_free", lambda _: False)
     watch = LossWatch(torch.device("cpu"))
     watch.look()
     watch.note(torch.tensor(math.nan))

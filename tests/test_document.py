@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from gradmix.training import plots
-from gradmix.training.document import Block, Code, Heading, Items, Picture, Table, Text, to_html, to_markdown
+from gradmix.training.reports import plots
+from gradmix.training.reports.document import Block, Code, Heading, Items, Picture, Table, Text, to_html, to_markdown
 
 NASTY = 'a*b_c|d`e`<f>&"g"'
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gradmix.training import experiments
+import gradmix
 from gradmix.training.config import DataConfig, MixConfig, ReplayConfig, TrainConfig, from_dict
-from gradmix.training.experiments import content_hash, from_yaml, load, protocol, shipped
-from gradmix.training.trainer import settled
+from gradmix.training.loop.trainer import resolved_config
+from gradmix.training.runs.experiments import content_hash, from_yaml, load, protocol, shipped
 
 TEXT = """
 title: A table
@@ -71,7 +71,7 @@ def test_circumstances_are_taken_from_the_caller() -> None:
     assert run.folder == from_yaml(TEXT, "table").runs()[0].folder
 
 
-BASE = settled(TrainConfig(), "gradmix-sample", 0)
+BASE = resolved_config(TrainConfig(), "gradmix-sample", 0)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ BASE = settled(TrainConfig(), "gradmix-sample", 0)
         (replace(BASE, seeds=(7,)), True),
         (replace(BASE, device="cuda:0", threads=5, checkpoint=0.0, output=Path("x")), True),
         (replace(BASE, data=replace(BASE.data, data_dir=Path("elsewhere"))), True),
-        (settled(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
-        (settled(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
-        (settled(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(), "gradmix", 0), False),
-        (settled(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
-        (settled(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
+        (resolved_config(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
+        (resolved_config(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(), "gradmix-class", 0), False),
+        (resolved_config(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
+        (resolved_config(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
     ],
     ids=["seed", "circumstances", "data dir", "said again", "protocol's", "size", "method", "order", "small", "flag"],
 )
@@ -219,7 +219,9 @@ def test_a_part_is_told_by_its_folder(others: dict[str, Any], part: str) -> None
 def test_parts_have_folders_of_their_own() -> None:
     names = ["a", "b", "A", "a-b", "a_b", "a b", "a/b", "../a", "ä", "a" * 300, "a" * 301]
     # The method is the same for all: what tells them apart is a setting.
-    arms = ", ".join(f"{{name: {name!r}, method: gradmix, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names))
+    arms = ", ".join(
+        f"{{name: {name!r}, method: gradmix-class, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names)
+    )
     experiment = from_yaml(f"title: x\nbase: {{}}\narms: [{arms}]\n", "table")
     narrowed = [experiment.narrowed(arms=chosen) for chosen in ([name] for name in names)]
     narrowed += [experiment.narrowed(arms=["a", "b"]), narrowed[0].narrowed(seeds=[1]), narrowed[0].narrowed(seeds=[2])]
@@ -237,6 +239,6 @@ def test_shipped_ones_can_be_run(name: str) -> None:
 
 
 def test_shipped_ones_are_the_files_of_the_package() -> None:
-    folder = Path(experiments.__file__).parent.parent / "experiments"
+    folder = Path(gradmix.__file__).parent / "experiments"
     assert "digits" in shipped()
     assert sorted(shipped()) == sorted(path.stem for path in folder.glob("*.yaml"))

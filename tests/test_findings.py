@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training import findings, report
-from gradmix.training.experiments import from_yaml
-from gradmix.training.results import save_run
+from gradmix.training.reports import findings, report
+from gradmix.training.runs.experiments import from_yaml
+from gradmix.training.runs.results import save_run
 
 TEXT = """
 title: Controls

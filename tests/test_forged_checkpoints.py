@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from gradmix.training import checkpoint
-from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop import checkpoint
+from gradmix.training.loop.checkpoint import CheckpointError
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
 
 CONFIG = TrainConfig(optim=OptimConfig(model="mlp", epochs=1, batch=4), replay=ReplayConfig(size=4, batch=2), threads=1)
 FORGED: list[Any] = [
@@ -62,7 +62,7 @@ def left(method: str, path: Path, config: TrainConfig = CONFIG) -> tuple[dict[st
     return content["state"], content["run"]
 
 
-@pytest.mark.parametrize("method", ["der++", "gradmix"])
+@pytest.mark.parametrize("method", ["der++", "gradmix-class"])
 def test_a_forged_state_is_refused_or_of_use(method: str, tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     state, run = left(method, path)
@@ -104,11 +104,11 @@ def test_a_forged_state_is_refused_or_of_use(method: str, tmp_path: Path) -> Non
 def test_what_would_end_the_run_later_is_refused_at_once(at: tuple[Any, ...], new: Any, tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     config = replace(CONFIG, optim=replace(CONFIG.optim, momentum=0.9))
-    state, run = left("gradmix", path, config)
+    state, run = left("gradmix-class", path, config)
     checkpoint.save(changed(state, at, new), path, run=run)
     kept = path.read_bytes()
     with pytest.raises(CheckpointError, match="no state of this run"):
-        train_one(config, "gradmix", 0, stream=stream(), checkpoint=path)
+        train_one(config, "gradmix-class", 0, stream=stream(), checkpoint=path)
     assert path.read_bytes() == kept
 
 

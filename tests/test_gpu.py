@@ -14,13 +14,13 @@ from truth import assert_decisions_agree
 
 import gradmix
 from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
-from gradmix.training import trainer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
+from gradmix.training.loop import trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
-from gradmix.training.metrics import average_accuracy
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.runs.metrics import average_accuracy
+from gradmix.training.streams.benchmarks import make_stream
 
 pytestmark = pytest.mark.gpu
 BUFFER = rows(12, 3)
@@ -119,7 +119,7 @@ def test_training_runs_and_is_timed_on_the_device(method: str) -> None:
     assert 2**20 < result.timing.peak_memory_bytes < 2**34
 
 
-@pytest.mark.parametrize("method", ["er", "mixup", "a-gem", "gradmix", "gradmix-sample", "der++-gradmix-sample"])
+@pytest.mark.parametrize("method", ["er", "mixup", "a-gem", "gradmix-class", "gradmix-sample", "der++-gradmix-sample"])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_learns_as_float32_does(method: str, amp: str) -> None:
     stream = make_stream("split-digits")
@@ -144,7 +144,17 @@ def test_the_path_of_cifar(method: str, compiled: bool) -> None:
     assert result.status == "complete" and result.accuracy[0, 0] > 0.6
 
 
-WAIT_FOR_NOTHING = ("er", "mixup", "manifold-mixup", "cutmix", "remix", "balanced-mixup", "a-gem", "der++", "gradmix")
+WAIT_FOR_NOTHING = (
+    "er",
+    "mixup",
+    "manifold-mixup",
+    "cutmix",
+    "remix",
+    "balanced-mixup",
+    "a-gem",
+    "der++",
+    "gradmix-class",
+)
 
 
 @pytest.mark.parametrize("method", [*WAIT_FOR_NOTHING, "gradmix-sample"])
@@ -166,7 +176,7 @@ def test_the_host_runs_ahead_of_the_steps(method: str, monkeypatch: pytest.Monke
     assert result.status == "complete" and len(watched) == result.timing.steps - 4
 
 
-@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample", "der++-gradmix"])
+@pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample", "der++-gradmix-class"])
 def test_a_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
     """The same steps and, up to the rounding of sums whose order a GPU does not fix, the same accuracies."""
     stream = make_stream("split-digits", tasks=3)

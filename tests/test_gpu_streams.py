@@ -15,11 +15,11 @@ from gpu import no_waiting
 from patience import PATIENCE
 from two_processes_training import BASE, CASES, READ_CASES, outcome, read, resident
 
-from gradmix.training import trainer
-from gradmix.training.benchmarks import make_stream
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop import trainer
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import class_incremental
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 pytestmark = pytest.mark.gpu
 

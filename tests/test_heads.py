@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import gradmix
 from gradmix.head import HeadNotFoundError
-from gradmix.training.heads import grow_head, grown_state
 from gradmix.training.models import build_model
+from gradmix.training.models.growing_head import grow_head, grown_state
 
 
 class Conv(nn.Module):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from fresh import run_python
 
-from gradmix.training.datasets import DataError
-from gradmix.training.image_files import (
+from gradmix.training.data.image_arrays import DataError
+from gradmix.training.data.image_files import (
     EXTENSIONS,
     DamagedImageError,
     ImageFiles,
@@ -209,7 +209,7 @@ def test_pillow_is_missed_by_name(tmp_path, monkeypatch):
 
 
 def test_pillow_is_not_imported_with_the_module():
-    assert run_python("import sys, gradmix.training.image_files; print('PIL' in sys.modules)") == ["False"]
+    assert run_python("import sys, gradmix.training.data.image_files; print('PIL' in sys.modules)") == ["False"]
 
 
 # ---------------------------------------------------------------------------------------------------------- ImageFiles

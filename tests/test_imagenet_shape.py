@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from gradmix import ReplayBuffer
-from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.reading import Reading
 from gradmix.training.methods import METHODS, Context, StepRows
-from gradmix.training.reading import Reading
 from gradmix.training.streams import class_incremental
 
 pytest.importorskip("PIL", reason="the images are written and read by Pillow")

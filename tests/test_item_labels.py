@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from gradmix.training.image_files import DamagedImageError
-from gradmix.training.rows import Inputs, rows_of
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.data.samples import Inputs, rows_of
 from gradmix.training.streams import class_incremental
 
 RAW = [0, 1, 2, 3, 2, 3, 0, 1]

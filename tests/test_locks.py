@@ -13,7 +13,7 @@ import pytest
 
 from gradmix import cli
 from gradmix.locks import acquire, holder, locked
-from gradmix.training.results import LOCK, load_runs
+from gradmix.training.runs.results import LOCK, load_runs
 
 FEW = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20")
 

@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,19 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.clock import Clock
-from gradmix.training.config import DataConfig, MethodName, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig, from_dict
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import train_one
+from gradmix.training.method_names import PRESETS
 from gradmix.training.methods import (
     METHODS,
     Context,
     Finetune,
-    Method,
     Mixup,
     Pixels,
     StepRows,
     a_gem,
     balanced_mixup,
+    composition,
     cutmix,
     dark_replay,
     manifold_mixup,
@@ -37,7 +37,7 @@ from gradmix.training.methods import (
     remix,
 )
 from gradmix.training.models import build_model
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 CLASSES = 5
 IMAGE = (1, 6, 5)
@@ -343,7 +343,7 @@ def test_balanced_mixup_mixes_with_the_balanced_rows(monkeypatch, lam: float, n:
 
 
 def test_balanced_mixup_draws_from_beta_alpha_1() -> None:
-    assert METHODS["balanced-mixup"].wants_balanced and not METHODS["mixup"].wants_balanced
+    assert METHODS["balanced-mixup"].needs.balanced and not METHODS["mixup"].needs.balanced
     g = torch.Generator().manual_seed(0)
     lams = np.array([balanced_mixup.draw_balanced_lam(0.2, g) for _ in range(4000)])
     # Beta(a, 1) has the distribution function t^a.
@@ -416,7 +416,7 @@ def test_a_gem_step(scale: float | None, against: bool) -> None:
     context.model.register_forward_hook(lambda *_: calls.append(1))
     method = METHODS["a-gem"](context)
     loss = method.backward(rows)
-    assert len(calls) == 2 and not method.replays
+    assert len(calls) == 2 and not method.needs.replayed
     plain = copy.deepcopy(context.model)
     parameters = list(plain.parameters())
     current = (F.cross_entropy(plain(rows.x), rows.y, reduction="none") * rows.weight).sum()
@@ -439,7 +439,12 @@ def test_a_gem_without_a_buffer_is_finetuning() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- DER++
 
-DARK = {"der++": "er", "der++-mixup": "mixup", "der++-gradmix": "gradmix", "der++-gradmix-sample": "gradmix-sample"}
+DARK = {
+    "der++": "er",
+    "der++-mixup": "mixup",
+    "der++-gradmix-class": "gradmix-class",
+    "der++-gradmix-sample": "gradmix-sample",
+}
 
 
 def filled(context: Context) -> Context:
@@ -491,12 +496,12 @@ def test_dark_replay_state_is_the_inner_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", DARK)
 def test_dark_replay_settles_its_weight_and_the_inner_settings(name: str) -> None:
-    config = METHODS[name].settled(TrainConfig())
+    config = METHODS[name].resolved_config(TrainConfig())
     assert config.replay.distillation == 0.5
-    assert config.mix == METHODS[DARK[name]].settled(TrainConfig()).mix
+    assert config.mix == METHODS[DARK[name]].resolved_config(TrainConfig()).mix
     own = TrainConfig(replay=ReplayConfig(distillation=0.0))
-    assert METHODS[name].settled(own).replay.distillation == 0.0
-    assert METHODS[DARK[name]].settled(TrainConfig()).replay.distillation is None
+    assert METHODS[name].resolved_config(own).replay.distillation == 0.0
+    assert METHODS[DARK[name]].resolved_config(TrainConfig()).replay.distillation is None
 
 
 def test_dark_replay_keeps_logits_of_the_model_in_evaluation(monkeypatch) -> None:
@@ -653,12 +658,12 @@ def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("kornia")
     seen: list[StepRows] = []
 
-    class Inner(METHODS["mixup"]):
+    class Inner(Mixup):
         def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
             seen.append(rows)
             return super().losses(rows)
 
-    monkeypatch.setattr(METHODS["trivialaugment-mixup"], "inner", Inner)
+    monkeypatch.setitem(composition.MIXING, "mixup", Inner)
     x, y, weight = torch.rand(12, *COLOUR), torch.arange(12) % 4, torch.rand(12)
     other = (torch.rand(5, *COLOUR), torch.arange(5) % 4) if candidates else None
     context = make_context(COLOUR)
@@ -804,5 +809,5 @@ def test_replay_keeps_what_finetuning_forgets(runs) -> None:
 
 
 def test_names_are_those_of_the_configuration() -> None:
-    assert tuple(METHODS) == get_args(MethodName)
-    assert all(issubclass(method, Method) for method in METHODS.values())
+    assert tuple(METHODS) == tuple(PRESETS)
+    assert from_dict({"methods": list(METHODS)}).methods == tuple(METHODS)

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from gradmix.training import metrics
+from gradmix.training.runs import metrics
 
 NAN = float("nan")
 

@@ -16,11 +16,11 @@ import gradmix
 from gradmix import mixed_forward
 from gradmix.head import resolve_head
 from gradmix.replay.buffer import ReplayBuffer
-from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, TrainConfig
+from gradmix.training.loop.clock import Clock
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.methods import mixup as mixup_module
-from gradmix.training.mixing_space import stage_of
+from gradmix.training.methods.mixing_space import stage_of
 
 CLASSES, WORDS, LENGTH, WIDTH = 4, 30, 6, 8
 
@@ -438,7 +438,7 @@ def make_rows(n: int, candidates: int = 0) -> StepRows:
     return StepRows(x, y, weight, tokens(candidates, 4) if candidates else None)
 
 
-LINEAR = ["mixup", "remix", "balanced-mixup", "gradmix", "gradmix-sample"]
+LINEAR = ["mixup", "remix", "balanced-mixup", "gradmix-class", "gradmix-sample"]
 
 
 @pytest.mark.parametrize("originals", [False, True])
@@ -490,7 +490,7 @@ def test_manifold_mixup_has_the_place_for_an_input(monkeypatch, space: str) -> N
     method = METHODS["manifold-mixup"](context)
     places: list[object] = []
     monkeypatch.setattr(
-        "gradmix.training.mixing_space.mixed_forward",
+        "gradmix.training.methods.mixing_space.mixed_forward",
         lambda model, stage, *a, **k: places.append(stage) or mixed_forward(model, stage, *a, **k),
     )
     losses = [float(method.loss(rows).detach()) for _ in range(30)]
@@ -499,18 +499,20 @@ def test_manifold_mixup_has_the_place_for_an_input(monkeypatch, space: str) -> N
     assert len(set(losses)) > 20
 
 
-@pytest.mark.parametrize("name", ["gradmix", "gradmix-sample", "der++-gradmix", "trivialaugment-gradmix"])
+@pytest.mark.parametrize(
+    "name", ["gradmix-class", "gradmix-sample", "der++-gradmix-class", "trivialaugment-gradmix-class"]
+)
 @pytest.mark.parametrize("space", ["embedding", "feature"])
 def test_selection_is_by_features_where_inputs_are_not_mixed(name: str, space: str) -> None:
     for given in (None, "feature"):
         config = TrainConfig(mix=SpacedMix(space=space, estimator=given))
-        assert METHODS[name].settled(config).mix.estimator == "feature"
+        assert METHODS[name].resolved_config(config).mix.estimator == "feature"
     for other in ("mixed", "jvp", "sketch"):
         with pytest.raises(
             ValueError, match=f"mix.estimator: got '{other}', .* expected 'feature' with mix.space: {space}"
         ):
-            METHODS[name].settled(TrainConfig(mix=SpacedMix(space=space, estimator=other)))
-    plain = METHODS[name].settled(TrainConfig(mix=SpacedMix())).mix.estimator
+            METHODS[name].resolved_config(TrainConfig(mix=SpacedMix(space=space, estimator=other)))
+    plain = METHODS[name].resolved_config(TrainConfig(mix=SpacedMix())).mix.estimator
     assert plain == ("feature" if name == "gradmix-sample" else "mixed")
 
 
@@ -536,7 +538,7 @@ def test_the_stage_is_found_inside_wrappers() -> None:
         stage_of(model, "embedding")
 
 
-@pytest.mark.parametrize("name", ["mixup", "gradmix-sample", "gradmix"])
+@pytest.mark.parametrize("name", ["mixup", "gradmix-sample", "gradmix-class"])
 @pytest.mark.parametrize("space", ["embedding", "feature"])
 def test_steps_on_token_ids_learn(name: str, space: str) -> None:
     context = make_context(space, held=40)

@@ -18,11 +18,11 @@ from synthetic_runs import make_result
 
 from gradmix import cli, names
 from gradmix.cli.progress import Reporter
-from gradmix.training import document, plots, report, tables
-from gradmix.training.document import Code, Heading, Items, Table, Text
-from gradmix.training.experiments import from_yaml
-from gradmix.training.results import load_run, save_run, save_summary
-from gradmix.training.trainer import Progress
+from gradmix.training.loop.trainer import Progress
+from gradmix.training.reports import document, plots, report, tables
+from gradmix.training.reports.document import Code, Heading, Items, Table, Text
+from gradmix.training.runs.experiments import from_yaml
+from gradmix.training.runs.results import load_run, save_run, save_summary
 
 ODD = [
     r"$\foo$", "a ${b", r"$\frac{1}{$", "US$ and A$", "_hidden", "a_b^c{", "back\\slash\\", "two\nlines", "tab\tand\r",
@@ -41,7 +41,7 @@ def steers(text: str) -> list[str]:
 @pytest.mark.parametrize("start", range(0, len(ODD), 4))
 def test_a_run_and_its_pictures_are_saved(start: int, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     class_names = tuple(ODD[start : start + 4])
-    result = replace(make_result("gradmix", tasks=2, class_names=class_names), benchmark=class_names[0])
+    result = replace(make_result("gradmix-class", tasks=2, class_names=class_names), benchmark=class_names[0])
     folder = save_run(result, tmp_path / "run")
     assert {p.name for p in folder.glob("*.png")} == {"curve.png", "heatmap.png", "alignment.png"}
     assert not (folder / plots.NOT_DRAWN).exists() and not recwarn.list

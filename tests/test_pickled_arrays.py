@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradmix.training import pickled_arrays
-from gradmix.training.datasets import DataError, load_cifar10, read_pickle
+from gradmix.training.data import pickled_arrays
+from gradmix.training.data.image_arrays import DataError, load_cifar10, read_pickle
 
 # ---------------------------------------------------------------------------------------------------- what is read
 
@@ -201,7 +201,7 @@ FUZZ = """
 import random, sys, resource
 import pickle, numpy as np
 from pathlib import Path
-from gradmix.training.datasets import DataError, read_pickle
+from gradmix.training.data.image_arrays import DataError, read_pickle
 
 count, path = int(sys.argv[1]), Path(sys.argv[2])
 rng = random.Random(count)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training.image_files import DamagedImageError, decode, image_folder
-from gradmix.training.pixels import eight_bits
-from gradmix.training.reading import Reading
-from gradmix.training.rows import Inputs
+from gradmix.training.data.image_files import DamagedImageError, decode, image_folder
+from gradmix.training.data.pixels import eight_bits
+from gradmix.training.data.samples import Inputs
+from gradmix.training.loop.reading import Reading
 from gradmix.training.streams import class_incremental
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -12,8 +12,8 @@ from fresh import run_python
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
-from gradmix.training import plots
-from gradmix.training.results import AlignmentRecord, RunResult
+from gradmix.training.reports import plots
+from gradmix.training.runs.results import AlignmentRecord, RunResult
 
 
 def texts(figure: Any) -> str:
@@ -79,7 +79,13 @@ def test_alignment_marks_decisions_not_signs() -> None:
     assert np.asarray(crosses.get_offsets()).tolist() == [[1.0, 0.0]], (
         "(partner, row) of the one rejected pair with rows"
     )
-    for part in ("helpful (cosine ≥ 0.1)", "detrimental (cosine < 0.1)", "no rows of this pair", "digit 1", "gradmix"):
+    for part in (
+        "helpful (cosine ≥ 0.1)",
+        "detrimental (cosine < 0.1)",
+        "no rows of this pair",
+        "digit 1",
+        "gradmix-class",
+    ):
         assert part in texts(figure)
 
 
@@ -115,11 +121,11 @@ def test_heatmap_numbers_and_empty_cells() -> None:
 
 
 def test_compare_draws_one_line_a_method_with_a_band() -> None:
-    results = [make_result(m, s) for m in ("er", "mixup") for s in (0, 1, 2)] + [make_result("gradmix", 0)]
-    results.append(make_result("gradmix", 1, reached=1))
+    results = [make_result(m, s) for m in ("er", "mixup") for s in (0, 1, 2)] + [make_result("gradmix-class", 0)]
+    results.append(make_result("gradmix-class", 1, reached=1))
     axes = plots.compare(results).axes[0]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes.lines}
-    assert list(lines) == ["er", "mixup", "gradmix"]
+    assert list(lines) == ["er", "mixup", "gradmix-class"]
     expected = np.mean([plots.seen_accuracy(r.accuracy) for r in results[:3]], axis=0)
     np.testing.assert_allclose(lines["er"], expected)
     assert len(axes.collections) == 2, "a band needs two seeds"
@@ -138,7 +144,7 @@ def test_same_run_same_bytes(tmp_path: Path) -> None:
 
 def test_drawing_leaves_pyplot_alone() -> None:
     code = (
-        "import sys, gradmix.training.plots as p; assert 'matplotlib' not in sys.modules;"
+        "import sys, gradmix.training.reports.plots as p; assert 'matplotlib' not in sys.modules;"
         "import numpy as np; from pathlib import Path; p._figure(1, 1); assert 'matplotlib.pyplot' not in sys.modules"
     )
     assert run_python(code) == []

@@ -20,14 +20,14 @@ from fresh import run_python
 from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same
 
-from gradmix.training import checkpoint, trainer
-from gradmix.training.benchmarks import make_stream
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
-from gradmix.training.reading import MOST_WORKERS, Reading
-from gradmix.training.rows import StoredRows
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.data.samples import StoredRows
+from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.loop.reading import MOST_WORKERS, Reading
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow, which is not installed")
 
@@ -103,8 +103,8 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "by sample, one shuffled stream": ("gradmix-sample", False, {"replay": {"stream": "shuffled"}}),
     "by sample, replayed reference": ("gradmix-sample", False, {}),
     "by sample, whole buffer": ("gradmix-sample", True, {"mix": {"refresh": 2, "candidates": "balanced"}}),
-    "by class, replayed reference": ("gradmix", False, {"mix": {"estimator": "feature"}}),
-    "by class, whole buffer": ("gradmix", True, {}),
+    "by class, replayed reference": ("gradmix-class", False, {"mix": {"estimator": "feature"}}),
+    "by class, whole buffer": ("gradmix-class", True, {}),
     "der++ with gradmix, reservoir": (
         "der++-gradmix-sample", True, {"replay": {"policy": "reservoir", "size": 7}, "optim": {"accumulate": 2}},
     ),
@@ -214,10 +214,10 @@ import os, signal, time
 from pathlib import Path
 import numpy as np
 import torch
-from gradmix.training import checkpoint
-from gradmix.training.benchmarks import make_stream
+from gradmix.training.loop import checkpoint
+from gradmix.training.streams.benchmarks import make_stream
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.trainer import train_one
+from gradmix.training.loop.trainer import train_one
 
 torch.set_num_threads(1)
 path = Path({path!r})
@@ -355,7 +355,7 @@ def test_a_damaged_file_stops_the_run_by_its_name(file: str, workers: int, tmp_p
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("method", ["er", "der++", "gradmix"])
+@pytest.mark.parametrize("method", ["er", "der++", "gradmix-class"])
 def test_online_damaged_files_are_left_out(method: str, growing: bool, tmp_path: Path) -> None:
     config = config_of(
         spoilt(tmp_path, "train/ape/1.jpg", "train/dog/2.jpg"), 0, data={"skip_damaged": True, "online": True},

@@ -74,7 +74,7 @@ def test_the_options_named_exist() -> None:
 
 
 def test_the_experiment_is_accepted() -> None:
-    from gradmix.training.experiments import from_yaml
+    from gradmix.training.runs.experiments import from_yaml
 
     (text,) = blocks("yaml")
     experiment = from_yaml(text, "mine")

@@ -17,13 +17,13 @@ import pytest
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
-from gradmix.training import plots, report
-from gradmix.training.document import Picture
-from gradmix.training.experiments import Experiment, from_yaml
-from gradmix.training.metrics import Interval, mean_interval, paired_difference
-from gradmix.training.results import METRIC_LABELS, metric_values, save_run
-from gradmix.training.running import RUNS_AT_A_TIME
-from gradmix.training.significance import holm
+from gradmix.training.reports import plots, report
+from gradmix.training.reports.document import Picture
+from gradmix.training.reports.significance import holm
+from gradmix.training.runs.experiments import Experiment, from_yaml
+from gradmix.training.runs.metrics import Interval, mean_interval, paired_difference
+from gradmix.training.runs.results import METRIC_LABELS, metric_values, save_run
+from gradmix.training.runs.running import RUNS_AT_A_TIME
 
 TEXT = """
 title: Digits & <company>
@@ -33,7 +33,7 @@ base: {data: {benchmark: split-digits}}
 arms:
   - {name: mixup, method: mixup}
   - {name: er, method: er}
-  - {name: gradmix, method: gradmix}
+  - {name: gradmix, method: gradmix-class}
 differences: [[gradmix, mixup], [mixup, er], [gradmix, er]]
 reference: [{label: Mixup, metric: average_accuracy, value: 0.896, source: "a paper, 2025", differs: all, arm: mixup}]
 """
@@ -43,7 +43,7 @@ def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds:
     """The values of a report over made-up runs, saved under ``folder``; those in ``skip`` are missing."""
     experiment = from_yaml(text, "table").narrowed(seeds=seeds)
     runs = experiment.runs()
-    levels = {"er": 0.8, "mixup": 0.85, "gradmix": 0.9}
+    levels = {"er": 0.8, "mixup": 0.85, "gradmix-class": 0.9}
     for number, run in enumerate(runs):
         if (run.arm, run.seed) not in skip:
             result = make_result(run.method, run.seed, level=levels.get(run.method, 0.7) + 0.001 * (number % 7))
@@ -277,7 +277,9 @@ def test_varied_settings(text: str, tmp_path: Path) -> None:
 
 
 def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
-    arms = "\n".join(f"  - {{name: arm number {k}, method: gradmix, mix: {{threshold: {k / 100}}}}}" for k in range(30))
+    arms = "\n".join(
+        f"  - {{name: arm number {k}, method: gradmix-class, mix: {{threshold: {k / 100}}}}}" for k in range(30)
+    )
     pairs = ", ".join(f"[arm number {k}, arm number 0]" for k in range(1, 4))
     text = f"title: Many\nseeds: [0, 1]\nbase: {{}}\narms:\n{arms}\ndifferences: [{pairs}]\n"
     values = made(text, tmp_path)

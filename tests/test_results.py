@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training import results, tables
 from gradmix.training.config import MixConfig, TrainConfig, load_config
-from gradmix.training.results import (
+from gradmix.training.reports import tables
+from gradmix.training.runs import results
+from gradmix.training.runs.results import (
     AlignmentRecord,
     RunResult,
     Timing,
@@ -32,7 +33,7 @@ from gradmix.training.results import (
 )
 
 CASES: dict[str, Any] = {
-    "gradmix": {},
+    "gradmix-class": {},
     "no alignments": {"method": "er"},
     "interrupted": {"reached": 2},
     "interrupted at once": {"reached": 0, "steps": 0},
@@ -98,7 +99,7 @@ def test_saved_config_runs_again_elsewhere(tmp_path: Path, monkeypatch: pytest.M
     config = load_config(save_run(result, tmp_path / "run") / "config.yaml")
     assert config.output is None
     assert config.data.data_dir == tmp_path / "data"
-    assert (config.methods, config.seeds) == (("gradmix",), (0,))
+    assert (config.methods, config.seeds) == (("gradmix-class",), (0,))
 
 
 @pytest.mark.parametrize("kind", ["folder with a file", "file"])
@@ -168,23 +169,27 @@ def test_missing_runs(tmp_path: Path) -> None:
 
 
 def test_runs_below_a_folder_in_order(tmp_path: Path) -> None:
-    for method, seed in (("gradmix", 10), ("gradmix", 2), ("er", 1)):
+    for method, seed in (("gradmix-class", 10), ("gradmix-class", 2), ("er", 1)):
         save_run(make_result(method, seed), tmp_path / method / f"seed-{seed}")
     unfinished = tmp_path / "er" / ".seed-3-x"
     unfinished.mkdir()
     (unfinished / "metrics.json").write_text("{")
-    assert [(r.method, r.seed) for r in load_runs(tmp_path).values()] == [("er", 1), ("gradmix", 2), ("gradmix", 10)]
+    assert [(r.method, r.seed) for r in load_runs(tmp_path).values()] == [
+        ("er", 1),
+        ("gradmix-class", 2),
+        ("gradmix-class", 10),
+    ]
     assert list(load_runs(tmp_path / "er" / "seed-1")) == [tmp_path / "er" / "seed-1"]
 
 
 def test_summary_files(tmp_path: Path) -> None:
-    results = [make_result(m, s) for m in ("er", "gradmix") for s in (0, 1)]
+    results = [make_result(m, s) for m in ("er", "gradmix-class") for s in (0, 1)]
     for _ in range(2):
         save_summary(results, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"summary.json", "summary.md", "compare.png"}
     saved = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert [row["label"] for row in saved["rows"]] == ["er", "gradmix"]
-    assert "| gradmix |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert [row["label"] for row in saved["rows"]] == ["er", "gradmix-class"]
+    assert "| gradmix-class |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -246,9 +251,9 @@ def test_task_names_stay_short() -> None:
 
 
 def test_rows_are_means_over_seeds() -> None:
-    results = [make_result("er", s) for s in range(3)] + [make_result("gradmix", s, level=0.95) for s in range(3)]
+    results = [make_result("er", s) for s in range(3)] + [make_result("gradmix-class", s, level=0.95) for s in range(3)]
     summary = tables.summarise(results)
-    assert [(r.label, r.seeds) for r in summary.rows] == [("er", (0, 1, 2)), ("gradmix", (0, 1, 2))]
+    assert [(r.label, r.seeds) for r in summary.rows] == [("er", (0, 1, 2)), ("gradmix-class", (0, 1, 2))]
     values = np.array([metric_values(r)["final_accuracy"] for r in results[:3]])
     interval = summary.rows[0].metrics["final_accuracy"]
     assert interval.mean == pytest.approx(values.mean())
@@ -261,9 +266,9 @@ def test_rows_are_means_over_seeds() -> None:
 
 def test_differences_are_paired_on_shared_seeds() -> None:
     er = [make_result("er", s) for s in (0, 1, 2)]
-    mine = [make_result("gradmix", s, level=0.95) for s in (1, 2, 5)]
+    mine = [make_result("gradmix-class", s, level=0.95) for s in (1, 2, 5)]
     (difference,) = tables.summarise(er + mine).differences
-    assert (difference.label, difference.minus, difference.seeds) == ("gradmix", "er", (1, 2))
+    assert (difference.label, difference.minus, difference.seeds) == ("gradmix-class", "er", (1, 2))
     expected = [
         metric_values(a)["average_accuracy"] - metric_values(b)["average_accuracy"]
         for a, b in zip(mine[:2], er[1:], strict=True)
@@ -286,13 +291,17 @@ def test_interrupted_runs_enter_no_mean() -> None:
 
 def test_different_settings_get_rows_of_their_own() -> None:
     other = TrainConfig(mix=MixConfig(alpha=0.2, threshold=0.1))
-    same = make_result("gradmix", 0).config
-    results = [make_result("gradmix", 0), make_result("gradmix", 1), make_result("gradmix", 0, config=other)]
+    same = make_result("gradmix-class", 0).config
+    results = [
+        make_result("gradmix-class", 0),
+        make_result("gradmix-class", 1),
+        make_result("gradmix-class", 0, config=other),
+    ]
     results.append(replace(make_result("er", 0), config=replace(same, methods=("er",))))
     labels = [row.label for row in tables.summarise(results).rows]
     assert labels == [
-        "gradmix optim.lr=0.05 mix.alpha=1.0 mix.threshold=0.0",
-        "gradmix optim.lr=None mix.alpha=0.2 mix.threshold=0.1",
+        "gradmix-class optim.lr=0.05 mix.alpha=1.0 mix.threshold=0.0",
+        "gradmix-class optim.lr=None mix.alpha=0.2 mix.threshold=0.1",
         "er",
     ]
 
@@ -313,7 +322,7 @@ def test_circumstances_make_no_row_of_their_own(changes: dict[str, Any]) -> None
     [
         ([], "no run"),
         ([make_result(), make_result(benchmark="split-mnist")], "different benchmarks.*split-digits, split-mnist"),
-        ([make_result(), make_result()], "gradmix with seed 0 is there twice"),
+        ([make_result(), make_result()], "gradmix-class with seed 0 is there twice"),
     ],
     ids=["nothing", "two benchmarks", "the same twice"],
 )
@@ -323,7 +332,7 @@ def test_what_cannot_be_compared_is_refused(results: list[RunResult], expected: 
 
 
 def test_text_fits_80_columns_and_names_formulae() -> None:
-    methods = ("finetune", "er", "mixup", "gradmix", "gradmix-sample")
+    methods = ("finetune", "er", "mixup", "gradmix-class", "gradmix-sample")
     results = [make_result(m, s, level=0.8 + 0.02 * i) for i, m in enumerate(methods) for s in (0, 1)]
     text = tables.to_text(tables.summarise(results))
     assert max(map(len, text.splitlines())) <= 80

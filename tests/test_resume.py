@@ -21,13 +21,13 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit
 from torch import nn
 
 import gradmix
-from gradmix.training import checkpoint, trainer
-from gradmix.training.benchmarks import make_stream
-from gradmix.training.checkpoint import CheckpointError
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.loop.checkpoint import CheckpointError
+from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kill_and_resume.py"
 ROWS, BATCH, EPOCHS, TASKS = 12, 7, 2, 3
@@ -78,7 +78,7 @@ MIX = {
 }
 
 
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("case", MIX)
 def test_every_way_to_select_goes_on_to_the_bit(case: str, method: str, stream: TaskStream, tmp_path: Path) -> None:
     config = replace(BASE, mix=MIX[case])
@@ -102,7 +102,7 @@ def tempered(num_classes: int) -> nn.Module:
     return heads.LearntTemperature()
 
 
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("model", [averaged, tempered])
 def test_heads_that_are_no_single_layer_go_on_to_the_bit(model: Any, method: str, tmp_path: Path) -> None:
     # Their gradients have the shape of no parameter.
@@ -121,7 +121,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("method", ["er", "gradmix"])
+@pytest.mark.parametrize("method", ["er", "gradmix-class"])
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_go_on_to_the_bit(case: str, method: str, stream: TaskStream, tmp_path: Path) -> None:
     config = SETTINGS[case]
@@ -149,13 +149,13 @@ def test_a_convolutional_network_goes_on_to_the_bit(channels_last: bool, stream:
 
 def test_a_checkpoint_after_every_step_changes_nothing(stream: TaskStream, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    expected = train_one(BASE, "gradmix", 1, stream=stream)
+    expected = train_one(BASE, "gradmix-class", 1, stream=stream)
     steps: list[int | None] = []
 
     def look(progress: Progress) -> None:
         steps.append(checkpoint.load(path)["steps"] if path.is_file() else None)
 
-    result = train_one(BASE, "gradmix", 1, stream=stream, on_step=look, checkpoint=path, checkpoint_seconds=0)
+    result = train_one(BASE, "gradmix-class", 1, stream=stream, on_step=look, checkpoint=path, checkpoint_seconds=0)
     assert_same_result(result, expected)
     assert steps == [None, *range(1, STEPS)] and checkpoint.load(path)["steps"] == STEPS
 
@@ -168,9 +168,9 @@ def test_no_checkpoint_is_due_before_its_time(stream: TaskStream, tmp_path: Path
 
 def test_what_went_before_is_counted(stream: TaskStream, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    train_one(BASE, "gradmix", 1, stream=stream, on_step=StopAt([STEPS - 1]), checkpoint=path)
+    train_one(BASE, "gradmix-class", 1, stream=stream, on_step=StopAt([STEPS - 1]), checkpoint=path)
     before = checkpoint.load(path)
-    timing = train_one(BASE, "gradmix", 1, stream=stream, checkpoint=path).timing
+    timing = train_one(BASE, "gradmix-class", 1, stream=stream, checkpoint=path).timing
     assert timing.steps == STEPS and timing.peak_memory_bytes >= before["peak_memory"] > 0
     assert timing.seconds_total > before["seconds_total"] > before["clock"]["step"] > 0
     assert timing.seconds_step > before["clock"]["step"]
@@ -261,11 +261,11 @@ def test_a_full_disk_ends_the_run_and_the_previous_checkpoint_goes_on(
     with pytest.raises(
         CheckpointError, match=r"run\.pt: .*\(No space left on device\); the previous checkpoint is int"
     ):
-        train_one(BASE, "gradmix", 1, stream=stream, checkpoint=path, checkpoint_seconds=0)
+        train_one(BASE, "gradmix-class", 1, stream=stream, checkpoint=path, checkpoint_seconds=0)
     monkeypatch.undo()
     assert checkpoint.load(path)["steps"] == 9 and os.listdir(tmp_path) == ["run.pt"]
-    result = train_one(BASE, "gradmix", 1, stream=stream, checkpoint=path)
-    assert_same_result(result, train_one(BASE, "gradmix", 1, stream=stream))
+    result = train_one(BASE, "gradmix-class", 1, stream=stream, checkpoint=path)
+    assert_same_result(result, train_one(BASE, "gradmix-class", 1, stream=stream))
 
 
 # ---------------------------------------------------------------------------------------------------------- killing
@@ -278,10 +278,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from gradmix.training import checkpoint
-from gradmix.training.benchmarks import make_stream
+from gradmix.training.loop import checkpoint
+from gradmix.training.streams.benchmarks import make_stream
 from gradmix.training.config import OptimConfig, TrainConfig
-from gradmix.training.trainer import train_one
+from gradmix.training.loop.trainer import train_one
 
 torch.set_num_threads(1)
 path, moments = Path({path!r}), {moments!r}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gradmix.training.config import DataConfig, OptimConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import class_incremental
-from gradmix.training.trainer import train_one
 
 CONFIG = TrainConfig(data=DataConfig(workers=0), optim=OptimConfig(model="mlp", epochs=1, batch=8, lr=0.05), threads=1)
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def test_numbers_that_the_model_would_see_as_infinite(value: float) -> None:
         class_incremental((with_a_fault(value, torch.float64).numpy(), Y), (X, Y))
 
 
-@pytest.mark.parametrize("method", ["er", "gradmix"])
+@pytest.mark.parametrize("method", ["er", "gradmix-class"])
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_an_item_is_named_when_it_is_read(side: str, method: str) -> None:
     rows: dict[str, Any] = {"train": Items(X, Y), "test": Items(X, Y)} | {side: Items(with_a_fault(float("nan")), Y)}
@@ -67,7 +67,7 @@ def test_an_item_may_be_left_out() -> None:
         assert train_one(config, "er", 0, stream=stream).status == "complete"
 
 
-@pytest.mark.parametrize("method", ["er", "der++", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["er", "der++", "gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("stored", [False, True])
 def test_floats_of_any_width_are_learnt_as_the_models(stored: bool, dtype: torch.dtype, method: str) -> None:

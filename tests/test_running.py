@@ -16,10 +16,11 @@ from fresh import run_python
 from patience import PATIENCE
 from synthetic_runs import make_result
 
-from gradmix.training import running, trainer
-from gradmix.training.experiments import Run, from_yaml
-from gradmix.training.results import RunResult, load_run
-from gradmix.training.running import RUNS_AT_A_TIME, Watcher, run_all, state_of
+from gradmix.training.loop import trainer
+from gradmix.training.runs import running
+from gradmix.training.runs.experiments import Run, from_yaml
+from gradmix.training.runs.results import RunResult, load_run
+from gradmix.training.runs.running import RUNS_AT_A_TIME, Watcher, run_all, state_of
 
 TINY = """
 title: Tiny
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_fails_its_run_only(trained: list[Any], runs: tuple
     file = running.checkpoint_of(runs[0], tmp_path)
     file.parent.mkdir()
     file.write_bytes(b"nothing")
-    from gradmix.training import checkpoint
+    from gradmix.training.loop import checkpoint
 
     good = trainer.train_one
 
@@ -183,7 +184,7 @@ def test_what_another_command_is_at_is_left_to_it(trained: list[Any], runs: tupl
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom gradmix.training import running\n"
+        "import os, signal\nfrom pathlib import Path\nfrom gradmix.training.runs import running\n"
         f"with running._lock(Path({str(path)!r})) as held:\n"
         "    assert held\n    print(os.getpid(), flush=True)\n    os._exit(0)\n"
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
-from gradmix.training.settings import distinguishing, flatten
-from gradmix.training.trainer import CIRCUMSTANCES
+from gradmix.training.loop.trainer import RUNTIME_FIELDS
+from gradmix.training.runs.settings import distinguishing, flatten
 
 BASE = TrainConfig()
 
@@ -46,9 +46,9 @@ CHANGED = {
 @pytest.mark.parametrize("key", CHANGED)
 def test_circumstances_tell_nothing_apart(key: str) -> None:
     found, base = distinguishing(CHANGED[key]), distinguishing(BASE)
-    assert [k for k in base if found[k] != base[k]] == ([] if key in CIRCUMSTANCES else [key])
+    assert [k for k in base if found[k] != base[k]] == ([] if key in RUNTIME_FIELDS else [key])
 
 
 def test_every_circumstance_is_a_case_and_none_is_left_in() -> None:
-    assert set(CIRCUMSTANCES) <= set(CHANGED)
-    assert not set(CIRCUMSTANCES) & set(distinguishing(BASE)) and "mix.alpha" in distinguishing(BASE)
+    assert set(RUNTIME_FIELDS) <= set(CHANGED)
+    assert not set(RUNTIME_FIELDS) & set(distinguishing(BASE)) and "mix.alpha" in distinguishing(BASE)

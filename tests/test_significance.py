@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from gradmix.training.metrics import Interval, mean_interval, paired_difference
-from gradmix.training.significance import holm, paired_p_value, ratio_interval
+from gradmix.training.reports.significance import holm, paired_p_value, ratio_interval
+from gradmix.training.runs.metrics import Interval, mean_interval, paired_difference
 
 
 def test_p_values_agree_with_scipy() -> None:

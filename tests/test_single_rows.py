@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.single_rows import serve_single_rows
+from gradmix.training.loop.trainer import Progress, train_one
+from gradmix.training.models.single_sample import serve_single_rows
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import Progress, train_one
 
 
 def normalised(num_classes: int) -> nn.Module:
@@ -70,7 +70,7 @@ def config(**changes: Any) -> TrainConfig:
         ("er", (7, 7, 7, 7), {"optim": {"batch": 7, "accumulate": 3}}),
         ("a-gem", (9, 8, 8, 8), {"replay": ReplayConfig(size=1, batch=1)}),
         ("der++", (9, 8, 9, 8), {"replay": ReplayConfig(size=1, batch=1)}),
-        ("gradmix", (9, 8, 9, 8), {"optim": {"growing_head": True}, "replay": ReplayConfig(size=1, batch=1)}),
+        ("gradmix-class", (9, 8, 9, 8), {"optim": {"growing_head": True}, "replay": ReplayConfig(size=1, batch=1)}),
         ("mixup", (9, 8, 9, 8), {"replay": ReplayConfig(size=1, batch=1)}),
     ],
 )

@@ -27,7 +27,7 @@ from gradmix.replay import sample_files
 from gradmix.replay.buffer import BufferRows
 from gradmix.replay.layout import Column
 from gradmix.replay.sample_files import SampleFiles
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 
 POLICIES = ("class", "balanced", "reservoir")
 EXTRAS = {"logits": (5,), "seen at": ()}
@@ -273,7 +273,7 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from gradmix import ReplayBuffer
-from gradmix.training import checkpoint
+from gradmix.training.loop import checkpoint
 from test_storage import add, stream
 folder = Path(sys.argv[1])
 rows = stream(600)

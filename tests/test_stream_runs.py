@@ -19,10 +19,6 @@ from torch import Tensor, nn
 import gradmix
 from gradmix.estimators import last_layer
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
-from gradmix.training import sampler, trainer
-from gradmix.training.augment import as_floats
-from gradmix.training.benchmarks import make_stream, resolve, stream_of
-from gradmix.training.clock import Clock
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -33,14 +29,18 @@ from gradmix.training.config import (
     to_dict,
     to_yaml,
 )
-from gradmix.training.experiments import content_hash
+from gradmix.training.data.augment import as_floats
+from gradmix.training.data.tabular import COVERTYPES
+from gradmix.training.data.texts import NEWSGROUPS
+from gradmix.training.loop import sampler, trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.trainer import Progress, resolved_config, train_one
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.models import build_model
-from gradmix.training.protocols import Protocol
+from gradmix.training.runs.experiments import content_hash
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.tabular_data import COVERTYPES
-from gradmix.training.text_data import NEWSGROUPS
-from gradmix.training.trainer import Progress, settled, train_one
+from gradmix.training.streams.benchmarks import make_stream, resolve, stream_of
+from gradmix.training.streams.protocols import Protocol
 
 PER_CLASS, CLASSES, WIDTH, BATCH = 10, 6, 5, 7
 # 20 rows a task: three steps, the last of six rows.
@@ -125,8 +125,8 @@ GROWING: dict[str, tuple[str, dict[str, Any]]] = {
     "er": ("er", {}),
     "a-gem": ("a-gem", {}),
     "der++": ("der++", {}),
-    "der++ with gradmix by class": ("der++-gradmix", {"mix": MixConfig(estimator="feature")}),
-    "gradmix by class, mixed inputs": ("gradmix", {}),
+    "der++ with gradmix by class": ("der++-gradmix-class", {"mix": MixConfig(estimator="feature")}),
+    "gradmix by class, mixed inputs": ("gradmix-class", {}),
     "by sample, originals": ("gradmix-sample", {"mix": MixConfig(originals=True)}),
     "by sample, replayed reference": ("gradmix-sample", {"mix": MixConfig(reference="replayed")}),
     "by sample, balanced candidates": ("gradmix-sample", {"mix": MixConfig(candidates="balanced")}),
@@ -175,7 +175,7 @@ def test_a_growing_head_starts_as_the_wide_one_would_not(stream: TaskStream, mad
     assert grown.shape == wide.shape and not torch.equal(grown, wide)
 
 
-@pytest.mark.parametrize("method", ["er", "der++", "gradmix", "gradmix-sample", "der++-gradmix-sample"])
+@pytest.mark.parametrize("method", ["er", "der++", "gradmix-class", "gradmix-sample", "der++-gradmix-sample"])
 def test_bytes_in_memory_reach_every_part_of_a_run_as_floats(method: str, made: list[Any]) -> None:
     """Images kept as bytes, larger than the model sees them: buffer, reference gradient and kept logits included."""
     generator = torch.Generator().manual_seed(0)
@@ -325,9 +325,9 @@ def test_values_that_no_run_can_have_are_refused(case: str) -> None:
 
 def test_what_is_off_has_no_part_in_the_hash_of_a_run() -> None:
     # Runs made before there were these settings are found again.
-    base = settled(TrainConfig(), "gradmix", 0)
+    base = resolved_config(TrainConfig(), "gradmix-class", 0)
     assert content_hash(base) == "64995f35fc45"
-    assert content_hash(settled(TrainConfig(), "er", 3)) == "cc04f0c501cb"
+    assert content_hash(resolved_config(TrainConfig(), "er", 3)) == "cc04f0c501cb"
     assert content_hash(replace(base, data=replace(base.data, workers=3))) == content_hash(base)
     hashes = [content_hash(base)]
     for section in FIELDS:
@@ -438,14 +438,16 @@ def test_online_the_reference_gradient_follows_the_stream(stream: TaskStream, ma
     assert np.diff(by_sample).tolist() == [1] * (len(by_sample) - 1)
     marked = replace(one_head, mix=MixConfig(reference="replayed"))
     assert set(refreshes("gradmix-sample", marked, stream, made)) == {0}, "made of the step's own rows"
-    often = refreshes("gradmix", replace(one_head, mix=MixConfig(refresh=3)), stream, made)
+    often = refreshes("gradmix-class", replace(one_head, mix=MixConfig(refresh=3)), stream, made)
     assert all(later > earlier for earlier, later in zip(often, often[3:], strict=False))
 
 
 def test_online_class_tables_are_made_anew_without_epochs(stream: TaskStream, made: list[Any]) -> None:
     # Hardly any order of classes: all are met soon, which is when a table is made anew in any case.
     mingled = replace(ONLINE, data=DataConfig(online=True, blur=50.0), optim=replace(ONLINE.optim, batch=1))
-    counts = refreshes("gradmix", replace(mingled, optim=replace(mingled.optim, growing_head=False)), stream, made)
+    counts = refreshes(
+        "gradmix-class", replace(mingled, optim=replace(mingled.optim, growing_head=False)), stream, made
+    )
     assert len(counts) == PER_CLASS * CLASSES
     assert (made[-1].config.mix.refresh, made[-1].config.mix.estimator) == (20, "mixed")
     met = [step for step in range(1, len(counts)) if counts[step] > counts[step - 1]]
@@ -455,7 +457,11 @@ def test_online_class_tables_are_made_anew_without_epochs(stream: TaskStream, ma
 @pytest.mark.parametrize("growing", [False, True])
 @pytest.mark.parametrize(
     "method",
-    ["er", *(pytest.param(m, marks=pytest.mark.slow) for m in ("a-gem", "gradmix", "remix")), "der++-gradmix-sample"],
+    [
+        "er",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("a-gem", "gradmix-class", "remix")),
+        "der++-gradmix-sample",
+    ],
 )
 def test_online_goes_on_to_the_bit(method: str, growing: bool, stream: TaskStream, tmp_path: Path) -> None:
     config = replace(ONLINE, optim=replace(ONLINE.optim, growing_head=growing))
@@ -507,7 +513,7 @@ ACCUMULATED: dict[str, tuple[str, MixConfig]] = {
     "by sample, originals": ("gradmix-sample", MixConfig(originals=True)),
     "by sample in feature space": ("gradmix-sample", MixConfig(space="feature", originals=True)),
     "by sample, replayed reference": ("gradmix-sample", MixConfig(reference="replayed")),
-    "by class": ("gradmix", MixConfig(estimator="feature")),
+    "by class": ("gradmix-class", MixConfig(estimator="feature")),
     "a-gem": ("a-gem", MixConfig()),
     "der++": ("der++", MixConfig()),
     "der++ with gradmix": ("der++-gradmix-sample", MixConfig(originals=True)),
@@ -548,7 +554,7 @@ def test_runs_of_several_passes_are_complete(method: str, stream: TaskStream) ->
 # --------------------------------------------------------------------------------- the reference of replayed rows
 
 
-@pytest.mark.parametrize(("name", "criterion"), [("gradmix-sample", "sample"), ("gradmix", "class")])
+@pytest.mark.parametrize(("name", "criterion"), [("gradmix-sample", "sample"), ("gradmix-class", "class")])
 def test_the_replayed_rows_may_be_the_reference(name: str, criterion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     context, rows = context_of(1, MixConfig(reference="replayed", estimator="feature")), step_of(40, 15)
     monkeypatch.setattr(last_layer, "read_buffer", lambda *_a, **_k: pytest.fail("the buffer is read"))
@@ -570,7 +576,7 @@ def test_the_replayed_rows_may_be_the_reference(name: str, criterion: Any, monke
         torch.testing.assert_close(method._mixup.reference, expected_reference)
 
 
-@pytest.mark.parametrize("method", ["gradmix-sample", "gradmix"])
+@pytest.mark.parametrize("method", ["gradmix-sample", "gradmix-class"])
 def test_a_run_by_replayed_rows_leaves_the_buffer_alone(
     method: str, stream: TaskStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,7 +632,7 @@ def test_texts_are_learnt(method: str, texts: TaskStream) -> None:
 REFUSED_MIXING = {
     "cutmix of texts": ("split-descriptions", "cutmix", MixConfig(), "mix.space: got 'embedding' for CutMix, expected"),
     "mixed inputs of texts": (
-        "split-descriptions", "gradmix", MixConfig(estimator="mixed"),
+        "split-descriptions", "gradmix-class", MixConfig(estimator="mixed"),
         "mix.estimator: got 'mixed', which judges mixed inputs, expected 'feature' with mix.space: embedding",
     ),
     "a perceptron's embedding": (

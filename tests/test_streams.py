@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from gradmix.training.protocols import Protocol
-from gradmix.training.rows import Inputs, StoredRows, TensorRows, rows_of
+from gradmix.training.data.samples import Inputs, StoredRows, TensorRows, rows_of
 from gradmix.training.streams import TaskStream, blurred, class_groups, class_incremental, concatenated, first_tasks
+from gradmix.training.streams.protocols import Protocol
 
 # Not consecutive, not in order, and of unequal numbers.
 LABELS = torch.tensor([7, 3, 7, 20, 3, 11, 20, 20, 7, 3, 11, 3, 40, 40, 20])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training.datasets import DataError, rank_in_class
-from gradmix.training.tabular_data import COVERTYPES, covertype, read_integers, wine
+from gradmix.training.data.image_arrays import DataError, rank_in_class
+from gradmix.training.data.tabular import COVERTYPES, covertype, read_integers, wine
 
 
 def cover_rows(n: int = 70) -> np.ndarray:

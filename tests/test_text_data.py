@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training import text_data
-from gradmix.training.datasets import DataError
-from gradmix.training.text_data import (
+from gradmix.training.data import texts as text_data
+from gradmix.training.data.image_arrays import DataError
+from gradmix.training.data.texts import (
     DESCRIPTIONS,
     NEWSGROUPS,
     HashedVocabulary,

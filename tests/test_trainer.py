@@ -13,19 +13,19 @@ from fresh import run_python
 from torch import nn
 
 from gradmix.replay.buffer import ReplayBuffer
-from gradmix.training import trainer
-from gradmix.training.benchmarks import make_stream, resolve
-from gradmix.training.clock import Clock
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.environment import pick_device
-from gradmix.training.evaluation import evaluate
-from gradmix.training.methods import METHODS, Context, Method, StepRows, weighted_cross_entropy
-from gradmix.training.metrics import average_accuracy
+from gradmix.training.data.samples import TensorRows
+from gradmix.training.loop import trainer
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.environment import pick_device
+from gradmix.training.loop.evaluation import evaluate
+from gradmix.training.loop.optimiser import make_optimiser, make_schedule
+from gradmix.training.loop.trainer import Progress, train_one
+from gradmix.training.methods import METHODS, Context, Method, Needs, StepRows, weighted_cross_entropy
 from gradmix.training.models import build_model
-from gradmix.training.optimiser import make_optimiser, make_schedule
-from gradmix.training.results import RunResult
-from gradmix.training.rows import TensorRows
-from gradmix.training.trainer import Progress, train_one
+from gradmix.training.runs.metrics import average_accuracy
+from gradmix.training.runs.results import RunResult
+from gradmix.training.streams.benchmarks import make_stream, resolve
 
 SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
 
@@ -56,7 +56,7 @@ def test_a_run_is_complete(results, method: str) -> None:
     assert result.environment["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("method", ["gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 def test_selection_is_recorded(results, method: str) -> None:
     result = results[method]
     assert 0 < result.timing.selection_share < 1
@@ -95,7 +95,7 @@ def test_another_seed_gives_another_run(results, stream) -> None:
 def test_a_run_leaves_random_state_and_threads_alone(stream) -> None:
     torch.manual_seed(5)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix", 0, stream=stream)
+    train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix-class", 0, stream=stream)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
@@ -169,13 +169,13 @@ def test_candidates_leave_the_step_as_it_was(spy, stream, stream_kind: str) -> N
     assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(without, spy.seen, strict=True))
 
 
-@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample"])
 def test_balanced_candidates_train(stream, method: str) -> None:
     config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(candidates="balanced"))
     assert train_one(config, method, 0, stream=stream).status == "complete"
 
 
-@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("originals", [False, True])
 def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, method: str, originals: bool) -> None:
     calls: list[int] = []
@@ -199,8 +199,8 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
     expected = {
         ("mixup", False): [32],
         ("mixup", True): [32, 32],
-        ("gradmix", False): [32],
-        ("gradmix", True): [32, 32],
+        ("gradmix-class", False): [32],
+        ("gradmix-class", True): [32, 32],
         ("gradmix-sample", False): [held, 32, 32],  # the buffer, the rows, the mixed rows
         ("gradmix-sample", True): [32, held, 32],  # no forward pass of the rows but the one trained on
     }[method, originals]
@@ -213,7 +213,7 @@ def test_an_interrupted_run_keeps_what_it_reached(stream, when: int) -> None:
         if progress.step == when:
             raise KeyboardInterrupt
 
-    result = train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix", 0, stream=stream, on_step=on_step)
+    result = train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix-class", 0, stream=stream, on_step=on_step)
     assert result.status == "interrupted" and result.timing.steps == when
     reached = np.isfinite(result.accuracy).all(1).tolist()
     steps = np.cumsum([-(-len(task.train.y) // 16) for task in stream.tasks])
@@ -250,7 +250,7 @@ def method_context(mix: MixConfig, model: nn.Module, classes: int = 4) -> Contex
     return Context(model, ReplayBuffer(3), classes, mix, torch.Generator().manual_seed(0), clock)
 
 
-@pytest.mark.parametrize("method", ["mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample"])
 def test_originals_and_mixed_rows_have_half_the_weight_each(method: str) -> None:
     model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
     rows = StepRows(x, y, torch.full((6,), 1 / 6))
@@ -259,7 +259,7 @@ def test_originals_and_mixed_rows_have_half_the_weight_each(method: str) -> None
     torch.testing.assert_close(both, 0.5 * mixed + 0.5 * F.cross_entropy(model(x), y))
 
 
-@pytest.mark.parametrize("method", ["mixup", "cutmix", "manifold-mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["mixup", "cutmix", "manifold-mixup", "gradmix-class", "gradmix-sample"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what torch.compile itself imports
 def test_originals_train_through_a_compiled_model(method: str) -> None:
     """Compiled code passes by hooks that are set after its first call: the second step is the one that matters."""
@@ -290,10 +290,10 @@ def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
 
 def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
     left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5))
-    assert METHODS["gradmix"].settled(left_open).mix == MixConfig(estimator="mixed", refresh=0)
-    assert METHODS["gradmix-sample"].settled(left_open).mix == MixConfig(estimator="feature", refresh=1)
-    assert METHODS["gradmix"].settled(given) == given
-    assert METHODS["er"].settled(left_open) == left_open
+    assert METHODS["gradmix-class"].resolved_config(left_open).mix == MixConfig(estimator="mixed", refresh=0)
+    assert METHODS["gradmix-sample"].resolved_config(left_open).mix == MixConfig(estimator="feature", refresh=1)
+    assert METHODS["gradmix-class"].resolved_config(given) == given
+    assert METHODS["er"].resolved_config(left_open) == left_open
 
 
 def test_the_learning_rate_falls_at_its_milestones() -> None:
@@ -337,7 +337,7 @@ def test_a_device_that_is_not_there_is_named(name: str) -> None:
 
 
 def test_an_unknown_method_is_named(stream) -> None:
-    with pytest.raises(ValueError, match="method: got 'gem', expected one of 'finetune', 'er'"):
+    with pytest.raises(ValueError, match="method: got 'gem', expected one of finetune, er"):
         train_one(SHORT, "gem", 0, stream=stream)
 
 
@@ -360,7 +360,7 @@ def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
         replay=ReplayConfig(policy="balanced", size=10, batch=8),
         mix=MixConfig(originals=True, class_samples=2),
     )
-    for method in ("gradmix", "gradmix-sample"):
+    for method in ("gradmix-class", "gradmix-sample"):
         result = train_one(config, method, 0, stream=small)
         assert result.status == "complete" and len(result.alignments) == 1
 
@@ -396,13 +396,13 @@ def test_steps_of_a_shuffled_stream_are_counted_ahead(spy, stream, replay: Repla
 
 
 def test_a_method_without_replay_has_no_shuffled_stream_either(monkeypatch: pytest.MonkeyPatch, spy, stream) -> None:
-    monkeypatch.setattr(spy, "replays", False)
+    monkeypatch.setattr(spy, "needs", Needs(replayed=False))
     config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(stream="shuffled"))
     train_one(config, "er", 0, stream=stream)
     assert len(spy.seen) == sum(-(-len(task.train.y) // 16) for task in stream.tasks)
 
 
-@pytest.mark.parametrize("method", ["er", "mixup", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["er", "mixup", "gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("candidates", ["batch", "balanced"])
 def test_methods_train_on_a_shuffled_stream(stream, method: str, candidates: str) -> None:
     config = replace(
@@ -427,7 +427,7 @@ def test_replayed_candidates_are_the_steps_replayed_rows(spy, stream) -> None:
         assert torch.equal(x, rows.x[-7:]) and torch.equal(y, rows.y[-7:])
 
 
-@pytest.mark.parametrize("method", ["mixup", "manifold-mixup", "cutmix", "remix", "gradmix", "gradmix-sample"])
+@pytest.mark.parametrize("method", ["mixup", "manifold-mixup", "cutmix", "remix", "gradmix-class", "gradmix-sample"])
 def test_methods_mix_with_fewer_candidates_than_rows(stream, method: str) -> None:
     config = replace(
         SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(batch=3), mix=MixConfig(candidates="replayed")
@@ -453,7 +453,7 @@ class Counting(Spy):
         type(self).seen.append((self.context.counts.clone(), replayed, rows))
         yield 0 * self.parameter.sum()
 
-    keeps_more = True
+    needs = Needs(extras=True)
 
     def extras(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"label_again": y.clone(), "brightness": x.flatten(1).sum(1)}
@@ -488,7 +488,7 @@ def test_more_replayed_rows_leave_the_step_as_it_was(spy, stream, monkeypatch: p
 
 
 def test_a_method_that_wants_balanced_candidates_gets_them(spy, stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spy, "wants_balanced", True)
+    monkeypatch.setattr(spy, "needs", Needs(balanced=True))
     train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "er", 0, stream=stream)
     assert all(rows.candidates is not None for rows in spy.seen)
 
@@ -506,7 +506,7 @@ def with_originals(stream) -> Callable[[str], RunResult]:
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("method", "originals"),
-    [("er", False), ("mixup", False), ("mixup", True), ("gradmix", True), ("gradmix-sample", False)],
+    [("er", False), ("mixup", False), ("mixup", True), ("gradmix-class", True), ("gradmix-sample", False)],
 )
 def test_mixed_precision_learns_as_float32_does(
     stream, results, with_originals, method: str, originals: bool, amp: str
@@ -563,7 +563,7 @@ def test_the_peak_is_the_runs_own() -> None:
     # In a process of its own: one that has run other tests may serve such a tensor from memory it never gave back.
     code = """
 import torch
-from gradmix.training.memory import peak_memory, start_peak_memory
+from gradmix.training.loop.memory import peak_memory, start_peak_memory
 device = torch.device("cpu")
 hog = torch.ones(100 * 2**20)  # 400 MiB
 print(peak_memory(device))

@@ -14,9 +14,9 @@ from fresh import run_python
 from synthetic_runs import make_result
 
 from gradmix import cli
-from gradmix.training import results
-from gradmix.training.results import load_run, save_run
-from gradmix.training.whole_files import replacing, write_text
+from gradmix.training.runs import results
+from gradmix.training.runs.results import load_run, save_run
+from gradmix.training.runs.whole_files import replacing, write_text
 
 
 @pytest.mark.parametrize("before", [None, "old"], ids=["new", "replaced"])
@@ -74,7 +74,9 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from synthetic_runs import make_result
-from gradmix.training import report, results, whole_files
+from gradmix.training.reports import report
+from gradmix.training.runs import results
+from gradmix.training.runs import whole_files
 folder = Path({str(tmp_path)!r})
 (folder / "text").write_text("old")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -12,11 +12,11 @@ import torch
 import torch.multiprocessing
 
 from gradmix.processes import rank_of
-from gradmix.training.benchmarks import make_stream
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.image_files import DamagedImageError
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
-from gradmix.training.trainer import train_one
+from gradmix.training.streams.benchmarks import make_stream
 
 BASE = TrainConfig(
     data=DataConfig(tasks=3, rows_per_class=40, workers=0),
@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
         "gradmix-sample",
         replace(BASE, data=replace(BASE.data, online=True, blur=0.2), optim=replace(BASE.optim, epochs=None)),
     ),
-    "by class": ("gradmix", BASE),
-    "by class, every third step": ("gradmix", replace(BASE, mix=MixConfig(refresh=3, class_samples=4))),
+    "by class": ("gradmix-class", BASE),
+    "by class, every third step": ("gradmix-class", replace(BASE, mix=MixConfig(refresh=3, class_samples=4))),
     "der++ with gradmix": ("der++-gradmix-sample", BASE),
     "der++, growing head": ("der++", replace(BASE, optim=replace(BASE.optim, growing_head=True))),
     "er, online, growing head": (
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
     # Of 80 rows the last step has one, as it has of the buffer, and the first process none.
     **{
         f"{method}, nothing for one process": (method, NOTHING)
-        for method in ("er", "a-gem", "der++", "mixup", "gradmix-sample", "gradmix")
+        for method in ("er", "a-gem", "der++", "mixup", "gradmix-sample", "gradmix-class")
     },
     "er, nothing for one process, in two parts": (
         "er",
@@ -157,7 +157,7 @@ def read(name: str) -> TaskStream:
 
 def outcome(case: tuple[str, TrainConfig], stream: TaskStream, group: Any = None, **options: Any) -> dict[str, Any]:
     """What a run comes to: its accuracies, the last model's parameters, the rows held."""
-    from gradmix.training import trainer
+    from gradmix.training.loop import trainer
 
     method, config = case
     runs: list[Any] = []

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from gradmix._version import __version__
-from gradmix.cli.errors import ERROR, UsageError, reported
+from gradmix.cli.errors import ERROR, UsageError, report_error
 
 _USAGE = """\
 usage: gradmix [-h] [--version] COMMAND ...
@@ -37,7 +37,7 @@ COMMANDS = ("train", "experiment", "compare", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
         argv: Arguments after the program's name; None: those of the process.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except BaseException as error:
-        return reported(error)
+        return report_error(error)
 
 
 def _dispatch(args: list[str]) -> int:

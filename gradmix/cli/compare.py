@@ -11,16 +11,16 @@ from gradmix.cli.errors import UsageError, require
 from gradmix.names import shown
 
 if TYPE_CHECKING:
-    from gradmix.training.results import RunResult
+    from gradmix.training.runs.results import RunResult
 
 
 def main(args: list[str]) -> int:
-    """Prints the comparison, and saves it if ``--output`` is given."""
+    """Print the comparison; save it too if ``--output`` is given."""
     require("compare", "tyro", "yaml", "matplotlib", "scipy")
     import tyro
 
-    from gradmix.training import tables
-    from gradmix.training.results import load_runs, refuse_occupied, save_summary, to_json
+    from gradmix.training.reports import tables
+    from gradmix.training.runs.results import load_runs, refuse_occupied, save_summary, to_json
 
     options: Any = tyro.cli(_flags(), prog="gradmix compare", args=args, config=(tyro.conf.DisallowNone,))
     if not options.runs:

@@ -7,7 +7,7 @@ import json
 
 
 def main(args: list[str]) -> int:
-    """Prints the report of :mod:`gradmix.doctor`."""
+    """Print the report of :mod:`gradmix.doctor`."""
     parser = argparse.ArgumentParser(
         prog="gradmix doctor",
         description="Show versions, devices and backends, and why something is missing.",

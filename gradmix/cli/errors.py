@@ -1,4 +1,4 @@
-"""What can end a command early: errors of the command line, missing packages, interruption."""
+"""Early ends of a command: errors of the command line, missing packages, interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UsageError(Exception):
 
 
 class StopNow(BaseException):
-    """A second signal to stop: nothing more is finished or saved. Not an error that anything should catch.
+    """A second signal to stop: nothing more is finished or saved. Not to be caught like an error.
 
     Attributes:
         signal: Number of the signal.
@@ -36,15 +36,15 @@ class LostProcessError(Exception):
 
 
 def require(command: str, *modules: str, **others: str) -> None:
-    """Refuses to go on without the packages that a command needs.
+    """Check that the packages are installed that a command needs.
 
     Args:
-        command: As the user gave it.
+        command: The command's name.
         modules: Names of modules.
-        others: More modules, with their distributions' names where these differ.
+        others: More modules, with the names of their distributions where these differ.
 
     Raises:
-        UsageError: Some are not installed; it names all of them, and the command that installs them.
+        UsageError: Some are not installed; the message names them, and the command that installs them.
     """
     wanted = {name: _DISTRIBUTIONS[name] for name in modules} | others
     missing = [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
@@ -53,16 +53,16 @@ def require(command: str, *modules: str, **others: str) -> None:
 
 
 def message(error: BaseException) -> str:
-    """Puts an error into words, without its number or class."""
+    """Return an error's message, without its number or class."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error comes to."""
+    """Return the exit status for an error."""
     if isinstance(error, SystemExit):
-        # The parsers end so after --help (0) and after bad flags (2).
+        # Parsers raise it after --help (0) and after bad flags (2).
         return error.code if isinstance(error.code, int) else 0 if error.code is None else ERROR
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -71,18 +71,18 @@ def status_of(error: BaseException) -> int:
     return ERROR if isinstance(error, _EXPECTED) and not isinstance(error, BrokenPipeError) else 1
 
 
-def reported(error: BaseException, who: str = "") -> int:
-    """Says on stderr what ended a command, as far as a line can say it.
+def report_error(error: BaseException, who: str = "") -> int:
+    """Print on stderr, in one line, what ended a command.
 
     Args:
-        error: What came.
-        who: Which process says so, where there are several.
+        error: The error or the interruption.
+        who: The process that reports it, if there are several.
 
     Returns:
         The exit status.
 
     Raises:
-        BaseException: The error itself, where its traceback is wanted: one that is not expected, or any with
+        BaseException: The error itself if its traceback is wanted: for an unexpected error, or any error with
             ``GRADMIX_DEBUG`` set.
     """
     who = f"{who}: " if who else ""

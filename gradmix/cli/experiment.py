@@ -1,4 +1,4 @@
-"""``gradmix experiment``: the runs of a specification, as far as they are not there yet, and the report on them."""
+"""``gradmix experiment``: the missing runs of a specification, and the report on all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gradmix.cli.errors import UsageError, require
+from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
@@ -19,9 +20,9 @@ from gradmix.names import shell, shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradmix.training.experiments import Experiment, Run
-    from gradmix.training.results import RunResult
-    from gradmix.training.trainer import Progress
+    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.runs.experiments import Experiment, Run
+    from gradmix.training.runs.results import RunResult
 
 _MISSING = 1
 _DEFAULT_OUTPUT = Path("runs") / "experiments"
@@ -29,12 +30,12 @@ _RUNS = "runs"
 
 
 def main(args: list[str]) -> int:
-    """Runs what is missing, and writes the report; with some flags only the one, or neither."""
+    """Make the missing runs and write the report; some flags leave out one or both."""
     require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
     refuse_several("experiment", "--jobs runs several at a time")
     import tyro
 
-    from gradmix.training import experiments
+    from gradmix.training.runs import experiments
 
     options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
@@ -46,9 +47,10 @@ def main(args: list[str]) -> int:
         raise UsageError("experiment: got no name, expected one of gradmix experiment --list, or a YAML file")
     if options.experiment.endswith(".json"):
         return _again(options)
-    # It may name modules there, which are looked for when it is read.
+    # It may name modules in this folder, which are imported when it is read.
     search_here()
-    experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
+    with print_former_names():
+        experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
     changes: dict[str, Any] = {}
@@ -57,7 +59,7 @@ def main(args: list[str]) -> int:
     if options.device is not None:
         changes["device"] = options.device
     if options.jobs > 1 and experiment.base.get("threads") is None:
-        # As many threads as cores in each of several processes would be in one another's way.
+        # One thread for each core in each of several processes would oversubscribe the machine.
         changes["threads"] = 1
     runs = experiment.runs(**changes)
     find_named("experiment on", runs[0].config.data.benchmark)
@@ -72,9 +74,9 @@ def main(args: list[str]) -> int:
 
 def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str, again: str, jobs: int) -> int:
     from gradmix.cli.train import refuse_in_use
-    from gradmix.training import running
-    from gradmix.training.environment import pick_device
-    from gradmix.training.methods import METHODS
+    from gradmix.training.loop.environment import pick_device
+    from gradmix.training.methods import find_method
+    from gradmix.training.runs import running
 
     refuse_in_use(output, shared=True)
     root = output / _RUNS
@@ -83,11 +85,11 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     outcome = running.Outcome()
     with Interruption() as interruption:
         try:
-            # What would fail every run is told before the first, and leaves no report of failures.
+            # What would fail every run is reported before the first one, without a report of failures.
             for device in dict.fromkeys(run.config.device for run in todo):
                 pick_device(device)
             for method in dict.fromkeys(run.method for run in todo):
-                METHODS[method].check_installed()
+                find_method(method).check_installed()
             running.check_data(todo)
             with interruption.deferred(), _shared(output):
                 with Reporter(len(todo), max(len(shown(run.label)) for run in runs)) as reporter:
@@ -124,15 +126,15 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
 
 @contextmanager
 def _shared(output: Path) -> Iterator[None]:
-    """Keeps training out of a folder whose runs several experiments may share.
+    """Lock a folder against ``gradmix train``; several experiments may share its runs.
 
     Raises:
-        ValueError: Training is at work in it.
+        ValueError: ``gradmix train`` uses it.
     """
     from gradmix.cli.train import refuse_in_use
     from gradmix.locks import locked
-    from gradmix.training.results import LOCK
-    from gradmix.training.whole_files import make_folder
+    from gradmix.training.runs.results import LOCK
+    from gradmix.training.runs.whole_files import make_folder
 
     make_folder(output)
     with locked(output / LOCK, shared=True) as mine:
@@ -142,7 +144,7 @@ def _shared(output: Path) -> Iterator[None]:
 
 
 def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
-    from gradmix.training.running import Watcher
+    from gradmix.training.runs.running import Watcher
 
     class Shown(Watcher):
         """Shows each run's steps, or, of runs in other processes, their ends."""
@@ -193,7 +195,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 def _write(
     experiment: Experiment, runs: Sequence[Run], output: Path, command: str, failed: Sequence[tuple[Run, str]]
 ) -> dict[str, Any]:
-    from gradmix.training import report
+    from gradmix.training.reports import report
 
     values = report.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
     folder = report.write(values, output / experiment.folder)
@@ -202,9 +204,9 @@ def _write(
 
 
 def _say(values: dict[str, Any], folder: Path) -> None:
-    from gradmix.training import report
-    from gradmix.training.cells import difference, interval, probability
-    from gradmix.training.tables import SHOWN
+    from gradmix.training.reports import report
+    from gradmix.training.reports.cells import difference, interval, probability
+    from gradmix.training.reports.tables import SHOWN
 
     rows, differences = report.summarise(values)
     print()
@@ -231,11 +233,12 @@ def _say(values: dict[str, Any], folder: Path) -> None:
 
 
 def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
-    from gradmix.training import report, running
+    from gradmix.training.reports import report
+    from gradmix.training.runs import running
 
     saved = output / experiment.folder / "results.json"
     if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
-        # The runs were thrown away; what they had to say is here.
+        # The runs are gone, but their figures are in this file.
         values = report.from_results(saved)
         _say(values, report.write(values, saved.parent))
     else:
@@ -244,8 +247,8 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
 
 
 def _again(options: Any) -> int:
-    """The report on a ``results.json``, beside it or in the folder asked for."""
-    from gradmix.training import report
+    """Write the report on a ``results.json``, beside it or in the folder given."""
+    from gradmix.training.reports import report
 
     if options.seeds or options.arms or options.dry_run:
         raise UsageError("got --seeds, --arms or --dry-run with a results.json, expected --report-only and --output")
@@ -258,7 +261,7 @@ def _again(options: Any) -> int:
 
 
 def _plan(runs: Sequence[Run], root: Path) -> int:
-    from gradmix.training.running import state_of
+    from gradmix.training.runs.running import state_of
 
     states = [state_of(run, root) for run in runs]
     width = max(len(shown(run.label)) for run in runs)
@@ -271,7 +274,7 @@ def _plan(runs: Sequence[Run], root: Path) -> int:
 
 
 def _command(experiment: Experiment, options: Any) -> str:
-    """What makes the same report; where the data lie and by which device is up to whoever runs it."""
+    """Return the command that makes the same report, without data folder and device."""
     words = ["gradmix", "experiment", experiment.source]
     if options.seeds:
         words += ["--seeds", *map(str, options.seeds)]
@@ -281,7 +284,7 @@ def _command(experiment: Experiment, options: Any) -> str:
 
 
 def _again_command(command: str, options: Any) -> str:
-    """What goes on with the runs: here the data, the device and the processes count too."""
+    """Return the command that continues the runs, with data folder, device and number of processes."""
     words = [command]
     for name in ("output", "data_dir", "device"):
         value = getattr(options, name)

@@ -17,9 +17,11 @@ Train methods class-incrementally, over several seeds, and compare them.
 
 With nothing given, er, mixup and both GradMix learn scikit-learn's digits."""
 
+_METAVARS = {"methods": "METHOD [METHOD ...]"}
+
 
 def parse_train(args: list[str]) -> TrainConfig:
-    """Reads the flags of ``train``; those not given are taken from ``--config``, else have their defaults.
+    """Parse the flags of ``train``; the others are taken from ``--config``, or have their defaults.
 
     Raises:
         FileNotFoundError: There is no such configuration file.
@@ -43,7 +45,7 @@ def parse_train(args: list[str]) -> TrainConfig:
 
 
 def _config_file(args: list[str]) -> str | None:
-    """Finds ``--config`` before the other flags are read, since it changes their defaults."""
+    """Find ``--config`` before the other flags are parsed, since it changes their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="gradmix train")
     parser.add_argument("--config", metavar="FILE")
     found = parser.parse_known_args(args)[0].config
@@ -51,7 +53,7 @@ def _config_file(args: list[str]) -> str | None:
 
 
 def _flags_of(base: TrainConfig) -> type:
-    """Makes the dataclass from which tyro makes the flags, with the values of ``base`` as defaults.
+    """Make the dataclass that tyro turns into flags, with the values of ``base`` as defaults.
 
     Names get a prefix where a bare one would say too little: ``replay.batch`` is ``--replay-batch``.
     """
@@ -90,7 +92,7 @@ def _flags_of(base: TrainConfig) -> type:
 
 
 def _section(cls: type, values: Any, prefix: str, nested: bool = True) -> type:
-    """Makes a dataclass with the fields of a section of the configuration, each with its flag and its help."""
+    """Make a dataclass with the fields of a section of the configuration, each with its flag and its help."""
     import tyro
 
     from gradmix.training.config import field_docs
@@ -103,7 +105,7 @@ def _section(cls: type, values: Any, prefix: str, nested: bool = True) -> type:
             continue
         text, unset = _split_help(docs.get(item.name, ""))
         hint = f"(default: {unset or 'the benchmark' + chr(39) + 's'})" if value is None else None
-        metavar = {Path: "FOLDER"}.get(_bare(hints[item.name]))
+        metavar = _METAVARS.get(item.name) or {Path: "FOLDER"}.get(_bare(hints[item.name]))
         flag = tyro.conf.arg(
             name=(prefix + item.name).replace("_", "-"),
             prefix_name=False,
@@ -128,7 +130,7 @@ def _from_flags(base: TrainConfig, parsed: Any) -> TrainConfig:
 
 
 def _split_help(doc: str) -> tuple[str, str | None]:
-    """Takes ``None: what it means`` out of a field's docstring: the help shows it as the default."""
+    """Split ``None: what it means`` off a field's docstring: the help shows it as the default."""
     # To the end of the sentence: a dot within it belongs to a number or a key.
     found = re.search(r"[;.] None: (.+?)(?:\.(?=\s|$)|$)", doc)
     if found is None:

@@ -1,9 +1,9 @@
-"""Processes that ``torchrun`` started: how they find one another, which of them speaks, and how they end.
+"""Processes started by ``torchrun``: how they connect, which of them prints, and how they end.
 
 ``torchrun`` tells every process in the environment how many there are (``WORLD_SIZE``), its number among them
 (``RANK``), and the same for those of its machine (``LOCAL_WORLD_SIZE``, ``LOCAL_RANK``). The first process, of rank 0,
-alone prints and writes. One that fails says so, with its number, and leaves without a word to the others, who may wait
-for it in vain in whatever they exchange; they find its connection closed, or are ended by ``torchrun``.
+alone prints and writes. A process that fails prints its error with its number and ends at once, without notice to the
+others. They may be waiting for it in an exchange: they find its connection closed, or are ended by ``torchrun``.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, reported, status_of
+from gradmix.cli.errors import ERROR, LostProcessError, StopNow, UsageError, report_error, status_of
 
 if TYPE_CHECKING:
     from gradmix.processes import Group
 
 TIMEOUT = 1800.0
-"""Seconds that a process waits for another, unless ``GRADMIX_TIMEOUT`` in the environment says otherwise."""
+"""Seconds that a process waits for another; ``GRADMIX_TIMEOUT`` in the environment sets another number."""
 
 _GRACE = 5.0
-"""Seconds for which a process that has nothing to say lets the first one say it: ``torchrun`` ends all with the first
-that ends."""
+"""Seconds that a process waits for the first one to report an error: ``torchrun`` ends all when the first one ends."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of a command; by itself, unless :func:`joined` finds others.
+    """This process among all those of a command; alone, unless :func:`join_processes` finds others.
 
     Attributes:
         rank: Its number, from 0.
-        size: How many there are.
+        size: The number of processes.
         local_rank: Its number among those of its machine.
-        local_size: How many there are on its machine.
-        group: Through which they speak; None: there is one process.
+        local_size: The number of processes on its machine.
+        group: The group in which they communicate; None: there is one process.
     """
 
     rank: int = 0
@@ -55,11 +54,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that prints and writes."""
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def by_the_first(self, make: Callable[[], _T]) -> _T:
-        """What the first process makes, in all of them; if it fails there, the others end without a word."""
+        """Call ``make`` in the first process and return its result in all; if it fails, the others end silently."""
         if self.group is None:
             return make()
         from gradmix.processes import told_by_the_first
@@ -79,7 +78,7 @@ class Processes:
         return cast(_T, made)
 
     def by_each(self, make: Callable[[], _T]) -> _T:
-        """What every process makes for itself; if the first one fails, it alone says so."""
+        """Call ``make`` in every process; if the first one fails, it alone reports the error."""
         made: list[_T] = []
         failure: Exception | None = None
         try:
@@ -96,7 +95,7 @@ class Processes:
         return made[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any of them."""
+        """Return whether ``flag`` is set in any of the processes."""
         if self.group is None:
             return flag
         told: list[Any] = [None] * self.size
@@ -105,7 +104,7 @@ class Processes:
         return True in told
 
     def device(self, name: str) -> str:
-        """The device of this process, where ``name`` is the one that the user named for all.
+        """Return this process's device; ``name`` is the one the user gave for all processes.
 
         Raises:
             ValueError: One GPU is named for all processes, or the machine has fewer than processes.
@@ -132,7 +131,7 @@ class Processes:
         return f"cuda:{self.local_rank}"
 
     def command(self) -> str:
-        """How ``gradmix`` was started, for a command that goes on where this one stopped."""
+        """Return how ``gradmix`` was started, for a command that continues this one."""
         if self.group is None:
             return "gradmix"
         machines = self.size // max(1, self.local_size)
@@ -141,7 +140,7 @@ class Processes:
 
 
 class _SaidElsewhere(BaseException):
-    """What ends this process was said by the first one."""
+    """The first process has reported what ends this one."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -149,16 +148,16 @@ class _SaidElsewhere(BaseException):
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
-    """Joins the processes that ``torchrun`` started, if it did, for as long as the context is open.
+def join_processes() -> Iterator[Processes]:
+    """Connect the processes that ``torchrun`` started, if it did, while the context is open.
 
-    Of several, a process in which the body fails ends here and at once: to take leave of the others it would have to
-    wait for them. One that is done ends by :func:`finished`.
+    If there are several, a process in which the body fails ends here and at once: to disconnect properly it would have
+    to wait for the others. One that succeeds ends by :func:`finish`.
 
     Raises:
-        ValueError: ``GRADMIX_TIMEOUT`` is no number of seconds, or the environment does not hold what it should.
+        ValueError: ``GRADMIX_TIMEOUT`` is not a number of seconds, or a number in the environment is invalid.
     """
-    alone = told()
+    alone = processes_from_environment()
     if alone is None:
         yield Processes()
         return
@@ -170,11 +169,11 @@ def joined() -> Iterator[Processes]:
         _leave(error, alone)
 
 
-def told() -> Processes | None:
-    """This process's place among those started by ``torchrun``, which have not met yet; None: there is one only.
+def processes_from_environment() -> Processes | None:
+    """Return this process among those started by ``torchrun``, not connected yet; None: there is only one.
 
     Raises:
-        ValueError: A number in the environment is none, or out of range.
+        ValueError: A number in the environment is missing or out of range.
     """
     # Cluster managers set WORLD_SIZE alone, for other purposes.
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
@@ -191,12 +190,12 @@ def told() -> Processes | None:
 
 
 def refuse_several(command: str, instead: str) -> None:
-    """Refuses to be one of several processes.
+    """Refuse to be one of several processes.
 
     Raises:
         UsageError: It is one; of the others, which wait for the first to say so, it is a SystemExit.
     """
-    processes = told()
+    processes = processes_from_environment()
     if processes is None:
         return
     if not processes.first:
@@ -206,8 +205,8 @@ def refuse_several(command: str, instead: str) -> None:
 
 
 @contextmanager
-def losses_explained(go_on: Callable[[], str]) -> Iterator[None]:
-    """Puts into words that another process is gone, whatever the exchange within the body made of it.
+def explain_lost_process(go_on: Callable[[], str]) -> Iterator[None]:
+    """Put into words that another process is gone, whatever the exchange within the body made of it.
 
     Args:
         go_on: Makes the command that goes on where this one stopped.
@@ -286,7 +285,7 @@ def _leave(error: BaseException, here: Processes) -> None:
     # What the first process has to say is said for all, but for what it alone could see.
     who = "" if here.first and not isinstance(error, LostProcessError) else f"process {here.rank} of {here.size}"
     try:
-        status = reported(error, who)
+        status = report_error(error, who)
     except BaseException:
         if who:
             print(f"gradmix: {who} failed:", file=sys.stderr)
@@ -295,7 +294,7 @@ def _leave(error: BaseException, here: Processes) -> None:
     _end(status)
 
 
-def finished(processes: Processes, status: int) -> int:
+def finish(processes: Processes, status: int) -> int:
     """The exit status of a process that is done; one of several waits for the others and ends here."""
     if processes.group is not None:
         # That another one left earlier, maybe with what they met at, is no failure.

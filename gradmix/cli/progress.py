@@ -1,4 +1,4 @@
-"""What a user sees of runs while they go on, and how Ctrl-C or SIGTERM ends them."""
+"""Progress of runs on the terminal, and how Ctrl-C or SIGTERM ends them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gradmix.cli.errors import INTERRUPTED, StopNow
 from gradmix.names import shown
 
 if TYPE_CHECKING:
-    from gradmix.training.results import RunResult
-    from gradmix.training.trainer import Progress
+    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.runs.results import RunResult
 
 
 class Reporter:
@@ -63,7 +63,7 @@ class Reporter:
             self.bar.stop()
 
     def start(self, name: str, seed: int) -> None:
-        """Begins a run of what is called ``name``."""
+        """Begin a run of what is called ``name``."""
         self.run += 1
         self.task, self.shown, self.loss = 0, 0.0, None
         self.name = f"{shown(name):<{self.width}}  seed {seed}"
@@ -71,7 +71,7 @@ class Reporter:
             self.bar.reset(self.row, total=None, description=f"[{self.run}/{self.runs}] {self.name}")
 
     def step(self, progress: Progress) -> None:
-        """Takes note of a training step."""
+        """Take note of a training step."""
         self.loss = self.loss if progress.loss is None else progress.loss
         if self.bar is None:
             if progress.task != self.task:
@@ -88,11 +88,11 @@ class Reporter:
         self.bar.update(self.row, completed=progress.step, total=progress.steps_total, description=text)
 
     def finish(self, result: RunResult, note: str = "") -> None:
-        """Shows a run's figures in a line that stays."""
+        """Show a run's figures in a line that stays."""
         self.say(f"{self.name}  {figures(result)}{note}")
 
     def count(self, done: int, running: int) -> None:
-        """Shows how many runs are over and how many are going on, where their steps are other processes'."""
+        """Show how many runs are over and how many are going on, where their steps are other processes'."""
         if self.bar is not None:
             self.bar.update(
                 self.row,
@@ -102,7 +102,7 @@ class Reporter:
             )
 
     def say(self, line: str) -> None:
-        """Shows a line that stays."""
+        """Show a line that stays."""
         line = shown(line)
         if self.bar is None:
             print(line, flush=True)
@@ -112,7 +112,7 @@ class Reporter:
 
 def figures(result: RunResult) -> str:
     """A run's figures in a few words."""
-    from gradmix.training.results import metric_values, tasks_reached
+    from gradmix.training.runs.results import metric_values, tasks_reached
 
     if result.status != "complete":
         return f"{result.status} after {tasks_reached(result)} of {result.tasks} tasks"
@@ -156,13 +156,13 @@ class Interruption:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises the KeyboardInterrupt that a signal has left to be raised."""
+        """Raise the KeyboardInterrupt that a signal has left to be raised."""
         if self.signal is not None:
             raise KeyboardInterrupt
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Holds the first signal back within the block; :meth:`check` and the block's end raise it."""
+        """Hold the first signal back within the block; :meth:`check` and the block's end raise it."""
         before, self._deferring = self._deferring, True
         try:
             yield

@@ -1,4 +1,4 @@
-"""``gradmix train``: methods over seeds into a run folder, anew or going on from where it was interrupted."""
+"""``gradmix train``: methods over seeds into a run folder, from the start or resumed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import UsageError, require
 from gradmix.cli.flags import parse_train
+from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
-from gradmix.cli.launch import Processes, finished, joined, losses_explained
+from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.names import shell, shown
+from gradmix.training.method_names import recorded_name
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
-    from gradmix.training.results import RunResult
+    from gradmix.training.runs.results import RunResult
 
 _CHECKPOINTS = ".checkpoints"
 _CONFIG, _METRICS = "config.yaml", "metrics.json"
@@ -30,13 +32,16 @@ _DIVERGED = 1
 
 
 def main(args: list[str]) -> int:
-    """Trains, saves every run and the table over them; as one of several processes, together with the others."""
+    """Train, and save every run and the table over all; with several processes, together with the others."""
     require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
-    with joined() as processes, losses_explained(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"):
-        # What is taken of the folder is given back before processes end together.
+    with (
+        join_processes() as processes,
+        explain_lost_process(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"),
+    ):
+        # The folder's lock is released before the processes end together.
         with ExitStack() as held:
             status = _train(args, processes, held)
-        return finished(processes, status)
+        return finish(processes, status)
 
 
 def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
@@ -48,15 +53,18 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     if not resumed:
         processes.by_the_first(lambda: _begin(config, held))
     interrupted = False
-    with Interruption(silent=not processes.first) as interruption, losses_explained(lambda: _resume(output, processes)):
+    with (
+        Interruption(silent=not processes.first) as interruption,
+        explain_lost_process(lambda: _resume(output, processes)),
+    ):
         try:
-            # Several processes stop where all do, and never where one of them happens to be.
+            # Several processes all stop at the same step.
             with nullcontext() if processes.group is None else interruption.deferred():
                 _run_all(config, todo, stream, results, interruption, processes)
         except KeyboardInterrupt:
             interrupted = True
         except Exception:
-            # What was reached is summarised, and the failure is what counts.
+            # The runs so far are summarised; the failure is what is reported.
             with suppress(KeyboardInterrupt), interruption.deferred():
                 _report(config, results)
             raise
@@ -76,7 +84,7 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
 
 
 def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
-    """The exit status of training that was not interrupted: 1, and a word on stderr, if a run has diverged."""
+    """Return the exit status of training that was not interrupted: 1, with a line on stderr, if a run has diverged."""
     diverged = [f"{method}, seed {seed}" for (method, seed), result in results.items() if result.status == "diverged"]
     if not diverged:
         return 0
@@ -91,21 +99,23 @@ def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
 def _planned(
     args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack | None = None
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
-    """The configuration, the runs that are to be made, and whether a folder is resumed; its results are taken up."""
+    """Return the configuration, the runs to make, and whether a folder is resumed; its results go to ``results``."""
     resumed = _resumed(args)
-    config = parse_train(args) if resumed is None else resumed
+    with print_former_names():
+        config = parse_train(args) if resumed is None else resumed
     find_named("train --benchmark", config.data.benchmark, config.optim.model)
 
-    from gradmix.training.benchmarks import resolve
     from gradmix.training.config import check
-    from gradmix.training.environment import pick_device
-    from gradmix.training.methods import METHODS
+    from gradmix.training.loop.environment import pick_device
+    from gradmix.training.methods import find_method
+    from gradmix.training.streams.benchmarks import resolve
 
     check(config)
     config = resolve(config)
     for method in config.methods:
-        METHODS[method].check_installed()
-        if processes.group is not None and not METHODS[method].joins:
+        found = find_method(method)
+        found.check_installed()
+        if processes.group is not None and found.needs.one_process:
             raise ValueError(
                 f"methods: got {method} with {processes.size} processes, expected one process: it mixes whole steps"
             )
@@ -126,7 +136,7 @@ def _planned(
 
 
 def _stream(config: TrainConfig, processes: Processes) -> Any:
-    from gradmix.training.benchmarks import stream_of
+    from gradmix.training.streams.benchmarks import stream_of
 
     device = processes.device(config.device)
     if device.startswith("cuda:"):
@@ -137,39 +147,39 @@ def _stream(config: TrainConfig, processes: Processes) -> Any:
 
 
 def _begin(config: TrainConfig, held: ExitStack) -> None:
-    from gradmix.training.results import refuse_occupied, save_config
-    from gradmix.training.whole_files import make_folder
+    from gradmix.training.runs.results import refuse_occupied, save_config
+    from gradmix.training.runs.whole_files import make_folder
 
     assert config.output is not None
     make_folder(config.output)
     _occupy(config.output, held)
-    # Another command may have been here since it was looked at.
+    # Another command may have used the folder since it was checked.
     refuse_occupied(config.output)
     save_config(config, config.output)
 
 
 def _occupy(output: Path, held: ExitStack) -> None:
-    """Takes a folder for this command, for as long as ``held`` is open.
+    """Lock a folder for this command while ``held`` is open.
 
     Raises:
-        ValueError: Another command is at work in it.
+        ValueError: Another command uses it.
     """
     from gradmix.locks import locked
-    from gradmix.training.results import LOCK
+    from gradmix.training.runs.results import LOCK
 
     while not held.enter_context(locked(output / LOCK)):
-        # If not, it has just ended.
+        # If none holds it now, it has just ended.
         refuse_in_use(output)
 
 
 def refuse_in_use(output: Path, *, shared: bool = False) -> None:
-    """Refuses a folder in which a command is at work, or, to share it, one that has it alone.
+    """Refuse a folder that another command has locked; with ``shared`` only one that it has locked for itself.
 
     Raises:
-        ValueError: One is; the message says which process.
+        ValueError: It is locked; the message names the process.
     """
     from gradmix.locks import holder
-    from gradmix.training.results import LOCK
+    from gradmix.training.runs.results import LOCK
 
     who = holder(output / LOCK, shared=shared)
     if who is not None:
@@ -182,6 +192,18 @@ def _runs(config: TrainConfig) -> list[tuple[str, int]]:
     return [(method, seed) for method in config.methods for seed in config.seeds]
 
 
+def _run_folder(output: Path, method: str, seed: int) -> Path:
+    """The folder of one run: by the method's name, or by its former name in a folder that has it."""
+    former = output / recorded_name(method)
+    return (former if former.is_dir() else output / method) / f"seed-{seed}"
+
+
+def _checkpoint_file(output: Path, method: str, seed: int) -> Path:
+    """The checkpoint of one run; as :func:`_run_folder` one under the former name is gone on with."""
+    former = output / _CHECKPOINTS / f"{recorded_name(method)}-seed-{seed}.pt"
+    return former if former.is_file() else former.with_name(f"{method}-seed-{seed}.pt")
+
+
 def _run_all(
     config: TrainConfig,
     todo: list[tuple[str, int]],
@@ -190,12 +212,12 @@ def _run_all(
     interruption: Interruption,
     processes: Processes,
 ) -> None:
-    """Trains run by run; the first process saves the runs and adds them to ``results``.
+    """Train run by run; the first process saves the runs and adds them to ``results``.
 
     Raises:
-        KeyboardInterrupt: It was interrupted; the run it was in is among the results if any of it was reached.
+        KeyboardInterrupt: Training was interrupted; the interrupted run is among the results if a task was reached.
     """
-    from gradmix.training import checkpoint, trainer
+    from gradmix.training.loop import checkpoint, trainer
 
     def step(progress: trainer.Progress) -> None:
         if reporter is not None:
@@ -203,14 +225,14 @@ def _run_all(
         interruption.check()
 
     def keep(result: RunResult) -> None:
-        # Of several processes with a GPU each, the first one's is not what was asked for.
+        # With a GPU for each process, the first one's device is not what the user asked for.
         result = replace(result, config=replace(result.config, device=config.device))
-        _save(result, output / result.method / f"seed-{result.seed}")
+        _save(result, _run_folder(output, result.method, result.seed))
         results[result.method, result.seed] = result
         if reporter is not None:
             reporter.finish(result)
         if result.status != "interrupted":
-            # Only now: until the run was saved, the checkpoint was all there was of it.
+            # Only after the run is saved: until then the checkpoint is all there is of it.
             checkpoint.remove(file)
 
     assert config.output is not None
@@ -219,7 +241,7 @@ def _run_all(
         for method, seed in todo:
             if reporter is not None:
                 reporter.start(method, seed)
-            file = output / _CHECKPOINTS / f"{method}-seed-{seed}.pt"
+            file = _checkpoint_file(output, method, seed)
             with interruption.deferred():
                 result = trainer.train_one(
                     own,
@@ -237,9 +259,9 @@ def _run_all(
 
 
 def _save(result: RunResult, folder: Path) -> None:
-    """Saves a run; an interrupted one that lies in its place stays until the new one is whole."""
-    from gradmix.training import results
-    from gradmix.training.whole_files import naming, sync
+    """Save a run; an interrupted one in the same folder stays until the new one is complete."""
+    from gradmix.training.runs import results
+    from gradmix.training.runs.whole_files import naming, sync
 
     if not folder.exists():
         results.save_run(result, folder)
@@ -259,8 +281,8 @@ def _save(result: RunResult, folder: Path) -> None:
 def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
     if not results:
         return
-    from gradmix.training import tables
-    from gradmix.training.results import save_summary
+    from gradmix.training.reports import tables
+    from gradmix.training.runs.results import save_summary
 
     assert config.output is not None
     ordered = [results[run] for run in _runs(config) if run in results]
@@ -280,10 +302,10 @@ def _tidy(output: Path) -> None:
 
 
 def _resumed(args: list[str]) -> TrainConfig | None:
-    """The configuration of the folder given by ``--resume``; None without the flag.
+    """Return the configuration of the folder given by ``--resume``; None without the flag.
 
     Raises:
-        UsageError: There is another flag than those which may differ.
+        UsageError: There is a flag that must not differ.
         FileNotFoundError, ValueError: The folder or its configuration is missing or damaged.
     """
     if not any(arg == "--resume" or arg.startswith("--resume=") for arg in args) or {"-h", "--help"} & set(args):
@@ -307,7 +329,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     refuse_in_use(folder)
     if (folder / _METRICS).is_file():
         raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
-    config = load_config(folder / _CONFIG)
+    config = load_config(folder / _CONFIG, saved=True)
     changed = replace(config, output=folder)
     if given.data_dir is not None:
         changed = replace(changed, data=replace(config.data, data_dir=given.data_dir))
@@ -331,16 +353,16 @@ def _resumed(args: list[str]) -> TrainConfig | None:
 
 
 def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
-    """The runs of a folder that are complete or have diverged, as they would again, by method and seed."""
-    from gradmix.training.results import load_run
+    """Return the runs of a folder that are complete or have diverged, by method and seed."""
+    from gradmix.training.runs.results import load_run
 
     assert config.output is not None
     found = {}
     for method, seed in _runs(config):
-        folder = config.output / method / f"seed-{seed}"
+        folder = _run_folder(config.output, method, seed)
         old = folder.with_name(f".{folder.name}-old")
         if not folder.exists() and old.is_dir():
-            # The process ended between the two steps of the exchange.
+            # The process ended between the two renames.
             os.replace(old, folder)
         if (folder / _METRICS).is_file():
             result = load_run(folder)
@@ -350,18 +372,18 @@ def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
 
 
 def _resume(output: Path, processes: Processes) -> str:
-    """The command that goes on with the runs of a folder."""
+    """Return the command that resumes the runs of a folder."""
     return f"{processes.command()} train --resume {shell(str(output))}"
 
 
 def _new_output(config: TrainConfig, processes: Processes) -> Path:
-    """The run folder, new or empty.
+    """Return the run folder, new or empty.
 
     Raises:
-        ValueError: It is taken; if by training that was interrupted, the message says how to go on with that.
+        ValueError: It is not empty; if training was interrupted there, the message says how to resume it.
     """
     from gradmix.training.config import load_config
-    from gradmix.training.results import refuse_occupied
+    from gradmix.training.runs.results import refuse_occupied
 
     output = config.output or _default_output(config.data.benchmark)
     refuse_in_use(output)
@@ -372,7 +394,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
         if not file.is_file() or (output / _METRICS).is_file():
             raise
         try:
-            there = replace(load_config(file), output=output)
+            there = replace(load_config(file, saved=True), output=output)
             unfinished = len(_runs(there)) - len(_ended(there))
         except (ValueError, OSError):
             raise error from None

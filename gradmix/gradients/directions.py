@@ -26,8 +26,7 @@ from gradmix.inputs import InputTree, call_model, own_copy
 from gradmix.ops.dtypes import work_dtype
 from gradmix.probe import device_of, require_finite
 from gradmix.processes import Group, sum_over
-from gradmix.replay.sources import SampleSource as RowSource
-from gradmix.replay.sources import as_pair
+from gradmix.replay.sources import SampleSource, as_pair
 
 
 class Derivatives(NamedTuple):
@@ -44,7 +43,7 @@ class Derivatives(NamedTuple):
 
 def mean_gradient(
     model: nn.Module,
-    data: RowSource,
+    data: SampleSource,
     *,
     layers: str | Sequence[str] = "all",
     loss: Loss | None = None,

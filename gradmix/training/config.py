@@ -1,8 +1,8 @@
 """The configuration of a run: typed, complete, and the same on the command line and in ``config.yaml``.
 
-A field that is ``None`` is taken from the benchmark's protocol by :func:`~gradmix.training.benchmarks.resolve`; a
-resolved configuration has none left but those for which ``None`` has a meaning of its own, and says everything needed
-to run again.
+A field that is ``None`` is filled from the benchmark's protocol
+(:func:`~gradmix.training.streams.benchmarks.resolve`). In a resolved configuration only those fields are ``None`` for
+which it has a meaning of its own.
 """
 
 from __future__ import annotations
@@ -13,34 +13,16 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-MethodName = Literal[
-    "finetune",
-    "er",
-    "a-gem",
-    "der++",
-    "autoaugment",
-    "randaugment",
-    "trivialaugment",
-    "mixup",
-    "manifold-mixup",
-    "cutmix",
-    "remix",
-    "balanced-mixup",
-    "gradmix",
-    "gradmix-sample",
-    "der++-mixup",
-    "der++-gradmix",
-    "der++-gradmix-sample",
-    "trivialaugment-mixup",
-    "trivialaugment-gradmix",
-    "trivialaugment-gradmix-sample",
-]
+from gradmix.training.method_names import COMPOSITIONS, choices, current_name
+
+MethodName: TypeAlias = str
+"""A method's name, a key of :data:`gradmix.training.method_names.COMPOSITIONS`."""
 BENCHMARK_NAMES = (
     "split-digits",
     "split-mnist",
@@ -56,7 +38,7 @@ BENCHMARK_NAMES = (
     "split-covertype",
     "split-wine",
 )
-"""Keys of :data:`gradmix.training.benchmarks.BENCHMARKS`."""
+"""Keys of :data:`gradmix.training.streams.benchmarks.BENCHMARKS`."""
 MODEL_NAMES = (
     "mlp",
     "resnet8",
@@ -185,15 +167,15 @@ class MixConfig:
     estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
     """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
     inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
-    decisions in doubt checked by jvp. None: the method's own: mixed for gradmix (which judges once per epoch), feature
-    for gradmix-sample."""
+    decisions in doubt checked by jvp. None: the method's own: mixed for gradmix-class (which judges once per epoch),
+    feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
     """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
     threshold: float = 0.0
     """A pair is helpful if its cosine with the reference gradient is at least this; 0 is an angle of 90 degrees."""
     refresh: int | None = None
     """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
-    own: 0 for gradmix (20 with data.online), 1 for gradmix-sample."""
+    own: 0 for gradmix-class (20 with data.online), 1 for gradmix-sample."""
     candidates: Literal["batch", "balanced", "replayed"] = "batch"
     """Where partners come from: batch: the step's own rows; balanced: a class-balanced draw from the current task and
     the buffer; replayed: the step's replayed rows."""
@@ -227,11 +209,12 @@ class MixConfig:
 class TrainConfig:
     """Class-incremental training with replay, by one or several methods over several seeds."""
 
-    methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix", "gradmix-sample")
+    methods: tuple[MethodName, ...] = ("er", "mixup", "gradmix-class", "gradmix-sample")
     """finetune: no replay; er: experience replay; a-gem: projected gradients; der++: replay with kept logits;
     autoaugment, randaugment, trivialaugment: replay, augmented by policy; mixup: replay, random partners;
-    manifold-mixup, cutmix, remix, balanced-mixup: its kin; gradmix: partners selected by class pair; gradmix-sample:
-    partners selected sample by sample; der++-..., trivialaugment-...: the same on top of these."""
+    manifold-mixup, cutmix, remix, balanced-mixup: variants of it; gradmix-class: partners selected by class pair;
+    gradmix-sample: partners selected sample by sample. der++, a policy and a way of mixing can be combined, in this
+    order: der++-gradmix-class, trivialaugment-mixup, der++-trivialaugment-cutmix."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds: initial weights, batches, buffer and mixing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -247,28 +230,39 @@ class TrainConfig:
     output: Path | None = None
     """Run folder, new or empty; None: runs/BENCHMARK-DATE-TIME."""
 
+    def __post_init__(self) -> None:
+        methods = tuple(current_name(name, stacklevel=4) for name in self.methods)
+        if methods != self.methods:
+            object.__setattr__(self, "methods", methods)
+
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Turns a configuration into nested dictionaries of plain values, the form ``config.yaml`` has."""
+    """Turn a configuration into nested dictionaries of plain values, the form ``config.yaml`` has."""
     plain = _plain(config)
     assert isinstance(plain, dict)
     return plain
 
 
-def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Builds a configuration from nested dictionaries; what is missing takes its default.
+def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
+    """Build a configuration from nested dictionaries; what is missing takes its default.
+
+    Args:
+        values: the dictionaries.
+        saved: whether they are the record of a run, in which former names of methods are no reason for a warning.
 
     Raises:
         ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, what
             came and what is expected.
     """
+    if isinstance(values, Mapping) and isinstance(values.get("methods"), (list, tuple)):
+        values = {**values, "methods": _method_names(values["methods"], warn=not saved)}
     config = _build(TrainConfig, values, "")
     check(config)
     return config
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """Renders a configuration as YAML, every field written out."""
+    """Render a configuration as YAML, every field written out."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -278,8 +272,12 @@ def to_yaml(config: TrainConfig) -> str:
     return str(yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True))
 
 
-def from_yaml(text: str) -> TrainConfig:
-    """Reads a configuration from YAML; what is missing takes its default.
+def from_yaml(text: str, *, saved: bool = False) -> TrainConfig:
+    """Read a configuration from YAML; what is missing takes its default.
+
+    Args:
+        text: the YAML.
+        saved: as :func:`from_dict` has it.
 
     Raises:
         ValueError: The text is no YAML mapping, or :func:`from_dict` refuses it.
@@ -289,11 +287,11 @@ def from_yaml(text: str) -> TrainConfig:
         values = {}
     if not isinstance(values, dict):
         raise ValueError(f"got {_show(values)} at the top, expected a mapping of {_names(TrainConfig)}")
-    return from_dict(values)
+    return from_dict(values, saved=saved)
 
 
 def parse_yaml(text: str) -> Any:
-    """Reads plain values from YAML.
+    """Read plain values from YAML.
 
     Raises:
         ValueError: The text is no YAML; the message, of one line, says where.
@@ -306,8 +304,12 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"no valid YAML: {' '.join(str(error).split())}") from error
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Reads a configuration file.
+def load_config(path: str | Path, *, saved: bool = False) -> TrainConfig:
+    """Read a configuration file.
+
+    Args:
+        path: the file.
+        saved: as :func:`from_dict` has it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -317,13 +319,13 @@ def load_config(path: str | Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        return from_yaml(path.read_text(encoding="utf-8"))
+        return from_yaml(path.read_text(encoding="utf-8"), saved=saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses values that no run can have.
+    """Refuse values that no run can have.
 
     Raises:
         ValueError: Naming the key, what came and what is expected.
@@ -363,7 +365,7 @@ def check(config: TrainConfig) -> None:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Collects the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
+    """Collect the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -426,6 +428,15 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _T = TypeVar("_T")
 
 
+def _method_names(names: Sequence[Any], *, warn: bool) -> list[Any]:
+    """Put current names in the place of former ones, and refuse unknown ones; other types are refused later."""
+    current = [current_name(name, warn=warn, stacklevel=4) if isinstance(name, str) else name for name in names]
+    for index, name in enumerate(current):
+        if name not in COMPOSITIONS:
+            raise ValueError(f"methods[{index}]: got {_show(name)}, expected one of {choices()}")
+    return current
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
@@ -446,7 +457,7 @@ def _build(cls: type[_T], values: Any, key: str) -> _T:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    """Checks ``value``, as YAML gives it, against the type ``kind`` and returns it in that type."""
+    """Check ``value``, as YAML gives it, against the type ``kind`` and return it in that type."""
     if is_dataclass(kind) and isinstance(kind, type):
         return _build(kind, value, key)
     origin, args = get_origin(kind), get_args(kind)

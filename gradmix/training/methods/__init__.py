@@ -1,4 +1,10 @@
-"""The methods compared, each a small class with the interface of :class:`~gradmix.training.methods.base.Method`."""
+"""The methods compared.
+
+Each loss is a class with the interface of :class:`~gradmix.training.methods.base.Method`;
+:mod:`~gradmix.training.methods.composition` makes the methods of them, by name.
+"""
+
+from typing import Any
 
 from gradmix.training.methods.a_gem import AGEM
 from gradmix.training.methods.balanced_mixup import BalancedMixup
@@ -7,49 +13,41 @@ from gradmix.training.methods.base import (
     Context,
     Finetune,
     Method,
+    Needs,
     Pixels,
     StepRows,
     Wrapping,
     weighted_cross_entropy,
 )
+from gradmix.training.methods.composition import METHODS, Composition, MethodFactory, find_method
 from gradmix.training.methods.cutmix import CutMix
-from gradmix.training.methods.dark_replay import DarkER, DarkGradMixClass, DarkGradMixSample, DarkMixup, DarkReplay
+from gradmix.training.methods.dark_replay import DarkReplay
 from gradmix.training.methods.manifold_mixup import ManifoldMixup
 from gradmix.training.methods.mixup import Mixing, Mixup
-from gradmix.training.methods.policies import (
-    AutoAugment,
-    RandAugment,
-    TrivialAugment,
-    TrivialAugmentGradMixClass,
-    TrivialAugmentGradMixSample,
-    TrivialAugmentMixup,
-)
+from gradmix.training.methods.policies import AutoAugment, RandAugment, TrivialAugment
 from gradmix.training.methods.remix import Remix
 from gradmix.training.methods.selective import GradMixClass, GradMixSample, SelectiveMixup
 
-METHODS: dict[str, type[Method]] = {
-    "finetune": Finetune,
-    "er": ER,
-    "a-gem": AGEM,
-    "der++": DarkER,
-    "autoaugment": AutoAugment,
-    "randaugment": RandAugment,
-    "trivialaugment": TrivialAugment,
-    "mixup": Mixup,
-    "manifold-mixup": ManifoldMixup,
-    "cutmix": CutMix,
-    "remix": Remix,
-    "balanced-mixup": BalancedMixup,
-    "gradmix": GradMixClass,
-    "gradmix-sample": GradMixSample,
-    "der++-mixup": DarkMixup,
-    "der++-gradmix": DarkGradMixClass,
-    "der++-gradmix-sample": DarkGradMixSample,
-    "trivialaugment-mixup": TrivialAugmentMixup,
-    "trivialaugment-gradmix": TrivialAugmentGradMixClass,
-    "trivialaugment-gradmix-sample": TrivialAugmentGradMixSample,
+_FORMER_CLASSES = {
+    "DarkER": "der++",
+    "DarkMixup": "der++-mixup",
+    "DarkGradMixClass": "der++-gradmix-class",
+    "DarkGradMixSample": "der++-gradmix-sample",
+    "TrivialAugmentMixup": "trivialaugment-mixup",
+    "TrivialAugmentGradMixClass": "trivialaugment-gradmix-class",
+    "TrivialAugmentGradMixSample": "trivialaugment-gradmix-sample",
 }
-"""All methods by name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FORMER_CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    method = _FORMER_CLASSES[name]
+    warnings.warn(f"{__name__}.{name} is now METHODS[{method!r}]", DeprecationWarning, stacklevel=2)
+    return METHODS[method]
+
 
 __all__ = [
     "AGEM",
@@ -57,29 +55,26 @@ __all__ = [
     "METHODS",
     "AutoAugment",
     "BalancedMixup",
+    "Composition",
     "Context",
     "CutMix",
-    "DarkER",
-    "DarkGradMixClass",
-    "DarkGradMixSample",
-    "DarkMixup",
     "DarkReplay",
     "Finetune",
     "GradMixClass",
     "GradMixSample",
     "ManifoldMixup",
     "Method",
+    "MethodFactory",
     "Mixing",
     "Mixup",
+    "Needs",
     "Pixels",
     "RandAugment",
     "Remix",
     "SelectiveMixup",
     "StepRows",
     "TrivialAugment",
-    "TrivialAugmentGradMixClass",
-    "TrivialAugmentGradMixSample",
-    "TrivialAugmentMixup",
     "Wrapping",
+    "find_method",
     "weighted_cross_entropy",
 ]

@@ -1,4 +1,4 @@
-"""A-GEM: the current rows' gradient, with what points against replayed rows taken out."""
+"""A-GEM: the gradient of the current samples, projected so that it does not oppose that of replayed ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from gradmix.head import logits_of
 from gradmix.probe import unwrap
 from gradmix.processes import sum_over
-from gradmix.training.methods.base import Finetune, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Finetune, Needs, StepRows, weighted_cross_entropy
 
 
 class AGEM(Finetune):
     """A-GEM (Chaudhry et al. 2019): g <- g - (g.r / r.r) r where g.r < 0, all parameters taken as one vector.
 
-    g is the gradient of the current rows' loss, r that of the mean cross-entropy of a batch of replayed rows, which are
-    not trained on otherwise. As in the authors' code both passes are made in training mode, the reference's first, and
-    weight decay and momentum come after the projection. While the buffer is empty it is plain finetuning.
+    g is the gradient of the current samples' loss, r that of the mean cross-entropy of a batch of replayed samples,
+    which are not used otherwise. As in the authors' code both passes run in training mode, the reference's first, and
+    weight decay and momentum follow the projection. While the buffer is empty it is plain finetuning.
     """
 
-    draws_more = True
+    needs = Needs(replayed=False, second_batch=True)
 
     def backward(self, rows: StepRows) -> Tensor:
         context = self.context
@@ -29,7 +29,7 @@ class AGEM(Finetune):
         if replayed is None:
             return super().backward(rows)
         parameters = [p for p in context.model.parameters() if p.requires_grad]
-        # Not through a data-parallel wrapper: this pass has no backward pass of the wrapper's kind.
+        # Not through a data-parallel wrapper: the backward pass below does not go through it.
         model = context.model if context.group is None else unwrap(context.model)
         with context.autocast():
             logits = logits_of(model(replayed.x))
@@ -38,7 +38,7 @@ class AGEM(Finetune):
         # Scaled as the step's own gradient is: the projection is the same, and neither underflows alone.
         reference = torch.autograd.grad(context.scaler.scale(loss), parameters, allow_unused=True)
         if context.group is not None:
-            # By length, for the shares of the replayed rows may differ by one.
+            # Weighted by length, since the shares of the replayed samples may differ by one.
             known = [r for r in reference if r is not None]
             count = torch.tensor([float(len(replayed.y))], device=logits.device)
             *totals, counted = sum_over([*(r * count for r in known), count], context.group)
@@ -51,7 +51,7 @@ class AGEM(Finetune):
 
 @torch.no_grad()
 def project(parameters: Sequence[Tensor], reference: Sequence[Tensor | None]) -> None:
-    """Take the part along ``reference`` out of the parameters' ``.grad``, in place, if it points against it.
+    """Remove the component along ``reference`` from the parameters' ``.grad``, in place, if it is negative.
 
     Nothing waits for the device. A missing gradient counts as zero. Where the inner product is not a number the
     gradient becomes so too, and a scaler skips the step.

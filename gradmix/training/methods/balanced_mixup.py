@@ -1,4 +1,4 @@
-"""Balanced-MixUp: rows as they come, mixed with rows drawn class by class."""
+"""Balanced-MixUp: the step's samples mixed with class-balanced ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from gradmix.head import HeadOutput
-from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.base import Needs, StepRows
+from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
-from gradmix.training.mixing_space import Mixture
 
 ALPHA = 0.2
 """The parameter of Beta(alpha, 1): the larger of the two values the paper settles on, 0.1 and 0.2."""
@@ -28,7 +28,7 @@ class BalancedMixup(LinearMixing):
         ValueError: a step brings no balanced rows, or fewer than rows.
     """
 
-    wants_balanced = True
+    needs = Needs(balanced=True, whole_step=True)
 
     def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         if rows.candidates is None or len(rows.candidates[1]) < len(rows.y):

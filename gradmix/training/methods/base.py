@@ -1,18 +1,19 @@
-"""What every method is: a way to turn a step's rows into gradients.
+"""The interface of all methods: from the samples of a step to gradients.
 
-A step's rows are those of the current task and the replayed ones. The loss is a weighted sum over rows, CE(current) +
-tau CE(replayed), each a mean over its own rows; a mixed row has the weight of the row it was made from.
+A step has samples of the current task and replayed ones. The loss is CE(current) + tau CE(replayed), each a mean over
+its own samples. A mixed sample has the weight of the sample it was made from.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +24,25 @@ from gradmix.criteria import Alignment
 from gradmix.processes import Group, size_of, sum_over
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.replay.sources import SampleSource
-from gradmix.training.clock import Clock
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
-from gradmix.training.sharding import Share
+from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.sharding import Share
 
 Part: TypeAlias = "slice | Tensor"
-"""Some of a step's rows: a slice of them, or their places."""
+"""A part of a step's samples: a slice, or their indices."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one step.
+    """The samples of one step.
 
     Attributes:
         x: (N, ...) inputs, the current task's first unless they come in one shuffled stream.
         y: (N,) int64 class indices.
-        weight: (N,) weight of each row's loss.
-        candidates: (x, y) where partners may come from; None: the step's own rows.
-        replayed: (N,) bool, the rows that come from the buffer; None: nobody has told them apart.
-        share: which of the rows this process trains on, where several make the step together; None: all of them.
+        weight: (N,) weight of each sample's loss.
+        candidates: (x, y) from which partners are chosen; None: from the step's own samples.
+        replayed: (N,) bool, the samples that come from the buffer; None: not known.
+        share: the samples this process trains on, where several processes make the step together; None: all.
     """
 
     x: Tensor
@@ -54,7 +55,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What turns inputs back into pixels in [0, 1]: ``x * std + mean``; values by channel."""
+    """The constants, by channel, that turn inputs back into pixels in [0, 1]: ``x * std + mean``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -65,25 +66,24 @@ class Context:
     """What a method is built from.
 
     Attributes:
-        model: the network in training; another wrapper of the same one takes its place where its head has grown.
+        model: the network in training; replaced by another wrapper of the same network when its head has grown.
         buffer: the replay buffer, filled after each task.
-        num_classes: width of the model's output, in the end.
+        num_classes: number of classes of the whole stream.
         mix: the mixing settings.
         generator: source of the method's randomness.
         clock: times the sections ``selection`` and, where a method draws or augments rows itself, ``data``.
         replay: the replay settings.
-        counts: (num_classes,) int64, the rows of each class that the current task's training draws from: all of the
-            current classes', those in the buffer of the old ones. Kept up to date by the trainer.
-        draw_replayed: draws another batch of replayed rows, apart from the step's own and augmented as they are; None
-            while the buffer is empty.
-        pixels: what the inputs were normalised by; None: they are pixels in [0, 1], or no images.
-        source: what is read for the reference gradient, if that is not the buffer itself: the rows whose numbers it
-            holds.
-        autocast: makes the context in which forward passes of the loss are made.
+        counts: (num_classes,) int64, the number of samples of each class that the current task's training draws from:
+            all samples of current classes, the buffer's of old ones. The trainer keeps it up to date.
+        draw_replayed: draws another batch of replayed samples, apart from the step's own and augmented in the same
+            way; None while the buffer is empty.
+        pixels: the constants by which the inputs were normalised; None: pixels in [0, 1], or no images.
+        source: what is read for the reference gradient if the buffer holds numbers of samples and not the samples.
+        autocast: makes the context for the forward passes of the loss.
         scaler: scales the loss before its backward pass.
-        accumulate: forward and backward passes that a step's rows are trained on in, each of a part of them.
-        group: the processes that make every step together, each on its share of the rows; None: this one alone.
-        growing: whether the model's output is widened as classes arrive, to ``num_classes`` in the end.
+        accumulate: number of forward and backward passes in a step, each of a part of its samples.
+        group: the processes that make every step together, each on its share of the samples; None: this one alone.
+        growing: whether the model's head grows as classes arrive, up to ``num_classes``.
     """
 
     model: nn.Module
@@ -104,38 +104,84 @@ class Context:
     growing: bool = False
 
 
-class Method(ABC):
-    """A way to learn from a step's rows.
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of the loop that makes its steps; ``a | b`` is what a method around another one needs.
 
     Attributes:
-        replays: whether a step holds replayed rows at all.
-        wants_balanced: whether a step must hold class-balanced ``candidates`` whatever the settings.
-        draws_more: whether it draws another batch of replayed rows in every step.
-        gathers: whether all processes that make a step need all its rows; otherwise each is given its share alone.
-        keeps_more: whether it has something kept in the buffer besides the rows (:meth:`extras`).
-        joins: whether several processes can make its steps together.
+        replayed: a step holds replayed samples.
+        balanced: a step holds class-balanced ``candidates``, whatever the settings.
+        second_batch: another batch of replayed samples is drawn in every step.
+        whole_step: all processes that make a step get all of its samples; otherwise each gets its share alone.
+        extras: something is kept in the buffer beside the samples (:meth:`Method.extras`).
+        one_process: steps cannot be made by several processes together.
     """
 
-    joins = True
-    replays = True
-    wants_balanced = False
-    draws_more = False
-    gathers = False
-    keeps_more = False
+    replayed: bool = True
+    balanced: bool = False
+    second_batch: bool = False
+    whole_step: bool = False
+    extras: bool = False
+    one_process: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            replayed=self.replayed and other.replayed,
+            balanced=self.balanced or other.balanced,
+            second_batch=self.second_batch or other.second_batch,
+            whole_step=self.whole_step or other.whole_step,
+            extras=self.extras or other.extras,
+            one_process=self.one_process or other.one_process,
+        )
+
+
+_FORMER_FLAGS = {
+    "replays": "replayed",
+    "wants_balanced": "balanced",
+    "draws_more": "second_batch",
+    "gathers": "whole_step",
+    "keeps_more": "extras",
+    "joins": "one_process",
+}
+
+
+class Method(ABC):
+    """A way to learn from a step's samples.
+
+    Attributes:
+        needs: what it needs of the loop.
+    """
+
+    needs: Needs = Needs()
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        """Understand the class flags that :class:`Needs` has replaced, with a warning."""
+        super().__init_subclass__(**others)
+        former = {name: cls.__dict__[name] for name in _FORMER_FLAGS if name in cls.__dict__}
+        if former:
+            warnings.warn(
+                f"{cls.__name__}: got the class attributes {', '.join(former)}, expected needs = Needs(...)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            values = {_FORMER_FLAGS[name]: bool(value) for name, value in former.items()}
+            if "one_process" in values:
+                values["one_process"] = not values["one_process"]
+            cls.needs = replace(cls.needs, **values)
 
     def __init__(self, context: Context) -> None:
         self.context = context
 
     @abstractmethod
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
-        """What the step's loss is the sum of, one after the other: scalars with graphs that share no activations."""
+        """Yield the terms of the step's loss: scalars with graphs that share no activations."""
 
     def loss(self, rows: StepRows) -> Tensor:
-        """The step's loss, a scalar with a graph."""
+        """Return the step's loss, a scalar with a graph."""
         return reduce(operator.add, self.losses(rows))
 
     def backward(self, rows: StepRows) -> Tensor:
-        """Leave the step's gradients, scaled by the context's scaler, in the parameters' empty ``.grad``.
+        """Compute the step's gradients, scaled by the context's scaler, into the parameters' empty ``.grad``.
 
         Returns:
             The loss, detached and unscaled.
@@ -156,7 +202,7 @@ class Method(ABC):
                     part = next(parts, None)
                 if part is None:
                     break
-                # Now, so that its activations are gone before the next one's are made.
+                # At once, so that its activations are freed before the next term makes its own.
                 context.scaler.scale(part).backward()
                 total += part.detach()
         if shared is not None:
@@ -164,53 +210,53 @@ class Method(ABC):
         return total
 
     def parts(self, rows: StepRows) -> list[Part]:
-        """The parts in which this process's rows are trained on, as many as the context says."""
+        """Return the parts of this process's samples, ``context.accumulate`` of them."""
         count = len(rows.y) if rows.share is None else len(rows.share.mine)
         size = max(1, -(-count // self.context.accumulate))
         if rows.share is not None:
             return list(rows.share.mine.split(size))
-        # One part at least: also a process without rows has gradients to be averaged with the others'.
+        # At least one part: a process without samples also has gradients to be averaged with the others'.
         return [slice(start, start + size) for start in range(0, max(1, count), size)]
 
     def cross_entropies(self, rows: StepRows) -> Iterator[Tensor]:
-        """The weighted cross-entropy of the model on the rows, part by part."""
+        """Yield the weighted cross-entropy of the model on the samples, part by part."""
         for part in self.parts(rows):
             yield weighted_cross_entropy(self.context.model(rows.x[part]), rows.y[part], rows.weight[part])
 
     def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
-        """Called before every epoch."""
+        """Prepare for an epoch; called before each."""
 
     @classmethod  # noqa: B027 - as start_epoch
     def check_installed(cls) -> None:
-        """Look for the packages the method needs besides those of training.
+        """Check that the packages are installed that the method needs besides those of training.
 
         Raises:
             ModuleNotFoundError: one is not installed; the message names the extra that brings it.
         """
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
-        """``config`` with the method's own values where it leaves them to the method."""
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
+        """Return ``config`` with the method's own values in the fields that are left to the method."""
         return config
 
     def mixed_rows(self) -> Tensor | None:
-        """Number of rows of the last step that found a helpful partner; None where nothing is selected."""
+        """Return the number of samples of the last step with a helpful partner; None if nothing is selected."""
         return None
 
     def class_table(self, rows: StepRows) -> Alignment | None:
-        """The class-pair alignment in force, for the record; None where nothing is selected or the buffer is empty."""
+        """Return the current alignment of class pairs; None if nothing is selected or the buffer is empty."""
         return None
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is to be kept in the buffer besides rows ``x (N, ...)`` and ``y (N,)`` shown to it: tensors (N, ...)."""
+        """Return what the buffer keeps with the samples ``x (N, ...)``, ``y (N,)`` shown to it: tensors (N, ...)."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method remembers between steps, of tensors and plain values; the generator is not part of it."""
+        """Return what the method keeps between steps, as tensors and plain values, without the generator."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - as start_epoch
-        """Take up a state of :meth:`state_dict`."""
+        """Restore a state of :meth:`state_dict`."""
 
 
 def average_gradients(model: nn.Module, group: Group) -> None:
@@ -221,9 +267,9 @@ def average_gradients(model: nn.Module, group: Group) -> None:
 
 
 def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y.
+    """Return sum_n weight_n CE(logits_n, y_n), for class indices or label vectors y.
 
-    Label vectors may be wider than the logits: classes for which the model has no output yet have no share in them.
+    Label vectors may have more classes than the logits: those for which the model has no output yet have weight 0.
     """
     if y.ndim == 2:
         y = y[:, : logits.shape[1]]
@@ -231,7 +277,7 @@ def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 class ER(Method):
-    """Experience replay: cross-entropy on the current and the replayed rows."""
+    """Experience replay: cross-entropy on the current and the replayed samples."""
 
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
         """CE(current) + tau CE(replayed)."""
@@ -239,31 +285,26 @@ class ER(Method):
 
 
 class Finetune(ER):
-    """Cross-entropy on the current rows alone."""
+    """Cross-entropy on the current samples alone."""
 
-    replays = False
+    needs = Needs(replayed=False)
 
 
 class Wrapping(Method):
-    """A method on top of another, ``inner``, which has the say in everything that is not overridden.
+    """A method around another one, which decides everything that is not overridden.
 
-    Attributes:
-        inner: the other method's class.
+    ``resolved_config`` and ``check_installed`` are of the wrapper alone; a
+    :class:`~gradmix.training.methods.composition.Composition` asks each layer.
+
+    Args:
+        context: what the method is built from.
+        inner: the method inside; None: experience replay.
     """
 
-    inner: ClassVar[type[Method]] = ER
-
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, inner: Method | None = None) -> None:
         super().__init__(context)
-        self._inner = self.inner(context)
-        self.replays, self.wants_balanced = self._inner.replays, self._inner.wants_balanced
-        self.draws_more = self.draws_more or self._inner.draws_more
-        self.keeps_more = self.keeps_more or self._inner.keeps_more
-        self.gathers = self.gathers or self._inner.gathers
-
-    @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
-        return cls.inner.settled(config)
+        self._inner = ER(context) if inner is None else inner
+        self.needs = type(self).needs | self._inner.needs
 
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
         return self._inner.losses(rows)

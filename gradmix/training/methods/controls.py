@@ -1,7 +1,7 @@
-"""Controls: pairs chosen otherwise than by alignment, but as many of them, so that what alignment itself does shows.
+"""Controls: the same number of pairs, but not chosen by alignment, to measure what alignment itself contributes.
 
-Mixing fewer rows changes training whatever the rows, so a selection's gain over Mixup is not all the criterion's. Each
-control starts from what GradMix chose in the very step, and keeps its mixing weight.
+Mixing fewer samples changes training whichever they are, so a gain over Mixup is not due to the criterion alone. Each
+control starts from GradMix's choice in the same step and keeps its mixing weight.
 """
 
 from __future__ import annotations

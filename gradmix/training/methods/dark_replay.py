@@ -1,4 +1,4 @@
-"""DER++ on top of any method: replayed rows are to keep the logits they had."""
+"""DER++ around any method: a loss that keeps the logits of replayed samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from gradmix.head import logits_of
 from gradmix.probe import untouched, unwrap
 from gradmix.processes import size_of, sum_over
 from gradmix.training.config import TrainConfig
-from gradmix.training.methods.base import Context, StepRows, Wrapping
-from gradmix.training.methods.mixup import Mixup
-from gradmix.training.methods.selective import GradMixClass, GradMixSample
+from gradmix.training.methods.base import Context, Method, Needs, StepRows, Wrapping
 
 LOGITS = "logits"
 """Name under which the buffer keeps the logits."""
@@ -38,19 +36,18 @@ class DarkReplay(Wrapping):
     """
 
     weight: ClassVar[float] = 0.5
-    draws_more = True
-    keeps_more = True
+    needs = Needs(second_batch=True, extras=True)
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
+    def __init__(self, context: Context, inner: Method | None = None) -> None:
+        super().__init__(context, inner)
         own = context.replay.distillation
         self._weight = self.weight if own is None else own
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         own = config.replay.distillation
         replay = replace(config.replay, distillation=cls.weight if own is None else own)
-        return super().settled(replace(config, replay=replay))
+        return replace(config, replay=replay)
 
     def losses(self, rows: StepRows) -> Iterator[Tensor]:
         yield from super().losses(rows)
@@ -65,11 +62,11 @@ class DarkReplay(Wrapping):
         if not self.context.growing and group is None and len(kept):
             yield self._weight * F.mse_loss(logits.float(), kept)
             return
-        # Nothing was kept of classes for which there was no output, and there may be none for yet.
+        # Nothing was kept for classes without an output at that time, and some may have none yet.
         kept = kept[:, : logits.shape[1]]
         known = torch.isfinite(kept)
         error = (logits.float() - kept.masked_fill(~known, 0.0)).square().masked_fill(~known, 0.0)
-        # Each process has its share, maybe none; the mean of what they say is to be that over all rows.
+        # Each process has its share, maybe none; the mean over processes must be the mean over all samples.
         (count,) = sum_over([known.sum()], group)
         yield self._weight * size_of(group) * error.sum() / count.clamp(min=1)
 
@@ -81,25 +78,3 @@ class DarkReplay(Wrapping):
         if self.context.growing:
             kept = F.pad(kept, (0, self.context.num_classes - kept.shape[1]), value=math.nan)
         return super().extras(x, y) | {LOGITS: kept}
-
-
-class DarkER(DarkReplay):
-    """DER++ itself."""
-
-
-class DarkMixup(DarkReplay):
-    """Mixup on top of DER++."""
-
-    inner = Mixup
-
-
-class DarkGradMixClass(DarkReplay):
-    """GradMix by class on top of DER++."""
-
-    inner = GradMixClass
-
-
-class DarkGradMixSample(DarkReplay):
-    """GradMix by sample on top of DER++."""
-
-    inner = GradMixSample

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from gradmix.graphs import sent
 from gradmix.mixing import draw_lam
-from gradmix.training.methods.base import Context, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Context, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods.mixing_space import require_mixable
 from gradmix.training.methods.mixup import Mixup
-from gradmix.training.mixing_space import require_mixable
 
 
 class ManifoldMixup(Mixup):
@@ -31,7 +31,7 @@ class ManifoldMixup(Mixup):
         ValueError: the model has no hidden stages.
     """
 
-    joins = False
+    needs = Needs(whole_step=True, one_process=True)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

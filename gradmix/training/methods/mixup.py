@@ -1,4 +1,4 @@
-"""Mixup, and what the methods share that mix inputs: the loss on mixed rows and, if asked for, on the originals."""
+"""Mixup, and the base of all mixing methods: the loss on mixed samples and, on request, on the original ones."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gradmix.graphs import sent
 from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.ops.labels import dense_labels
-from gradmix.training.methods.base import Context, Method, StepRows, weighted_cross_entropy
-from gradmix.training.mixing_space import MixSpace, Mixture, mix_space, stage_of
+from gradmix.training.methods.base import Context, Method, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
 
 class Mixing(Method):
-    """What the mixing methods share: the loss on mixed rows and, if asked for, on the originals, each by half.
+    """The base of all mixing methods: the loss on mixed samples, with ``mix.originals`` half of it on original ones.
 
     Attributes:
-        spaces: where the method can mix (:data:`gradmix.training.mixing_space.MixSpace`).
+        spaces: where the method can mix (:data:`gradmix.training.methods.mixing_space.MixSpace`).
 
     Raises:
         ValueError: the settings name another place, or one that the model does not have.
     """
 
     spaces: ClassVar[tuple[MixSpace, ...]] = ("input",)
-    gathers = True
+    needs = Needs(whole_step=True)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -54,29 +54,29 @@ class Mixing(Method):
             yield 0.5 * loss
 
     def mixed_losses(self, rows: StepRows, outputs: HeadOutput | None) -> Iterator[Tensor]:
-        """The loss on the mixed rows, part by part; ``outputs`` as :meth:`originals` gave them."""
+        """Yield the loss on the mixed samples, part by part; ``outputs`` as returned by :meth:`originals`."""
         x, y = self.mixed(rows, outputs)
         for part in self.parts(rows):
             yield weighted_cross_entropy(self.context.model(x[part]), y[part], rows.weight[part])
 
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
-        """Logits of the original rows, and what of their forward pass is of use to :meth:`mixed`."""
+        """Return the logits of the original samples, and the part of their forward pass that :meth:`mixed` can use."""
         return self.context.model(x), None
 
     @abstractmethod
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
-        """Mixed inputs and label vectors; ``outputs`` as :meth:`originals` gave them."""
+        """Return mixed inputs and label vectors; ``outputs`` as returned by :meth:`originals`."""
 
     def drawn_partners(self, rows: StepRows) -> tuple[Tensor, Tensor]:
-        """A random partner for every row, ``x (N, ...)`` and ``y (N,)``, by :meth:`drawn_index`."""
+        """Draw a random partner for every sample, ``x (N, ...)`` and ``y (N,)``, by :meth:`drawn_index`."""
         x, y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
         index = self.drawn_index(rows)
         return x[index], y[index]
 
     def drawn_index(self, rows: StepRows) -> Tensor:
-        """(N,) where every row's random partner is: a permutation of the rows or candidates.
+        """Draw the (N,) indices of random partners: a permutation of the samples or candidates.
 
-        Of candidates that are fewer than the rows, each row draws one by itself.
+        If there are fewer candidates than samples, each sample draws one independently.
         """
         generator = self.context.generator
         y = rows.y if rows.candidates is None else rows.candidates[1]
@@ -87,7 +87,7 @@ class Mixing(Method):
         return sent(drawn, rows.x.device)
 
     def one_hot(self, y: Tensor) -> Tensor:
-        """Label vectors (N, C) float32 of class indices (N,)."""
+        """Return label vectors (N, C) float32 of class indices (N,)."""
         return dense_labels(y, self.context.num_classes, torch.float32)
 
 
@@ -98,7 +98,7 @@ class LinearMixing(Mixing):
 
     @abstractmethod
     def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
-        """Which rows meet, and the labels; ``outputs`` as :meth:`originals` gave them."""
+        """Choose partners, weights and labels; ``outputs`` as returned by :meth:`originals`."""
 
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         mixture = self.mixture(rows, outputs)
@@ -114,14 +114,14 @@ class LinearMixing(Mixing):
             yield weighted_cross_entropy(logits, mixture.y[part], rows.weight[part])
 
     def drawn(self, rows: StepRows) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Random partners: the candidates' inputs or None, where each row's partner is (N,), and its label (N,)."""
+        """Draw random partners: the candidates' inputs or None, each partner's index (N,), and its label (N,)."""
         index = self.drawn_index(rows)
         other_x, other_y = (None, rows.y) if rows.candidates is None else rows.candidates
         return other_x, index, other_y[index]
 
 
 class Mixup(LinearMixing):
-    """Mixup (Zhang et al. 2018): every row is mixed with a random one, with one lam ~ Beta(alpha, alpha) a step."""
+    """Mixup (Zhang et al. 2018): each sample is mixed with a random one, with one lam ~ Beta(alpha, alpha) per step."""
 
     def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
         lam = draw_lam(self.context.mix.alpha, self.context.generator)

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmix.graphs import sent
-from gradmix.training.methods.base import Context, Pixels, StepRows, Wrapping
-from gradmix.training.methods.mixup import Mixup
-from gradmix.training.methods.selective import GradMixClass, GradMixSample
+from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepRows, Wrapping
 
 
 class Strength(NamedTuple):
@@ -100,10 +98,10 @@ class PolicyAugmented(Wrapping):
     """
 
     table = STANDARD
-    gathers = True
+    needs = Needs(whole_step=True)
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
+    def __init__(self, context: Context, inner: Method | None = None) -> None:
+        super().__init__(context, inner)
         self.check_installed()
         self._range_checked = False
 
@@ -194,24 +192,6 @@ class TrivialAugment(PolicyAugmented):
         operation = torch.randint(len(self.table), shape, generator=generator, device=generator.device).cpu()
         level = torch.randint(31, shape, generator=generator, device=generator.device).cpu()
         return Drawn(operation, level.double() / 30, _signs(shape, generator), torch.ones(shape, dtype=torch.bool))
-
-
-class TrivialAugmentMixup(TrivialAugment):
-    """Mixup of rows that TrivialAugment augmented."""
-
-    inner = Mixup
-
-
-class TrivialAugmentGradMixClass(TrivialAugment):
-    """GradMix by class of rows that TrivialAugment augmented."""
-
-    inner = GradMixClass
-
-
-class TrivialAugmentGradMixSample(TrivialAugment):
-    """GradMix by sample of rows that TrivialAugment augmented."""
-
-    inner = GradMixSample
 
 
 def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tensor:

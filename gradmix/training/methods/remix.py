@@ -8,8 +8,8 @@ from torch import Tensor
 from gradmix.head import HeadOutput
 from gradmix.mixing import draw_lam
 from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
-from gradmix.training.mixing_space import Mixture
 
 KAPPA = 3.0
 """How many times as many rows a class must have to give way to another: the paper's."""

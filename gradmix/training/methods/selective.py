@@ -1,4 +1,4 @@
-"""GradMix as a method of training, by class and by sample, with the controls it can be held against."""
+"""GradMix as a training method, by class and by sample, and the controls it is compared with."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from gradmix.probe import ModelNotFiniteError, device_of, is_compiled, untouched
 from gradmix.references import reference_gradient
 from gradmix.replay.sources import chunks_of
 from gradmix.training.config import TrainConfig
+from gradmix.training.loop.sharding import Share
+from gradmix.training.loop.state_checks import require_like, require_tensor
 from gradmix.training.methods.base import Context, StepRows
 from gradmix.training.methods.controls import controlled
+from gradmix.training.methods.mixing_space import Mixture, mix_space, require_mixable
 from gradmix.training.methods.mixup import LinearMixing
-from gradmix.training.mixing_space import Mixture, mix_space, require_mixable
-from gradmix.training.run_state import require_like, require_tensor
-from gradmix.training.sharding import Share
 
 
 class SelectiveMixup(LinearMixing):
-    """GradMix: a row is mixed only with one that keeps the mixture from pointing against the buffer's gradient.
+    """GradMix: a sample is mixed only if the mixture's gradient does not oppose the buffer's gradient.
 
-    Where rows are not mixed at the input, mixtures are judged by the estimator ``feature`` alone: the others judge
-    mixed inputs.
+    If samples are not mixed at the input, the estimator is ``feature``: all others need mixed inputs.
 
     Raises:
-        ValueError: another estimator is named there.
+        ValueError: the settings name another estimator there.
     """
 
     criterion: Criterion
@@ -43,7 +42,7 @@ class SelectiveMixup(LinearMixing):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        mix = self.settled(TrainConfig(mix=context.mix)).mix
+        mix = self.resolved_config(TrainConfig(mix=context.mix)).mix
         assert mix.estimator is not None
         self._mixup = GradMix(
             context.model,
@@ -64,7 +63,7 @@ class SelectiveMixup(LinearMixing):
         self._pairs: Pairs | None = None
 
     @classmethod
-    def settled(cls, config: TrainConfig) -> TrainConfig:
+    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         mix = config.mix
         default = cls.default_estimator
         refresh = cls.online_refresh if config.data.online else cls.default_refresh
@@ -91,7 +90,7 @@ class SelectiveMixup(LinearMixing):
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
         model = self.context.model
         if is_compiled(model):
-            # Compiled code passes by the hook that captures the head, so the selection makes a pass of its own.
+            # Compiled code skips the hook that captures the head, so the selection makes its own forward pass.
             return super().originals(x)
         with HeadCapture(model, example=x[:1]) as capture:
             logits = model(x)
@@ -103,7 +102,7 @@ class SelectiveMixup(LinearMixing):
         return Mixture(other_x, pairs.partner, pairs.lam, pairs.mix_labels())
 
     def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
-        # Pairs mix for themselves, keeping the inputs' dtype.
+        # Pairs.mix keeps the inputs' dtype.
         require_mixable(rows.x)
         return self._select(rows, outputs).mix()
 
@@ -120,14 +119,14 @@ class SelectiveMixup(LinearMixing):
         return pairs
 
     def _is_selected(self, replayed: Tensor | None) -> bool:
-        """Whether there was a reference gradient, without which all rows are mixed."""
+        """Whether there was a reference gradient, without which all samples are mixed."""
         if replayed is not None and self.criterion == "sample":
-            # It is of one step only, and not kept.
+            # It belongs to one step and is not kept.
             return bool(replayed.any())
         return self._mixup.reference is not None
 
     def _gathered(self, x: Tensor, share: Share, outputs: HeadOutput | None) -> HeadOutput:
-        """What the head saw and said of all rows, each process having forwarded its share."""
+        """Return the head's inputs and logits for all samples, each process having forwarded its share."""
         if outputs is None:
             model = unwrap(self.context.model)
             own = x[share.mine]
@@ -180,7 +179,7 @@ class SelectiveMixup(LinearMixing):
                 require_tensor(table[name], dtype, expected, f"method.table.{name}")
 
     def _check_reference(self, reference: Any) -> None:
-        """The same of a gradient: of all parameters, or of the head as it is found in the model."""
+        """Refuse a reference gradient that does not fit: of all parameters, or of the head that the model has."""
         model = unwrap(self.context.model)
         if self._of_all_parameters:
             known = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -192,19 +191,19 @@ class SelectiveMixup(LinearMixing):
         if not isinstance(reference, Tensor):
             raise ValueError(f"method.reference: got {type(reference).__name__}, expected a gradient of the head")
         source = self.context.buffer if self.context.source is None else self.context.source
-        # A row tells the shape.
+        # One sample is enough to find the shape.
         row = next(chunks_of("buffer", source, 1, device_of(model)))
         try:
             head = reference_gradient(model, row)
         except ModelNotFiniteError:
-            # The run has diverged, as its next step will find.
+            # The run has diverged; its next step reports it.
             return
         self._check_gradient(reference, head.shape, "method.reference")
 
     def _check_gradient(self, gradient: Any, shape: torch.Size, key: str) -> None:
         dtype = getattr(gradient, "dtype", torch.float32)
         expected: tuple[int | None, ...] = tuple(shape)
-        # Of a growing head it may be one from before.
+        # The gradient of a growing head may have fewer classes.
         require_tensor(gradient, dtype, (None, *expected[1:]) if self.context.growing else expected, key)
         if not dtype.is_floating_point:
             raise ValueError(f"{key}: got {dtype}, expected floats")
@@ -215,24 +214,24 @@ def _is_shape(value: Any) -> bool:
 
 
 class GradMixClass(SelectiveMixup):
-    """GradMix with the paper's criterion: pairs of classes are judged, once per epoch."""
+    """GradMix with the paper's criterion: one decision per pair of classes, once per epoch."""
 
     criterion = "class"
     default_estimator = "mixed"
     default_refresh = 0
-    # One pass has no epochs. Twenty steps hold about as many rows as a class table of ten classes takes to make.
+    # A single pass has no epochs. Twenty steps hold about as many samples as a table of ten classes needs.
     online_refresh = 20
 
 
 class GradMixSample(SelectiveMixup):
-    """GradMix with every pair judged by itself, against a reference gradient computed every step."""
+    """GradMix with one decision per pair of samples, against a reference gradient of every step."""
 
     criterion = "sample"
     default_estimator = "feature"
     default_refresh = online_refresh = 1
 
     def class_table(self, rows: StepRows) -> Alignment | None:
-        # Nothing by class is kept, so the table of the model as it is now is made for the record.
+        # No class table is kept, so one is made of the model in its present state.
         context = self.context
         by_class = GradMix(
             context.model,

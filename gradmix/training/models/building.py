@@ -26,7 +26,7 @@ MODELS = MODEL_NAMES
 def build_model(
     name: str, input_shape: tuple[int, ...], num_classes: int, *, seed: int = 0, vocabulary: int | None = None
 ) -> nn.Module:
-    """Builds a model with initial weights settled by ``seed``; no global random state is read or changed.
+    """Build a model with initial weights settled by ``seed``; no global random state is read or changed.
 
     Args:
         name: One of ``MODELS``; or ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME`` or the import path of a

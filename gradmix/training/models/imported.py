@@ -266,7 +266,7 @@ def _module(name: str, module: str) -> ModuleType:
 
 @contextmanager
 def _named(name: str, call: str = "") -> Iterator[None]:
-    """Errors of foreign code as a ValueError that says which model it was."""
+    """Report errors of foreign code as a ValueError that says which model it was."""
     try:
         yield
     except Exception as error:

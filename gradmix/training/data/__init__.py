@@ -1,0 +1,1 @@
+"""Data sets: their files, samples that are read by index, augmentation, batches read by worker processes."""

@@ -1,0 +1,408 @@
+"""Dictionaries of numbers, strings and arrays from pickles of unknown origin, by a reader that can do nothing else.
+
+A pickle is a program: it names functions and has them called. Python's own reader, also one that admits numpy's
+functions alone, hands a file live objects: an array of objects over bytes of the file's choice ends the process. This
+one knows the few instructions that dictionaries, lists and plain arrays are written with. What a file names becomes a
+word out of a list of seven, which nothing calls; an array is made here, of a plain dtype, a shape and bytes that are
+at hand. Time and memory grow with the file's length: every array and text costs its bytes once, numbers are short, and
+lists and dictionaries few.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MOST_CONTAINERS = 1000
+"""Lists and dictionaries in one file: a batch of CIFAR has five."""
+
+_LONGEST_NUMBER = 64  # bytes: no label is longer, and work on long ones grows faster than they do
+_DEEPEST_MARK = 100
+_MOST_DIMENSIONS = 32
+_PLAIN = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
+
+_NAMES = {
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy", "dtype"): "dtype",
+    ("_codecs", "encode"): "encode",  # bytes in the protocols before 3
+    ("builtins", "bytes"): "bytes",  # none of them, likewise
+    ("__builtin__", "bytes"): "bytes",
+} | {
+    (f"numpy.{core}.{module}", name): name  # numpy 2 renamed its core
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+}
+
+
+@dataclass(frozen=True)
+class _Name:
+    """Stands for what a file names."""
+
+    word: str
+
+
+@dataclass(eq=False)
+class _Dtype:
+    """A plain dtype: its code, such as ``i8``, and its byte order."""
+
+    code: str
+    order: str = "="
+
+    def made(self) -> np.dtype[Any]:
+        return np.dtype(self.order + self.code)
+
+
+@dataclass(eq=False)
+class _Unbuilt:
+    """An array of which shape, dtype and bytes are still to come, and where it was memoised meanwhile."""
+
+    memoised: list[int] = field(default_factory=list)
+    built: bool = False
+
+
+class _Arguments(tuple[Any, ...]):
+    """A tuple that holds more than numbers and texts: arguments, which are no values of a dictionary."""
+
+    __slots__ = ()
+
+
+_SCALARS = (type(None), bool, int, float, str, bytes)
+_VALUES = (*_SCALARS, list, dict, np.ndarray)
+
+
+def loads(content: bytes) -> Any:
+    """What a pickle of plain values holds: texts, numbers, lists, dictionaries by text, and arrays, read-only.
+
+    Written by Python 2 or 3 in any protocol, with numpy 1 or 2. Byte strings of Python 2 are read as Latin-1; numpy's
+    scalars become Python's numbers.
+
+    Args:
+        content: The pickle.
+
+    Raises:
+        pickle.UnpicklingError, ValueError, IndexError, KeyError, TypeError: It is damaged, or asks for something else.
+    """
+    return _Machine(content).run()
+
+
+class _Machine:
+    """Pickle's stack machine, with the instructions admitted."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._at = content, 0
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # stacks of the marks that are open
+        self._memo: dict[int, Any] = {}
+        self._containers = 0
+        # Once for the bytes of a text, once for the array that is made of them.
+        self._bytes_left = 2 * len(content)
+
+    def run(self) -> Any:
+        while True:
+            code = self.take(1)[0]
+            if code == ord("."):
+                return self.value()
+            operation = _OPERATIONS.get(code)
+            if operation is None:
+                raise pickle.UnpicklingError(f"the instruction {bytes([code])!r} is not admitted")
+            operation(self)
+
+    # ------------------------------------------------------------------------------------------------------- the file
+
+    def take(self, count: int) -> bytes:
+        if count > len(self._content) - self._at:
+            raise pickle.UnpicklingError(f"it ends where {count} more bytes are expected")
+        self._at += count
+        return self._content[self._at - count : self._at]
+
+    def line(self, longest: int | None = None) -> bytes:
+        end = self._content.find(b"\n", self._at, None if longest is None else self._at + longest + 1)
+        if end < 0:
+            raise pickle.UnpicklingError("a line is too long, or does not end")
+        line = self.take(end - self._at)
+        self._at += 1
+        return line
+
+    def number(self, layout: str) -> Any:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    # ------------------------------------------------------------------------------------------------------ the stack
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def pop(self) -> Any:
+        return self._stack.pop()
+
+    def value(self) -> Any:
+        """The topmost value, if it is one that a dictionary may hold."""
+        return _checked(self._stack.pop())
+
+    def mark(self) -> None:
+        if len(self._below) >= _DEEPEST_MARK:
+            raise pickle.UnpicklingError(f"more than {_DEEPEST_MARK} marks are open")
+        self._below.append(self._stack)
+        self._stack = []
+
+    def marked(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        found, self._stack = self._stack, self._below.pop()
+        return found
+
+    def memoise(self, place: int) -> None:
+        value = self._stack[-1]
+        self._memo[place] = value
+        if isinstance(value, _Unbuilt):
+            value.memoised.append(place)
+
+    def recall(self, place: int) -> None:
+        self.push(self._memo[place])
+
+    # --------------------------------------------------------------------------------------------- what is made of it
+
+    def container(self, made: Any) -> None:
+        self._containers += 1
+        if self._containers > MOST_CONTAINERS:
+            raise pickle.UnpicklingError(f"more than {MOST_CONTAINERS} lists and dictionaries")
+        self.push(made)
+
+    def tuple_of(self, items: list[Any]) -> None:
+        if all(isinstance(item, _SCALARS) for item in items):
+            self.push(tuple(items))
+        elif any(isinstance(item, _Arguments) for item in items):
+            raise pickle.UnpicklingError("arguments within arguments")
+        else:
+            self.push(_Arguments(items))
+
+    def extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
+        target.extend(map(_checked, items))
+
+    def update(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise pickle.UnpicklingError(f"{len(items)} keys and values for a {type(target).__name__}")
+        for key, value in _pairs(items):
+            if not isinstance(key, (str, bytes)):
+                raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}, expected a text")
+            target[key] = _checked(value)
+
+    def name(self, module: Any, name: Any) -> None:
+        word = _NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
+        if word is None:
+            raise pickle.UnpicklingError(f"it names {_shown(module)}.{_shown(name)}, which is not admitted")
+        self.push(_Name(word))
+
+    def call(self) -> None:
+        """What a call would have made, where the function is one of :data:`_NAMES`."""
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError(f"a call of a {type(function).__name__.lstrip('_')}")
+        match function.word, *arguments:
+            case ["dtype", str() | bytes() as code, *_flags]:
+                self.push(_dtype(code))
+            case ["_reconstruct", _Name("ndarray"), tuple(), str() | bytes()]:
+                self.push(_Unbuilt())
+            case ["scalar", _Dtype() as dtype, str() | bytes() as data]:
+                self.push(self.array((), dtype, "C", data).item())
+            case ["_frombuffer", bytes() as data, _Dtype() as dtype, tuple() as shape, ("C" | "F") as order]:
+                self.push(self.array(shape, dtype, order, data))
+            case ["_frombuffer", bytes() as data, _Dtype() as dtype, tuple() as shape, "K", tuple() as axes]:
+                self.push(self.array(shape, dtype, "C", data).transpose(axes))
+            case ["encode", str() as text, str() as encoding]:
+                if encoding != "latin1":
+                    raise pickle.UnpicklingError(f"bytes in the encoding {encoding[:20]!r}")
+                self.charge(len(text))
+                self.push(text.encode("latin1"))
+            case ["bytes"]:
+                self.push(b"")
+            case _:
+                raise pickle.UnpicklingError(f"a call of {function.word} with other arguments than numpy writes")
+
+    def build(self) -> None:
+        """Give a dtype its byte order, or an array what it holds."""
+        state, target = self.pop(), self._stack[-1]
+        if not isinstance(state, tuple):
+            raise pickle.UnpicklingError(f"a state that is a {type(state).__name__}")
+        match target, *state:
+            case [_Dtype(), int(), ("<" | ">" | "=" | "|") as order, None, None, None, int(), int(), int()]:
+                target.order = order
+            case [_Unbuilt(built=False), int(), tuple() as shape, _Dtype() as dtype, int() as columns_first, data]:
+                array = self.array(shape, dtype, "F" if columns_first else "C", data)
+                target.built = True
+                self._stack[-1] = array
+                for place in target.memoised:
+                    self._memo[place] = array
+            case _:
+                raise pickle.UnpicklingError(f"a state that is none of a {type(target).__name__.lstrip('_')}")
+
+    def array(self, shape: Any, dtype: _Dtype, order: Any, data: Any) -> npt.NDArray[Any]:
+        """An array over bytes of the file, if they are as many as it takes."""
+        if not isinstance(data, (str, bytes)):
+            raise pickle.UnpicklingError(f"an array whose data are a {type(data).__name__}, expected bytes")
+        if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
+            raise pickle.UnpicklingError("an array whose shape is none")
+        self.charge(len(data))
+        raw = data.encode("latin1") if isinstance(data, str) else data  # a text of Python 2
+        made = dtype.made()
+        if math.prod(shape) * made.itemsize != len(raw):
+            raise pickle.UnpicklingError(f"an array of shape {shape} and {made} with {len(raw)} bytes")
+        if made.kind == "b" and raw.strip(b"\0\1"):
+            raise pickle.UnpicklingError("an array of bool with other bytes than 0 and 1")
+        if not raw:
+            return np.broadcast_to(np.zeros((), made), shape)  # read-only, as those over bytes of the file are
+        return np.frombuffer(raw, made).reshape(shape, order=order)
+
+    def charge(self, count: int) -> None:
+        self._bytes_left -= count
+        if self._bytes_left < 0:
+            raise pickle.UnpicklingError("it makes more bytes than it has")
+
+
+def _checked(value: Any) -> Any:
+    if type(value) is not tuple and not isinstance(value, _VALUES):
+        raise pickle.UnpicklingError(f"a value that is a {type(value).__name__.lstrip('_')}")
+    return value
+
+
+def _dtype(code: str | bytes) -> _Dtype:
+    text = code.decode("latin1") if isinstance(code, bytes) else code
+    found = _PLAIN.fullmatch(text)
+    if found is None:
+        raise pickle.UnpicklingError(f"a dtype {_shown(text)}, expected numbers")
+    return _Dtype(found[1], text[0] if text != found[1] else "=")
+
+
+def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(items[::2], items[1::2], strict=True)
+
+
+def _shown(name: Any) -> str:
+    return ascii(name[:60])[1:-1] if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+# ------------------------------------------------------------------------------------------------------- instructions
+
+
+def _quoted(line: bytes) -> str:
+    """A byte string of protocol 0, as Python 2 wrote it."""
+    line = line.strip()
+    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
+        raise pickle.UnpicklingError("a text without quotes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at escapes that are none
+        return codecs.escape_decode(line[1:-1])[0].decode("latin1")
+
+
+def _integer(line: bytes) -> int:
+    if line in (b"00", b"01"):
+        return line == b"01"
+    return int(line.removesuffix(b"L"), 0)
+
+
+def _long(raw: bytes) -> int:
+    if len(raw) > _LONGEST_NUMBER:
+        raise pickle.UnpicklingError("a number is too long")
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _named(machine: _Machine) -> None:
+    module = machine.line(200).decode("latin1")
+    machine.name(module, machine.line(200).decode("latin1"))
+
+
+def _named_by_stack(machine: _Machine) -> None:
+    name, module = machine.pop(), machine.pop()
+    machine.name(module, name)
+
+
+def _item(machine: _Machine) -> None:
+    value = machine.pop()
+    machine.update([machine.pop(), value])
+
+
+def _filled(machine: _Machine, made: Any, fill: Callable[[list[Any]], None]) -> None:
+    items = machine.marked()
+    machine.container(made)
+    fill(items)
+
+
+def _last(machine: _Machine, count: int) -> None:
+    items = [machine.pop() for _ in range(count)][::-1]
+    machine.tuple_of(items)
+
+
+_OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
+    # frames and the number of the protocol: of no meaning to who has the whole file
+    pickle.PROTO[0]: lambda m: m.number("<B"),
+    pickle.FRAME[0]: lambda m: m.number("<Q"),
+    # numbers
+    pickle.NONE[0]: lambda m: m.push(None),
+    pickle.NEWTRUE[0]: lambda m: m.push(True),
+    pickle.NEWFALSE[0]: lambda m: m.push(False),
+    pickle.INT[0]: lambda m: m.push(_integer(m.line(_LONGEST_NUMBER))),
+    pickle.LONG[0]: lambda m: m.push(_integer(m.line(_LONGEST_NUMBER))),
+    pickle.BININT[0]: lambda m: m.push(m.number("<i")),
+    pickle.BININT1[0]: lambda m: m.push(m.number("<B")),
+    pickle.BININT2[0]: lambda m: m.push(m.number("<H")),
+    pickle.LONG1[0]: lambda m: m.push(_long(m.take(m.number("<B")))),
+    pickle.LONG4[0]: lambda m: m.push(_long(m.take(m.number("<I")))),
+    pickle.FLOAT[0]: lambda m: m.push(float(m.line(_LONGEST_NUMBER))),
+    pickle.BINFLOAT[0]: lambda m: m.push(m.number(">d")),
+    # texts and bytes
+    pickle.STRING[0]: lambda m: m.push(_quoted(m.line())),
+    pickle.BINSTRING[0]: lambda m: m.push(m.take(m.number("<I")).decode("latin1")),
+    pickle.SHORT_BINSTRING[0]: lambda m: m.push(m.take(m.number("<B")).decode("latin1")),
+    pickle.UNICODE[0]: lambda m: m.push(m.line().decode("raw-unicode-escape")),
+    pickle.BINUNICODE[0]: lambda m: m.push(_text(m.take(m.number("<I")))),
+    pickle.SHORT_BINUNICODE[0]: lambda m: m.push(_text(m.take(m.number("<B")))),
+    pickle.BINUNICODE8[0]: lambda m: m.push(_text(m.take(m.number("<Q")))),
+    pickle.BINBYTES[0]: lambda m: m.push(m.take(m.number("<I"))),
+    pickle.SHORT_BINBYTES[0]: lambda m: m.push(m.take(m.number("<B"))),
+    pickle.BINBYTES8[0]: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.BYTEARRAY8[0]: lambda m: m.push(m.take(m.number("<Q"))),
+    # containers
+    pickle.MARK[0]: _Machine.mark,
+    pickle.EMPTY_LIST[0]: lambda m: m.container([]),
+    pickle.LIST[0]: lambda m: _filled(m, [], m.extend),
+    pickle.APPEND[0]: lambda m: m.extend([m.pop()]),
+    pickle.APPENDS[0]: lambda m: m.extend(m.marked()),
+    pickle.EMPTY_DICT[0]: lambda m: m.container({}),
+    pickle.DICT[0]: lambda m: _filled(m, {}, m.update),
+    pickle.SETITEM[0]: _item,
+    pickle.SETITEMS[0]: lambda m: m.update(m.marked()),
+    pickle.EMPTY_TUPLE[0]: lambda m: m.push(()),
+    pickle.TUPLE1[0]: lambda m: _last(m, 1),
+    pickle.TUPLE2[0]: lambda m: _last(m, 2),
+    pickle.TUPLE3[0]: lambda m: _last(m, 3),
+    pickle.TUPLE[0]: lambda m: m.tuple_of(m.marked()),
+    # what was there before
+    pickle.PUT[0]: lambda m: m.memoise(_integer(m.line(_LONGEST_NUMBER))),
+    pickle.BINPUT[0]: lambda m: m.memoise(m.number("<B")),
+    pickle.LONG_BINPUT[0]: lambda m: m.memoise(m.number("<I")),
+    pickle.MEMOIZE[0]: lambda m: m.memoise(len(m._memo)),
+    pickle.GET[0]: lambda m: m.recall(_integer(m.line(_LONGEST_NUMBER))),
+    pickle.BINGET[0]: lambda m: m.recall(m.number("<B")),
+    pickle.LONG_BINGET[0]: lambda m: m.recall(m.number("<I")),
+    # what numpy writes
+    pickle.GLOBAL[0]: _named,
+    pickle.STACK_GLOBAL[0]: _named_by_stack,
+    pickle.REDUCE[0]: _Machine.call,
+    pickle.BUILD[0]: _Machine.build,
+}

@@ -1,0 +1,187 @@
+"""Labelled rows of numbers from the files in which their data sets are published, checked while they are read.
+
+A file that is missing raises :class:`FileNotFoundError` with the path expected; a damaged one raises
+:class:`gradmix.training.data.image_arrays.DataError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradmix.training.data.image_arrays import DataError, rank_in_class
+
+COVERTYPES = (
+    "Spruce/Fir",
+    "Lodgepole Pine",
+    "Ponderosa Pine",
+    "Cottonwood/Willow",
+    "Aspen",
+    "Douglas-fir",
+    "Krummholz",
+)
+"""The cover types of Covertype, in the order of their labels: 1 to 7 in the file, 0 to 6 here."""
+
+_COLUMNS = 55  # of covtype.data, the label last
+_ROWS = 581_012
+_LONGEST = 20  # characters of a column: an integer of 32 bits has 11
+_NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it is
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """A data set of rows as read: raw values, and what standardises them.
+
+    Args:
+        train_x: Training rows ``(N, F)`` float32.
+        train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
+        test_x: Test rows ``(M, F)`` float32.
+        test_y: Their labels ``(M,)``.
+        class_names: Name of every label.
+        mean: ``(F,)`` float32 to subtract: the training rows' mean of a numeric column, 0 of one of zeros and ones.
+        std: ``(F,)`` float32 to divide by after that: likewise the standard deviation, or 1.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    class_names: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+
+    def to_float(self, x: Tensor) -> Tensor:
+        """The model's input made of raw rows ``x (..., F)``: ``(x - mean) / std``, a new float32 tensor.
+
+        Raises:
+            ValueError: ``x`` does not have F columns.
+        """
+        if x.shape[-1:] != self.mean.shape:
+            raise ValueError(f"x: got rows of shape {tuple(x.shape)}, expected {len(self.mean)} columns")
+        return (x.to(torch.float32) - self.mean.to(x.device)) / self.std.to(x.device)
+
+
+def covertype(root: str | Path) -> LabelledRows:
+    """Read Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
+
+    The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
+    44 say by 0 or 1 in which wilderness area and on which type of soil a patch lies.
+
+    The first 15,120 rows, which the data set's authors trained and validated on, hold as many of each type and leave
+    test rows of very unequal numbers. For class-incremental learning, which is about unequal numbers, all rows are
+    split alike: of every type, in the order of the file, each fifth row is a test row, a fifth of all rows.
+
+    Args:
+        root: The data directory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataError: The file is damaged.
+    """
+    root = Path(root)
+    places = [folder / name for folder in (root, root / "covertype") for name in ("covtype.data", "covtype.data.gz")]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"Covertype: missing {places[0]}[.gz]; the file is published at "
+            f"https://archive.ics.uci.edu/dataset/31/covertype: put it there, packed or unpacked, and give {root} as "
+            "the data directory"
+        )
+    values = read_integers(path, _COLUMNS, _ROWS)
+    y = torch.from_numpy(values[:, -1].astype(np.int64)) - 1
+    wrong = ((y < 0) | (y >= len(COVERTYPES))).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"{path}: line {row + 1} has the label {int(y[row]) + 1}, expected 1 to {len(COVERTYPES)}")
+    return _standardised(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
+
+
+def wine() -> LabelledRows:
+    """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
+
+    They come without a test set: of every class, in the order of the data set, each fifth row is a test row: 144
+    training and 34 test rows.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_wine
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "wine needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name=error.name
+        ) from error
+    bunch = load_wine()
+    x = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32))
+    y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+    return _standardised(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
+
+
+def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> LabelledRows:
+    """Split by class, each fifth row to the test rows, with the training rows' statistics of the leading columns."""
+    test = rank_in_class(y) % 5 == 4
+    train_x = x[~test]
+    mean, std = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    for column in range(numeric):  # one at a time: float64 copies of all would be the most memory taken
+        values = train_x[:, column].double()
+        mean[column] = values.mean()
+        spread = values.std(unbiased=False)
+        std[column] = spread if spread > 0 else 1.0
+    return LabelledRows(train_x, y[~test], x[test], y[test], names, mean, std)
+
+
+def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:
+    """Read lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
+
+    Parsed by :func:`numpy.loadtxt` as 32-bit integers, which takes it half the time of floating-point numbers: about a
+    second for 581,012 lines of 55.
+
+    Args:
+        path: The file.
+        columns: Integers in every line, of 20 characters at most with what is between them.
+        most_rows: Lines at most; None: as many as there are.
+
+    Returns:
+        ``(N, columns)`` int32.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataError: The file is empty, damaged, or holds something else.
+    """
+    path = Path(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an empty file, and of fractions that old releases cut off
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_rows)
+                values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+        except (ValueError, OverflowError, UserWarning, DeprecationWarning) as error:
+            raise DataError(f"{path}: not lines of {columns} integers set apart by commas ({error})") from error
+    if values.shape[1] != columns:
+        raise DataError(f"{path}: lines of {values.shape[1]} integers, expected {columns}")
+    return values
+
+
+def _lines(file: IO[bytes], longest: int, most: int | None) -> Iterator[str]:
+    """The lines of a file, which may be a small one that unpacks to a large one: of lines too long or many no more."""
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise ValueError(f"line {number} has more than {longest} characters")
+        if most is not None and number > most:
+            raise ValueError(f"more than {most} lines")
+        yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("latin-1")

@@ -1,0 +1,1 @@
+"""One training run: steps, samplers, checkpoints, evaluation, several processes."""

@@ -1,0 +1,108 @@
+"""Steps of rows that are read from files, with a buffer that keeps the replayed ones as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmix.graphs import sent
+from gradmix.training.data.batch_reader import BatchReader, ReadBatch
+from gradmix.training.data.samples import Rows, StoredRows
+from gradmix.training.loop.reading import Reading
+from gradmix.training.loop.sampler import ResidentSampler
+from gradmix.training.loop.sharding import Share
+from gradmix.training.methods import StepRows
+
+SHOWN_ROWS = 256
+"""Rows that the buffer is shown at a time at the end of a task."""
+
+
+class KeepingSampler(ResidentSampler):
+    """Draws steps whose current rows are read ahead by worker processes, and whose replayed ones lie in the buffer.
+
+    The buffer may change from step to step, as it does online: what it is asked for is not drawn ahead, but read by a
+    thread while the step before is computed, where it lies on disk and does not change.
+
+    Args:
+        args, named: as :class:`gradmix.training.loop.sampler.StepSampler`.
+        reading: how rows are read.
+
+    Raises:
+        ValueError: a task is turned to with class-balanced candidates or one shuffled stream, which need the task's
+            rows at hand.
+    """
+
+    def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._reading = reading
+        self._train: StoredRows | None = None
+        self._reader: BatchReader | None = None
+        self._batches_read: Iterator[ReadBatch] = iter(())
+
+    def _turn_to(self, train: Rows) -> None:
+        assert isinstance(train, StoredRows)
+        for what, asked in (
+            ("mix.candidates 'balanced'", self._balanced and not self._online),
+            ("replay.stream 'shuffled'", self._shuffled),
+        ):
+            if asked:
+                raise ValueError(
+                    f"replay.storage: got rows that are read from files and kept, with {what}, expected nothing: the "
+                    "buffer then holds which rows they are"
+                )
+        self._train = train
+
+    def start_epoch(self, order: Tensor, done: int) -> None:
+        assert self._train is not None
+        self.close()
+        self._batches, self._done = order.split(self._batch), done
+        to_read = [self._train.at[self._read_here(index)] for index in self._batches[done:]]
+        self._reader = self._reading.reader(self._train.items, to_read)
+        self._batches_read = iter(self._reader)
+
+    def _read_here(self, rows: Tensor) -> Tensor:
+        """Those of a step's or part's rows that this process is to read."""
+        return rows if self._group is None else rows[self._share(len(rows)).mine]
+
+    def _share(self, count: int) -> Share:
+        return Share.of([count], self._group, torch.device("cpu"))
+
+    def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._train is not None
+        x, y = self._gathered(next(self._batches_read), self._train.y[index])
+        return x.to(self._device, non_blocking=True), sent(y, self._device)
+
+    def _gathered(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that this process and the others read of a batch with labels ``y (n,)``, and the labels of those."""
+        x, kept = read
+        if self._group is None:
+            return x, y if kept is None else y[kept]
+        share, x = self._share(len(y)), x.to(self._device, non_blocking=True)
+        if not self._reading.skips_damaged:
+            return share.gathered(x), y
+        x, kept = share.gathered_of(x, kept)
+        return x, y if kept is None else y[kept]
+
+    def rows(self) -> StepRows:
+        made = super().rows()
+        if self._replays and len(self._buffer) and not self._online:
+            self._buffer.prefetch(self._replay_batch)
+        return made
+
+    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
+        assert self._train is not None
+        self.close()
+        batches = torch.arange(len(self._train)).split(SHOWN_ROWS)
+        to_read = [self._train.at[self._read_here(part)] for part in batches]
+        with self._reading.reader(self._train.items, to_read) as reader:
+            for part, read in zip(batches, reader, strict=True):
+                yield self._gathered(read, self._train.y[part])
+
+    def close(self) -> None:
+        """Stop the worker processes, if there are any."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

@@ -1,0 +1,678 @@
+"""Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
+
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or leaves settings of matplotlib other
+than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours are told
+apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
+detrimental pairs are crossed.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gradmix import names
+from gradmix.training.reports import cells
+from gradmix.training.runs.metrics import Interval, mean_interval
+from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names
+from gradmix.training.runs.whole_files import replacing, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BANDS_UP_TO = 4
+"""Number of lines up to which bands are drawn; those of more hide one another."""
+
+# Okabe and Ito's palette, with a grey for its yellow, which is too pale for lines on white.
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+_DPI = 150
+_EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
+# Black, told apart from other blacks, so that a page can put the colour of its text in its place.
+_INK = "#010203"
+# Longer names are cut: they would leave a picture no room.
+_NAME_UP_TO = 60
+
+NOT_DRAWN = "not_drawn.txt"
+"""The file that names the pictures of a folder which could not be drawn, and why."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Has dollar signs and the like drawn, and not read as formulae: matplotlib decides it when a text is made."""
+
+    @functools.wraps(drawing)
+    def drawn(*args: _P.args, **named: _P.kwargs) -> _T:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+            # A sign that the font lacks is drawn as a box.
+            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+            return drawing(*args, **named)
+
+    return drawn
+
+
+@_as_text
+def curve(result: RunResult) -> Figure:
+    """Draw one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
+    from matplotlib.ticker import MaxNLocator
+
+    result = _legible(result)
+    figure, axes = _figure(6.4, 4.2)
+    numbers = np.arange(1, result.tasks + 1)
+    for task in range(result.tasks):
+        axes.plot(
+            numbers[task:],
+            result.accuracy[task:, task],
+            color="#9A9A9A",
+            linewidth=0.9,
+            marker=".",
+            markersize=4,
+            label="each task on its own, its number where it starts" if task == 0 else None,
+        )
+        if task and math.isfinite(result.accuracy[task, task]) and result.tasks <= 20:
+            axes.annotate(
+                str(task + 1),
+                (task + 1, float(result.accuracy[task, task])),
+                xytext=(-3, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+                color="#6A6A6A",
+            )
+    mean = seen_accuracy(result.accuracy)
+    axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0.8, result.tasks + 0.2)
+    axes.set_ylim(-0.02, 1.06)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", framealpha=0.9, fontsize=9)
+    average = metric_values(result)["average_accuracy"]
+    axes.set_title(f"{_title(result)}: average accuracy {average:.3f}", fontsize=11)
+    return figure
+
+
+@_as_text
+def compare(results: Sequence[RunResult]) -> Figure:
+    """Draw a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
+
+    Where no run is complete, the interrupted ones are drawn as far as they went; those that have diverged never are.
+
+    Raises:
+        ValueError: As :func:`~gradmix.training.reports.tables.group`; of no run but such as have diverged.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from gradmix.training.reports.tables import group
+
+    chosen = [r for r in results if r.status == "complete"] or [r for r in results if r.status == "interrupted"]
+    groups = group(chosen)
+    figure, axes = _figure(7.2, 4.6)
+    several = False
+    for index, (label, members) in enumerate(groups.items()):
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        lines = np.stack([seen_accuracy(r.accuracy) for r in members])
+        mean = lines.mean(axis=0)
+        numbers = np.arange(1, mean.size + 1)
+        if len(members) > 1:
+            several = True
+            std = lines.std(axis=0, ddof=1)
+            axes.fill_between(numbers, mean - std, mean + std, color=colour, alpha=0.16, linewidth=0)
+        average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
+        seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
+        axes.plot(
+            numbers,
+            mean,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.7,
+            linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
+            label=f"{_label(label)}: {average:.3f} ({seeds})",
+        )
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("mean accuracy on the tasks seen")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    band = "band: ± one standard deviation over seeds" if several else None
+    axes.legend(title="average accuracy", loc="best", framealpha=0.9, fontsize=9, title_fontsize=9)
+    benchmark = _label(chosen[0].benchmark)
+    axes.set_title(f"{benchmark}  ({band})" if band else benchmark, fontsize=11)
+    return figure
+
+
+@_as_text
+def heatmap(result: RunResult) -> Figure:
+    """Draw the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
+    result = _legible(result)
+    tasks = result.tasks
+    side = min(max(3.0, 0.62 * tasks), 12.0)
+    names = task_names(result)
+    short = [name.split(" (", 1)[0].removeprefix("task ") for name in names]
+    described = tasks <= 10 and max(map(len, names)) <= 30
+    # About 0.08 inches a character, at the size of tick labels.
+    figure, axes = _figure(side + (1.9 + 0.08 * max(map(len, names)) if described else 2.2), side + 1.3)
+    _hatch(axes)
+    image = axes.imshow(np.ma.masked_invalid(result.accuracy), vmin=0.0, vmax=1.0, cmap="cividis", zorder=1)
+    axes.set_xticks(range(tasks), short)
+    axes.set_yticks(range(tasks), names if described else short)
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after learning" if described else "after learning task")
+    if tasks <= 20:
+        for (row, column), value in np.ndenumerate(result.accuracy):
+            if math.isfinite(value):
+                colour = "black" if value > 0.55 else "white"
+                size = 9 if tasks <= 10 else 7
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=size)
+    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.85)
+    title = _title(result)
+    if np.isnan(result.accuracy).any():
+        title += "\nhatched: not measured"
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+@_as_text
+def alignment(result: RunResult) -> Figure:
+    """Draw the class-pair alignment at the last refresh of each task, one panel a task.
+
+    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white
+    at the threshold.
+
+    Raises:
+        ValueError: The run has no alignments.
+    """
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    result = _legible(result)
+    records = result.alignments
+    if not records:
+        raise ValueError("result: got a run without alignments, expected one whose method selects pairs by class")
+    threshold = records[0].threshold
+    spread, clipped = _spread(records)
+    norm = Normalize(threshold - spread, threshold + spread)
+    most = max(r.classes.size for r in records)
+    columns = len(records) if len(records) <= 3 else min(3, math.ceil(math.sqrt(len(records))))
+    rows = math.ceil(len(records) / columns)
+    panel = 2.9 if most <= 12 else 3.8 if most <= 30 else 6.2
+    # The key needs 6.6 inches.
+    panel = max(panel, (6.6 - 1.5) / columns)
+    head = 1.0
+    # Names of more than two characters stand upright below a panel; 0.08 inches a character.
+    longest = max(len(_short(result.class_names[c])) for r in records for c in r.classes)
+    below = 0.08 * longest if longest > 2 else 0.0
+    size = (columns * (panel + below) + 1.5, rows * (panel + below + 0.35) + head)
+    figure = Figure(figsize=size, dpi=_DPI, layout="compressed")
+    height = float(figure.get_figheight())
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0.0, 0.0, 1.0, 1.0 - head / height))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    names = task_names(result)
+    for axes, record in zip(grid.flat, records, strict=False):
+        image = _alignment_panel(axes, record, result.class_names, panel, norm)
+        axes.set_title(names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}")
+        axes.title.set_fontsize(9)
+    for axes in list(grid.flat)[len(records) :]:
+        axes.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel("class of the row", fontsize=9)
+    for column in range(columns):
+        last = max(i for i in range(rows) if i * columns + column < len(records))
+        grid[last][column].set_xlabel("class of its partner", fontsize=9)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.9, aspect=22 * rows, pad=0.02, extend=clipped)
+    bar.set_label("cosine of the mixed gradient with the buffer's", fontsize=9)
+    bar.ax.axhline(threshold, color="black", linewidth=1.2)
+    bar.ax.tick_params(labelsize=8)
+    cross = Line2D([], [], linestyle="none", marker="x", color="black", markersize=5)
+    helpful, detrimental = image.cmap(0.85), image.cmap(0.15)
+    # Handles may be tuples, drawn on top of one another, which matplotlib's own types leave out.
+    handles: list[Any] = [
+        Patch(facecolor=helpful, edgecolor="0.4"),
+        (Patch(facecolor=detrimental, edgecolor="0.4"), cross),
+    ]
+    meanings = [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})"]
+    if any(np.isnan(r.cosine).any() for r in records):
+        handles.append(Patch(facecolor="white", edgecolor=_EMPTY, hatch="////"))
+        meanings.append("no rows of this pair")
+    figure.legend(
+        handles,
+        meanings,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0 - 0.54 / height),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        handler_map={tuple: HandlerTuple(ndivide=1)},
+    )
+    figure.text(
+        0.5, 1.0 - 0.1 / height, f"{_title(result)}: which classes may be mixed", ha="center", va="top", fontsize=11
+    )
+    note = "as decided at the last refresh in each task"
+    figure.text(0.5, 1.0 - 0.34 / height, note, ha="center", va="top", fontsize=9, color="0.35")
+    return figure
+
+
+@_as_text
+def dots(
+    labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
+) -> Figure:
+    """Draw a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
+
+    Args:
+        labels: Names of the rows, from top to bottom.
+        values: Their values, any number each.
+        name: What the values are.
+        marks: For each row a figure from elsewhere, drawn as a star, or None.
+    """
+    figure, axes = _rows(labels, name, "mean")
+    for place, row in enumerate(values):
+        if not row:
+            continue
+        spread = np.linspace(-0.16, 0.16, len(row)) if len(row) > 1 else np.zeros(1)
+        axes.scatter(row, place + spread, s=15, color=_GREY, alpha=0.9, linewidths=0, zorder=2)
+        interval = mean_interval(row)
+        _interval(axes, place, interval, "#0072B2")
+        _beside(axes, place, f"{interval.mean:.3f}")
+    for place, mark in enumerate(marks):
+        if mark is not None:
+            axes.scatter([mark], [place], s=70, marker="*", color="#D55E00", linewidths=0, zorder=4)
+    return figure
+
+
+@_as_text
+def forest(
+    labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
+) -> Figure:
+    """Draw a row for each difference: its mean and 95 % t-interval, and a line at 0.
+
+    Intervals that hold 0 are drawn hollow and grey. The others are blue above 0 and orange below, and full if they are
+    sure.
+
+    Args:
+        labels: Names of the rows, from top to bottom.
+        intervals: Their means and half widths.
+        name: What the differences are of.
+        sure: For each row whether its difference is told from 0 among all of them; None: those whose intervals leave
+            out 0.
+    """
+    figure, axes = _rows(labels, name, "mean [95 % interval]")
+    axes.axvline(0.0, color=_INK, linewidth=1.0, alpha=0.6)
+    for place, interval in enumerate(intervals):
+        told = abs(interval.mean) > interval.half_width
+        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _GREY
+        _interval(axes, place, interval, colour, told and (sure is None or sure[place]))
+        text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")
+        _beside(axes, place, text)
+    return figure
+
+
+@_as_text
+def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
+    """Draw a line for each label: the mean over seeds of some measure after each task, its last value at its end.
+
+    Up to :data:`BANDS_UP_TO` lines have a band of one standard deviation over seeds.
+
+    Args:
+        lines: For each label ``(S, T)`` values: S seeds, T tasks.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(7.6, 4.4)
+    ends = []
+    for index, (label, values) in enumerate(lines.items()):
+        numbers = np.arange(1, values.shape[1] + 1)
+        mean = values.mean(axis=0)
+        banded = len(lines) <= BANDS_UP_TO and len(values) > 1
+        _line(axes, index, label, numbers, mean, values.std(axis=0, ddof=1) if banded else None)
+        ends.append((f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _colour(index)))
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("mean accuracy on the tasks seen")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ends(figure, axes, ends)
+    return figure
+
+
+@_as_text
+def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
+    """Draw a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
+
+    Args:
+        key: The setting.
+        values: Its values; numbers that span a factor of eight or more are spaced by their logarithm, anything but
+            numbers evenly.
+        panels: For each panel and label, an interval for each value; NaN where there is none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    logarithmic = numeric and min(values) > 0 and max(values) >= 8 * min(values)
+    places = np.array(values if numeric else range(len(values)), dtype=np.float64)
+    order = np.argsort(places)
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.0 + 4.2 * columns, 0.5 + 3.4 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for index, (label, intervals) in enumerate(lines.items()):
+            mean = np.array([interval.mean for interval in intervals])[order]
+            half = np.array([interval.half_width for interval in intervals])[order]
+            _line(axes, index, label, places[order], mean, half if np.isfinite(half).any() else None)
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_xticks(places, [_label(str(v)) for v in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(key)
+        axes.set_title(_label(name), fontsize=11)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    # Below all panels, where it hides no line.
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
+    return figure
+
+
+@_as_text
+def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
+    """Render a figure as an SVG element, the same text for the same figure.
+
+    Args:
+        figure: The figure.
+        name: Told apart from the others on a page by it, so that their parts do not mix.
+        themed: Without ground, and with the colour of the text around it for its own text and lines, so that it suits a
+            light page and a dark one.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    FigureCanvasSVG(figure)
+    if themed:
+        _take_ink(figure)
+    text = io.StringIO()
+    # Names of parts are digests of this salt and the part; without one, they differ from call to call.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", transparent=themed, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return svg.replace(_INK.lower(), "currentColor") if themed else svg
+
+
+@_as_text
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    with replacing(Path(path)) as staging:
+        # Without the writer's name and version, the same run gives the same bytes.
+        figure.savefig(staging, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> None:
+    """Draw pictures into a folder, each whole or not at all.
+
+    One that fails, for whatever reason, costs nothing but itself: it is said in a warning, and in :data:`NOT_DRAWN`
+    beside the others.
+
+    Args:
+        pictures: Makes the figure, by the name of its file.
+        folder: Where to.
+    """
+    folder = Path(folder)
+    failed = []
+    for name, figure in pictures.items():
+        try:
+            save(figure(), folder / name)
+        except Exception as error:
+            failed.append(not_drawn(name, error))
+    try:
+        (folder / NOT_DRAWN).unlink(missing_ok=True)
+        if failed:
+            write_text(folder / NOT_DRAWN, "".join(f"{reason}\n" for reason in failed))
+    except OSError as error:
+        failed.append(f"{NOT_DRAWN} could not be written ({error.strerror})")
+    if failed:
+        warnings.warn(f"{folder}: {'; '.join(failed)}", stacklevel=2)
+
+
+def not_drawn(name: str, error: Exception) -> str:
+    """Say in a line that a picture is missing, and why."""
+    reason = names.shown(" ".join(str(error).split())) or "no reason given"
+    return f"{name} could not be drawn ({type(error).__name__}: {reason}); no figures are lost with it"
+
+
+def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
+
+    Example:
+        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
+        array([1.   , 0.625])
+    """
+    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
+
+
+def _take_ink(figure: Figure) -> None:
+    """Draw in the ink what matplotlib draws in black by itself, and take the ground from under the legends."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
+    from matplotlib.spines import Spine
+    from matplotlib.text import Text
+
+    black = (0.0, 0.0, 0.0)
+    for text in figure.findobj(Text):
+        if to_rgb(text.get_color()) == black:
+            text.set_color(_INK)
+    for line in figure.findobj(Line2D):
+        if to_rgb(line.get_color()) == black:
+            line.set_color(_INK)
+        if line.get_markeredgecolor() != "none" and to_rgb(line.get_markeredgecolor()) == black:
+            line.set_markeredgecolor(_INK)
+    for spine in figure.findobj(Spine):
+        spine.set_edgecolor(_INK)
+    for legend in figure.findobj(Legend):
+        legend.get_frame().set_facecolor("none")
+
+
+def _rows(labels: Sequence[str], name: str, beside: str) -> tuple[Figure, Axes]:
+    """A figure with a place for each label, the first on top, and a column of figures beside them."""
+    figure, axes = _figure(7.6, 1.1 + 0.27 * max(len(labels), 2))
+    axes.set_yticks(range(len(labels)), [_label(label) for label in labels], fontsize=9)
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
+    axes.set_xlabel(name)
+    axes.grid(axis="x", alpha=0.25)
+    # The eye follows a line from a name to its figures.
+    axes.grid(axis="y", alpha=0.18, linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    _beside(axes, -0.85, beside)
+    return figure, axes
+
+
+def _beside(axes: Axes, place: float, text: str) -> None:
+    axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center")
+
+
+def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: bool = True) -> None:
+    half = None if math.isnan(interval.half_width) else [interval.half_width]
+    axes.errorbar(
+        [interval.mean],
+        [place],
+        xerr=half,
+        fmt="D",
+        markersize=5,
+        color=colour,
+        markerfacecolor=colour if full else "none",
+        capsize=3,
+        linewidth=1.5,
+        zorder=3,
+    )
+
+
+def _colour(index: int) -> str:
+    return _INK if index % len(_COLOURS) == 0 else _COLOURS[index % len(_COLOURS)]
+
+
+def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None:
+    colour = _colour(index)
+    if band is not None:
+        axes.fill_between(x, y - band, y + band, color=colour, alpha=0.14, linewidth=0)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        marker=_MARKERS[index % len(_MARKERS)],
+        linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
+        markersize=5,
+        linewidth=1.6,
+        # A legend leaves out names that begin with an underscore.
+        label=f"{' ' if label.startswith('_') else ''}{_label(label)}",
+    )
+
+
+def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write a text beside each point, in the order of their heights and far enough from one another to be read."""
+    figure.draw_without_rendering()
+    below, above = axes.get_ylim()
+    points = float(axes.bbox.height) * 72.0 / figure.dpi
+    axes.set_ylim(below, above)
+    ordered = sorted(ends, key=lambda end: end[2])
+    wanted = np.array([(y - below) / (above - below) * points for _, _, y, _ in ordered])
+    for (text, x, y, colour), from_, to in zip(ordered, wanted, apart(wanted, 11.5), strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(18, float(to - from_)),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
+    """Move ascending places by as little as possible, in squares, until neighbours are ``gap`` apart.
+
+    Args:
+        places: ``(n,)`` ascending places.
+        gap: The least distance of two neighbours.
+
+    Returns:
+        ``(n,)`` places.
+
+    Example:
+        >>> apart(np.array([0.0, 1.0, 10.0]), 3.0)
+        array([-1.,  2., 10.])
+    """
+    # With k * gap taken off the k-th place it is isotonic regression: neighbours in the wrong order are pooled.
+    blocks: list[list[float]] = []
+    for k, place in enumerate(places):
+        blocks.append([float(place) - k * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, size = blocks.pop()
+            former, count = blocks[-1]
+            blocks[-1] = [(former * count + mean * size) / (count + size), count + size]
+    pooled = [mean for mean, size in blocks for _ in range(int(size))]
+    return np.array([mean + k * gap for k, mean in enumerate(pooled)])
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _title(result: RunResult) -> str:
+    title = f"{result.benchmark}, {result.method}, seed {result.seed}"
+    return title if result.status == "complete" else f"{title} ({result.status})"
+
+
+def _legible(result: RunResult) -> RunResult:
+    """The same run with names that can be drawn."""
+    return replace(result, benchmark=_label(result.benchmark), class_names=tuple(map(_label, result.class_names)))
+
+
+def _label(name: str) -> str:
+    name = names.shown(name)
+    return name if len(name) <= _NAME_UP_TO else f"{name[: _NAME_UP_TO - 16]}…{name[-15:]}"
+
+
+def _short(name: str) -> str:
+    # Long names of a data set often begin alike.
+    return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"
+
+
+def _hatch(axes: Axes) -> None:
+    # Cells without a value are left out of the picture, so that the hatched ground shows.
+    axes.patch.set(facecolor="white", edgecolor=_EMPTY, hatch="////", linewidth=0)
+
+
+def _spread(records: Sequence[AlignmentRecord]) -> tuple[float, str]:
+    """Return how far the colours reach from the threshold, and the ends beyond which values are cut off."""
+    apart = np.concatenate([(r.cosine - r.threshold)[np.isfinite(r.cosine)] for r in records])
+    if not apart.size:
+        return 1.0, "neither"
+    # A few extreme pairs (a class with itself, mostly) would leave all the others pale.
+    spread = max(float(np.quantile(np.abs(apart), 0.98)), 1e-3)
+    above, below = bool((apart > spread).any()), bool((apart < -spread).any())
+    return spread, "both" if above and below else "max" if above else "min" if below else "neither"
+
+
+def _alignment_panel(axes: Axes, record: AlignmentRecord, class_names: Sequence[str], panel: float, norm: Any) -> Any:
+    size = record.classes.size
+    _hatch(axes)
+    image = axes.imshow(np.ma.masked_invalid(record.cosine), cmap="PuOr", norm=norm, zorder=1, interpolation="nearest")
+    crossed = ~record.helpful & np.isfinite(record.cosine)
+    # About a quarter of a panel's width goes to names; a cross that would be smaller than a dot is left out.
+    cell = 0.72 * panel * 72 / max(size, 1)
+    if cell >= 2.0 and crossed.any():
+        row, column = np.nonzero(crossed)
+        side = min(0.5 * cell, 7.0)
+        stroke = min(1.0, 0.09 * cell + 0.15)
+        axes.scatter(column, row, s=side**2, marker="x", color="black", linewidths=stroke, zorder=2)
+    names = [class_names[c] for c in record.classes]
+    step = max(1, math.ceil(size * 8.0 / (0.72 * panel * 72)))
+    shown = range(0, size, step)
+    font = 8.0 if step == 1 and cell >= 11 else 6.5
+    labels = [_short(names[i]) for i in shown]
+    axes.set_xticks(list(shown), labels, fontsize=font, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
+    axes.set_yticks(list(shown), labels, fontsize=font)
+    if cell >= 8:
+        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
+        axes.tick_params(which="minor", length=0)
+    return image

@@ -1,0 +1,1 @@
+"""Results of runs, their folders and metrics, and experiments of many runs."""

@@ -1,0 +1,491 @@
+"""Benchmarks: a data set, cut into a stream of tasks with new classes each, and the protocol by which it is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gradmix.training.config import DataConfig, TrainConfig, check
+from gradmix.training.data.class_names import printable
+from gradmix.training.data.image_arrays import (
+    DATASETS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TINY_IMAGENET_MEAN,
+    TINY_IMAGENET_STD,
+    to_float,
+)
+from gradmix.training.data.image_files import image_folder, imagenet, tiny_imagenet
+from gradmix.training.data.samples import TensorRows
+from gradmix.training.data.tabular import LabelledRows, covertype, wine
+from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
+from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
+from gradmix.training.streams.protocols import Protocol
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as a benchmark reads it.
+
+    Args:
+        train: Training rows, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
+        test: Test rows, likewise.
+        class_names: Name of every label; ``None``: the training rows say.
+        to_float: What makes the model's input of raw values ``(..., C, H, W)``; ``None``: they are used as they are.
+        mean: By channel, of pixels in [0, 1], or ``None``.
+        std: By channel, likewise.
+        input_shape: Shape of one row as the model sees it; ``None``: as it is read.
+        vocabulary: Number of different tokens; ``None``: no text.
+    """
+
+    train: Any
+    test: Any
+    class_names: tuple[str, ...] | None = None
+    to_float: Callable[[Tensor, tuple[float, ...] | None, tuple[float, ...] | None], Tensor] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    input_shape: tuple[int, ...] | None = None
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set and its protocol.
+
+    Args:
+        name: The name users give.
+        title: What it is, in a few words.
+        read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
+            (``None``: as the benchmark has it); test rows too, or the training rows alone.
+        protocol: The settings.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path, int | None, bool], Source]
+    protocol: Protocol
+
+
+def _images(dataset: str, data_dir: Path, _size: int | None, test: bool) -> Source:
+    """Images that are small enough to be kept in memory."""
+    data = DATASETS[dataset](data_dir, test=test)
+    return Source(
+        (data.train_x, data.train_y),
+        (data.test_x, data.test_y),
+        data.class_names,
+        lambda x, mean, std: to_float(x, data.maximum, mean, std),
+        data.mean,
+        data.std,
+    )
+
+
+def _files(
+    layout: Callable[..., tuple[Any, Any]],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    usual_size: int,
+    spare: bool,
+    data_dir: Path,
+    size: int | None,
+    test: bool,
+) -> Source:
+    """Images that are read from files when they are wanted, a little larger than the model sees them if ``spare``."""
+    size = size or usual_size
+    train, held_out = layout(data_dir, size + size // 7 if spare else size, test=test)
+    return Source(train, held_out, train.class_names, mean=mean, std=std, input_shape=(3, size, size))
+
+
+def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int | None, test: bool) -> Source:
+    """Texts as numbers of words, padded to ``length``."""
+    data, vocabulary = read(data_dir, test=test), HashedVocabulary()
+    return Source(
+        (vocabulary.encode(data.train, length), data.train_y),
+        (vocabulary.encode(data.test, length), data.test_y),
+        data.class_names,
+        vocabulary=vocabulary.size,
+    )
+
+
+def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None, _test: bool) -> Source:
+    """Standardised rows of numbers; test rows are of the same file."""
+    data = read(data_dir)
+    return Source(
+        (data.train_x, data.train_y),
+        (data.test_x, data.test_y),
+        data.class_names,
+        lambda x, _mean, _std: data.to_float(x),
+    )
+
+
+_FOLDER_PROTOCOL = Protocol(
+    tasks=None, classes_per_task=None, model="resnet18-imagenet", lr=0.1, weight_decay=1e-4, lr_milestones=(0.5, 0.75),
+    epochs=30, batch=64, replay_batch=64, buffer_size=20, augment="resized-crop-flip", normalise=True,
+    reference="replayed",
+)  # fmt: skip
+_TEXT_PROTOCOL = Protocol(
+    tasks=None, classes_per_task=None, model="text-transformer", lr=0.05, epochs=10, batch=64, replay_batch=64,
+    buffer_size=20, space="embedding",
+)  # fmt: skip
+_MNIST_PROTOCOL = Protocol(
+    tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
+)
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "split-digits",
+            "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
+            partial(_images, "digits"),
+            Protocol(
+                tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+            ),
+        ),
+        Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
+        Benchmark(
+            "split-fashion-mnist",
+            "Fashion-MNIST, 5 tasks of 2 classes",
+            partial(_images, "fashion-mnist"),
+            _MNIST_PROTOCOL,
+        ),
+        Benchmark(
+            "split-cifar10",
+            "CIFAR-10, 5 tasks of 2 classes",
+            partial(_images, "cifar10"),
+            Protocol(
+                tasks=5,
+                classes_per_task=2,
+                model="resnet18",
+                lr=0.01,
+                epochs=50,
+                batch=256,
+                replay_batch=256,
+                buffer_size=32,
+                augment="crop-flip",
+                normalise=True,
+            ),
+        ),
+        Benchmark(
+            "split-cifar100",
+            "CIFAR-100 (fine labels), 10 tasks of 10 classes",
+            partial(_images, "cifar100"),
+            Protocol(
+                tasks=10,
+                classes_per_task=10,
+                model="resnet18",
+                lr=0.1,
+                weight_decay=2e-4,
+                lr_milestones=(0.5, 0.75),
+                epochs=200,
+                batch=128,
+                replay_batch=128,
+                buffer_policy="balanced",
+                buffer_size=2000,
+                augment="crop-flip",
+                normalise=True,
+            ),
+        ),
+        Benchmark(
+            "split-tiny-imagenet",
+            "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
+            partial(_files, tiny_imagenet, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, 64, False),
+            Protocol(
+                tasks=10,
+                classes_per_task=20,
+                model="resnet18",
+                lr=0.1,
+                weight_decay=2e-4,
+                lr_milestones=(0.5, 0.75),
+                epochs=50,
+                batch=128,
+                replay_batch=128,
+                buffer_size=20,
+                augment="crop-flip",
+                normalise=True,
+                reference="replayed",
+            ),
+        ),
+        Benchmark(
+            "split-imagenet",
+            "ImageNet-1K, read from its files, 10 tasks of 100 classes",
+            partial(_files, imagenet, IMAGENET_MEAN, IMAGENET_STD, 224, True),
+            replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
+        ),
+        Benchmark(
+            "image-folder",
+            "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
+            partial(_files, image_folder, IMAGENET_MEAN, IMAGENET_STD, 224, True),
+            _FOLDER_PROTOCOL,
+        ),
+        Benchmark(
+            "split-20newsgroups",
+            "20 Newsgroups, 10 tasks of 2 classes",
+            partial(_texts, newsgroups20, 256),
+            replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2),
+        ),
+        Benchmark(
+            "text-folder",
+            "any texts in folders train/CLASS and test/CLASS, cut into 5 tasks or fewer",
+            partial(_texts, text_folder, 256),
+            _TEXT_PROTOCOL,
+        ),
+        Benchmark(
+            "split-descriptions",
+            "244 passages of the descriptions of scikit-learn's data sets, 6 tasks of 2 classes",
+            partial(_texts, lambda _data_dir, test: descriptions(), 16),
+            replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
+        ),
+        Benchmark(
+            "split-covertype",
+            "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
+            partial(_table, covertype),
+            Protocol(
+                tasks=4,
+                classes_per_task=2,
+                model="mlp",
+                lr=0.01,
+                epochs=1,
+                batch=256,
+                replay_batch=256,
+                buffer_size=256,
+            ),
+        ),
+        Benchmark(
+            "split-wine",
+            "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
+            partial(_table, lambda _data_dir: wine()),
+            Protocol(
+                tasks=3, classes_per_task=1, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+            ),
+        ),
+    )
+}
+"""All benchmarks by name."""
+
+
+GIVEN = "stream:"
+"""What stands before the name of a stream, in place of a benchmark's, that was given by the caller."""
+
+
+def stream_of(data: DataConfig) -> TaskStream:
+    """The stream that the data section of a configuration describes; :func:`make_stream` says more.
+
+    Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
+
+    Raises:
+        ValueError: As :func:`make_stream`, or there is no such function.
+        TypeError: The function does not return a stream.
+    """
+    if data.benchmark.startswith(GIVEN):
+        raise ValueError(
+            f"data.benchmark: got {data.benchmark!r}, which stands for a stream that was given to train_one, expected "
+            f"that stream, or {_names()}"
+        )
+    if ":" in data.benchmark:
+        return _made_by(_imported(data.benchmark), data)
+    return make_stream(
+        data.benchmark,
+        data.data_dir,
+        class_order_seed=data.class_order_seed,
+        validation=data.validation,
+        tasks=data.tasks,
+        normalise=data.normalise,
+        rows_per_class=data.rows_per_class,
+        classes_per_task=data.classes_per_task,
+        image_size=data.image_size,
+    )
+
+
+def make_stream(
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    class_order_seed: int | None = None,
+    validation: float = 0.0,
+    tasks: int | None = None,
+    normalise: bool | None = None,
+    rows_per_class: int | None = None,
+    classes_per_task: int | None = None,
+    image_size: int | None = None,
+) -> TaskStream:
+    """Read a benchmark's data and cut them into its tasks.
+
+    Args:
+        name: Key of :data:`BENCHMARKS`.
+        data_dir: Where the data lie; ``split-digits`` needs none.
+        class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
+        validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
+            the data set (the same rows each time), and takes the place of the test rows, which are then not read and
+            need not be there.
+        tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: all of them.
+        normalise: Whether pixels are normalised; ``None``: as the protocol has it.
+        rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
+            all of them.
+        classes_per_task: New classes in each task; ``None``: as the protocol has it.
+        image_size: Side in pixels of the images that the model sees, where they are read from files; ``None``: the
+            benchmark's.
+
+    Returns:
+        The stream; rows within a task stand in the order of the data set.
+
+    Raises:
+        ValueError: The name is unknown, ``validation`` is outside [0, 1), a number is out of range, or a class is left
+            without training or test rows.
+        FileNotFoundError: A data file is missing.
+        DataError: A data file is damaged.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"name: got {name!r}, expected {_names()}")
+    if not 0.0 <= validation < 1.0:  # before anything is read
+        raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
+    benchmark = BENCHMARKS[name]
+    protocol = benchmark.protocol
+    if classes_per_task is None and tasks is not None and protocol.tasks is not None and tasks > protocol.tasks:
+        raise ValueError(f"tasks: got {tasks}, expected 1 to {protocol.tasks}, the tasks of {name}")
+    source = benchmark.read(Path(data_dir), image_size, validation == 0.0)
+    mean, std = source.mean, source.std
+    if not (protocol.normalise if normalise is None else normalise):
+        mean = std = None
+    elif mean is None:
+        raise ValueError(f"normalise: got True, but no mean and standard deviation are known of {name}")
+    stream = class_incremental(
+        source.train,
+        source.test,
+        classes_per_task=protocol.classes_per_task if classes_per_task is None else classes_per_task,
+        class_order_seed=class_order_seed,
+        class_names=source.class_names,
+        name=name,
+        protocol=protocol,
+        validation=validation,
+        rows_per_class=rows_per_class,
+        input_shape=source.input_shape,
+        mean=mean,
+        std=std,
+        vocabulary=source.vocabulary,
+    )
+    if source.class_names is not None and stream.num_classes < len(source.class_names):
+        absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
+        raise ValueError(f"{name}: no rows of class {', '.join(absent)}")
+    stream = first_tasks(stream, tasks)
+    to_float = source.to_float
+    return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
+
+
+def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskStream:
+    """The stream with raw values made the model's input, task by task: a copy of all at once is not needed."""
+
+    def converted(task: Task) -> Task:
+        assert isinstance(task.train, TensorRows) and isinstance(task.test, TensorRows)
+        train, test = (TensorRows(convert(rows.x), rows.y) for rows in (task.train, task.test))
+        return replace(task, train=train, test=test)
+
+    return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))
+
+
+@lru_cache(maxsize=1)
+def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
+    """What the function returns, which may have read much: asked for its protocol and then for its rows, once."""
+    stream = function(data)
+    if not isinstance(stream, TaskStream):
+        raise TypeError(
+            f"data.benchmark: {data.benchmark} returned {type(stream).__name__}, expected a TaskStream, such as "
+            "gradmix.training.streams.class_incremental makes it"
+        )
+    return stream
+
+
+def _imported(path: str) -> Callable[[DataConfig], Any]:
+    """The function named ``package.module:function``."""
+    module, _, name = path.partition(":")
+    try:
+        found: Any = attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"data.benchmark: {path} was not found ({error}), expected package.module:function") from error
+    if not callable(found):
+        raise ValueError(f"data.benchmark: {path} is of type {type(found).__name__}, expected a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _names() -> str:
+    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function"
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfig:
+    """Fill every open field of ``optim`` and ``replay`` from the stream's protocol, and check all ranges.
+
+    Args:
+        config: The configuration as the user gave it; unchanged.
+        stream: The stream that it is for. ``None``: the benchmark's; one that comes from a function is made for it.
+
+    Returns:
+        A configuration without ``None`` in ``optim`` and ``replay``, but where that has a meaning of its own. Resolving
+        it again changes nothing.
+
+    Raises:
+        ValueError: The benchmark is unknown or a value is out of range; the message names the field.
+    """
+    name = config.data.benchmark
+    if stream is None and ":" in name:
+        stream = stream_of(config.data)
+    elif stream is not None and ":" not in name and name != stream.name:
+        config = replace(config, data=replace(config.data, benchmark=GIVEN + stream.name))
+    if stream is None and name not in BENCHMARKS:
+        raise ValueError(f"data.benchmark: got {name!r}, expected {_names()}")
+    protocol = BENCHMARKS[name].protocol if stream is None else stream.protocol
+    optim = _filled(
+        config.optim,
+        model=protocol.model,
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        lr_milestones=protocol.lr_milestones,
+        epochs=1 if config.data.online else protocol.epochs,
+        batch=protocol.batch,
+        augment=protocol.augment,
+    )
+    # The protocol's size is meant for its own policy: a size per class says nothing about a total.
+    size = protocol.buffer_size
+    by_class = config.replay.policy == "class"
+    other = config.replay.policy is not None and by_class != (protocol.buffer_policy == "class")
+    if other and config.replay.size is None:
+        classes = _number_of_classes(config.data, protocol, stream)
+        size = max(1, size // classes) if by_class else size * classes
+    replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
+    data = _filled(config.data, normalise=protocol.normalise)
+    mix = _filled(config.mix, space=protocol.space, reference=protocol.reference)
+    most = None if stream is not None or data.classes_per_task is not None else protocol.tasks
+    if most is not None and data.tasks is not None and data.tasks > most:
+        raise ValueError(f"data.tasks: got {data.tasks}, expected at most {most}, the tasks of {name}")
+    resolved = dataclasses.replace(config, optim=optim, replay=replay, data=data, mix=mix)
+    check(resolved)
+    return resolved
+
+
+def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream | None) -> int:
+    if stream is not None:
+        return stream.num_classes
+    per_task = data.classes_per_task or protocol.classes_per_task
+    tasks = data.tasks or protocol.tasks
+    if per_task is None or tasks is None:
+        raise ValueError(
+            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of rows: how "
+            f"many classes {data.benchmark} has is known only when it is read"
+        )
+    return tasks * per_task
+
+
+def _filled(section: Any, **defaults: Any) -> Any:
+    return dataclasses.replace(
+        section, **{name: value for name, value in defaults.items() if getattr(section, name) is None}
+    )
