@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
-from gradmix.training.loop import trainer
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
 
@@ -66,8 +66,8 @@ CASES: dict[str, tuple[set[int], set[int], set[int]]] = {
 def test_the_buffer_is_shown_what_can_be_read(name: str, storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train, test, expected = CASES[name]
     runs: list[Any] = []
-    learn = trainer._Run.learn
-    monkeypatch.setattr(trainer._Run, "learn", lambda run, task: (runs.append(run), learn(run, task)))
+    learn = Run.learn
+    monkeypatch.setattr(Run, "learn", lambda run, task: (runs.append(run), learn(run, task)))
     # Room for all rows.
     result = train_one(config_of(size=PER_CLASS, storage=storage), "er", 0, stream=stream_of(train, test))
     buffer = runs[0].buffer

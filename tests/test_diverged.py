@@ -20,7 +20,8 @@ from gradmix import cli
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.divergence import DivergedError, LossWatch
 from gradmix.training.loop.evaluation import evaluate
-from gradmix.training.loop.trainer import LOSS_EVERY, train_one
+from gradmix.training.loop.run import LOSS_EVERY
+from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.reports import plots, report, tables
 from gradmix.training.runs.experiments import from_yaml

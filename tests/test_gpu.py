@@ -15,8 +15,8 @@ from truth import assert_decisions_agree
 import gradmix
 from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
-from gradmix.training.loop import trainer
 from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.runs.metrics import average_accuracy
@@ -160,16 +160,16 @@ WAIT_FOR_NOTHING = (
 @pytest.mark.parametrize("method", [*WAIT_FOR_NOTHING, "gradmix-sample"])
 def test_the_host_runs_ahead_of_the_steps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step waits for the device, but for an epoch's first, in which a class table is made."""
-    taken, watched = trainer._Run.step, []
+    taken, watched = Run.step, []
 
-    def step(run: trainer._Run, index: Tensor) -> object:
+    def step(run: Run, index: Tensor) -> object:
         if run.batches_done == 0:
             return taken(run, index)
         with no_waiting():
             watched.append(run.steps)
             return taken(run, index)
 
-    monkeypatch.setattr(trainer._Run, "step", step)
+    monkeypatch.setattr(Run, "step", step)
     optim = OptimConfig(model="resnet8", epochs=2, amp="bf16", channels_last=True, augment="crop-flip")
     config = TrainConfig(data=DataConfig(tasks=2, rows_per_class=40), optim=optim, device="cuda")
     result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, rows_per_class=40))

@@ -16,7 +16,7 @@ from patience import PATIENCE
 from two_processes_training import BASE, CASES, READ_CASES, outcome, read, resident
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.loop import trainer
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import class_incremental
 from gradmix.training.streams.benchmarks import make_stream
@@ -93,7 +93,7 @@ def test_the_reference_of_replayed_rows_makes_the_host_wait_for_nothing() -> Non
     """From the second task on a step is launched whole; scoring and the ends of tasks may wait."""
     stream = resident()
     config = replace(BASE, mix=MixConfig(reference="replayed"), **ON)
-    stepped = trainer._Run.step
+    stepped = Run.step
     watched = []
 
     def step(self: Any) -> Any:
@@ -103,11 +103,11 @@ def test_the_reference_of_replayed_rows_makes_the_host_wait_for_nothing() -> Non
                 return stepped(self)
         return stepped(self)
 
-    trainer._Run.step = step  # type: ignore[method-assign]
+    Run.step = step  # type: ignore[method-assign]
     try:
         train_one(config, "gradmix-sample", 0, stream=stream)
     finally:
-        trainer._Run.step = stepped  # type: ignore[method-assign]
+        Run.step = stepped  # type: ignore[method-assign]
     assert watched
 
 

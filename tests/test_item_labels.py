@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from gradmix.training.data.image_files import DamagedImageError
-from gradmix.training.data.samples import Inputs, rows_of
+from gradmix.training.data.samples import Inputs, samples_of
 from gradmix.training.streams import class_incremental
 
 RAW = [0, 1, 2, 3, 2, 3, 0, 1]
@@ -67,7 +67,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("case", TRANSFORMED)
 def test_labels_are_those_that_items_give(case: str) -> None:
     data = TRANSFORMED[case]()
-    rows = rows_of("data", data)
+    rows = samples_of("data", data)
     assert rows.y.tolist() == HALVED and rows.y.dtype == torch.int64
     assert [int(rows.read(torch.tensor([place]))[0, 0, 0, 0]) for place in range(8)] == list(range(8))
     stream = class_incremental(data, data, tasks=2)
@@ -84,7 +84,7 @@ def test_a_class_derived_from_tensor_dataset_gives_its_own_items() -> None:
             x, y = super().__getitem__(index)
             return x + 1, int(y) // 2
 
-    rows = rows_of("data", Halved(torch.arange(8.0)[:, None], torch.tensor(RAW)))
+    rows = samples_of("data", Halved(torch.arange(8.0)[:, None], torch.tensor(RAW)))
     assert rows.y.tolist() == HALVED and rows.read(torch.tensor([3])).item() == 4
 
 
@@ -99,7 +99,7 @@ CONTRADICTING = {
 def test_labels_that_contradict_the_attribute_and_are_none_are_refused(case: str) -> None:
     make, message = CONTRADICTING[case]
     with pytest.raises((TypeError, ValueError), match=f"data: got labels of .*{message}"):
-        rows_of("data", make())
+        samples_of("data", make())
 
 
 AGREEING = {
@@ -116,12 +116,12 @@ AGREEING = {
 @pytest.mark.parametrize("case", AGREEING)
 def test_labels_at_hand_spare_most_reading(case: str) -> None:
     data = AGREEING[case]()
-    assert rows_of("data", data).y.tolist() == RAW
+    assert samples_of("data", data).y.tolist() == RAW
     assert data.reads <= 1 + len(set(RAW))
 
 
 def test_a_transform_is_asked_for_every_label() -> None:
-    assert rows_of("data", Kept(late, target_transform=late)).y.tolist() == [*RAW[:-1], 9]
+    assert samples_of("data", Kept(late, target_transform=late)).y.tolist() == [*RAW[:-1], 9]
 
 
 def test_a_large_data_set_is_asked_a_few_times() -> None:
@@ -130,10 +130,10 @@ def test_a_large_data_set_is_asked_a_few_times() -> None:
             return 10_000
 
     large = Large(lambda index: index % 500, [index % 500 for index in range(10_000)])
-    assert rows_of("data", large).y.tolist() == [index % 500 for index in range(10_000)]
+    assert samples_of("data", large).y.tolist() == [index % 500 for index in range(10_000)]
     assert large.reads <= 20
     shifted = Large(lambda index: index % 500 // 2, [index % 500 for index in range(10_000)])
-    assert rows_of("data", shifted).y.tolist() == [index % 500 // 2 for index in range(10_000)]
+    assert samples_of("data", shifted).y.tolist() == [index % 500 // 2 for index in range(10_000)]
 
 
 def test_a_damaged_item_leaves_what_the_attribute_says() -> None:
@@ -143,12 +143,12 @@ def test_a_damaged_item_leaves_what_the_attribute_says() -> None:
                 raise DamagedImageError(f"row {index} is damaged")
             return super().__getitem__(index)
 
-    assert rows_of("data", Damaged(RAW)).y.tolist() == RAW
+    assert samples_of("data", Damaged(RAW)).y.tolist() == RAW
     with pytest.raises(DamagedImageError, match="row 0 is damaged"):
-        rows_of("data", Damaged(HALVED, target_transform=halve))
+        samples_of("data", Damaged(HALVED, target_transform=halve))
 
 
-class Rows(Dataset[Any]):
+class Samples(Dataset[Any]):
     def __init__(self, row: Any, **named: Any) -> None:
         self.row = row
         vars(self).update(named)
@@ -166,49 +166,49 @@ def picture(index: int) -> Tensor:
 
 REFUSED = {
     "dictionaries": (
-        lambda: Rows(lambda i: {"pixel_values": picture(i), "label": i % 4}),
+        lambda: Samples(lambda i: {"pixel_values": picture(i), "label": i % 4}),
         "data: got an item of type dict with the keys 'pixel_values', 'label', expected (input, label)",
     ),
     "dictionaries, labels apart": (
-        lambda: Rows(lambda i: {"image": picture(i)}, labels=RAW),
+        lambda: Samples(lambda i: {"image": picture(i)}, labels=RAW),
         "data: got an item of type dict with the keys 'image', expected (input, label)",
     ),
     "numbers first": (
-        lambda: Rows(lambda i: (i, picture(i), i % 4)),
+        lambda: Samples(lambda i: (i, picture(i), i % 4)),
         "data: got an item of 3 entries, expected (input, label)",
     ),
     "numbers first as tensors, labels apart": (
-        lambda: Rows(lambda i: (torch.tensor([float(i)]), picture(i), i % 4), targets=RAW),
+        lambda: Samples(lambda i: (torch.tensor([float(i)]), picture(i), i % 4), targets=RAW),
         "data: got an item of 3 entries, expected (input, label)",
     ),
-    "tasks last": (lambda: Rows(lambda i: [picture(i), i % 4, 0]), "data: got an item of 3 entries"),
+    "tasks last": (lambda: Samples(lambda i: [picture(i), i % 4, 0]), "data: got an item of 3 entries"),
     "three tensors": (
         lambda: TensorDataset(torch.arange(8), torch.zeros(8, 2), torch.arange(8)),
         "an item of 3 entries",
     ),
-    "texts": (lambda: Rows(lambda i: "text"), "data: got an item of type str, expected (input, label)"),
-    "nothing": (lambda: Rows(lambda i: None), "data: got an item of type NoneType, expected (input, label)"),
-    "inputs without labels": (lambda: Rows(picture), "data: got items without a label, expected (input, label)"),
+    "texts": (lambda: Samples(lambda i: "text"), "data: got an item of type str, expected (input, label)"),
+    "nothing": (lambda: Samples(lambda i: None), "data: got an item of type NoneType, expected (input, label)"),
+    "inputs without labels": (lambda: Samples(picture), "data: got items without a label, expected (input, label)"),
     "inputs alone in tuples": (lambda: TensorDataset(torch.zeros(8, 2)), "data: got items without a label"),
     "labels that are flags": (
-        lambda: Rows(lambda i: (picture(i), i > 4)),
+        lambda: Samples(lambda i: (picture(i), i > 4)),
         "got labels of dtype bool, expected integers",
     ),
     "some labels that are flags": (
-        lambda: Rows(lambda i: (picture(i), 2 if i else True)),
+        lambda: Samples(lambda i: (picture(i), 2 if i else True)),
         "got labels of dtype bool, expected integers",
     ),
     "labels that are shares": (
-        lambda: Rows(lambda i: (picture(i), i / 2)),
+        lambda: Samples(lambda i: (picture(i), i / 2)),
         "got labels of dtype float64, expected int",
     ),
     "labels that are no numbers": (
-        lambda: Rows(lambda i: (picture(i), "cat")),
+        lambda: Samples(lambda i: (picture(i), "cat")),
         "got labels of dtype <U3, expected int",
     ),
-    "labels of several lengths": (lambda: Rows(lambda i: (picture(i), [0] * i)), "got labels that are not numbers"),
+    "labels of several lengths": (lambda: Samples(lambda i: (picture(i), [0] * i)), "got labels that are not numbers"),
     "inputs that are dictionaries": (
-        lambda: Rows(lambda i: ({"a": 1}, i)),
+        lambda: Samples(lambda i: ({"a": 1}, i)),
         "row 0: got an input of type dict, expected",
     ),
 }
@@ -218,7 +218,7 @@ REFUSED = {
 def test_items_that_are_no_pairs_are_refused(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(TypeError, match=re.escape(message)):
-        rows_of("data", make())
+        samples_of("data", make())
 
 
 def test_what_the_refusal_advises_works() -> None:
@@ -239,10 +239,10 @@ def test_what_the_refusal_advises_works() -> None:
         ("tasks last", (0, 1)),
     ):
         data = Pairs(REFUSED[case][0](), *entries)
-        assert rows_of("data", data).y.tolist() == [0, 1, 2, 3] * 2
+        assert samples_of("data", data).y.tolist() == [0, 1, 2, 3] * 2
         assert torch.equal(Inputs(data)[5], picture(5))
     for case in ("inputs without labels", "inputs alone in tuples"):
-        assert rows_of("data", REFUSED[case][0](), RAW).y.tolist() == RAW
+        assert samples_of("data", REFUSED[case][0](), RAW).y.tolist() == RAW
 
 
 # ------------------------------------------------------------------------------------------------------------- classes

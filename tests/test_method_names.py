@@ -24,7 +24,7 @@ from gradmix.training.config import (
     to_yaml,
 )
 from gradmix.training.loop.clock import Clock
-from gradmix.training.loop.trainer import identity, resolved_config, train_one
+from gradmix.training.loop.trainer import resolved_config, train_one
 from gradmix.training.method_names import (
     COMPOSITIONS,
     PRESETS,
@@ -51,6 +51,7 @@ from gradmix.training.runs import experiments
 from gradmix.training.runs.experiments import Run, content_hash
 from gradmix.training.runs.results import load_run, save_run
 from gradmix.training.runs.running import checkpoint_of, state_of
+from gradmix.training.runs.settings import identity
 
 FORMER = {
     "gradmix": "gradmix-class",

@@ -22,9 +22,10 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
-from gradmix.training.data.samples import StoredRows
-from gradmix.training.loop import checkpoint, trainer
+from gradmix.training.data.samples import StoredSamples
+from gradmix.training.loop import checkpoint
 from gradmix.training.loop.reading import MOST_WORKERS, Reading
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.streams.benchmarks import make_stream
@@ -382,13 +383,13 @@ def test_damaged_files_are_left_out_and_named_once(
     damaged = ("train/bee/3.jpg", "train/bee/0.jpg", "train/dog/6.jpg")
     config = config_of(spoilt(tmp_path, *damaged), workers, data={"skip_damaged": True}, replay={"size": 20})
     runs: list[Any] = []
-    make = trainer._Run.__init__
+    make = Run.__init__
 
     def note(self: Any, *args: Any) -> None:
         make(self, *args)
         runs.append(self)
 
-    monkeypatch.setattr(trainer._Run, "__init__", note)
+    monkeypatch.setattr(Run, "__init__", note)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = train_one(config, method, 0)
@@ -477,4 +478,4 @@ def test_two_tasks_in_the_true_layout(layout: Any, tmp_path: Path) -> None:
     stream = make_stream(benchmark, tmp_path, classes_per_task=3, image_size=8)
     assert [len(task.train) for task in stream.tasks] == [3 * TRAIN_ROWS, TRAIN_ROWS]
     rows = stream.tasks[0].train
-    assert isinstance(rows, StoredRows) and rows.read(torch.tensor([0])).dtype == torch.uint8
+    assert isinstance(rows, StoredSamples) and rows.read(torch.tensor([0])).dtype == torch.uint8

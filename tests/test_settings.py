@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
-from gradmix.training.loop.trainer import RUNTIME_FIELDS
-from gradmix.training.runs.settings import distinguishing, flatten
+from gradmix.training.runs.settings import RUNTIME_FIELDS, distinguishing, flatten
 
 BASE = TrainConfig()
 

@@ -32,8 +32,9 @@ from gradmix.training.config import (
 from gradmix.training.data.augment import as_floats
 from gradmix.training.data.tabular import COVERTYPES
 from gradmix.training.data.texts import NEWSGROUPS
-from gradmix.training.loop import sampler, trainer
+from gradmix.training.loop import sampler
 from gradmix.training.loop.clock import Clock
+from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, resolved_config, train_one
 from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.models import build_model
@@ -101,13 +102,13 @@ def stream() -> TaskStream:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The runs made, which can be looked into."""
     runs: list[Any] = []
-    make = trainer._Run.__init__
+    make = Run.__init__
 
     def note(self: Any, *args: Any) -> None:
         make(self, *args)
         runs.append(self)
 
-    monkeypatch.setattr(trainer._Run, "__init__", note)
+    monkeypatch.setattr(Run, "__init__", note)
     return runs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from gradmix.training.data.samples import Inputs, StoredRows, TensorRows, rows_of
+from gradmix.training.data.samples import Inputs, StoredSamples, TensorSamples, samples_of
 from gradmix.training.streams import TaskStream, blurred, class_groups, class_incremental, concatenated, first_tasks
 from gradmix.training.streams.protocols import Protocol
 
@@ -185,7 +185,7 @@ REFUSED_ROWS = {
 def test_what_is_no_data_set_is_refused(case: str) -> None:
     data, labels, kind, message = REFUSED_ROWS[case]
     with pytest.raises(kind, match=re.escape(message)):
-        rows_of("data", data, labels)
+        samples_of("data", data, labels)
 
 
 def test_an_input_of_another_kind_is_refused_when_it_is_read() -> None:
@@ -193,14 +193,14 @@ def test_an_input_of_another_kind_is_refused_when_it_is_read() -> None:
         Inputs([(torch.zeros(1), 0), ("text", 1)])[1]
 
 
-@pytest.mark.parametrize("kind", [TensorRows, StoredRows])
+@pytest.mark.parametrize("kind", [TensorSamples, StoredSamples])
 def test_rows_without_their_labels_are_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match="got 3 .*, expected 2 as there are labels"):
-        kind(torch.zeros(3, 1), torch.zeros(2).long(), *([torch.arange(3)] if kind is StoredRows else []))
+        kind(torch.zeros(3, 1), torch.zeros(2).long(), *([torch.arange(3)] if kind is StoredSamples else []))
 
 
 def test_taken_rows_keep_or_change_their_labels() -> None:
-    for source in (TensorRows(*TRAIN), StoredRows(Inputs(TRAIN[0]), TRAIN[1])):
+    for source in (TensorSamples(*TRAIN), StoredSamples(Inputs(TRAIN[0]), TRAIN[1])):
         taken = source.take(torch.tensor([4, 0, 4]))
         assert taken.y.tolist() == [3, 7, 3] and taken.read(torch.tensor([2, 1]))[:, 0].tolist() == [4, 0]
         again = taken.take(torch.tensor([1]), torch.tensor([5]))
@@ -392,8 +392,8 @@ def test_a_blur_that_is_none_is_refused(blur: float, large: TaskStream) -> None:
 
 
 def test_rows_of_several_parts_one_after_the_other() -> None:
-    stored = StoredRows(Inputs(TRAIN[0]), TRAIN[1])
-    for source in (TensorRows(*TRAIN), stored):
+    stored = StoredSamples(Inputs(TRAIN[0]), TRAIN[1])
+    for source in (TensorSamples(*TRAIN), stored):
         both = concatenated(
             [source.take(torch.tensor([3, 1])), source.take(torch.tensor([], dtype=torch.int64)), source]
         )

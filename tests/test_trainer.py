@@ -14,8 +14,7 @@ from torch import nn
 
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.data.samples import TensorRows
-from gradmix.training.loop import trainer
+from gradmix.training.data.samples import TensorSamples
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.environment import pick_device
 from gradmix.training.loop.evaluation import evaluate
@@ -185,7 +184,7 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
         model.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
         return model
 
-    monkeypatch.setattr(trainer, "build_model", build)
+    monkeypatch.setattr("gradmix.training.loop.run.build_model", build)
     per_step: list[list[int]] = []
 
     def on_step(_: Progress) -> None:
@@ -347,8 +346,8 @@ def test_resnet_with_augmentation_trains_on_the_path_of_cifar(stream) -> None:
     few = tuple(
         replace(
             task,
-            train=TensorRows(F.pad(task.train.x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.train.y[:24]),
-            test=TensorRows(F.pad(task.test.x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.test.y[:8]),
+            train=TensorSamples(F.pad(task.train.x[:24].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.train.y[:24]),
+            test=TensorSamples(F.pad(task.test.x[:8].expand(-1, 3, -1, -1), (4, 4, 4, 4)), task.test.y[:8]),
         )
         for task in stream.tasks[:2]
     )
@@ -540,7 +539,7 @@ def test_channels_last_reaches_the_model(stream, monkeypatch: pytest.MonkeyPatch
         )
         return model
 
-    monkeypatch.setattr(trainer, "build_model", build)
+    monkeypatch.setattr("gradmix.training.loop.run.build_model", build)
     optim = OptimConfig(epochs=1, channels_last=True, augment="crop-flip")
     result = train_one(replace(SHORT, optim=optim), "gradmix-sample", 0, stream=stream)
     assert result.status == "complete" and formats and all(formats)

@@ -157,21 +157,21 @@ def read(name: str) -> TaskStream:
 
 def outcome(case: tuple[str, TrainConfig], stream: TaskStream, group: Any = None, **options: Any) -> dict[str, Any]:
     """What a run comes to: its accuracies, the last model's parameters, the rows held."""
-    from gradmix.training.loop import trainer
+    from gradmix.training.loop.run import Run
 
     method, config = case
     runs: list[Any] = []
-    made = trainer._Run.__init__
+    made = Run.__init__
 
     def note(self: Any, *args: Any) -> None:
         made(self, *args)
         runs.append(self)
 
-    trainer._Run.__init__ = note  # type: ignore[method-assign]
+    Run.__init__ = note  # type: ignore[method-assign]
     try:
         result = train_one(config, method, 3, stream=stream, group=group, **options)
     finally:
-        trainer._Run.__init__ = made  # type: ignore[method-assign]
+        Run.__init__ = made  # type: ignore[method-assign]
     return {
         "accuracy": torch.from_numpy(result.accuracy),
         "status": result.status,

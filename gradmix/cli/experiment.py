@@ -20,7 +20,7 @@ from gradmix.names import shell, shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.loop.run import Progress
     from gradmix.training.runs.experiments import Experiment, Run
     from gradmix.training.runs.results import RunResult
 

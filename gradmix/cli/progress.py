@@ -14,7 +14,7 @@ from gradmix.cli.errors import INTERRUPTED, StopNow
 from gradmix.names import shown
 
 if TYPE_CHECKING:
-    from gradmix.training.loop.trainer import Progress
+    from gradmix.training.loop.run import Progress
     from gradmix.training.runs.results import RunResult
 
 

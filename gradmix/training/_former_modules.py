@@ -60,7 +60,15 @@ FORMER_MODULES = {
 """The new place of each former module, relative to this package."""
 
 
-_RENAMED = {"trainer": {"settled": "resolved_config", "CIRCUMSTANCES": "RUNTIME_FIELDS"}}
+_RENAMED = {
+    "rows": {"Rows": "Samples", "TensorRows": "TensorSamples", "StoredRows": "StoredSamples", "rows_of": "samples_of"},
+    "trainer": {
+        "settled": "resolved_config",
+        "CIRCUMSTANCES": "gradmix.training.runs.settings:RUNTIME_FIELDS",
+        "identity": "gradmix.training.runs.settings:identity",
+        "LOSS_EVERY": "gradmix.training.loop.run:LOSS_EVERY",
+    },
+}
 """What has another name in its new module, by former module."""
 
 

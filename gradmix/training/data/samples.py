@@ -18,7 +18,7 @@ from gradmix.training.data.image_files import DamagedImageError, ImageFiles
 from gradmix.training.data.pixels import eight_bits
 
 
-class Rows(ABC):
+class Samples(ABC):
     """Labelled rows in a fixed order.
 
     Attributes:
@@ -40,11 +40,11 @@ class Rows(ABC):
         """The rows at ``places (n,)`` int64: ``(n, ...)``, on the CPU."""
 
     @abstractmethod
-    def take(self, places: Tensor, y: Tensor | None = None) -> Rows:
+    def take(self, places: Tensor, y: Tensor | None = None) -> Samples:
         """The rows at ``places (n,)`` as rows of their own, with the labels ``y (n,)``; None: those they have."""
 
 
-class TensorRows(Rows):
+class TensorSamples(Samples):
     """Rows at hand in one tensor.
 
     Args:
@@ -64,11 +64,11 @@ class TensorRows(Rows):
     def read(self, places: Tensor) -> Tensor:
         return self.x[places]
 
-    def take(self, places: Tensor, y: Tensor | None = None) -> TensorRows:
-        return TensorRows(self.x[places], self.y[places] if y is None else y)
+    def take(self, places: Tensor, y: Tensor | None = None) -> TensorSamples:
+        return TensorSamples(self.x[places], self.y[places] if y is None else y)
 
 
-class StoredRows(Rows):
+class StoredSamples(Samples):
     """Rows that are items of a data set, each read (from a file, say) when it is wanted.
 
     Args:
@@ -91,11 +91,11 @@ class StoredRows(Rows):
     def read(self, places: Tensor) -> Tensor:
         return torch.stack([self.items[int(item)] for item in self.at[places]])
 
-    def take(self, places: Tensor, y: Tensor | None = None) -> StoredRows:
-        return StoredRows(self.items, self.y[places] if y is None else y, self.at[places], self._shape)
+    def take(self, places: Tensor, y: Tensor | None = None) -> StoredSamples:
+        return StoredSamples(self.items, self.y[places] if y is None else y, self.at[places], self._shape)
 
 
-def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -> Rows:
+def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -> Samples:
     """Rows of whatever holds inputs and labels.
 
     Args:
@@ -126,7 +126,7 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
         at = _not_finite(x)
         if at is not None:
             raise ValueError(f"{name}: row {at} holds {_NOT_FINITE}")
-        rows: Rows = TensorRows(x, _labels(name, y if labels is None else labels, len(x)))
+        rows: Samples = TensorSamples(x, _labels(name, y if labels is None else labels, len(x)))
     elif (
         hasattr(data, "__getitem__")
         and hasattr(data, "__len__")
@@ -135,7 +135,7 @@ def rows_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -
         inputs = Inputs(data, tokens=tokens)
         first = None if len(data) == 0 or type(data) is ImageFiles else _first(name, data)
         y = _labels_of(name, data, labels, first)
-        rows = StoredRows(inputs, y, shape=None if first is None else inputs.shape_of(0, first.input))
+        rows = StoredSamples(inputs, y, shape=None if first is None else inputs.shape_of(0, first.input))
     else:
         raise TypeError(
             f"{name}: got {type(data).__name__}, expected an (x, y) pair of tensors, or a data set with a length whose "
@@ -155,7 +155,7 @@ class Inputs:
 
     Args:
         data: A map-style data set whose items are inputs, or ``(input, label)``.
-        tokens: As :func:`rows_of`.
+        tokens: As :func:`samples_of`.
     """
 
     def __init__(self, data: Any, *, tokens: bool = False) -> None:

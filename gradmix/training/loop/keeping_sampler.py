@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmix.graphs import sent
 from gradmix.training.data.batch_reader import BatchReader, ReadBatch
-from gradmix.training.data.samples import Rows, StoredRows
+from gradmix.training.data.samples import Samples, StoredSamples
 from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import ResidentSampler
 from gradmix.training.loop.sharding import Share
@@ -38,12 +38,12 @@ class KeepingSampler(ResidentSampler):
     def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
         super().__init__(*args, **named)
         self._reading = reading
-        self._train: StoredRows | None = None
+        self._train: StoredSamples | None = None
         self._reader: BatchReader | None = None
         self._batches_read: Iterator[ReadBatch] = iter(())
 
-    def _turn_to(self, train: Rows) -> None:
-        assert isinstance(train, StoredRows)
+    def _turn_to(self, train: Samples) -> None:
+        assert isinstance(train, StoredSamples)
         for what, asked in (
             ("mix.candidates 'balanced'", self._balanced and not self._online),
             ("replay.stream 'shuffled'", self._shuffled),

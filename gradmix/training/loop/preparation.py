@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradmix.training.data.augment import Among, as_floats, centre_crop, random_crop_flip, random_resized_crop_flip
 from gradmix.training.data.image_arrays import to_float
-from gradmix.training.data.samples import Rows, TensorRows
+from gradmix.training.data.samples import Samples, TensorSamples
 from gradmix.training.streams import TaskStream
 
 
@@ -50,9 +50,9 @@ class Preparation:
                 x = random_crop_flip(x, padding=max(1, self._shape[-1] // 8), generator=generator, among=among)
         return self._laid_out(x)
 
-    def changes(self, rows: Rows) -> bool:
+    def changes(self, rows: Samples) -> bool:
         """Whether :meth:`for_testing` gives ``rows``, which lie in memory, other values than they have."""
-        if not isinstance(rows, TensorRows):
+        if not isinstance(rows, TensorSamples):
             return False
         other = rows.x.is_floating_point() and rows.x.dtype != self._dtype
         return other or rows.x.dtype == torch.uint8 or rows.shape != self._shape

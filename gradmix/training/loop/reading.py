@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.data.batch_reader import BatchReader
-from gradmix.training.data.samples import Rows, StoredRows, TensorRows
+from gradmix.training.data.samples import Samples, StoredSamples, TensorSamples
 from gradmix.training.loop.preparation import Preparation
 
 MOST_WORKERS = 16
@@ -65,17 +65,17 @@ class Reading:
         reader.damaged = self.damaged(items)
         return reader
 
-    def batches(self, rows: Rows, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rows: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows ``(n, ...)`` with their labels ``(n,)``, in their order, at most ``size`` at a time."""
         for _, x, y in self.batches_of([rows], size):
             yield x, y
 
-    def batches_of(self, parts: Sequence[Rows], size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def batches_of(self, parts: Sequence[Samples], size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The same of several parts of one data set, one after the other, with the number of the part."""
-        stored = [part for part in parts if isinstance(part, StoredRows)]
+        stored = [part for part in parts if isinstance(part, StoredSamples)]
         if not stored:
             for number, part in enumerate(parts):
-                assert isinstance(part, TensorRows)
+                assert isinstance(part, TensorSamples)
                 for x, y in zip(part.x.split(size), part.y.split(size), strict=True):
                     yield number, x, y
             return
@@ -122,7 +122,7 @@ class KeptRows(IterableDataset):  # type: ignore[type-arg]
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         held = len(self._buffer)
         if self._reading is not None and held:
-            rows = StoredRows(self._items, self._buffer.y, self._buffer.x)
+            rows = StoredSamples(self._items, self._buffer.y, self._buffer.x)
             for x, y in self._reading.batches(rows, self._size):
                 # As bytes, from page-locked memory: made floats on the host they would be four times as much.
                 yield x.to(self._reading.device, non_blocking=True), y

@@ -14,7 +14,7 @@ from gradmix.graphs import sent
 from gradmix.processes import gather_rows
 from gradmix.replay.buffer import BufferRows
 from gradmix.training.data.batch_reader import BatchReader, ReadBatch
-from gradmix.training.data.samples import Rows, StoredRows
+from gradmix.training.data.samples import Samples, StoredSamples
 from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import StepSampler
 from gradmix.training.loop.sharding import Share
@@ -56,7 +56,7 @@ class ReadingSampler(StepSampler):
     def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
         super().__init__(*args, **named)
         self._reading = reading
-        self._train: StoredRows | None = None
+        self._train: StoredSamples | None = None
         self._everything = self._everything_y = torch.empty(0, dtype=torch.int64)
         self._pending: deque[_Plan] = deque()
         self._batches: tuple[Tensor, ...] = ()
@@ -66,8 +66,8 @@ class ReadingSampler(StepSampler):
         self._batches_read: Iterator[ReadBatch] = iter(())
         self._extra: BufferRows | None = None
 
-    def _turn_to(self, train: Rows) -> None:
-        assert isinstance(train, StoredRows)
+    def _turn_to(self, train: Samples) -> None:
+        assert isinstance(train, StoredSamples)
         self._train = train
         found = self._reading.damaged(train.items)
         found.update(self._damaged)

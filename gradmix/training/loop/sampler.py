@@ -16,7 +16,7 @@ from gradmix.graphs import sent
 from gradmix.processes import Group, size_of
 from gradmix.replay.buffer import BufferRows, ReplayBuffer
 from gradmix.training.config import TrainConfig
-from gradmix.training.data.samples import Rows, TensorRows
+from gradmix.training.data.samples import Samples, TensorSamples
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.preparation import Preparation
 from gradmix.training.loop.sharding import Share
@@ -95,7 +95,7 @@ class StepSampler(ABC):
         self._turn_to(train)
 
     @abstractmethod
-    def _turn_to(self, train: Rows) -> None:
+    def _turn_to(self, train: Samples) -> None:
         """Make a task's rows the ones that steps are drawn from."""
 
     @property
@@ -179,8 +179,8 @@ class ResidentSampler(StepSampler):
         self._batches: tuple[Tensor, ...] = ()
         self._done = 0
 
-    def _turn_to(self, train: Rows) -> None:
-        assert isinstance(train, TensorRows)
+    def _turn_to(self, train: Samples) -> None:
+        assert isinstance(train, TensorSamples)
         self._own = self._x, self._y = train.x.to(self._device), train.y.to(self._device)
         if self._mingles:
             self._x = torch.cat([self._x, self._buffer.x])

@@ -6,12 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradmix.training.config import TrainConfig, to_dict
-from gradmix.training.loop.trainer import RUNTIME_FIELDS
+from gradmix.training.method_names import recorded_name
+
+RUNTIME_FIELDS = (
+    "methods",
+    "seeds",
+    "output",
+    "device",
+    "threads",
+    "checkpoint",
+    "data.data_dir",
+    "data.workers",
+)
+"""Settings that do not tell one run from another: they change where and how it is made, not what is learnt."""
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Return what tells a run from others: method, seed and the resolved configuration without :data:`RUNTIME_FIELDS`.
+
+    The method stands under its :func:`~gradmix.training.method_names.recorded_name`.
+    """
+    plain = to_dict(config)
+    for key in RUNTIME_FIELDS:
+        section, _, name = key.rpartition(".")
+        del (plain[section] if section else plain)[name]
+    return {"method": recorded_name(config.methods[0]), "seed": config.seeds[0], **plain}
 
 
 def distinguishing(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what is learnt, as plain values by key: those of a configuration, but not
-    :data:`~gradmix.training.loop.trainer.RUNTIME_FIELDS`, which hold methods and seeds too.
+    :data:`RUNTIME_FIELDS`, which hold methods and seeds too.
     """
     return {key: value for key, value in flatten(to_dict(config)) if key not in RUNTIME_FIELDS}
 

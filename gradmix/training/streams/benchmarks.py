@@ -24,7 +24,7 @@ from gradmix.training.data.image_arrays import (
     to_float,
 )
 from gradmix.training.data.image_files import image_folder, imagenet, tiny_imagenet
-from gradmix.training.data.samples import TensorRows
+from gradmix.training.data.samples import TensorSamples
 from gradmix.training.data.tabular import LabelledRows, covertype, wine
 from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
 from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
@@ -383,8 +383,8 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
     """The stream with raw values made the model's input, task by task: a copy of all at once is not needed."""
 
     def converted(task: Task) -> Task:
-        assert isinstance(task.train, TensorRows) and isinstance(task.test, TensorRows)
-        train, test = (TensorRows(convert(rows.x), rows.y) for rows in (task.train, task.test))
+        assert isinstance(task.train, TensorSamples) and isinstance(task.test, TensorSamples)
+        train, test = (TensorSamples(convert(rows.x), rows.y) for rows in (task.train, task.test))
         return replace(task, train=train, test=test)
 
     return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))

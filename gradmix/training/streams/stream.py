@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import rank_in_class
-from gradmix.training.data.samples import Rows, StoredRows, TensorRows, rows_of
+from gradmix.training.data.samples import Samples, StoredSamples, TensorSamples, samples_of
 from gradmix.training.seeds import generator_for
 from gradmix.training.streams.protocols import Protocol
 
@@ -31,8 +31,8 @@ class Task:
 
     index: int
     classes: tuple[int, ...]
-    train: Rows
-    test: Rows
+    train: Samples
+    test: Samples
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TaskStream:
     @property
     def is_read(self) -> bool:
         """Whether rows are read as they are wanted; otherwise they are tensors at hand."""
-        return isinstance(self.tasks[0].train, StoredRows)
+        return isinstance(self.tasks[0].train, StoredSamples)
 
 
 def class_incremental(
@@ -96,7 +96,7 @@ def class_incremental(
 
     Args:
         train: Training rows: an ``(x, y)`` pair of tensors or arrays, or any map-style data set of ``(input, label)``
-            with integer labels (:func:`gradmix.training.data.samples.rows_of` says what is understood).
+            with integer labels (:func:`gradmix.training.data.samples.samples_of` says what is understood).
         test: Test rows, likewise; not looked at if ``validation`` is above 0.
         tasks: Number of tasks; classes are shared out as evenly as possible, earlier tasks taking one more. ``None``:
             5, or fewer so that each has two classes.
@@ -134,15 +134,15 @@ def class_incremental(
     if validation == 0.0 and test is None:
         raise TypeError("test: got None, expected test rows, or validation, the share of training rows in their place")
     given = labels or (None, None)
-    sides = {"train": rows_of("train", train, given[0], tokens=vocabulary is not None)}
+    sides = {"train": samples_of("train", train, given[0], tokens=vocabulary is not None)}
     if validation == 0.0:
-        sides["test"] = rows_of("test", test, given[1], tokens=vocabulary is not None)
+        sides["test"] = samples_of("test", test, given[1], tokens=vocabulary is not None)
     if class_names is None:
         class_names = _names_of(train)
         if "test" in sides:
             _check_same_names(class_names, _names_of(test), sides["test"].y)
     if in_memory:
-        sides = {side: TensorRows(rows.read(torch.arange(len(rows))), rows.y) for side, rows in sides.items()}
+        sides = {side: TensorSamples(rows.read(torch.arange(len(rows))), rows.y) for side, rows in sides.items()}
     known = torch.unique(sides["train"].y)
     if class_names is not None:
         if int(known[-1]) >= len(class_names):
@@ -273,14 +273,14 @@ def blurred(stream: TaskStream, blur: float, seed: int) -> TaskStream:
     return replace(stream, tasks=tasks)
 
 
-def concatenated(parts: Sequence[Rows]) -> Rows:
+def concatenated(parts: Sequence[Samples]) -> Samples:
     """Rows one after the other; stored ones are of one data set."""
     y = torch.cat([part.y for part in parts])
-    if all(isinstance(part, TensorRows) for part in parts):
-        return TensorRows(torch.cat([part.x for part in parts if isinstance(part, TensorRows)]), y)
-    stored = [part for part in parts if isinstance(part, StoredRows)]
+    if all(isinstance(part, TensorSamples) for part in parts):
+        return TensorSamples(torch.cat([part.x for part in parts if isinstance(part, TensorSamples)]), y)
+    stored = [part for part in parts if isinstance(part, StoredSamples)]
     assert len(stored) == len(parts) and all(part.items is stored[0].items for part in stored)
-    return StoredRows(stored[0].items, y, torch.cat([part.at for part in stored]))
+    return StoredSamples(stored[0].items, y, torch.cat([part.at for part in stored]))
 
 
 def _names_of(data: Any) -> Sequence[str] | None:
@@ -304,7 +304,7 @@ def _check_same_names(train: Sequence[str] | None, test: Sequence[str] | None, l
             )
 
 
-def _of_classes(rows: Rows, y: Tensor, classes: tuple[int, ...]) -> Rows:
+def _of_classes(rows: Samples, y: Tensor, classes: tuple[int, ...]) -> Samples:
     places = torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1)
     return rows.take(places, y[places])
 
