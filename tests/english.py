@@ -31,6 +31,8 @@ PHRASES = {
 }
 """Patterns, each with what to write instead."""
 
+ANY_PHRASE = re.compile("|".join(PHRASES), re.I)
+
 FIRST_WORDS = ("What", "Where", "Of", "That", "How")
 """What no summary begins with: it names the thing (noun) or says what to do (imperative)."""
 
@@ -84,6 +86,8 @@ def findings(source: str) -> list[str]:
     nodes, found = list(ast.walk(ast.parse(source))), []
     for text in texts(source, nodes):
         flat = " ".join(text.split())
+        if not ANY_PHRASE.search(flat):
+            continue
         for pattern, instead in PHRASES.items():
             found += [f"{match[0]!r}: write {instead}" for match in re.finditer(pattern, flat, re.I)]
     for node in nodes:
