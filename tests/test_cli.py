@@ -19,7 +19,8 @@ from synthetic_runs import make_result
 from gradmix import __version__, cli
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.loop import trainer
-from gradmix.training.runs.results import RunResult, load_run, load_runs, save_run
+from gradmix.training.reports.saving import save_run
+from gradmix.training.runs.results import RunResult, load_run, load_runs
 
 Calls = list[tuple[TrainConfig, str, int]]
 
@@ -234,13 +235,13 @@ def test_ctrl_c_saves_and_stops(
 
 
 def test_ctrl_c_waits_for_a_result_to_be_saved(trained: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmix.training.runs import results
+    from gradmix.training.reports import saving
 
     def interrupted_save(result: RunResult, folder: Path) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
         return save_run(result, folder)
 
-    monkeypatch.setattr(results, "save_run", interrupted_save)
+    monkeypatch.setattr(saving, "save_run", interrupted_save)
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
     assert run("train", "--methods", "er", "--seeds", "0", "1", "--output", "out") == 130
     assert [r.seed for r in load_runs("out").values()] == [0]

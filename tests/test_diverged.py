@@ -24,8 +24,9 @@ from gradmix.training.loop.run import LOSS_EVERY
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.reports import plots, report, tables
+from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs.experiments import from_yaml
-from gradmix.training.runs.results import load_run, save_run, save_summary
+from gradmix.training.runs.results import load_run
 from gradmix.training.runs.running import run_all, state_of
 from gradmix.training.streams import TaskStream, class_incremental
 

@@ -11,8 +11,8 @@ import pytest
 from synthetic_runs import make_result
 
 from gradmix.training.reports import findings, report
+from gradmix.training.reports.saving import save_run
 from gradmix.training.runs.experiments import from_yaml
-from gradmix.training.runs.results import save_run
 
 TEXT = """
 title: Controls

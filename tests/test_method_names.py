@@ -47,9 +47,10 @@ from gradmix.training.methods import (
 )
 from gradmix.training.models import build_model
 from gradmix.training.reports import report
+from gradmix.training.reports.saving import save_run
 from gradmix.training.runs import experiments
 from gradmix.training.runs.experiments import Run, content_hash
-from gradmix.training.runs.results import load_run, save_run
+from gradmix.training.runs.results import load_run
 from gradmix.training.runs.running import checkpoint_of, state_of
 from gradmix.training.runs.settings import identity
 

@@ -22,8 +22,9 @@ from gradmix.runtime import names
 from gradmix.training.loop.trainer import Progress
 from gradmix.training.reports import document, plots, report, tables
 from gradmix.training.reports.document import Code, Heading, Items, Table, Text
+from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs.experiments import from_yaml
-from gradmix.training.runs.results import load_run, save_run, save_summary
+from gradmix.training.runs.results import load_run
 
 ODD = [
     r"$\foo$", "a ${b", r"$\frac{1}{$", "US$ and A$", "_hidden", "a_b^c{", "back\\slash\\", "two\nlines", "tab\tand\r",

@@ -19,10 +19,11 @@ from synthetic_runs import make_result
 
 from gradmix.training.reports import plots, report
 from gradmix.training.reports.document import Picture
+from gradmix.training.reports.saving import save_run
 from gradmix.training.reports.significance import holm
 from gradmix.training.runs.experiments import Experiment, from_yaml
 from gradmix.training.runs.metrics import Interval, mean_interval, paired_difference
-from gradmix.training.runs.results import METRIC_LABELS, metric_values, save_run
+from gradmix.training.runs.results import METRIC_LABELS, metric_values
 from gradmix.training.runs.running import RUNS_AT_A_TIME
 
 TEXT = """

@@ -15,6 +15,7 @@ from synthetic_runs import make_result
 
 from gradmix.training.config import MixConfig, TrainConfig, load_config
 from gradmix.training.reports import tables
+from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs import results
 from gradmix.training.runs.results import (
     AlignmentRecord,
@@ -25,8 +26,6 @@ from gradmix.training.runs.results import (
     metric_values,
     refuse_occupied,
     save_config,
-    save_run,
-    save_summary,
     task_names,
     tasks_reached,
     to_json,

@@ -14,8 +14,9 @@ from fresh import run_python
 from synthetic_runs import make_result
 
 from gradmix import cli
-from gradmix.training.runs import results
-from gradmix.training.runs.results import load_run, save_run
+from gradmix.training.reports import saving
+from gradmix.training.reports.saving import save_run
+from gradmix.training.runs.results import load_run
 from gradmix.training.runs.whole_files import replacing, write_text
 
 
@@ -74,8 +75,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from synthetic_runs import make_result
-from gradmix.training.reports import report
-from gradmix.training.runs import results
+from gradmix.training.reports import report, saving
 from gradmix.training.runs import whole_files
 folder = Path({str(tmp_path)!r})
 (folder / "text").write_text("old")
@@ -85,11 +85,11 @@ values = {{"format": 1, "name": "n", "title": "t", "about": "x" * 9000, "command
 resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
 try:
     if {what!r} == "run":
-        results.save_run(make_result(), folder / "run")
+        saving.save_run(make_result(), folder / "run")
     elif {what!r} == "text":
         whole_files.write_text(folder / "text", "new" * 1000)
     elif {what!r} == "summary":
-        results.save_summary([make_result()], folder / "summary")
+        saving.save_summary([make_result()], folder / "summary")
     else:
         report.write(values, folder / "report")
 except OSError as error:
@@ -140,7 +140,7 @@ def test_a_run_that_cannot_be_saved_keeps_its_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args)
 
-    save = results.save_run
+    save = saving.save_run
 
     def saved(*args: Any, **named: Any) -> Path:
         full.append(True)
@@ -150,7 +150,7 @@ def test_a_run_that_cannot_be_saved_keeps_its_checkpoint(
             full.clear()
 
     monkeypatch.setattr(os, step, fail)
-    monkeypatch.setattr(results, "save_run", saved)
+    monkeypatch.setattr(saving, "save_run", saved)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", io.StringIO())
         assert cli.main(["train", *flags, "--checkpoint", "0.001", "--output", "out"]) == 2
@@ -158,6 +158,6 @@ def test_a_run_that_cannot_be_saved_keeps_its_checkpoint(
     assert said == "gradmix: error: out/er/seed-0: No space left on device\n"
     assert list(Path("out/.checkpoints").glob("*.pt")) and not list(Path("out").rglob("metrics.json"))
     assert not [p for p in Path("out/er").iterdir()]
-    monkeypatch.setattr(results, "save_run", save)
+    monkeypatch.setattr(saving, "save_run", save)
     assert cli.main(["train", "--resume", "out"]) == 0
     assert load_run("out/er/seed-0").status == "complete" and not Path("out/.checkpoints").exists()

@@ -20,7 +20,8 @@ def main(args: list[str]) -> int:
     import tyro
 
     from gradmix.training.reports import tables
-    from gradmix.training.runs.results import load_runs, refuse_occupied, save_summary, to_json
+    from gradmix.training.reports.saving import save_summary
+    from gradmix.training.runs.results import load_runs, refuse_occupied, to_json
 
     options: Any = tyro.cli(_flags(), prog="gradmix compare", args=args, config=(tyro.conf.DisallowNone,))
     if not options.runs:

@@ -260,29 +260,29 @@ def _run_all(
 
 def _save(result: RunResult, folder: Path) -> None:
     """Save a run; an interrupted one in the same folder stays until the new one is complete."""
-    from gradmix.training.runs import results
+    from gradmix.training.reports import saving
     from gradmix.training.runs.whole_files import naming, sync
 
     if not folder.exists():
-        results.save_run(result, folder)
+        saving.save_run(result, folder)
         return
     new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     with naming(folder):
-        results.save_run(result, new, pictures=False)
+        saving.save_run(result, new, pictures=False)
         os.replace(folder, old)
         os.replace(new, folder)
         sync(folder.parent)
     shutil.rmtree(old)
-    results.draw_run(result, folder)
+    saving.draw_run(result, folder)
 
 
 def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> None:
     if not results:
         return
     from gradmix.training.reports import tables
-    from gradmix.training.runs.results import save_summary
+    from gradmix.training.reports.saving import save_summary
 
     assert config.output is not None
     ordered = [results[run] for run in _runs(config) if run in results]

@@ -62,6 +62,7 @@ FORMER_MODULES = {
 
 _RENAMED = {
     "rows": {"Rows": "Samples", "TensorRows": "TensorSamples", "StoredRows": "StoredSamples", "rows_of": "samples_of"},
+    "results": {name: f"gradmix.training.reports.saving:{name}" for name in ("save_run", "draw_run", "save_summary")},
     "trainer": {
         "settled": "resolved_config",
         "CIRCUMSTANCES": "gradmix.training.runs.settings:RUNTIME_FIELDS",

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +19,7 @@ from gradmix.runtime import names
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
-from gradmix.training.runs.whole_files import make_folder, replacing_folder, write_text
+from gradmix.training.runs.whole_files import replacing_folder, write_text
 
 Status = Literal["complete", "interrupted", "diverged"]
 
@@ -212,15 +211,14 @@ def refuse_occupied(folder: str | Path) -> Path:
     return folder
 
 
-def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) -> Path:
-    """Write one run's folder, whole or not at all; when this returns, or goes on to the pictures, it is on the disk.
+def write_run(result: RunResult, folder: str | Path) -> Path:
+    """Write the files of one run's folder, whole or not at all; when this returns they are on the disk.
 
-    It holds ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json`` and ``accuracy_matrix.csv``.
+    They are ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json`` and ``accuracy_matrix.csv``.
 
     Args:
         result: The run.
         folder: A new or an empty folder; its parents are made.
-        pictures: Whether :func:`draw_run` is called, which takes about a second.
 
     Returns:
         The folder.
@@ -234,29 +232,11 @@ def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) ->
         (staging / "config.yaml").write_text(_config_text(result.config), encoding="utf-8")
         (staging / "metrics.json").write_text(to_json(_to_dict(result)), encoding="utf-8")
         (staging / "accuracy_matrix.csv").write_text(_accuracy_csv(result), encoding="utf-8")
-    if pictures:
-        draw_run(result, folder)
     return folder
 
 
-def draw_run(result: RunResult, folder: str | Path) -> None:
-    """Draw ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png`` of a saved run.
-
-    A picture that fails costs nothing but itself, as :func:`gradmix.training.reports.plots.draw` says. A run that
-    has diverged has none.
-    """
-    from gradmix.training.reports import plots
-
-    if result.status == "diverged":
-        return
-    pictures = {"curve.png": plots.curve, "heatmap.png": plots.heatmap}
-    if result.alignments:
-        pictures["alignment.png"] = plots.alignment
-    plots.draw({name: partial(figure, result) for name, figure in pictures.items()}, folder)
-
-
 def load_run(folder: str | Path) -> RunResult:
-    """Read a folder that :func:`save_run` wrote.
+    """Read a folder that :func:`write_run` wrote.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
@@ -311,28 +291,6 @@ def load_runs(folder: str | Path) -> dict[Path, RunResult]:
 def save_config(config: TrainConfig, folder: str | Path) -> None:
     """Write the ``config.yaml`` of several runs into their common folder."""
     write_text(Path(folder) / "config.yaml", _config_text(config))
-
-
-def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
-    """Write ``summary.json``, ``summary.md`` and ``compare.png`` over several runs; existing ones are replaced.
-
-    A picture that fails costs nothing but itself (:func:`gradmix.training.reports.plots.draw`). There is none if all
-    runs have diverged.
-
-    Raises:
-        ValueError: The runs cannot be compared, as :func:`~gradmix.training.reports.tables.summarise` says.
-        OSError: A file could not be written; the error names it.
-    """
-    from gradmix.training.reports import plots, tables
-
-    folder = Path(folder)
-    summary = tables.summarise(results)
-    make_folder(folder)
-    write_text(folder / "summary.json", to_json(tables.to_json_dict(summary)))
-    write_text(folder / "summary.md", tables.to_markdown(summary))
-    (folder / "compare.png").unlink(missing_ok=True)
-    if any(result.status != "diverged" for result in results):
-        plots.draw({"compare.png": partial(plots.compare, results)}, folder)
 
 
 def to_json(value: Any) -> str:

@@ -124,7 +124,7 @@ def attempt(
         )
         result = replace(result, environment={**result.environment, RUNS_AT_A_TIME: jobs})
         if result.status in ENDED:
-            results.save_run(result, folder, pictures=False)
+            results.write_run(result, folder)
             checkpoint.remove(file)
         return result
 
