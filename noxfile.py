@@ -34,7 +34,7 @@ def docs(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, ".[test]")
     session.install("codespell")
     session.run("codespell")
-    session.run("pytest", "tests/test_pages.py", "tests/test_readme.py", *session.posargs)
+    session.run("pytest", "tests/project/test_pages.py", "tests/project/test_readme.py", *session.posargs)
 
 
 @nox.session(name="bench-smoke")

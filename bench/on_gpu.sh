@@ -64,7 +64,7 @@ if wanted build; then
 fi
 if wanted test; then
   # Only the files with GPU tests: the others may need packages of other extras.
-  mapfile -t files < <(grep -lE 'mark\.gpu|"cuda"' tests/test_*.py)
+  mapfile -t files < <(grep -lE 'mark\.gpu|"cuda"' tests/*/test_*.py)
   try pytest -q -m gpu "${files[@]}"
   try gradmix doctor
 fi
@@ -113,7 +113,7 @@ if wanted sanitize; then
   if compute-sanitizer python3 -c 'import torch; torch.ones(1, device="cuda").sum().item()' >"$out/sanitizer.log" 2>&1; then
     for tool in memcheck racecheck synccheck; do
       try timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        pytest -q -m gpu -p no:cacheprovider tests/test_gpu_operators.py -k 'formula and cuda and float32'
+        pytest -q -m gpu -p no:cacheprovider tests/kernels/test_gpu_operators.py -k 'formula and cuda and float32'
     done
   else
     echo "compute-sanitizer does not run here: $(tail -1 "$out/sanitizer.log")"

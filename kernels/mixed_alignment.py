@@ -22,8 +22,8 @@ depend on them, kept in registers: formed anew for each, it would cost 2 d opera
 
 The block of classes is the same in every configuration, and the order of summation with it. Errors, relative to the
 largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and 1e-6 is typical
-(tests/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held to the same figures,
-and ``"tf32"`` to 5e-3 (tests/test_gpu_kernels.py).
+(tests/kernels/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held to the same
+figures, and ``"tf32"`` to 5e-3 (tests/kernels/test_gpu_kernels.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The operators' CUDA bodies, run on the CPU, as C functions for tests/test_cuda_bodies.py. Arguments as in the headers;
+// The operators' CUDA bodies, run on the CPU, as C functions for tests/kernels/test_cuda_bodies.py. Arguments as in the headers;
 // `dtype` counts as Dtype does. The answer is empty, or what went wrong.
 #include <exception>
 #include <string>

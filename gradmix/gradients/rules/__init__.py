@@ -33,7 +33,7 @@ How to add a rule
 7. Add cases to ``LAYERS`` in ``tests/gradient_networks.py``. Every case is checked against a loop over single samples,
    in three precisions and along directions.
 
-The example is run by ``tests/test_gradient_rule_recipe.py``::
+The example is run by ``tests/gradients/test_gradient_rule_recipe.py``::
 
     @register(torch.tensordot)
     class TensorDot(Rule):

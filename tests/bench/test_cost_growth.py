@@ -16,7 +16,7 @@ import gradmix
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment_torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH, PAGE = ROOT / "bench", ROOT / "docs" / "scaling.md"
 CPU = torch.device("cpu")
 

@@ -221,7 +221,7 @@ def test_the_pairs_that_no_test_ran_are_known(monkeypatch: pytest.MonkeyPatch) -
 
 def test_python_m_pytest_meets_the_installed_package(tmp_path: Path) -> None:
     """In a checkout, whose own gradmix/ comes first on the path then."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     (tmp_path / "tests").mkdir()
     (tmp_path / "gradmix").mkdir()
     (tmp_path / "gradmix" / "__init__.py").write_text("raise ImportError('this is the checkout')\n")

@@ -12,7 +12,7 @@ from patience import PATIENCE
 
 import gradmix
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "replay_buffer.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "replay_buffer.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     file for pattern in ("*.md", "docs/**/*.md", "bench/*.md", ".github/**/*.md") for file in ROOT.glob(pattern)
 )

@@ -1,9 +1,9 @@
 """Limits on files, functions, parameters, import cycles and wordings; today's exceptions may only shrink.
 
-``tests/ratchet_exceptions.py`` lists what exceeds a limit, with its figure. A figure above its entry fails, and one
-below it fails until the entry is lowered. After moving files, ``python tests/test_ratchet.py --write`` writes the list
+``ratchet_exceptions.py`` lists what exceeds a limit, with its figure. A figure above its entry fails, and one below it
+fails until the entry is lowered. After moving files, ``python tests/project/test_ratchet.py --write`` writes the list
 anew and prints the differences; what has grown is to be split up, not written down.
-``python tests/test_ratchet.py --summary [checkout]`` counts files, lines and what exceeds the limits.
+``python tests/project/test_ratchet.py --summary [checkout]`` counts files, lines and what exceeds the limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import english
 import pytest
 from ratchet_exceptions import EXCEPTIONS
 
-ROOT = Path(sys.argv[2] if sys.argv[1:2] == ["--summary"] and sys.argv[2:] else Path(__file__).parents[1]).resolve()
+ROOT = Path(sys.argv[2] if sys.argv[1:2] == ["--summary"] and sys.argv[2:] else Path(__file__).parents[2]).resolve()
 PACKAGE = ROOT / "gradmix"
 FILE = Path(__file__).with_name("ratchet_exceptions.py")
 
@@ -295,4 +295,4 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--summary"]:
         print_summary()
     else:
-        sys.exit("usage: python tests/test_ratchet.py --write | --summary [checkout]")
+        sys.exit("usage: python tests/project/test_ratchet.py --write | --summary [checkout]")

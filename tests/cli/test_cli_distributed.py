@@ -26,7 +26,7 @@ from gradmix.training.reports import plots
 from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SCRIPT = str(Path(__file__).with_name("one_of_several.py"))
+SCRIPT = str(Path(__file__).parents[1] / "one_of_several.py")
 SHORT = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "60", "--threads", "1")
 TRAIN = ("train", "--methods", "gradmix-sample", "--seeds", "0", "1", *SHORT, "--checkpoint", "0.001")
 

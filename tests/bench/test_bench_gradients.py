@@ -23,7 +23,7 @@ from torch import nn
 
 import gradmix
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "gradient_engine.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 CPU = torch.device("cpu")

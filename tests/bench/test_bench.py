@@ -20,7 +20,7 @@ from patience import PATIENCE
 import gradmix
 from gradmix.ops.mixed_alignment import OPERATOR, mixed_alignment_reference
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "selection_throughput.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 BODIES = [body.name for body in OPERATOR.backends if body.name in ("torch", "cpp") and body.available() is None]

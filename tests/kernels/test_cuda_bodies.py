@@ -1,6 +1,6 @@
 """The CUDA bodies without a GPU: the very same kernel sources run on the CPU by tests/cuda_on_host, and by sanitizers.
 
-What is left to tests/test_gpu_operators.py is what CUDA itself does: launches, streams, devices, speed.
+What is left to tests/kernels/test_gpu_operators.py is what CUDA itself does: launches, streams, devices, speed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.counter_random import random_matrix
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cuda_on_host"
 KERNELS = [ROOT / "csrc" / "class_sketch_cuda.cu", ROOT / "csrc" / "sketch_project_cuda.cu"]
 COMPILER = os.environ.get("CXX") or shutil.which("g++")

@@ -16,7 +16,7 @@ from fresh import run_python
 
 import gradmix
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(gradmix.__file__).parent
 RUNS_FROM_CHECKOUT = PACKAGE == ROOT / "gradmix"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 FORGE = sorted((ROOT / ".github").rglob("*.yml"))
 

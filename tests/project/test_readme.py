@@ -13,7 +13,7 @@ from models import CLASSES, MLP, rows
 import gradmix
 from gradmix.training.models import build_model
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str = "python") -> list[str]:

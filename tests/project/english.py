@@ -1,6 +1,6 @@
 """Words and constructions that docstrings and comments of this package avoid (docs/style.md, rules 2 and 3).
 
-``python tests/english.py FILE ...`` prints what is found; ``test_ratchet.py`` holds the number of each file.
+``python tests/project/english.py FILE ...`` prints what is found; ``test_ratchet.py`` holds the number of each file.
 """
 
 from __future__ import annotations

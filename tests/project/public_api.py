@@ -1,6 +1,6 @@
 """The public interface: names, their signatures and defaults, as recorded in public_api.json.
 
-``python tests/public_api.py`` writes the record anew, after a change that is meant and is in the changelog.
+``python tests/project/public_api.py`` writes the record anew, after a change that is meant and is in the changelog.
 """
 
 from __future__ import annotations

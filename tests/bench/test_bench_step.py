@@ -22,7 +22,7 @@ from patience import PATIENCE
 import gradmix
 from gradmix.ops import _triton
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 CPU = torch.device("cpu")
 STEPS = [f"{variant}_{criterion}" for variant in ("mixed", "originals") for criterion in ("plain", "class", "sample")]

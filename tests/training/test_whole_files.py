@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(what: str, tmp_path: Pa
     code = f"""
 import resource, signal, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from synthetic_runs import make_result
 from gradmix.training.reports import report, saving
 from gradmix.training.runs import whole_files

@@ -1,7 +1,7 @@
 """class_sketch and sketch_project on a GPU: values against float64 on the CPU, and what only CUDA itself can get wrong.
 
-The kernels' arithmetic and indices are tested without a GPU in tests/test_cuda_bodies.py; here are launches, streams,
-devices, graphs, and tensors too large for 32-bit indices.
+The kernels' arithmetic and indices are tested without a GPU in tests/kernels/test_cuda_bodies.py; here are launches,
+streams, devices, graphs, and tensors too large for 32-bit indices.
 """
 
 from __future__ import annotations

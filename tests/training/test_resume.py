@@ -30,7 +30,7 @@ from gradmix.training.methods import METHODS
 from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.streams.benchmarks import make_stream
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kill_and_resume.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "kill_and_resume.py"
 ROWS, BATCH, EPOCHS, TASKS = 12, 7, 2, 3
 # Two classes a task; the last batch of an epoch is a small one.
 STEPS_PER_EPOCH = -(-2 * ROWS // BATCH)

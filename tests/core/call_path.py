@@ -1,4 +1,6 @@
-"""The way of a batch through one ``select_pairs``: ``python tests/call_path.py [estimator] [criterion]`` prints it.
+"""The way of a batch through one ``select_pairs``.
+
+``PYTHONPATH=tests python tests/core/call_path.py [estimator] [criterion]`` prints it.
 
 An entry is a call from one module of the package into another that is handed the batch, in any of the forms that it
 takes on the way. What these objects do by themselves (:mod:`gradmix.samples`) is no entry.

@@ -3,9 +3,10 @@
 The record beside this file has each case's decisions, and digests of its real numbers, which other machines round
 otherwise. Two versions on one machine are compared to the last bit::
 
-    python tests/golden_selections.py save before.pt     # with the one version installed
-    python tests/golden_selections.py compare before.pt  # with the other
-    python tests/golden_selections.py record             # writes the record anew, after a change that is meant
+    export PYTHONPATH=tests
+    python tests/core/golden_selections.py save before.pt     # with the one version installed
+    python tests/core/golden_selections.py compare before.pt  # with the other
+    python tests/core/golden_selections.py record             # writes the record anew, after a change that is meant
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from shutil import copy
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 RUNS_ONE = """
 import torch

@@ -135,7 +135,7 @@ def test_a_training_loop_with_a_buffer() -> None:
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     return importlib.import_module("_measure")
 
 

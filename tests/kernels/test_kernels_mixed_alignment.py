@@ -1,6 +1,6 @@
 """The Triton kernels of mixed_alignment in the interpreter: values and decisions against float64, in every tile.
 
-The interpreter computes every precision in float32; what TF32 does to the products is for tests/test_gpu_kernels.py.
+The interpreter computes every precision in float32; what TF32 does to the products is for test_gpu_kernels.py.
 """
 
 from __future__ import annotations

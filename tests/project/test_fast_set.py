@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fast_set import FAST, NOT_FAST, is_fast, pytest_ignore_collect
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def test_every_name_exists() -> None:

@@ -20,7 +20,7 @@ from gradmix.training.methods import METHODS, Context, StepRows
 from gradmix.training.streams import class_incremental
 
 pytest.importorskip("PIL", reason="the images are written and read by Pillow")
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 CPU = torch.device("cpu")
 
 
