@@ -297,7 +297,8 @@ def test_a_process_that_is_killed_leaves_what_its_last_state_needs(tmp_path: Pat
     chance = random.Random(3)
     for _ in range(2):
         command = [sys.executable, "-c", KILLED, str(tmp_path)]
-        known = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(gradmix.__file__).parents[1])])
+        here = Path(__file__).parent
+        known = os.pathsep.join(map(str, (here, here.parent, Path(gradmix.__file__).parents[1])))
         environment = os.environ | {"PYTHONPATH": known, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=tmp_path, text=True) as process:
             assert process.stdout is not None
