@@ -8,8 +8,9 @@ import pytest
 import torch
 from models import MLP, rows
 
-from gradmix import GradMix, mixing_weight, select_pairs
+from gradmix import GradMix, select_pairs
 from gradmix.mixing_weight import beta_quadrature, draw_lam
+from gradmix.runtime.random import default_generator
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 7])
@@ -98,14 +99,14 @@ def test_without_a_seed_set_draws_go_on() -> None:
 
 
 def test_seeding_stays_what_it_was() -> None:
-    mixing_weight.default_generator()
+    default_generator()
     for seed in (torch.manual_seed, torch.random.manual_seed):
         assert seed.__name__ == "manual_seed" and seed(7) is torch.default_generator and torch.initial_seed() == 7
         drawn = torch.rand(3)
         assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(7)), drawn)
-        first = torch.rand(2, generator=mixing_weight.default_generator())
+        first = torch.rand(2, generator=default_generator())
         seed(7)
-        assert torch.equal(torch.rand(2, generator=mixing_weight.default_generator()), first)
+        assert torch.equal(torch.rand(2, generator=default_generator()), first)
 
 
 def test_a_state_goes_on_with_its_draws_whatever_was_drawn_since() -> None:

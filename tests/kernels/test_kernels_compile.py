@@ -1,7 +1,7 @@
 """Every Triton kernel compiles ahead of time for sm_80 and sm_90, within its limits of registers, memory and spills.
 
-For sm_90 in all of its variants. For sm_80 in the first and the last of each module, as far apart as they are; all of
-them take two minutes more, and are compiled where ``GRADMIX_ALL_VARIANTS`` is set.
+Every variant is compiled for one of the two, in turn, and the last of each module, which is the largest, for both. All
+of them for both take two minutes more: set ``GRADMIX_ALL_VARIANTS``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gradmix.kernels.compiling import compiled_figures
 capability = int(sys.argv[1])
 for name in sys.argv[2:]:
     variants = list(importlib.import_module(f"gradmix.kernels.{name}").variants())
-    if capability == 80 and "GRADMIX_ALL_VARIANTS" not in os.environ:
-        variants = variants[::max(1, len(variants) - 1)]
+    if "GRADMIX_ALL_VARIANTS" not in os.environ:
+        variants = [*variants[:-1][capability == 80::2], variants[-1]]
     for variant in variants:
         limits = [variant.max_registers, variant.max_shared, variant.max_spills]
         print(json.dumps([variant.name, limits, compiled_figures(variant, capability)._asdict()]), flush=True)

@@ -84,7 +84,7 @@ def test_classes_masked_by_minus_infinity_are_no_divergence() -> None:
 
 
 def test_on_a_gpu_a_loss_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmix.training.loop.divergence.look_is_free", lambda _: False)
+    monkeypatch.setattr("gradmix.training.loop.divergence.can_sync", lambda _: False)
     watch = LossWatch(torch.device("cpu"))
     watch.look()
     watch.note(torch.tensor(math.nan))
