@@ -23,7 +23,7 @@ Whether a pair of classes may be mixed depends on the weight: near 1 it is a que
 0 about the partner's. One decision for all weights, their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
 
 AVERAGE_NODES = 8
-"""Quadrature nodes of a class table's average over Beta(alpha, alpha), which is for people to look at."""
+"""Quadrature nodes of a class table's average over Beta(alpha, alpha), which is for display."""
 
 TABLE_SAMPLES = 2048
 """Samples behind a class table at the most; with many classes there are fewer of each."""

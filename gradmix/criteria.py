@@ -68,7 +68,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What an estimator says of pairs of samples, or of pairs of classes.
+    """An estimator's scores of pairs of samples, or of pairs of classes.
 
     Attributes:
         inner: (N, M) or (P, P), inner products of the mixtures' gradients with the reference; NaN: not evaluated.

@@ -204,7 +204,7 @@ class GradMix:
                     self._refresh_kept(request)
                 request = replace(request, marked=None)
             lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
-            selector, known = (Selector(self._estimator, self._rule), None) if once else self._kept()
+            selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
             run = call
             if self._graphs is not None and self._graphs.serve(first_tensor(request.batch.x).device):
                 run = self._graphs
@@ -212,8 +212,8 @@ class GradMix:
         self._age += 1
         return self.pairs
 
-    def _kept(self) -> tuple[Selector, Reference | None]:
-        """What selects between two refreshes: the class table, else the estimator with the reference gradient."""
+    def _selector(self) -> tuple[Selector, Reference | None]:
+        """Return what selects between refreshes: the class table, else the estimator with the reference gradient."""
         if self.table is not None:
             lookup = TableLookup(self._estimator, self.table.lams)
             return Selector(lookup, self._rule), Reference(self.table.tensors())
@@ -255,7 +255,7 @@ class GradMix:
         return False
 
     def _shapes_now(self) -> Shapes:
-        """What the kept gradient depends on of the model, but for values."""
+        """Return the parameters' shapes, on which the kept gradient depends besides values."""
         frozen_count = not self._estimator.full_network
         parameters = self._model.named_parameters()
         return {name: list(p.shape) for name, p in parameters if p.requires_grad or frozen_count}
@@ -302,7 +302,7 @@ class GradMix:
         return table.of_first_process(network.group), screening
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept between steps, of tensors and plain numbers; loads with ``torch.load(weights_only=True)``.
+        """Return what is kept between steps, tensors and numbers; loads with ``torch.load(weights_only=True)``.
 
         Raises:
             ValueError: the call before was given what it should not have been, found on a GPU.

@@ -102,7 +102,7 @@ class Pairs:
             TypeError: inputs that cannot be mixed, such as token ids; see :func:`gradmix.mixed_forward`.
             ValueError: a wrong number of samples, or shapes that do not fit.
         """
-        own = self._given(x, y)
+        own = self._samples(x, y)
         other = own if self._candidates is None else self._candidates
         if self._candidates is not None and floating_dtype(own.x) is not None:
             check_alike("x", own.x, other.x, "the candidates")
@@ -121,7 +121,7 @@ class Pairs:
         Raises:
             ValueError: a wrong number of samples.
         """
-        own = self._given(None, y)
+        own = self._samples(None, y)
         return self._mixed_labels(own, own if self._candidates is None else self._candidates)
 
     def other_x(self, x: InputTree | None = None) -> Any:
@@ -134,7 +134,7 @@ class Pairs:
             ValueError: a wrong number of samples, or samples given though partners came from other candidates.
         """
         if self._candidates is None:
-            return take(self._given(x, None).x, self.partner)
+            return take(self._samples(x, None).x, self.partner)
         if x is not None:
             count = check_inputs("x", x)
             raise ValueError(f"x: got {count} rows, expected None, as partners are among the candidates")
@@ -167,7 +167,7 @@ class Pairs:
             "mean_cosine": float(known.double().mean()),
         }
 
-    def _given(self, x: InputTree | None, y: Tensor | None) -> Samples:
+    def _samples(self, x: InputTree | None, y: Tensor | None) -> Samples:
         """The batch, with the inputs and labels given in place of its own."""
         samples = Samples(self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y))
         for name, count in (("x", check_inputs("x", samples.x)), ("y", check_inputs("y", samples.y))):
@@ -177,5 +177,5 @@ class Pairs:
 
 
 def labels_dtype(x: InputTree) -> torch.dtype:
-    """Of mixed labels and weights: float64 for float64 inputs, else float32."""
+    """Return the dtype of mixed labels and weights: float64 for float64 inputs, else float32."""
     return work_dtype(floating_dtype(x) or torch.float32)

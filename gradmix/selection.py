@@ -89,7 +89,7 @@ def select_pairs(
             partner.
         criterion: ``"sample"``: the inner product of each pair decides. ``"class"``, as in the paper: the mean over the
             pairs of the same two classes decides.
-        estimator: how a mixture's gradient is had.
+        estimator: how a mixture's gradient is computed.
 
             - ``"feature"``: of the last layer, samples mixed at its input; no mixture is forwarded.
             - ``"mixed"``: of the last layer, exact; all N x M mixtures are forwarded, or with ``permute`` N of them.
@@ -159,7 +159,7 @@ def select(
         known: the reference gradient or the class table; None: the buffer is empty, or samples are marked.
         lam: weight of the sample itself.
         generator: source of the draws.
-        run: calls a pure selector, maybe by a captured CUDA graph.
+        run: calls a pure selector, as it is or by a captured CUDA graph.
     """
     scorer, batch, screening = selector.scorer, request.batch, None
     own = request.candidates is None

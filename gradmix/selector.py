@@ -21,7 +21,7 @@ from gradmix.samples import Mixtures
 
 @dataclass(frozen=True)
 class Rule:
-    """How scores become partners: the arguments of these names of :func:`gradmix.select_pairs`.
+    """The rule by which scores become partners: the arguments of these names of :func:`gradmix.select_pairs`.
 
     Raises:
         ValueError, TypeError: one of them is no such value.

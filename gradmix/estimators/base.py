@@ -1,4 +1,4 @@
-"""What every estimator does: make reference gradients (:class:`Estimator`), score mixtures by them (:class:`Scorer`).
+"""Base classes: scorers score mixtures by a reference gradient; estimators make that gradient, too.
 
 An estimator is bound to a network and knows nothing of criteria's thresholds, of policies, or of what is kept between
 steps. :func:`gradmix.estimators.resolve` makes one from what the user gave.
@@ -70,7 +70,7 @@ class Network:
 
 
 class PassSizes(NamedTuple):
-    """What is known of passes to come.
+    """Sizes of passes to come.
 
     Attributes:
         chunk_size: samples to take at a time.
@@ -83,7 +83,7 @@ class PassSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Screening:
-    """How the decisions of the estimator ``sketch`` were made.
+    """Counts of the decisions of the estimator ``sketch``.
 
     Attributes:
         screened: pairs of samples, or of classes, that were scored by sketches.

@@ -31,14 +31,14 @@ class Feature(LastLayerEstimator):
     is_pure: ClassVar[bool] = True
 
     def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
-        """All pairs at once, whatever ``pairs`` says."""
+        """Score all pairs at once, whatever ``pairs`` says."""
         self.check_fits(mixtures, gradient)
         return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, self.network.backend)
 
     def class_table(
         self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
     ) -> tuple[ClassTable, Screening | None]:
-        """Of all pairs of up to ``per_class`` samples of each class."""
+        """The table of all pairs of up to ``per_class`` samples of each class."""
         classes = torch.unique(class_of(samples.y))
         limit = max(1, min(per_class, TABLE_SAMPLES // len(classes)))
         samples = samples.take(ClassQuota(limit).admit(samples.y))

@@ -1,4 +1,4 @@
-"""What the estimators of the full network's gradient share: how it is run, and its reference gradient.
+"""Base of the estimators of the full network's gradient: how it is run, and its reference gradient.
 
 The reference is the mean gradient of the buffer with respect to all parameters, by name
 (:func:`gradmix.gradients.mean_gradient`).
@@ -41,7 +41,7 @@ class FullNetworkSettings(Protocol):
 
     @property
     def without_rule(self) -> WithoutRule:
-        """What becomes of a parameter without a rule."""
+        """Treatment of a parameter without a rule."""
 
     @property
     def scaler(self) -> Scaler:

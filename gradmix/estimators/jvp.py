@@ -51,14 +51,14 @@ class Jvp(FullNetworkEstimator):
         super().__init__(network, settings, type(settings).__name__)
 
     def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
-        """Of the pairs that matter alone, each forwarded."""
+        """Score the pairs that matter alone, each forwarded."""
         pairs = pairs_of(mixtures, pairs)
         return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))
 
     def class_table(
         self, samples: Samples, gradient: FullGradient, per_class: int, threshold: float, generator: torch.Generator
     ) -> tuple[ClassTable, Screening | None]:
-        """Of ``per_class`` random mixtures for each ordered pair of classes, shared out among the mixing weights."""
+        """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
         norm = self.reference_norm(gradient)
         chunk_size, num_classes = self.sizes(samples.x)
 

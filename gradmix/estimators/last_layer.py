@@ -1,4 +1,4 @@
-"""What the estimators of the last layer's gradient share: passes that capture the head, and its reference gradient."""
+"""Base of the estimators of the last layer's gradient: passes that capture the head, and its reference gradient."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Mixed(LastLayerEstimator):
     name = "mixed"
 
     def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
-        """Of the pairs that matter alone, each forwarded."""
+        """Score the pairs that matter alone, each forwarded."""
         self.check_fits(mixtures, gradient)
         pairs = pairs_of(mixtures, pairs)
         samples = (mixtures.batch, mixtures.partners)
@@ -34,7 +34,7 @@ class Mixed(LastLayerEstimator):
     def class_table(
         self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
     ) -> tuple[ClassTable, Screening | None]:
-        """Of ``per_class`` random mixtures for each ordered pair of classes, shared out among the mixing weights."""
+        """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
         scores = sampled_scores(
             lambda pairs, lam: self._score_pairs((samples, samples), gradient, pairs, lam),
             samples.y,

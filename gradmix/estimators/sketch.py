@@ -73,7 +73,7 @@ class Sketch(FullNetworkEstimator):
         self._sketch = settings
 
     def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
-        """All pairs at once, whatever ``pairs`` says."""
+        """Score all pairs at once, whatever ``pairs`` says."""
         sketches = self.sketches(mixtures, gradient, by_class=False)
         if mixtures.own:
             return sketches.scores(float(mixtures.lam))
@@ -81,7 +81,7 @@ class Sketch(FullNetworkEstimator):
         return sketches.scores(float(mixtures.lam), slice(0, count), slice(count, None))
 
     def class_scores(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
-        """Of the classes' mean gradients."""
+        """Score pairs of classes by their mean gradients."""
         return self.sketches(mixtures, gradient, by_class=True).scores(float(mixtures.lam))
 
     def sketches(self, mixtures: Mixtures[Samples], gradient: FullGradient, *, by_class: bool) -> GradientSketches:
@@ -109,7 +109,7 @@ class Sketch(FullNetworkEstimator):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[PairScores, Screening]:
-        """What is in doubt, scored again by forwarded mixtures, as far as the budget goes."""
+        """Score again what is in doubt, by forwarded mixtures, as far as the budget goes."""
         at = pairs_of(mixtures, pairs).unbind(1)
         if scores.classes is not None:
             sides = zip((mixtures.batch, mixtures.partners), at, strict=True)
@@ -158,7 +158,7 @@ class Sketch(FullNetworkEstimator):
     def class_table(
         self, samples: Samples, gradient: FullGradient, per_class: int, threshold: float, generator: torch.Generator
     ) -> tuple[ClassTable, Screening]:
-        """Of all samples' sketches by class; the budget is shared out among the mixing weights."""
+        """The table of all samples' sketches by class; the budget is shared out among the mixing weights."""
         chunk_size, num_classes = self.sizes(samples.x)
         mixtures = Mixtures(samples, None, 0.0, num_classes, chunk_size)
         sketches = self.sketches(mixtures, gradient, by_class=True)

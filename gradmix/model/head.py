@@ -38,7 +38,7 @@ __all__ = ["Head", "HeadCapture", "HeadNotFoundError", "HeadOutput", "logits_of"
 
 
 class HeadOutput(NamedTuple):
-    """What the head saw and said for a batch of samples.
+    """The head's input and output for a batch of samples.
 
     Attributes:
         features: (N, d), its input; of a head whose logits are scaled, or of several layers whose logits are summed,
@@ -173,7 +173,7 @@ def resolve_head(model: nn.Module, head: HeadLike = None, example: InputTree | N
 
 
 def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> CapturedOutput:
-    """What the head sees and says for ``x``; call it inside :func:`gradmix.model.unchanged.unchanged`.
+    """Return the head's input and output for ``x``; call it inside :func:`gradmix.model.unchanged.unchanged`.
 
     Raises:
         HeadNotFoundError: as :class:`HeadCapture`.

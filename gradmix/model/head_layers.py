@@ -108,7 +108,7 @@ def input_of(inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
 
 
 def call_of(inputs: Sequence[Any], named: Mapping[str, Any], output: Tensor) -> Call | None:
-    """What a hook saw of a call; None if no tensor went in."""
+    """Return the call that a hook saw; None if no tensor went in."""
     features = input_of(inputs, named)
     if features is None:
         return None

@@ -213,7 +213,7 @@ def own_copy(x: Tree) -> Tree:
 
 
 def call_model(model: nn.Module, x: InputTree) -> Any:
-    """What the model returns for ``x``, given as :func:`arguments_of` says."""
+    """Return the model's output for ``x``, given as :func:`arguments_of` says."""
     positional, named = arguments_of(model, x)
     return model(*positional, **named)
 

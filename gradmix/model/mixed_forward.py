@@ -107,7 +107,7 @@ class _Reached(BaseException):
 
 
 def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x: InputTree) -> Tensor:
-    """What comes out of the stage (or into it) for ``x``, without the rest of the pass."""
+    """Return the stage's output (or input) for ``x``, without the rest of the pass."""
     found: list[Tensor] = []
 
     def stop(value: object) -> Tensor:

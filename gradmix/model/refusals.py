@@ -1,4 +1,4 @@
-"""What is refused by name around forward passes: statistics of the batch, and inputs of a dtype that fails."""
+"""Refusals by name around forward passes: statistics of the batch, and inputs of a dtype that fails."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Graphs:
         return device.type == "cuda"
 
     def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
-        """What ``function(*inputs)`` returns, its tensors new ones.
+        """Return what ``function(*inputs)`` returns, its tensors new ones.
 
         Args:
             function: hashable; it makes the host wait for nothing, what it returns depends on its arguments alone, and

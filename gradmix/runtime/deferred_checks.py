@@ -101,12 +101,12 @@ def deferred_checks(model: nn.Module) -> Iterator[None]:
     finally:
         _asking.questions = before
     if asked:
-        answers = _sent(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
+        answers = _send(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
         with _lock:
             _underway.setdefault(model, []).append(answers)
 
 
-def _sent(flags: Tensor, consequences: list[Consequence]) -> _Answers:
+def _send(flags: Tensor, consequences: list[Consequence]) -> _Answers:
     """``flags`` (K,), first bad rows or -1, being copied to the host without waiting."""
     if not flags.is_cuda:
         return _Answers(flags, None, consequences)
