@@ -228,7 +228,7 @@ def differences(found: dict[str, Case], before: dict[str, Case]) -> Iterator[str
             same = (
                 a.dtype == b.dtype
                 and a.shape == b.shape
-                and bytes(a.contiguous().view(-1).view(torch.uint8)) == bytes(b.contiguous().view(-1).view(torch.uint8))
+                and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
                 if isinstance(a, Tensor) and isinstance(b, Tensor)
                 else not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
             )
