@@ -56,7 +56,7 @@ from gradmix.model.head import HeadOutput
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.pairs import Pairs
-from gradmix.samples import HeadSamples
+from gradmix.samples import HeadSamples, Mixtures
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""
@@ -259,7 +259,8 @@ def _tabulating(problem: Problem, classes: int) -> Call:
     given = HeadSamples(None, labels, problem.features_a[:rows], problem.logits_a[:rows])
     # The estimator asks neither the model nor the head for anything.
     estimator = resolve("feature", Network(nn.Identity(), None, None, CHUNK, "auto"))
-    return lambda: estimator.class_table(given, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())[0]
+    mixtures = Mixtures(given, None, LAM, given.logits.shape[1], CHUNK)
+    return lambda: estimator.class_table(mixtures, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())[0]
 
 
 def points_of(axis: str, values: Sequence[int], base: Sizes, device: torch.device, seed: int) -> list[_Point]:

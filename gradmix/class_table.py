@@ -96,8 +96,10 @@ def interpolate(lams: Sequence[float], table: TableTensors, lam: Weight) -> Pair
     return PairScores(inner, norm, classes=table.classes)
 
 
-def table_of(scores: Sequence[PairScores], classes: Tensor, reference_norm: Tensor) -> ClassTable:
-    """The table of the scores (P, P) at each of :data:`TABLE_LAMS`."""
+def table_of(scores: Sequence[PairScores], reference_norm: Tensor) -> ClassTable:
+    """The table of the scores (P, P) of the same classes at each of :data:`TABLE_LAMS`."""
+    classes = scores[0].classes
+    assert classes is not None
     inner, norm = (torch.stack([getattr(part, name) for part in scores]) for name in ("inner", "norm"))
     return ClassTable(TABLE_LAMS, inner, norm, reference_norm, classes)
 
@@ -106,7 +108,7 @@ def sampled_scores(
     score: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     y: Tensor,
     per_pair: int,
-    like: Tensor,
+    dtype: torch.dtype,
     generator: torch.Generator,
 ) -> list[PairScores]:
     """The mean scores of random pairs of samples of each ordered pair of classes, at each of :data:`TABLE_LAMS`.
@@ -115,7 +117,7 @@ def sampled_scores(
         score: from pairs (K, 2) of samples and a mixing weight to their inner products and norms, both (K,).
         y: labels of the N samples.
         per_pair: pairs of samples for each pair of classes, shared out among the weights, one at least.
-        like: a tensor of the dtype of the sums.
+        dtype: of the sums.
         generator: draws the pairs.
     """
     labels = class_of(y)
@@ -125,7 +127,7 @@ def sampled_scores(
     found = []
     for lam in TABLE_LAMS:
         pairs = draw_of_classes(cells, classes, (labels, labels), max(1, per_pair // len(TABLE_LAMS)), generator)
-        means = ClassMeans(classes, like)
+        means = ClassMeans(classes, dtype)
         means.add_pairs(*score(pairs, lam), labels[pairs[:, 0]], labels[pairs[:, 1]])
         found.append(means.scores())
     return found

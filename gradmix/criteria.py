@@ -120,12 +120,12 @@ class ClassMeans:
 
     Args:
         classes: (P,) int64, ascending, as :func:`classes_of` gives them.
-        like: a tensor of the dtype and on the device of the sums.
+        dtype: of the sums.
     """
 
-    def __init__(self, classes: Tensor, like: Tensor) -> None:
+    def __init__(self, classes: Tensor, dtype: torch.dtype) -> None:
         self.classes = classes
-        self._inner = torch.zeros(len(classes) ** 2, dtype=like.dtype, device=like.device)
+        self._inner = torch.zeros(len(classes) ** 2, dtype=dtype, device=classes.device)
         self._norm, self._count = torch.zeros_like(self._inner), torch.zeros_like(self._inner)
 
     def add_matrix(self, scores: PairScores, y_a: Tensor, y_b: Tensor, own: bool) -> None:
@@ -155,16 +155,16 @@ class ClassMeans:
         return PairScores((self._inner / count).view(shape), (self._norm / count).view(shape), classes=self.classes)
 
 
-def mean_by_class(scores: PairScores, y: Tensor, other_y: Tensor, own: bool, like: Tensor) -> PairScores:
+def mean_by_class(scores: PairScores, y: Tensor, other_y: Tensor, own: bool, dtype: torch.dtype) -> PairScores:
     """The means of ``scores`` (N, M) over the pairs of each pair of classes, (P, P).
 
     Args:
         scores: of pairs of samples.
         y, other_y: labels of the N samples and M partners.
         own: whether both are the same samples.
-        like: a tensor of the dtype in which sums are formed.
+        dtype: of the sums.
     """
     y_a, y_b = class_of(y), class_of(other_y)
-    means = ClassMeans(classes_of(y_a if own else torch.cat([y_a, y_b])), like)
+    means = ClassMeans(classes_of(y_a if own else torch.cat([y_a, y_b])), dtype)
     means.add_matrix(scores, y_a, y_b, own)
     return means.scores()

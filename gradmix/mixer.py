@@ -272,7 +272,7 @@ class GradMix:
         if by_class and (reference is not None or request.marked is not None):
             mixtures = estimator.see(request, 1.0)
             if request.marked is not None:
-                reference = on_host(estimator.marked_reference(mixtures.batch, request.marked))
+                reference = on_host(estimator.marked_reference(mixtures, request.marked))
             if reference is not None:
                 table, screening = self._class_table(mixtures, samples, reference)
         self.reference = None if reference is None else reference.gradient
@@ -289,8 +289,9 @@ class GradMix:
         if not estimator.mixes_inputs:
             at_hand = [part.without_inputs() for part in at_hand]
         parts = [*samples, *(part.gathered(network.batch_group) for part in at_hand)]
+        everything = concatenate_samples(parts, mixtures.num_classes)
         table, screening = estimator.class_table(
-            concatenate_samples(parts, mixtures.num_classes),
+            replace(mixtures, batch=everything, candidates=None),
             reference.gradient,
             self._class_samples,
             self._rule.threshold,

@@ -6,6 +6,7 @@ G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T, (C, d + 1), with h_n the head's inpu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from gradmix.model.forward import forward_source
 from gradmix.model.head import HeadLike
-from gradmix.model.inputs import check_mixable
+from gradmix.model.inputs import check_mixable, tensors_of
 from gradmix.model.unchanged import device_of, unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
@@ -189,6 +190,11 @@ def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -
     total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, bias=False)
     total, count = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
     return Reference(total / count.clamp(min=1), count == 0)
+
+
+def dtype_of(gradient: Any) -> torch.dtype:
+    """The dtype that holds all of a reference gradient, of the last layer or by parameter name."""
+    return reduce(torch.promote_types, (part.dtype for part in tensors_of(gradient)))
 
 
 def on_host(reference: Reference | None) -> Reference | None:

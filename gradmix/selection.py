@@ -169,7 +169,7 @@ def select(
     see = scorer.label if known is None and request.marked is None else scorer.see
     mixtures = see(request, lam)
     if request.marked is not None:
-        known = scorer.marked_reference(mixtures.batch, request.marked)
+        known = scorer.marked_reference(mixtures, request.marked)
     if known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:

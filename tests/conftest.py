@@ -37,8 +37,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
         return None  # xdist reads it
     # The cores that this process may use: in a container they are often fewer than the machine's.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # One more than cores, as many tests wait for processes that they start.
-    return min(cores + 1, MOST_PROCESSES)
+    return min(cores, MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ from gradmix.model.inputs import InputTree
 from gradmix.model.unchanged import require_finite, unchanged
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
-from gradmix.references import Reference
+from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
 from gradmix.runtime.deferred_checks import deferred_checks
 from gradmix.runtime.validation import check_count
@@ -139,8 +139,8 @@ class Scorer(ABC, Generic[AnySamples]):
     def see(self, request: Request, lam: float) -> Mixtures[AnySamples]:
         """As :meth:`label`, with what scores need of every sample."""
 
-    def marked_reference(self, batch: AnySamples, marked: Tensor) -> Reference | None:
-        """The gradient of the samples that are marked, over all processes; None where it is known that none is."""
+    def marked_reference(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
+        """The gradient of the marked samples of the batch, over all processes; None where there is known to be none."""
         raise NotImplementedError(f"{type(self).__name__} makes no reference gradient")
 
     @abstractmethod
@@ -160,8 +160,7 @@ class Scorer(ABC, Generic[AnySamples]):
     def class_scores(self, mixtures: Mixtures[AnySamples], gradient: Any, pairs: Tensor | None) -> PairScores:
         """The scores (P, P) of pairs of classes: the means over the pairs of samples."""
         scores = self.score(mixtures, gradient, pairs)
-        like = self.reference_norm(gradient)
-        return mean_by_class(scores, mixtures.batch.y, mixtures.partners.y, mixtures.own, like)
+        return mean_by_class(scores, mixtures.batch.y, mixtures.partners.y, mixtures.own, dtype_of(gradient))
 
     def recheck(
         self,
@@ -221,12 +220,17 @@ class Estimator(Scorer[AnySamples]):
 
     @abstractmethod
     def class_table(
-        self, samples: AnySamples, gradient: Any, per_class: int, threshold: float, generator: torch.Generator
+        self,
+        mixtures: Mixtures[AnySamples],
+        gradient: Any,
+        per_class: int,
+        threshold: float,
+        generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
         """The alignment of all pairs of the samples' classes as a function of lam.
 
         Args:
-            samples: of the buffer and of the batch.
+            mixtures: of samples of the buffer and of the batch with each other, at any lam.
             gradient: the reference.
             per_class: samples of each class, or mixtures for each pair of classes.
             threshold: the cosine that decides.

@@ -36,9 +36,15 @@ class Feature(LastLayerEstimator):
         return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, self.network.backend)
 
     def class_table(
-        self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
+        self,
+        mixtures: Mixtures[HeadSamples],
+        gradient: Tensor,
+        per_class: int,
+        threshold: float,
+        generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
         """The table of all pairs of up to ``per_class`` samples of each class."""
+        samples = mixtures.batch
         classes = torch.unique(class_of(samples.y))
         limit = max(1, min(per_class, TABLE_SAMPLES // len(classes)))
         samples = samples.take(ClassQuota(limit).admit(samples.y))

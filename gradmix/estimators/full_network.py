@@ -68,8 +68,8 @@ class FullNetworkEstimator(Estimator[Samples]):
     full_network: ClassVar[bool] = True
     scores_itself: ClassVar[bool] = False
 
-    def __init__(self, network: Network, settings: FullNetworkSettings, name: str) -> None:
-        self.network, self.name = network, name
+    def __init__(self, network: Network, settings: FullNetworkSettings) -> None:
+        self.network, self.name = network, type(settings).__name__
         self._settings = settings
 
     def engine_settings(self, layers: str | Sequence[str], chunk_size: int) -> EngineSettings:
@@ -124,11 +124,10 @@ class FullNetworkEstimator(Estimator[Samples]):
             kept.append(Samples(x, y).take(quota.admit(y)))
         return kept
 
-    def marked_reference(self, batch: Samples, marked: Tensor) -> Reference | None:
+    def marked_reference(self, mixtures: Mixtures[Samples], marked: Tensor) -> Reference | None:
         """The marked samples' mean gradient."""
-        own, chunk_size = batch.take(marked), self.sizes(batch.x).chunk_size
-        group = self.network.batch_group
-        gradient = self.mean_gradient("replayed rows", (own.x, own.y), chunk_size, group, shared=False)
+        own, group = mixtures.batch.take(marked), self.network.batch_group
+        gradient = self.mean_gradient("replayed rows", (own.x, own.y), mixtures.chunk_size, group, shared=False)
         return None if gradient is None else Reference(gradient)
 
     def mean_gradient(

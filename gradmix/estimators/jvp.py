@@ -7,19 +7,19 @@ the inner product of both gradients, without a gradient being formed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradmix.class_table import ClassTable, sampled_scores, table_of
 from gradmix.criteria import PairScores
-from gradmix.estimators.base import Network, Screening
+from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.full_network import FullGradient, FullNetworkEstimator, check_memory
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
-from gradmix.ops.labels import class_of
+from gradmix.references import dtype_of
 from gradmix.samples import Mixtures, Samples
 
 
@@ -47,23 +47,23 @@ class JvpEstimator:
 class Jvp(FullNetworkEstimator):
     """The estimator ``jvp`` of one network."""
 
-    def __init__(self, network: Network, settings: JvpEstimator) -> None:
-        super().__init__(network, settings, type(settings).__name__)
-
     def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
         """Score the pairs that matter alone, each forwarded."""
         pairs = pairs_of(mixtures, pairs)
         return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))
 
     def class_table(
-        self, samples: Samples, gradient: FullGradient, per_class: int, threshold: float, generator: torch.Generator
+        self,
+        mixtures: Mixtures[Samples],
+        gradient: FullGradient,
+        per_class: int,
+        threshold: float,
+        generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
         """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
-        norm = self.reference_norm(gradient)
-        chunk_size, num_classes = self.sizes(samples.x)
 
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-            return self.score_pairs(Mixtures(samples, None, lam, num_classes, chunk_size), gradient, pairs)
+            return self.score_pairs(replace(mixtures, lam=lam), gradient, pairs)
 
-        scores = sampled_scores(score, samples.y, per_class, norm, generator)
-        return table_of(scores, torch.unique(class_of(samples.y)), norm.to(scores[0].inner)), None
+        scores = sampled_scores(score, mixtures.batch.y, per_class, dtype_of(gradient), generator)
+        return table_of(scores, self.reference_norm(gradient).to(scores[0].inner)), None

@@ -61,9 +61,9 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         )
         return None if gradient is None else Reference(gradient), samples
 
-    def marked_reference(self, batch: HeadSamples, marked: Tensor) -> Reference:
+    def marked_reference(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
         """The marked samples' mean last-layer gradient; whether there are any is decided on the device."""
-        return marked_gradient(batch, marked, self.network.batch_group)
+        return marked_gradient(mixtures.batch, marked, self.network.batch_group)
 
     def given_reference(self, gradient: object) -> Reference:
         """A tensor of :func:`gradmix.reference_gradient`."""

@@ -14,7 +14,6 @@ from gradmix.model.head import HeadOutput, forward_head
 from gradmix.model.inputs import mix_samples, take
 from gradmix.model.unchanged import require_finite_pairs
 from gradmix.ops.dtypes import exact_dtype
-from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import in_range, mixed_residual
 from gradmix.samples import HeadSamples, Mixtures, Samples
 
@@ -32,17 +31,21 @@ class Mixed(LastLayerEstimator):
         return as_matrix(mixtures, pairs, *self._score_pairs(samples, gradient, pairs, float(mixtures.lam)))
 
     def class_table(
-        self, samples: HeadSamples, gradient: Tensor, per_class: int, threshold: float, generator: torch.Generator
+        self,
+        mixtures: Mixtures[HeadSamples],
+        gradient: Tensor,
+        per_class: int,
+        threshold: float,
+        generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
         """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
-        scores = sampled_scores(
-            lambda pairs, lam: self._score_pairs((samples, samples), gradient, pairs, lam),
-            samples.y,
-            per_class,
-            gradient,
-            generator,
-        )
-        return table_of(scores, torch.unique(class_of(samples.y)), self.reference_norm(gradient)), None
+        samples = mixtures.batch
+
+        def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+            return self._score_pairs((samples, samples), gradient, pairs, lam)
+
+        scores = sampled_scores(score, samples.y, per_class, gradient.dtype, generator)
+        return table_of(scores, self.reference_norm(gradient)), None
 
     def _score_pairs(
         self, samples: tuple[Samples, Samples], gradient: Tensor, pairs: Tensor, lam: float

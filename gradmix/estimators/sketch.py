@@ -69,7 +69,7 @@ class Sketch(FullNetworkEstimator):
     """The estimator ``sketch`` of one network."""
 
     def __init__(self, network: Network, settings: SketchEstimator) -> None:
-        super().__init__(network, settings, type(settings).__name__)
+        super().__init__(network, settings)
         self._sketch = settings
 
     def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
@@ -156,11 +156,14 @@ class Sketch(FullNetworkEstimator):
         return replace(scores, inner=inner, norm=norms), screening
 
     def class_table(
-        self, samples: Samples, gradient: FullGradient, per_class: int, threshold: float, generator: torch.Generator
+        self,
+        mixtures: Mixtures[Samples],
+        gradient: FullGradient,
+        per_class: int,
+        threshold: float,
+        generator: torch.Generator,
     ) -> tuple[ClassTable, Screening]:
         """The table of all samples' sketches by class; the budget is shared out among the mixing weights."""
-        chunk_size, num_classes = self.sizes(samples.x)
-        mixtures = Mixtures(samples, None, 0.0, num_classes, chunk_size)
         sketches = self.sketches(mixtures, gradient, by_class=True)
         table, counts = [], torch.zeros(3, dtype=torch.int64, device="cpu")
         for lam in TABLE_LAMS:
@@ -171,9 +174,8 @@ class Sketch(FullNetworkEstimator):
             )
             counts += torch.tensor(astuple(done), device="cpu")
             table.append(scores)
-        assert sketches.classes is not None
         norm = self.reference_norm(gradient).to(table[0].inner)
-        return table_of(table, sketches.classes, norm), Screening(*counts.tolist())
+        return table_of(table, norm), Screening(*counts.tolist())
 
 
 class GradientSketches:

@@ -16,7 +16,7 @@ from gradmix.model.forward import forward_all
 from gradmix.model.head import logits_of
 from gradmix.model.unchanged import unchanged
 from gradmix.references import reference_gradient
-from gradmix.samples import Samples
+from gradmix.samples import Mixtures, Samples
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -184,7 +184,8 @@ def table(
     resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
     with unchanged(model):
         got = forward_all(model, model.fc, "rows", Samples(*pair), 512)
-        return resolved.class_table(got, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
+        mixtures = Mixtures(got, None, 0.0, CLASSES, 512)
+        return resolved.class_table(mixtures, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
 
 
 @pytest.mark.parametrize("lam", TABLE_LAMS)

@@ -13,7 +13,7 @@ from gradmix import GradMix, ReplayBuffer
 from gradmix.criteria import class_index
 from gradmix.estimators import feature, mixed
 from gradmix.gradients import mean_gradient
-from gradmix.samples import HeadSamples
+from gradmix.samples import HeadSamples, Mixtures
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -84,9 +84,9 @@ def test_between_refreshes_the_class_criterion_needs_no_forward_pass(estimator: 
 def test_only_mixed_inputs_keep_inputs_alive(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
     kept: list[bool] = []
 
-    def spy(self: object, samples: HeadSamples, *args: object) -> object:
-        kept.append(samples.x is not None)
-        return class_table(self, samples, *args)
+    def spy(self: object, mixtures: Mixtures[HeadSamples], *args: object) -> object:
+        kept.append(mixtures.batch.x is not None)
+        return class_table(self, mixtures, *args)
 
     class_table = kind.class_table
     monkeypatch.setattr(kind, "class_table", spy)

@@ -32,7 +32,8 @@ capability = int(sys.argv[1])
 for name in sys.argv[2:]:
     variants = list(importlib.import_module(f"gradmix.kernels.{name}").variants())
     if "GRADMIX_ALL_VARIANTS" not in os.environ:
-        variants = [*variants[:-1][capability == 80::2], variants[-1]]
+        first = 1 if capability == 80 else 0
+        variants = [*variants[:-1][first::2], variants[-1]]
     for variant in variants:
         limits = [variant.max_registers, variant.max_shared, variant.max_spills]
         print(json.dumps([variant.name, limits, compiled_figures(variant, capability)._asdict()]), flush=True)
