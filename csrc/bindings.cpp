@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "class_sketch.hpp"
 #include "cpu_level.hpp"
 #include "forked.hpp"
+#include "mixed_alignment.hpp"
 #include "sketch_project.hpp"
 #include "tensor_view.hpp"
 
@@ -172,6 +175,103 @@ void py_sketch_project(const py::object& x_object, std::int64_t key, bool ones, 
   sketch_project(problem, threads);
 }
 
+std::optional<TensorView> optional_view(const py::object& object, const char* argument, Dtype dtype, const char* axes,
+                                        std::int32_t ndim, const Accept& accept = {}) {
+  if (object.is_none()) return std::nullopt;
+  return std::optional<TensorView>(std::in_place, object, argument, std::initializer_list<Dtype>{dtype}, axes, ndim,
+                                   accept);
+}
+
+// One side of mixed_alignment, checked; the tensors live as long as this. `suffix` is that of the arguments' names.
+class SideViews {
+ public:
+  SideViews(const py::tuple& side, const std::string& suffix, std::initializer_list<Dtype> dtypes)
+      : names_{"features" + suffix, "logits" + suffix, "labels" + suffix, "projected" + suffix, "beside" + suffix},
+        features(side[0], names_[0].c_str(), dtypes, "(N, d)", 2),
+        logits(side[1], names_[1].c_str(), {features.dtype()}, "(N, C)", 2),
+        labels(side[2], names_[2].c_str(), {Dtype::kInt64}, "(N,)", 1),
+        projected(side[3], names_[3].c_str(), {features.dtype()}, "(N, C)", 2),
+        beside(optional_view(side[4], names_[4].c_str(), features.dtype(), "(N, C)", 2)) {
+    for (const TensorView* view : {&logits, &projected, beside ? &*beside : &logits}) {
+      view->require_size(0, features.size(0), "N of the features");
+      view->require_size(1, logits.size(1), "C of the logits");
+    }
+    labels.require_size(0, features.size(0), "N of the features");
+  }
+
+  MixedSide side() const {
+    return {features.data(), logits.data(), labels.as<std::int64_t>(), projected.data(),
+            beside ? beside->data() : nullptr, features.size(0)};
+  }
+
+  void require_labels(std::int64_t classes) const {
+    const std::int64_t bad = first_bad_label(labels.as<std::int64_t>(), labels.size(0), classes);
+    if (bad < 0) return;
+    throw py::value_error(names_[2] + ": got " + std::to_string(labels.as<std::int64_t>()[bad]) + " in row " +
+                          std::to_string(bad) + ", expected labels in [0, " + std::to_string(classes) + ")");
+  }
+
+ private:
+  const std::string names_[5];
+
+ public:
+  const TensorView features, logits, labels, projected;
+  const std::optional<TensorView> beside;
+};
+
+bool py_mixed_alignment(const py::tuple& a_objects, const py::tuple& b_objects, const py::object& reference_object,
+                        const py::object& lams_object, const py::tuple& products, const py::object& inner_object,
+                        const py::object& norm_object, const py::object& units, const py::object& num_threads) {
+  if (a_objects.size() != 5 || b_objects.size() != 5 || products.size() != 3) {
+    throw py::value_error("a, b, products: expected tuples of 5, 5 and 3");
+  }
+  const SideViews a(a_objects, "_a", {Dtype::kFloat32, Dtype::kFloat64});
+  const Dtype dtype = a.features.dtype();
+  const SideViews b(b_objects, "_b", {dtype});
+  const TensorView reference(reference_object, "reference", {dtype}, "(C, d) or (C, d + 1)", 2);
+  const TensorView lams(lams_object, "lams", {Dtype::kFloat64}, "(L,)", 1);
+  const TensorView inner(inner_object, "inner", {dtype}, "(L, N, M)", 3, Accept::writing());
+  const auto norm = optional_view(norm_object, "norm", dtype, "(L, N, M)", 3, Accept::writing());
+  const auto gram = optional_view(products[0], "gram", dtype, "(N, M)", 2);
+  const auto toward = optional_view(products[1], "toward", dtype, "(N, M)", 2);
+  const auto beside = optional_view(products[2], "beside", dtype, "(N, M)", 2);
+
+  const std::int64_t classes = a.logits.size(1), width = a.features.size(1);
+  b.features.require_size(1, width, "d of features_a");
+  b.logits.require_size(1, classes, "C of logits_a");
+  reference.require_size(0, classes, "C of the logits");
+  const bool bias = reference.size(1) == width + 1;
+  if (!bias) reference.require_size(1, width, "d of the features");
+  inner.require_size(0, lams.size(0), "L of lams");
+  inner.require_size(1, a.features.size(0), "N of features_a");
+  inner.require_size(2, b.features.size(0), "N of features_b");
+  const bool vectors = a.beside && b.beside;
+  if (a.beside.has_value() != b.beside.has_value() || (norm && !gram) || (vectors && !(norm && toward && beside))) {
+    throw py::value_error("products: expected gram where norms are wanted, and where labels are vectors all three and norms");
+  }
+  for (const auto* product : {&gram, &toward, &beside}) {
+    if (!*product) continue;
+    (*product)->require_size(0, inner.size(1), "N of features_a");
+    (*product)->require_size(1, inner.size(2), "N of features_b");
+  }
+  if (norm) {
+    for (std::size_t axis = 0; axis < 3; ++axis) norm->require_size(axis, inner.size(axis), "as inner");
+    norm->require_apart(inner);
+  }
+  a.require_labels(classes);
+  b.require_labels(classes);
+  const int threads = thread_count(num_threads);
+
+  const auto data = [](const std::optional<TensorView>& view) { return view ? view->mutable_data() : nullptr; };
+  const auto [features_unit, reference_unit, least] =
+      units.is_none() ? std::tuple(1.0, 1.0, 0.0) : units.cast<std::tuple<double, double, double>>();
+  const MixedAlignment problem{
+      a.side(),     b.side(),  dtype, reference.data(),  data(gram),    data(toward),   data(beside), lams.as<double>(),
+      inner.mutable_data(), data(norm), lams.size(0),  classes, width, bias, !units.is_none(), features_unit, reference_unit, least};
+  py::gil_scoped_release unlocked;
+  return mixed_alignment(problem, threads);
+}
+
 }  // namespace
 }  // namespace gradmix
 
@@ -185,6 +285,13 @@ PYBIND11_MODULE(_C, module) {
              "squares"_a, "num_threads"_a = py::none(),
              "Writes the sum over n with labels[n] == p of G = sum over t of deltas[n, t, :] activations[n, t, :]^T into "
              "sums[p], and that of the squares of G's norm into squares[p].");
+  module.def("mixed_alignment", &gradmix::py_mixed_alignment, "a"_a, "b"_a, "reference"_a, "lams"_a, "products"_a,
+             "inner"_a, "norm"_a, "units"_a = py::none(), "num_threads"_a = py::none(),
+             "Writes <g, reference> of all mixtures of a sample of a with one of b into inner, and ||g|| into norm unless "
+             "that is None. a, b: (features, logits, labels, projections, None or what label vectors lack to one-hot ones). "
+             "products: of the features; of what is lacked with the projections; twice that with itself. units: (of the "
+             "features, of the reference, least size of a residual). False, and nothing written: units are None, and "
+             "these are not near 1.");
   module.def("sketch_project", &gradmix::py_sketch_project, "x"_a, "key"_a, "ones"_a, "out"_a,
              "num_threads"_a = py::none(),
              "Writes x times the transposed random sign matrix of `key`, of as many rows as out's last axis has, into out.");

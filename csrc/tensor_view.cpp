@@ -67,6 +67,31 @@ std::string tuple_text(const std::int64_t* values, std::int32_t count) {
   return text + (count == 1 ? ",)" : ")");
 }
 
+// The DLPack capsule of a tensor; a capsule is taken as it is.
+py::object export_capsule(const py::object& object, const char* argument, std::int32_t device_type) {
+  if (PyCapsule_CheckExact(object.ptr())) return object;
+  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
+    refuse_type(argument, python_type(object), "a tensor with __dlpack__ and __dlpack_device__");
+  }
+  try {
+    // The device is asked for first: exporting a tensor of another device may synchronise or fail obscurely.
+    const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+    if (device.first != device_type) {
+      refuse_type(argument, "a tensor of DLPack device type " + std::to_string(device.first),
+                  device_text(device_type));
+    }
+    if (device_type == dlpack::kDeviceCpu) return object.attr("__dlpack__")();
+    return object.attr("__dlpack__")(py::arg("stream") = -1);  // -1: no synchronisation
+  } catch (const py::cast_error&) {
+    refuse_type(argument, python_type(object) + " with an odd __dlpack_device__", "a pair (device type, device id)");
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and the like pass
+    const std::string why = py::str(error.value());
+    refuse_type(argument, python_type(object) + " that cannot be exported by DLPack (" + why + ")",
+                "a tensor that can, without gradient tracking");
+  }
+}
+
 }  // namespace
 
 const char* dtype_name(Dtype dtype) {
@@ -83,31 +108,7 @@ const char* dtype_name(Dtype dtype) {
 TensorView::TensorView(const py::object& object, const char* argument, std::initializer_list<Dtype> dtypes,
                        const char* axes, std::int32_t ndim, const Accept& accept)
     : argument_(argument) {
-  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
-    refuse_type(argument, python_type(object), "a tensor with __dlpack__ and __dlpack_device__");
-  }
-  py::object capsule;
-  try {
-    // The device is asked for first: exporting a tensor of another device may synchronise or fail obscurely.
-    const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-    if (device.first != accept.device_type) {
-      refuse_type(argument, "a tensor of DLPack device type " + std::to_string(device.first),
-                  device_text(accept.device_type));
-    }
-    if (accept.device_type == dlpack::kDeviceCpu) {
-      capsule = object.attr("__dlpack__")();
-    } else {
-      capsule = object.attr("__dlpack__")(py::arg("stream") = -1);  // -1: no synchronisation
-    }
-  } catch (const py::cast_error&) {
-    refuse_type(argument, python_type(object) + " with an odd __dlpack_device__", "a pair (device type, device id)");
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and the like pass
-    const std::string why = py::str(error.value());
-    refuse_type(argument, python_type(object) + " that cannot be exported by DLPack (" + why + ")",
-                "a tensor that can, without gradient tracking");
-  }
-
+  const py::object capsule = export_capsule(object, argument, accept.device_type);
   PyObject* const raw = capsule.ptr();
   const dlpack::Tensor* tensor = nullptr;
   bool read_only = false;

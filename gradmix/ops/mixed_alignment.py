@@ -37,11 +37,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
+from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import exact_dtype, work_dtype
@@ -763,6 +765,67 @@ def _run_reference(
     return MixedAlignment(inner, norm)
 
 
+def mixed_alignment_cpp(
+    features_a: Tensor,
+    logits_a: Tensor,
+    labels_a: Tensor,
+    features_b: Tensor,
+    logits_b: Tensor,
+    labels_b: Tensor,
+    reference: Tensor,
+    lams: Tensor,
+    precision: Precision = "tf32x3",
+) -> MixedAlignment:
+    """The extension's body, for the CPU. Arguments and result as the operator's.
+
+    The products of whole matrices are torch's. The result is the same, to the bit, for every number of threads.
+    """
+    extension: Any = _extension.load()
+    dtype = work_dtype(features_a.dtype)
+    same = features_a is features_b and logits_a is logits_b and labels_a is labels_b
+    with torch.autocast("cpu", enabled=False):
+        h_a, z_a, grad_reference = (_plain(x, dtype) for x in (features_a, logits_a, reference))
+        h_b, z_b = (h_a, z_a) if same else (_plain(x, dtype) for x in (features_b, logits_b))
+        (y_a, _, t_a), (y_b, _, t_b) = split_labels(labels_a.detach(), labels_b.detach(), z_a.shape[1], dtype)
+        y_a, y_b = y_a.contiguous(), y_b.contiguous()
+        inner = h_a.new_empty(len(lams), len(h_a), len(h_b))
+        norm, units = torch.empty_like(inner), None
+        while True:
+            u_a = project(h_a, grad_reference)
+            u_b = u_a if same else project(h_b, grad_reference)
+            products: list[Tensor | None] = [h_a @ h_b.T, None, None]
+            if t_a is not None and t_b is not None:
+                products[1:] = [torch.addmm(t_a @ u_b.T, u_a, t_b.T), (t_a @ t_b.T).mul_(2)]
+            done = extension.mixed_alignment(
+                _capsules(h_a, z_a, y_a, u_a, t_a),
+                _capsules(h_b, z_b, y_b, u_b, t_b),
+                *_capsules(grad_reference, lams),
+                _capsules(*products),
+                *_capsules(inner, norm),
+                units,
+                torch.get_num_threads(),
+            )
+            if done:
+                return MixedAlignment(inner, norm)
+            h_a, h_b, grad_reference, found = in_range(h_a, h_b, grad_reference, dtype)
+            units = tuple(found)
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).contiguous()
+
+
+def _capsules(*tensors: Tensor | None) -> tuple[object, ...]:
+    """By DLPack, for the extension; of a tensor itself the export takes ten times as long."""
+    return tuple(None if x is None else to_dlpack(x) for x in tensors)
+
+
+def _cpp_can_run(features_a: Tensor, *_rest: object) -> str | None:
+    if features_a.device.type != "cpu":
+        return f"it serves the CPU, and the tensors are on {features_a.device}"
+    return None
+
+
 def mixed_alignment_triton(
     features_a: Tensor,
     logits_a: Tensor,
@@ -815,6 +878,7 @@ OPERATOR = Operator(
             worth=_triton.not_measured,
             available=_triton.unavailable_reason,
         ),
+        Backend("cpp", mixed_alignment_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", mixed_alignment_torch),
         Backend("reference", _run_reference),
     ),
