@@ -12,10 +12,12 @@ tiles and never writes the pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
@@ -24,7 +26,9 @@ from gradmix.ops.mixed_alignment import (
     MixedAlignment,
     as_lams,
     check_reference,
+    cpp_can_run,
     has_bias,
+    mixed_alignment_cpp,
     mixed_alignment_reference,
     mixed_alignment_torch,
     project,
@@ -62,13 +66,33 @@ def class_pairs_torch(
     features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
 ) -> MixedAlignment:
     """All pairs in plain torch, then products with the rows' classes. As :func:`class_pair_alignment`."""
+    return _of_all_pairs(mixed_alignment_torch, features, logits, labels, index, classes, reference, lams)
+
+
+def class_pairs_cpp(
+    features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
+) -> MixedAlignment:
+    """The same, with the pairs from the extension, for the CPU. As :func:`class_pair_alignment`."""
+    return _of_all_pairs(mixed_alignment_cpp, features, logits, labels, index, classes, reference, lams)
+
+
+def _of_all_pairs(
+    align: Callable[..., MixedAlignment],
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: int,
+    reference: Tensor,
+    lams: Tensor,
+) -> MixedAlignment:
     inner, norm = _empty(features, classes, lams)
     member = class_members(index, torch.arange(classes, device=index.device), inner.dtype)
     rows = (features, logits, labels)
     at_once = max(1, PAIRS_AT_A_TIME // max(1, len(index)) ** 2)
     done = 0
     for part in lams.split(at_once):
-        pairs = mixed_alignment_torch(*rows, *rows, reference, part)
+        pairs = align(*rows, *rows, reference, part)
         *sums, count = class_pair_sums(pairs, member, member, own_rows=True)
         for out, value in zip((inner, norm), sums, strict=True):
             out[done : done + len(part)] = value / count
@@ -164,6 +188,7 @@ OPERATOR = Operator(
             worth=_triton.not_measured,
             available=_triton.unavailable_reason,
         ),
+        Backend("cpp", class_pairs_cpp, can_run=cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", class_pairs_torch),
         Backend("reference", class_pairs_reference),
     ),
@@ -222,7 +247,7 @@ def class_pair_alignment(
         num_classes: P.
         reference: (C, d + 1), or (C, d) for a last layer without bias.
         lams: (L,) floating point, weights of the row of the first class, in [0, 1].
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         :class:`gradmix.ops.mixed_alignment.MixedAlignment` of two (L, P, P) tensors, float64 for float64 features and

@@ -820,7 +820,8 @@ def _capsules(*tensors: Tensor | None) -> tuple[object, ...]:
     return tuple(None if x is None else to_dlpack(x) for x in tensors)
 
 
-def _cpp_can_run(features_a: Tensor, *_rest: object) -> str | None:
+def cpp_can_run(features_a: Tensor, *_rest: object) -> str | None:
+    """None, or why the extension's body cannot take these features."""
     if features_a.device.type != "cpu":
         return f"it serves the CPU, and the tensors are on {features_a.device}"
     return None
@@ -878,7 +879,7 @@ OPERATOR = Operator(
             worth=_triton.not_measured,
             available=_triton.unavailable_reason,
         ),
-        Backend("cpp", mixed_alignment_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),
+        Backend("cpp", mixed_alignment_cpp, can_run=cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", mixed_alignment_torch),
         Backend("reference", _run_reference),
     ),
@@ -953,7 +954,7 @@ def mixed_alignment(
             share what does not depend on the weight.
         precision: of the Triton body's products: ``"ieee"``, ``"tf32x3"`` (about as precise, on the matrix units) or
             ``"tf32"`` (ten bits). The torch body follows ``torch.backends.cuda.matmul``.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         :class:`MixedAlignment` of two (N, M) tensors, or (L, N, M) for L weights, float64 for float64 features and
