@@ -10,6 +10,7 @@
 
 #include "class_sketch.hpp"
 #include "cpu_level.hpp"
+#include "draw_partners.hpp"
 #include "forked.hpp"
 #include "mixed_alignment.hpp"
 #include "sketch_project.hpp"
@@ -175,11 +176,11 @@ void py_sketch_project(const py::object& x_object, std::int64_t key, bool ones, 
   sketch_project(problem, threads);
 }
 
-std::optional<TensorView> optional_view(const py::object& object, const char* argument, Dtype dtype, const char* axes,
-                                        std::int32_t ndim, const Accept& accept = {}) {
+std::optional<TensorView> optional_view(const py::object& object, const char* argument,
+                                        std::initializer_list<Dtype> dtypes, const char* axes, std::int32_t ndim,
+                                        const Accept& accept = {}) {
   if (object.is_none()) return std::nullopt;
-  return std::optional<TensorView>(std::in_place, object, argument, std::initializer_list<Dtype>{dtype}, axes, ndim,
-                                   accept);
+  return std::optional<TensorView>(std::in_place, object, argument, dtypes, axes, ndim, accept);
 }
 
 // One side of mixed_alignment, checked; the tensors live as long as this. `suffix` is that of the arguments' names.
@@ -191,7 +192,7 @@ class SideViews {
         logits(side[1], names_[1].c_str(), {features.dtype()}, "(N, C)", 2),
         labels(side[2], names_[2].c_str(), {Dtype::kInt64}, "(N,)", 1),
         projected(side[3], names_[3].c_str(), {features.dtype()}, "(N, C)", 2),
-        beside(optional_view(side[4], names_[4].c_str(), features.dtype(), "(N, C)", 2)) {
+        beside(optional_view(side[4], names_[4].c_str(), {features.dtype()}, "(N, C)", 2)) {
     for (const TensorView* view : {&logits, &projected, beside ? &*beside : &logits}) {
       view->require_size(0, features.size(0), "N of the features");
       view->require_size(1, logits.size(1), "C of the logits");
@@ -231,10 +232,10 @@ bool py_mixed_alignment(const py::tuple& a_objects, const py::tuple& b_objects, 
   const TensorView reference(reference_object, "reference", {dtype}, "(C, d) or (C, d + 1)", 2);
   const TensorView lams(lams_object, "lams", {Dtype::kFloat64}, "(L,)", 1);
   const TensorView inner(inner_object, "inner", {dtype}, "(L, N, M)", 3, Accept::writing());
-  const auto norm = optional_view(norm_object, "norm", dtype, "(L, N, M)", 3, Accept::writing());
-  const auto gram = optional_view(products[0], "gram", dtype, "(N, M)", 2);
-  const auto toward = optional_view(products[1], "toward", dtype, "(N, M)", 2);
-  const auto beside = optional_view(products[2], "beside", dtype, "(N, M)", 2);
+  const auto norm = optional_view(norm_object, "norm", {dtype}, "(L, N, M)", 3, Accept::writing());
+  const auto gram = optional_view(products[0], "gram", {dtype}, "(N, M)", 2);
+  const auto toward = optional_view(products[1], "toward", {dtype}, "(N, M)", 2);
+  const auto beside = optional_view(products[2], "beside", {dtype}, "(N, M)", 2);
 
   const std::int64_t classes = a.logits.size(1), width = a.features.size(1);
   b.features.require_size(1, width, "d of features_a");
@@ -272,6 +273,42 @@ bool py_mixed_alignment(const py::tuple& a_objects, const py::tuple& b_objects, 
   return mixed_alignment(problem, threads);
 }
 
+void py_draw_partners(const py::object& allowed_object, const py::object& score_object, const py::object& drawn_object,
+                      std::int64_t columns, bool own_rows, const py::object& partner_object,
+                      const py::object& found_object) {
+  const TensorView drawn(drawn_object, "drawn", {Dtype::kFloat64, Dtype::kInt64}, "(N,)", 1);
+  const auto allowed = optional_view(allowed_object, "allowed", {Dtype::kUint8}, "(N, M)", 2);
+  const auto score = optional_view(score_object, "score", {Dtype::kFloat32, Dtype::kFloat64}, "(N, M)", 2);
+  const TensorView partner(partner_object, "partner", {Dtype::kInt64}, "(N,)", 1, Accept::writing());
+  const TensorView found(found_object, "found", {Dtype::kUint8}, "(N,)", 1, Accept::writing());
+  const std::int64_t rows = drawn.size(0);
+  for (const auto* matrix : {&allowed, &score}) {
+    if (!*matrix) continue;
+    (*matrix)->require_size(0, rows, "N of drawn");
+    (*matrix)->require_size(1, columns, "columns");
+  }
+  partner.require_size(0, rows, "N of drawn");
+  found.require_size(0, rows, "N of drawn");
+  if (columns < 0) throw py::value_error("columns: got " + std::to_string(columns) + ", expected at least 0");
+  if (own_rows && columns != rows) {
+    throw py::value_error("columns: got " + std::to_string(columns) + ", expected " + std::to_string(rows) +
+                          " as drawn, with own_rows");
+  }
+  const bool by_rank = drawn.dtype() == Dtype::kFloat64;
+  const DrawPartners problem{allowed ? static_cast<const std::uint8_t*>(allowed->data()) : nullptr,
+                             score ? score->data() : nullptr,
+                             score && score->dtype() == Dtype::kFloat64,
+                             by_rank ? drawn.as<double>() : nullptr,
+                             by_rank ? nullptr : drawn.as<std::int64_t>(),
+                             own_rows,
+                             rows,
+                             columns,
+                             static_cast<std::int64_t*>(partner.mutable_data()),
+                             static_cast<std::uint8_t*>(found.mutable_data())};
+  py::gil_scoped_release unlocked;
+  draw_partners(problem);
+}
+
 }  // namespace
 }  // namespace gradmix
 
@@ -292,6 +329,10 @@ PYBIND11_MODULE(_C, module) {
              "products: of the features; of what is lacked with the projections; twice that with itself. units: (of the "
              "features, of the reference, least size of a residual). False, and nothing written: units are None, and "
              "these are not near 1.");
+  module.def("draw_partners", &gradmix::py_draw_partners, "allowed"_a, "score"_a, "drawn"_a, "columns"_a, "own_rows"_a,
+             "partner"_a, "found"_a,
+             "Writes one allowed column of each row into partner, and whether there is one into found. drawn: numbers in "
+             "[0, 1), or columns. score: None, or of the allowed columns only those of the largest score count.");
   module.def("sketch_project", &gradmix::py_sketch_project, "x"_a, "key"_a, "ones"_a, "out"_a,
              "num_threads"_a = py::none(),
              "Writes x times the transposed random sign matrix of `key`, of as many rows as out's last axis has, into out.");

@@ -295,6 +295,7 @@ void class_sketch(const ClassSketch& problem, int threads) {
     case Dtype::kFloat16:
       return Run<std::uint16_t, float>(problem, threads,
                                        {table.block_float32, table.take_float32, table.from_float16})();
+    case Dtype::kUint8:
     case Dtype::kInt64: return;  // refused where the arguments are read
   }
 }

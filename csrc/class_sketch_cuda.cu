@@ -469,6 +469,7 @@ void class_sketch_cuda(const ClassSketchCuda& problem, int device, std::uintptr_
     case Dtype::kFloat64: return run<double, double>(problem, queue);
     case Dtype::kBfloat16:
     case Dtype::kFloat16: return run<Half, float>(problem, queue);
+    case Dtype::kUint8:
     case Dtype::kInt64: return;  // refused where the arguments are read
   }
 }

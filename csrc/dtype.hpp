@@ -3,6 +3,6 @@
 
 namespace gradmix {
 
-enum class Dtype { kFloat16, kBfloat16, kFloat32, kFloat64, kInt64 };
+enum class Dtype { kFloat16, kBfloat16, kFloat32, kFloat64, kInt64, kUint8 };
 
 }  // namespace gradmix

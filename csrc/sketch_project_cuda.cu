@@ -338,6 +338,7 @@ void sketch_project_cuda(const SketchProjectCuda& problem, int device, std::uint
     case Dtype::kFloat64: return run<double, double>(problem, queue);
     case Dtype::kBfloat16:
     case Dtype::kFloat16: return run<Half, float>(problem, queue);
+    case Dtype::kUint8:
     case Dtype::kInt64: return;  // refused where the arguments are read
   }
 }

@@ -43,6 +43,7 @@ bool matches(const dlpack::DataType& type, Dtype dtype) {
     case Dtype::kFloat32: return type.code == dlpack::kCodeFloat && type.bits == 32;
     case Dtype::kFloat64: return type.code == dlpack::kCodeFloat && type.bits == 64;
     case Dtype::kInt64: return type.code == dlpack::kCodeInt && type.bits == 64;
+    case Dtype::kUint8: return type.code == dlpack::kCodeUInt && type.bits == 8;
   }
   return false;
 }
@@ -52,6 +53,7 @@ std::int64_t itemsize(Dtype dtype) {
     case Dtype::kFloat16:
     case Dtype::kBfloat16: return 2;
     case Dtype::kFloat32: return 4;
+    case Dtype::kUint8: return 1;
     default: return 8;
   }
 }
@@ -101,6 +103,7 @@ const char* dtype_name(Dtype dtype) {
     case Dtype::kFloat32: return "float32";
     case Dtype::kFloat64: return "float64";
     case Dtype::kInt64: return "int64";
+    case Dtype::kUint8: return "uint8";
   }
   return "?";
 }

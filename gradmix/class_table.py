@@ -67,6 +67,7 @@ class ClassTable:
         for lam, weight in zip(*beta_quadrature(alpha, AVERAGE_NODES), strict=True):
             scores = interpolate(self.lams, self.tensors(), lam)
             inner += weight * scores.inner
+            assert scores.norm is not None
             norm += weight * scores.norm
         return Alignment(inner, cosine(inner, norm, self.reference_norm), self.classes)
 

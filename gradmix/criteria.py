@@ -72,18 +72,19 @@ class PairScores:
 
     Attributes:
         inner: (N, M) or (P, P), inner products of the mixtures' gradients with the reference; NaN: not evaluated.
-        norm: same shape, norms of the mixtures' gradients.
+        norm: same shape, norms of the mixtures' gradients; None: not computed, as no decision needs them.
         error: None, or same shape: one standard error of ``inner``.
         classes: None, or (P,) int64 in ascending order.
     """
 
     inner: Tensor
-    norm: Tensor
+    norm: Tensor | None
     error: Tensor | None = None
     classes: Tensor | None = None
 
     def alignment(self, reference_norm: Tensor) -> Alignment:
         """With cosines; ``reference_norm`` () is the norm of the reference gradient."""
+        assert self.norm is not None
         return Alignment(self.inner, cosine(self.inner, self.norm, reference_norm), self.classes)
 
 
@@ -137,6 +138,7 @@ class ClassMeans:
             own: whether both are the same samples.
         """
         left, right = (class_members(y, self.classes, scores.inner.dtype) for y in (y_a, y_b))
+        assert scores.norm is not None
         sums = class_pair_sums((scores.inner, scores.norm), left, right, own)
         for total, value in zip((self._inner, self._norm, self._count), sums, strict=True):
             total += value.flatten()

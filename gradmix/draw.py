@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmix.ops.draw_partners import DrawnPartners, draw_partners
+from gradmix.ops.draw_partners import DrawnPartners, draw_partners_op
 from gradmix.runtime.transfer import to_device_async
 
 Policy = Literal["uniform", "permute", "best"]
@@ -74,21 +74,19 @@ def all_pairs(count: int, candidates: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(*places).view(-1, 2)
 
 
-def choose(allowed: Tensor, score: Tensor, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
+def choose(allowed: Tensor, score: Tensor | None, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
     """One allowed partner for each sample.
 
     Args:
         allowed: (N, M) bool.
-        score: (N, M), the larger the better; the policy ``best`` reads it.
+        score: (N, M), the larger the better; read by the policy ``best`` alone.
         numbers: (N,) of :meth:`Proposal.numbers`.
         policy: as :func:`gradmix.select_pairs`.
         own: whether the candidates are the samples themselves.
     """
-    return draw_partners(
-        allowed, numbers, policy=policy, score=score if policy == "best" else None, own_rows=own, partners=None
-    )
+    return DrawnPartners(*draw_partners_op(allowed, numbers, score, allowed.shape[1], policy, own, "auto"))
 
 
 def choose_any(candidates: int, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
     """As :func:`choose`, where every candidate is allowed, and as good as the others."""
-    return draw_partners(None, numbers, policy=policy, score=None, own_rows=own, partners=candidates)
+    return DrawnPartners(*draw_partners_op(None, numbers, None, candidates, policy, own, "auto"))

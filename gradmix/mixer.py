@@ -195,10 +195,11 @@ class GradMix:
             check_lam(lam)
         if replayed is None and self._buffer is None:
             raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
-        with self._estimator.running():
+        # By sample the gradient of marked samples serves this call alone.
+        once = replayed is not None and self._rule.criterion == "sample"
+        passes = not (once and candidates is None and self._estimator.makes_no_pass(outputs, replayed))
+        with self._estimator.running(passes):
             request = checked_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
-            # By sample the gradient of marked samples serves this call alone.
-            once = request.marked is not None and self._rule.criterion == "sample"
             if not once:
                 if self._is_due(request):
                     self._refresh_kept(request)

@@ -18,7 +18,7 @@ from gradmix.model.inputs import check_mixable, tensors_of
 from gradmix.model.unchanged import device_of, unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
-from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.ops.last_layer_gradient import last_layer_gradient, last_layer_gradient_op
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
 from gradmix.runtime.workers import refuse_worker
@@ -186,8 +186,9 @@ def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -
     h = samples.features.to(work_dtype(samples.features.dtype))
     if samples.appends_one:
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+    total = h.new_zeros(samples.logits.shape[1], h.shape[1])
     # A zero [h; 1] adds nothing, so that the number of such samples need not be known.
-    total = last_layer_gradient(h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, bias=False)
+    last_layer_gradient_op(total, h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, "tf32x3", "auto")
     total, count = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
     return Reference(total / count.clamp(min=1), count == 0)
 

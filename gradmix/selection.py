@@ -7,13 +7,14 @@ one allowed partner, or stays as it is. :class:`gradmix.GradMix` keeps between s
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmix._moved import moved
-from gradmix.criteria import Criterion
+from gradmix.criteria import Alignment, Criterion
 from gradmix.draw import Policy, Proposal
 from gradmix.estimators import EstimatorLike, Network, resolve
 from gradmix.estimators.base import Estimator
@@ -31,7 +32,7 @@ from gradmix.runtime.cuda_graphs import call
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import Request, Samples
+from gradmix.samples import Mixtures, Request, Samples
 from gradmix.selector import Decision, Rule, Selector
 
 
@@ -131,8 +132,8 @@ def select_pairs(
     check_weight(alpha, lam)
     refuse_worker("select_pairs")
     generator = default_generator() if generator is None else generator
-    with resolved.running():
-        marked = buffer if reference is None and isinstance(buffer, Tensor) else None
+    marked = buffer if reference is None and isinstance(buffer, Tensor) else None
+    with resolved.running(passes=candidates is not None or not resolved.makes_no_pass(outputs, marked)):
         request = checked_request(resolved, batch, candidates, outputs, ("buffer", marked))
         known = None
         if reference is not None:
@@ -177,16 +178,29 @@ def select(
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())
+    alignment: Alignment | Callable[[], Alignment]
+    if decision.alignment is not None:
+        alignment = Alignment(*decision.alignment)
+    else:
+        assert known is not None
+        # What no decision needed is computed when somebody asks for it.
+        alignment = partial(_align, selector, mixtures.without_inputs(), known)
     return Pairs(
         decision.partner,
         decision.lam.to(labels_dtype(batch.x)),
         decision.helpful,
         mixtures.num_classes,
-        decision.alignment,
+        alignment,
         Samples(batch.x, mixtures.batch.y),
         None if request.candidates is None else Samples(request.candidates.x, mixtures.partners.y),
         screening,
     )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _align(selector: Selector, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
+    return selector.align(mixtures, reference)
 
 
 def checked_request(

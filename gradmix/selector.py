@@ -39,6 +39,11 @@ class Rule:
         if not -1.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold: got {self.threshold}, expected a cosine in [-1, 1]")
 
+    @property
+    def needs_norms(self) -> bool:
+        """Whether decisions need cosines; else the sign of the inner products decides, and cosines can wait."""
+        return self.threshold != 0.0 or self.policy == "best" or self.criterion == "class"
+
 
 class Decision(NamedTuple):
     """Partners, and the alignment by which they were chosen.
@@ -47,20 +52,13 @@ class Decision(NamedTuple):
         partner: (N,) int64.
         helpful: (N,) bool, whether there is one.
         lam: (N,) float64 (float32 on devices without it), weight of the sample itself.
-        inner, cosine, classes: as :class:`gradmix.Alignment`.
+        alignment: inner, cosine and classes as :class:`gradmix.Alignment`; None: no decision needed cosines.
     """
 
     partner: Tensor
     helpful: Tensor
     lam: Tensor
-    inner: Tensor
-    cosine: Tensor
-    classes: Tensor | None
-
-    @property
-    def alignment(self) -> Alignment:
-        """The alignment."""
-        return Alignment(self.inner, self.cosine, self.classes)
+    alignment: tuple[Tensor, Tensor, Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,19 @@ class Selector:
             reference: the reference gradient.
             numbers: (N,) of :meth:`gradmix.draw.Proposal.numbers`.
         """
-        return self.choose(self._scores(mixtures, reference, None), mixtures, reference, numbers)
+        scores = self._scores(mixtures, reference, None, self.rule.needs_norms)
+        return self.choose(scores, mixtures, reference, numbers)
 
     def align(self, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
         """The alignment of all pairs, a sample with itself included; nothing is rechecked."""
-        scores = self._scores(mixtures, reference, None)
-        return scores.alignment(self.scorer.reference_norm(reference.gradient))
+        return self._alignment(self._scores(mixtures, reference, None), reference)
+
+    def _alignment(self, scores: PairScores, reference: Reference) -> Alignment:
+        alignment = scores.alignment(self.scorer.reference_norm(reference.gradient))
+        if reference.empty is None:
+            return alignment
+        inner, angle = (v.masked_fill(reference.empty, 0) for v in (alignment.inner, alignment.cosine))
+        return Alignment(inner, angle, alignment.classes)
 
     def score(
         self, mixtures: Mixtures[Any], reference: Reference, proposal: Proposal
@@ -95,19 +100,22 @@ class Selector:
             return scores, None
         return self.scorer.recheck(scores, mixtures, reference.gradient, pairs, self.rule.threshold, proposal.generator)
 
-    def _scores(self, mixtures: Mixtures[Any], reference: Reference, pairs: Tensor | None) -> PairScores:
-        by_class = self.rule.criterion == "class"
-        score = self.scorer.class_scores if by_class else self.scorer.score
-        return score(mixtures, reference.gradient, pairs)
+    def _scores(
+        self, mixtures: Mixtures[Any], reference: Reference, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
+        if self.rule.criterion == "class":
+            return self.scorer.class_scores(mixtures, reference.gradient, pairs)
+        return self.scorer.score(mixtures, reference.gradient, pairs, norms)
 
     def choose(self, scores: PairScores, mixtures: Mixtures[Any], reference: Reference, numbers: Tensor) -> Decision:
         """Partners among the pairs whose alignment is helpful."""
         rule, empty = self.rule, reference.empty
-        alignment = scores.alignment(self.scorer.reference_norm(reference.gradient))
-        if empty is not None:
-            inner, angle = (v.masked_fill(empty, 0) for v in (alignment.inner, alignment.cosine))
-            alignment = Alignment(inner, angle, alignment.classes)
-        allowed, score = alignment.by_pair(mixtures.batch.y, mixtures.partners.y, rule.threshold)
+        alignment, score = None, None
+        if scores.norm is None:
+            allowed = scores.inner >= 0
+        else:
+            alignment = self._alignment(scores, reference)
+            allowed, score = alignment.by_pair(mixtures.batch.y, mixtures.partners.y, rule.threshold)
         if empty is not None:
             allowed = allowed | empty
         return _decision(alignment, choose(allowed, score, numbers, rule.policy, mixtures.own), mixtures.lam)
@@ -119,7 +127,8 @@ class Selector:
         return _decision(alignment, drawn, mixtures.lam)
 
 
-def _decision(alignment: Alignment, drawn: DrawnPartners, lam: Weight) -> Decision:
+def _decision(alignment: Alignment | None, drawn: DrawnPartners, lam: Weight) -> Decision:
     kept = torch.ones((), dtype=exact_dtype(drawn.found.device), device=drawn.found.device)
     weights = torch.where(drawn.found, lam, kept)
-    return Decision(drawn.partner, drawn.found, weights, alignment.inner, alignment.cosine, alignment.classes)
+    known = None if alignment is None else (alignment.inner, alignment.cosine, alignment.classes)
+    return Decision(drawn.partner, drawn.found, weights, known)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradmix import draw, references
 from gradmix.estimators import feature
 from gradmix.ops import draw_partners, last_layer_gradient, mixed_alignment
 from gradmix.runtime import deferred_checks
@@ -56,20 +57,15 @@ def behind_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def watched() -> Iterator[None]:
     """Raise :class:`Looked` where the body would wait; the package's operators are entered, not taken as one call."""
     with pytest.MonkeyPatch.context() as patch:
-        # A dispatch mode does not see what a registered operator calls.
-        for module, name in (
-            (feature, "mixed_alignment_op"),
-            (draw_partners, "_draw_partners_op"),
-            (last_layer_gradient, "_last_layer_gradient_op"),
+        # A dispatch mode does not see what a registered operator calls, nor what the extension does.
+        for module, name, operator in (
+            (feature, "mixed_alignment_op", mixed_alignment.OPERATOR),
+            (draw, "draw_partners_op", draw_partners.OPERATOR),
+            (references, "last_layer_gradient_op", last_layer_gradient.OPERATOR),
+            (last_layer_gradient, "last_layer_gradient_op", last_layer_gradient.OPERATOR),
         ):
-            operator = getattr(module, name)
-            body = {
-                "mixed_alignment_op": _run(mixed_alignment.OPERATOR),
-                "_draw_partners_op": _run(draw_partners.OPERATOR),
-                "_last_layer_gradient_op": _run(last_layer_gradient.OPERATOR),
-            }[name]
-            assert callable(operator)
-            patch.setattr(module, name, body)
+            assert callable(getattr(module, name))
+            patch.setattr(module, name, _run(operator))
         for name in LOOKS:
             patch.setattr(Tensor, name, _refuse(name))
         with _Watch():
@@ -78,7 +74,8 @@ def watched() -> Iterator[None]:
 
 def _run(operator: Any) -> Any:
     def run(*args: Any) -> Any:
-        return operator.choose(args[-1], *args[:-1]).run(*args[:-1])
+        *rest, backend = args
+        return operator.choose("torch" if backend == "auto" else backend, *rest).run(*rest)
 
     return run
 

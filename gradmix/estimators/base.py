@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
-from gradmix.model.head import HeadLike
+from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.inputs import InputTree
-from gradmix.model.unchanged import require_finite, unchanged
+from gradmix.model.unchanged import require_finite, unchanged, without_autograd
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
@@ -147,13 +147,16 @@ class Scorer(ABC, Generic[AnySamples]):
     def reference_norm(self, gradient: Any) -> Tensor:
         """() the norm of a reference gradient."""
 
-    def score(self, mixtures: Mixtures[AnySamples], gradient: Any, pairs: Tensor | None) -> PairScores:
+    def score(
+        self, mixtures: Mixtures[AnySamples], gradient: Any, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
         """The scores (N, M) of pairs of samples.
 
         Args:
             mixtures: of :meth:`see`.
             gradient: the reference.
             pairs: (K, 2) int64, the pairs that matter; others may be left NaN. None: all.
+            norms: whether norms are needed; without, an estimator may leave them out.
         """
         raise NotImplementedError(f"{type(self).__name__} scores pairs of classes alone")
 
@@ -194,11 +197,25 @@ class Estimator(Scorer[AnySamples]):
     mixes_inputs: ClassVar[bool] = True
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around one call: leave the model as it is, and raise what earlier calls on a GPU found."""
+    def running(self, passes: bool = True) -> Iterator[None]:
+        """Around one call: leave the model as it is, and raise what earlier calls on a GPU found.
+
+        Args:
+            passes: whether the model may be called. If not, there is nothing of it to be put back.
+        """
         model = self.network.model
-        with nullcontext() if self.full_network else deferred_checks(model), unchanged(model):
+        checks = nullcontext() if self.full_network else deferred_checks(model)
+        with checks, unchanged(model) if passes else without_autograd():
             yield
+
+    def makes_no_pass(self, outputs: object, marked: object) -> bool:
+        """Whether scoring a batch by its marked samples calls the model not once.
+
+        Args:
+            outputs: of a pass made before, or None.
+            marked: which samples are marked, or None.
+        """
+        return not self.mixes_inputs and isinstance(outputs, CapturedOutput) and marked is not None
 
     @abstractmethod
     def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[AnySamples]]:

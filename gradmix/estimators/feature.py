@@ -30,10 +30,13 @@ class Feature(LastLayerEstimator):
     mixes_inputs: ClassVar[bool] = False
     is_pure: ClassVar[bool] = True
 
-    def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
+    def score(
+        self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
         """Score all pairs at once, whatever ``pairs`` says."""
         self.check_fits(mixtures, gradient)
-        return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, self.network.backend)
+        backend = self.network.backend
+        return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, backend, norms=norms)
 
     def class_table(
         self,
@@ -62,7 +65,13 @@ class Feature(LastLayerEstimator):
 
 
 def feature_scores(
-    batch: HeadSamples, partners: HeadSamples, gradient: Tensor, lam: Weight, backend: str = "auto"
+    batch: HeadSamples,
+    partners: HeadSamples,
+    gradient: Tensor,
+    lam: Weight,
+    backend: str = "auto",
+    *,
+    norms: bool = True,
 ) -> PairScores:
     """The scores (N, M) of all pairs, mixed in feature space; nothing is checked.
 
@@ -72,17 +81,9 @@ def feature_scores(
         gradient: the reference, (C, d + 1) or (C, d).
         lam: weight of the batch's sample.
         backend: of the operator ``mixed_alignment``.
+        norms: whether norms are computed.
     """
-    inner, norm = mixed_alignment_op(
-        batch.features,
-        batch.logits,
-        batch.y,
-        partners.features,
-        partners.logits,
-        partners.y,
-        gradient,
-        as_lams(lam, batch.features.device),
-        "tf32x3",
-        backend,
-    )
-    return PairScores(inner[0], norm[0])
+    sides = [value for side in (batch, partners) for value in (side.features, side.logits, side.y)]
+    weights = as_lams(lam, batch.features.device)
+    inner, norm = mixed_alignment_op(*sides, gradient, weights, norms, "tf32x3", backend)
+    return PairScores(inner[0], norm[0] if norms else None)

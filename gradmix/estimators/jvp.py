@@ -47,7 +47,9 @@ class JvpEstimator:
 class Jvp(FullNetworkEstimator):
     """The estimator ``jvp`` of one network."""
 
-    def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def score(
+        self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
         """Score the pairs that matter alone, each forwarded."""
         pairs = pairs_of(mixtures, pairs)
         return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))

@@ -23,7 +23,9 @@ class Mixed(LastLayerEstimator):
 
     name = "mixed"
 
-    def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
+    def score(
+        self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
         """Score the pairs that matter alone, each forwarded."""
         self.check_fits(mixtures, gradient)
         pairs = pairs_of(mixtures, pairs)

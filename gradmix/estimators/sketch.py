@@ -72,7 +72,9 @@ class Sketch(FullNetworkEstimator):
         super().__init__(network, settings)
         self._sketch = settings
 
-    def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def score(
+        self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None, norms: bool = True
+    ) -> PairScores:
         """Score all pairs at once, whatever ``pairs`` says."""
         sketches = self.sketches(mixtures, gradient, by_class=False)
         if mixtures.own:
@@ -129,7 +131,7 @@ class Sketch(FullNetworkEstimator):
         share: int = 1,
     ) -> tuple[PairScores, Screening]:
         """As :meth:`recheck`, of the entries ``judged``, by one of ``share`` equal shares of the budget."""
-        assert scores.error is not None
+        assert scores.error is not None and scores.norm is not None
         settings = self._sketch
         norm = self.reference_norm(gradient).to(scores.inner)
         distance = (scores.inner - threshold * scores.norm * norm).abs()

@@ -110,6 +110,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_autograd() -> Iterator[None]:
+    """Run the body without autograd; what is made in it are ordinary tensors, also in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
     """Leave hooks on the parameters' gradients (``Tensor.register_hook``) out of the body's backward passes.
 

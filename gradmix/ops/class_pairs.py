@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from gradmix.ops.mixed_alignment import (
     mixed_alignment_torch,
     project,
 )
+from gradmix.ops.registration import register
 
 PAIRS_AT_A_TIME = 1 << 24
 """Pairs held by the torch body, over several mixing weights where so many fit (64 MiB of float32)."""
@@ -195,35 +197,16 @@ OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::class_pair_alignment", mutates_args=())
-def _class_pair_alignment_op(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: int,
-    reference: Tensor,
-    lams: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    arguments = (features, logits, labels, index, classes, reference, lams)
-    inner, norm = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return inner, norm
+def _fake(features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, *rest: Any) -> MixedAlignment:
+    return _empty(features, classes, rest[1])
 
 
-@_class_pair_alignment_op.register_fake
-def _(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: int,
-    reference: Tensor,
-    lams: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    inner, norm = _empty(features, classes, lams)
-    return inner, norm
+_class_pair_alignment_op = register(
+    OPERATOR,
+    "(Tensor features, Tensor logits, Tensor labels, Tensor index, SymInt classes, Tensor reference, Tensor lams, "
+    "str backend) -> (Tensor, Tensor)",
+    _fake,
+)
 
 
 def class_pair_alignment(

@@ -21,6 +21,7 @@ from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.registration import register
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -169,19 +170,15 @@ OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::class_sketch", mutates_args=())
-def _class_sketch_op(
-    deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    arguments = (deltas, activations, labels, num_classes)
-    sums, squares = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return sums, squares
+def _fake(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str) -> ClassSketch:
+    return _empty(deltas, activations, num_classes)
 
 
-@_class_sketch_op.register_fake
-def _(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int, backend: str) -> tuple[Tensor, Tensor]:
-    sums, squares = _empty(deltas, activations, num_classes)
-    return sums, squares
+_class_sketch_op = register(
+    OPERATOR,
+    "(Tensor deltas, Tensor activations, Tensor labels, SymInt num_classes, str backend) -> (Tensor, Tensor)",
+    _fake,
+)
 
 
 def class_sketch(

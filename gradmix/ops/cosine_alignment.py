@@ -27,6 +27,7 @@ from gradmix.ops.mixed_alignment import (
     largest_of,
     unit_of,
 )
+from gradmix.ops.registration import register
 
 # ----------------------------------------------------------------------------------------------------------- references
 
@@ -172,30 +173,17 @@ MIXED_OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::cosine_alignment", mutates_args=())
-def _cosine_alignment_op(x: Tensor, y: Tensor, precision: str, backend: str) -> Tensor:
-    result: Tensor = OPERATOR.choose(backend, x, y, precision).run(x, y, precision)
-    return result
-
-
-@_cosine_alignment_op.register_fake
-def _(x: Tensor, y: Tensor, precision: str, backend: str) -> Tensor:
+def _fake(x: Tensor, y: Tensor, *_rest: str) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], y.shape[1]), dtype=work_dtype(x.dtype))
 
 
-@torch.library.custom_op("gradmix::mixed_gram_alignment", mutates_args=())
-def _mixed_gram_alignment_op(
-    x: Tensor, y: Tensor, reference: Tensor, lam: Tensor, precision: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    arguments = (x, y, reference, lam, precision)
-    inner, norm = MIXED_OPERATOR.choose(backend, *arguments).run(*arguments)
-    return inner, norm
+_cosine_alignment_op = register(OPERATOR, "(Tensor x, Tensor y, str precision, str backend) -> Tensor", _fake)
 
-
-@_mixed_gram_alignment_op.register_fake
-def _(x: Tensor, y: Tensor, reference: Tensor, lam: Tensor, precision: str, backend: str) -> tuple[Tensor, Tensor]:
-    shape, dtype = (x.shape[0], x.shape[1], y.shape[1]), work_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+_mixed_gram_alignment_op = register(
+    MIXED_OPERATOR,
+    "(Tensor x, Tensor y, Tensor reference, Tensor lam, str precision, str backend) -> (Tensor, Tensor)",
+    lambda x, y, *_rest: MixedAlignment(_fake(x, y), _fake(x, y)),
+)
 
 
 def cosine_alignment(x: Tensor, y: Tensor, *, precision: Precision = "tf32x3", backend: str = "auto") -> Tensor:

@@ -16,8 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.capsules import as_capsule
+from gradmix.ops.registration import register
 from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 DrawPolicy = Literal["uniform", "best", "permute"]
@@ -120,6 +123,35 @@ def _narrowed(allowed: Tensor | None, score: Tensor | None, own_rows: bool) -> T
     return allowed
 
 
+# ------------------------------------------------------------------------------------------------------------------ cpp
+
+
+def draw_partners_cpp(
+    allowed: Tensor | None, drawn: Tensor, score: Tensor | None, partners: int, policy: str, own_rows: bool
+) -> DrawnPartners:
+    """The extension's body, for the CPU. Arguments and result as :func:`draw_partners`."""
+    extension: Any = _extension.load()
+    ranked = score if policy == "best" else None
+    if ranked is not None and ranked.dtype != torch.float64:
+        ranked = ranked.float()
+    found = torch.empty_like(drawn, dtype=torch.uint8)
+    partner = torch.empty_like(drawn, dtype=torch.int64)
+    extension.draw_partners(
+        None if allowed is None else as_capsule(allowed.contiguous().view(torch.uint8)),
+        None if ranked is None else as_capsule(ranked.detach().contiguous()),
+        as_capsule(drawn.contiguous()),
+        partners,
+        own_rows,
+        as_capsule(partner),
+        as_capsule(found),
+    )
+    return DrawnPartners(partner, found.view(torch.bool))
+
+
+def _cpp_can_run(_allowed: Tensor | None, drawn: Tensor, *_rest: object) -> str | None:
+    return None if drawn.device.type == "cpu" else f"it serves the CPU, and the tensors are on {drawn.device}"
+
+
 # --------------------------------------------------------------------------------------------------------------- triton
 
 
@@ -149,38 +181,23 @@ OPERATOR = Operator(
             worth=_triton.not_measured,
             available=_triton.unavailable_reason,
         ),
+        Backend("cpp", draw_partners_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", draw_partners_torch),
         Backend("reference", draw_partners_reference),
     ),
 )
 
 
-@torch.library.custom_op("gradmix::draw_partners", mutates_args=())
-def _draw_partners_op(
-    allowed: Tensor | None,
-    drawn: Tensor,
-    score: Tensor | None,
-    partners: int,
-    policy: str,
-    own_rows: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    arguments = (allowed, drawn, score, partners, policy, own_rows)
-    partner, found = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return partner, found
+def _fake(_allowed: Tensor | None, drawn: Tensor, *_rest: Any) -> DrawnPartners:
+    return DrawnPartners(torch.empty_like(drawn, dtype=torch.int64), torch.empty_like(drawn, dtype=torch.bool))
 
 
-@_draw_partners_op.register_fake
-def _(
-    allowed: Tensor | None,
-    drawn: Tensor,
-    score: Tensor | None,
-    partners: int,
-    policy: str,
-    own_rows: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(drawn, dtype=torch.int64), torch.empty_like(drawn, dtype=torch.bool)
+draw_partners_op = register(
+    OPERATOR,
+    "(Tensor? allowed, Tensor drawn, Tensor? score, SymInt partners, str policy, bool own_rows, str backend) "
+    "-> (Tensor, Tensor)",
+    _fake,
+)
 
 
 def draw_partners(
@@ -206,7 +223,7 @@ def draw_partners(
             a row of nothing but NaN finds no partner. None: all equal. The other policies do not look at it.
         own_rows: the columns are the rows themselves (M = N), and no row is its own partner.
         partners: M, needed where neither ``allowed`` nor ``score`` nor ``own_rows`` tells.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         :class:`DrawnPartners`: ``partner`` (N,) int64 and ``found`` (N,) bool.
@@ -261,7 +278,7 @@ def draw_partners(
         raise ValueError("partners: got None, expected the number of columns, which nothing else tells here")
     if can_sync(drawn.device) and not torch.compiler.is_compiling():
         _check_range(drawn, partners if policy == "permute" else None)
-    return DrawnPartners(*_draw_partners_op(allowed, drawn, score, partners, policy, own_rows, backend))
+    return DrawnPartners(*draw_partners_op(allowed, drawn, score, partners, policy, own_rows, backend))
 
 
 def _check_range(drawn: Tensor, partners: int | None) -> None:

@@ -21,6 +21,7 @@ from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_labels, class_of
 from gradmix.ops.mixed_alignment import Precision, beside_one_hot, check_precision, mixed_residual
+from gradmix.ops.registration import register
 
 RESIDUALS = 1 << 23
 """Elements of the residuals, and of the rows' cast features, held at a time (64 MiB of float64)."""
@@ -105,17 +106,12 @@ OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::last_layer_gradient", mutates_args=("out",))
-def _last_layer_gradient_op(
-    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str, backend: str
-) -> None:
-    arguments = (out, features, logits, labels, precision)
-    OPERATOR.choose(backend, *arguments).run(*arguments)
-
-
-@_last_layer_gradient_op.register_fake
-def _(out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str, backend: str) -> None:
-    return None
+last_layer_gradient_op = register(
+    OPERATOR,
+    "(Tensor(a!) out, Tensor features, Tensor logits, Tensor labels, str precision, str backend) -> ()",
+    lambda *_arguments: None,
+    mutates=("out",),
+)
 
 
 def last_layer_gradient(
@@ -188,5 +184,5 @@ def last_layer_gradient(
         raise ValueError(f"out: got a tensor on {out.device}, expected {features.device} as features")
     elif out.requires_grad:
         raise ValueError("out: got a tensor that requires grad, expected one that does not")
-    _last_layer_gradient_op(out, features.detach(), logits.detach(), labels.detach(), precision, backend)
+    last_layer_gradient_op(out, features.detach(), logits.detach(), labels.detach(), precision, backend)
     return out

@@ -41,13 +41,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.capsules import as_capsules
 from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_labels, class_of, dense_labels
+from gradmix.ops.registration import register
 from gradmix.runtime.deferred_checks import can_sync
 
 SCALE = 2.0**27
@@ -321,6 +322,7 @@ def mixed_alignment_torch(
     labels_b: Tensor,
     reference: Tensor,
     lams: Tensor,
+    norms: bool = True,
     precision: Precision = "tf32x3",
 ) -> MixedAlignment:
     """The factorised form in plain torch: four matrix products. Arguments and result as the operator's.
@@ -335,16 +337,18 @@ def mixed_alignment_torch(
         a = _side(h_a, logits_a, *split_a, grad_reference)
         b = a if same_rows else _side(h_b, logits_b, *split_b, grad_reference)
         mutual = _mutual(a, b)
-        gram = a.h @ b.h.T
+        gram = a.h @ b.h.T if norms else None
         bias = units.one * units.one * has_bias(a.h, grad_reference)
         size = len(lams), len(a.z), len(b.z)
-        inner, norm = a.z.new_empty(size), a.z.new_empty(size)
+        inner, norm = a.z.new_empty(size), a.z.new_empty(size if norms else 0)
         for k, lam in enumerate(_weights(lams)):
-            products, residual = _pairs(a, b, mutual, lam, units)
+            products, residual = _pairs(a, b, mutual, lam, units, norms)
             mu = 1.0 - lam
+            inner[k] = products
+            if gram is None:
+                continue
             # lam^2 |h_a|^2 + 2 lam mu <h_a, h_b> + mu^2 |h_b|^2, and 1 for the bias
             mixed = _plus((lam * lam * a.square + bias)[:, None] + mu * mu * b.square, gram, 2 * lam * mu)
-            inner[k] = products
             torch.mul(residual, mixed.clamp_(min=0).sqrt_(), out=norm[k])
         return MixedAlignment(inner, norm)
 
@@ -549,8 +553,8 @@ def _added(total: Tensor, left: Tensor, right: Tensor, weight: Weight = 1.0) -> 
     return total.addmm_(left, right.T, alpha=weight)
 
 
-def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tuple[Tensor, Tensor]:
-    """<r, u> in the caller's units, and ||r|| times the features' unit; both (N, M).
+def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units, norms: bool) -> tuple[Tensor, Tensor]:
+    """<r, u> in the caller's units, and ||r|| times the features' unit, of no meaning without ``norms``; both (N, M).
 
     The products run over the classes that are neither row's label; ``terms`` are those of the two labels.
     """
@@ -564,7 +568,8 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units) -> tu
         for total, (v_a, v_b) in zip(totals, vectors, strict=True):
             _added(total, e_a * v_a[:, part], e_b, lam)
             _added(total, e_a, e_b * v_b[:, part], mu)
-        _added(rest_square, e_a.square_(), e_b.square_())
+        if norms or mutual.beside:
+            _added(rest_square, e_a.square_(), e_b.square_())
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
     log_own = _plus((lam * mutual.logits.own_a)[:, None], mutual.logits.b_at_a, mu)
@@ -752,6 +757,7 @@ def _run_reference(
     labels_b: Tensor,
     reference: Tensor,
     lams: Tensor,
+    norms: bool = True,
     precision: Precision = "tf32x3",
 ) -> MixedAlignment:
     """:func:`mixed_alignment_reference` for every mixing weight."""
@@ -762,7 +768,7 @@ def _run_reference(
     inner, norm = features_a.new_empty(size, dtype=dtype), features_a.new_empty(size, dtype=dtype)
     for k, lam in enumerate(lams.tolist()):
         inner[k], norm[k] = mixed_alignment_reference(*arguments, lam)
-    return MixedAlignment(inner, norm)
+    return MixedAlignment(inner, norm if norms else inner.new_empty(0))
 
 
 def mixed_alignment_cpp(
@@ -774,6 +780,7 @@ def mixed_alignment_cpp(
     labels_b: Tensor,
     reference: Tensor,
     lams: Tensor,
+    norms: bool = True,
     precision: Precision = "tf32x3",
 ) -> MixedAlignment:
     """The extension's body, for the CPU. Arguments and result as the operator's.
@@ -789,35 +796,32 @@ def mixed_alignment_cpp(
         (y_a, _, t_a), (y_b, _, t_b) = split_labels(labels_a.detach(), labels_b.detach(), z_a.shape[1], dtype)
         y_a, y_b = y_a.contiguous(), y_b.contiguous()
         inner = h_a.new_empty(len(lams), len(h_a), len(h_b))
-        norm, units = torch.empty_like(inner), None
+        # Of label vectors the norms tell where the inner products have lost their digits.
+        wanted, norms, units = norms, norms or t_a is not None, None
+        norm = torch.empty_like(inner) if norms else None
         while True:
             u_a = project(h_a, grad_reference)
             u_b = u_a if same else project(h_b, grad_reference)
-            products: list[Tensor | None] = [h_a @ h_b.T, None, None]
+            products: list[Tensor | None] = [h_a @ h_b.T if norms else None, None, None]
             if t_a is not None and t_b is not None:
                 products[1:] = [torch.addmm(t_a @ u_b.T, u_a, t_b.T), (t_a @ t_b.T).mul_(2)]
             done = extension.mixed_alignment(
-                _capsules(h_a, z_a, y_a, u_a, t_a),
-                _capsules(h_b, z_b, y_b, u_b, t_b),
-                *_capsules(grad_reference, lams),
-                _capsules(*products),
-                *_capsules(inner, norm),
+                as_capsules(h_a, z_a, y_a, u_a, t_a),
+                as_capsules(h_b, z_b, y_b, u_b, t_b),
+                *as_capsules(grad_reference, lams),
+                as_capsules(*products),
+                *as_capsules(inner, norm),
                 units,
                 torch.get_num_threads(),
             )
             if done:
-                return MixedAlignment(inner, norm)
+                return MixedAlignment(inner, norm if wanted and norm is not None else inner.new_empty(0))
             h_a, h_b, grad_reference, found = in_range(h_a, h_b, grad_reference, dtype)
             units = tuple(found)
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype).contiguous()
-
-
-def _capsules(*tensors: Tensor | None) -> tuple[object, ...]:
-    """By DLPack, for the extension; of a tensor itself the export takes ten times as long."""
-    return tuple(None if x is None else to_dlpack(x) for x in tensors)
 
 
 def cpp_can_run(features_a: Tensor, *_rest: object) -> str | None:
@@ -836,6 +840,7 @@ def mixed_alignment_triton(
     labels_b: Tensor,
     reference: Tensor,
     lams: Tensor,
+    norms: bool = True,
     precision: Precision = "tf32x3",
 ) -> MixedAlignment:
     """The factorised form in one kernel, after U by torch. Arguments and result as the operator's."""
@@ -848,21 +853,20 @@ def mixed_alignment_triton(
         u_b = u_a if features_a is features_b else project(features_b.float(), grad_reference)
     if labels_a.is_floating_point() != labels_b.is_floating_point():
         labels_a, labels_b = (dense_labels(y, logits_a.shape[1], torch.float32) for y in (labels_a, labels_b))
-    return MixedAlignment(
-        *kernel.mixed_alignment(
-            features_a,
-            logits_a,
-            labels_a,
-            u_a,
-            features_b,
-            logits_b,
-            labels_b,
-            u_b,
-            lams,
-            bias=bias,
-            precision=precision,
-        )
+    inner, norm = kernel.mixed_alignment(
+        features_a,
+        logits_a,
+        labels_a,
+        u_a,
+        features_b,
+        logits_b,
+        labels_b,
+        u_b,
+        lams,
+        bias=bias,
+        precision=precision,
     )
+    return MixedAlignment(inner, norm if norms else inner.new_empty(0))
 
 
 def _triton_can_run(features_a: Tensor, logits_a: Tensor, *_rest: object) -> str | None:
@@ -886,41 +890,22 @@ OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::mixed_alignment", mutates_args=())
-def mixed_alignment_op(
-    features_a: Tensor,
-    logits_a: Tensor,
-    labels_a: Tensor,
-    features_b: Tensor,
-    logits_b: Tensor,
-    labels_b: Tensor,
-    reference: Tensor,
-    lams: Tensor,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The registered operator, which checks nothing: ``lams`` (L,) float64, results (L, N, M)."""
-    arguments = (features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, precision)
-    inner, norm = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return inner, norm
+def _fake(features_a: Tensor, logits_a: Tensor, labels_a: Tensor, features_b: Tensor, *rest: Any) -> MixedAlignment:
+    lams, norms = rest[3], rest[4]
+    shape, dtype = (lams.shape[0], features_a.shape[0], features_b.shape[0]), work_dtype(features_a.dtype)
+    inner = features_a.new_empty(shape, dtype=dtype)
+    return MixedAlignment(inner, torch.empty_like(inner) if norms else inner.new_empty(0))
 
 
-@mixed_alignment_op.register_fake
-def _(
-    features_a: Tensor,
-    logits_a: Tensor,
-    labels_a: Tensor,
-    features_b: Tensor,
-    logits_b: Tensor,
-    labels_b: Tensor,
-    reference: Tensor,
-    lams: Tensor,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    shape = (lams.shape[0], features_a.shape[0], features_b.shape[0])
-    dtype = work_dtype(features_a.dtype)
-    return features_a.new_empty(shape, dtype=dtype), features_a.new_empty(shape, dtype=dtype)
+mixed_alignment_op = register(
+    OPERATOR,
+    "(Tensor features_a, Tensor logits_a, Tensor labels_a, Tensor features_b, Tensor logits_b, Tensor labels_b, "
+    "Tensor reference, Tensor lams, bool norms, str precision, str backend) -> (Tensor, Tensor)",
+    _fake,
+)
+"""The registered operator, which checks nothing: ``lams`` (L,) float64, results (L, N, M).
+
+Without ``norms``, the second result is empty (0,)."""
 
 
 def mixed_alignment(
@@ -988,7 +973,7 @@ def mixed_alignment(
     check_precision(precision)
     lams = as_lams(lam, features_a.device)
     inner, norm = mixed_alignment_op(
-        features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, precision, backend
+        features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, True, precision, backend
     )
     if isinstance(lam, Tensor) and lam.ndim == 1:
         return MixedAlignment(inner, norm)

@@ -25,6 +25,7 @@ from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.counter_random import check_matrix, random_matrix
 from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.registration import register
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -249,16 +250,13 @@ OPERATOR = Operator(
 )
 
 
-@torch.library.custom_op("gradmix::sketch_project", mutates_args=())
-def _sketch_project_op(x: Tensor, rank: int, key: int, ones: bool, entries: str, backend: str) -> Tensor:
-    arguments = (x, rank, key, ones, entries)
-    result: Tensor = OPERATOR.choose(backend, *arguments).run(*arguments)
-    return result
-
-
-@_sketch_project_op.register_fake
-def _(x: Tensor, rank: int, key: int, ones: bool, entries: str, backend: str) -> Tensor:
+def _fake(x: Tensor, rank: int, *_rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], rank, dtype=work_dtype(x.dtype))
+
+
+_sketch_project_op = register(
+    OPERATOR, "(Tensor x, SymInt rank, SymInt key, bool ones, str entries, str backend) -> Tensor", _fake
+)
 
 
 def sketch_project(

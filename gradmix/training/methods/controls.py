@@ -95,6 +95,7 @@ def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest
         nothing = batch.features.new_zeros(batch.logits.shape[1], batch.features.shape[1] + 1)
         lam = float(pairs.lam.min())
         norm = feature_scores(batch, partners, nothing, lam).norm
+        assert norm is not None
     if own:
         # A row is not its own partner: such pairs are neither counted nor taken.
         helpful = helpful.clone().fill_diagonal_(False)
