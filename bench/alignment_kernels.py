@@ -142,11 +142,12 @@ def ways_of(
         if body.name == "torch":
             found["torch"] = torch_ways("torch", "gradmix, torch", partial(run, precision="ieee"), example, products)
             continue
-        precisions = PRECISIONS if products else ("ieee",)
+        chosen = products and body.name == "triton"
+        precisions = PRECISIONS if chosen else ("ieee",)
         found[body.name] = [
             Way(
-                f"{body.name}_{precision}" if products else body.name,
-                f"gradmix, {body.name}{f', {precision}' if products else ''}",
+                f"{body.name}_{precision}" if chosen else body.name,
+                f"gradmix, {body.name}{f', {precision}' if chosen else ''}",
                 partial(run, precision=precision),
                 precision,
             )
@@ -216,7 +217,7 @@ def mixed_alignment_task(n: int, classes: int, width: int, device: torch.device)
 
     def arguments(inputs: Tensors, precision: str) -> tuple[Any, ...]:
         h, z, y, reference, lams = inputs
-        return h, z, y, h, z, y, reference, lams, precision
+        return h, z, y, h, z, y, reference, lams, True, precision
 
     example = on(device, make(0))
     ways, refused = ways_of(mixed_alignment.OPERATOR, arguments, example)
@@ -235,7 +236,7 @@ def mixed_alignment_task(n: int, classes: int, width: int, device: torch.device)
         ]
 
     def truth(inputs: Tensors) -> Tensors:
-        exact = mixed_alignment.mixed_alignment_torch(*arguments(inputs[:5], "ieee"))
+        exact = mixed_alignment.mixed_alignment(*arguments(inputs[:5], "ieee")[:8], backend="torch")
         return _inner_and_cosine(inputs, tuple(exact))
 
     def with_u(seed: int) -> Tensors:
@@ -272,7 +273,8 @@ def class_table_task(classes: int, group: int, width: int, device: torch.device)
 
     def by_torch(inputs: Tensors) -> Tensors:
         h, z, y, reference, weights = inputs
-        return summed(mixed_alignment.mixed_alignment_torch(h, z, y, h, z, y, reference, weights))
+        side = mixed_alignment.Side(h, z, y)
+        return summed(mixed_alignment.mixed_alignment_torch(side, side, reference, weights))
 
     example = on(device, make(0))
     ways = torch_ways("torch", "gradmix, torch, then sums", by_torch, example)

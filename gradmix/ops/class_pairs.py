@@ -25,6 +25,7 @@ from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_labels
 from gradmix.ops.mixed_alignment import (
     MixedAlignment,
+    Side,
     as_lams,
     check_reference,
     cpp_can_run,
@@ -68,33 +69,25 @@ def class_pairs_torch(
     features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
 ) -> MixedAlignment:
     """All pairs in plain torch, then products with the rows' classes. As :func:`class_pair_alignment`."""
-    return _of_all_pairs(mixed_alignment_torch, features, logits, labels, index, classes, reference, lams)
+    return _of_all_pairs(mixed_alignment_torch, Side(features, logits, labels), index, classes, reference, lams)
 
 
 def class_pairs_cpp(
     features: Tensor, logits: Tensor, labels: Tensor, index: Tensor, classes: int, reference: Tensor, lams: Tensor
 ) -> MixedAlignment:
     """The same, with the pairs from the extension, for the CPU. As :func:`class_pair_alignment`."""
-    return _of_all_pairs(mixed_alignment_cpp, features, logits, labels, index, classes, reference, lams)
+    return _of_all_pairs(mixed_alignment_cpp, Side(features, logits, labels), index, classes, reference, lams)
 
 
 def _of_all_pairs(
-    align: Callable[..., MixedAlignment],
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: int,
-    reference: Tensor,
-    lams: Tensor,
+    align: Callable[..., MixedAlignment], side: Side, index: Tensor, classes: int, reference: Tensor, lams: Tensor
 ) -> MixedAlignment:
-    inner, norm = _empty(features, classes, lams)
+    inner, norm = _empty(side.features, classes, lams)
     member = class_members(index, torch.arange(classes, device=index.device), inner.dtype)
-    rows = (features, logits, labels)
     at_once = max(1, PAIRS_AT_A_TIME // max(1, len(index)) ** 2)
     done = 0
     for part in lams.split(at_once):
-        pairs = align(*rows, *rows, reference, part)
+        pairs = align(side, side, reference, part)
         *sums, count = class_pair_sums(pairs, member, member, own_rows=True)
         for out, value in zip((inner, norm), sums, strict=True):
             out[done : done + len(part)] = value / count

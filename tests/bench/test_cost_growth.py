@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gradmix
 from gradmix.ops.last_layer_gradient import last_layer_gradient
-from gradmix.ops.mixed_alignment import mixed_alignment_torch
+from gradmix.ops.mixed_alignment import Side, mixed_alignment_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH, PAGE = ROOT / "bench", ROOT / "docs" / "scaling.md"
@@ -389,7 +389,7 @@ def test_the_products_are_those_of_the_formula(growth: ModuleType, n: int, class
         return 2 * a[0] * a[1] * b[1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-        mixed_alignment_torch(h, z, y, h, z, y, reference, torch.tensor([0.3], dtype=torch.float64))
+        mixed_alignment_torch(Side(h, z, y), Side(h, z, y), reference, torch.tensor([0.3], dtype=torch.float64))
     expected = growth.selection_work(growth.Sizes(n, n, classes, width, own_rows=True)).all
     # The bias's column is added without a product.
     assert counter.get_total_flops() == expected - 2 * n * classes

@@ -18,8 +18,7 @@ from truth import one_hot
 import gradmix
 from gradmix import GradMix, select_pairs
 from gradmix.model.head import HeadCapture
-from gradmix.ops import mixed_alignment as operator
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import MixedAlignment, Side, factorised, mixed_alignment
 from gradmix.runtime import deferred_checks
 
 BUFFER = rows(12, 3)
@@ -244,6 +243,10 @@ def far_apart(soft: bool) -> list[Tensor]:
     return [torch.randn(9, 3), z, labels, torch.randn(9, 3), z.flip(0), labels.flip(0), torch.randn(6, 4)]
 
 
+def by_torch(arguments: list[Tensor], lams: Tensor) -> MixedAlignment:
+    return factorised.mixed_alignment_torch(Side(*arguments[:3]), Side(*arguments[3:6]), arguments[6], lams)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = far_apart(soft)
@@ -251,7 +254,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
     with deferred_checks.deferred_checks(MLP()), watched():
-        result = operator.mixed_alignment_torch(*arguments, lams)
+        result = by_torch(arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
 
@@ -261,13 +264,13 @@ def test_what_there_is_no_room_for_is_not_evaluated(monkeypatch: pytest.MonkeyPa
     lams = torch.tensor([0.5], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams).inner
     behind_the_host(monkeypatch)
-    monkeypatch.setattr(operator, "LOST_ELEMENTS", 3 * 6)
-    result = operator.mixed_alignment_torch(*arguments, lams)
+    monkeypatch.setattr(factorised, "LOST_ELEMENTS", 3 * 6)
+    result = by_torch(arguments, lams)
     lost = result.inner.isnan()
     assert torch.equal(lost, result.norm.isnan())
     torch.testing.assert_close(result.inner[~lost], expected[~lost])
-    monkeypatch.setattr(operator, "LOST_ELEMENTS", 2 * 6)
-    assert operator.mixed_alignment_torch(*arguments, lams).inner.isnan().sum() == lost.sum() + 1
+    monkeypatch.setattr(factorised, "LOST_ELEMENTS", 2 * 6)
+    assert by_torch(arguments, lams).inner.isnan().sum() == lost.sum() + 1
     # They go unmixed: nothing that was not evaluated is helpful.
     assert not (result.inner >= 0)[lost].any()
 

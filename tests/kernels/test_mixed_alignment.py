@@ -267,7 +267,8 @@ def test_bad_input_is_named(case: str) -> None:
 def test_registration(soft: bool) -> None:
     arguments = make(soft=(soft, soft), dtype=torch.float32)
     lams = torch.tensor([0.3, 0.8], dtype=torch.float64)
-    torch.library.opcheck(torch.ops.gradmix.mixed_alignment.default, (*arguments, lams, "ieee", "torch"))
+    torch.library.opcheck(torch.ops.gradmix.mixed_alignment.default, (*arguments, lams, True, "ieee", "torch"))
+    torch.library.opcheck(torch.ops.gradmix.mixed_alignment.default, (*arguments, lams, False, "ieee", "torch"))
 
 
 def test_torch_compile_passes_through_without_a_graph_break() -> None:
