@@ -45,17 +45,17 @@ class Pairs:
     screening: Screening | None = None
 
     @cached_property
-    def _known(self) -> Alignment:
+    def _full_alignment(self) -> Alignment:
         return self._alignment() if callable(self._alignment) else self._alignment
 
     @cached_property
     def _compact(self) -> Alignment:
         # How many classes there are is not known before somebody asks, as a GPU would have to be waited for.
-        return self._known.compact()
+        return self._full_alignment.compact()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with the alignment, not with what would compute it."""
-        return {**vars(self), "_alignment": self._known}
+        return {**vars(self), "_alignment": self._full_alignment}
 
     @property
     def alignment(self) -> Tensor:
@@ -90,7 +90,7 @@ class Pairs:
             (N, M) bool, whether the mixture of sample i and candidate j is helpful; and (N, M), its cosine or that of
             its classes, NaN where none was evaluated.
         """
-        return self._known.by_pair(self._batch.y, self.candidates.y, threshold)
+        return self._full_alignment.by_pair(self._batch.y, self.candidates.y, threshold)
 
     def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The mixed samples: lam x_i + (1 - lam) x_partner, and their labels likewise.

@@ -1,4 +1,4 @@
-"""The CUDA bodies of the operators: memory from torch, the work queued on torch's current stream, nothing waited for.
+"""Operators in CUDA: memory from torch, the work queued on torch's current stream, nothing waited for.
 
 `csrc/class_sketch_cuda.cu` and `csrc/sketch_project_cuda.cu` are the kernels. Each has the operator's arguments here,
 and beside it the sentence that says which arguments it cannot take.
@@ -192,7 +192,7 @@ def sketch_project_cuda(x: Tensor, rank: int, key: int, ones: bool, entries: str
         x: (N, T, D) on a CUDA device.
         rank: of the sketch.
         key: of the matrix.
-        ones: whether a 1 is thought behind each position's vector.
+        ones: whether a 1 is assumed behind each position's vector.
         entries: ``"rademacher"``.
 
     Returns:

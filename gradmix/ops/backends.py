@@ -1,4 +1,4 @@
-"""Which body of an operator runs: the choice, and the reason for every refusal.
+"""Implementations of an operator: which one runs, and the reason for every refusal.
 
 An operator (`mixed_alignment`, `class_sketch`, ...) has several bodies: ``reference`` reads like the formula, ``torch``
 is the same mathematics in batched torch calls, ``cpp``/``cuda``/``triton`` are native. A body is asked two questions
@@ -25,7 +25,7 @@ def _always(*_args: Any, **_kwargs: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One body of an operator.
+    """One implementation of an operator.
 
     Args:
         name: one of :data:`BACKENDS`.
@@ -63,17 +63,17 @@ class Operator:
         """
         check_backend(backend)
         if backend != "auto":
-            return self._named(backend, *args, **kwargs)
+            return self._choose_named(backend, *args, **kwargs)
         preferred = get_backend()
         if preferred != "auto" and any(b.name == preferred for b in self.backends):
-            return self._named(preferred, *args, **kwargs)
+            return self._choose_named(preferred, *args, **kwargs)
         for body in self.backends:
             if body.available() or body.can_run(*args, **kwargs) or body.worth(*args, **kwargs):
                 continue
             return body
         raise RuntimeError(f"{self.name}: no backend can run these arguments")  # pragma: no cover - the last one can
 
-    def _named(self, name: str, *args: Any, **kwargs: Any) -> Backend:
+    def _choose_named(self, name: str, *args: Any, **kwargs: Any) -> Backend:
         for body in self.backends:
             if body.name == name:
                 reason = body.available() or body.can_run(*args, **kwargs)

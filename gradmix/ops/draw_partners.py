@@ -91,7 +91,7 @@ def draw_partners_torch(
         rank = _rank(drawn, count)
         partner = rank + (rank >= row) if own_rows else rank
     else:
-        allowed = _narrowed(allowed, ranked, own_rows)
+        allowed = _restrict(allowed, ranked, own_rows)
         running = allowed.cumsum(1, dtype=torch.int32)
         count = running[:, -1].long()
         rank = _rank(drawn, count)
@@ -106,8 +106,8 @@ def _rank(drawn: Tensor, count: Tensor) -> Tensor:
     return (drawn * count).long().clamp_(min=0).minimum((count - 1).clamp_(min=0))
 
 
-def _narrowed(allowed: Tensor | None, score: Tensor | None, own_rows: bool) -> Tensor:
-    """What may be drawn, (N, M), without the diagonal and, given a score, of that score's largest in each row."""
+def _restrict(allowed: Tensor | None, score: Tensor | None, own_rows: bool) -> Tensor:
+    """Columns that may be drawn, (N, M) bool, without the diagonal and, given a score, of that score's largest in each row."""
     if score is not None:
         known = ~score.isnan()
         allowed = known if allowed is None else known.logical_and_(allowed)

@@ -45,7 +45,7 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
 
     Args:
         name: how the error names the argument.
-        labels: what came.
+        labels: the value given.
         rows: how many rows it must have.
         classes: number of classes; None: any.
     """

@@ -117,7 +117,7 @@ def project(x: Tensor, matrix: Tensor, *, ones: bool = False) -> Tensor:
         x: (N, T, D) float32, float64, bfloat16 or float16, of any strides.
         matrix: (rank, D), or (rank, D + 1) with ``ones``, floating point, on the same device. It is converted to the
             dtype computed in, except that on a GPU a matrix of the same half type as ``x`` is multiplied as it is.
-        ones: whether a 1 is thought behind each position's vector.
+        ones: whether a 1 is assumed behind each position's vector.
 
     Returns:
         (N, T, rank), float64 for float64 and float32 otherwise, in which it is also accumulated. Where x lies in planes
@@ -162,7 +162,7 @@ _CONVERTED = (1 << 18, 1 << 26)
 
 
 def layout(x: Tensor) -> str | None:
-    """How (N, T, D) lies in memory: ``"rows"`` (D contiguous), ``"planes"`` (T contiguous), or None for neither."""
+    """Layout of (N, T, D) in memory: ``"rows"`` (D contiguous), ``"planes"`` (T contiguous), or None for neither."""
     if x.stride(2) == 1 or x.shape[2] <= 1:
         return "rows"
     return "planes" if x.stride(1) == 1 or x.shape[1] <= 1 else None
@@ -205,7 +205,7 @@ def _product(x: Tensor, matrix: Tensor, ones: bool, dtype: torch.dtype) -> Tenso
 
 
 def _convolves(x: Tensor, rank: int) -> bool:
-    """Whether the product is had sooner as a 1x1 convolution.
+    """Whether the product is computed sooner as a 1x1 convolution.
 
     Torch has convolutions computed by another library than products, one that uses the widest registers of any
     processor. Measured with 1 and 2 threads on an AMD processor with AVX-512: 1.4 to 2.8 times as fast for rows, 1.1 to
@@ -272,7 +272,7 @@ def sketch_project(
         x: (N, T, D) float32, float64, bfloat16 or float16, of any strides: N samples of T positions. Any size may be 0.
         rank: of the sketch, at least 1.
         key: a signed 64-bit integer, such as `gradmix.ops.counter_random.sketch_key` gives.
-        ones: whether a 1 is thought behind each position's vector (for a layer's bias).
+        ones: whether a 1 is assumed behind each position's vector (for a layer's bias).
         entries: ``"rademacher"`` or ``"gaussian"``.
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 

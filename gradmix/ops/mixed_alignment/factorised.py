@@ -113,7 +113,7 @@ def _weights(lams: Tensor) -> Sequence[Weight]:
 
 
 class _Mutual(NamedTuple):
-    """What pairs of rows have that does not depend on the mixing weight.
+    """Values of pairs of rows that do not depend on the mixing weight.
 
     Attributes:
         logits: both rows' at both labels, as :func:`_at_labels` gives them, above their row's ``top``, in float64.

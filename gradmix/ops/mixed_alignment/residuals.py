@@ -64,7 +64,10 @@ Split: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]
 
 
 def split_labels(labels_a: Tensor, labels_b: Tensor, classes: int, dtype: torch.dtype) -> tuple[Split, Split]:
-    """Of each side's labels (y, labels, t) as :class:`_Side` has them; t is None for both or neither.
+    """Split each side's labels into (y, labels, t); t is None for both or neither.
+
+    y are class indices, of label vectors those of their largest entries; t is what label vectors lack to the one-hot
+    vectors of y.
 
     Where the host may look, one-hot vectors are taken for the class indices that they are.
     """

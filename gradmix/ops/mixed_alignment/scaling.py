@@ -36,12 +36,12 @@ class Units(NamedTuple):
 
     @property
     def one(self) -> Weight:
-        """What became of the 1 appended to the features."""
+        """The 1 appended to the features, in their unit."""
         return 1.0 / self.features
 
     @property
     def product(self) -> Weight:
-        """Of the inner products."""
+        """Unit of the inner products."""
         return self.features * self.reference
 
 

@@ -1,4 +1,4 @@
-"""What the operator ``mixed_alignment`` takes and gives, and what follows from it."""
+"""Arguments and results of the operator ``mixed_alignment``, their checks, and the cosine."""
 
 from __future__ import annotations
 
