@@ -139,9 +139,9 @@ void py_class_sketch(const py::object& deltas_object, const py::object& activati
   squares.require_apart(sums);
   const int threads = thread_count(num_threads);
 
-  const ClassSketch problem{deltas.dtype(),       deltas.data(),          activations.data(), labels.as<std::int64_t>(),
-                            sums.mutable_data(),  squares.mutable_data(), deltas.size(0),     deltas.size(1),
-                            deltas.size(2),       activations.size(2),    sums.size(0)};
+  const ClassSketch problem{deltas.dtype(), deltas.data(), activations.data(), labels.as<std::int64_t>(),
+                            sums.mutable_data(), squares.mutable_data(), deltas.size(0), deltas.size(1),
+                            deltas.size(2), activations.size(2), sums.size(0)};
   std::int64_t bad = -1;
   {
     py::gil_scoped_release unlocked;
@@ -165,8 +165,8 @@ void py_sketch_project(const py::object& x_object, std::int64_t key, bool ones, 
   out.require_apart(x);
   const int threads = thread_count(num_threads);
 
-  const SketchProject problem{x.dtype(),   x.data(),    x.size(0), x.size(1), x.size(2),   x.stride(0),
-                              x.stride(1), x.stride(2), ones,      key,       out.size(2), out.mutable_data()};
+  const SketchProject problem{x.dtype(), x.data(), x.size(0), x.size(1), x.size(2), x.stride(0),
+                              x.stride(1), x.stride(2), ones, key, out.size(2), out.mutable_data()};
   if (!sketch_project_takes(problem)) {
     throw py::value_error("x: got strides (" + std::to_string(x.stride(0)) + ", " + std::to_string(x.stride(1)) + ", " +
                           std::to_string(x.stride(2)) + ") for shape " + x.shape_text() +
@@ -267,8 +267,8 @@ bool py_mixed_alignment(const py::tuple& a_objects, const py::tuple& b_objects, 
   const auto [features_unit, reference_unit, least] =
       units.is_none() ? std::tuple(1.0, 1.0, 0.0) : units.cast<std::tuple<double, double, double>>();
   const MixedAlignment problem{
-      a.side(),     b.side(),  dtype, reference.data(),  data(gram),    data(toward),   data(beside), lams.as<double>(),
-      inner.mutable_data(), data(norm), lams.size(0),  classes, width, bias, !units.is_none(), features_unit, reference_unit, least};
+      a.side(), b.side(), dtype, reference.data(), data(gram), data(toward), data(beside), lams.as<double>(),
+      inner.mutable_data(), data(norm), lams.size(0), classes, width, bias, !units.is_none(), features_unit, reference_unit, least};
   py::gil_scoped_release unlocked;
   return mixed_alignment(problem, threads);
 }

@@ -54,7 +54,8 @@ void draw_partners(const DrawPartners& p) {
     // Within [0, count) whatever was drawn. What is no number becomes 0.
     const double rank = std::floor(p.drawn[i] * static_cast<double>(count));
     const std::int64_t last = std::max<std::int64_t>(count - 1, 0);
-    const std::int64_t within = rank >= static_cast<double>(last) ? last : rank > 0 ? static_cast<std::int64_t>(rank) : 0;
+    const std::int64_t within = rank >= static_cast<double>(last) ? last : rank > 0 ? static_cast<std::int64_t>(rank)
+                                                                                    : 0;
     p.partner[i] = count > 0 ? column_of_rank(may, within) : nobody;
   }
 }

@@ -159,7 +159,7 @@ class Run {
     square_a_.resize(static_cast<std::size_t>(a_.count));
     square_b_.resize(static_cast<std::size_t>(columns_));
     Extent features = extent(a_.features, a_.count, p_.width, square_a_.data());
-    if (b_.features == a_.features) {
+    if (b_.features == a_.features && b_.count == a_.count) {
       std::copy(square_a_.begin(), square_a_.end(), square_b_.begin());
     } else {
       const Extent other = extent(b_.features, b_.count, p_.width, square_b_.data());
@@ -479,7 +479,8 @@ class Run {
       return lam * left[i * p_.classes + c] + mu * right[j * p_.classes + c];
     };
     const auto residual = [&](std::int64_t c) {
-      const double r = c == own ? at_own : c == other ? at_other : std::exp(mixed(c) - top) * scale * size;
+      const double r = c == own ? at_own : c == other ? at_other
+                                                      : std::exp(mixed(c) - top) * scale * size;
       return vectors_ ? r + both(a_.beside, b_.beside, c) : r;
     };
     double product = 0.0, square = 0.0, largest = 0.0;

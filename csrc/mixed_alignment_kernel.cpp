@@ -103,7 +103,8 @@ Double exponential(Double x) {
   Double power;
   __builtin_memcpy(&power, &bits, sizeof power);
   const Double result = series * power;
-  return x < zero - 708.0 ? zero : x > zero + 709.0 ? infinity : result;
+  return x < zero - 708.0 ? zero : x > zero + 709.0 ? infinity
+                                                    : result;
 }
 
 template <typename T>

@@ -107,7 +107,7 @@ def _rank(drawn: Tensor, count: Tensor) -> Tensor:
 
 
 def _restrict(allowed: Tensor | None, score: Tensor | None, own_rows: bool) -> Tensor:
-    """Columns that may be drawn, (N, M) bool, without the diagonal and, given a score, of that score's largest in each row."""
+    """Columns that may be drawn, (N, M) bool: not the diagonal and, given a score, each row's largest alone."""
     if score is not None:
         known = ~score.isnan()
         allowed = known if allowed is None else known.logical_and_(allowed)

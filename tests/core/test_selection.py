@@ -1,6 +1,8 @@
 """select_pairs and Pairs: what is chosen, how it is mixed, and which input is refused."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -498,3 +500,26 @@ def test_by_row_says_what_partners_were_drawn_from(criterion: str, threshold: fl
                 a, b = ((pairs.classes == y).nonzero().item() for y in (batch[1][i], other[1][j]))
                 expected = pairs.alignment[a, b]
             assert cosine[i, j] == expected and helpful[i, j] == (expected >= threshold)
+
+
+@pytest.mark.parametrize("marked", ["some", "none"])
+def test_the_alignment_is_computed_when_somebody_asks(marked: str) -> None:
+    """At threshold 0 no decision needs a cosine; what is asked for later is what a decision would have used."""
+    model, batch = MLP(), rows(9, 1)
+    replayed = torch.arange(9) % 3 == 0 if marked == "some" else torch.zeros(9, dtype=torch.bool)
+    how = {"lam": 0.4, "generator": torch.Generator().manual_seed(0)}
+    pairs = gradmix.select_pairs(model, replayed, batch, **how)
+    assert callable(pairs._alignment)
+    eager = gradmix.select_pairs(model, replayed, batch, **(how | {"policy": "best"}))
+    assert not callable(eager._alignment)
+    copies = [pickle.loads(pickle.dumps(pairs)), copy.deepcopy(pairs)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # what was captured is what counts
+    with torch.inference_mode():
+        assert torch.equal(pairs.alignment, eager.alignment)
+    assert not pairs.alignment.is_inference() and not pairs.alignment.requires_grad
+    for other in copies:
+        assert torch.equal(other.alignment, eager.alignment) and torch.equal(other.partner, pairs.partner)
+    assert pairs.summary()["mean_cosine"] == eager.summary()["mean_cosine"]
+    assert torch.equal(pairs.by_row(0.2)[0], eager.by_row(0.2)[0])
