@@ -62,9 +62,11 @@ PRESETS = {
     "tiny-imagenet": Sizes(256, 256, 200, 512, own_rows=True, buffer=2000),
     "cifar100": Sizes(256, 256, 100, 512, own_rows=True, buffer=2000),
     "cifar10": Sizes(256, 256, 10, 512, own_rows=True, buffer=500),
+    # The perceptron of the accuracy tables: 64 samples of the task and 64 replayed ones.
+    "perceptron": Sizes(128, 128, 10, 256, own_rows=True, buffer=320),
 }
 """The candidates are the batch's own rows, as ``select_pairs`` has them unless told otherwise."""
-QUICK = Sizes(32, 24, 20, 64, buffer=200)
+QUICK = PRESETS["perceptron"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _measure import free_memory, seconds_of, show_bytes
@@ -36,6 +37,7 @@ class Rival:
         chunk: None, or the pairs or rows it takes at a time.
         precision: of its products, one of :data:`_rates.PRECISIONS`.
         has_cosine: whether it gives cosines as well.
+        in_torch: whether its memory is torch's, which counts it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Rival:
     chunk: int | None = None
     precision: str = "ieee"
     has_cosine: bool = True
+    in_torch: bool = True
 
     def timed(self, problem: Problem) -> Problem:
         """The part of the problem that is timed."""
@@ -129,6 +132,33 @@ def by_plain_torch(problem: Problem) -> Alignments:
     square = (a.square() @ b.square().T) / z.square() - 2 * at_labels / z + (lam * lam + mu * mu + 2 * lam * mu * same)
     norm = square.clamp_(min=0).sqrt_() * feature_norms(p)
     return inner, cosine(inner, norm, p.reference.norm())
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def by_plain_numpy(problem: Problem) -> Alignments:
+    """:func:`by_plain_torch` in numpy, on the CPU."""
+    p = as_float32(problem)
+    lam, mu = np.float32(p.lam), np.float32(1.0 - p.lam)
+    h_a, z_a, h_b, z_b, reference = (
+        v.numpy() for v in (p.features_a, p.logits_a, p.features_b, p.logits_b, p.reference)
+    )
+    y_a, y_b = p.labels_a.numpy(), p.labels_b.numpy()
+    n, m = np.arange(len(y_a)), np.arange(len(y_b))
+    u_a = h_a @ reference[:, :-1].T + reference[:, -1]
+    u_b = u_a if p.own_rows else h_b @ reference[:, :-1].T + reference[:, -1]
+    a = np.exp(lam * (z_a - z_a.max(1, keepdims=True)))
+    b = np.exp(mu * (z_b - z_b.max(1, keepdims=True)))
+    z = a @ b.T
+    expected = (lam * ((a * u_a) @ b.T) + mu * (a @ (b * u_b).T)) / z
+    inner = expected - lam * (lam * u_a[n, y_a][:, None] + mu * u_b[:, y_a].T)
+    inner -= mu * (lam * u_a[:, y_b] + mu * u_b[m, y_b])
+    at_labels = lam * a[n, y_a][:, None] * b[:, y_a].T + mu * a[:, y_b] * b[m, y_b]
+    same = (y_a[:, None] == y_b).astype(np.float32)
+    square = ((a * a) @ (b * b).T) / (z * z) - 2 * at_labels / z + (lam * lam + mu * mu + 2 * lam * mu * same)
+    mixed = lam * lam * (h_a * h_a).sum(1)[:, None] + mu * mu * (h_b * h_b).sum(1) + 2 * lam * mu * (h_a @ h_b.T) + 1
+    norm = np.sqrt(np.maximum(square, 0)) * np.sqrt(np.maximum(mixed, 0))
+    angle = np.divide(inner, norm * np.linalg.norm(reference), out=np.zeros_like(inner), where=norm > 0)
+    return torch.from_numpy(inner), torch.from_numpy(np.clip(angle, -1, 1))
 
 
 def by_reference(problem: Problem) -> Alignments:
@@ -357,6 +387,7 @@ def make_field(
     rivals += [
         *ours,
         Rival("plain_torch", "factorised, plain torch", by_plain_torch),
+        *([Rival("plain_numpy", "factorised, numpy", by_plain_numpy, in_torch=False)] if device.type == "cpu" else []),
         Rival("row_loop", "row loop", by_row_loop),
         Rival("row_loop_tuned", "row loop, tuned", by_tuned_row_loop),
         Rival("row_loop_gradients", "row loop, from gradients", by_gradient_row_loop, sample=(min(n, 4), m)),

@@ -209,7 +209,7 @@ def measure_alignment(
             "speedup_over": {name: paired_ratio(rounds[name], whole) for name in BASELINES},
             "attainable_seconds": attainable,
             "share_of_attainable": attainable / time_of_all["p50"],
-            "peak_memory_bytes": peak_memory(calls[rival.name], device),
+            "peak_memory_bytes": peak_memory(calls[rival.name], device) if rival.in_torch else None,
             "error": errors(rival, problem),
             "error_huge_logits": errors(rival, huge),
         }
@@ -422,7 +422,7 @@ def print_report(result: dict[str, Any]) -> None:
                 show_count(row["pairs_per_second"]),
                 *(show_ratio(row["speedup_over"][name]) for name in BASELINES),
                 f"{row['share_of_attainable']:.2%}",
-                show_bytes(row["peak_memory_bytes"]),
+                "-" if row["peak_memory_bytes"] is None else show_bytes(row["peak_memory_bytes"]),
             ]
             for row in rows
         ],

@@ -382,65 +382,71 @@ class Run {
         }
       }
     }
-    for (std::int64_t i = first_row; i < std::min(end, a_.count); ++i) row(i, panel, sums + (i - first_row) * stride);
+    finish(panel, first_row, std::min(end, a_.count), sums);
   }
 
-  // One row of a panel. Of the last panel only some columns are there: what is read and written is the whole panel's.
-  void row(std::int64_t i, std::int64_t panel, const T* sums) {
-    const std::int64_t width = kernel_.columns, first = panel * width, at = i * b_.count + first;
+  // The results of some rows against one panel. Of the last panel only some columns are there, but what is read and written
+  // is the whole panel's.
+  void finish(std::int64_t panel, std::int64_t first_row, std::int64_t end_row, const T* sums) {
+    const std::int64_t width = kernel_.columns, first = panel * width;
     const std::int64_t valid = std::min(width, b_.count - first);
     T read[3][kernels::kMostColumns] = {}, written[2][kernels::kMostColumns];
     double refused[kernels::kMostColumns];
-    const auto input = [&](const void* matrix, T* copy) -> const T* {
-      if (matrix == nullptr || norm_ == nullptr) return nullptr;
-      const T* const from = static_cast<const T*>(matrix) + at;
-      return valid == width ? from : (std::copy_n(from, valid, copy), copy);
-    };
-    const auto output = [&](T* matrix, T* copy) { return valid == width && matrix != nullptr ? matrix + at : copy; };
-
-    const std::int64_t label = a_.labels[i], other = (panel * p_.classes + label) * kernels::kRight * width + width;
     Row row{};
-    row.sums = sums;
-    row.projected = a_.projected + i * p_.classes;
-    row.at_labels = at_labels_a_.data() + i * slots(*slots_b_);
-    row.own = own_a_[i];
-    row.own_projected = own_projected_a_[i];
-    row.label = static_cast<double>(label);
-    row.square = w_.lam * w_.lam * square_a_[i] + (p_.bias ? 1.0 / (p_.features_unit * p_.features_unit) : 0.0);
     row.other_own = own_b_.data() + first;
     row.other_own_projected = own_projected_b_.data() + first;
-    row.other_at_label = at_labels_b_.data() + slots_a_->slots[i] * columns_ + first;
-    row.other_projected = right_.data() + other;
     row.other_label = label_b_.data() + first;
     row.other_class = class_b_.data() + first;
     row.other_slot = slot_b_.data() + first;
     row.other_square = weighed_square_b_.data() + first;
-    row.gram = input(p_.gram, read[0]);
-    row.inner = output(inner_, written[0]);
-    row.norm = output(norm_, written[1]);
     row.refused = refused;
     Beside beside{};
     if (vectors_) {
-      beside.sums = sums + sums_of_piece();
-      beside.vector = a_.beside + i * p_.classes;
-      beside.own_vector = w_.lam * beside.vector[label];
       beside.other_own_vector = own_beside_b_.data() + first;
-      beside.other_vector = right_beside_.data() + other;
-      beside.toward = w_.lam * w_.lam * toward_a_[i];
-      beside.square = w_.lam * w_.lam * beside_a_[i];
       beside.other_toward = weighed_toward_b_.data() + first;
       beside.other_square = weighed_beside_b_.data() + first;
-      beside.cross_toward = input(p_.toward, read[1]);
-      beside.cross_square = input(p_.beside, read[2]);
     }
-    if (kernel_.finish(w_, row, beside)) {
-      for (std::int64_t j = 0; j < valid; ++j) {
-        if (refused[j] != 0.0) alone(i, first + j, row, j);
+    const double square = w_.lam * w_.lam, bias = p_.bias ? 1.0 / (p_.features_unit * p_.features_unit) : 0.0;
+    for (std::int64_t i = first_row; i < end_row; ++i, sums += kernels::kSums * width) {
+      const std::int64_t at = i * b_.count + first, label = a_.labels[i];
+      const std::int64_t other = (panel * p_.classes + label) * kernels::kRight * width + width;
+      const auto input = [&](const void* matrix, T* copy) -> const T* {
+        const T* const from = static_cast<const T*>(matrix) + at;
+        return valid == width ? from : (std::copy_n(from, valid, copy), copy);
+      };
+      row.sums = sums;
+      row.projected = a_.projected + i * p_.classes;
+      row.at_labels = at_labels_a_.data() + i * slots(*slots_b_);
+      row.own = own_a_[i];
+      row.own_projected = own_projected_a_[i];
+      row.label = static_cast<double>(label);
+      row.square = square * square_a_[i] + bias;
+      row.other_at_label = at_labels_b_.data() + slots_a_->slots[i] * columns_ + first;
+      row.other_projected = right_.data() + other;
+      row.inner = valid == width ? inner_ + at : written[0];
+      if (norm_ != nullptr) {
+        row.gram = input(p_.gram, read[0]);
+        row.norm = valid == width ? norm_ + at : written[1];
       }
+      if (vectors_) {
+        beside.sums = sums + sums_of_piece();
+        beside.vector = a_.beside + i * p_.classes;
+        beside.own_vector = w_.lam * beside.vector[label];
+        beside.other_vector = right_beside_.data() + other;
+        beside.toward = square * toward_a_[i];
+        beside.square = square * beside_a_[i];
+        beside.cross_toward = input(p_.toward, read[1]);
+        beside.cross_square = input(p_.beside, read[2]);
+      }
+      if (kernel_.finish(w_, row, beside)) {
+        for (std::int64_t j = 0; j < valid; ++j) {
+          if (refused[j] != 0.0) alone(i, first + j, row, j);
+        }
+      }
+      if (valid == width) continue;
+      std::copy_n(written[0], valid, inner_ + at);
+      if (norm_ != nullptr) std::copy_n(written[1], valid, norm_ + at);
     }
-    if (valid == width) return;
-    std::copy_n(written[0], valid, inner_ + at);
-    if (norm_ != nullptr) std::copy_n(written[1], valid, norm_ + at);
   }
 
   // One pair in double, through the logarithms of the labels' terms: nothing underflows and nothing cancels.

@@ -77,7 +77,7 @@ Double root(Double value) { return __builtin_sqrt(value); }
 
 // exp(x) = 2^k exp(r) with k the integer nearest to x / ln 2, and the exponential series of r, |r| <= 0.347.
 // Below -708 it is 0, and above 709 infinite.
-Double exponential(Double x) {
+inline Double exponential(Double x) {
   const Double zero{}, infinity = zero + __builtin_inf();
   constexpr double magic = 0x1.8p52;  // a number added to this is rounded to an integer, which its last bits show
   const Double shifted = x * 0x1.71547652b82fep0 + magic;
