@@ -178,12 +178,10 @@ def select(
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())
-    alignment: Alignment | Callable[[], Alignment]
-    if decision.alignment is not None:
-        alignment = Alignment(*decision.alignment)
-    else:
+    alignment: Alignment | Callable[[], Alignment] | None = decision.alignment
+    if alignment is None:
         assert known is not None
-        # What no decision needed is computed when somebody asks for it.
+        # What no decision needed is computed when it is asked for.
         alignment = partial(_align, selector, mixtures.without_inputs(), known)
     return Pairs(
         decision.partner,

@@ -52,13 +52,22 @@ class Decision(NamedTuple):
         partner: (N,) int64.
         helpful: (N,) bool, whether there is one.
         lam: (N,) float64 (float32 on devices without it), weight of the sample itself.
-        alignment: inner, cosine and classes as :class:`gradmix.Alignment`; None: no decision needed cosines.
+        inner, cosine, classes: as :class:`gradmix.Alignment`; None where no decision needed cosines.
     """
 
     partner: Tensor
     helpful: Tensor
     lam: Tensor
-    alignment: tuple[Tensor, Tensor, Tensor | None] | None
+    inner: Tensor | None
+    cosine: Tensor | None
+    classes: Tensor | None
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The alignment; None where no decision needed cosines."""
+        if self.inner is None or self.cosine is None:
+            return None
+        return Alignment(self.inner, self.cosine, self.classes)
 
 
 @dataclass(frozen=True)
@@ -130,5 +139,5 @@ class Selector:
 def _decision(alignment: Alignment | None, drawn: DrawnPartners, lam: Weight) -> Decision:
     kept = torch.ones((), dtype=exact_dtype(drawn.found.device), device=drawn.found.device)
     weights = torch.where(drawn.found, lam, kept)
-    known = None if alignment is None else (alignment.inner, alignment.cosine, alignment.classes)
-    return Decision(drawn.partner, drawn.found, weights, known)
+    known = (None, None, None) if alignment is None else (alignment.inner, alignment.cosine, alignment.classes)
+    return Decision(drawn.partner, drawn.found, weights, *known)

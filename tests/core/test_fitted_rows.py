@@ -16,7 +16,7 @@ from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 from gradmix import alignment_matrix, select_pairs
-from gradmix.ops import mixed_alignment as module
+from gradmix.ops.mixed_alignment import factorised as module
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.cosine_alignment import MIXED_OPERATOR, mixed_gram_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
