@@ -16,11 +16,11 @@ from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 from gradmix import alignment_matrix, select_pairs
-from gradmix.ops.mixed_alignment import factorised as module
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.cosine_alignment import MIXED_OPERATOR, mixed_gram_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import OPERATOR, cosine, length, mixed_alignment
+from gradmix.ops.mixed_alignment import factorised as module
 
 Long = np.longdouble
 BODIES = [body.name for body in OPERATOR.backends if body.available() is None]
