@@ -54,7 +54,7 @@ def _skip() -> None:
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> pytest.Item | None:
-    """Without a GPU, a test that needs one is one test that is skipped, whatever its parameters: there are thousands."""
+    """Without a GPU, a test that needs one is skipped as a whole: by their parameters they are thousands."""
     if torch.cuda.is_available() or not isinstance(collector, pytest.Module) or not collector.istestfunction(obj, name):
         return None
     marks = [*collector.iter_markers("gpu"), *(mark for mark in getattr(obj, "pytestmark", ()) if mark.name == "gpu")]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from patience import PATIENCE
+from small_pictures import draw_small_pictures
 
 import gradmix
 from gradmix import cli
@@ -22,7 +22,6 @@ from gradmix.cli import launch
 from gradmix.cli.launch import Processes, explain_lost_process
 from gradmix.training.config import load_config
 from gradmix.training.loop.reading import default_workers
-from gradmix.training.reports import plots
 from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -90,8 +89,7 @@ def whole(folder: Path) -> tuple[Ended, dict[int, RunResult]]:
 
 @pytest.fixture
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curve", "heatmap", "alignment", "compare"):
-        monkeypatch.setattr(plots, name, lambda _: Figure(figsize=(1, 1)))
+    draw_small_pictures(monkeypatch)
 
 
 @pytest.mark.slow
