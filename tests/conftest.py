@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from quick_interpreter import make_quick
 
 # ``python -m pytest`` puts the working directory on the path, and a checkout's gradmix/, which has no compiled part,
 # would be met instead of the installed package.
@@ -18,6 +19,7 @@ sys.path[:] = [folder for folder in sys.path if Path(folder or os.curdir).resolv
 # Without a GPU, Triton's kernels run in its interpreter. Triton looks when a kernel is defined, so before any import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    make_quick()
 
 # torch.manual_seed also seeds devices that are not there: it keeps the call for later, with a traceback, which takes a
 # millisecond, and thousands of tests seed.
