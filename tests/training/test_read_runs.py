@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fresh import run_python
+from forked import run_code
 from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same
 
@@ -250,8 +250,8 @@ print("same", np.array_equal(resumed.accuracy, whole.accuracy) and resumed.timin
 def test_a_killed_run_ends_as_one_left_in_peace(folder: Path, tmp_path: Path) -> None:
     *kills, verdict = (
         line.split()
-        for line in run_python(
-            KILLED.format(path=str(tmp_path / "run.pt"), folder=str(folder), patience=PATIENCE), OMP_NUM_THREADS="1"
+        for line in run_code(
+            KILLED.format(path=str(tmp_path / "run.pt"), folder=str(folder), patience=PATIENCE), tmp_path
         )
     )
     assert [word for word, _ in kills] == ["killed"] * 3

@@ -15,7 +15,7 @@ from typing import Any
 import heads
 import pytest
 import torch
-from fresh import run_python
+from forked import run_code
 from patience import PATIENCE
 from resuming import StopAt, assert_same_result, goes_on_to_the_bit
 from torch import nn
@@ -316,7 +316,7 @@ print(
 def test_a_process_killed_three_times_ends_as_one_left_in_peace(tmp_path: Path) -> None:
     moments, method = (0.0, 0.037, 0.011), "gradmix-sample"
     code = KILLED.format(path=str(tmp_path / "run.pt"), moments=moments, method=method, patience=PATIENCE)
-    *kills, verdict = (line.split() for line in run_python(code, OMP_NUM_THREADS="1"))
+    *kills, verdict = (line.split() for line in run_code(code, tmp_path))
     assert [word for word, _ in kills] == ["killed"] * 3
     steps = [int(step) for _, step in kills]
     assert 0 < steps[0] < steps[1] < steps[2], "each went on from where the one before was"
