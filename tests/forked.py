@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 import torch
 import torch.multiprocessing
 from fresh import run_python
+from patience import PATIENCE
 
 CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
 """Otherwise fresh processes are started: CUDA, and libraries of other systems, do not bear a fork."""
@@ -121,14 +122,37 @@ class Forked:
         return self.wait()
 
 
+class Started:
+    """The same of a fresh process."""
+
+    def __init__(self, words: tuple[str, ...], cwd: Path, environment: Mapping[str, str] | None = None) -> None:
+        import gradmix
+
+        path = {"PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(
+            words, cwd=cwd, env={**(os.environ if environment is None else environment), **path},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        )  # fmt: skip
+
+    def wait(self) -> Ended:
+        """Waits for the end."""
+        try:
+            out, err = self.process.communicate(timeout=PATIENCE)
+        finally:
+            self.process.kill()
+        return Ended(self.process.returncode, out, err)
+
+
 def _content(file: IO[str]) -> str:
     with file:
         file.seek(0)
         return file.read()
 
 
-def run_script(script: Path, *arguments: str, cwd: Path) -> Ended | subprocess.CompletedProcess[str]:
-    """Runs a script, which meets the same gradmix as the tests do."""
+def start_script(
+    script: Path, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None
+) -> Forked | Started:
+    """Starts a script, which meets the same gradmix as the tests do."""
 
     def call() -> None:
         sys.argv = [str(script), *arguments]
@@ -136,12 +160,13 @@ def run_script(script: Path, *arguments: str, cwd: Path) -> Ended | subprocess.C
         runpy.run_path(str(script), run_name="__main__")
 
     if CAN_FORK:
-        return Forked(call, cwd).wait()
-    import gradmix
+        return Forked(call, cwd, environment)
+    return Started((sys.executable, str(script), *arguments), cwd, environment)
 
-    environment = {**os.environ, "PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+def run_script(script: Path, *arguments: str, cwd: Path) -> Ended:
+    """Runs a script to its end."""
+    return start_script(script, *arguments, cwd=cwd).wait()
 
 
 def run_code(code: str, cwd: Path) -> list[str]:
