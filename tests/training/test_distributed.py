@@ -40,7 +40,7 @@ def test_two_processes_make_the_steps_of_one(told: list[dict[str, Any]], name: s
     for one, other in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(one, other), "both processes have the same model"
     for one, expected in zip(first["parameters"], alone["parameters"], strict=True):
-        # Sums are taken in another order; after a hundred steps that is all there is between them.
+        # Sums are taken in another order; after all these steps that is all there is between them.
         torch.testing.assert_close(one, expected, rtol=0, atol=2e-6)
     assert torch.equal(first["accuracy"], alone["accuracy"]) and torch.equal(second["accuracy"], alone["accuracy"])
     assert torch.equal(first["held"], alone["held"])
