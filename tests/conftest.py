@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from quick_interpreter import make_quick
 
 # ``python -m pytest`` puts the working directory on the path, and a checkout's gradmix/, which has no compiled part,
 # would be met instead of the installed package.
@@ -18,6 +19,13 @@ sys.path[:] = [folder for folder in sys.path if Path(folder or os.curdir).resolv
 # Without a GPU, Triton's kernels run in its interpreter. Triton looks when a kernel is defined, so before any import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    make_quick()
+
+# torch.manual_seed also seeds devices that are not there: it keeps the call for later, with a traceback, which takes a
+# millisecond, and thousands of tests seed.
+for device in (torch.cuda, torch.xpu):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
 
 # The same examples on every run: a red test is a change's doing, not the day's.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=75)
@@ -40,13 +48,28 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return min(cores, MOST_PROCESSES)
 
 
+NEEDS_GPU = "needs a CUDA or ROCm device; torch sees none"
+
+
+def _skip() -> None:
+    pytest.skip(NEEDS_GPU)
+
+
+def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> pytest.Item | None:
+    """Without a GPU, a test that needs one is skipped as a whole: by their parameters they are thousands."""
+    if torch.cuda.is_available() or not isinstance(collector, pytest.Module) or not collector.istestfunction(obj, name):
+        return None
+    marks = [*collector.iter_markers("gpu"), *(mark for mark in getattr(obj, "pytestmark", ()) if mark.name == "gpu")]
+    return pytest.Function.from_parent(collector, name=name, callobj=_skip) if marks else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the parameters that need a GPU, of tests that do not need one."""
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device; torch sees none")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import start_processes
 from models import MLP, rows
 from patience import PATIENCE
 from torch import Tensor
@@ -199,7 +200,7 @@ def process(rank: int, folder: str) -> None:
 
 def told_by_both(folder: Path, seconds: float = PATIENCE) -> list[dict[str, Any]]:
     """What the processes told; they are ended if that takes longer than so many seconds."""
-    context = torch.multiprocessing.spawn(process, (str(folder),), nprocs=SIZE, join=False)
+    context = start_processes(process, (str(folder),), SIZE, join=False)
     end = time.monotonic() + seconds
     try:
         while not context.join(timeout=max(0.0, end - time.monotonic())):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
 from gradmix.training.streams.benchmarks import make_stream
 
+ROWS = 28
+"""Of a class; a task has two classes."""
+
 BASE = TrainConfig(
-    data=DataConfig(tasks=3, rows_per_class=40, workers=0),
+    data=DataConfig(tasks=3, rows_per_class=ROWS, workers=0),
     optim=OptimConfig(epochs=2, lr=0.05, batch=15),
     replay=ReplayConfig(batch=9, size=5),
     threads=1,
@@ -27,9 +30,9 @@ BASE = TrainConfig(
 ORIGINALS = replace(BASE, mix=MixConfig(originals=True))
 REPLAYED = replace(BASE, mix=MixConfig(reference="replayed"))
 BALANCED = replace(BASE, mix=MixConfig(candidates="balanced"))
-NOTHING = replace(BASE, optim=replace(BASE.optim, batch=79), replay=ReplayConfig(batch=1, size=5))
+NOTHING = replace(BASE, optim=replace(BASE.optim, batch=2 * ROWS - 1), replay=ReplayConfig(batch=1, size=5))
 
-# Method and settings; shares are uneven throughout: 15 and 9 rows, 40 x 2 a task.
+# Method and settings; shares are uneven throughout: 15 and 9 rows, 28 x 2 a task.
 CASES: dict[str, tuple[str, TrainConfig]] = {
     "er": ("er", BASE),
     "finetune": ("finetune", BASE),
@@ -58,7 +61,7 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
     ),
     "cutmix": ("cutmix", replace(BASE, optim=replace(BASE.optim, augment="crop-flip"))),
     "balanced-mixup": ("balanced-mixup", BASE),
-    # Of 80 rows the last step has one, as it has of the buffer, and the first process none.
+    # Of 56 rows the last step has one, as it has of the buffer, and the first process none.
     **{
         f"{method}, nothing for one process": (method, NOTHING)
         for method in ("er", "a-gem", "der++", "mixup", "gradmix-sample", "gradmix-class")
@@ -137,12 +140,13 @@ class Digits:
         return self.x[index]
 
 
+@cache
 def resident() -> TaskStream:
-    return make_stream("split-digits", tasks=3, rows_per_class=40)
+    return make_stream("split-digits", tasks=3, rows_per_class=ROWS)
 
 
 def read(name: str) -> TaskStream:
-    damaged = frozenset(range(7, 240, 29)) if "damaged" in name else frozenset()
+    damaged = frozenset(range(7, 6 * ROWS, 29)) if "damaged" in name else frozenset()
     whole = resident()
     sides = []
     for side in ("train", "test"):

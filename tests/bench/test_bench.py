@@ -6,18 +6,14 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from patience import PATIENCE
+from forked import run_script
 
-import gradmix
 from gradmix.ops.mixed_alignment import OPERATOR, mixed_alignment_reference
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -75,24 +71,10 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("_selection_sweep")
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # The package that these tests meet, and not some other one that the script might find.
-    environment = {**os.environ, "PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
-
-
 def quick(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     path = folder / "result.json"
     sizes = ("--n", "32", "--m", "24", "--classes", "20", "--features", "64", "--buffer", "200")
-    done = run("--quick", *sizes, "--json", str(path), *arguments, cwd=folder)
+    done = run_script(SCRIPT, "--quick", *sizes, "--json", str(path), *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in folder.iterdir() if file.suffix != ".svg") == ["result.json"]
     return json.loads(path.read_text(encoding="utf-8")), done.stdout

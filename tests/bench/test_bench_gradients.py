@@ -6,9 +6,6 @@ import copy
 import importlib
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_script
 from gradient_truth import by_class, sample_gradients
-from patience import PATIENCE
 from torch import nn
-
-import gradmix
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "gradient_engine.py"
@@ -63,17 +58,7 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def quick(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     path = folder / "result.json"
-    # The package that these tests meet, and not some other one that the script might find.
-    environment = {**os.environ, "PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--json", str(path), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
+    done = run_script(SCRIPT, "--quick", "--json", str(path), *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in folder.iterdir()] == ["result.json"]
     return json.loads(path.read_text(encoding="utf-8")), done.stdout

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from patience import PATIENCE
+from forked import run_script
 
 import gradmix
 
@@ -16,16 +13,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "replay_buffer.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # The package that these tests meet, and not some other one that the script might find.
-    environment = {**os.environ, "PYTHONPATH": str(Path(gradmix.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-
-
 def test_every_figure_is_there(tmp_path: Path) -> None:
     short = ("--rows", "40", "--draw", "8", "--step", "0.005", "--repeats", "3", "--threads", "1")
-    done = run(*short, "--folder", str(tmp_path), "--json", str(tmp_path / "result.json"), cwd=tmp_path)
+    done = run_script(SCRIPT, *short, "--folder", str(tmp_path), "--json", str(tmp_path / "result.json"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]  # no rows are left behind
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -41,5 +31,5 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    done = run("--folder", str(tmp_path / "none"), cwd=tmp_path)
+    done = run_script(SCRIPT, "--folder", str(tmp_path / "none"), cwd=tmp_path)
     assert done.returncode == 2 and "argument --folder: no folder" in done.stderr

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_script
 from patience import PATIENCE
 
 import gradmix
@@ -80,7 +81,7 @@ def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subproce
 @pytest.fixture(scope="module")
 def stepped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("step")
-    done = run("training_step.py", "--quick", "--threads", "1", "--json", "result.json", cwd=folder)
+    done = run_script(BENCH / "training_step.py", "--quick", "--threads", "1", "--json", "result.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in folder.iterdir()] == ["result.json"]
     return json.loads((folder / "result.json").read_text(encoding="utf-8")), done.stdout
@@ -277,7 +278,8 @@ def test_deviation_counts_errors_and_decisions(bodies: ModuleType) -> None:
 
 
 def test_kernels_end_to_end(tmp_path: Path) -> None:
-    done = run("alignment_kernels.py", "--quick", "--threads", "1", "--json", "result.json", cwd=tmp_path)
+    script = BENCH / "alignment_kernels.py"
+    done = run_script(script, "--quick", "--threads", "1", "--json", "result.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [task["title"] for task in result["tasks"]] == TASKS

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fresh import run_python
+from small_pictures import draw_small_pictures
 from synthetic_runs import make_result
 
 from gradmix import __version__, cli
@@ -31,6 +32,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("GRADMIX_DEBUG", raising=False)
+    draw_small_pictures(monkeypatch)
     calls: Calls = []
 
     def train_one(config: TrainConfig, method: Any, seed: int, *, on_step: Callable[..., None], **_: Any) -> RunResult:
@@ -407,4 +409,9 @@ def test_real_training_repeats_itself(
     assert first.status == "complete" and first.accuracy.shape == (5, 5)
     assert (first.accuracy == second.accuracy).all() and first.config == second.config
     assert len(first.alignments) > 0
+    pictures = [
+        Path("a/compare.png"),
+        *(Path(f"a/gradmix-class/seed-0/{n}.png") for n in ("curve", "heatmap", "alignment")),
+    ]
+    assert all(file.stat().st_size > 10_000 for file in pictures), "drawn in full"
     assert "average accuracy" in capsys.readouterr().out

@@ -5,66 +5,45 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from matplotlib.figure import Figure
+from forked import Ended, Forked, Started, start_script
 from patience import PATIENCE
+from small_pictures import draw_small_pictures
 
-import gradmix
 from gradmix import cli
 from gradmix.cli import launch
 from gradmix.cli.launch import Processes, explain_lost_process
 from gradmix.training.config import load_config
 from gradmix.training.loop.reading import default_workers
-from gradmix.training.reports import plots
 from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SCRIPT = str(Path(__file__).parents[1] / "one_of_several.py")
+SCRIPT = Path(__file__).parents[1] / "one_of_several.py"
 SHORT = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "60", "--threads", "1")
 TRAIN = ("train", "--methods", "gradmix-sample", "--seeds", "0", "1", *SHORT, "--checkpoint", "0.001")
 
 
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 def environment(**more: str) -> dict[str, str]:
-    here = str(Path(gradmix.__file__).parent.parent)
     kept = {k: v for k, v in os.environ.items() if k != "GRADMIX_DEBUG"}
-    return kept | {"PYTHONPATH": here, "COLUMNS": "80", "OMP_NUM_THREADS": "1"} | more
+    return kept | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"} | more
 
 
-def started(words: tuple[str, ...], folder: Path, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words, cwd=folder, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> Ended:
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    return Ended(process.returncode, out, err)
-
-
-def by_two(folder: Path, *args: str, happens: str = "") -> list[subprocess.Popen[str]]:
+def by_two(folder: Path, *args: str, happens: str = "") -> list[Forked | Started]:
     """Two processes as torchrun starts them, but nobody who ends one when the other has ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [started((sys.executable, SCRIPT, *args), folder, **shared, **place, HAPPENS=happens) for place in places]
+    return [
+        start_script(SCRIPT, *args, cwd=folder, environment=environment(**shared, **place, HAPPENS=happens))
+        for place in places
+    ]
 
 
 def runs_of(folder: Path) -> dict[int, RunResult]:
@@ -83,15 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> tuple[Ended, dict[int, RunResult]]:
     """A run by two processes that nothing happens to."""
-    result = ended(started((*TORCHRUN, "-m", "gradmix", *TRAIN, "--output", "whole"), folder))
-    assert result.status == 0, result.err
-    return result, runs_of(folder / "whole")
+    first, second = (process.wait() for process in by_two(folder, *TRAIN, "--output", "whole"))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    return Ended(0, first.stdout + second.stdout, first.stderr + second.stderr), runs_of(folder / "whole")
 
 
 @pytest.fixture
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curve", "heatmap", "alignment", "compare"):
-        monkeypatch.setattr(plots, name, lambda _: Figure(figsize=(1, 1)))
+    draw_small_pictures(monkeypatch)
 
 
 @pytest.mark.slow
@@ -100,8 +78,8 @@ def test_two_processes_leave_the_folder_of_one(
 ) -> None:
     said, runs = whole
     for line in ("seed 0  task 1 of 2", "seed 1  task 2 of 2", "Run folder: whole"):
-        assert said.out.count(line) == 1, "one process prints"
-    assert "gradmix:" not in said.err
+        assert said.stdout.count(line) == 1, "one process prints"
+    assert "gradmix:" not in said.stderr
     monkeypatch.chdir(folder)
     assert cli.main([*TRAIN, "--output", "alone"]) == 0
     alone = runs_of(Path("alone"))
@@ -119,16 +97,17 @@ def test_a_killed_process_ends_the_other_and_resuming_is_exact(
     whole: tuple[Ended, dict[int, RunResult]], folder: Path
 ) -> None:
     processes = by_two(folder, *TRAIN, "--output", "killed", happens="1 1 9 kill")
-    first, second = map(ended, processes)
-    assert second.status == -signal.SIGKILL and first.status == 2, first.err
-    (error,) = (line for line in first.err.splitlines() if line.startswith("gradmix: "))
+    first, second = (process.wait() for process in processes)
+    assert second.returncode == -signal.SIGKILL and first.returncode == 2, first.stderr
+    (error,) = (line for line in first.stderr.splitlines() if line.startswith("gradmix: "))
     assert error.startswith("gradmix: error: process 0 of 2: another process has ended or cannot be reached (")
     assert error.endswith("go on with: torchrun --nproc-per-node 2 -m gradmix.cli train --resume killed")
-    assert "Traceback" not in first.err
-    assert list(runs_of(folder / "killed")) == [0] and "Run folder: killed" in first.out
+    assert "Traceback" not in first.stderr
+    assert list(runs_of(folder / "killed")) == [0] and "Run folder: killed" in first.stdout
     assert [p.name for p in (folder / "killed/.checkpoints").iterdir()] == ["gradmix-sample-seed-1.pt"]
-    again = ended(started((*TORCHRUN, "-m", "gradmix.cli", "train", "--resume", "killed"), folder))
-    assert again.status == 0, again.err
+    words = (*TORCHRUN, "-m", "gradmix.cli", "train", "--resume", "killed")
+    again = Started(words, folder, environment()).wait()
+    assert again.returncode == 0, again.stderr
     runs = runs_of(folder / "killed")
     assert runs[1].status == "complete" and all(same(runs[seed], whole[1][seed]) for seed in (0, 1))
     assert not (folder / "killed/.checkpoints").exists()
@@ -143,16 +122,17 @@ def test_sigterm_to_the_launcher_stops_all_at_one_step_and_one_process_goes_on(
 ) -> None:
     (folder / "at_step").unlink(missing_ok=True)
     # The second is slow, so that the first is ahead of it when the signal comes.
-    launcher = started((*TORCHRUN, SCRIPT, *TRAIN, "--output", "stopped"), folder, HAPPENS="1 0 5 tell")
+    words = (*TORCHRUN, str(SCRIPT), *TRAIN, "--output", "stopped")
+    launcher = Started(words, folder, environment(HAPPENS="1 0 5 tell"))
     deadline = time.monotonic() + PATIENCE
-    while not (folder / "at_step").exists() and launcher.poll() is None and time.monotonic() < deadline:
+    while not (folder / "at_step").exists() and launcher.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    said = ended(launcher)
-    assert said.status != 0
-    assert said.err.count("gradmix: stopping after this step") == 1
+    launcher.process.send_signal(signal.SIGTERM)
+    said = launcher.wait()
+    assert said.returncode != 0
+    assert said.stderr.count("gradmix: stopping after this step") == 1
     command = "torchrun --nproc-per-node 2 -m gradmix.cli train --resume stopped"
-    assert said.err.count(f"gradmix: interrupted; the results so far are in stopped; go on with: {command}") == 1
+    assert said.stderr.count(f"gradmix: interrupted; the results so far are in stopped; go on with: {command}") == 1
     stopped = runs_of(folder / "stopped")[0]
     assert stopped.status == "interrupted" and stopped.timing.steps % 8 == 0
     monkeypatch.chdir(folder)
@@ -166,14 +146,14 @@ def test_an_error_in_one_process_and_an_error_of_all(tmp_path: Path) -> None:
     # At the same time, since starting them is what takes time.
     of_one = by_two(tmp_path, *TRAIN, "--output", "one", happens="1 0 3 error")
     of_all = by_two(tmp_path, *TRAIN, "--output", "all", "--device", "nonsense")
-    first, second = map(ended, of_one)
-    assert (first.status, second.status) == (2, 2)
-    assert "gradmix: error: process 1 of 2: row 7 is damaged" in second.err
-    assert "gradmix: error: process 0 of 2: another process has ended" in first.err
-    assert "Traceback" not in first.err + second.err
-    first, second = map(ended, of_all)
-    assert (first.status, second.status) == (2, 2)
-    assert "gradmix: error: device: got 'nonsense'" in first.err and "gradmix" not in second.err
+    first, second = (process.wait() for process in of_one)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "gradmix: error: process 1 of 2: row 7 is damaged" in second.stderr
+    assert "gradmix: error: process 0 of 2: another process has ended" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    first, second = (process.wait() for process in of_all)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "gradmix: error: device: got 'nonsense'" in first.stderr and "gradmix" not in second.stderr
     assert not (tmp_path / "all").exists()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_pictures import draw_small_pictures
 from synthetic_runs import make_result
 
 from gradmix import cli
@@ -36,6 +37,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Replaces training by made-up results of three steps, in a folder with a specification; returns the calls."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRADMIX_DEBUG", raising=False)
+    draw_small_pictures(monkeypatch)
     Path("mine.yaml").write_text(TEXT)
     calls: list[Any] = []
 

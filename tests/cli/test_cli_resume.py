@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
+from small_pictures import draw_small_pictures
 
 from gradmix import cli
 from gradmix.training.config import load_config
 from gradmix.training.loop import trainer
-from gradmix.training.reports import plots
 from gradmix.training.runs.results import RunResult, load_run, load_runs
 
 FEW = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "40", "--threads", "1")
@@ -25,9 +24,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("GRADMIX_DEBUG", raising=False)
-    # Every run is saved with its pictures, which are not the matter here and take a second.
-    for name in ("curve", "heatmap", "alignment", "compare"):
-        monkeypatch.setattr(plots, name, lambda _: Figure(figsize=(1, 1)))
+    draw_small_pictures(monkeypatch)
     return tmp_path
 
 

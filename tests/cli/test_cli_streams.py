@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_pictures import draw_small_pictures
 
 from gradmix import cli
 from gradmix.cli.flags import _split_help
@@ -38,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     package.mkdir()
     (package / "things.py").write_text(OWN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    draw_small_pictures(monkeypatch)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("mine_for_tests")]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import start_processes
 from gradient_networks import ARCHITECTURES, LAYERS, Case
 from gradient_truth import by_class, layer_matrix
 from gradient_truth import sample_gradients as truth
@@ -433,7 +434,7 @@ def test_one_process_without_a_group_has_it_all() -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    start_processes(process, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, classes in (SPLITS | {"a group": ([0, 0], [1, 1])}).items():
         parts = [part(c, rank) for rank, c in enumerate(classes) if c]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
 import re
-import subprocess
+import signal
 import sys
 import time
 from collections import Counter, OrderedDict, namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fresh import run_python
+from forked import Forked, run_code
+from patience import PATIENCE
 from torch import nn
 
 from gradmix.training.loop import checkpoint
@@ -321,7 +324,7 @@ def test_a_file_system_that_cannot_sync_folders_will_do(path: Path, monkeypatch:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on the size of files are tried on Linux")
 def test_the_systems_own_limit_leaves_the_previous_one(path: Path) -> None:
-    lines = run_python(
+    lines = run_code(
         f"""
 import resource, signal, torch
 from pathlib import Path
@@ -335,7 +338,8 @@ try:
 except CheckpointError as error:
     print(error)
 print(load(path)["x"].tolist(), [entry.name for entry in path.parent.iterdir()])
-"""
+""",
+        path.parent.parent,
     )
     assert lines == [
         f"{path}: the checkpoint could not be written (File too large); the previous checkpoint is intact",
@@ -375,7 +379,7 @@ print(os.listdir(path.parent) == [path.name])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is killed in a forked process")
 def test_a_writer_killed_at_each_step_leaves_a_whole_checkpoint(path: Path) -> None:
-    assert run_python(DYING.format(path=str(path))) == [
+    assert run_code(DYING.format(path=str(path)), path.parent.parent) == [
         "first byte, -9, before, 2",
         "middle, -9, before, 2",
         "all written, -9, before, 2",
@@ -385,35 +389,24 @@ def test_a_writer_killed_at_each_step_leaves_a_whole_checkpoint(path: Path) -> N
     ]
 
 
-WRITER = """
-import sys, torch
-from gradmix.training.loop.checkpoint import save
-number = 0
-while True:
-    number += 1
-    save({"number": number, "x": torch.full((500_000,), float(number))}, sys.argv[1])
-    print(number, flush=True)
-"""
+def write_checkpoints(path: Path) -> None:
+    for number in itertools.count(1):
+        save({"number": number, "x": torch.full((500_000,), float(number))}, path)
+        print(number)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is killed in a forked process")
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[3])}
     for pause in (0.0, 0.003, 0.011, 0.029):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=path.parent.parent,
-        )
-        assert process.stdout is not None
-        with process.stdout as output:
-            written = int(output.readline())
-            time.sleep(pause)
-            process.kill()
-            process.wait()
-            written = max([written, *map(int, output.read().split())])
+        process = Forked(partial(write_checkpoints, path), path.parent.parent)
+        until = time.monotonic() + PATIENCE
+        while not process.printed() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(pause)
+        ended = process.kill()
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        written = max(map(int, ended.stdout.split()))
         state = load(path)
         assert state["number"] in (written, written + 1)
         assert torch.equal(state["x"], torch.full((500_000,), float(state["number"])))

@@ -16,7 +16,7 @@ from gradmix.training.runs.experiments import load
 pytestmark = pytest.mark.slow
 
 
-def generated(root: Path, rows: int = 60) -> Path:
+def generated(root: Path, rows: int = 30) -> Path:
     """CIFAR-10's own layout with generated images: a class is a colour and a frequency of stripes, under noise."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)

@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -462,6 +463,18 @@ def test_digits():
     ours = rows(torch.cat([data.train_x, data.test_x]), torch.cat([data.train_y, data.test_y]))
     assert ours == rows(source.images, source.target)
     assert torch.equal(datasets.load_digits().train_x, data.train_x)
+
+
+def test_digits_without_the_file_and_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn.datasets", reason="scikit-learn, with which the digits come")
+    expected = datasets.load_digits()
+    # The package is asked where its file is not.
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    found = datasets.load_digits()
+    assert torch.equal(found.train_x, expected.train_x) and torch.equal(found.test_y, expected.test_y)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"split-digits needs scikit-learn.*pip install 'gradmix\[train\]'"):
+        datasets.load_digits()
 
 
 def test_real_mnist():

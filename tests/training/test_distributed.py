@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+from forked import start_processes
 from two_processes_training import CASES, OPTION_CASES, READ_CASES, outcome, process, read, resident
 
 from gradmix.training.loop.sharding import Share
@@ -18,7 +18,7 @@ from gradmix.training.loop.sharding import Share
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes came to, case by case."""
     folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(process, (str(folder), list(CASES), list(READ_CASES)), nprocs=2)
+    start_processes(process, (str(folder), list(CASES), list(READ_CASES)), 2)
     told = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
     for outcomes in told:
         assert "failure" not in outcomes, outcomes.get("failure")
@@ -40,7 +40,7 @@ def test_two_processes_make_the_steps_of_one(told: list[dict[str, Any]], name: s
     for one, other in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(one, other), "both processes have the same model"
     for one, expected in zip(first["parameters"], alone["parameters"], strict=True):
-        # Sums are taken in another order; after a hundred steps that is all there is between them.
+        # Sums are taken in another order; after all these steps that is all there is between them.
         torch.testing.assert_close(one, expected, rtol=0, atol=2e-6)
     assert torch.equal(first["accuracy"], alone["accuracy"]) and torch.equal(second["accuracy"], alone["accuracy"])
     assert torch.equal(first["held"], alone["held"])

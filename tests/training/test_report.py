@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
+from small_pictures import draw_small_pictures
 from synthetic_runs import make_result
 
 from gradmix.training.reports import plots, report
@@ -52,9 +53,27 @@ def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds:
     return report.collect(experiment, runs, folder)
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return made(TEXT, tmp_path_factory.mktemp("complete"))
+
+
 @pytest.fixture
-def values(tmp_path: Path) -> dict[str, Any]:
-    return made(TEXT, tmp_path / "runs")
+def values(complete: dict[str, Any]) -> dict[str, Any]:
+    """The values of all runs, for the test alone."""
+    return copy.deepcopy(complete)
+
+
+@pytest.fixture(scope="module")
+def html(complete: dict[str, Any]) -> str:
+    """The page of all runs: to draw its pictures takes most of a test's time."""
+    return report.to_html(copy.deepcopy(complete))
+
+
+@pytest.fixture
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of tables and text."""
+    draw_small_pictures(monkeypatch)
 
 
 class Page(HTMLParser):
@@ -113,6 +132,7 @@ def test_figures(values: dict[str, Any]) -> None:
     assert [d.holm for d in differences] == holm([d.p for d in differences])
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_a_file_older_than_a_metric_is_read(values: dict[str, Any], tmp_path: Path) -> None:
     old = copy.deepcopy(values)
     for run in old["runs"]:
@@ -127,8 +147,8 @@ def test_a_file_older_than_a_metric_is_read(values: dict[str, Any], tmp_path: Pa
     report.to_html(read)
 
 
-def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
-    page = Page(report.to_html(values))
+def test_both_renderings_have_the_same_tables(values: dict[str, Any], html: str) -> None:
+    page = Page(html)
     lines = [line for line in report.to_markdown(values).splitlines() if line.startswith("| ")]
     cells = [re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |")) for line in lines]
     plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if not row[0].startswith("---")]
@@ -144,8 +164,8 @@ def test_both_renderings_have_the_same_tables(values: dict[str, Any]) -> None:
     assert reference[:2] == ["Mixup", "a paper, 2025"] and reference[-2:] == ["0.896", f"{mean:.3f} (mixup)"]
 
 
-def test_what_is_said(values: dict[str, Any]) -> None:
-    page = Page(report.to_html(values))
+def test_what_is_said(html: str) -> None:
+    page = Page(html)
     for part in (
         "Digits & <company>",
         "A *paragraph* with a|b_c.",
@@ -164,6 +184,7 @@ def test_what_is_said(values: dict[str, Any]) -> None:
     assert "Runs at a time: unknown." in page.text
 
 
+@pytest.mark.usefixtures("small_pictures")
 @pytest.mark.parametrize(
     ("device", "memory", "shown"),
     [("cpu", 3, "≤ 3"), ("a GPU", 9, "9")],
@@ -189,8 +210,8 @@ def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path)
     assert "Runs at a time: 2." in page.text
 
 
-def test_settings_that_are_unset_are_told_from_those_that_are_not(values: dict[str, Any]) -> None:
-    page = Page(report.to_html(values))
+def test_settings_that_are_unset_are_told_from_those_that_are_not(values: dict[str, Any], html: str) -> None:
+    page = Page(html)
     shared = next(t for t in page.tables if t[0] == ["of", "settings", "unset"])
     lines = {row[0]: row[1:] for row in shared[1:]}
     assert "benchmark split-digits" in lines["data"][0] and "tasks" in lines["data"][1].split(", ")
@@ -198,6 +219,7 @@ def test_settings_that_are_unset_are_told_from_those_that_are_not(values: dict[s
     assert named == {key for key, value in values["protocol"].items() if value is None}
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_the_findings_come_first(values: dict[str, Any]) -> None:
     text = report.to_markdown(values)
     heads = [line for line in text.splitlines() if line.startswith("## ")]
@@ -207,20 +229,20 @@ def test_the_findings_come_first(values: dict[str, Any]) -> None:
     assert told and len(re.findall(r"^- \w+ is (?:above|below) ", text, re.M)) >= told
 
 
-def test_the_page_needs_nothing_else_and_is_accessible(values: dict[str, Any]) -> None:
-    text = report.to_html(values)
-    page = Page(text)
+def test_the_page_needs_nothing_else_and_is_accessible(html: str) -> None:
+    page = Page(html)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
-    assert not re.search(r"(?:src|href)=\"(?!#)", text.replace("http://www.w3.org", "")) and "@import" not in text
+    assert not re.search(r"(?:src|href)=\"(?!#)", html.replace("http://www.w3.org", "")) and "@import" not in html
     pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(pictures) == 3
     assert all(a["role"] == "img" and re.search(r"0\.\d{3}", a["aria-label"]) for a in pictures)
     assert {a.get("scope") for tag, a in page.tags if tag == "th"} == {"col", "row"}
     assert sum(tag == "caption" for tag, _ in page.tags) == len(page.tables)
-    assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in text and "@media print" in text
-    assert "#010203" not in text and "currentColor" in text
+    assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in html and "@media print" in html
+    assert "#010203" not in html and "currentColor" in html
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_what_is_unknown_of_some_runs_is_said(values: dict[str, Any]) -> None:
     for number, run in enumerate(values["runs"]):
         run["environment"] = {"date": f"2025-01-0{number + 1}"} | ({RUNS_AT_A_TIME: 2} if number < 4 else {})
@@ -229,6 +251,7 @@ def test_what_is_unknown_of_some_runs_is_said(values: dict[str, Any]) -> None:
     assert "- runs at a time: 2 (of 5 of 9 runs it is unknown)\n" in text
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_missing_runs_are_named(tmp_path: Path) -> None:
     values = made(TEXT, tmp_path, skip=(("er", 1), ("mixup", 0), ("mixup", 1), ("mixup", 2)))
     page = Page(report.to_html(values))
@@ -249,7 +272,9 @@ def test_failures_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one seed", "two"])
-def test_few_seeds(seeds: list[int], tmp_path: Path) -> None:
+def test_few_seeds(seeds: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(seeds) > 1:  # of one seed there is no interval to draw
+        draw_small_pictures(monkeypatch)
     values = made(TEXT, tmp_path, seeds=seeds)
     text = report.to_markdown(values)
     assert "nan" not in text.lower().replace("nanmax", "")
@@ -265,7 +290,9 @@ VARIED = {
 
 
 @pytest.mark.parametrize("text", VARIED.values(), ids=VARIED.keys())
-def test_varied_settings(text: str, tmp_path: Path) -> None:
+def test_varied_settings(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if text not in (VARIED["two"], VARIED["unset"]):  # numbers and words are drawn by test_varied_values_are_spaced
+        draw_small_pictures(monkeypatch)
     values = made(text, tmp_path, skip=(("er", 0),))
     experiment = from_yaml(text, "table")
     rows, differences = report.summarise(values)
@@ -339,6 +366,7 @@ def test_damaged_results(damage: Any, said: str, values: dict[str, Any], tmp_pat
         report.from_results(tmp_path / "absent.json")
 
 
+@pytest.mark.usefixtures("small_pictures")
 def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
     experiment: Experiment = from_yaml(TEXT, "table").narrowed(arms=["er", "mixup"])
     runs = experiment.runs()
@@ -419,7 +447,7 @@ def test_the_key_of_varied_settings_hides_no_line() -> None:
     assert all(key.get_window_extent().y1 < axes.get_window_extent().y0 for axes in figure.axes)
 
 
-def test_colours_that_are_too_dark_follow_the_page(values: dict[str, Any]) -> None:
-    style, _, body = report.to_html(values).partition("</style>")
+def test_colours_that_are_too_dark_follow_the_page(html: str) -> None:
+    style, _, body = html.partition("</style>")
     assert "var(--blue)" in body and "#0072b2" not in body.lower()
     assert len(re.findall(r"--blue: #\w{6};", style)) == 3, "of light pages, dark ones, and print"

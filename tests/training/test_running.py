@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fresh import run_python
+from forked import run_code
 from patience import PATIENCE
 from synthetic_runs import make_result
 
@@ -188,7 +188,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         f"with running._lock(Path({str(path)!r})) as held:\n"
         "    assert held\n    print(os.getpid(), flush=True)\n    os._exit(0)\n"
     )
-    (pid,) = run_python(code)
+    (pid,) = run_code(code, tmp_path)
     assert path.read_text() == f"{pid}\n", "it was left behind"
     with running._lock(path) as held:
         assert held

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fresh import run_python
+from forked import run_code
 from synthetic_runs import make_result
 
 from gradmix import cli
@@ -95,7 +95,7 @@ try:
 except OSError as error:
     print(error.filename)
 """
-    (said,) = run_python(code)
+    (said,) = run_code(code, tmp_path)
     expected = {"run": "run", "text": "text", "summary": "summary/summary.json", "report": "report/results.json"}
     assert said == str(tmp_path / expected[what])
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["text"]

@@ -7,6 +7,7 @@ Files are looked for in the layout torchvision uses, below one data directory. A
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import zlib
 from collections.abc import Callable
@@ -112,17 +113,30 @@ def load_digits() -> LabelledImages:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits as read
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "split-digits needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name=error.name
-        ) from error
-    bunch = read()
-    x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)).unsqueeze(1)
-    y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+    table = _digits_table()
+    x = torch.from_numpy(table[:, :-1].astype(np.float32)).view(-1, 1, 8, 8)
+    y = torch.from_numpy(table[:, -1].astype(np.int64))
     test = rank_in_class(y) % 5 == 4
     return LabelledImages(x[~test], y[~test], x[test], y[test], _DIGIT_NAMES, maximum=16.0)
+
+
+def _digits_table() -> npt.NDArray[np.float64]:
+    """(1797, 65): 64 pixel values and the label of each digit, from scikit-learn's file.
+
+    scikit-learn itself is imported only if its file is not where it was: the import takes longer than a short run.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "split-digits needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name="sklearn"
+        )
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits as read
+
+    bunch = read()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def load_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:

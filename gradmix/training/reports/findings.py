@@ -83,7 +83,7 @@ def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequen
 
 def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     """What a reader should keep in mind: what the intervals are over, how few seeds there are, and what was chosen."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     found = [
         "The intervals are over training seeds: how far another initialisation, other batches and another buffer would "
@@ -93,7 +93,7 @@ def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     if fewest == 1:
         found.append("From one seed nothing can be told about chance; some arms have no more.")
     elif fewest < 10:
-        reach = float(t.ppf(0.975, fewest - 1))
+        reach = float(stdtrit(fewest - 1, 0.975))
         found.append(
             f"Seeds are few: with {fewest} of them a 95 % interval reaches {reach:.1f} standard errors to either side, "
             "with many 2.0, and it takes the figures to be normally distributed."

@@ -37,13 +37,13 @@ def paired_p_value(interval: Interval, n: int) -> float:
         >>> round(paired_p_value(Interval(0.25, 0.125, math.nan), 4), 3)
         0.028
     """
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if n < 2 or math.isnan(interval.std):
         return math.nan
     if interval.std == 0.0:
         return 1.0 if interval.mean == 0.0 else 0.0
-    return float(2.0 * t.sf(abs(interval.mean) / (interval.std / math.sqrt(n)), n - 1))
+    return float(2.0 * stdtr(n - 1, -(abs(interval.mean) / (interval.std / math.sqrt(n)))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -100,7 +100,7 @@ def ratio_interval(
         >>> [round(v, 3) for v in ratio_interval([0.125, 0.25, 0.125], [0.5, 0.5, 0.5])]
         [0.333, -0.025, 0.692]
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     a, b = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape:
@@ -111,7 +111,7 @@ def ratio_interval(
         return nothing
     p, w = float(a.mean()), float(b.mean())
     ((s_pp, s_pw), (_, s_ww)) = np.cov(a, b)
-    k = float(t.ppf((1.0 + confidence) / 2.0, n - 1)) ** 2 / n
+    k = float(stdtrit(n - 1, (1.0 + confidence) / 2.0)) ** 2 / n
     square, half, rest = w * w - k * s_ww, p * w - k * s_pw, p * p - k * s_pp
     if square <= 0.0:
         return nothing

@@ -222,13 +222,13 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     if n == 1 or math.isnan(mean):
         return Interval(mean, math.nan, math.nan)
     try:
-        from scipy.stats import t
+        from scipy.special import stdtrit  # Student's t: scipy.stats takes a second to import
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the t-interval needs scipy: pip install 'gradmix[train]'", name=error.name
         ) from error
     std = float(array.std(ddof=1))
-    return Interval(mean, std, float(t.ppf((1.0 + confidence) / 2.0, n - 1)) * std / math.sqrt(n))
+    return Interval(mean, std, float(stdtrit(n - 1, (1.0 + confidence) / 2.0)) * std / math.sqrt(n))
 
 
 def known_mean(values: Sequence[float]) -> float:
