@@ -51,12 +51,13 @@ from training_step import Case, Loop
 import gradmix
 from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES
 from gradmix.estimators import Network, resolve
+from gradmix.labelled_samples import HeadSamples
 from gradmix.mixer import GradMix
+from gradmix.mixtures import Mixtures
 from gradmix.model.head import HeadOutput
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.pairs import Pairs
-from gradmix.samples import HeadSamples, Mixtures
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""

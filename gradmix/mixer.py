@@ -14,7 +14,9 @@ from gradmix.criteria import Criterion, class_index
 from gradmix.draw import Policy
 from gradmix.estimators import EstimatorLike, Network, Screening, TableLookup, resolve
 from gradmix.estimators.full_network import FullGradient
+from gradmix.labelled_samples import concatenate_samples
 from gradmix.mixing_weight import draw_lam
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, first_tensor
 from gradmix.model.unchanged import unwrap
@@ -29,7 +31,6 @@ from gradmix.runtime.deferred_checks import can_sync, check_samples, raise_defer
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.validation import check_count
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import Mixtures, Request, concatenate_samples
 from gradmix.selection import check_weight, checked_request, select
 from gradmix.selector import Rule, Selector
 

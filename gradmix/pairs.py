@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
-from gradmix.samples import Samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Pairs:
     helpful: Tensor
     num_classes: int
     _alignment: Alignment = field(repr=False)
-    _batch: Samples = field(repr=False)
-    _candidates: Samples | None = field(repr=False)
+    _batch: LabelledSamples = field(repr=False)
+    _candidates: LabelledSamples | None = field(repr=False)
     screening: Screening | None = None
 
     @cached_property
@@ -62,12 +62,12 @@ class Pairs:
         return len(self.partner)
 
     @property
-    def batch(self) -> Samples:
+    def batch(self) -> LabelledSamples:
         """The samples that pairs were selected for."""
         return self._batch
 
     @property
-    def candidates(self) -> Samples:
+    def candidates(self) -> LabelledSamples:
         """The samples that partners are among: those given, or the batch itself."""
         return self._batch if self._candidates is None else self._candidates
 
@@ -140,7 +140,7 @@ class Pairs:
             raise ValueError(f"x: got {count} rows, expected None, as partners are among the candidates")
         return take(self._candidates.x, self.partner)
 
-    def _mixed_labels(self, own: Samples, other: Samples) -> Tensor:
+    def _mixed_labels(self, own: LabelledSamples, other: LabelledSamples) -> Tensor:
         dtype = labels_dtype(own.x)
         weight = self.lam.to(dtype)[:, None]
         labels = weight * dense_labels(own.y, self.num_classes, dtype)
@@ -167,9 +167,11 @@ class Pairs:
             "mean_cosine": float(known.double().mean()),
         }
 
-    def _samples(self, x: InputTree | None, y: Tensor | None) -> Samples:
+    def _samples(self, x: InputTree | None, y: Tensor | None) -> LabelledSamples:
         """The batch, with the inputs and labels given in place of its own."""
-        samples = Samples(self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y))
+        samples = LabelledSamples(
+            self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y)
+        )
         for name, count in (("x", check_inputs("x", samples.x)), ("y", check_inputs("y", samples.y))):
             if count != len(self):
                 raise ValueError(f"{name}: got {count} rows, expected the {len(self)} that pairs were selected for")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradmix.labelled_samples import HeadSamples, concatenate_samples
 from gradmix.model.forward import forward_source
 from gradmix.model.head import HeadLike
 from gradmix.model.inputs import check_mixable, tensors_of
@@ -22,7 +23,6 @@ from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import HeadSamples, concatenate_samples
 
 
 class Reference(NamedTuple):

@@ -18,7 +18,9 @@ from gradmix.draw import Policy, Proposal
 from gradmix.estimators import EstimatorLike, Network, resolve
 from gradmix.estimators.base import Estimator
 from gradmix.estimators.full_network import FullGradient
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixing_weight import check_alpha, draw_lam
+from gradmix.mixtures import Request
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
 from gradmix.model.unchanged import unwrap
@@ -31,7 +33,6 @@ from gradmix.runtime.cuda_graphs import call
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import Request, Samples
 from gradmix.selector import Decision, Rule, Selector
 
 
@@ -183,8 +184,8 @@ def select(
         decision.helpful,
         mixtures.num_classes,
         decision.alignment,
-        Samples(batch.x, mixtures.batch.y),
-        None if request.candidates is None else Samples(request.candidates.x, mixtures.partners.y),
+        LabelledSamples(batch.x, mixtures.batch.y),
+        None if request.candidates is None else LabelledSamples(request.candidates.x, mixtures.partners.y),
         screening,
     )
 
@@ -203,7 +204,7 @@ def checked_request(
         batch, candidates, outputs: as :func:`select_pairs`.
         marked: which samples of the batch are marked, and what errors call that argument; None: none are.
     """
-    own = Samples(*as_pair("batch", batch))
+    own = LabelledSamples(*as_pair("batch", batch))
     if len(own) == 0:
         raise ValueError("batch: got no rows, expected at least one")
     if estimator.mixes_inputs:
@@ -215,7 +216,7 @@ def checked_request(
         if len(y) == 0:
             raise ValueError("candidates: got no rows, expected at least one")
         check_alike("candidates", x, own.x, "the batch")
-        other = Samples(map_tensors(lambda leaf: leaf.to(device), x), y.to(device))
+        other = LabelledSamples(map_tensors(lambda leaf: leaf.to(device), x), y.to(device))
     name, marks = marked
     return Request(own, other, outputs, None if marks is None else _checked_marks(name, marks, len(own), device))
 

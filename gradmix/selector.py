@@ -11,12 +11,12 @@ from torch import Tensor
 from gradmix.criteria import Alignment, Criterion, PairScores, no_alignment
 from gradmix.draw import Policy, Proposal, choose, choose_any
 from gradmix.estimators.base import Scorer, Screening
+from gradmix.mixtures import Mixtures
 from gradmix.ops.draw_partners import DrawnPartners
 from gradmix.ops.dtypes import exact_dtype
 from gradmix.ops.mixed_alignment import Weight
 from gradmix.references import Reference
 from gradmix.runtime.validation import check_choice
-from gradmix.samples import Mixtures
 
 
 @dataclass(frozen=True)

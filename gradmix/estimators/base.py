@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
+from gradmix.labelled_samples import AnySamples, LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadLike
 from gradmix.model.inputs import InputTree
 from gradmix.model.unchanged import require_finite, unchanged
@@ -26,7 +28,6 @@ from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
 from gradmix.runtime.deferred_checks import deferred_checks
 from gradmix.runtime.validation import check_count
-from gradmix.samples import AnySamples, Mixtures, Request, Samples
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Scorer(ABC, Generic[AnySamples]):
         for name, samples in given.items():
             check_label_range(name, samples.y, num_classes)
 
-        def held(samples: Samples) -> Samples:
+        def held(samples: LabelledSamples) -> LabelledSamples:
             return replace(samples, y=within_range(samples.y, num_classes))
 
         candidates = None if request.candidates is None else held(request.candidates)

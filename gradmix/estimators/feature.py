@@ -16,11 +16,12 @@ from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES, ClassTable
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Screening
 from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.labelled_samples import HeadSamples
+from gradmix.mixtures import Mixtures
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import Weight, as_lams, mixed_alignment_op
 from gradmix.references import ClassQuota
-from gradmix.samples import HeadSamples, Mixtures
 
 
 class Feature(LastLayerEstimator):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradmix.criteria import PairScores
 from gradmix.draw import all_pairs
-from gradmix.samples import Mixtures
+from gradmix.mixtures import Mixtures
 
 
 def pairs_of(mixtures: Mixtures[Any], pairs: Tensor | None) -> Tensor:

@@ -18,6 +18,8 @@ from gradmix.gradients.engine import Engine
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
 from gradmix.gradients.settings import EngineSettings
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
 from gradmix.model.refusals import naming_dtypes
 from gradmix.model.unchanged import device_of, require_finite
@@ -26,7 +28,6 @@ from gradmix.ops.labels import dense_labels
 from gradmix.references import ClassQuota, Reference
 from gradmix.replay.sources import chunks_of
 from gradmix.runtime.collectives import Group
-from gradmix.samples import Mixtures, Request, Samples
 
 FullGradient: TypeAlias = Mapping[str, Tensor]
 """A gradient with respect to all parameters, by name."""
@@ -62,7 +63,7 @@ def check_memory(memory: object) -> None:
         raise ValueError(f"memory: got {memory}, expected a number of bytes >= 1")
 
 
-class FullNetworkEstimator(Estimator[Samples]):
+class FullNetworkEstimator(Estimator[LabelledSamples]):
     """Base of the estimators whose gradients are those of all parameters."""
 
     full_network: ClassVar[bool] = True
@@ -101,13 +102,13 @@ class FullNetworkEstimator(Estimator[Samples]):
         self.network.check_num_classes(plan.num_classes)
         return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
 
-    def see(self, request: Request, lam: float) -> Mixtures[Samples]:
+    def see(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
         """The labelled samples: passes are made of mixtures."""
         return self.label(request, lam)
 
     # ----------------------------------------------------------------------------------------------------- reference
 
-    def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[Samples]]:
+    def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[LabelledSamples]]:
         """The buffer's mean gradient."""
         chunk_size = self.sizes(x).chunk_size
         gradient = self.mean_gradient("buffer", buffer, chunk_size, self.network.group, shared=True)
@@ -116,15 +117,15 @@ class FullNetworkEstimator(Estimator[Samples]):
         kept = self._first_of_classes(buffer, keep, first_tensor(x).device) if keep else []
         return Reference(gradient), kept
 
-    def _first_of_classes(self, buffer: object, per_class: int, device: torch.device) -> list[Samples]:
+    def _first_of_classes(self, buffer: object, per_class: int, device: torch.device) -> list[LabelledSamples]:
         """Up to ``per_class`` samples of each class of the buffer, in chunks."""
         quota, kept = ClassQuota(per_class), []
         for x, y in chunks_of("buffer", buffer, self.network.chunk_size, device):
             check_mixable("buffer", x, self.name)
-            kept.append(Samples(x, y).take(quota.admit(y)))
+            kept.append(LabelledSamples(x, y).take(quota.admit(y)))
         return kept
 
-    def marked_reference(self, mixtures: Mixtures[Samples], marked: Tensor) -> Reference | None:
+    def marked_reference(self, mixtures: Mixtures[LabelledSamples], marked: Tensor) -> Reference | None:
         """The marked samples' mean gradient."""
         own, group = mixtures.batch.take(marked), self.network.batch_group
         gradient = self.mean_gradient("replayed rows", (own.x, own.y), mixtures.chunk_size, group, shared=False)
@@ -164,7 +165,9 @@ class FullNetworkEstimator(Estimator[Samples]):
 
     # -------------------------------------------------------------------------------------------------------- scores
 
-    def score_pairs(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    def score_pairs(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(inner, norm), both (K,), of ``pairs`` (K, 2), each mixed and forwarded: exact.
 
         The derivative of a mixture's loss along the reference is its inner product with it.

@@ -19,8 +19,9 @@ from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.full_network import FullGradient, FullNetworkEstimator, check_memory
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.references import dtype_of
-from gradmix.samples import Mixtures, Samples
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class JvpEstimator:
 class Jvp(FullNetworkEstimator):
     """The estimator ``jvp`` of one network."""
 
-    def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def score(self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
         """Score the pairs that matter alone, each forwarded."""
         pairs = pairs_of(mixtures, pairs)
         return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))
 
     def class_table(
         self,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         per_class: int,
         threshold: float,

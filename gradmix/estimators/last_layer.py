@@ -7,13 +7,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradmix.estimators.base import Estimator, Network, PassSizes
+from gradmix.labelled_samples import HeadSamples, check_one_mask
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.forward import forward_all, with_output
 from gradmix.model.head import given_outputs, resolve_head
 from gradmix.model.inputs import InputTree, first_tensor
 from gradmix.model.refusals import refusing_by_name
 from gradmix.ops.mixed_alignment import check_reference, length
 from gradmix.references import Keep, Reference, marked_gradient, read_buffer
-from gradmix.samples import HeadSamples, Mixtures, Request, check_one_mask
 
 
 class LastLayerEstimator(Estimator[HeadSamples]):

@@ -10,12 +10,13 @@ from gradmix.criteria import PairScores
 from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.labelled_samples import HeadSamples, LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.model.head import HeadOutput, forward_head
 from gradmix.model.inputs import mix_samples, take
 from gradmix.model.unchanged import require_finite_pairs
 from gradmix.ops.dtypes import exact_dtype
 from gradmix.ops.mixed_alignment import in_range, mixed_residual
-from gradmix.samples import HeadSamples, Mixtures, Samples
 
 
 class Mixed(LastLayerEstimator):
@@ -48,7 +49,7 @@ class Mixed(LastLayerEstimator):
         return table_of(scores, self.reference_norm(gradient)), None
 
     def _score_pairs(
-        self, samples: tuple[Samples, Samples], gradient: Tensor, pairs: Tensor, lam: float
+        self, samples: tuple[LabelledSamples, LabelledSamples], gradient: Tensor, pairs: Tensor, lam: float
     ) -> tuple[Tensor, Tensor]:
         """(inner, norm), both (K,), of ``pairs`` (K, 2) of the two sides' samples."""
         (own, other), network = samples, self.network

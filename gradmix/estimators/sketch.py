@@ -24,9 +24,10 @@ from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
 from gradmix.gradients.sketches import Sketch as SketchKind
 from gradmix.gradients.standard_errors import standard_errors
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.ops.labels import class_of
 from gradmix.runtime.validation import check_count
-from gradmix.samples import Mixtures, Samples
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Sketch(FullNetworkEstimator):
         super().__init__(network, settings)
         self._sketch = settings
 
-    def score(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def score(self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
         """Score all pairs at once, whatever ``pairs`` says."""
         sketches = self.sketches(mixtures, gradient, by_class=False)
         if mixtures.own:
@@ -80,11 +81,15 @@ class Sketch(FullNetworkEstimator):
         count = len(mixtures.batch)
         return sketches.scores(float(mixtures.lam), slice(0, count), slice(count, None))
 
-    def class_scores(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def class_scores(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None
+    ) -> PairScores:
         """Score pairs of classes by their mean gradients."""
         return self.sketches(mixtures, gradient, by_class=True).scores(float(mixtures.lam))
 
-    def sketches(self, mixtures: Mixtures[Samples], gradient: FullGradient, *, by_class: bool) -> GradientSketches:
+    def sketches(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, *, by_class: bool
+    ) -> GradientSketches:
         """The sketched gradients of the samples, or of their classes."""
         sketch, network = self._sketch, self.network
         settings = replace(
@@ -103,7 +108,7 @@ class Sketch(FullNetworkEstimator):
     def recheck(
         self,
         scores: PairScores,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         pairs: Tensor | None,
         threshold: float,
@@ -122,7 +127,7 @@ class Sketch(FullNetworkEstimator):
         self,
         scores: PairScores,
         judged: Tensor,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         threshold: float,
         generator: torch.Generator,
@@ -157,7 +162,7 @@ class Sketch(FullNetworkEstimator):
 
     def class_table(
         self,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         per_class: int,
         threshold: float,
@@ -193,7 +198,7 @@ class GradientSketches:
     """
 
     def __init__(
-        self, engine: Engine, sources: Mapping[str, Samples], gradient: FullGradient, *, by_class: bool
+        self, engine: Engine, sources: Mapping[str, LabelledSamples], gradient: FullGradient, *, by_class: bool
     ) -> None:
         pairs = {name: (samples.x, samples.y) for name, samples in sources.items()}
         self.classes: Tensor | None = None

@@ -9,11 +9,12 @@ from torch import Tensor
 from gradmix.class_table import TableTensors, interpolate
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Estimator, PassSizes, Scorer
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree
-from gradmix.samples import Mixtures, Request, Samples
 
 
-class TableLookup(Scorer[Samples]):
+class TableLookup(Scorer[LabelledSamples]):
     """Scores by a class table of an estimator; the "gradient" of its reference is the table's tensors.
 
     Args:
@@ -38,7 +39,7 @@ class TableLookup(Scorer[Samples]):
         """Those of the estimator that made the table."""
         return self._made_by.sizes(x)
 
-    def see(self, request: Request, lam: float) -> Mixtures[Samples]:
+    def see(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
         """The labels are enough."""
         return self._made_by.label(request, lam)
 
@@ -46,6 +47,8 @@ class TableLookup(Scorer[Samples]):
         """() as the table has it."""
         return gradient.reference_norm
 
-    def class_scores(self, mixtures: Mixtures[Samples], gradient: TableTensors, pairs: Tensor | None) -> PairScores:
+    def class_scores(
+        self, mixtures: Mixtures[LabelledSamples], gradient: TableTensors, pairs: Tensor | None
+    ) -> PairScores:
         """The table at the mixing weight."""
         return interpolate(self._lams, gradient, mixtures.lam)

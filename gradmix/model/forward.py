@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmix.labelled_samples import HeadSamples, LabelledSamples, concatenate_samples
 from gradmix.model.head import CapturedOutput, HeadLike, forward_head
 from gradmix.model.head_values import MASKED
 from gradmix.model.inputs import first_tensor
@@ -18,10 +19,9 @@ from gradmix.ops.labels import check_label_range, within_range
 from gradmix.replay.sources import chunks_of, numbered_chunks
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.deferred_checks import check_samples
-from gradmix.samples import HeadSamples, Samples, concatenate_samples
 
 
-def forward_all(model: nn.Module, head: HeadLike, name: str, samples: Samples, chunk_size: int) -> HeadSamples:
+def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
     """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.unchanged`.
 
     Args:
@@ -67,10 +67,10 @@ def forward_source(
 def _forward_chunk(model: nn.Module, head: HeadLike, name: str, x: Any, y: Tensor, first: int) -> HeadSamples:
     with refusing_by_name(name, model, x):
         output = forward_head(model, head, x)
-    return with_output(name, Samples(x, y), output, first)
+    return with_output(name, LabelledSamples(x, y), output, first)
 
 
-def with_output(name: str, samples: Samples, output: CapturedOutput, first: int = 0) -> HeadSamples:
+def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, first: int = 0) -> HeadSamples:
     """``samples`` with the head's input and output, after a check of both.
 
     Args:

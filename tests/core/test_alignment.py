@@ -12,11 +12,12 @@ from gradmix.alignment import alignment_matrix
 from gradmix.class_table import TABLE_LAMS, ClassTable
 from gradmix.criteria import Alignment, class_index
 from gradmix.estimators import EstimatorName, Network, resolve
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.model.forward import forward_all
 from gradmix.model.head import logits_of
 from gradmix.model.unchanged import unchanged
 from gradmix.references import reference_gradient
-from gradmix.samples import Mixtures, Samples
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -183,7 +184,7 @@ def table(
 ) -> ClassTable:
     resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
     with unchanged(model):
-        got = forward_all(model, model.fc, "rows", Samples(*pair), 512)
+        got = forward_all(model, model.fc, "rows", LabelledSamples(*pair), 512)
         mixtures = Mixtures(got, None, 0.0, CLASSES, 512)
         return resolved.class_table(mixtures, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
 

@@ -16,9 +16,10 @@ from gradmix.criteria import PairScores
 from gradmix.estimators import JvpEstimator, Network, SketchEstimator
 from gradmix.estimators.sketch import Sketch
 from gradmix.gradients import mean_gradient
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixer import GradMix
+from gradmix.mixtures import Mixtures
 from gradmix.model.head import logits_of
-from gradmix.samples import Mixtures, Samples
 
 BUFFER, BATCH, OTHERS = rows(11, 3), rows(6, 1), rows(4, 2)
 LAM = 0.3
@@ -161,7 +162,7 @@ def sketched(model: nn.Module, estimator: SketchEstimator, by_class: bool) -> Pa
     sketch = Sketch(Network(model, None, None, 64, "auto"), estimator)
     reference, _ = sketch.reference(BUFFER, BATCH[0])
     assert reference is not None
-    mixtures = Mixtures(Samples(*BATCH), None, LAM, 5, 64)
+    mixtures = Mixtures(LabelledSamples(*BATCH), None, LAM, 5, 64)
     return (sketch.class_scores if by_class else sketch.score)(mixtures, reference.gradient, None)
 
 

@@ -13,7 +13,8 @@ from gradmix import GradMix, ReplayBuffer
 from gradmix.criteria import class_index
 from gradmix.estimators import feature, mixed
 from gradmix.gradients import mean_gradient
-from gradmix.samples import HeadSamples, Mixtures
+from gradmix.labelled_samples import HeadSamples
+from gradmix.mixtures import Mixtures
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer, select_pairs
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.model.forward import forward_all
 from gradmix.model.head import resolve_head
 from gradmix.model.unchanged import unchanged
 from gradmix.references import marked_gradient
 from gradmix.runtime import deferred_checks
-from gradmix.samples import Samples
 
 MARKS = {"some": [1, 4, 5, 8], "one": [7], "none": [], "all": list(range(10))}
 
@@ -47,7 +47,7 @@ def test_the_reference_is_that_of_the_marked_rows(case: str, bias: bool, soft: b
     with unchanged(model):
         head = resolve_head(model, "fc")
         reference, nothing = marked_gradient(
-            forward_all(model, head, "batch", Samples(*batch), 99), marked(MARKS[case])
+            forward_all(model, head, "batch", LabelledSamples(*batch), 99), marked(MARKS[case])
         )
     assert bool(nothing) == (case == "none")
     if case == "none":

@@ -1,27 +1,25 @@
-"""Labelled samples as they travel through a selection, alone or with what the classifier's head made of them."""
+"""Labelled samples, alone (:class:`LabelledSamples`) or with the head's input and output (:class:`HeadSamples`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradmix.model.head import HeadOutput
 from gradmix.model.head_values import MASKED
 from gradmix.model.inputs import concatenate, map_tensors, take
 from gradmix.ops.labels import dense_labels
-from gradmix.ops.mixed_alignment import Weight
 from gradmix.runtime.collectives import Group, all_gather_samples
 from gradmix.runtime.deferred_checks import check_samples
 
-AnySamples = TypeVar("AnySamples", bound="Samples")
+AnySamples = TypeVar("AnySamples", bound="LabelledSamples")
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class LabelledSamples:
     """Labelled samples.
 
     Attributes:
@@ -54,7 +52,7 @@ class Samples:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadSamples(Samples):
+class HeadSamples(LabelledSamples):
     """Samples with the head's input and output.
 
     Attributes:
@@ -87,7 +85,7 @@ def concatenate_samples(parts: Sequence[AnySamples], num_classes: int) -> AnySam
     return replace(parts[0], x=x, **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
-def check_one_mask(samples: Samples, others: Samples) -> None:
+def check_one_mask(samples: LabelledSamples, others: LabelledSamples) -> None:
     """Refuse samples of two passes in which the model masks other classes: no head has their mixtures' logits.
 
     Raises:
@@ -105,59 +103,3 @@ def check_one_mask(samples: Samples, others: Samples) -> None:
             "samples that are mixed with each other (of the batch, the candidates, and by class the buffer)"
         ),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """The arguments of one selection, checked and on one device.
-
-    Attributes:
-        batch: the samples to mix.
-        candidates: where partners come from; None: the batch itself, a sample not being its own partner.
-        outputs: the head's input and output for the batch, from a pass made before; None: a pass is made.
-        marked: (N,) bool, the samples whose mean gradient is the reference; None: it comes from elsewhere.
-    """
-
-    batch: Samples
-    candidates: Samples | None = None
-    outputs: HeadOutput | tuple[Tensor, Tensor] | None = None
-    marked: Tensor | None = None
-
-    @property
-    def partners(self) -> Samples:
-        """The candidates, or the batch itself."""
-        return self.batch if self.candidates is None else self.candidates
-
-
-@dataclass(frozen=True, eq=False)
-class Mixtures(Generic[AnySamples]):
-    """All mixtures lam a + (1 - lam) b of a sample a of the batch and a candidate b.
-
-    Attributes:
-        batch: N samples.
-        candidates: M samples; None: the batch itself.
-        lam: weight of the batch's sample, a number in [0, 1] or a scalar tensor.
-        num_classes: C, length of a label vector.
-        chunk_size: samples of one forward pass.
-    """
-
-    batch: AnySamples
-    candidates: AnySamples | None
-    lam: Weight
-    num_classes: int
-    chunk_size: int
-
-    @property
-    def own(self) -> bool:
-        """Whether partners are of the batch itself."""
-        return self.candidates is None
-
-    @property
-    def partners(self) -> AnySamples:
-        """The candidates, or the batch itself."""
-        return self.batch if self.candidates is None else self.candidates
-
-    def without_inputs(self) -> Mixtures[AnySamples]:
-        """The same without the samples' inputs."""
-        candidates = None if self.candidates is None else self.candidates.without_inputs()
-        return replace(self, batch=self.batch.without_inputs(), candidates=candidates)
