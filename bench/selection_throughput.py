@@ -61,7 +61,7 @@ from _selection_sweep import check_picture, draw, sweep
 from torch import nn
 
 import gradmix
-from gradmix.model.head import HeadCapture
+from gradmix.model.head_capture import HeadCapture
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.references import reference_gradient
 

@@ -42,7 +42,8 @@ from _networks import NETWORKS, make_network
 from torch import Tensor, nn
 
 from gradmix.mixer import GradMix
-from gradmix.model.head import HeadCapture, HeadOutput
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_capture import HeadCapture
 
 CRITERIA = ("class", "sample")
 

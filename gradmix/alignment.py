@@ -12,7 +12,7 @@ from gradmix.model.unchanged import unwrap
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.workers import refuse_worker
-from gradmix.selection import checked_request
+from gradmix.selection import check_request
 from gradmix.selector import Rule, Selector
 
 
@@ -51,8 +51,8 @@ def alignment_matrix(
     selector = Selector(resolved, Rule(criterion, 0.0, "uniform"))
     check_lam(lam)
     refuse_worker("alignment_matrix")
-    with resolved.running():
-        request = checked_request(resolved, batch, candidates, None, ("batch", None))
+    with resolved.guard():
+        request = check_request(resolved, batch, candidates, None, ("batch", None))
         reference, _ = resolved.reference(buffer, request.batch.x)
         if reference is None:
             raise ValueError("buffer: got no rows, expected at least one")

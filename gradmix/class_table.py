@@ -104,7 +104,7 @@ def table_of(scores: Sequence[PairScores], reference_norm: Tensor) -> ClassTable
     return ClassTable(TABLE_LAMS, inner, norm, reference_norm, classes)
 
 
-def sampled_scores(
+def sample_scores(
     score: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     y: Tensor,
     per_pair: int,

@@ -282,13 +282,13 @@ def _backend() -> dict[str, Any]:
 def _extras() -> list[dict[str, Any]]:
     extras = []
     for name, modules in _EXTRAS.items():
-        missing = [_DISTRIBUTIONS.get(m, m) for m in modules if not _importable(m)]
+        missing = [_DISTRIBUTIONS.get(m, m) for m in modules if not _is_importable(m)]
         install = f'pip install "gradmix[{name}]"' if missing else None
         extras.append({"name": name, "missing": missing, "install": install})
     return extras
 
 
-def _importable(module: str) -> bool:
+def _is_importable(module: str) -> bool:
     if module in sys.modules:
         return True
     try:

@@ -42,7 +42,7 @@ class LabelledSamples:
         """The samples at ``index``, (K,) int64 or (N,) bool."""
         return self.map(lambda value: take(value, index))
 
-    def gathered(self: AnySamples, group: Group) -> AnySamples:
+    def gather(self: AnySamples, group: Group) -> AnySamples:
         """The samples of all processes of a group, in the order of the ranks."""
         return self.map(lambda value: all_gather_samples(value, group))
 

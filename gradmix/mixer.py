@@ -31,7 +31,7 @@ from gradmix.runtime.deferred_checks import can_sync, check_samples, raise_defer
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.validation import check_count
 from gradmix.runtime.workers import refuse_worker
-from gradmix.selection import check_weight, checked_request, select
+from gradmix.selection import check_request, check_weight, select
 from gradmix.selector import Rule, Selector
 
 Shapes: TypeAlias = dict[str, list[int]]
@@ -163,8 +163,8 @@ class GradMix:
         if self.mixup_enabled:
             return self.select(x, y, replayed=replayed).mix()
         refuse_worker("GradMix")
-        with self._estimator.running():
-            request = checked_request(self._estimator, (x, y), None, None, ("replayed", None))
+        with self._estimator.guard():
+            request = check_request(self._estimator, (x, y), None, None, ("replayed", None))
             mixtures = self._estimator.label(request, 1.0)
         return x, dense_labels(mixtures.batch.y, mixtures.num_classes, labels_dtype(request.batch.x))
 
@@ -196,8 +196,8 @@ class GradMix:
             check_lam(lam)
         if replayed is None and self._buffer is None:
             raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
-        with self._estimator.running():
-            request = checked_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
+        with self._estimator.guard():
+            request = check_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
             # By sample the gradient of marked samples serves this call alone.
             once = request.marked is not None and self._rule.criterion == "sample"
             if not once:
@@ -273,7 +273,7 @@ class GradMix:
         if by_class and (reference is not None or request.marked is not None):
             mixtures = estimator.see(request, 1.0)
             if request.marked is not None:
-                reference = on_host(estimator.marked_reference(mixtures, request.marked))
+                reference = on_host(estimator.reference_of_marked(mixtures, request.marked))
             if reference is not None:
                 table, screening = self._class_table(mixtures, samples, reference)
         self.reference = None if reference is None else reference.gradient
@@ -289,7 +289,7 @@ class GradMix:
         at_hand = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
         if not estimator.mixes_inputs:
             at_hand = [part.without_inputs() for part in at_hand]
-        parts = [*samples, *(part.gathered(network.batch_group) for part in at_hand)]
+        parts = [*samples, *(part.gather(network.batch_group) for part in at_hand)]
         everything = concatenate_samples(parts, mixtures.num_classes)
         table, screening = estimator.class_table(
             replace(mixtures, batch=everything, candidates=None),

@@ -16,7 +16,7 @@ from gradmix.labelled_samples import HeadSamples, concatenate_samples
 from gradmix.model.forward import forward_source
 from gradmix.model.head import HeadLike
 from gradmix.model.inputs import check_mixable, tensors_of
-from gradmix.model.unchanged import device_of, unchanged, unwrap
+from gradmix.model.unchanged import device_of, leave_unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient
@@ -78,7 +78,7 @@ def reference_gradient(
     refuse_worker("reference_gradient")
     check_group(group)
     model = unwrap(model)
-    with unchanged(model):
+    with leave_unchanged(model):
         reference, _ = read_buffer(model, head, buffer, chunk_size, device_of(model), group)
     if reference is None:
         raise ValueError("buffer: got no rows, expected at least one")
@@ -113,11 +113,11 @@ def read_buffer(
         total.add(samples)
         if keep is not None:
             index = quota.admit(samples.y)
-            kept.append(keep.reduced(samples).take(index))
+            kept.append(keep.reduce(samples).take(index))
             places.append(start + index)
     if keep is not None and kept and group is not None:
         # The first samples of all are among the first samples of each share.
-        everyone = concatenate_samples(kept, kept[0].logits.shape[1]).gathered(group)
+        everyone = concatenate_samples(kept, kept[0].logits.shape[1]).gather(group)
         everyone = everyone.take(all_gather_samples(torch.cat(places), group).argsort())
         kept = [everyone.take(ClassQuota(keep.per_class).admit(everyone.y))]
     return total.value(group), kept
@@ -135,7 +135,7 @@ class Keep:
     per_class: int
     inputs_for: str | None
 
-    def reduced(self, samples: HeadSamples) -> HeadSamples:
+    def reduce(self, samples: HeadSamples) -> HeadSamples:
         """``samples`` with what is kept of each.
 
         Raises:
@@ -172,7 +172,7 @@ class MeanGradient:
         return total / count
 
 
-def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -> Reference:
+def gradient_of_marked(samples: HeadSamples, marked: Tensor, group: Group = None) -> Reference:
     """The mean last-layer gradient of the samples that are marked; the host waits for nothing.
 
     Args:

@@ -132,12 +132,12 @@ def select_pairs(
     check_weight(alpha, lam)
     refuse_worker("select_pairs")
     generator = default_generator() if generator is None else generator
-    with resolved.running():
+    with resolved.guard():
         marked = buffer if reference is None and isinstance(buffer, Tensor) else None
-        request = checked_request(resolved, batch, candidates, outputs, ("buffer", marked))
+        request = check_request(resolved, batch, candidates, outputs, ("buffer", marked))
         known = None
         if reference is not None:
-            known = resolved.given_reference(reference)
+            known = resolved.as_reference(reference)
         elif marked is None:
             known, _ = resolved.reference(buffer, request.batch.x)
         lam = draw_lam(alpha, generator) if lam is None else float(lam)
@@ -152,7 +152,7 @@ def select(
     generator: torch.Generator,
     run: Callable[..., Decision] = call,
 ) -> Pairs:
-    """Select with what is known of the buffer; call it inside :meth:`gradmix.estimators.base.Estimator.running`.
+    """Select with what is known of the buffer; call it inside :meth:`gradmix.estimators.base.Estimator.guard`.
 
     Args:
         selector: the scorer and the rule.
@@ -170,7 +170,7 @@ def select(
     see = scorer.label if known is None and request.marked is None else scorer.see
     mixtures = see(request, lam)
     if request.marked is not None:
-        known = scorer.marked_reference(mixtures, request.marked)
+        known = scorer.reference_of_marked(mixtures, request.marked)
     if known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
@@ -190,7 +190,7 @@ def select(
     )
 
 
-def checked_request(
+def check_request(
     estimator: Estimator[Any],
     batch: tuple[InputTree, Tensor],
     candidates: tuple[InputTree, Tensor] | None,
@@ -218,10 +218,10 @@ def checked_request(
         check_alike("candidates", x, own.x, "the batch")
         other = LabelledSamples(map_tensors(lambda leaf: leaf.to(device), x), y.to(device))
     name, marks = marked
-    return Request(own, other, outputs, None if marks is None else _checked_marks(name, marks, len(own), device))
+    return Request(own, other, outputs, None if marks is None else _check_marks(name, marks, len(own), device))
 
 
-def _checked_marks(name: str, marked: object, count: int, device: torch.device) -> Tensor:
+def _check_marks(name: str, marked: object, count: int, device: torch.device) -> Tensor:
     """Which samples of the batch are marked, (N,) bool on its device."""
     if not isinstance(marked, Tensor):
         raise TypeError(f"{name}: got {type(marked).__name__}, expected a bool tensor that marks rows of the batch")

@@ -21,12 +21,12 @@ from gradmix.labelled_samples import AnySamples, LabelledSamples
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadLike
 from gradmix.model.inputs import InputTree
-from gradmix.model.unchanged import require_finite, unchanged
+from gradmix.model.unchanged import leave_unchanged, require_finite
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
-from gradmix.runtime.deferred_checks import deferred_checks
+from gradmix.runtime.deferred_checks import defer_checks
 from gradmix.runtime.validation import check_count
 
 
@@ -140,7 +140,7 @@ class Scorer(ABC, Generic[AnySamples]):
     def see(self, request: Request, lam: float) -> Mixtures[AnySamples]:
         """As :meth:`label`, with what scores need of every sample."""
 
-    def marked_reference(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
+    def reference_of_marked(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
         """The gradient of the marked samples of the batch, over all processes; None where there is known to be none."""
         raise NotImplementedError(f"{type(self).__name__} makes no reference gradient")
 
@@ -195,10 +195,10 @@ class Estimator(Scorer[AnySamples]):
     mixes_inputs: ClassVar[bool] = True
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Around one call: leave the model as it is, and raise what earlier calls on a GPU found."""
         model = self.network.model
-        with nullcontext() if self.full_network else deferred_checks(model), unchanged(model):
+        with nullcontext() if self.full_network else defer_checks(model), leave_unchanged(model):
             yield
 
     @abstractmethod
@@ -212,7 +212,7 @@ class Estimator(Scorer[AnySamples]):
         """
 
     @abstractmethod
-    def given_reference(self, gradient: object) -> Reference:
+    def as_reference(self, gradient: object) -> Reference:
         """A gradient that the user gives.
 
         Raises:

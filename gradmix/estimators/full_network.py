@@ -21,7 +21,7 @@ from gradmix.gradients.settings import EngineSettings
 from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
-from gradmix.model.refusals import naming_dtypes
+from gradmix.model.refusals import name_dtypes
 from gradmix.model.unchanged import device_of, require_finite
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
@@ -97,7 +97,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         if memory is None:
             memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
         engine = self.engine(self._settings.layers, self.network.chunk_size)
-        with naming_dtypes("batch", engine.model, lambda: x):
+        with name_dtypes("batch", engine.model, lambda: x):
             plan = engine.plan_of(x)
         self.network.check_num_classes(plan.num_classes)
         return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
@@ -125,7 +125,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
             kept.append(LabelledSamples(x, y).take(quota.admit(y)))
         return kept
 
-    def marked_reference(self, mixtures: Mixtures[LabelledSamples], marked: Tensor) -> Reference | None:
+    def reference_of_marked(self, mixtures: Mixtures[LabelledSamples], marked: Tensor) -> Reference | None:
         """The marked samples' mean gradient."""
         own, group = mixtures.batch.take(marked), self.network.batch_group
         gradient = self.mean_gradient("replayed rows", (own.x, own.y), mixtures.chunk_size, group, shared=False)
@@ -147,10 +147,10 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         def first() -> InputTree:
             return next((x for x, _ in chunks_of(name, source, 1, device_of(engine.model))), ())
 
-        with engine.probing(), naming_dtypes(name, engine.model, first):
+        with engine.evaluation_mode(), name_dtypes(name, engine.model, first):
             return mean_gradient_of(engine, name, source, group, shared=shared)
 
-    def given_reference(self, gradient: object) -> Reference:
+    def as_reference(self, gradient: object) -> Reference:
         """A gradient by parameter name, of :func:`gradmix.gradients.mean_gradient`."""
         if isinstance(gradient, Mapping) and all(isinstance(value, Tensor) for value in gradient.values()):
             return Reference(gradient)
@@ -177,7 +177,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         own, other = mixtures.batch, mixtures.partners
         dtype = work_dtype(floating_dtype(own.x) or torch.float32)
         inner, norm = [own.y.new_zeros(0, dtype=dtype)], [own.y.new_zeros(0, dtype=dtype)]
-        with engine.probing():
+        with engine.evaluation_mode():
             for start in range(0, len(pairs), chunk_size):
                 i, j = pairs[start : start + chunk_size].unbind(1)
                 y_a, y_b = (dense_labels(y, mixtures.num_classes, dtype) for y in (own.y[i], other.y[j]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradmix.class_table import ClassTable, sampled_scores, table_of
+from gradmix.class_table import ClassTable, sample_scores, table_of
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
@@ -66,5 +66,5 @@ class Jvp(FullNetworkEstimator):
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
             return self.score_pairs(replace(mixtures, lam=lam), gradient, pairs)
 
-        scores = sampled_scores(score, mixtures.batch.y, per_class, dtype_of(gradient), generator)
+        scores = sample_scores(score, mixtures.batch.y, per_class, dtype_of(gradient), generator)
         return table_of(scores, self.reference_norm(gradient).to(scores[0].inner)), None

@@ -10,11 +10,12 @@ from gradmix.estimators.base import Estimator, Network, PassSizes
 from gradmix.labelled_samples import HeadSamples, check_one_mask
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.forward import forward_all, with_output
-from gradmix.model.head import given_outputs, resolve_head
+from gradmix.model.head import resolve_head
+from gradmix.model.head_capture import check_outputs
 from gradmix.model.inputs import InputTree, first_tensor
-from gradmix.model.refusals import refusing_by_name
+from gradmix.model.refusals import refuse_by_name
 from gradmix.ops.mixed_alignment import check_reference, length
-from gradmix.references import Keep, Reference, marked_gradient, read_buffer
+from gradmix.references import Keep, Reference, gradient_of_marked, read_buffer
 
 
 class LastLayerEstimator(Estimator[HeadSamples]):
@@ -30,7 +31,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         network = self.network
         if network.num_classes is not None:
             return PassSizes(network.chunk_size, network.num_classes)
-        with refusing_by_name("batch", network.model, x):
+        with refuse_by_name("batch", network.model, x):
             return PassSizes(network.chunk_size, resolve_head(network.model, network.head, x).num_classes)
 
     def see(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
@@ -39,7 +40,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         if request.outputs is None:
             batch = self._forward("batch", request)
         else:
-            output = given_outputs(network.model, network.head, request.outputs, len(request.batch))
+            output = check_outputs(network.model, network.head, request.outputs, len(request.batch))
             batch = with_output("batch", request.batch, output)
         candidates = None
         if request.candidates is not None:
@@ -62,11 +63,11 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         )
         return None if gradient is None else Reference(gradient), samples
 
-    def marked_reference(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
+    def reference_of_marked(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
         """The marked samples' mean last-layer gradient; whether there are any is decided on the device."""
-        return marked_gradient(mixtures.batch, marked, self.network.batch_group)
+        return gradient_of_marked(mixtures.batch, marked, self.network.batch_group)
 
-    def given_reference(self, gradient: object) -> Reference:
+    def as_reference(self, gradient: object) -> Reference:
         """A tensor of :func:`gradmix.reference_gradient`."""
         if not isinstance(gradient, Tensor):
             raise TypeError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmix.class_table import ClassTable, sampled_scores, table_of
+from gradmix.class_table import ClassTable, sample_scores, table_of
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.last_layer import LastLayerEstimator
 from gradmix.labelled_samples import HeadSamples, LabelledSamples
 from gradmix.mixtures import Mixtures
-from gradmix.model.head import HeadOutput, forward_head
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_capture import forward_head
 from gradmix.model.inputs import mix_samples, take
 from gradmix.model.unchanged import require_finite_pairs
 from gradmix.ops.dtypes import exact_dtype
@@ -45,7 +46,7 @@ class Mixed(LastLayerEstimator):
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
             return self._score_pairs((samples, samples), gradient, pairs, lam)
 
-        scores = sampled_scores(score, samples.y, per_class, gradient.dtype, generator)
+        scores = sample_scores(score, samples.y, per_class, gradient.dtype, generator)
         return table_of(scores, self.reference_norm(gradient)), None
 
     def _score_pairs(

@@ -202,7 +202,7 @@ class GradientSketches:
     ) -> None:
         pairs = {name: (samples.x, samples.y) for name, samples in sources.items()}
         self.classes: Tensor | None = None
-        with engine.probing():
+        with engine.evaluation_mode():
             if by_class:
                 total = None
                 for name, pair in pairs.items():

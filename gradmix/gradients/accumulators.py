@@ -72,7 +72,7 @@ class SketchAccumulator:
             factor = None
             if isinstance(part, Outer) and not self.keeps_activations:
                 factor = self._activation_factor(part)
-                part = Outer(part.layer, part.activation_side, _dropped, part.delta)  # drops the activations
+                part = Outer(part.layer, part.activation_side, _raise_dropped, part.delta)  # drops the activations
             self._layers.setdefault(part.layer, _OpenLayer()).expected += 1
             kept.append((part, factor))
 
@@ -134,7 +134,7 @@ class SketchAccumulator:
             self._close(name)
 
 
-def _dropped(_projection: Projection) -> Tensor:
+def _raise_dropped(_projection: Projection) -> Tensor:
     raise AssertionError("the activations were dropped")
 
 

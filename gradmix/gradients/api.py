@@ -71,7 +71,7 @@ def sample_gradients(
         raise ValueError("batch: got no rows, expected at least one")
     settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
     engine = Engine(model, settings)
-    with engine.probing():
+    with engine.evaluation_mode():
         parts = [vectors for _, vectors in engine.samples("batch", (x, y))]
     vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
     return SampleGradients(vectors, engine.layout, engine.sketch.describe())
@@ -141,7 +141,7 @@ def class_gradients(
     """
     settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
     engine = Engine(model, settings)
-    with engine.probing():
+    with engine.evaluation_mode():
         total = engine.classes("data", data)
     if total is None:
         raise ValueError("data: got no rows, expected at least one")

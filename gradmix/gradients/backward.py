@@ -24,7 +24,7 @@ from gradmix.gradients.accumulators import Accumulator
 from gradmix.gradients.batch_axis import BatchAxis
 from gradmix.gradients.chunk import Chunk
 from gradmix.gradients.exceptions import MovedRowsError, OutdatedPlanError
-from gradmix.gradients.intercept import Parameters, hook_gradient, refusing_checkpoints
+from gradmix.gradients.intercept import Parameters, hook_gradient, refuse_checkpoints
 from gradmix.gradients.layers import trainable_parameters
 from gradmix.gradients.losses import Loss, check_losses, check_output, loss_scale
 from gradmix.gradients.plan import Plan
@@ -197,7 +197,7 @@ class _ObservedCalls(PlannedCalls):
         # pass that no use is left out.
         leaves = [self._anchor, *(self.parameters.named[name] for name in self._plan.wanted)]
         verifies = self._verifies_places
-        with refusing_checkpoints():
+        with refuse_checkpoints():
             found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=verifies)
             if any(gradient is not None for gradient in found[1:]):
                 raise OutdatedPlanError("a parameter used in another way than planned")

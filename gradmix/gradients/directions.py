@@ -64,7 +64,7 @@ def mean_gradient(
         ValueError, TypeError: no samples, or an argument as in :func:`gradmix.class_gradients`.
     """
     engine = Engine(model, EngineSettings(layers=layers, loss=loss, scaler=scaler, chunk_size=chunk_size))
-    with engine.probing():
+    with engine.evaluation_mode():
         result = mean_gradient_of(engine, "data", data)
     if result is None:
         raise ValueError("data: got no rows, expected at least one")
@@ -144,7 +144,7 @@ def directional_derivatives(
     )
     engine = Engine(model, settings)
     _check_directions(engine.model, directions)
-    with engine.probing():
+    with engine.evaluation_mode():
         parts = list(derivatives_of(engine, "batch", (x, y), directions, norms))
     if not parts:
         raise ValueError("batch: got no rows, expected at least one")

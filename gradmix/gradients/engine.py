@@ -23,10 +23,10 @@ from gradmix.gradients.planner import plan_for
 from gradmix.gradients.settings import EngineSettings
 from gradmix.gradients.sketches import as_sketch
 from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
-from gradmix.model.unchanged import device_of, require_finite, unchanged, unwrap, without_gradient_hooks
+from gradmix.model.unchanged import device_of, leave_unchanged, require_finite, unwrap, without_gradient_hooks
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
-from gradmix.replay.sources import numbered_chunks
+from gradmix.replay.sources import chunks_with_numbers
 from gradmix.runtime.collectives import Group
 
 T = TypeVar("T")
@@ -68,11 +68,11 @@ class Engine:
         self._layout_is_final = False
 
     @contextmanager
-    def probing(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """The model in evaluation mode, without hooks on gradients, out of inference mode; restored afterwards."""
         with (
             torch.inference_mode(False),
-            unchanged(self.model),
+            leave_unchanged(self.model),
             without_gradient_hooks(self.model),
             _backward_of_recurrent_layers(self.model),
         ):
@@ -92,7 +92,7 @@ class Engine:
 
     def plan_of(self, x: InputTree) -> Plan:
         """The plan for samples like those of x, outside of a pass."""
-        with self.probing():
+        with self.evaluation_mode():
             return self.prepare(map_tensors(_without_inference, x))
 
     def _set_layout(self, plan: Plan) -> None:
@@ -279,19 +279,19 @@ class Engine:
         """The chunks of the samples that are not empty; of a group, this process's share of them."""
         device, any_targets = device_of(self.model), self.settings.loss is not None
         size = self.settings.chunk_size
-        for start, x, y in numbered_chunks(name, source, size, device, group, any_targets=any_targets):
+        for start, x, y in chunks_with_numbers(name, source, size, device, group, any_targets=any_targets):
             if num_samples(x):
                 for leaf in tensors_of(x):
                     require_finite(start, **{name: leaf})
                 yield Chunk(name, start, map_tensors(_without_inference, x), map_tensors(_without_inference, y))
 
     def samples(self, name: str, source: object) -> Iterator[tuple[Chunk, Tensor]]:
-        """Each chunk of the samples with their sketched gradients (n, D); inside :meth:`probing`."""
+        """Each chunk of the samples with their sketched gradients (n, D); inside :meth:`evaluation_mode`."""
         for chunk in self.chunks(name, source):
             yield chunk, self.with_plan(self._sample_sketches, chunk)
 
     def classes(self, name: str, source: object) -> ClassGradients | None:
-        """Sums by class over all samples, None if there are none; inside :meth:`probing`."""
+        """Sums by class over all samples, None if there are none; inside :meth:`evaluation_mode`."""
         total: ClassGradients | None = None
         for chunk in self.chunks(name, source):
             part = self.with_plan(self._class_sketches, chunk)

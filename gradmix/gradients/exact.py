@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmix.gradients.chunk import Chunk
 from gradmix.gradients.exceptions import CoupledRowsError
-from gradmix.gradients.intercept import refusing_checkpoints
+from gradmix.gradients.intercept import refuse_checkpoints
 from gradmix.gradients.losses import Loss, check_losses, check_output
 from gradmix.model.head import logits_of
 from gradmix.model.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
@@ -116,7 +116,7 @@ class _Gradients:
             total = losses.sum() * self.scale
             leaves = [*self.wanted.values(), logits]
             used = leaves if logits.requires_grad and total.requires_grad else []
-            with refusing_checkpoints():
+            with refuse_checkpoints():
                 found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
         # A layer without a part in the loss has no gradient, and that of a table may be sparse.
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)

@@ -4,8 +4,8 @@ A module's hook sees the input of the module, which need not be what its weight 
 A module may be bypassed (``nn.MultiheadAttention`` hands the weights of its submodules to a function), and its hook
 does not know of a weight that is used twice or by another module. Therefore functions are watched, by a
 ``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a path to the
-parameter in autograd's graph, by which :func:`uncovered_parameters` and every later pass find it: no use escapes. Only
-what a rule takes is detached; a converted parameter keeps its path until then.
+parameter in autograd's graph, by which :func:`parameters_without_rule` and every later pass find it: no use escapes.
+Only what a rule takes is detached; a converted parameter keeps its path until then.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class Parameters:
         name = self._names.get(id(value))
         if name is not None:
             return ParameterView(name, self._detached[name], 0, False, value.shape)
-        copied = self._copied(value)
+        copied = self._source_of_copy(value)
         if copied is not None:
             return copied
         base = value._base
         if base is None or value.grad_fn is None:
             return None
-        name, copied = self._names.get(id(base)), self._copied(base)
+        name, copied = self._names.get(id(base)), self._source_of_copy(base)
         if copied is not None and copied.is_whole:
             name = copied.name
         return None if name is None else self._view(name, base, value)
 
-    def _copied(self, value: Tensor) -> ParameterView | None:
+    def _source_of_copy(self, value: Tensor) -> ParameterView | None:
         """The source of a copy, unless the copy has been changed in place since."""
         found = self._copies.get(id(value))
         return None if found is None or value._version != found[1] else found[2]
@@ -188,7 +188,7 @@ def _uses_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> bool
     return bool(named.get("training", args[5] if len(args) > 5 else False))
 
 
-def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
+def _copy_without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a Python function of torch that does not hand itself to a mode, so that the calls in it are watched."""
     assert isinstance(function, types.FunctionType)
     own = dict(function.__globals__, has_torch_function=lambda *_: False)
@@ -198,7 +198,7 @@ def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _TRANSPARENT: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
+    F.multi_head_attention_forward: _copy_without_dispatch(F.multi_head_attention_forward)
 }
 """Functions that are watched inside, with the copies that allow it."""
 
@@ -209,7 +209,7 @@ def _function_name(function: Callable[..., Any]) -> str:
     return f"{module.removeprefix('torch._C._nn').removeprefix('torch._C.') or 'torch'}.{name}"
 
 
-def uncovered_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+def parameters_without_rule(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
     """Names of the parameters that ``output`` still depends on: those used in a way that no rule covers."""
     if not output.requires_grad or not parameters:
         return []
@@ -249,7 +249,7 @@ def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]
 
 
 @contextmanager
-def refusing_checkpoints() -> Iterator[None]:
+def refuse_checkpoints() -> Iterator[None]:
     """Around a backward pass: refuse a model that computes parts of the forward pass again in it.
 
     Raises:

@@ -31,7 +31,7 @@ def plan_for(
 ) -> Plan:
     """The plan of a model for samples like those of x; that of an earlier call unless ``anew``.
 
-    Call it inside :func:`gradmix.model.unchanged.unchanged`.
+    Call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
 
     Raises:
         NoRuleError: a parameter is used in a way without a rule, unless ``without_rule`` is ``"exact"``.
@@ -136,7 +136,7 @@ def _batch_axes(
         or (traces == 0 and any(all(d is None for d in call.dependencies) for call in found.calls))
     ):
         # There may be as many positions as samples: with another batch size the coincidence ends.
-        samples, traces = _distinguishing_batch_size(axes, samples), traces + 1
+        samples, traces = _batch_size_that_decides(axes, samples), traces + 1
         again = trace(model, x, Parameters(trainable), samples, found.expanded)
         if [call.parameters for call in again.calls] != [call.parameters for call in found.calls]:
             raise NoRuleError(
@@ -147,7 +147,7 @@ def _batch_axes(
     return axes
 
 
-def _distinguishing_batch_size(axes: Sequence[set[BatchAxis]], before: int) -> int:
+def _batch_size_that_decides(axes: Sequence[set[BatchAxis]], before: int) -> int:
     """A batch size above ``before`` that tells the possible axes apart.
 
     For samples and positions folded into one axis, the order n T + t looks like t N + n with N samples only if n T + t

@@ -21,8 +21,8 @@ from gradmix.gradients.intercept import (
     Parameters,
     PlainCalls,
     hook_gradient,
-    refusing_checkpoints,
-    uncovered_parameters,
+    parameters_without_rule,
+    refuse_checkpoints,
 )
 from gradmix.gradients.losses import check_output
 from gradmix.gradients.rules import Rule
@@ -168,11 +168,11 @@ def trace(
     device, count = first_tensor(x).device, num_samples(x)
     repeated = map_tensors(lambda t: t[torch.arange(samples, device=device) % count].detach().clone(), x)
     entries = [leaf.requires_grad_() for leaf in tensors_of(repeated) if leaf.is_floating_point()]
-    with torch.enable_grad(), without_compilation(), refusing_checkpoints():
+    with torch.enable_grad(), without_compilation(), refuse_checkpoints():
         with _Tracer(parameters, samples, device, expanded) as tracer:
             logits = check_output(logits_of(call_model(model, map_tensors(Tensor.clone, repeated))), samples)
         require_finite(0, **{"the model's logits": logits.detach()})
-        uncovered = uncovered_parameters(logits, parameters.named)
+        uncovered = parameters_without_rule(logits, parameters.named)
         # Unequal weights: the sum of probabilities, for example, depends on nothing.
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device, dtype=logits.dtype).cos()
         weights = weights.view(logits.shape[1:])

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.labelled_samples import HeadSamples, LabelledSamples, concatenate_samples
-from gradmix.model.head import CapturedOutput, HeadLike, forward_head
+from gradmix.model.head import CapturedOutput, HeadLike
+from gradmix.model.head_capture import forward_head
 from gradmix.model.head_values import MASKED
 from gradmix.model.inputs import first_tensor
-from gradmix.model.refusals import refusing_by_name
+from gradmix.model.refusals import refuse_by_name
 from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import check_label_range, within_range
-from gradmix.replay.sources import chunks_of, numbered_chunks
+from gradmix.replay.sources import chunks_of, chunks_with_numbers
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.deferred_checks import check_samples
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
-    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.unchanged`.
+    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
 
     Args:
         model: the unwrapped model.
@@ -53,10 +54,10 @@ def forward_source(
     """This process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
 
     A process without a share of a source that has samples gets one chunk of none, so that it knows their shapes. Call
-    it inside :func:`gradmix.model.unchanged.unchanged`.
+    it inside :func:`gradmix.model.unchanged.leave_unchanged`.
     """
     empty = True
-    for start, x, y in numbered_chunks(name, source, chunk_size, device, group):
+    for start, x, y in chunks_with_numbers(name, source, chunk_size, device, group):
         yield start, _forward_chunk(model, head, name, x, y, start)
         empty = False
     if empty and group is not None:
@@ -65,7 +66,7 @@ def forward_source(
 
 
 def _forward_chunk(model: nn.Module, head: HeadLike, name: str, x: Any, y: Tensor, first: int) -> HeadSamples:
-    with refusing_by_name(name, model, x):
+    with refuse_by_name(name, model, x):
         output = forward_head(model, head, x)
     return with_output(name, LabelledSamples(x, y), output, first)
 

@@ -49,7 +49,7 @@ class Related(NamedTuple):
     bad: Tensor
 
 
-def related(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Related:
+def compare_logits(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Related:
     """Compare logits with a weighted sum of layers' logits, up to a shift of each sample and masked classes.
 
     Args:
@@ -82,7 +82,7 @@ def related(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[
     return Related(result.masked_fill(masked, MASKED), bad)
 
 
-def estimated_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
+def estimate_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
     """The factor w of returned = w layer_logits + shift, () by least squares; None where there are too few logits."""
     count, classes = returned.shape
     if count * (classes - 1) < 1 + _SPARE_EQUATIONS:
@@ -140,7 +140,7 @@ def off_linear(
         if not up_to_shift:
             wrong = ((product - z).abs() > tolerance).any(1)
             return wrong
-        factor = estimated_factor(z, product)
+        factor = estimate_factor(z, product)
         if factor is not None:
             product, tolerance = product * factor, tolerance * factor.abs().clamp(min=1)
         largest = z.max(1, keepdim=True)
@@ -151,7 +151,7 @@ def off_linear(
         return wrong
 
 
-def stacked(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:
+def stack_inputs(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:
     """(N, D): [w_1 h_1, w_1, w_2 h_2, w_2, ...], the input of all layers as one without a bias of its own.
 
     Args:

@@ -100,11 +100,11 @@ def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> 
             raise ValueError(f"x: got the parts {', '.join(part)}, expected {', '.join(paths)}")
     following = iter(paths)
 
-    def joined(leaf: Tensor) -> Tensor:
+    def join(leaf: Tensor) -> Tensor:
         path = next(following)
         return function(leaf, *(part[path] for part in rest))
 
-    return map_tensors(joined, first)
+    return map_tensors(join, first)
 
 
 def concatenate(trees: list[Tree]) -> Tree:
@@ -190,7 +190,7 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
             f"such as token ids, {INSIDE}"
         )
 
-    def mixed(own: Tensor, partner: Tensor) -> Tensor:
+    def mix(own: Tensor, partner: Tensor) -> Tensor:
         path = next(paths)
         if own.is_floating_point():
             weight = lam.to(own.dtype).view(-1, *[1] * (own.ndim - 1)) if isinstance(lam, Tensor) else lam
@@ -204,7 +204,7 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
             )
         return own
 
-    return zip_tensors(mixed, x, other)
+    return zip_tensors(mix, x, other)
 
 
 def own_copy(x: Tree) -> Tree:

@@ -62,7 +62,7 @@ def mixed_forward(
         TypeError: an argument of the wrong type, or the stage's output is not a floating-point tensor.
     """
     count = check_inputs("x", x)
-    _check_rows(count, other_x, lam, partner)
+    _check_arguments(count, other_x, lam, partner)
     name, module = _resolve(model, stage, head, x)
     at_input = stage == "feature"
     # A compiled wrapper on the outside is passed by; a data-parallel one stays for the pass that has the loss.
@@ -74,7 +74,7 @@ def mixed_forward(
     def mix(value: object) -> Tensor:
         nonlocal calls
         calls += 1
-        h = _checked(value, name, count)
+        h = _check_output(value, name, count)
         partners = h if other is None else other
         if partners.shape[1:] != h.shape[1:]:
             raise ValueError(
@@ -111,7 +111,7 @@ def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x
     found: list[Tensor] = []
 
     def stop(value: object) -> Tensor:
-        found.append(_checked(value, name, num_samples(x)))
+        found.append(_check_output(value, name, num_samples(x)))
         raise _Reached
 
     handle = _hook(module, stop, at_input)
@@ -139,7 +139,7 @@ def _hook(module: nn.Module, change: Any, at_input: bool) -> torch.utils.hooks.R
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _checked(value: object, name: str, count: int) -> Tensor:
+def _check_output(value: object, name: str, count: int) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"a tensor of dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"stage: {name} gives {got}, expected a floating-point tensor, in which rows can be mixed")
@@ -174,7 +174,7 @@ def _resolve(model: nn.Module, stage: nn.Module | str, head: nn.Module | str | N
     raise ValueError(f"stage: the {type(stage).__name__} given is not a module of the model")
 
 
-def _check_rows(count: int, other_x: InputTree | None, lam: Tensor | float, partner: Tensor | None) -> None:
+def _check_arguments(count: int, other_x: InputTree | None, lam: Tensor | float, partner: Tensor | None) -> None:
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
             raise TypeError(f"lam: got dtype {lam.dtype}, expected a floating-point dtype")

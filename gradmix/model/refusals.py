@@ -29,7 +29,7 @@ _met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
-def refusing_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None]:
+def refuse_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None]:
     """Around forward passes of rows ``x`` in evaluation mode.
 
     Raises:
@@ -37,13 +37,13 @@ def refusing_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None
             the rows around it, and on how rows are shared out among passes.
         TypeError: the model fails, and there is an input of a dtype that may be why.
     """
-    with naming_dtypes(name, model, lambda: x), refusing_batch_statistics(model, x):
+    with name_dtypes(name, model, lambda: x), refuse_batch_statistics(model, x):
         yield
 
 
 @contextmanager
-def naming_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> Iterator[None]:
-    """The part of :func:`refusing_by_name` about dtypes; ``x`` gives rows like those of the body."""
+def name_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> Iterator[None]:
+    """The part of :func:`refuse_by_name` about dtypes; ``x`` gives rows like those of the body."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -62,8 +62,8 @@ def naming_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> It
 
 
 @contextmanager
-def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
-    """The part of :func:`refusing_by_name` about statistics of the batch.
+def refuse_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
+    """The part of :func:`refuse_by_name` about statistics of the batch.
 
     Modules of torch's are stopped by a hook, which only those have that would use such statistics. Other calls of
     ``batch_norm`` are watched in the first pass of a model; weights may be standardised by one, so the values decide.

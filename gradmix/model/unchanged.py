@@ -80,7 +80,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def leave_unchanged(model: nn.Module) -> Iterator[None]:
     """Run the body with ``model`` in evaluation mode and without autograd, then restore everything.
 
     The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
@@ -96,7 +96,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     with torch.inference_mode(False):
         buffers = _Buffers(model)
-    with preserved_rng(device), torch.inference_mode(False), torch.no_grad():
+    with preserve_rng(device), torch.inference_mode(False), torch.no_grad():
         try:
             torch.set_autocast_cache_enabled(False)
             for module in training:
@@ -230,7 +230,7 @@ def _numpy_words(state: Any) -> tuple[bytes, object]:
 
 
 @contextmanager
-def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
+def preserve_rng(device: torch.device | None = None) -> Iterator[None]:
     """Restore the global generators of torch (CPU and ``device``), numpy and Python afterwards.
 
     Data sets may draw from any of them in ``__getitem__``.
@@ -258,7 +258,7 @@ def require_finite(first_row: int = 0, **named: InputTree) -> None:
         for path, value in leaves(tree, name.replace("_", " "))
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
     }
-    if not floats or _seen_finite(*floats.values()):
+    if not floats or _is_finite_now(*floats.values()):
         return
     for name, value in floats.items():
         _require_rows(value, partial(_row_not_finite, name, first_row))
@@ -266,11 +266,11 @@ def require_finite(first_row: int = 0, **named: InputTree) -> None:
 
 def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
     """The same for logits (K, C) of mixed rows ``i`` and ``j``, both (K,)."""
-    if not _seen_finite(logits):
+    if not _is_finite_now(logits):
         _require_rows(logits, partial(_pair_not_finite, i, j))
 
 
-def _seen_finite(*values: Tensor) -> bool:
+def _is_finite_now(*values: Tensor) -> bool:
     """Whether a look is free and finds everything finite, by one synchronisation."""
     if not all(can_sync(value.device) for value in values):
         return False

@@ -123,8 +123,8 @@ class ReplayBuffer:
             else FileStore(folder, where)
         )
         # Two generators: how often the buffer is sampled must not change what it holds.
-        self._key_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "keys"))
-        self._draw_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "draws"))
+        self._key_generator = torch.Generator("cpu").manual_seed(_derive_seed(seed, "keys"))
+        self._draw_generator = torch.Generator("cpu").manual_seed(_derive_seed(seed, "draws"))
         self._prefetch = Prefetch(self._draw_generator)
 
     # ---------------------------------------------------------------------------------------------- what it holds
@@ -195,7 +195,7 @@ class ReplayBuffer:
     @property
     def seen_per_class(self) -> dict[int, int]:
         """Samples seen so far of every class, by label."""
-        return self._ledger.seen_per_class()
+        return self._ledger.count_seen()
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -288,7 +288,7 @@ class ReplayBuffer:
         self._check_draw(n)
         if generator is None and self._prefetch.has(n):
             return self._rows(self._prefetch.take())
-        return self._read(draws.uniform(len(self), n, self._generator(generator)))
+        return self._read(draws.draw_uniform(len(self), n, self._generator(generator)))
 
     def prefetch(self, n: int) -> None:
         """Begin to copy the samples that the next ``sample(n)`` or ``sample_rows(n)`` will return, in the background.
@@ -310,7 +310,7 @@ class ReplayBuffer:
             return
 
         def draw() -> Callable[[], Columns]:
-            return self._store.reader(draws.uniform(len(self), n, self._draw_generator))
+            return self._store.reader(draws.draw_uniform(len(self), n, self._draw_generator))
 
         self._prefetch.start(n, draw, in_thread=not self._store.copies_on_device)
 
@@ -332,7 +332,7 @@ class ReplayBuffer:
             ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
         """
         self._check_draw(n)
-        return self._read(draws.balanced(self._ledger.labels, n, self._generator(generator)))[:2]
+        return self._read(draws.draw_balanced(self._ledger.labels, n, self._generator(generator)))[:2]
 
     def _check_draw(self, n: int) -> None:
         """Raise unless ``n`` samples can be drawn."""
@@ -420,7 +420,7 @@ class ReplayBuffer:
         self._draw_generator.set_state(loaded.draw_generator)
 
 
-def _derived_seed(seed: int, purpose: str) -> int:
+def _derive_seed(seed: int, purpose: str) -> int:
     """Return a seed of the buffer's own: a caller's generator with the same seed must not yield the same numbers."""
     digest = hashlib.sha256(f"gradmix.ReplayBuffer {purpose} {int(seed)}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -89,7 +89,7 @@ class ColumnFile:
                 part, at = part[done:], at + done
         return out
 
-    def mapped(self, count: int) -> Tensor:
+    def map_entries(self, count: int) -> Tensor:
         """Return the entries at the first ``count`` slots, mapped from the file; writing to them leaves the file."""
         shape, length = (count, *self.column.shape), count * self.column.entry_bytes
         if length == 0:

@@ -83,7 +83,7 @@ class FileStore:
         if name == LABELS:
             return self._labels.to(self.device or "cpu")
         if torch.equal(self._slots, torch.arange(len(self._slots), device="cpu")):
-            return self._files.mapped(name, len(self._slots))
+            return self._files.map_column(name, len(self._slots))
         return self._files.read(self._slots, names=(name,))[name]
 
     def part(self, start: int, stop: int) -> Columns:

@@ -67,7 +67,7 @@ class Ledger:
         """Samples seen, held or not."""
         return int(self.seen.sum())
 
-    def seen_per_class(self) -> dict[int, int]:
+    def count_seen(self) -> dict[int, int]:
         """Return the samples seen of every class, by label."""
         return dict(zip(self.classes.tolist(), self.seen.tolist(), strict=True))
 

@@ -99,9 +99,9 @@ class MemoryStore:
 
     def part(self, start: int, stop: int) -> Columns:
         """Return views of all columns."""
-        return {name: values[start:stop] for name, values in self._held().items()}
+        return {name: values[start:stop] for name, values in self._columns_in_order().items()}
 
-    def _held(self) -> Columns:
+    def _columns_in_order(self) -> Columns:
         """Return views of all columns, in order of arrival."""
         self._sort()
         return {name: column[: len(self._slots)] for name, column in self._columns.items()}
@@ -130,7 +130,7 @@ class MemoryStore:
         x, y = no_samples(self.device)
         extras: dict[str, Tensor] = {}
         if self.layout is not None:
-            columns = self._held()
+            columns = self._columns_in_order()
             x, y, extras = self.layout.inputs(columns), columns[LABELS], self.layout.extras(columns)
         return {
             "version": VERSION,

@@ -267,10 +267,10 @@ class SampleFiles:
         self._check_open()
         return {name: self._files[name].read(slots, pin=pin) for name in names or self._files}
 
-    def mapped(self, name: str, count: int) -> Tensor:
+    def map_column(self, name: str, count: int) -> Tensor:
         """Return a column's entries at the first ``count`` slots, mapped from the file; writing leaves the file."""
         self._check_open()
-        return self._files[name].mapped(count)
+        return self._files[name].map_entries(count)
 
     def flush(self) -> None:
         """Wait until everything written has reached the disk."""

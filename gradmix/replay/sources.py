@@ -104,12 +104,12 @@ def _tensors(name: str, tree: Any) -> Any:
 
 
 def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the samples of a source as pairs ``(x, y)``: see :func:`numbered_chunks`."""
-    for _, x, y in numbered_chunks(name, source, chunk, device):
+    """Yield the samples of a source as pairs ``(x, y)``: see :func:`chunks_with_numbers`."""
+    for _, x, y in chunks_with_numbers(name, source, chunk, device):
         yield x, y
 
 
-def numbered_chunks(
+def chunks_with_numbers(
     name: str, source: object, chunk: int, device: torch.device, group: Group = None, *, any_targets: bool = False
 ) -> Iterator[tuple[int, Any, Any]]:
     """Yield the samples of a source in chunks, each with the number of its first sample in the source.
@@ -133,7 +133,7 @@ def numbered_chunks(
         TypeError: The source is none, or as for :func:`as_pair`, for any of its batches.
         ValueError: As for :func:`as_pair`.
     """
-    source = _current(source)
+    source = _call_if_function(source)
     if isinstance(source, (DataLoader, IterableDataset)):
         batches = source if isinstance(source, DataLoader) else _batches(name, source, chunk)
         first = 0
@@ -165,14 +165,14 @@ def numbered_chunks(
 
 def has_samples(source: object) -> bool:
     """Return whether a source may have samples; one whose length is unknown may."""
-    source = _current(source)
+    source = _call_if_function(source)
     try:
         return (num_samples(source[0]) if _is_pair(source) else len(source)) > 0  # type: ignore[arg-type, index]
     except TypeError:
         return True
 
 
-def _current(source: Any) -> object:
+def _call_if_function(source: Any) -> object:
     """Return the source itself, or the one that a function returns now."""
     return source() if callable(source) and not isinstance(source, nn.Module) and not _has_items(source) else source
 

@@ -92,14 +92,14 @@ def _shape_of(value: Any, leaves: list[Tensor | float]) -> Any:
     return value
 
 
-def _filled(shape: Any, leaves: Iterator[Tensor]) -> Any:
+def _fill(shape: Any, leaves: Iterator[Tensor]) -> Any:
     """The arguments of a shape, with tensors in their places."""
     if shape is _LEAF:
         return next(leaves)
     if not isinstance(shape, tuple):
         return shape
     kind, parts = shape
-    values = [_filled(part, leaves) for part in parts]
+    values = [_fill(part, leaves) for part in parts]
     return tuple(values) if kind is tuple else kind(*values)
 
 
@@ -118,7 +118,7 @@ class _Graph:
         ]
         # What each was copied from, and in which state; the tensor is held, so that its place is not taken by another.
         self._source: list[tuple[Tensor, int] | None] = [None] * len(leaves)
-        self._replay, self._results = capture(lambda: function(*_filled(shape, iter(self._own))), device)
+        self._replay, self._results = capture(lambda: function(*_fill(shape, iter(self._own))), device)
 
     def __call__(self, leaves: list[Tensor | float]) -> Any:
         for k, (own, value) in enumerate(zip(self._own, leaves, strict=True)):

@@ -88,7 +88,7 @@ def check_samples(bad: Tensor, consequence: Consequence) -> None:
 
 
 @contextmanager
-def deferred_checks(model: nn.Module) -> Iterator[None]:
+def defer_checks(model: nn.Module) -> Iterator[None]:
     """Around one call: raise what earlier calls for this model found, and let the next one raise what this one finds.
 
     A body that raises leaves no question behind.

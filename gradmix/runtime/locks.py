@@ -59,17 +59,17 @@ def acquire(path: Path, *, shared: bool = False) -> Lock | None:
     Raises:
         OSError: The file cannot be opened.
     """
-    descriptor = _opened(path, shared)
+    descriptor = _open(path, shared)
     return None if descriptor is None else Lock(descriptor)
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+def try_lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
     """Holds the lock of a file, with the number of this process in it, or says that it is not to be had.
 
     The file is made, and removed by the last who holds it.
     """
-    descriptor = _opened(path, shared)
+    descriptor = _open(path, shared)
     if descriptor is None:
         yield False
         return
@@ -101,7 +101,7 @@ def holder(path: Path, *, shared: bool = False) -> str | None:
         os.close(descriptor)
 
 
-def _opened(path: Path, shared: bool) -> int | None:
+def _open(path: Path, shared: bool) -> int | None:
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:

@@ -16,7 +16,7 @@ from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixtures import Mixtures
 from gradmix.model.forward import forward_all
 from gradmix.model.head import logits_of
-from gradmix.model.unchanged import unchanged
+from gradmix.model.unchanged import leave_unchanged
 from gradmix.references import reference_gradient
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -183,7 +183,7 @@ def table(
     class_samples: int = 32,
 ) -> ClassTable:
     resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
-    with unchanged(model):
+    with leave_unchanged(model):
         got = forward_all(model, model.fc, "rows", LabelledSamples(*pair), 512)
         mixtures = Mixtures(got, None, 0.0, CLASSES, 512)
         return resolved.class_table(mixtures, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]

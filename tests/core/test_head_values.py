@@ -11,7 +11,8 @@ from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.model.head import HeadCapture, HeadNotFoundError, logits_of
+from gradmix.model.head import HeadNotFoundError, logits_of
+from gradmix.model.head_capture import HeadCapture
 from gradmix.runtime import deferred_checks
 
 LAM = 0.6

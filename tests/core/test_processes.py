@@ -26,7 +26,7 @@ from two_processes_selection import (
 )
 
 import gradmix
-from gradmix.replay.sources import numbered_chunks
+from gradmix.replay.sources import chunks_with_numbers
 from gradmix.runtime.collectives import all_gather_samples, all_reduce_sum, any_rank, broadcast, local_share
 
 
@@ -77,12 +77,12 @@ def test_the_shares_are_the_rows(source: str, size: int, monkeypatch: pytest.Mon
         found = []
         for rank in range(size):
             monkeypatch.setattr(torch.distributed, "get_rank", lambda _group, rank=rank: rank)
-            found += numbered_chunks("buffer", SOURCES[source](), CHUNK, torch.device("cpu"), group)
+            found += chunks_with_numbers("buffer", SOURCES[source](), CHUNK, torch.device("cpu"), group)
         return sorted(found, key=lambda part: part[0])
 
     group: Any = object()
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _group: size)
-    whole = list(numbered_chunks("buffer", SOURCES[source](), CHUNK, torch.device("cpu")))
+    whole = list(chunks_with_numbers("buffer", SOURCES[source](), CHUNK, torch.device("cpu")))
     pieces = parts()
     counts = torch.tensor([0, *(len(y) for _, _, y in pieces)])
     assert [start for start, _, _ in pieces] == counts.cumsum(0)[:-1].tolist()

@@ -17,7 +17,7 @@ from truth import one_hot
 
 import gradmix
 from gradmix import GradMix, select_pairs
-from gradmix.model.head import HeadCapture
+from gradmix.model.head_capture import HeadCapture
 from gradmix.ops import mixed_alignment as operator
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.runtime import deferred_checks
@@ -250,7 +250,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
-    with deferred_checks.deferred_checks(MLP()), watched():
+    with deferred_checks.defer_checks(MLP()), watched():
         result = operator.mixed_alignment_torch(*arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
@@ -384,7 +384,7 @@ def test_findings_keep_no_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
     model = MLP()
-    with deferred_checks.deferred_checks(model):
+    with deferred_checks.defer_checks(model):
         # Outside of a call of its own a thread is told at once.
         error = elsewhere(
             lambda: deferred_checks.check_samples(torch.tensor([False, True]), lambda row: ValueError(f"row {row}"))

@@ -540,4 +540,4 @@ def test_slots_in_any_order_and_more_than_once(preadv: bool, tmp_path: Path, mon
     assert len(stamps.unique()) == 20
     for slots in ([], [3], [4, 5, 6], [6, 5, 4], [19, 0, 0, 7, 19, 8, 9]):
         assert torch.equal(files.read(torch.tensor(slots, dtype=torch.int64))["a"], values[slots])
-    assert torch.equal(files.mapped("a", 20), values)
+    assert torch.equal(files.map_column("a", 20), values)
