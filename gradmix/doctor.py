@@ -1,6 +1,6 @@
-"""What this installation can do on this machine, and why not more.
+"""The report of ``gradmix doctor``: versions, devices, the extension, and the implementations of every operator.
 
-Versions, devices, the extension, and every operator's bodies.
+Where something is not available, the report gives the reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPERATORS: tuple[Operator, ...] = (
     sketch_project.OPERATOR,
 )
 
-# Import names of what an extra brings; the names to install differ for some.
+# Import names of the packages of an extra; some are installed under other names.
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy", "PIL"),
     "gradients": ("safetensors",),
@@ -55,7 +55,7 @@ _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", 
 
 
 def report() -> dict[str, Any]:
-    """Everything :func:`format_report` prints, as plain values that JSON can hold.
+    """Return everything that :func:`format_report` prints, as plain values that JSON can hold.
 
     Returns:
         Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and
@@ -74,7 +74,7 @@ def report() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of :func:`report` as plain text for people, its lines indented under headings.
+    """Return the report of :func:`report` as plain text, with lines indented under headings.
 
     >>> from gradmix import doctor
     >>> print(doctor.format_report(doctor.report()).splitlines()[0])

@@ -23,7 +23,7 @@ class LabelledSamples:
     """Labelled samples.
 
     Attributes:
-        x: inputs, a tensor or a tree of tensors (N, ...); None where only labels and features are kept.
+        x: inputs, a tensor or a tree of tensors (N, ...); None if only labels and features are kept.
         y: (N,) int64 class indices, or (N, C) label vectors.
     """
 
@@ -39,15 +39,15 @@ class LabelledSamples:
         return replace(self, x=x, y=function(self.y))
 
     def take(self: AnySamples, index: Tensor) -> AnySamples:
-        """The samples at ``index``, (K,) int64 or (N,) bool."""
+        """Return the samples at ``index``, (K,) int64 or (N,) bool."""
         return self.map(lambda value: take(value, index))
 
     def gather(self: AnySamples, group: Group) -> AnySamples:
-        """The samples of all processes of a group, in the order of the ranks."""
+        """Return the samples of all processes of a group, in the order of the ranks."""
         return self.map(lambda value: all_gather_samples(value, group))
 
     def without_inputs(self: AnySamples) -> AnySamples:
-        """The same without x: what is kept in feature space must not keep images alive."""
+        """Return the samples without x, so that features kept between calls do not keep images alive."""
         return replace(self, x=None)
 
 
@@ -58,7 +58,7 @@ class HeadSamples(LabelledSamples):
     Attributes:
         features: (N, d).
         logits: (N, C).
-        appends_one: whether a column of ones for the head's bias goes with the features.
+        appends_one: whether the features need a column of ones for the head's bias.
     """
 
     features: Tensor
@@ -71,7 +71,7 @@ class HeadSamples(LabelledSamples):
 
 
 def concatenate_samples(parts: Sequence[AnySamples], num_classes: int) -> AnySamples:
-    """Several parts as one; class indices and label vectors meet as label vectors (N, num_classes).
+    """Concatenate several parts; class indices beside label vectors become label vectors (N, num_classes).
 
     Raises:
         ValueError: the model masks other classes in one part than in another.
@@ -86,10 +86,10 @@ def concatenate_samples(parts: Sequence[AnySamples], num_classes: int) -> AnySam
 
 
 def check_one_mask(samples: LabelledSamples, others: LabelledSamples) -> None:
-    """Refuse samples of two passes in which the model masks other classes: no head has their mixtures' logits.
+    """Refuse samples of two passes in which the model masks different classes: their mixtures have no logits.
 
     Raises:
-        ValueError: there are such; on a GPU, by the next call.
+        ValueError: the masked classes differ; on a GPU, raised by the next call.
     """
     if not isinstance(samples, HeadSamples) or not isinstance(others, HeadSamples):
         return
@@ -98,8 +98,8 @@ def check_one_mask(samples: LabelledSamples, others: LabelledSamples) -> None:
     masked = samples.logits[:1] <= MASKED
     check_samples(
         ((others.logits <= MASKED) != masked).any(1),
-        lambda row: ValueError(
-            f"model: masks other classes for sample {row} of a pass than in a pass before, expected one mask for all "
-            "samples that are mixed with each other (of the batch, the candidates, and by class the buffer)"
+        lambda sample: ValueError(
+            f"model: masks other classes for sample {sample} of a pass than in a pass before, expected one mask for "
+            "all samples that are mixed with each other (of the batch, the candidates, and by class the buffer)"
         ),
     )

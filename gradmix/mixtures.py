@@ -18,9 +18,9 @@ class Request:
 
     Attributes:
         batch: the samples to mix.
-        candidates: where partners come from; None: the batch itself, a sample not being its own partner.
-        outputs: the head's input and output for the batch, from a pass made before; None: a pass is made.
-        marked: (N,) bool, the samples whose mean gradient is the reference; None: it comes from elsewhere.
+        candidates: the samples that partners come from; None: the batch itself, without the sample.
+        outputs: the head's input and output for the batch, from an earlier pass; None: a pass is made.
+        marked: (N,) bool, the samples whose mean gradient is the reference; None: the reference is given otherwise.
     """
 
     batch: LabelledSamples
@@ -54,7 +54,7 @@ class Mixtures(Generic[AnySamples]):
 
     @property
     def own(self) -> bool:
-        """Whether partners are of the batch itself."""
+        """Whether the partners come from the batch itself."""
         return self.candidates is None
 
     @property
@@ -63,6 +63,6 @@ class Mixtures(Generic[AnySamples]):
         return self.batch if self.candidates is None else self.candidates
 
     def without_inputs(self) -> Mixtures[AnySamples]:
-        """The same without the samples' inputs."""
+        """Return the mixtures without the samples' inputs."""
         candidates = None if self.candidates is None else self.candidates.without_inputs()
         return replace(self, batch=self.batch.without_inputs(), candidates=candidates)

@@ -1,4 +1,4 @@
-"""From scores to partners: the criterion's alignment, the threshold's decisions, and the draw among what is helpful."""
+"""From scores to partners: the alignment by the criterion, the threshold, and the draw among helpful candidates."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gradmix.runtime.validation import check_choice
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which scores become partners: the arguments of these names of :func:`gradmix.select_pairs`.
+    """The rule by which scores become partners: arguments of :func:`gradmix.select_pairs` with the same names.
 
     Raises:
-        ValueError, TypeError: one of them is no such value.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
     criterion: Criterion
@@ -45,7 +45,7 @@ class Decision(NamedTuple):
 
     Attributes:
         partner: (N,) int64.
-        helpful: (N,) bool, whether there is one.
+        helpful: (N,) bool, whether the sample has a partner.
         lam: (N,) float64 (float32 on devices without it), weight of the sample itself.
         inner, cosine, classes: as :class:`gradmix.Alignment`.
     """
@@ -65,7 +65,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Selector:
-    """Selects partners by one scorer and one rule; as a function of tensors where the scorer is pure."""
+    """Selects partners by one scorer and one rule; a function of tensors if the scorer is pure."""
 
     scorer: Scorer[Any]
     rule: Rule
@@ -74,21 +74,21 @@ class Selector:
         """Score all pairs and choose among them, without a wait; for pure scorers.
 
         Args:
-            mixtures: of :meth:`gradmix.estimators.base.Scorer.see`.
+            mixtures: as :meth:`gradmix.estimators.base.Scorer.see` returns them.
             reference: the reference gradient.
-            numbers: (N,) of :meth:`gradmix.draw.Proposal.numbers`.
+            numbers: (N,), from :meth:`gradmix.draw.Proposal.numbers`.
         """
         return self.choose(self._scores(mixtures, reference, None), mixtures, reference, numbers)
 
     def align(self, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
-        """The alignment of all pairs, a sample with itself included; nothing is rechecked."""
+        """Return the alignment of all pairs, including a sample with itself; without a recheck."""
         scores = self._scores(mixtures, reference, None)
         return scores.alignment(self.scorer.reference_norm(reference.gradient))
 
     def score(
         self, mixtures: Mixtures[Any], reference: Reference, proposal: Proposal
     ) -> tuple[PairScores, Screening | None]:
-        """The scores of the pairs that are proposed, rechecked where they are in doubt; passes are made."""
+        """Return the scores of the proposed pairs, rechecked where in doubt; forward passes may be made."""
         pairs = proposal.pairs(self.scorer.scores_itself)
         scores = self._scores(mixtures, reference, pairs)
         if scores.error is None:
@@ -101,7 +101,7 @@ class Selector:
         return score(mixtures, reference.gradient, pairs)
 
     def choose(self, scores: PairScores, mixtures: Mixtures[Any], reference: Reference, numbers: Tensor) -> Decision:
-        """Partners among the pairs whose alignment is helpful."""
+        """Choose partners among the helpful pairs."""
         rule, empty = self.rule, reference.empty
         alignment = scores.alignment(self.scorer.reference_norm(reference.gradient))
         if empty is not None:
@@ -113,7 +113,7 @@ class Selector:
         return _decision(alignment, choose(allowed, score, numbers, rule.policy, mixtures.own), mixtures.lam)
 
     def choose_any(self, mixtures: Mixtures[Any], numbers: Tensor) -> Decision:
-        """Partners where no reference gradient is known: every mixture counts as helpful."""
+        """Choose partners without a reference gradient: every mixture counts as helpful."""
         alignment = no_alignment(mixtures.batch.y, mixtures.partners.y, self.rule.criterion)
         drawn = choose_any(len(mixtures.partners), numbers, self.rule.policy, mixtures.own)
         return _decision(alignment, drawn, mixtures.lam)

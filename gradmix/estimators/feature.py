@@ -1,4 +1,4 @@
-"""Estimator ``feature``: samples are mixed at the head's input, so that no mixture is forwarded.
+"""Estimator ``feature``: mixes samples at the head's input, so that no mixture is forwarded.
 
 With features h = lam h_a + mu h_b, logits z = lam z_a + mu z_b and labels y = lam y_a + mu y_b, mu = 1 - lam, the
 gradient of the last layer is (softmax(z) - y) [h; 1]^T. All pairs follow from a few matrix products
@@ -32,7 +32,7 @@ class Feature(LastLayerEstimator):
     is_pure: ClassVar[bool] = True
 
     def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
-        """Score all pairs at once, whatever ``pairs`` says."""
+        """Score all pairs at once; ``pairs`` is ignored."""
         self.check_fits(mixtures, gradient)
         return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, self.network.backend)
 
@@ -65,7 +65,7 @@ class Feature(LastLayerEstimator):
 def feature_scores(
     batch: HeadSamples, partners: HeadSamples, gradient: Tensor, lam: Weight, backend: str = "auto"
 ) -> PairScores:
-    """The scores (N, M) of all pairs, mixed in feature space; nothing is checked.
+    """Return the scores (N, M) of all pairs, mixed in feature space; without checks.
 
     Args:
         batch: N samples.

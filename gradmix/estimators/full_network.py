@@ -1,4 +1,4 @@
-"""Base of the estimators of the full network's gradient: how it is run, and its reference gradient.
+"""Base of the estimators of the full network's gradient: its engine, and its reference gradient.
 
 The reference is the mean gradient of the buffer with respect to all parameters, by name
 (:func:`gradmix.gradients.mean_gradient`).
@@ -38,7 +38,7 @@ class FullNetworkSettings(Protocol):
 
     @property
     def layers(self) -> str | Sequence[str]:
-        """Which layers' parameters."""
+        """The layers whose parameters count."""
 
     @property
     def without_rule(self) -> WithoutRule:
@@ -50,7 +50,7 @@ class FullNetworkSettings(Protocol):
 
     @property
     def memory(self) -> int | None:
-        """Bytes of a pass."""
+        """Bytes that a pass may take, or None."""
 
 
 def check_memory(memory: object) -> None:
@@ -74,20 +74,20 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         self._settings = settings
 
     def engine_settings(self, layers: str | Sequence[str], chunk_size: int) -> EngineSettings:
-        """The gradient engine's settings for exact gradients of ``layers``."""
+        """Return the gradient engine's settings for exact gradients of ``layers``."""
         settings = self._settings
         return EngineSettings(
             layers=layers, without_rule=settings.without_rule, scaler=settings.scaler, chunk_size=chunk_size
         )
 
     def engine(self, layers: str | Sequence[str], chunk_size: int) -> Engine:
-        """A gradient engine for exact gradients of ``layers``."""
+        """Return a gradient engine for exact gradients of ``layers``."""
         return Engine(self.network.model, self.engine_settings(layers, chunk_size))
 
     # ------------------------------------------------------------------------------------------------------- samples
 
     def sizes(self, x: InputTree) -> PassSizes:
-        """As many samples of a pass as the memory allows.
+        """The sizes of a pass that the memory allows.
 
         Raises:
             ValueError: a sample holds a NaN or an infinity, or C is not the number that the user gave.
@@ -103,7 +103,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
 
     def see(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
-        """The labelled samples: passes are made of mixtures."""
+        """The mixtures with labels alone, as only mixtures are forwarded."""
         return self.label(request, lam)
 
     # ----------------------------------------------------------------------------------------------------- reference
@@ -118,7 +118,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         return Reference(gradient), kept
 
     def _first_of_classes(self, buffer: object, per_class: int, device: torch.device) -> list[LabelledSamples]:
-        """Up to ``per_class`` samples of each class of the buffer, in chunks."""
+        """Return up to ``per_class`` samples of each class of the buffer, in chunks."""
         quota, kept = ClassQuota(per_class), []
         for x, y in chunks_of("buffer", buffer, self.network.chunk_size, device):
             check_mixable("buffer", x, self.name)
@@ -128,16 +128,16 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
     def reference_of_marked(self, mixtures: Mixtures[LabelledSamples], marked: Tensor) -> Reference | None:
         """The marked samples' mean gradient."""
         own, group = mixtures.batch.take(marked), self.network.batch_group
-        gradient = self.mean_gradient("replayed rows", (own.x, own.y), mixtures.chunk_size, group, shared=False)
+        gradient = self.mean_gradient("replayed samples", (own.x, own.y), mixtures.chunk_size, group, shared=False)
         return None if gradient is None else Reference(gradient)
 
     def mean_gradient(
         self, name: str, source: object, chunk_size: int, group: Group, *, shared: bool
     ) -> dict[str, Tensor] | None:
-        """The mean gradient of a source's samples; None if it is empty.
+        """Return the mean gradient of a source's samples; None if it is empty.
 
         Args:
-            name: what errors call the samples.
+            name: name of the samples in errors.
             source: of samples.
             chunk_size: samples of one pass.
             group, shared: as :func:`gradmix.gradients.directions.mean_gradient_of`.
@@ -151,7 +151,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
             return mean_gradient_of(engine, name, source, group, shared=shared)
 
     def as_reference(self, gradient: object) -> Reference:
-        """A gradient by parameter name, of :func:`gradmix.gradients.mean_gradient`."""
+        """A gradient by parameter name, as :func:`gradmix.gradients.mean_gradient` returns it."""
         if isinstance(gradient, Mapping) and all(isinstance(value, Tensor) for value in gradient.values()):
             return Reference(gradient)
         raise TypeError(
@@ -160,7 +160,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         )
 
     def reference_norm(self, gradient: FullGradient) -> Tensor:
-        """() ||G||."""
+        """The norm ||G||, ()."""
         return torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
 
     # -------------------------------------------------------------------------------------------------------- scores
@@ -168,7 +168,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
     def score_pairs(
         self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(inner, norm), both (K,), of ``pairs`` (K, 2), each mixed and forwarded: exact.
+        """Return inner products and norms, both (K,), of ``pairs`` (K, 2), each mixed and forwarded; exact.
 
         The derivative of a mixture's loss along the reference is its inner product with it.
         """
@@ -182,7 +182,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
                 i, j = pairs[start : start + chunk_size].unbind(1)
                 y_a, y_b = (dense_labels(y, mixtures.num_classes, dtype) for y in (own.y[i], other.y[j]))
                 mixed = mix_samples(take(own.x, i), take(other.x, j), lam), lam * y_a + (1 - lam) * y_b
-                for part in derivatives_of(engine, "the mixed rows", mixed, gradient, norms=True):
+                for part in derivatives_of(engine, "the mixed samples", mixed, gradient, norms=True):
                     assert part.norm is not None
                     inner.append(part.inner)
                     norm.append(part.norm)

@@ -1,7 +1,7 @@
-"""Estimator ``jvp``: mixed inputs are forwarded, and the derivative of their loss along the reference is taken; exact.
+"""Estimator ``jvp``: forwards mixed inputs and takes the derivative of their loss along the reference; exact.
 
 The reference is the buffer's gradient with respect to all parameters. The derivative of a mixture's loss along it is
-the inner product of both gradients, without a gradient being formed.
+the inner product of both gradients; the mixture's gradient is not formed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gradmix.references import dtype_of
 
 @dataclass(frozen=True)
 class JvpEstimator:
-    """Exact alignment of real mixed inputs, over all parameters.
+    """Settings of the estimator ``jvp``: exact alignment of mixed inputs, over all parameters.
 
     A mixture costs a forward pass, one more call of each layer, a backward pass without weight gradients, and about
     as much again for its gradient's norm.
 
     Attributes:
         layers, without_rule, scaler: as :func:`gradmix.class_gradients`.
-        memory: bytes that a pass may take, roughly; None: half of what is free on a GPU, 4 GiB on a CPU.
+        memory: approximate bytes that a pass may take; None: half of the free memory of a GPU, 4 GiB on a CPU.
     """
 
     layers: str | Sequence[str] = "all"
@@ -49,7 +49,7 @@ class Jvp(FullNetworkEstimator):
     """The estimator ``jvp`` of one network."""
 
     def score(self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
-        """Score the pairs that matter alone, each forwarded."""
+        """Forward and score ``pairs``; None: all."""
         pairs = pairs_of(mixtures, pairs)
         return as_matrix(mixtures, pairs, *self.score_pairs(mixtures, gradient, pairs))
 
@@ -61,7 +61,7 @@ class Jvp(FullNetworkEstimator):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
-        """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
+        """The table of ``per_class`` random mixtures for each pair of classes, divided among the mixing weights."""
 
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
             return self.score_pairs(replace(mixtures, lam=lam), gradient, pairs)

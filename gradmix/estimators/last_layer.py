@@ -27,7 +27,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         self.network = network
 
     def sizes(self, x: InputTree) -> PassSizes:
-        """With C as the user gave it, or of the head."""
+        """The sizes of a pass, with C from the user or from the head."""
         network = self.network
         if network.num_classes is not None:
             return PassSizes(network.chunk_size, network.num_classes)
@@ -64,11 +64,11 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         return None if gradient is None else Reference(gradient), samples
 
     def reference_of_marked(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
-        """The marked samples' mean last-layer gradient; whether there are any is decided on the device."""
+        """The mean last-layer gradient of the marked samples; ``empty`` says on the device whether there are none."""
         return gradient_of_marked(mixtures.batch, marked, self.network.batch_group)
 
     def as_reference(self, gradient: object) -> Reference:
-        """A tensor of :func:`gradmix.reference_gradient`."""
+        """A tensor as :func:`gradmix.reference_gradient` returns it."""
         if not isinstance(gradient, Tensor):
             raise TypeError(
                 f"reference: got {type(gradient).__name__}, expected a tensor as gradmix.reference_gradient gives it"
@@ -76,7 +76,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         return Reference(gradient)
 
     def reference_norm(self, gradient: Tensor) -> Tensor:
-        """() the Euclidean norm."""
+        """The Euclidean norm, ()."""
         return length(gradient)
 
     def check_fits(self, mixtures: Mixtures[HeadSamples], gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Estimator ``mixed``: mixed inputs are forwarded, one pass a pair; exact for the last layer's gradient."""
+"""Estimator ``mixed``: forwards mixed inputs, one pass for each pair; exact for the last layer's gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mixed(LastLayerEstimator):
     name = "mixed"
 
     def score(self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None) -> PairScores:
-        """Score the pairs that matter alone, each forwarded."""
+        """Forward and score ``pairs``; None: all."""
         self.check_fits(mixtures, gradient)
         pairs = pairs_of(mixtures, pairs)
         samples = (mixtures.batch, mixtures.partners)
@@ -40,7 +40,7 @@ class Mixed(LastLayerEstimator):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
-        """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
+        """The table of ``per_class`` random mixtures for each pair of classes, divided among the mixing weights."""
         samples = mixtures.batch
 
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class Mixed(LastLayerEstimator):
     def _score_pairs(
         self, samples: tuple[LabelledSamples, LabelledSamples], gradient: Tensor, pairs: Tensor, lam: float
     ) -> tuple[Tensor, Tensor]:
-        """(inner, norm), both (K,), of ``pairs`` (K, 2) of the two sides' samples."""
+        """Return inner products and norms, both (K,), of ``pairs`` (K, 2) of the first and the second samples."""
         (own, other), network = samples, self.network
         inner, norm = [gradient.new_empty(0)], [gradient.new_empty(0)]
         for start in range(0, len(pairs), network.chunk_size):
@@ -68,7 +68,7 @@ class Mixed(LastLayerEstimator):
 def last_layer_scores(
     output: HeadOutput, y_a: Tensor, y_b: Tensor, lam: float, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each sample, both (N,), for the labels lam y_a + (1 - lam) y_b.
+    """Return <r [h; 1]^T, G> and ||r [h; 1]^T||, both (N,), with the residual r for the labels lam y_a + (1 - lam) y_b.
 
     Args:
         output: the head's input h (N, d) and logits (N, C) for the mixtures.

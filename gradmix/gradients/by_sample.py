@@ -57,8 +57,8 @@ class SampleGradients:
         """
         return align(self.vectors, reference_vector(self, reference))
 
-    def __getitem__(self, rows: slice | Tensor) -> SampleGradients:
-        """The gradients of some of the samples."""
-        if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.bool):
-            raise TypeError(f"rows: got dtype {rows.dtype}, expected int64 or bool")
-        return SampleGradients(self.vectors[rows], self.layout, self.sketch)
+    def __getitem__(self, index: slice | Tensor) -> SampleGradients:
+        """The gradients of the samples at ``index``, a slice, (K,) int64 or (N,) bool."""
+        if isinstance(index, Tensor) and index.dtype not in (torch.int64, torch.bool):
+            raise TypeError(f"index: got dtype {index.dtype}, expected int64 or bool")
+        return SampleGradients(self.vectors[index], self.layout, self.sketch)

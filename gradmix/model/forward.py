@@ -23,18 +23,20 @@ from gradmix.runtime.deferred_checks import check_samples
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
-    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
+    """Forward all ``samples`` and return them with the head's input and output.
+
+    Call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
 
     Args:
         model: the unwrapped model.
-        head: the head, its name, or None: it is found.
-        name: what errors call the samples.
+        head: the head, its name, or None: it is searched for.
+        name: name of the samples in errors.
         samples: one or more.
         chunk_size: samples of one pass.
 
     Raises:
-        ValueError: a sample with a NaN or an infinity in it, or for which the model returns one, named; a label out of
-            range.
+        ValueError: a NaN or an infinity in a sample or in the model's output for it (the error names the sample), or a
+            label out of range.
     """
     device = first_tensor(samples.x).device
     source = (samples.x, samples.y)
@@ -51,9 +53,9 @@ def forward_source(
     device: torch.device,
     group: Group = None,
 ) -> Iterator[tuple[int, HeadSamples]]:
-    """This process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
+    """Yield this process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
 
-    A process without a share of a source that has samples gets one chunk of none, so that it knows their shapes. Call
+    If the share of a process is empty and the source is not, it gets one empty chunk, which has their shapes. Call
     it inside :func:`gradmix.model.unchanged.leave_unchanged`.
     """
     empty = True
@@ -72,11 +74,11 @@ def _forward_chunk(model: nn.Module, head: HeadLike, name: str, x: Any, y: Tenso
 
 
 def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, first: int = 0) -> HeadSamples:
-    """``samples`` with the head's input and output, after a check of both.
+    """Check the head's input and output, and return the samples with them.
 
     Args:
-        name: what errors call the samples.
-        samples: N.
+        name: name of the samples in errors.
+        samples: N samples.
         output: the head's input and output for them.
         first: number of the first sample, for errors.
 
@@ -85,7 +87,7 @@ def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, fir
     """
     (x, y), (features, logits) = (samples.x, samples.y), output
     if len(features) != len(y):
-        raise ValueError(f"{name}: the head ran on {len(features)} rows, expected {len(y)} as there are labels")
+        raise ValueError(f"{name}: the head ran on {len(features)} samples, expected {len(y)} as there are labels")
     require_finite(
         first, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
@@ -97,9 +99,9 @@ def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, fir
         masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
     check_samples(
         masked,
-        lambda row: ValueError(
-            f"{name}: row {first + row} has a label among the classes that the model masks, expected labels of the "
-            "others: the loss of a masked class has no gradient that could be compared"
+        lambda sample: ValueError(
+            f"{name}: sample {first + sample} has a label among the classes that the model masks, expected labels of "
+            "the others: the loss of a masked class has no gradient that could be compared"
         ),
     )
     return HeadSamples(x, y, features, logits, output.appends_one)

@@ -279,7 +279,7 @@ def test_low_precision_models_are_served_in_float32() -> None:
         "empty buffer": (
             {"buffer": (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))},
             ValueError,
-            "buffer: got no rows",
+            "buffer: got no samples",
         ),
         "wrong source": ({"buffer": "rows"}, TypeError, "buffer: got str, expected a ReplayBuffer"),
         "three parts": ({"batch": (1, 2, 3)}, TypeError, "batch: got tuple of 3"),
@@ -308,7 +308,7 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
 def test_a_later_chunk_names_the_row_of_the_whole_buffer() -> None:
     x, y = rows(9)
     x[7, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="buffer: row 7 holds NaN"):
+    with pytest.raises(ValueError, match="buffer: sample 7 holds NaN"):
         reference_gradient(MLP(), (x, y), chunk_size=4)
     with pytest.raises(ValueError, match=r"buffer labels: row 8 is 9, expected a class index in \[0, 5\)"):
         reference_gradient(MLP(), (rows(9)[0], torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 9])), chunk_size=4)

@@ -246,7 +246,7 @@ def test_the_budget_goes_to_the_least_certain() -> None:
 
 
 def test_pairs_of_classes_are_checked_by_rows_of_these_classes() -> None:
-    model, estimator = network(), SketchEstimator(rank=4, errors=1e6, budget=10_000, rows_per_class=400)
+    model, estimator = network(), SketchEstimator(rank=4, errors=1e6, budget=10_000, mixtures_per_class_pair=400)
     pairs = gradmix.select_pairs(
         model, BUFFER, BATCH, criterion="class", estimator=estimator, lam=LAM, generator=generator()
     )
@@ -417,7 +417,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "budget: got float, expected an int",
     ),
-    "no rows for a class": (lambda: SketchEstimator(rows_per_class=0), ValueError, "rows_per_class: got 0, expected"),
+    "no rows for a class": (
+        lambda: SketchEstimator(mixtures_per_class_pair=0),
+        ValueError,
+        "mixtures_per_class_pair: got 0, expected",
+    ),
     "negative errors": (lambda: SketchEstimator(errors=-1.0), ValueError, "errors: got -1.0, expected a number >= 0"),
     "errors that are no number": (lambda: SketchEstimator(errors="2"), TypeError, "errors: got str, expected a number"),
     "a rank of 0": (
@@ -428,7 +432,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an empty buffer for a matrix": (
         lambda: gradmix.alignment_matrix(network(), gradmix.ReplayBuffer(1), BATCH, lam=0.5, estimator="jvp"),
         ValueError,
-        "buffer: got no rows, expected at least one",
+        "buffer: got no samples, expected at least one",
     ),
     "a label beyond the classes": (
         lambda: gradmix.select_pairs(network(), BUFFER, (BATCH[0], BATCH[1] + CLASSES), estimator="sketch"),
@@ -438,7 +442,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a NaN in the batch": (
         lambda: gradmix.select_pairs(network(), BUFFER, (BATCH[0] * float("nan"), BATCH[1]), estimator="jvp"),
         ValueError,
-        "batch: row 0 holds NaN",
+        "batch: sample 0 holds NaN",
     ),
     "no memory": (lambda: JvpEstimator(memory=0), ValueError, "memory: got 0, expected a number of bytes >= 1"),
     "memory that is no number": (lambda: SketchEstimator(memory="2G"), TypeError, "memory: got str, expected a number"),

@@ -224,7 +224,7 @@ def test_bad_rows_are_named_at_the_call() -> None:
     mixup(*rows(6, 1))
     x, y = rows(4, 2)
     x[1] = float("nan")
-    with pytest.raises(ValueError, match="batch: row 1 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 1 holds NaN"):
         mixup(x, y)
     with pytest.raises(ValueError, match="batch labels: row 0 is 9"):
         mixup(rows(2)[0], torch.tensor([9, 0]))

@@ -121,7 +121,7 @@ def test_reference_gradients(told_by_processes: list[dict[str, Any]]) -> None:
     both = [told["references"] for told in told_by_processes]
     for name, source in SOURCES.items():
         if name in ("no rows", "empty buffer"):
-            assert [told[name] for told in both] == ["buffer: got no rows, expected at least one"] * SIZE
+            assert [told[name] for told in both] == ["buffer: got no samples, expected at least one"] * SIZE
             continue
         expected = gradmix.reference_gradient(model(), source(), chunk_size=CHUNK)
         assert torch.equal(both[0][name], both[1][name]), name

@@ -51,9 +51,9 @@ def made(kind: str, model: Any) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Any:
-    deferred_checks._underway.clear()
+    deferred_checks._unread.clear()
     yield
-    deferred_checks._underway.clear()
+    deferred_checks._unread.clear()
 
 
 def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
@@ -164,7 +164,7 @@ def label_of(y: Tensor, row: int, label: int) -> Tensor:
 
 X, Y = rows(6, 1)
 BAD = {
-    "NaN": ((nan_in(X, 4), Y), "batch: row 4 holds NaN"),
+    "NaN": ((nan_in(X, 4), Y), "batch: sample 4 holds NaN"),
     "label too large": ((X, label_of(Y, 2, CLASSES)), f"batch labels: row 2 is {CLASSES}, expected a class index in"),
     "negative label": ((X, label_of(Y, 5, -3)), "batch labels: row 5 is -3, expected a class index in"),
     "soft labels": ((X, torch.full((6, CLASSES), 0.9)), "batch labels: row 0 sums to"),
@@ -208,7 +208,7 @@ def test_a_call_that_raises_leaves_no_question(monkeypatch: pytest.MonkeyPatch) 
 def test_checks_now_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
     monkeypatch.setenv("GRADMIX_CHECKS", "now")
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         select_pairs(MLP(), BUFFER, BAD["NaN"][0])
     monkeypatch.setenv("GRADMIX_CHECKS", "soon")
     with pytest.raises(ValueError, match="environment variable GRADMIX_CHECKS: got 'soon', expected 'now' or 'later'"):
@@ -342,15 +342,15 @@ def test_a_finding_stops_nobody_else(kind: str, monkeypatch: pytest.MonkeyPatch)
     others(X)  # another model
     assert not isinstance(thread(lambda: theirs(X)), Exception)  # another thread
     assert not isinstance(thread(lambda: others(X)), Exception)
-    with pytest.raises(ValueError, match=r"batch: row 4 holds NaN.*\(found on the GPU in an earlier call"):
+    with pytest.raises(ValueError, match=r"batch: sample 4 holds NaN.*\(found on the GPU in an earlier call"):
         mine(X)
     mine(X)
     thread(lambda: theirs(nan_in(X, 1)))
     mine(X)
-    assert "batch: row 1 holds NaN" in str(thread(lambda: theirs(X)))
+    assert "batch: sample 1 holds NaN" in str(thread(lambda: theirs(X)))
     thread.close()
     deferred_checks.raise_deferred()
-    assert not deferred_checks._underway
+    assert not deferred_checks._unread
 
 
 def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,12 +358,12 @@ def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest
     model, other = MLP(), MLP()
     assert not isinstance(elsewhere(lambda: select_pairs(model, BUFFER, (nan_in(X, 4), Y))), Exception)
     select_pairs(other, BUFFER, (X, Y))
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         select_pairs(model, BUFFER, (X, Y))
     select_pairs(model, BUFFER, (X, Y))
     deferred_checks.raise_deferred(model)
     deferred_checks.raise_deferred(other)
-    assert not deferred_checks._underway
+    assert not deferred_checks._unread
 
 
 @pytest.mark.parametrize("kind", GIVEN)
@@ -374,11 +374,11 @@ def test_findings_keep_no_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(3):
         call(X)
     call(nan_in(X, 4))
-    assert len(deferred_checks._underway) == 1
+    assert len(deferred_checks._unread) == 1
     gone = weakref.ref(model)
     del model, call
     gc.collect()
-    assert gone() is None and not deferred_checks._underway
+    assert gone() is None and not deferred_checks._unread
 
 
 def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,7 @@ def test_a_copy_that_fails_is_raised_and_the_draw_is_undone() -> None:
 
 FORMER = {
     "gradmix.buffers.ReplayBuffer": "gradmix.replay.buffer.ReplayBuffer",
-    "gradmix.buffers.BufferRows": "gradmix.replay.buffer.BufferRows",
+    "gradmix.buffers.BufferRows": "gradmix.replay.buffer.BufferSamples",
     "gradmix.buffers.BufferPolicy": "gradmix.replay.ledger.BufferPolicy",
     "gradmix.storage.Column": "gradmix.replay.layout.Column",
     "gradmix.storage.RowFiles": "gradmix.replay.sample_files.SampleFiles",
@@ -279,7 +279,7 @@ FORMER = {
     "gradmix.rows.as_pair": "gradmix.replay.sources.as_pair",
     "gradmix.rows.chunks_of": "gradmix.replay.sources.chunks_of",
     "gradmix.rows.has_rows": "gradmix.replay.sources.has_samples",
-    "gradmix.rows.numbered_chunks": "gradmix.replay.sources.numbered_chunks",
+    "gradmix.rows.numbered_chunks": "gradmix.replay.sources.chunks_with_numbers",
 }
 
 

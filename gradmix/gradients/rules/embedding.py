@@ -37,7 +37,7 @@ class Embedding(Rule):
         if self.arguments["max_norm"] is not None:
             return "max_norm changes it in the forward pass"
         if self.arguments["scale_grad_by_freq"]:
-            return "scale_grad_by_freq makes a row's gradient depend on the other rows"
+            return "scale_grad_by_freq makes a sample's gradient depend on the other samples"
         return super().refusal()
 
     def _call(self, arguments: dict[str, Any]) -> Tensor:

@@ -74,7 +74,7 @@ def controlled(
         allowed = fitting & pairs.helpful.unsqueeze(1)
         partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own)
     else:
-        helpful, cosine = pairs.by_row(mix.threshold)
+        helpful, cosine = pairs.by_pair(mix.threshold)
         if mix.control == "anti":
             allowed = ~helpful & ~cosine.isnan()
         else:
