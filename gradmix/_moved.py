@@ -6,7 +6,7 @@ A module that has moved stays as a stub of two lines::
 
     __getattr__ = moved(__name__, "gradmix.replay.buffer", {"ReplayBuffer": "ReplayBuffer"})
 
-:func:`renamed_attribute` serves the old name of a method or attribute, :func:`renamed_argument` that of a keyword.
+:func:`alias_attribute` serves the old name of a method or attribute, :func:`alias_argument` that of a keyword.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def moved(old: str, new: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return find
 
 
-def renamed_attribute(owner: str, old: str, new: str) -> Any:
+def alias_attribute(owner: str, old: str, new: str) -> Any:
     """Return a property that serves the method or attribute ``new`` under its former name.
 
     Args:
@@ -64,7 +64,7 @@ def renamed_attribute(owner: str, old: str, new: str) -> Any:
     return property(find, doc=f"Former name of :attr:`{new}`.")
 
 
-def renamed_argument(owner: str, old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def alias_argument(owner: str, old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Return a decorator for a function that takes the keyword ``new`` under its former name too.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix._moved import renamed_attribute
+from gradmix._moved import alias_attribute
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
 from gradmix.labelled_samples import LabelledSamples
@@ -84,7 +84,7 @@ class Pairs:
         """
         return self._alignment.by_pair(self._batch.y, self.candidates.y, threshold)
 
-    by_row = renamed_attribute("Pairs", "by_row", "by_pair")
+    by_row = alias_attribute("Pairs", "by_row", "by_pair")
 
     def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
         """Return the mixed samples, lam x_i + (1 - lam) x_partner, with labels mixed in the same way.

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
-from gradmix._moved import renamed_argument, renamed_attribute
+from gradmix._moved import alias_argument, alias_attribute
 from gradmix.class_table import TABLE_LAMS, ClassTable, draw_of_classes, table_of
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Network, Screening
@@ -66,10 +66,10 @@ class SketchEstimator:
         check_count("budget", self.budget, least=0)
         check_count("mixtures_per_class_pair", self.mixtures_per_class_pair)
 
-    rows_per_class = renamed_attribute("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
+    rows_per_class = alias_attribute("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
 
 
-_accept_former = renamed_argument("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
+_accept_former = alias_argument("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
 SketchEstimator.__init__ = _accept_former(SketchEstimator.__init__)  # type: ignore[method-assign]
 
 

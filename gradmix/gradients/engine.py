@@ -105,7 +105,7 @@ class Engine:
         self.projections = projections_for(self.model, layout, self.sketch, self.settings.backend)
 
     def _plan_without_rules(self, num_classes: int) -> Plan:
-        """Return a plan that watches no call, of the present layers, or of all chosen parameters before a first pass."""
+        """Return a plan that watches no call, of the present layers, or at first of all chosen parameters."""
         if self._layout_is_final:
             layers = tuple(Layer(layer.name, layer.parameters, layer.shape) for layer in self.layout)
         else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from gradmix.gradients.rules import RULES, ParameterView, Rule
+from gradmix.gradients.rules import RULES, FunctionCall, ParameterView, Rule
 from gradmix.gradients.rules.normalisation import BatchNorm
 
 
@@ -154,7 +154,7 @@ class Interceptor(TorchFunctionMode):
         if torch._C._are_functorch_transforms_active():
             kind = None  # inside vmap, for example, the arguments are not the parameters themselves
         if kind is not None:
-            rule = kind.match(func, args, named, self.parameters.find)
+            rule = kind.match(FunctionCall(func, args, named), self.parameters.find)
             if rule is not None:
                 why = rule.refusal()
                 if why is None:

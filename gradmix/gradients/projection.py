@@ -94,9 +94,9 @@ class Projection:
         root = math.sqrt(self.size)
         return (matrix * root).to(x.dtype), 1 / root
 
-    def constant(self, like: Tensor, column: int) -> Tensor:
-        """Return the column (size,) of M that belongs to a constant input of 1."""
-        return self.matrix(like)[:, column]
+    def column(self, like: Tensor, index: int) -> Tensor:
+        """Return a column (size,) of M, in the working dtype and on the device of ``like``."""
+        return self.matrix(like)[:, index]
 
     def reduce(self, gradient: Tensor, start: int, axis: int) -> Tensor:
         """Apply M along an axis, 1 or 2, of gradients (N, p, q), the entries from ``start`` on of dim."""

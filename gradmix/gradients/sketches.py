@@ -93,7 +93,7 @@ class Sketch(ABC):
         return self.matrix(layer, side, size, dim, dtype=dtype, device=index.device).T[index]
 
     def random_entries(self, layer: str, side: str) -> tuple[str, int] | None:
-        """Return ``(entries, key)`` if :meth:`matrix` is a counter-based random matrix, which operators can draw; else None."""
+        """Return ``(entries, key)`` if operators can draw :meth:`matrix` by counter-based numbers; else None."""
         return None
 
     def describe(self) -> dict[str, object]:

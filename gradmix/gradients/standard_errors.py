@@ -22,7 +22,7 @@ def standard_errors(vectors: Tensor, reference: Tensor, layout: Sequence[LayerSk
         + (|A|^2 |B|^2 + <A, B>^2 + |A B^T|^2 + |A^T B|^2) / (l r)
 
     where 1/l or 1/r is 0 for a side without a sketch (Isserlis' theorem, for both sides in turn). Random signs have a
-    smaller variance. A and B are not known; the formula is evaluated for their sketches, which rather increases it.
+    smaller variance. A and B are not known; the formula is evaluated for their sketches, which tends to increase it.
     Layers are independent. The sign of an inner product within two standard errors of 0 is uncertain.
 
     Args:

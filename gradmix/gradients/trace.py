@@ -173,7 +173,7 @@ def trace(
             logits = check_output(logits_of(call_model(model, map_tensors(Tensor.clone, repeated))), samples)
         require_finite(0, **{"the model's logits": logits.detach()})
         uncovered = parameters_without_rule(logits, parameters.named)
-        # Unequal weights: the sum of probabilities, for example, has no gradient.
+        # Unequal weights: the sum of probabilities, for example, has the gradient 0.
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device, dtype=logits.dtype).cos()
         weights = weights.view(logits.shape[1:])
         for sample in range(samples):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmix._moved import renamed_attribute
+from gradmix._moved import alias_attribute
 from gradmix.model.head import (
     CapturedOutput,
     Head,
@@ -114,7 +114,7 @@ class HeadCapture:
         features, logits = _output_of(self._model, self.head, self._passes[0])
         return CapturedOutput(features, logits, self.head.appends_one(features))
 
-    checked = renamed_attribute("HeadCapture", "checked", "read_output")
+    checked = alias_attribute("HeadCapture", "checked", "read_output")
 
 
 def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> CapturedOutput:

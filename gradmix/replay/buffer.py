@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gradmix._moved import moved, renamed_attribute
+from gradmix._moved import alias_attribute, moved
 from gradmix.model.inputs import InputTree, map_tensors
 from gradmix.replay import draws
 from gradmix.replay.file_store import FileStore
@@ -291,7 +291,7 @@ class ReplayBuffer:
             return self._as_samples(self._prefetch.take())
         return self._read(draws.draw_uniform(len(self), n, self._generator(generator)))
 
-    sample_rows = renamed_attribute("ReplayBuffer", "sample_rows", "sample_with_extras")
+    sample_rows = alias_attribute("ReplayBuffer", "sample_rows", "sample_with_extras")
 
     def prefetch(self, n: int) -> None:
         """Begin to copy the samples of the next ``sample(n)`` or ``sample_with_extras(n)``, in the background.

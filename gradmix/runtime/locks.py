@@ -29,7 +29,7 @@ class Lock:
         _held.add(self)
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this process holds the lock."""
         return self._descriptor is not None
 
@@ -81,7 +81,7 @@ def try_lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
         yield True
     finally:
         # A forked process also comes here, where the descriptor is not its own.
-        if lock.held and (not shared or _lock(descriptor, False)):
+        if lock.is_held and (not shared or _lock(descriptor, False)):
             path.unlink(missing_ok=True)
         lock.release()
 

@@ -20,16 +20,20 @@ _INLINE = re.compile(r"[\\`*_<$~]|\](?=[(\[:])|&(?=[#\w])")
 _BLOCK = re.compile(r"^([#=+>-]|\d+(?=[.)]))")
 
 
-def shown(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Return ``text`` in one line, with an escape for every invisible character and every control of a terminal.
 
     Example:
-        >>> shown("cat\x1b[31m\ndog")
+        >>> escape_unprintable("cat\x1b[31m\ndog")
         'cat\\x1b[31m\\ndog'
     """
     if text.isprintable():
         return text
     return "".join(_escape(sign) if unicodedata.category(sign) in _UNSEEN else sign for sign in text)
+
+
+shown = escape_unprintable
+"""The name that training and the command line still use."""
 
 
 def markdown(text: str) -> str:
@@ -49,14 +53,14 @@ def markdown_cell(text: str) -> str:
 
 def shell(word: str) -> str:
     """Return a word of a command, quoted for a shell; with bash's escapes for invisible characters."""
-    if shown(word) == word:
+    if escape_unprintable(word) == word:
         return shlex.quote(word)
     raw = word.encode("utf-8", "surrogateescape")
     return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in raw) + "'"
 
 
 def _inline(text: str) -> str:
-    return _INLINE.sub(r"\\\g<0>", shown(text))
+    return _INLINE.sub(r"\\\g<0>", escape_unprintable(text))
 
 
 def _escape(sign: str) -> str:

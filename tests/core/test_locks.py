@@ -27,7 +27,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
         assert acquire(path) is None
     assert not path.exists()
     lock = acquire(path)
-    assert lock is not None and lock.held and acquire(path) is None
+    assert lock is not None and lock.is_held and acquire(path) is None
     lock.release()
     lock.release()
     assert acquire(path) is not None, "and given back when it is gone"

@@ -57,13 +57,24 @@ The example is run by ``tests/gradients/test_gradient_rule_recipe.py``::
 """
 
 from gradmix.gradients.rules import convolution, einsum, elementwise, embedding, linear, normalisation
-from gradmix.gradients.rules.base import RULES, ChannelsFirst, Dense, Outer, Part, Placement, Rule, register
+from gradmix.gradients.rules.base import (
+    RULES,
+    ChannelsFirst,
+    Dense,
+    FunctionCall,
+    Outer,
+    Part,
+    Placement,
+    Rule,
+    register,
+)
 from gradmix.gradients.rules.parameter_view import ParameterView, matrix_shape, token_shape
 
 __all__ = [
     "RULES",
     "ChannelsFirst",
     "Dense",
+    "FunctionCall",
     "Outer",
     "ParameterView",
     "Part",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -74,19 +74,42 @@ class Placement:
 # ----------------------------------------------------------------------------------------------------------- the rule
 
 
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function of torch, as a ``TorchFunctionMode`` sees it.
+
+    Attributes:
+        function: the function that is called.
+        args: its positional arguments.
+        named: its keyword arguments.
+    """
+
+    function: Function
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+@dataclass(eq=False, repr=False)
 class Rule:
     """One call of a function in a forward pass.
 
     A subclass defines in :attr:`signature` the arguments of the function, and in :meth:`parts` the parts of the
     gradients of its parameters. The other methods have defaults, for functions with the samples in any axis but the
-    last, and the features in the last axis.
+    last, and the features in the last axis. Values derived from the arguments are set in ``__post_init__``.
 
-    Args:
+    Attributes:
         function: the function that is called.
         arguments: all its arguments by name.
         weight: the parameter among them called ``weight``, if its gradient may be wanted.
         bias: the parameter among them called ``bias``, if its gradient may be wanted.
+        x: the argument called ``input``, the activations.
     """
+
+    function: Function
+    arguments: dict[str, Any]
+    weight: ParameterView | None
+    bias: ParameterView | None
+    x: Tensor = field(init=False)
 
     signature: ClassVar[dict[str, Any]] = {}
     """Names and defaults of the function's arguments, in order; ``...``: no default. The input is called ``input``."""
@@ -99,31 +122,22 @@ class Rule:
     has_factors: ClassVar[bool] = True
     """Whether there may be an :class:`Outer` part, one factor of which is computed from the activations."""
 
-    def __init__(
-        self,
-        function: Function,
-        arguments: dict[str, Any],
-        weight: ParameterView | None,
-        bias: ParameterView | None,
-    ) -> None:
-        self.function, self.arguments, self.weight, self.bias = function, arguments, weight, bias
-        self.x: Tensor = arguments["input"]
+    def __post_init__(self) -> None:
+        self.x = self.arguments["input"]
 
     # ------------------------------------------------------------------------------------------------------- the call
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        """Return the rule for a call; None if it uses no parameter that ``find`` finds, or differs from the signature."""
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        """Return the rule for a call; None if ``find`` finds no parameter in it, or it differs from the signature."""
         names = list(cls.signature)
-        if len(args) > len(names) or not all(name in cls.signature for name in named):
+        if len(call.args) > len(names) or not all(name in cls.signature for name in call.named):
             return None
-        arguments = {**cls.signature, **dict(zip(names, args, strict=False)), **named}
+        arguments = {**cls.signature, **dict(zip(names, call.args, strict=False)), **call.named}
         weight, bias = find(arguments.get("weight")), find(arguments.get("bias"))
         if (weight is None and bias is None) or not isinstance(arguments["input"], Tensor):
             return None
-        return cls(function, arguments, weight, bias)
+        return cls(call.function, arguments, weight, bias)
 
     def refusal(self) -> str | None:
         """Return the reason why the rule does not cover this call, or None."""

@@ -73,7 +73,7 @@ class Convolution(ChannelsFirst):
             return z
         if projection.is_identity:
             return torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2)
-        return z + projection.constant(z, math.prod(shape))
+        return z + projection.column(z, math.prod(shape))
 
     def _is_small(self) -> bool:
         """Whether a sample's gradient takes no more memory than its activations."""

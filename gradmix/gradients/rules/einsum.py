@@ -6,7 +6,6 @@ import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from gradmix.gradients.projection import Projection
 from gradmix.gradients.rules.base import (
     Dense,
     FindParameter,
-    Function,
+    FunctionCall,
     Outer,
     Part,
     Placement,
@@ -35,38 +34,30 @@ class Contraction(Rule):
     if the axes of W are first those of x and then those of y, or the other way round. Each axis has its letter.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        arguments: dict[str, Any],
-        weight: ParameterView | None,
-        bias: ParameterView | None,
-    ) -> None:
-        super().__init__(function, arguments, weight, bias)
-        assert weight is not None
-        self._x, self._w, self._y = arguments["letters"]
-        self._shape = weight.value.shape
-        if weight.transposed:
-            self._w, self._shape = self._w[::-1], weight.full_shape
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.weight is not None
+        self._x, self._w, self._y = self.arguments["letters"]
+        self._shape = self.weight.value.shape
+        if self.weight.transposed:
+            self._w, self._shape = self._w[::-1], self.weight.full_shape
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        operands = args[1:] if function is torch.einsum else args
-        if len(operands) != 2 or named or not all(isinstance(operand, Tensor) for operand in operands):
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        operands = call.args[1:] if call.function is torch.einsum else call.args
+        if len(operands) != 2 or call.named or not all(isinstance(operand, Tensor) for operand in operands):
             return None
         first, second = (find(operand) for operand in operands)
         weight = first or second
         if weight is None or (first and second):
             return None
         ndims = [operand.ndim for operand in operands]
-        letters = _letters(args[0] if function is torch.einsum else _matmul_equation(*ndims), ndims)
+        letters = _letters(call.args[0] if call.function is torch.einsum else _matmul_equation(*ndims), ndims)
         if letters is None:
             return None
         one, other, y = letters
-        arguments = {"input": operands[first is not None], "args": args, "first": first is not None}
-        return cls(function, arguments | {"letters": (other, one, y) if first else (one, other, y)}, weight, None)
+        arguments = {"input": operands[first is not None], "args": call.args, "first": first is not None}
+        return cls(call.function, arguments | {"letters": (other, one, y) if first else (one, other, y)}, weight, None)
 
     def refusal(self) -> str | None:
         assert self.weight is not None
