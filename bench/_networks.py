@@ -18,7 +18,7 @@ NORMS = ("batch", "group")
 
 @dataclass(frozen=True)
 class Network:
-    """A network and the rows that it is given.
+    """A network and the samples that it is given.
 
     Attributes:
         build: from (norm, classes) to the module.

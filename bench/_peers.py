@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SampleGradients = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""From inputs and labels of n rows to {parameter: (n, *its shape)}, gradients of the rows' summed cross-entropy."""
+"""Maps inputs and labels of n samples to {parameter: (n, *its shape)}, gradients of each sample's cross-entropy."""
 
 PACKAGES = {
     "opacus": "opacus",
@@ -130,8 +130,8 @@ def dattri_logra(model: nn.Module, x: Tensor, y: Tensor, rank: int) -> Callable[
     """By the compressors of dattri's LoGra, which serve linear layers: Gaussian matrices of ``rank`` rows a side.
 
     Returns:
-        From inputs and labels of n rows to {layer: (n, rank^2)}, sketches of the rows' gradients. Parameters of other
-        layers are frozen in the copy of the model that it works on, so that it spends nothing on them.
+        From inputs and labels of n samples to {layer: (n, rank^2)}, sketches of the samples' gradients. Parameters of
+        other layers are frozen in the copy of the model that it works on, so that it spends nothing on them.
     """
     hooks = _module("dattri.algorithm.block_projected_if.core.hook")
     compressors = _module("dattri.algorithm.block_projected_if.core.compressor")
@@ -188,8 +188,8 @@ def kronfluence_inner(
     """By kronfluence's tracked modules, which serve convolutions and linear layers, without preconditioning.
 
     Returns:
-        From inputs and labels of n rows to (n,), the inner products of the rows' gradients with ``direction``, over the
-        parameters of these layers.
+        From inputs and labels of n samples to (n,), the inner products of the samples' gradients with ``direction``,
+        over the parameters of these layers.
     """
     analyzer, utils = _module("kronfluence.analyzer"), _module("kronfluence.module.utils")
     tracked, constants = _module("kronfluence.module.tracked_module"), _module("kronfluence.utils.constants")
@@ -243,7 +243,7 @@ def _refusals(peer: str) -> Iterator[None]:
 
 
 def _tried(peer: str, function: _Way, x: Tensor, y: Tensor) -> _Way:
-    """The function, after a call with two rows; its refusal as :class:`Absent`."""
+    """The function, after a call with two samples; its refusal as :class:`Absent`."""
     with warnings.catch_warnings(), _refusals(peer):
         warnings.simplefilter("ignore")
         function(x[:2], y[:2])
