@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORMS = ("batch", "group")
-"""What a ResNet may normalise by: BatchNorm, which is timed in evaluation mode, or GroupNorm."""
+"""Normalisations of a ResNet: BatchNorm, which is timed in evaluation mode, or GroupNorm."""
 
 
 @dataclass(frozen=True)

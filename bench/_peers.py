@@ -40,7 +40,7 @@ class Absent(Exception):
 
 
 def versions() -> dict[str, str | None]:
-    """Of each package in :data:`PACKAGES`; None where it is not installed."""
+    """The version of each package in :data:`PACKAGES`; None where it is not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES.values():
         try:
@@ -98,7 +98,7 @@ def backpack_gradients(model: nn.Module, x: Tensor, y: Tensor) -> SampleGradient
 
 
 class FixedNorm(nn.Module):
-    """What a BatchNorm computes in evaluation mode, without buffers and whatever mode it is in."""
+    """A BatchNorm as it computes in evaluation mode, without buffers, in any mode."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()

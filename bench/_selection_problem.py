@@ -32,12 +32,12 @@ class Sizes:
 
     @property
     def pairs(self) -> int:
-        """How many there are."""
+        """Number of pairs."""
         return self.n * self.m
 
     @property
     def flops(self) -> int:
-        """What the factorised form needs: its four products over classes, the projections U, and the Gram product."""
+        """Operations of the factorised form: four products over classes, the projections U, and the Gram product."""
         products = 8 * self.n * self.m * self.classes
         projected = self.n if self.own_rows else self.n + self.m
         projections = 2 * projected * self.classes * (self.features + 1)
@@ -63,7 +63,7 @@ PRESETS = {
     "cifar100": Sizes(256, 256, 100, 512, own_rows=True, buffer=2000),
     "cifar10": Sizes(256, 256, 10, 512, own_rows=True, buffer=500),
 }
-"""The candidates are the batch's own samples, as ``select_pairs`` has them unless told otherwise."""
+"""The candidates are the batch's own samples, as in ``select_pairs`` by default."""
 QUICK = Sizes(32, 24, 20, 64, buffer=200)
 
 
@@ -92,7 +92,7 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """How many there are."""
+        """Number of pairs."""
         return len(self.labels_a) * len(self.labels_b)
 
     @property

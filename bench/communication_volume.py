@@ -1,4 +1,4 @@
-"""Works out what several processes tell one another in a step with selection, in bytes, and what each computes.
+"""Computes the bytes that several processes exchange in a step with selection, and the operations of each.
 
 Nothing is measured here: it is arithmetic from the sizes of network, batch and data, as Markdown tables, which
 docs/scaling.md shows.
@@ -64,7 +64,7 @@ class Setting:
         return 2 * (self.processes - 1) / self.processes * FLOAT * values
 
     def all_gathered(self, size: float) -> float:
-        """Bytes that a process sends (and receives) until everybody has all ``size`` bytes: (W - 1) / W of them."""
+        """Bytes that a process sends (and receives) until all have all ``size`` bytes: (W - 1) / W of them."""
         return (self.processes - 1) / self.processes * size
 
     @property
@@ -79,7 +79,7 @@ class Setting:
 
     @property
     def inputs(self) -> float:
-        """Inputs of all samples to everybody: N Q bytes."""
+        """Inputs of all samples to all processes: N Q bytes."""
         return self.all_gathered(FLOAT * self.rows * IMAGE)
 
     @property
@@ -175,7 +175,7 @@ def show_share(part: float, whole: float) -> str:
 
 
 def bytes_table(network: Network) -> str:
-    """What a process sends, by exchange."""
+    """Bytes that a process sends, by exchange."""
     heads = [
         "processes",
         "samples, all",
@@ -198,7 +198,7 @@ def bytes_table(network: Network) -> str:
 
 
 def seconds_table(network: Network) -> str:
-    """How long these bytes take at the link's bandwidth."""
+    """Time of these bytes at the link's bandwidth."""
     heads = ["processes", "samples, all", "link", "gradients", "outputs", "all inputs", "partners' inputs", "reference"]
     lines = []
     for s in settings(network):
@@ -209,7 +209,7 @@ def seconds_table(network: Network) -> str:
 
 
 def flops_table(network: Network) -> str:
-    """What a process computes, selection and refresh as shares of its forward and backward pass."""
+    """Operations of a process, selection and refresh as shares of its forward and backward pass."""
     heads = [
         "processes",
         "samples, all",

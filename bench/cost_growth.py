@@ -74,7 +74,7 @@ LEAST = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: a base point and the values of every axis; along an axis the other sizes are the base's.
+    """The points to measure: a base point and the values of every axis; along an axis the other sizes are the base's.
 
     Attributes:
         sizes: of the selection alone; its samples are their own candidates.
@@ -135,12 +135,12 @@ class Work:
 
 
 def selection_work(sizes: Sizes) -> Work:
-    """Of the alignment of all pairs: 8 N M C, the projections 2 N C (d + 1) and the Gram product 2 N M d."""
+    """The work of the alignment of all pairs: 8 N M C, the projections 2 N C (d + 1) and the Gram product 2 N M d."""
     return Work(sizes.flops, 8 * sizes.n * sizes.m * sizes.classes)
 
 
 def reference_work(sizes: Sizes, rows: int) -> Work:
-    """Of the last-layer gradient of ``rows`` samples whose outputs are given: 2 K C (d + 1)."""
+    """The work of the last-layer gradient of K = ``rows`` samples whose outputs are given: 2 K C (d + 1)."""
     return Work(2 * rows * sizes.classes * (sizes.features + 1), 0)
 
 
@@ -150,7 +150,7 @@ def table_rows(classes: int) -> int:
 
 
 def table_work(sizes: Sizes, classes: int) -> Work:
-    """Of a class table: the alignment of all pairs of its R = :func:`table_rows` samples at each of its L weights."""
+    """The work of a class table: alignment of all pairs of its R = :func:`table_rows` samples at each of L weights."""
     rows = table_rows(classes)
     one = selection_work(replace(sizes, n=rows, m=rows))
     # Projections and the Gram product do not depend on the weight.
@@ -177,7 +177,7 @@ def exponent(points: Sequence[dict[str, Any]], samples: Sequence[Sequence[float]
     """Growth over the last decade of an axis, measured and by formula; None with fewer than two points there.
 
     Args:
-        points: with ``value``, and maybe ``flops`` and ``product_flops``.
+        points: with ``value``, and possibly ``flops`` and ``product_flops``.
         samples: seconds, one sequence a point; the k-th ones of all points make the k-th slope.
     """
     places = last_decade([point["value"] for point in points])

@@ -65,7 +65,7 @@ from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.sketch_project import OPERATOR as SKETCH_PROJECT
 
 OPERATORS = (SKETCH_PROJECT, CLASS_SKETCH)
-"""What the package's backends differ in."""
+"""The operators whose backends are compared."""
 
 BASELINE = "forward_backward"
 """The row that the others' times are divided by."""
@@ -82,11 +82,11 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """The measured case.
 
     Attributes:
         network: a name in ``_networks.NETWORKS``.
-        norm: what a ResNet normalises by.
+        norm: the normalisation of a ResNet.
         batch: N, samples.
         classes: P, classes among these samples.
         rank: k, rows of the sketch's matrices on either side.
@@ -135,7 +135,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the problem."""
         return self.x.device
 
     @contextlib.contextmanager
@@ -242,7 +242,7 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the layers."""
+        """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
 
     def only(self, names: Sequence[str]) -> Plan:
@@ -389,13 +389,13 @@ class Rival:
 
     @property
     def timed(self) -> Callable[[], object]:
-        """What is timed."""
+        """The call that is timed."""
         return self.run if self.sample is None else self.sample
 
 
 GROUPS = ("batch", "samples", "columns")
-"""What works on the batch as a whole, what makes whole gradients of single samples, and what is slower still: each has
-rounds of its own, the baseline among them."""
+"""Groups of ways: on the whole batch, by whole gradients of single samples, and slower ones. Each has rounds of its own,
+with the baseline among them."""
 
 Way = Callable[[int], object]
 """From a number of samples, the first of the problem's, to a result."""
@@ -481,7 +481,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _seen(module: nn.Module, layer: Layer, x: Tensor) -> Tensor:
-    """What the forward pass keeps of a module's input: its projection (N, T, columns), or what it normalises to."""
+    """Keep of a module's input, in the forward pass, its projection (N, T, columns) or the normalised input."""
     if isinstance(module, nn.BatchNorm2d):
         return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
@@ -705,7 +705,7 @@ class Rivals:
         )
 
     def add_bounds(self) -> None:
-        """What every network has to do."""
+        """Add the passes that every network needs."""
         p = self.problem
         self.add(BASELINE, "forward + backward", lambda: by_forward_backward(p), "nothing")
         self.add("input_gradients", "forward + input gradients", lambda: by_input_gradients(p), "nothing")
@@ -900,7 +900,7 @@ Error = dict[str, "dict[str, float] | None"]
 
 
 def errors(rival: Rival, truth: Truth) -> Error:
-    """How far a rival is from the loop in float64.
+    """The errors of a rival against the loop in float64.
 
     Returns:
         What can be had of it, the rest None. ``sketch``: by class and layer, the norm of the difference of its class

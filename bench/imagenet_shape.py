@@ -85,7 +85,7 @@ PAIRS = {
     "selection-originals": ("selection-originals", "mixup-originals"),
     "mixup": ("mixup", "er"),
 }
-"""What is compared with what, block by block."""
+"""The comparisons, block by block."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Course:
 
     @property
     def way(self) -> str:
-        """That of the next step."""
+        """The way of the next step."""
         return self._plan[self._segment].way
 
     def follow(self, context: Context) -> None:
@@ -277,7 +277,7 @@ class InTurn(Method):
         return self._methods[self._course.way].losses(rows)
 
     def backward(self, rows: StepRows) -> Tensor:
-        """Leave the gradients of the course's way, and tell the course of the step."""
+        """Leave the gradients of the course's way, and inform the course of the step."""
         way = self._course.way
         # Without gradients the optimiser leaves the network as it is.
         loss = rows.weight.new_zeros(()) if way == READING else self._methods[way].backward(rows)
@@ -329,7 +329,7 @@ def readers_made() -> Iterator[list[BatchReader]]:
 
 
 def configuration(shape: Shape, root: Path, device: torch.device, workers: int) -> TrainConfig:
-    """What ``gradmix train`` would be told."""
+    """The configuration as ``gradmix train`` would get it."""
     return TrainConfig(
         data=DataConfig(
             benchmark="image-folder",

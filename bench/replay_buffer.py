@@ -102,7 +102,7 @@ def rounds(calls: Mapping[str, Call], before: Mapping[str, Call], repeats: int) 
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory: now, and at the most so far; empty where the system does not tell."""
+    """Bytes of this process in memory: now, and at the most so far; empty if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -112,7 +112,7 @@ def resident() -> dict[str, int]:
 
 
 def watch_memory(options: argparse.Namespace) -> None:
-    """What the process of its own does: fill, draw, read everything once, and tell its memory."""
+    """Fill a buffer, draw, read everything once, and print the memory, in a process of its own."""
     filled(argparse.Namespace(rows=AT_ONCE, seed=options.seed), None).sample(options.draw)
     before = resident()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

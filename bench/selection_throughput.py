@@ -96,7 +96,7 @@ BASELINES = ("row_loop", "row_loop_tuned")
 
 
 def errors(rival: Rival, problem: Problem) -> dict[str, Any]:
-    """How far a rival is from float64 on the pairs of the first samples, and whether its decisions are the same.
+    """The errors of a rival against float64 on the pairs of the first samples, and whether its decisions are the same.
 
     An error that is not a number, or infinite, is None, and a decision made of one is not the same.
     """

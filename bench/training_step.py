@@ -49,7 +49,7 @@ from gradmix.model.head_capture import HeadCapture
 CRITERIA = ("class", "sample")
 
 REFRESHES = 3
-"""How often a refresh is timed; it is long."""
+"""Number of times that a refresh is timed; it is long."""
 
 ROUNDS = 5
 """Rounds made in any case."""
@@ -146,7 +146,7 @@ class Loop:
         return logits
 
     def outputs(self) -> HeadOutput:
-        """What a training step's forward pass of the samples leaves for the selection."""
+        """Features and logits from a training step's forward pass of the samples, for the selection."""
         with torch.no_grad(), HeadCapture(self.model, "head") as capture:
             self.forward(self.x)
         return capture.output
@@ -209,7 +209,7 @@ class Way:
 
 
 def ways_for(device: torch.device) -> tuple[list[Way], dict[str, str]]:
-    """What is timed on this device, and by name what is not, with its reason."""
+    """The ways timed on this device, and by name the others, each with its reason."""
     ways, absent = [], {}
     for originals in (False, True):
         ways.append(Way(originals, None))
@@ -226,7 +226,7 @@ def ways_for(device: torch.device) -> tuple[list[Way], dict[str, str]]:
 
 
 def make_mixup(loop: Loop, way: Way, seed: int, state: dict[str, Any] | None = None) -> GradMix:
-    """A GradMix that refreshes only when told; given the ``state`` of another, it needs no refresh of its own."""
+    """A GradMix that refreshes only on request; given the ``state`` of another, it needs no refresh of its own."""
     graph: dict[str, Any] = {"cuda_graph": True} if way.graph else {}
     mixup = GradMix(
         loop.model,
