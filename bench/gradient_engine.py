@@ -394,7 +394,7 @@ class Rival:
 
 
 GROUPS = ("batch", "samples", "columns")
-"""Groups of ways: on the whole batch, by whole gradients of single samples, and slower ones. Each has rounds of its own,
+"""Groups of ways: on the whole batch, by whole gradients of single samples, and slower ones. Each has its own rounds,
 with the baseline among them."""
 
 Way = Callable[[int], object]
