@@ -56,7 +56,7 @@ def alignment_matrix(
         reference, _ = resolved.reference(buffer, request.batch.x)
         if reference is None:
             raise ValueError("buffer: got no samples, expected at least one")
-        mixtures = resolved.see(request, float(lam))
+        mixtures = resolved.prepare(request, float(lam))
         return selector.align(mixtures, reference).compact()
 
 

@@ -23,7 +23,7 @@ from gradmix.model.unchanged import unwrap
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.references import Reference, on_host
+from gradmix.references import Reference, none_if_empty
 from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.runtime.collectives import Group, any_rank, broadcast
 from gradmix.runtime.cuda_graphs import Graphs, call
@@ -167,7 +167,7 @@ class GradMix:
         refuse_worker("GradMix")
         with self._estimator.guard():
             request = check_request(self._estimator, (x, y), None, None, ("replayed", None))
-            mixtures = self._estimator.label(request, 1.0)
+            mixtures = self._estimator.prepare_labels(request, 1.0)
         return x, dense_labels(mixtures.batch.y, mixtures.num_classes, labels_dtype(request.batch.x))
 
     def select(
@@ -211,7 +211,7 @@ class GradMix:
             lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
             selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
             run = call
-            if self._graphs is not None and self._graphs.serve(first_tensor(request.batch.x).device):
+            if self._graphs is not None and self._graphs.supports(first_tensor(request.batch.x).device):
                 run = self._graphs
             self.pairs = select(selector, request, known, lam, self._source, run)
         self._age += 1
@@ -236,13 +236,13 @@ class GradMix:
         if self._shapes != self._shapes_now():
             return True
         if self.reference is None:
-            return has_samples(self._buffer) if request.marked is None else self._is_met(request.marked)
+            return has_samples(self._buffer) if request.marked is None else self._any_set(request.marked)
         if self.table is None:
             return False
         labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]
-        return self._is_met(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
+        return self._any_set(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
 
-    def _is_met(self, flags: Tensor) -> bool:
+    def _any_set(self, flags: Tensor) -> bool:
         """Whether any of ``flags`` (K,) is set in any process; where the host may not wait, False and a check."""
         group = self._estimator.network.group
         if group is not None:
@@ -276,9 +276,9 @@ class GradMix:
             keep = self._class_samples if by_class else 0
             reference, samples = estimator.reference(self._buffer, request.batch.x, keep)
         if by_class and (reference is not None or request.marked is not None):
-            mixtures = estimator.see(request, 1.0)
+            mixtures = estimator.prepare(request, 1.0)
             if request.marked is not None:
-                reference = on_host(estimator.reference_of_marked(mixtures, request.marked))
+                reference = none_if_empty(estimator.reference_of_marked(mixtures, request.marked))
             if reference is not None:
                 table, screening = self._class_table(mixtures, samples, reference)
         self.reference = None if reference is None else reference.gradient

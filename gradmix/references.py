@@ -198,7 +198,7 @@ def dtype_of(gradient: Any) -> torch.dtype:
     return reduce(torch.promote_types, (part.dtype for part in tensors_of(gradient)))
 
 
-def on_host(reference: Reference | None) -> Reference | None:
+def none_if_empty(reference: Reference | None) -> Reference | None:
     """Return the reference, or None if it is the mean of no samples; the host waits for the device."""
     if reference is None or reference.empty is None:
         return reference

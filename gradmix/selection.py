@@ -167,8 +167,8 @@ def select(
     device = first_tensor(batch.x).device
     proposal = Proposal(selector.rule.policy, len(batch), len(request.partners), own, generator, device)
     # Without a reference gradient nothing is scored, and only labels are needed.
-    see = scorer.label if known is None and request.marked is None else scorer.see
-    mixtures = see(request, lam)
+    only_labels = known is None and request.marked is None
+    mixtures = scorer.prepare_labels(request, lam) if only_labels else scorer.prepare(request, lam)
     if request.marked is not None:
         known = scorer.reference_of_marked(mixtures, request.marked)
     if known is None:

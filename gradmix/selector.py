@@ -74,7 +74,7 @@ class Selector:
         """Score all pairs and choose among them, without a wait; for pure scorers.
 
         Args:
-            mixtures: as :meth:`gradmix.estimators.base.Scorer.see` returns them.
+            mixtures: as :meth:`gradmix.estimators.base.Scorer.prepare` returns them.
             reference: the reference gradient.
             numbers: (N,), from :meth:`gradmix.draw.Proposal.numbers`.
         """

@@ -118,7 +118,7 @@ class Scorer(ABC, Generic[AnySamples]):
     def sizes(self, x: InputTree) -> PassSizes:
         """Return the sizes of passes over samples like ``x``."""
 
-    def label(self, request: Request, lam: float) -> Mixtures[Any]:
+    def prepare_labels(self, request: Request, lam: float) -> Mixtures[Any]:
         """Return the mixtures of a request, with checked labels; no pass is made.
 
         Raises:
@@ -137,7 +137,7 @@ class Scorer(ABC, Generic[AnySamples]):
         return Mixtures(clamp_labels(request.batch), candidates, lam, num_classes, chunk_size)
 
     @abstractmethod
-    def see(self, request: Request, lam: float) -> Mixtures[AnySamples]:
+    def prepare(self, request: Request, lam: float) -> Mixtures[AnySamples]:
         """Return the mixtures of a request, with checked labels and all that scores need; passes may be made."""
 
     def reference_of_marked(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
@@ -152,7 +152,7 @@ class Scorer(ABC, Generic[AnySamples]):
         """Return the scores (N, M) of pairs of samples.
 
         Args:
-            mixtures: as :meth:`see` returns them.
+            mixtures: as :meth:`prepare` returns them.
             gradient: the reference.
             pairs: (K, 2) int64, the pairs that are needed; others may be left NaN. None: all.
         """

@@ -102,9 +102,9 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
         self.network.check_num_classes(plan.num_classes)
         return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
 
-    def see(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
+    def prepare(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
         """The mixtures with labels alone, as only mixtures are forwarded."""
-        return self.label(request, lam)
+        return self.prepare_labels(request, lam)
 
     # ----------------------------------------------------------------------------------------------------- reference
 

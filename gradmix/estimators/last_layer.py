@@ -34,7 +34,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         with refuse_by_name("batch", network.model, x):
             return PassSizes(network.chunk_size, resolve_head(network.model, network.head, x).num_classes)
 
-    def see(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
+    def prepare(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
         """The batch and the candidates with the head's input and output."""
         network = self.network
         if request.outputs is None:

@@ -39,9 +39,9 @@ class TableLookup(Scorer[LabelledSamples]):
         """The sizes of the estimator that made the table."""
         return self._made_by.sizes(x)
 
-    def see(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
+    def prepare(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
         """The mixtures with labels alone, which the table needs."""
-        return self._made_by.label(request, lam)
+        return self._made_by.prepare_labels(request, lam)
 
     def reference_norm(self, gradient: TableTensors) -> Tensor:
         """The reference norm () stored in the table."""

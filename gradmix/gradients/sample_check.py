@@ -216,7 +216,7 @@ class SampleCheck:
         # 1. In a batch of the same size, at the same places: only the other samples differ.
         filled = [n if n in samples else samples[n % len(samples)] for n in range(num_samples(self.x))]
         _require_same(samples, expected, run_again(filled, samples), self.tolerance, inf, "samples around it")
-        if self.random_state.has_moved():
+        if self.random_state.has_advanced():
             self.plan.draws_random_numbers = True  # for fewer samples it draws other numbers
             return
         # 2. At each other's places, and each sample alone: this may change the rounding of sums a little.

@@ -210,7 +210,7 @@ class RandomState:
         accelerator = [] if self._device is None else [torch.cuda.get_rng_state(self._device)]
         return [torch.get_rng_state(), *accelerator]
 
-    def has_moved(self) -> bool:
+    def has_advanced(self) -> bool:
         """Whether a number has been drawn from any of them since."""
         same = all(map(torch.equal, self._tensors(), self._torch)) and random.getstate() == self._python
         now, before = (_numpy_words(state) for state in (np.random.get_state(), self._numpy))

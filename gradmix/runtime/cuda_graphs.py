@@ -54,7 +54,7 @@ class Graphs:
     def __init__(self) -> None:
         self._kept: OrderedDict[object, _Graph] = OrderedDict()
 
-    def serve(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         """Whether there are graphs on ``device``."""
         return device.type == "cuda"
 

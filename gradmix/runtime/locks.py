@@ -107,7 +107,7 @@ def _open(path: Path, shared: bool) -> int | None:
         try:
             mine = _lock(descriptor, shared)
             # Else a former holder has removed the file since it was opened here.
-            there = _is_of(descriptor, path)
+            there = _is_file_of(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -130,7 +130,7 @@ def _lock(descriptor: int, shared: bool) -> bool:
     return True
 
 
-def _is_of(descriptor: int, path: Path) -> bool:
+def _is_file_of(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
