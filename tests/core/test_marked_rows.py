@@ -192,7 +192,7 @@ def test_captured_calls_choose_the_same(criterion: str, monkeypatch: pytest.Monk
     from gradmix.runtime import cuda_graphs
 
     monkeypatch.setattr(cuda_graphs, "capture", lambda function, device: _replayable(function))
-    monkeypatch.setattr(cuda_graphs.Graphs, "serve", lambda self, device: True)
+    monkeypatch.setattr(cuda_graphs.Graphs, "supports", lambda self, device: True)
     behind_the_host(monkeypatch)
     plain, captured = (
         GradMix(MLP(), None, criterion=criterion, threshold=0.3, generator=generator(), cuda_graph=graph)

@@ -80,7 +80,7 @@ def test_without_the_extension(without_extension):
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(doctor, "_importable", lambda module: module not in ("yaml", "sklearn"))
+    monkeypatch.setattr(doctor, "_is_importable", lambda module: module not in ("yaml", "sklearn"))
     report = doctor.report()
     train = next(extra for extra in report["extras"] if extra["name"] == "train")
     assert train["missing"] == ["pyyaml", "scikit-learn"]
