@@ -69,7 +69,7 @@ def select_pairs(
     A mixture lam a + (1 - lam) b is helpful if the cosine of its gradient with the reference gradient, the mean
     gradient of the buffer, is at least ``threshold``; by default gradients are those of the last layer. Each sample
     gets one helpful partner. A sample without one stays unmixed: its lam is 1. With an empty buffer every mixture
-    counts as helpful, which is plain Mixup. All samples of a call have the same lam.
+    counts as helpful, which is plain Mixup. All mixtures of a call have the same lam.
 
     The model, the given tensors, autograd's state and the global random generators stay unchanged, also if the model
     raises. :class:`gradmix.GradMix` does the same in a training loop, and keeps results between steps.

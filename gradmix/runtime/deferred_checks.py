@@ -69,7 +69,7 @@ _lock = threading.Lock()
 
 
 def check_samples(bad: Tensor, consequence: Consequence) -> None:
-    """Raise ``consequence(first bad sample)`` if any is bad: at once where the host may wait, else in the next call.
+    """Raise ``consequence(first bad sample)`` if any is bad: at once, or in the next call inside :func:`defer_checks`.
 
     Args:
         bad: (N,) bool.
