@@ -90,5 +90,5 @@ def choose(allowed: Tensor, score: Tensor, numbers: Tensor, policy: Policy, own:
 
 
 def choose_any(candidates: int, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
-    """As :func:`choose`, with every candidate allowed and all scores equal."""
+    """Choose a partner for each sample as :func:`choose` does, with every candidate allowed and all scores equal."""
     return draw_partners(None, numbers, policy=policy, score=None, own_rows=own, partners=candidates)

@@ -51,12 +51,12 @@ class Pairs:
 
     @property
     def alignment(self) -> Tensor:
-        """(N, M), or (P, P) by class."""
+        """Cosines of the mixtures' gradients with the reference gradient, (N, M), or (P, P) by class."""
         return self._compact.cosine
 
     @property
     def classes(self) -> Tensor | None:
-        """None, or (P,) int64 in ascending order."""
+        """Class labels of :attr:`alignment`, (P,) int64 in ascending order, or None."""
         return self._compact.classes
 
     def __len__(self) -> int:

@@ -47,7 +47,7 @@ class ClassGradients:
         return len(self.classes)
 
     def layer(self, name: str) -> Tensor:
-        """(P, rows, columns): the sums of one layer, by its name.
+        """Return the sums of one layer, by its name, (P, rows, columns).
 
         Raises:
             KeyError: there is no such layer.
@@ -55,19 +55,19 @@ class ClassGradients:
         return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
-        """(P, D): the mean gradient of each class."""
+        """Return the mean gradient of each class, (P, D)."""
         return self.vectors / self.counts.to(self.vectors.dtype)[:, None]
 
     def overall_mean(self) -> Tensor:
-        """(D,): the mean over all samples: the reference gradient, if these are the replay buffer's."""
+        """Return the mean over all samples, (D,); for the samples of the replay buffer it is the reference gradient."""
         return self.vectors.sum(0) / self.counts.sum()
 
     def cosine(self) -> Tensor:
-        """(P, P): cosines between the classes' mean gradients; 0 where one of them is 0."""
+        """Return the cosines between the classes' mean gradients, (P, P); 0 where a gradient is 0."""
         return cosines(self.vectors, self.vectors)
 
     def align(self, reference: object) -> Aligned:
-        """Inner products and cosines of the classes' mean gradients with a reference, both (P,).
+        """Return inner products and cosines of the classes' mean gradients with a reference, both (P,).
 
         Args:
             reference: :class:`ClassGradients` or :class:`SampleGradients` of the same sketch, such as the buffer's,

@@ -30,7 +30,7 @@ class SampleGradients:
         return len(self.vectors)
 
     def layer(self, name: str) -> Tensor:
-        """(N, rows, columns): the sketches of one layer, by its name.
+        """Return the sketches of one layer, by its name, (N, rows, columns).
 
         Raises:
             KeyError: there is no such layer.
@@ -38,15 +38,15 @@ class SampleGradients:
         return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
-        """(D,): the mean over the samples."""
+        """Return the mean over the samples, (D,)."""
         return self.vectors.mean(0)
 
     def cosine(self) -> Tensor:
-        """(N, N): cosines between the samples' gradients; 0 where one of them is 0."""
+        """Return the cosines between the samples' gradients, (N, N); 0 where a gradient is 0."""
         return cosines(self.vectors, self.vectors)
 
     def align(self, reference: object) -> Aligned:
-        """Inner products and cosines with a reference, both (N,).
+        """Return inner products and cosines with a reference, both (N,).
 
         Args:
             reference: :class:`SampleGradients` or :class:`ClassGradients` of the same sketch, whose mean over all

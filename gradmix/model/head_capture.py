@@ -287,7 +287,7 @@ def _check_now(
 def _check_later(
     model: nn.Module, head: Head, features: list[Tensor], logits: list[Tensor], returned: Tensor
 ) -> HeadOutput:
-    """As :func:`_check_now`, on a device that the host does not wait for: the next call raises what is wrong."""
+    """Do as :func:`_check_now`, on a device that the host does not wait for: the next call raises the error."""
     biases = [layer.bias is not None for layer in head.layers]
     if head.direct:
         same = returned == logits[0].to(returned.dtype)

@@ -134,7 +134,7 @@ class Contraction(Rule):
         yield Dense(placement.layer[name], 0, placement.column[name], make)
 
     def _samples_first(self, t: Tensor, letters: str, axis: BatchAxis, samples: int) -> tuple[Tensor, str]:
-        """A tensor with the samples in axis 0 and folded positions in an axis of their own; the letters of its axes."""
+        """Move the samples to axis 0 and folded positions to an axis of their own; return the letters of the axes too."""
         sample = self._y[axis.dim]
         position = next(a for a in string.ascii_letters if a not in self._x + self._w + self._y)
         dim = letters.index(sample)
@@ -142,7 +142,7 @@ class Contraction(Rule):
         return replace(axis, dim=dim).split(t, samples), sample + rest
 
     def _factor(self, t: Tensor, letters: str, projection: Projection, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, T, size): the axes shared with W projected, all others as positions."""
+        """Project the axes shared with W, with all others as positions: (N, T, size)."""
         t, letters = self._samples_first(t, letters, axis, samples)
         sample = letters[0]
         own = [a for a in self._w if a in letters]
@@ -153,7 +153,7 @@ class Contraction(Rule):
 
 
 def _matmul_equation(one: int, other: int) -> str:
-    """The einsum equation of a matrix product of tensors with these numbers of axes."""
+    """Return the einsum equation of a matrix product of tensors with these numbers of axes."""
     batch = string.ascii_letters[3 : 1 + max(one, other)]
     left, right = (batch[len(batch) - max(0, ndim - 2) :] for ndim in (one, other))
     rows, columns = "a" * (one > 1), "c" * (other > 1)
@@ -161,7 +161,7 @@ def _matmul_equation(one: int, other: int) -> str:
 
 
 def _letters(equation: object, ndims: Sequence[int]) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the result, ellipses written out; None for an unsupported equation.
+    """Return the letters of both operands and of the result, ellipses written out; None for an unsupported equation.
 
     Args:
         equation: of two operands.

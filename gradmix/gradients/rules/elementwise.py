@@ -58,7 +58,7 @@ class Broadcast(Rule):
         return [dim for dim in range(output.ndim) if shape[dim] == 1]
 
     def _broadcast_shape(self, ndim: int) -> list[int]:
-        """The parameter's shape, with as many axes as the output."""
+        """Return the parameter's shape, with as many axes as the output."""
         assert self.weight is not None
         shape = list(self.weight.value.shape)
         return [1] * (ndim - len(shape)) + shape
@@ -80,7 +80,7 @@ class Broadcast(Rule):
         yield Dense(placement.layer[weight.name], 0, placement.column[weight.name], make)
 
     def times_derivative(self, d: Tensor) -> Tensor:
-        """The output's gradient times the derivative of the output with respect to the broadcast parameter."""
+        """Return the output's gradient times the derivative of the output by the broadcast parameter."""
         return d
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ class Embedding(Rule):
         return result if not_padding is None else result * not_padding[..., None]
 
     def _not_padding(self) -> Tensor | None:
-        """Bool, of the input's shape: the positions that do not hold ``padding_idx``; None: all."""
+        """Return bool of the input's shape: the positions that do not hold ``padding_idx``; None: all."""
         padding = self.arguments["padding_idx"]
         if padding is None:
             return None
@@ -177,7 +177,7 @@ class EmbeddingBag(Embedding):
         )
 
     def _bags(self) -> tuple[Tensor, int]:
-        """The bag of each entry, and the number of bags."""
+        """Return the bag of each entry, and the number of bags."""
         x, offsets = self.x, self.arguments["offsets"]
         if x.ndim == 2:
             return torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1]), len(x)

@@ -27,7 +27,7 @@ class Normalisation(Rule):
     has_factors = False
 
     def normalise_input(self) -> Tensor:
-        """x^, of the input's shape and the working dtype."""
+        """Return x^, of the input's shape and the working dtype."""
         raise NotImplementedError
 
     def refusal(self) -> str | None:
@@ -72,7 +72,7 @@ class Normalisation(Rule):
             )
 
     def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, features): the gradient of w.
+        """Return the gradient of w, (N, features).
 
         Args:
             d: gradient of the output.
@@ -120,9 +120,9 @@ class RMSNorm(LayerNorm):
 
 @cache
 def _default_eps(dtype: torch.dtype) -> float:
-    """The eps that ``rms_norm`` adds by default: that of the dtype in which it computes.
+    """Return the eps that ``rms_norm`` adds by default: that of the dtype in which it computes.
 
-    For half-precision inputs this is float32 or, in some versions of torch, the inputs' dtype. A call tells which.
+    For half-precision inputs this is float32 or, in some versions of torch, the inputs' dtype; a call shows which.
     """
     own, of_sums = torch.finfo(dtype).eps, torch.finfo(work_dtype(dtype)).eps
     # With x^2 between the two, x / sqrt(x^2 + eps) is below a half for the larger eps and above for the smaller.
