@@ -140,7 +140,7 @@ class Sketch(FullNetworkEstimator):
         generator: torch.Generator,
         share: int = 1,
     ) -> tuple[PairScores, Screening]:
-        """Do as :meth:`recheck`, for the entries ``judged`` (bool), with one of ``share`` equal shares of the budget."""
+        """Do as :meth:`recheck`, for the entries ``judged`` (bool), with one of ``share`` equal parts of the budget."""
         assert scores.error is not None
         settings = self._sketch
         norm = self.reference_norm(gradient).to(scores.inner)

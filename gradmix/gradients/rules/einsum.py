@@ -134,7 +134,7 @@ class Contraction(Rule):
         yield Dense(placement.layer[name], 0, placement.column[name], make)
 
     def _samples_first(self, t: Tensor, letters: str, axis: BatchAxis, samples: int) -> tuple[Tensor, str]:
-        """Move the samples to axis 0 and folded positions to an axis of their own; return the letters of the axes too."""
+        """Move the samples to axis 0 and folded positions to an axis of their own; return the axes' letters too."""
         sample = self._y[axis.dim]
         position = next(a for a in string.ascii_letters if a not in self._x + self._w + self._y)
         dim = letters.index(sample)
