@@ -470,9 +470,14 @@ def show_exponent(found: dict[str, Any] | None) -> str:
     return f"{text}; by formula: {', '.join(told)}" if told else text
 
 
+def show_axis(axis: str) -> str:
+    """Return the heading of an axis, whose name in the result file may be a former one."""
+    return "samples" if axis == "rows" else axis
+
+
 def alone_table(curve: Mapping[str, Any], axis: str) -> tuple[list[str], list[list[str]]]:
-    """Heads and samples of one curve of the first layer."""
-    heads = [axis, "median", "20 to 80 %", "operations", "rate", "peak memory"]
+    """Heads and rows of one curve of the first layer."""
+    heads = [show_axis(axis), "median", "20 to 80 %", "operations", "rate", "peak memory"]
     return heads, [
         [
             f"{point['value']:,}",
@@ -487,7 +492,7 @@ def alone_table(curve: Mapping[str, Any], axis: str) -> tuple[list[str], list[li
 
 
 def step_table(axis: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and samples of one axis of the second layer."""
+    """Heads and rows of one axis of the second layer."""
     shown = {
         "replayed": "of replayed samples",
         "kept": "kept",
@@ -495,7 +500,7 @@ def step_table(axis: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "each": "each step",
     }
     heads = [
-        axis["axis"],
+        show_axis(axis["axis"]),
         "plain Mixup",
         *(f"reference {label}" for label in shown.values()),
         "peak memory",
