@@ -22,7 +22,7 @@ _QUALITY = 88
 
 @dataclass(frozen=True)
 class Folder:
-    """What is written: the same files for equal values, whatever the number of processes, with one libjpeg.
+    """The files written: the same for equal values, whatever the number of processes, with one libjpeg.
 
     Attributes:
         classes: number of classes.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, interleaved timing, peak memory, tables and result files."""
+"""Shared parts of the benchmarks: the description of the machine, timing, peak memory, tables and result files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SLOW = 0.1
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """What the times are taken on: processor, accelerator if ``device`` is one, versions, date and load."""
+    """The machine of the times: processor, accelerator if ``device`` is one, versions, date and load."""
     described: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": _usable_cores(),
@@ -53,7 +53,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited over the last minute, on average; None where the system does not tell."""
+    """Processes that ran or waited over the last minute, on average; None if the system does not report it."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -90,7 +90,7 @@ def _usable_cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; 4 GiB where the system does not tell."""
+    """Bytes that can still be allocated on ``device``; 4 GiB if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -379,7 +379,7 @@ def add_run_arguments(
     seed: str,
     devices: str = "cpu, cuda, cuda:1",
 ) -> None:
-    """Add what every benchmark with rounds is told: how long, where, from which seed, and where its figures go.
+    """Add the options of every benchmark with rounds: duration, device, seed, and the file of the figures.
 
     Args:
         parser: to add to; :func:`check_run` completes what it has parsed.
@@ -406,7 +406,7 @@ def check_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
 
 
 def begin(options: argparse.Namespace) -> torch.device:
-    """Set threads and TF32 as told; the device."""
+    """Set threads and TF32 by the options, and return the device."""
     if "threads" in options:
         torch.set_num_threads(options.threads)
     if "tf32" in options:
@@ -415,7 +415,7 @@ def begin(options: argparse.Namespace) -> torch.device:
 
 
 def run_values(options: argparse.Namespace) -> dict[str, Any]:
-    """What a run was told, for its result file."""
+    """The options of a run, for its result file."""
     values = {name: getattr(options, name) for name in ("quick", "device", "seed", "repeats", "seconds")}
     return values | {"threads": getattr(options, "threads", None)}
 

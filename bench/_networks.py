@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORMS = ("batch", "group")
-"""What a ResNet may normalise by: BatchNorm, which is timed in evaluation mode, or GroupNorm."""
+"""Normalisations of a ResNet: BatchNorm, which is timed in evaluation mode, or GroupNorm."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and the rows that it is given.
+    """A network and the samples that it is given.
 
     Attributes:
         build: from (norm, classes) to the module.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SampleGradients = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""From inputs and labels of n rows to {parameter: (n, *its shape)}, gradients of the rows' summed cross-entropy."""
+"""Maps inputs and labels of n samples to {parameter: (n, *its shape)}, gradients of each sample's cross-entropy."""
 
 PACKAGES = {
     "opacus": "opacus",
@@ -40,7 +40,7 @@ class Absent(Exception):
 
 
 def versions() -> dict[str, str | None]:
-    """Of each package in :data:`PACKAGES`; None where it is not installed."""
+    """The version of each package in :data:`PACKAGES`; None where it is not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES.values():
         try:
@@ -98,7 +98,7 @@ def backpack_gradients(model: nn.Module, x: Tensor, y: Tensor) -> SampleGradient
 
 
 class FixedNorm(nn.Module):
-    """What a BatchNorm computes in evaluation mode, without buffers and whatever mode it is in."""
+    """A BatchNorm as it computes in evaluation mode, without buffers, in any mode."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ def dattri_logra(model: nn.Module, x: Tensor, y: Tensor, rank: int) -> Callable[
     """By the compressors of dattri's LoGra, which serve linear layers: Gaussian matrices of ``rank`` rows a side.
 
     Returns:
-        From inputs and labels of n rows to {layer: (n, rank^2)}, sketches of the rows' gradients. Parameters of other
-        layers are frozen in the copy of the model that it works on, so that it spends nothing on them.
+        From inputs and labels of n samples to {layer: (n, rank^2)}, sketches of the samples' gradients. Parameters of
+        other layers are frozen in the copy of the model that it works on, so that it spends nothing on them.
     """
     hooks = _module("dattri.algorithm.block_projected_if.core.hook")
     compressors = _module("dattri.algorithm.block_projected_if.core.compressor")
@@ -188,8 +188,8 @@ def kronfluence_inner(
     """By kronfluence's tracked modules, which serve convolutions and linear layers, without preconditioning.
 
     Returns:
-        From inputs and labels of n rows to (n,), the inner products of the rows' gradients with ``direction``, over the
-        parameters of these layers.
+        From inputs and labels of n samples to (n,), the inner products of the samples' gradients with ``direction``,
+        over the parameters of these layers.
     """
     analyzer, utils = _module("kronfluence.analyzer"), _module("kronfluence.module.utils")
     tracked, constants = _module("kronfluence.module.tracked_module"), _module("kronfluence.utils.constants")
@@ -243,7 +243,7 @@ def _refusals(peer: str) -> Iterator[None]:
 
 
 def _tried(peer: str, function: _Way, x: Tensor, y: Tensor) -> _Way:
-    """The function, after a call with two rows; its refusal as :class:`Absent`."""
+    """The function, after a call with two samples; its refusal as :class:`Absent`."""
     with warnings.catch_warnings(), _refusals(peer):
         warnings.simplefilter("ignore")
         function(x[:2], y[:2])

@@ -1,4 +1,4 @@
-"""What the machine can do at best: the rate of its matrix products and of its memory, and the least time for a task."""
+"""The machine's limits: the rates of its matrix products and of its memory, and the least time for a task."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from _measure import interleaved, quantiles, warm_up
 from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
-"""Of products of float32 numbers: in full; three TF32 products each; one TF32 product each."""
+"""Precisions of products of float32 numbers: in full; three TF32 products each; one TF32 product each."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured.
+    """The rates measured.
 
     Attributes:
         flops_per_second: by precision of the products, of :data:`PRECISIONS`; a device without TF32 has ``ieee`` only.
@@ -77,7 +77,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Of one call."""
+        """Operations of one call."""
         return 2 * self.side**3
 
     def __str__(self) -> str:

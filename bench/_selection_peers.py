@@ -1,7 +1,7 @@
 """Other libraries' ways to the alignment of mixed pairs: per-sample gradients of the head at the mixed features.
 
-None of them scores pairs; each is given the mixed features as rows of a batch, some thousand pairs at a time. Where a
-library is missing, or refuses, :class:`_peers.Absent` says so.
+None of them scores pairs; each is given the mixed features as samples of a batch, some thousand pairs at a time. Where
+a library is missing, or refuses, :class:`_peers.Absent` says so.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ Alignments = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Sizes:
-    """N rows, M candidates, C classes, d features, whether the candidates are the rows themselves, and buffer rows."""
+    """N samples, M candidates, C classes, d features, whether the candidates are the samples, the buffer's samples."""
 
     n: int
     m: int
@@ -32,12 +32,12 @@ class Sizes:
 
     @property
     def pairs(self) -> int:
-        """How many there are."""
+        """Number of pairs."""
         return self.n * self.m
 
     @property
     def flops(self) -> int:
-        """What the factorised form needs: its four products over classes, the projections U, and the Gram product."""
+        """Operations of the factorised form: four products over classes, the projections U, and the Gram product."""
         products = 8 * self.n * self.m * self.classes
         projected = self.n if self.own_rows else self.n + self.m
         projections = 2 * projected * self.classes * (self.features + 1)
@@ -65,7 +65,7 @@ PRESETS = {
     # The perceptron of the accuracy tables: 64 samples of the task and 64 replayed ones.
     "perceptron": Sizes(128, 128, 10, 256, own_rows=True, buffer=320),
 }
-"""The candidates are the batch's own rows, as ``select_pairs`` has them unless told otherwise."""
+"""The candidates are the batch's own samples, as in ``select_pairs`` by default."""
 QUICK = PRESETS["perceptron"]
 
 
@@ -74,11 +74,11 @@ class Problem:
     """One set of inputs on one device, all float32 but for features and logits, which may be half as wide.
 
     Attributes:
-        features_a, logits_a, labels_a: (N, d), (N, C), (N,): the rows.
-        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates; the same tensors if they are the rows.
+        features_a, logits_a, labels_a: (N, d), (N, C), (N,): the samples.
+        features_b, logits_b, labels_b: (M, d), (M, C), (M,): the candidates; the same tensors if they are the samples.
         weight, bias: (C, d), (C,): the head that made the logits.
-        reference: (C, d + 1): the mean gradient of further rows.
-        lam: the weight of the row in a mixture.
+        reference: (C, d + 1): the mean gradient of further samples.
+        lam: the weight of the sample in a mixture.
     """
 
     features_a: Tensor
@@ -94,16 +94,16 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """How many there are."""
+        """Number of pairs."""
         return len(self.labels_a) * len(self.labels_b)
 
     @property
     def own_rows(self) -> bool:
-        """Whether the candidates are the rows themselves."""
+        """Whether the candidates are the samples themselves."""
         return self.features_a is self.features_b
 
     def first(self, n: int, m: int) -> Problem:
-        """The same with the first n rows and the first m candidates only, which may then share no tensors."""
+        """The same with the first n samples and the first m candidates only, which may then share no tensors."""
         if self.own_rows and n == m == len(self.labels_a):
             return self
         return replace(
@@ -135,7 +135,7 @@ def as_float32(problem: Problem) -> Problem:
 
 
 def _share(problem: Problem, own_rows: bool) -> Problem:
-    """The same with the rows for candidates, if they are to be their own."""
+    """The same with the samples for candidates, if they are to be their own."""
     if not own_rows:
         return problem
     p = problem
@@ -143,11 +143,11 @@ def _share(problem: Problem, own_rows: bool) -> Problem:
 
 
 def make_problem(sizes: Sizes, seed: int) -> Problem:
-    """Rows as a network in training has them, on the CPU; equal for equal seeds.
+    """Samples as a network in training has them, on the CPU; equal for equal seeds.
 
-    The features are what a ReLU lets through of noise and a share of the class's own direction, which differs from row
-    to row; the head's rows are these directions. The logits are scaled so that the median row gives its favourite class
-    a probability of 0.6, which leaves some rows almost certain and some undecided.
+    The features are the ReLU of noise plus a share of the class's own direction, a share that differs from sample to
+    sample; the rows of the head's weight are these directions. The logits are scaled so that the median of the samples'
+    largest probabilities is 0.6, which leaves some samples almost certain and some undecided.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(sizes.classes, sizes.features, generator=generator)
@@ -209,7 +209,7 @@ def truth(problem: Problem, through_head: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _mix(a: Tensor, b: Tensor, lam: float) -> Tensor:
-    """(N, M, ...): all mixtures of rows."""
+    """(N, M, ...): all mixtures of samples."""
     return lam * a[:, None] + (1.0 - lam) * b
 
 
@@ -220,7 +220,7 @@ def label_vectors(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def mixed_pairs(p: Problem, pairs: Tensor, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed features (K, d) and label vectors (K, C) of the pairs numbered ``pairs`` (K,), row by row."""
+    """Mixed features (K, d) and label vectors (K, C) of the pairs numbered ``pairs`` (K,), sample by sample."""
     i, j = pairs // len(y_b), pairs % len(y_b)
     mu = 1.0 - p.lam
     return p.lam * p.features_a[i] + mu * p.features_b[j], p.lam * y_a[i] + mu * y_b[j]

@@ -1,4 +1,4 @@
-"""The ways to align all pairs of mixed rows: the package's, plain torch's, and what one would use otherwise.
+"""The ways to align all pairs of mixed samples: the package's, plain torch's, and what one would use otherwise.
 
 Each takes a :class:`_selection_problem.Problem` and gives inner products and, but for a few, cosines of all its pairs.
 """
@@ -33,8 +33,8 @@ class Rival:
         label: its name in the tables.
         run: from a problem to (inner, cosine), both (N, M).
         through_head: it runs the head on mixed features, and never sees the logits.
-        sample: None, or the (rows, candidates) whose pairs are timed and taken for all.
-        chunk: None, or the pairs or rows it takes at a time.
+        sample: None, or the (samples, candidates) whose pairs are timed and taken for all.
+        chunk: None, or the pairs or samples it takes at a time.
         precision: of its products, one of :data:`_rates.PRECISIONS`.
         has_cosine: whether it gives cosines as well.
         in_torch: whether its memory is torch's, which counts it.
@@ -188,7 +188,7 @@ def feature_norms(p: Problem) -> Tensor:
 
 
 def by_gradient_row_loop(problem: Problem) -> Alignments:
-    """Row by row, G^T r multiplied by the mixed features: nothing is shared between rows."""
+    """Sample by sample, G^T r multiplied by the mixed features: nothing is shared between samples."""
     p = as_float32(problem)
     lam, mu = p.lam, 1.0 - p.lam
     y_a, y_b = label_vectors(p)
@@ -204,7 +204,7 @@ def by_gradient_row_loop(problem: Problem) -> Alignments:
 
 
 def by_row_loop(problem: Problem) -> Alignments:
-    """Row by row, as one writes it once it is seen that [h; 1] G^T need be had only once for every row."""
+    """Sample by sample, as one writes it once it is seen that [h; 1] G^T need be had only once for every sample."""
     p = as_float32(problem)
     lam, mu = p.lam, 1.0 - p.lam
     u_a, u_b = projections(p)
@@ -219,7 +219,7 @@ def by_row_loop(problem: Problem) -> Alignments:
 
 
 def by_tuned_row_loop(problem: Problem) -> Alignments:
-    """The row loop with as few passes over memory as plain torch allows; the features' norms from a Gram product."""
+    """The per-sample loop with as few passes over memory as plain torch allows; the norms from a Gram product."""
     p = as_float32(problem)
     lam, mu = p.lam, 1.0 - p.lam
     u_a, u_b = projections(p)
@@ -237,7 +237,7 @@ def by_tuned_row_loop(problem: Problem) -> Alignments:
 
 
 def by_broadcast(problem: Problem, rows: int) -> Alignments:
-    """The tuned row loop for several rows at a time, by broadcasting to (rows, M, C)."""
+    """The tuned per-sample loop for several samples at a time, by broadcasting to (samples, M, C)."""
     p = as_float32(problem)
     lam, mu = p.lam, 1.0 - p.lam
     u_a, u_b = projections(p)
@@ -255,7 +255,7 @@ def by_broadcast(problem: Problem, rows: int) -> Alignments:
 
 
 def by_broadcast_at_once(problem: Problem) -> Alignments:
-    """:func:`by_broadcast` with every row at a time."""
+    """:func:`by_broadcast` with every sample at a time."""
     return by_broadcast(problem, len(problem.labels_a))
 
 
@@ -282,7 +282,7 @@ def by_embeddings(problem: Problem, chunk: int) -> Alignments:
 
 
 def by_embeddings_at_once(problem: Problem) -> Alignments:
-    """:func:`by_embeddings` with every pair at a time, as these libraries keep the embeddings of all their rows."""
+    """:func:`by_embeddings` with every pair at a time, as these libraries keep the embeddings of all their samples."""
     return by_embeddings(problem, problem.pairs)
 
 
@@ -342,7 +342,7 @@ def by_jvp(problem: Problem, chunk: int) -> Alignments:
 
 @dataclass(frozen=True)
 class _Losses:
-    """Cross-entropy of each row of features (K, d) with label vectors (K, C), as a function of the head."""
+    """Cross-entropy of each sample of features (K, d) with label vectors (K, C), as a function of the head."""
 
     h: Tensor
     y: Tensor
@@ -388,9 +388,9 @@ def make_field(
         *ours,
         Rival("plain_torch", "factorised, plain torch", by_plain_torch),
         *([Rival("plain_numpy", "factorised, numpy", by_plain_numpy, in_torch=False)] if device.type == "cpu" else []),
-        Rival("row_loop", "row loop", by_row_loop),
-        Rival("row_loop_tuned", "row loop, tuned", by_tuned_row_loop),
-        Rival("row_loop_gradients", "row loop, from gradients", by_gradient_row_loop, sample=(min(n, 4), m)),
+        Rival("row_loop", "per-sample loop", by_row_loop),
+        Rival("row_loop_tuned", "per-sample loop, tuned", by_tuned_row_loop),
+        Rival("row_loop_gradients", "per-sample loop, from gradients", by_gradient_row_loop, sample=(min(n, 4), m)),
     ]
     # Tensors of a size that stays in reach of the caches are quicker on a CPU; a GPU wants large ones.
     most = room(device)
@@ -399,10 +399,10 @@ def make_field(
     rows = _within((2, 8, 32, 128, 512), n, chunk_bytes // (m * classes * 4))
     best, searched["broadcast"] = _best(by_broadcast, {k: p for k in rows}, device)
     if best is None:
-        out_of_memory.append(OutOfMemory("broadcast", "broadcast, some rows at a time", None, most))
+        out_of_memory.append(OutOfMemory("broadcast", "broadcast, some samples at a time", None, most))
     else:
         bound = Bound(by_broadcast, best)
-        rivals.append(Rival("broadcast", f"broadcast, {best} rows at a time", bound, chunk=best))
+        rivals.append(Rival("broadcast", f"broadcast, {best} samples at a time", bound, chunk=best))
 
     gradient = 4 * classes * width
     forward = 4 * 6 * classes + 4 * 2 * width  # features, logits and what a pass keeps of them
@@ -441,7 +441,7 @@ def make_field(
 
     at_once = {
         # The mixed logits and the residual.
-        "broadcast_at_once": ("broadcast, all rows at once", by_broadcast_at_once, 2 * 4 * n * m * classes),
+        "broadcast_at_once": ("broadcast, all samples at once", by_broadcast_at_once, 2 * 4 * n * m * classes),
         "embeddings_at_once": ("last-layer formula, all pairs at once", by_embeddings_at_once, n * m * gradient),
     }
     for name, (label, run, needed) in at_once.items():
@@ -530,7 +530,7 @@ def _within(chunks: Sequence[int], most: int, fitting: int) -> list[int]:
 
 
 def block(pairs: int, n: int, m: int) -> tuple[int, int]:
-    """Rows and candidates, about as many of each, with so many pairs or all there are."""
+    """Samples and candidates, about as many of each, with so many pairs or all there are."""
     side = min(n, max(math.isqrt(pairs - 1) + 1, -(-pairs // m)))
     return side, min(m, -(-pairs // side))
 

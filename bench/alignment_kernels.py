@@ -211,7 +211,7 @@ def _inner_and_cosine(inputs: Tensors, results: Tensors) -> Tensors:
 
 
 def mixed_alignment_task(n: int, classes: int, width: int, device: torch.device) -> Task:
-    """All pairs of n rows with each other."""
+    """All pairs of n samples with each other."""
     sizes = Sizes(n, n, classes, width, own_rows=True)
     make = partial(_rows, sizes)
 
@@ -253,21 +253,21 @@ def mixed_alignment_task(n: int, classes: int, width: int, device: torch.device)
 
 
 def class_table_task(classes: int, group: int, width: int, device: torch.device) -> Task:
-    """Sums over the pairs of rows of all pairs of classes, ``group`` rows each, at several mixing weights."""
+    """Sums over the pairs of samples of all pairs of classes, ``group`` samples each, at several mixing weights."""
     slots = classes * group
     lams = torch.tensor(beta_quadrature(1.0, NODES)[0], dtype=torch.float64)
     sizes = Sizes(slots, slots, classes, width, own_rows=True)
 
     def make(seed: int) -> Tensors:
         h, z, y, reference, _ = _rows(sizes, seed)
-        order = torch.argsort(y, stable=True)  # the groups are of rows alike, as a table has them
+        order = torch.argsort(y, stable=True)  # the groups are of samples alike, as a table has them
         return h[order], z[order], y[order], reference, lams
 
     def summed(results: Sequence[Tensor]) -> Tensors:
         sums = []
         for pairs in results:
             pairs = pairs.clone() if group == 1 else pairs
-            pairs.diagonal(dim1=1, dim2=2).zero_()  # a row is not mixed with itself
+            pairs.diagonal(dim1=1, dim2=2).zero_()  # a sample is not mixed with itself
             sums.append(pairs.view(len(pairs), classes, group, classes, group).sum((2, 4)))
         return tuple(sums)
 
@@ -294,7 +294,7 @@ def class_table_task(classes: int, group: int, width: int, device: torch.device)
 
         ways += [Way(f"triton_{p}", f"U, then one kernel, {p}", partial(by_kernel, precision=p), p) for p in PRECISIONS]
     flops = 2 * slots * classes * (width + 1) + 2 * slots * slots * width + len(lams) * 8 * slots * slots * classes
-    named = {"classes": classes, "rows a class": group, "weights": len(lams), "d": width}
+    named = {"classes": classes, "samples a class": group, "weights": len(lams), "d": width}
     refused = {} if reason is None else {"triton": reason}
     return Task("class_pair_sums", named, flops, make, ways, by_torch, refused, signed=True)
 
@@ -389,7 +389,7 @@ def gradient_task(rows: int, classes: int, width: int, device: torch.device) -> 
 
 
 def draw_task(rows: int, partners: int, policy: str, device: torch.device) -> Task:
-    """A partner for each row; no products, results equal to the last bit."""
+    """A partner for each sample; no products, results equal to the last bit."""
     own_rows = rows == partners
 
     def make(seed: int) -> Tensors:

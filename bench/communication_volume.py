@@ -1,4 +1,4 @@
-"""Works out what several processes tell one another in a step with selection, in bytes, and what each computes.
+"""Computes the bytes that several processes exchange in a step with selection, and the operations of each.
 
 Nothing is measured here: it is arithmetic from the sizes of network, batch and data, as Markdown tables, which
 docs/scaling.md shows.
@@ -20,15 +20,15 @@ MACHINE = 8
 """GPUs of a machine; more processes talk over InfiniBand."""
 
 IMAGE = 3 * 224 * 224
-"""Values of an input row."""
+"""Values of an input sample."""
 
 TABLE_ROWS, CLASS_SAMPLES = 2048, 32
-"""Rows behind a class table at the most, and of each class."""
+"""Samples behind a class table at the most, and of each class."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network: parameters theta, features d before its head, and operations of one row's forward pass."""
+    """A network: parameters theta, features d before its head, and operations of one sample's forward pass."""
 
     name: str
     parameters: int
@@ -44,7 +44,7 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A run: W processes, N rows of a step over all of them, C classes and K rows of the buffer."""
+    """A run: W processes, N samples of a step over all of them, C classes and K samples of the buffer."""
 
     network: Network
     processes: int
@@ -64,7 +64,7 @@ class Setting:
         return 2 * (self.processes - 1) / self.processes * FLOAT * values
 
     def all_gathered(self, size: float) -> float:
-        """Bytes that a process sends (and receives) until everybody has all ``size`` bytes: (W - 1) / W of them."""
+        """Bytes that a process sends (and receives) until all have all ``size`` bytes: (W - 1) / W of them."""
         return (self.processes - 1) / self.processes * size
 
     @property
@@ -74,17 +74,17 @@ class Setting:
 
     @property
     def outputs(self) -> float:
-        """Features and logits of all rows: N (d + C) values."""
+        """Features and logits of all samples: N (d + C) values."""
         return self.all_gathered(FLOAT * self.rows * (self.network.features + self.classes))
 
     @property
     def inputs(self) -> float:
-        """Inputs of all rows to everybody: N Q bytes."""
+        """Inputs of all samples to all processes: N Q bytes."""
         return self.all_gathered(FLOAT * self.rows * IMAGE)
 
     @property
     def partners(self) -> float:
-        """One partner's input for each of a process's N / W rows, from wherever it lies."""
+        """One partner's input for each of a process's N / W samples, from wherever it lies."""
         return self.all_gathered(FLOAT * self.rows / self.processes * IMAGE)
 
     @property
@@ -94,7 +94,7 @@ class Setting:
 
     @property
     def table(self) -> float:
-        """Features and logits of the rows behind a class table, once a refresh: R (d + C) values."""
+        """Features and logits of the samples behind a class table, once a refresh: R (d + C) values."""
         rows = self.classes * max(1, min(CLASS_SAMPLES, TABLE_ROWS // self.classes))
         return self.all_gathered(FLOAT * rows * (self.network.features + self.classes))
 
@@ -102,22 +102,22 @@ class Setting:
 
     @property
     def step_flops(self) -> float:
-        """Forward and backward pass of a process's mixed rows, the backward one counted twice."""
+        """Forward and backward pass of a process's mixed samples, the backward one counted twice."""
         return 3 * self.network.forward_flops * self.rows / self.processes
 
     @property
     def selection_flops(self) -> float:
-        """All pairs of the N rows, on every process: 8 N N C + 2 N C (d + 1) + 2 N N d."""
+        """All pairs of the N samples, on every process: 8 N N C + 2 N C (d + 1) + 2 N N d."""
         return _aligned(self.rows, self.rows, self)
 
     @property
     def own_selection_flops(self) -> float:
-        """The pairs of a process's N / W rows with all N: what its own decisions need."""
+        """The pairs of a process's N / W samples with all N: what its own decisions need."""
         return _aligned(self.rows / self.processes, self.rows, self)
 
     @property
     def local_selection_flops(self) -> float:
-        """The pairs of a process's N / W rows with one another."""
+        """The pairs of a process's N / W samples with one another."""
         return _aligned(self.rows / self.processes, self.rows / self.processes, self)
 
     @property
@@ -133,11 +133,11 @@ def _aligned(rows: float, candidates: float, setting: Setting) -> float:
 
 
 BATCH = 512
-"""256 new and 256 replayed rows."""
+"""256 new and 256 replayed samples."""
 
 SPLIT = (2, 8, 64)
 GROWN = (2, 8, 64, 1024)
-"""Processes that share one batch of 512 rows, and that have 512 rows each; 1024 cannot share 512 rows."""
+"""Processes that share one batch of 512 samples, and that have 512 samples each; 1024 cannot share 512 samples."""
 
 
 def settings(network: Network) -> list[Setting]:
@@ -175,8 +175,17 @@ def show_share(part: float, whole: float) -> str:
 
 
 def bytes_table(network: Network) -> str:
-    """What a process sends, by exchange."""
-    heads = ["processes", "rows, all", "gradients", "outputs", "all inputs", "partners' inputs", "reference", "table"]
+    """Bytes that a process sends, by exchange."""
+    heads = [
+        "processes",
+        "samples, all",
+        "gradients",
+        "outputs",
+        "all inputs",
+        "partners' inputs",
+        "reference",
+        "table",
+    ]
     lines = [
         [
             str(s.processes),
@@ -189,8 +198,8 @@ def bytes_table(network: Network) -> str:
 
 
 def seconds_table(network: Network) -> str:
-    """How long these bytes take at the link's bandwidth."""
-    heads = ["processes", "rows, all", "link", "gradients", "outputs", "all inputs", "partners' inputs", "reference"]
+    """Time of these bytes at the link's bandwidth."""
+    heads = ["processes", "samples, all", "link", "gradients", "outputs", "all inputs", "partners' inputs", "reference"]
     lines = []
     for s in settings(network):
         sent = (s.gradients, s.outputs, s.inputs, s.partners, s.reference)
@@ -200,14 +209,14 @@ def seconds_table(network: Network) -> str:
 
 
 def flops_table(network: Network) -> str:
-    """What a process computes, selection and refresh as shares of its forward and backward pass."""
+    """Operations of a process, selection and refresh as shares of its forward and backward pass."""
     heads = [
         "processes",
-        "rows, all",
+        "samples, all",
         "forward and backward",
         "all pairs on every process",
-        "own rows with all",
-        "own rows only",
+        "own samples with all",
+        "own samples only",
         "refresh",
         "one (N, N) matrix",
     ]

@@ -1,4 +1,4 @@
-"""Times how a step's cost grows with classes, rows, buffer and width, and compares it with the formulas of the work.
+"""Times how a step's cost grows with classes, samples, buffer and width, and compares it with the formulas of the work.
 
 Two layers: selection alone, from features and logits that are given; and a whole training step with and without
 selection, in turn, in one process. See bench/README.md for the rules.
@@ -51,21 +51,22 @@ from training_step import Case, Loop
 import gradmix
 from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES
 from gradmix.estimators import Network, resolve
+from gradmix.labelled_samples import HeadSamples
 from gradmix.mixer import GradMix
+from gradmix.mixtures import Mixtures
 from gradmix.model.head import HeadOutput
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.pairs import Pairs
-from gradmix.samples import HeadSamples, Mixtures
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""
 
 CLASS_SAMPLES = 32
-"""Rows of each class behind a class table, fewer where there are many classes."""
+"""Samples of each class behind a class table, fewer where there are many classes."""
 
 CHUNK = 256
-"""Rows of the buffer whose gradient is added at a time."""
+"""Samples of the buffer whose gradient is added at a time."""
 
 LEAST = 5
 """Rounds made in any case."""
@@ -73,12 +74,12 @@ LEAST = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: a base point and the values of every axis; along an axis the other sizes are the base's.
+    """The points to measure: a base point and the values of every axis; along an axis the other sizes are the base's.
 
     Attributes:
-        sizes: of the selection alone; its rows are their own candidates.
-        case: of the training step, half of whose rows are replayed.
-        alone: by axis of the first layer, its values: ``classes``, ``rows``, ``features``, ``buffer`` (rows whose
+        sizes: of the selection alone; its samples are their own candidates.
+        case: of the training step, half of whose samples are replayed.
+        alone: by axis of the first layer, its values: ``classes``, ``rows``, ``features``, ``buffer`` (samples whose
             gradient is the reference) and ``table`` (classes of a class table).
         step: by axis of the second layer, its values: ``classes``, ``rows`` and ``buffer``.
     """
@@ -134,22 +135,22 @@ class Work:
 
 
 def selection_work(sizes: Sizes) -> Work:
-    """Of the alignment of all pairs: 8 N M C, the projections 2 N C (d + 1) and the Gram product 2 N M d."""
+    """The work of the alignment of all pairs: 8 N M C, the projections 2 N C (d + 1) and the Gram product 2 N M d."""
     return Work(sizes.flops, 8 * sizes.n * sizes.m * sizes.classes)
 
 
 def reference_work(sizes: Sizes, rows: int) -> Work:
-    """Of the last-layer gradient of ``rows`` rows whose outputs are given: 2 K C (d + 1)."""
+    """The work of the last-layer gradient of K = ``rows`` samples whose outputs are given: 2 K C (d + 1)."""
     return Work(2 * rows * sizes.classes * (sizes.features + 1), 0)
 
 
 def table_rows(classes: int) -> int:
-    """Rows behind a class table of so many classes."""
+    """Samples behind a class table of so many classes."""
     return classes * max(1, min(CLASS_SAMPLES, TABLE_SAMPLES // classes))
 
 
 def table_work(sizes: Sizes, classes: int) -> Work:
-    """Of a class table: the alignment of all pairs of its R rows at each of its L weights, R = :func:`table_rows`."""
+    """The work of a class table: alignment of all pairs of its R = :func:`table_rows` samples at each of L weights."""
     rows = table_rows(classes)
     one = selection_work(replace(sizes, n=rows, m=rows))
     # Projections and the Gram product do not depend on the weight.
@@ -176,7 +177,7 @@ def exponent(points: Sequence[dict[str, Any]], samples: Sequence[Sequence[float]
     """Growth over the last decade of an axis, measured and by formula; None with fewer than two points there.
 
     Args:
-        points: with ``value``, and maybe ``flops`` and ``product_flops``.
+        points: with ``value``, and possibly ``flops`` and ``product_flops``.
         samples: seconds, one sequence a point; the k-th ones of all points make the k-th slope.
     """
     places = last_decade([point["value"] for point in points])
@@ -208,7 +209,7 @@ class _Point:
 
 
 def _selecting(problem: Problem, seed: int) -> Call:
-    """The whole selection for given outputs: alignment, decisions, one drawn partner a row."""
+    """The whole selection for given outputs: alignment, decisions, one drawn partner a sample."""
     classes, features = problem.weight.shape
     head = nn.Linear(features, classes, device="meta")
     head.weight, head.bias = nn.Parameter(problem.weight), nn.Parameter(problem.bias)
@@ -239,7 +240,7 @@ def _aligning(problem: Problem) -> Call:
 
 
 def _summing(problem: Problem, rows: int) -> Call:
-    """The reference gradient of the first ``rows`` rows from their outputs, a chunk at a time."""
+    """The reference gradient of the first ``rows`` samples from their outputs, a chunk at a time."""
     parts = [v[:rows].split(CHUNK) for v in (problem.features_a, problem.logits_a, problem.labels_a)]
 
     def add_up() -> Tensor:
@@ -253,7 +254,7 @@ def _summing(problem: Problem, rows: int) -> Call:
 
 
 def _tabulating(problem: Problem, classes: int) -> Call:
-    """The class table of so many classes, from rows whose labels go round."""
+    """The class table of so many classes, from samples whose labels go round."""
     rows = table_rows(classes)
     labels = torch.arange(rows, device=problem.labels_a.device) % classes
     given = HeadSamples(None, labels, problem.features_a[:rows], problem.logits_a[:rows])
@@ -322,19 +323,19 @@ class Way:
 WAYS = (
     Way("plain", "plain Mixup"),
     Way("kept", "selection, reference kept"),
-    Way("replayed", "selection, reference of the step's replayed rows"),
+    Way("replayed", "selection, reference of the step's replayed samples"),
     Way("each", "selection, the buffer read in every step"),
 )
 
 
 class ReplayedReference:
-    """Selects as GradMix does, with the mean gradient of the step's own replayed rows for reference."""
+    """Selects as GradMix does, with the mean gradient of the step's own replayed samples for reference."""
 
     def __init__(self, loop: Loop, seed: int) -> None:
         self._loop, self._generator = loop, torch.Generator().manual_seed(seed)
 
     def select(self, x: Tensor, y: Tensor, *, outputs: HeadOutput) -> Pairs:
-        """The pairs; the rows behind the first ``batch`` ones are those replayed."""
+        """The pairs; the samples behind the first ``batch`` ones are those replayed."""
         loop = self._loop
         return gradmix.select_pairs(
             loop.model,
@@ -348,14 +349,14 @@ class ReplayedReference:
 
 
 def make_loop(case: Case, device: torch.device, seed: int) -> Loop:
-    """The step's network and rows, with as many rows in the buffer as told, whether or not they show every class."""
+    """The step's network and samples, with a buffer of the given size, whether or not it contains every class."""
     loop = Loop(case, device, seed)
     loop.buffer = loop.buffer[0][: case.buffer], loop.buffer[1][: case.buffer]
     return loop
 
 
 def steps_of(loop: Loop, seed: int) -> dict[str, Callable[[], object]]:
-    """The step in all :data:`WAYS`, trained on the rows themselves too, whose outputs the selection is given."""
+    """The step in all :data:`WAYS`, trained on the samples themselves too, whose outputs the selection is given."""
 
     def mixup(refresh: Any) -> GradMix:
         generator = torch.Generator().manual_seed(seed)
@@ -469,9 +470,14 @@ def show_exponent(found: dict[str, Any] | None) -> str:
     return f"{text}; by formula: {', '.join(told)}" if told else text
 
 
+def show_axis(axis: str) -> str:
+    """Return the heading of an axis, whose name in the result file may be a former one."""
+    return "samples" if axis == "rows" else axis
+
+
 def alone_table(curve: Mapping[str, Any], axis: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of one curve of the first layer."""
-    heads = [axis, "median", "20 to 80 %", "operations", "rate", "peak memory"]
+    heads = [show_axis(axis), "median", "20 to 80 %", "operations", "rate", "peak memory"]
     return heads, [
         [
             f"{point['value']:,}",
@@ -487,9 +493,14 @@ def alone_table(curve: Mapping[str, Any], axis: str) -> tuple[list[str], list[li
 
 def step_table(axis: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of one axis of the second layer."""
-    shown = {"replayed": "of replayed rows", "kept": "kept", "interval": f"every {INTERVAL} steps", "each": "each step"}
+    shown = {
+        "replayed": "of replayed samples",
+        "kept": "kept",
+        "interval": f"every {INTERVAL} steps",
+        "each": "each step",
+    }
     heads = [
-        axis["axis"],
+        show_axis(axis["axis"]),
         "plain Mixup",
         *(f"reference {label}" for label in shown.values()),
         "peak memory",
@@ -522,11 +533,11 @@ def show_factor(ratio: Mapping[str, float]) -> str:
 TITLES = {
     ("classes", "alignment"): "Alignment of all pairs over the classes C",
     ("classes", "selection"): "Whole selection over the classes C",
-    ("rows", "alignment"): "Alignment of all pairs over the rows N",
-    ("rows", "selection"): "Whole selection over the rows N",
+    ("rows", "alignment"): "Alignment of all pairs over the samples N",
+    ("rows", "selection"): "Whole selection over the samples N",
     ("features", "alignment"): "Alignment of all pairs over the features' width d",
     ("features", "selection"): "Whole selection over the features' width d",
-    ("buffer", "reference"): "Reference gradient over the buffer's rows K, outputs given",
+    ("buffer", "reference"): "Reference gradient over the buffer's samples K, outputs given",
     ("table", "table"): "Class table over its classes P",
 }
 
@@ -550,7 +561,7 @@ def print_report(result: dict[str, Any]) -> None:
     if result["step"]:
         print(
             f"  a step with selection over one without, of the same round; else {case.network}, {case.batch} new + "
-            f"{case.replay} replayed rows, buffer {case.buffer}, C = {case.classes}, {case.dtype}\n"
+            f"{case.replay} replayed samples, buffer {case.buffer}, C = {case.classes}, {case.dtype}\n"
         )
 
 

@@ -1,9 +1,9 @@
 """Times the class sketches of a batch against one forward and backward pass, and against other ways to have them.
 
-Every row works on the same weights and rows, BatchNorm in evaluation mode, cross-entropy summed. Most rows of the table
-end with the same result: for each class the sum of its samples' sketched gradients, L G R^T for every layer, by the
-same matrices L and R. The others give the samples' inner products with a direction, or are bounds. See bench/README.md
-for the rules.
+Every row works on the same weights and samples, BatchNorm in evaluation mode, cross-entropy summed. Most rows of the
+table end with the same result: for each class the sum of its samples' sketched gradients, L G R^T for every layer, by
+the same matrices L and R. The others give the samples' inner products with a direction, or are bounds. See
+bench/README.md for the rules.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.sketch_project import OPERATOR as SKETCH_PROJECT
 
 OPERATORS = (SKETCH_PROJECT, CLASS_SKETCH)
-"""What the package's backends differ in."""
+"""The operators whose backends are compared."""
 
 BASELINE = "forward_backward"
 """The row that the others' times are divided by."""
@@ -74,7 +74,7 @@ TRAK_COLUMNS = 8
 """Columns that TRAK's projector makes at a time; two blocks of them are timed."""
 
 ONE_CALL = 2.5
-"""Seconds: a way whose call takes longer is timed on some of the rows, if it has no gain from having all."""
+"""Seconds: a way whose call takes longer is timed on some of the samples, if it has no gain from having all."""
 
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -82,13 +82,13 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """The measured case.
 
     Attributes:
         network: a name in ``_networks.NETWORKS``.
-        norm: what a ResNet normalises by.
-        batch: N, rows.
-        classes: P, classes among these rows.
+        norm: the normalisation of a ResNet.
+        batch: N, samples.
+        classes: P, classes among these samples.
         rank: k, rows of the sketch's matrices on either side.
         dtype: ``"float32"``, or ``"bfloat16"`` for a forward pass under autocast.
     """
@@ -114,14 +114,14 @@ QUICK = Case("resnet-tiny", batch=8, classes=3, rank=4)
 
 @dataclass(frozen=True)
 class Problem:
-    """One network and its rows, on one device.
+    """One network and its samples, on one device.
 
     Attributes:
         model: in evaluation mode, float32.
         frozen: the same, no parameter of which asks for a gradient.
-        x, y: (N, 3, H, W) and (N,): rows, and labels of which each in [0, P) occurs.
+        x, y: (N, 3, H, W) and (N,): samples, and labels of which each in [0, P) occurs.
         classes: P.
-        direction: by parameter, the gradient of the mean loss of N further rows.
+        direction: by parameter, the gradient of the mean loss of N further samples.
         autocast: the dtype of the forward pass, or None for float32 throughout.
     """
 
@@ -135,7 +135,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the problem."""
         return self.x.device
 
     @contextlib.contextmanager
@@ -145,12 +145,12 @@ class Problem:
             yield
 
     def loss(self, model: nn.Module, rows: int | None = None) -> Tensor:
-        """Summed cross-entropy of the first rows, or of all."""
+        """Summed cross-entropy of the first samples, or of all."""
         return F.cross_entropy(model(self.x[:rows]), self.y[:rows], reduction="sum")
 
 
 def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
-    """Rows of noise, each with its class's pattern in it; equal for equal seeds."""
+    """Samples of noise, each with its class's pattern in it; equal for equal seeds."""
     model = make_network(case.network, case.norm, seed=seed).to(device)
     generator = torch.Generator().manual_seed(seed)
     side = NETWORKS[case.network].image
@@ -227,7 +227,7 @@ class Plan:
         rank: k.
         layers: all, or some of a network's.
         seconds: what making the matrices took.
-        calls: seconds of the package's first and second call with two rows.
+        calls: seconds of the package's first and second call with two samples.
     """
 
     rank: int
@@ -242,7 +242,7 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the layers."""
+        """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
 
     def only(self, names: Sequence[str]) -> Plan:
@@ -359,11 +359,11 @@ class Rival:
     Attributes:
         name: its key in the result file.
         label: its name in the tables.
-        run: all of it, on all rows; returns what ``gives`` says.
+        run: all of it, on all samples; returns what ``gives`` says.
         gives: ``"sketches"`` (:class:`Sketches` by the plan's matrices), ``"own sketches"`` (by its own), ``"inner"``
             ((N,), inner products with the direction), ``"block"`` (some columns only of (P, D)) or ``"nothing"``.
         plan: the layers served, and the matrices.
-        rows: rows timed.
+        rows: samples timed.
         layers: what they are, for the tables.
         group: of rounds in which it has its turn, one of :data:`GROUPS`.
         sample: None, or the part that is timed instead of ``run``.
@@ -389,16 +389,16 @@ class Rival:
 
     @property
     def timed(self) -> Callable[[], object]:
-        """What is timed."""
+        """The call that is timed."""
         return self.run if self.sample is None else self.sample
 
 
 GROUPS = ("batch", "samples", "columns")
-"""What works on the batch as a whole, what makes whole gradients of single samples, and what is slower still: each has
-rounds of its own, the baseline among them."""
+"""Groups of ways: on the whole batch, by whole gradients of single samples, and slower ones. Each has its own rounds,
+with the baseline among them."""
 
 Way = Callable[[int], object]
-"""From a number of rows, the first of the problem's, to a result."""
+"""From a number of samples, the first of the problem's, to a result."""
 
 
 def by_gradmix(problem: Problem, plan: Plan, layers: Any, seed: int, backend: str) -> Way:
@@ -481,7 +481,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _seen(module: nn.Module, layer: Layer, x: Tensor) -> Tensor:
-    """What the forward pass keeps of a module's input: its projection (N, T, columns), or what it normalises to."""
+    """Keep of a module's input, in the forward pass, its projection (N, T, columns) or the normalised input."""
     if isinstance(module, nn.BatchNorm2d):
         return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
@@ -519,7 +519,7 @@ def _sample_sketches(module: nn.Module, layer: Layer, seen: Tensor, d: Tensor) -
 
 
 def by_samples(problem: Problem, plan: Plan, gradients: SampleGradients, chunk: int) -> Way:
-    """Whole per-sample gradients of ``chunk`` rows at a time, sketched afterwards."""
+    """Whole per-sample gradients of ``chunk`` samples at a time, sketched afterwards."""
 
     def run(rows: int) -> Sketches:
         sums = problem.x.new_zeros(problem.classes, plan.width)
@@ -538,7 +538,7 @@ def by_samples(problem: Problem, plan: Plan, gradients: SampleGradients, chunk: 
 
 
 def vmap_gradients(model: nn.Module) -> SampleGradients:
-    """``torch.func``'s vmap(grad) of the loss of one row."""
+    """``torch.func``'s vmap(grad) of the loss of one sample."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -555,7 +555,7 @@ def vmap_gradients(model: nn.Module) -> SampleGradients:
 
 
 def loop_gradients(model: nn.Module) -> SampleGradients:
-    """``torch.autograd.grad``, row by row."""
+    """``torch.autograd.grad``, sample by sample."""
     named = dict(model.named_parameters())
 
     def gradients(x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -584,7 +584,7 @@ def by_own_sketches(problem: Problem, plan: Plan, sketches: Callable[[Tensor, Te
 def by_trak(
     problem: Problem, gradients: SampleGradients, project: Callable[[Tensor], Tensor], chunk: int
 ) -> tuple[Way, Way]:
-    """Two ways: class sums (P, columns) of one block of the projection, and the projection of a few rows' gradients."""
+    """Two ways: class sums (P, columns) of one block of the projection, and a few samples' projected gradients."""
 
     def flat(part: slice) -> Tensor:
         with problem.precision():
@@ -608,7 +608,7 @@ def by_trak(
 
 
 def by_jvp(problem: Problem) -> Way:
-    """``torch.func.jvp`` of all rows' losses along the direction."""
+    """``torch.func.jvp`` of all samples' losses along the direction."""
     parameters = {name: p.detach() for name, p in problem.model.named_parameters()}
 
     def run(rows: int) -> Tensor:
@@ -705,7 +705,7 @@ class Rivals:
         )
 
     def add_bounds(self) -> None:
-        """What every network has to do."""
+        """Add the passes that every network needs."""
         p = self.problem
         self.add(BASELINE, "forward + backward", lambda: by_forward_backward(p), "nothing")
         self.add("input_gradients", "forward + input gradients", lambda: by_input_gradients(p), "nothing")
@@ -742,7 +742,7 @@ class Rivals:
         self.add("hooks", f"plain torch hooks, k = {self.rank}", lambda: by_hooks(p, self.plan), "sketches")
         self.add("jvp", "torch.func.jvp", lambda: tried(by_jvp(p), 2), "inner")
         self.add_samples("vmap_grad", "vmap(grad)", lambda: tried(vmap_gradients(p.model), p.x[:2], p.y[:2]))
-        self.add_samples("row_loop", "autograd.grad, row by row", lambda: loop_gradients(p.model), chunk=1)
+        self.add_samples("row_loop", "autograd.grad, sample by sample", lambda: loop_gradients(p.model), chunk=1)
 
     def add_peers(self) -> None:
         """The peers that are installed."""
@@ -809,7 +809,7 @@ class Rivals:
         self.rivals.append(
             Rival(
                 name,
-                f"{label}, {chunk} rows at a time" if chunk > 1 else label,
+                f"{label}, {chunk} samples at a time" if chunk > 1 else label,
                 lambda: run(self.rows),
                 "sketches",
                 self.plan,
@@ -856,7 +856,7 @@ class Rivals:
         )
 
     def _fitting(self) -> int:
-        """Rows whose gradients, and as much again twice, take no more than a third of the memory that is left."""
+        """Samples whose gradients, and as much again twice, take no more than a third of the memory that is left."""
         numel = sum(parameter.numel() for parameter in self.problem.model.parameters())
         return max(1, min(self.rows, free_memory(self.problem.device) // 3 // (3 * 4 * numel)))
 
@@ -872,7 +872,7 @@ class Rivals:
                 chunk = -(-chunk // 2)
 
     def _best_chunk(self, name: str, gradients: SampleGradients, fitting: int) -> int:
-        """The chunk with the least time a row; the search ends where it gets slower, or memory runs out."""
+        """The chunk with the least time a sample; the search ends where it gets slower, or memory runs out."""
         times: dict[int, float] = {}
         chunk = 1
         while True:
@@ -900,14 +900,14 @@ Error = dict[str, "dict[str, float] | None"]
 
 
 def errors(rival: Rival, truth: Truth) -> Error:
-    """How far a rival is from the loop in float64.
+    """The errors of a rival against the loop in float64.
 
     Returns:
         What can be had of it, the rest None. ``sketch``: by class and layer, the norm of the difference of its class
         sums from L G R^T of the true sums, relative to the norm of these. ``squares``: by class and layer, the relative
         error of the sum of squared norms. ``cosine``: by pair of classes, what the cosine of its sketches is off that
         of the true gradients of the same layers, the sketch's own error included; ``rms`` is the root mean square.
-        ``inner``: by row, the error of the inner product, relative to the largest.
+        ``inner``: by sample, the error of the inner product, relative to the largest.
     """
     found: Error = dict.fromkeys(("sketch", "squares", "cosine", "inner"))
     if rival.gives == "nothing":
@@ -961,7 +961,7 @@ def measure(
     case: Case, device: torch.device, seed: int, repeats: int, warmups: int, seconds: float, peers: bool
 ) -> dict[str, Any]:
     """Times, memory and errors of every rival."""
-    say(f"{case.network}, {case.batch} rows")
+    say(f"{case.network}, {case.batch} samples")
     problem = make_problem(case, device, seed)
     ranks = (case.rank, 2 * case.rank)
     plans = {rank: make_plan(problem, rank, seed) for rank in ranks}
@@ -1095,7 +1095,7 @@ def print_report(result: Mapping[str, Any]) -> None:
         where += f", TF32 {'on' if result['arguments']['tf32'] else 'off'}"
     print(
         f"{case.network}{norm * case.network.startswith('resnet')}, {found['parameters']:,} parameters in "
-        f"{found['layers']} layers; N = {case.batch} rows of {side} x {side} in {min(case.classes, case.batch)} "
+        f"{found['layers']} layers; N = {case.batch} samples of {side} x {side} in {min(case.classes, case.batch)} "
         f"classes; k = {case.rank}; {where}\n"
     )
     timed = sorted({row["rows_timed"] for row in rows if row["extrapolated"] and row["gives"] != "block"})
@@ -1116,7 +1116,7 @@ def print_report(result: Mapping[str, Any]) -> None:
         ],
         [
             *(
-                [f"* extrapolated: from {' or '.join(map(str, timed))} of {case.batch} rows; memory of that sample"]
+                [f"* extrapolated: from {' or '.join(map(str, timed))} of {case.batch} samples; memory of that sample"]
                 if timed
                 else []
             ),
@@ -1128,7 +1128,7 @@ def print_report(result: Mapping[str, Any]) -> None:
             f"{rows[0]['samples']} rounds, {min(row['samples'] for row in rows)} for whole per-sample gradients; "
             "ratios are of samples of the same round",
             "first call: once, with what went before it (hooks, compilation, the peers' random matrices)",
-            f"two rows by the package: {new} with a network new to it, {known} with one that it knows",
+            f"two samples by the package: {new} with a network new to it, {known} with one that it knows",
             "the matrices of all layers take "
             + ", ".join(f"{show_time(v)} at k = {k}" for k, v in found["matrices_seconds"].items())
             + ": made in a sketch's first call, and before the timing",
@@ -1168,7 +1168,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", choices=list(NETWORKS), help="the network", default=argparse.SUPPRESS)
     parser.add_argument("--norm", choices=NORMS, help="what a ResNet normalises by", default=argparse.SUPPRESS)
     parser.add_argument("--batch", type=count, help="rows", default=argparse.SUPPRESS)
-    parser.add_argument("--classes", type=count, help="classes among the rows", default=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=count, help="classes among the samples", default=argparse.SUPPRESS)
     parser.add_argument("--rank", type=count, help="rows of the sketch's matrices", default=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype",
@@ -1186,7 +1186,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         quick_repeats=3,
         seconds=60.0,
         stop="stop the rounds then, though not before 5; less for slow ways",
-        seed="of weights, rows and sketch",
+        seed="of weights, samples and sketch",
     )
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["resnet18"]

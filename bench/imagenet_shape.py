@@ -1,7 +1,7 @@
 """Trains at ImageNet's shape on generated JPEGs, with and without selection in turn: images a second of each way.
 
 JPEGs are written in the layout of an image folder, and the package trains on them as it always does: tasks of new
-classes, a replay buffer, rows decoded by worker processes and augmented on the device. In the last task, blocks of
+classes, a replay buffer, samples decoded by worker processes and augmented on the device. In the last task, blocks of
 steps by several methods take turns on one network. See bench/README.md for the rules.
 """
 
@@ -56,8 +56,8 @@ class Way:
 
     Attributes:
         label: what it is called in the table.
-        method: key of :data:`gradmix.training.methods.METHODS`; None: rows are read and made ready, no more.
-        originals: whether the unmixed rows are trained on too, which takes two passes as large as the others' one.
+        method: key of :data:`gradmix.training.methods.METHODS`; None: samples are read and made ready, no more.
+        originals: whether the unmixed samples are trained on too, which takes two passes as large as the others' one.
     """
 
     label: str
@@ -85,7 +85,7 @@ PAIRS = {
     "selection-originals": ("selection-originals", "mixup-originals"),
     "mixup": ("mixup", "er"),
 }
-"""What is compared with what, block by block."""
+"""The comparisons, block by block."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Shape:
         classes, tasks: in all; every task brings as many.
         train: images of each class, all of which are trained on once.
         buffer: images kept of each class.
-        storage: where the buffer's rows lie: ``files``, to be read again, ``memory`` or ``disk``, decoded.
-        batch, replay: new and replayed rows of a step.
+        storage: where the buffer's samples lie: ``files``, to be read again, ``memory`` or ``disk``, decoded.
+        batch, replay: new and replayed samples of a step.
         amp: ``none`` or ``bf16``, as ``gradmix train --amp``.
         steps: steps of a block, whose seconds are one sample.
         rounds: blocks of each way, besides one to begin with, which is left out.
@@ -123,7 +123,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Rows of a step of the last task."""
+        """Samples of a step of the last task."""
         return self.batch + self.replay
 
 
@@ -163,9 +163,9 @@ class Block:
 
     Attributes:
         way: its way.
-        rows: rows trained on, new and replayed.
+        rows: samples trained on, new and replayed.
         seconds: in all.
-        data: of them, from asking for a step's rows to having them augmented; on a GPU by the device's own clock.
+        data: of them, from asking for a step's samples to having them augmented; on a GPU by the device's own clock.
         waiting: of them, in which the host waited for the worker processes; a GPU may be busy meanwhile.
         selecting: of them, choosing pairs, and the pass that this takes without the originals.
         peak_memory: as :func:`gradmix.training.loop.memory.peak_memory`, bytes.
@@ -211,7 +211,7 @@ class Course:
 
     @property
     def way(self) -> str:
-        """That of the next step."""
+        """The way of the next step."""
         return self._plan[self._segment].way
 
     def follow(self, context: Context) -> None:
@@ -220,7 +220,7 @@ class Course:
         self.parameters = sum(p.numel() for p in context.model.parameters())
 
     def trained(self, rows: int, loss: Tensor) -> None:
-        """Take note of a step's rows and of its loss."""
+        """Take note of a step's samples and of its loss."""
         self._rows, self._loss = self._rows + rows, loss
 
     def on_step(self, _progress: Progress) -> None:
@@ -258,7 +258,7 @@ class Course:
 
 
 class InTurn(Method):
-    """Makes every step as a course says, by the package's own methods, which share network, optimiser and rows."""
+    """Makes every step as a course says, by the package's own methods, which share network, optimiser and samples."""
 
     def __init__(self, context: Context, course: Course) -> None:
         super().__init__(context)
@@ -277,7 +277,7 @@ class InTurn(Method):
         return self._methods[self._course.way].losses(rows)
 
     def backward(self, rows: StepRows) -> Tensor:
-        """Leave the gradients of the course's way, and tell the course of the step."""
+        """Leave the gradients of the course's way, and inform the course of the step."""
         way = self._course.way
         # Without gradients the optimiser leaves the network as it is.
         loss = rows.weight.new_zeros(()) if way == READING else self._methods[way].backward(rows)
@@ -329,7 +329,7 @@ def readers_made() -> Iterator[list[BatchReader]]:
 
 
 def configuration(shape: Shape, root: Path, device: torch.device, workers: int) -> TrainConfig:
-    """What ``gradmix train`` would be told."""
+    """The configuration as ``gradmix train`` would get it."""
     return TrainConfig(
         data=DataConfig(
             benchmark="image-folder",
@@ -361,7 +361,7 @@ def configuration(shape: Shape, root: Path, device: torch.device, workers: int) 
 
 
 def with_long_end(stream: TaskStream, rows: int) -> TaskStream:
-    """The stream with so many training rows in its last task: its files over and over."""
+    """The stream with so many training samples in its last task: its files over and over."""
     last = stream.tasks[-1]
     places = torch.arange(rows) % len(last.train)
     return replace(stream, tasks=(*stream.tasks[:-1], replace(last, train=last.train.take(places))))
@@ -444,8 +444,8 @@ def print_report(result: dict[str, Any]) -> None:
     print(f"\n{machine_line(result['machine'])}\n")
     show_table(
         f"{shape.model} at {shape.image}, {shape.classes} classes in {shape.tasks} tasks, {shape.batch} new + "
-        f"{shape.replay} replayed rows, amp {shape.amp}, buffer in {shape.storage}",
-        ["", "images/s, p20", "p50", "p80", "rows' share", "waiting", "selection", "peak memory"],
+        f"{shape.replay} replayed samples, amp {shape.amp}, buffer in {shape.storage}",
+        ["", "images/s, p20", "p50", "p80", "samples' share", "waiting", "selection", "peak memory"],
         [[WAYS[way].label, *_cells(figures)] for way, figures in found["ways"].items()],
         [
             *(
@@ -488,15 +488,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "tasks": "that bring as many classes each",
         "train": "images of each class",
         "buffer": "images kept of each class",
-        "batch": "new rows of a step",
-        "replay": "replayed rows of a step",
+        "batch": "new samples of a step",
+        "replay": "replayed samples of a step",
         "steps": "of a block",
         "rounds": "blocks of each way",
     }
     for name, text in helps.items():
         parser.add_argument(f"--{name}", type=count, help=text, default=absent)
     storages = ["files", "memory", "disk"]
-    parser.add_argument("--storage", choices=storages, help="where the buffer's rows lie", default=absent)
+    parser.add_argument("--storage", choices=storages, help="where the buffer's samples lie", default=absent)
     parser.add_argument("--amp", choices=["none", "bf16"], help="of the passes", default=absent)
     parser.add_argument(
         "--workers", type=int, help=f"processes that decode (default: a core each but one, {MOST_WORKERS} at most)"

@@ -31,7 +31,7 @@ DECK: tuple[Kind, ...] = ("start", "step", "step", "write", "write")
 """Kinds of moments, dealt in random order, again and again: so each comes up in a short trial too."""
 
 LEFT_OUT = ("timing", "environment")
-"""Parts of metrics.json that tell when and where, not what was learnt; of the timing the steps are compared."""
+"""Parts of metrics.json about time and machine, not about what was learnt; of the timing the steps are compared."""
 
 PATIENCE = 600.0
 """Seconds without any sign of progress after which a process is given up."""
@@ -108,7 +108,7 @@ class Training:
             raise Failure(f"gradmix train ended with status {status}: {self.log.read_text(errors='replace').strip()}")
 
     def result(self) -> dict[str, Any]:
-        """What metrics.json says, but for times and machine."""
+        """The content of metrics.json without times and machine."""
         values: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
         return {"steps": values["timing"]["steps"]} | {k: v for k, v in values.items() if k not in LEFT_OUT}
 

@@ -1,6 +1,6 @@
 """Draws from a replay buffer in memory, on disk, and made ahead: `python bench/replay_buffer.py [--rows 20000]`.
 
-Rows of 3 x 224 x 224 bytes. Three tables: seconds of a draw alone; seconds of a step with a draw, next to the step
+Samples of 3 x 224 x 224 bytes. Three tables: seconds of a draw alone; seconds of a step with a draw, next to the step
 alone, where the draw made ahead must not be felt; and the most memory that a process of its own had resident while it
 filled a buffer and drew from it, beyond what it had before.
 """
@@ -38,7 +38,7 @@ from gradmix import ReplayBuffer
 SHAPE = (3, 224, 224)
 CLASSES = 1000
 AT_ONCE = 256
-"""Rows added at a time: how a buffer is filled must not be what its memory is."""
+"""Samples added at a time: how a buffer is filled must not be what its memory is."""
 
 MEMORY_DRAWS = 30
 """Draws of the process whose memory is watched."""
@@ -102,7 +102,7 @@ def rounds(calls: Mapping[str, Call], before: Mapping[str, Call], repeats: int) 
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory: now, and at the most so far; empty where the system does not tell."""
+    """Bytes of this process in memory: now, and at the most so far; empty if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -112,7 +112,7 @@ def resident() -> dict[str, int]:
 
 
 def watch_memory(options: argparse.Namespace) -> None:
-    """What the process of its own does: fill, draw, read everything once, and tell its memory."""
+    """Fill a buffer, draw, read everything once, and print the memory, in a process of its own."""
     filled(argparse.Namespace(rows=AT_ONCE, seed=options.seed), None).sample(options.draw)
     before = resident()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -128,7 +128,7 @@ def watch_memory(options: argparse.Namespace) -> None:
 
 
 def memory_of(options: argparse.Namespace, where: str) -> int | None:
-    """Most bytes resident of a process that holds and draws so many rows, beyond what it had before."""
+    """Most bytes resident of a process that holds and draws so many samples, beyond what it had before."""
     command = [sys.executable, __file__, "--watch", where, "--rows", str(options.rows), "--draw", str(options.draw)]
     command += ["--seed", str(options.seed), "--folder", str(options.folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -139,13 +139,13 @@ def memory_of(options: argparse.Namespace, where: str) -> int | None:
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     """The parsed arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=count, default=2000, help="rows held, 150 kB each (default: 2000)")
-    parser.add_argument("--draw", type=count, default=256, help="rows drawn at a time (default: 256)")
+    parser.add_argument("--rows", type=count, default=2000, help="samples held, 150 kB each (default: 2000)")
+    parser.add_argument("--draw", type=count, default=256, help="samples drawn at a time (default: 256)")
     parser.add_argument("--step", type=positive, default=0.2, help="seconds of a step (default: 0.2)")
     parser.add_argument("--repeats", type=count, default=30, help="rounds (default: 30)")
     parser.add_argument("--threads", type=count, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to use")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--watch", choices=["in memory", "on disk"], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     described = machine()
     print(machine_line(described))
     row_bytes = torch.Size(SHAPE).numel()
-    print(f"{options.rows} rows, {show_bytes(options.rows * row_bytes)}; {options.draw} rows a draw\n")
+    print(f"{options.rows} samples, {show_bytes(options.rows * row_bytes)}; {options.draw} samples a draw\n")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         memory, disk = filled(options, None), filled(options, folder / "rows")

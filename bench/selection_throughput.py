@@ -1,6 +1,6 @@
-"""Times the alignment of all pairs of mixed rows against the ways to have it otherwise.
+"""Times the alignment of all pairs of mixed samples against the ways to have it otherwise.
 
-Every row of the first table does the same work: from features, logits and labels of N rows and M candidates and a
+Every row of the first table does the same work: from features, logits and labels of N samples and M candidates and a
 reference gradient, the inner product and the cosine of each of the N x M mixed last-layer gradients with the reference.
 See bench/README.md for the rules.
 """
@@ -61,7 +61,7 @@ from _selection_sweep import check_picture, draw, sweep
 from torch import nn
 
 import gradmix
-from gradmix.model.head import HeadCapture
+from gradmix.model.head_capture import HeadCapture
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.references import reference_gradient
 
@@ -71,11 +71,11 @@ likewise the cosine of a gradient whose norm is."""
 
 HUGE_LOGIT = 1e4
 HUGE_ROWS = 64
-"""Size of the largest logit, and rows on each side, of the second set of inputs."""
+"""Size of the largest logit, and samples on each side, of the second set of inputs."""
 
 CHECKED_ROWS = 64
 CHECKED_ELEMENTS = 1 << 25
-"""Rows on each side whose pairs are compared with float64, and the most elements of their mixed logits."""
+"""Samples on each side whose pairs are compared with float64, and the most elements of their mixed logits."""
 
 SLOW = 1.0
 """Seconds a call, from which on it is timed in rounds of its own, of which there are fewer."""
@@ -96,7 +96,7 @@ BASELINES = ("row_loop", "row_loop_tuned")
 
 
 def errors(rival: Rival, problem: Problem) -> dict[str, Any]:
-    """How far a rival is from float64 on the pairs of the first rows, and whether its decisions are the same.
+    """The errors of a rival against float64 on the pairs of the first samples, and whether its decisions are the same.
 
     An error that is not a number, or infinite, is None, and a decision made of one is not the same.
     """
@@ -270,7 +270,7 @@ def measure_selection(
     sizes: Sizes, device: torch.device, seed: int, repeats: int, warmups: int, seconds: float
 ) -> dict[str, Any]:
     """The third table: the whole call on a small network, against that network's own forward pass and training step."""
-    say(f"select_pairs on a small network, {sizes.buffer} rows in the buffer")
+    say(f"select_pairs on a small network, {sizes.buffer} samples in the buffer")
     d, classes = sizes.features, sizes.classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -399,7 +399,7 @@ def print_report(result: dict[str, Any]) -> None:
     print(machine_line(result["machine"]))
     favourite = alignment["favourite_probability"]
     print(
-        f"N = {sizes.n}, M = {sizes.m} ({'the same rows' if sizes.own_rows else 'other rows'}), C = {sizes.classes}, "
+        f"N = {sizes.n}, M = {sizes.m} ({'the same' if sizes.own_rows else 'other'} samples), C = {sizes.classes}, "
         f"d = {sizes.features}, "
         f"{alignment['dtype']} on {arguments['device']}, TF32 in torch {'on' if arguments['tf32'] else 'off'}; "
         f"favourite class's probability "
@@ -412,7 +412,7 @@ def print_report(result: dict[str, Any]) -> None:
     lost = alignment["out_of_memory"]
     columns = ["", "p20", "p50", "p80", *on_device, "pairs/s", "over loop", "over tuned loop", "of attainable"]
     show_table(
-        "All pairs: inner products and cosines; speed-up over the row loop and the tuned one (20-80 %)",
+        "All pairs: inner products and cosines; speed-up over the per-sample loop and the tuned one (20-80 %)",
         [*columns, "peak memory"],
         [
             [
@@ -467,11 +467,11 @@ def print_report(result: dict[str, Any]) -> None:
         [
             f"inner: max |S - S64| / max |S64|; decisions: where |S64| > {BAND:g} max |S64|",
             f"cosine: largest difference, where the gradient's norm is above {BAND:g} of the largest; - has none",
-            f"huge logits: the largest is {alignment['huge_logits']['largest']:.0f}; up to {HUGE_ROWS} rows a side",
+            f"huge logits: the largest is {alignment['huge_logits']['largest']:.0f}; up to {HUGE_ROWS} samples a side",
         ],
     )
     show_table(
-        f"The whole call: batch of {selection['batch_rows']} rows, buffer of {selection['buffer_rows']}, "
+        f"The whole call: batch of {selection['batch_rows']} samples, buffer of {selection['buffer_rows']}, "
         f"{selection['model']}",
         ["", "p20", "p50", "p80", *on_device, "this / forward (20-80 %)"],
         [
@@ -484,7 +484,7 @@ def print_report(result: dict[str, Any]) -> None:
             for row in selection["rows"]
         ],
         [
-            "estimator feature, candidates are the batch's own rows; "
+            "estimator feature, candidates are the batch's own samples; "
             f"{' or '.join(map(str, sorted({r['samples'] for r in selection['rows']})))} samples a row",
             *(f"{name} left out: {reason}" for name, reason in selection["refused"].items()),
         ],
@@ -515,11 +515,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--preset", choices=list(PRESETS), help="sizes of a common case (default: imagenet)", default=absent
     )
     parser.add_argument("--n", type=count, help="rows", default=absent)
-    parser.add_argument("--m", type=count, help="candidates, other rows than the rows to mix", default=absent)
-    parser.add_argument("--foreign", action="store_true", help="candidates are other rows, though as many")
+    parser.add_argument("--m", type=count, help="candidates, other samples than the samples to mix", default=absent)
+    parser.add_argument("--foreign", action="store_true", help="candidates are other samples, though as many")
     parser.add_argument("--classes", type=count, help="classes", default=absent)
     parser.add_argument("--features", type=count, help="features the head sees", default=absent)
-    parser.add_argument("--buffer", type=count, help="rows of the buffer of the whole call", default=absent)
+    parser.add_argument("--buffer", type=count, help="samples of the buffer of the whole call", default=absent)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of features and logits")
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["tf32x3"], help="of the Triton body, a row each"

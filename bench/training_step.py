@@ -1,7 +1,8 @@
 """Times what the selection of pairs adds to a real training step of a replay method.
 
-A step mixes new rows and replayed rows, trains on the mixtures by SGD, and in one variant on the rows themselves as
-well. It is timed with plain Mixup and with GradMix, in turn, in one process. See bench/README.md for the rules.
+A step mixes new samples and replayed samples, trains on the mixtures by SGD, and in one variant on the samples
+themselves as well. It is timed with plain Mixup and with GradMix, in turn, in one process. See bench/README.md for the
+rules.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ from _networks import NETWORKS, make_network
 from torch import Tensor, nn
 
 from gradmix.mixer import GradMix
-from gradmix.model.head import HeadCapture, HeadOutput
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_capture import HeadCapture
 
 CRITERIA = ("class", "sample")
 
 REFRESHES = 3
-"""How often a refresh is timed; it is long."""
+"""Number of times that a refresh is timed; it is long."""
 
 ROUNDS = 5
 """Rounds made in any case."""
@@ -59,9 +61,9 @@ class Case:
 
     Attributes:
         network: one of :data:`_networks.NETWORKS`.
-        batch: new rows of a step.
-        replay: rows replayed from the buffer in a step.
-        buffer: rows of the buffer, whose gradient is the reference.
+        batch: new samples of a step.
+        replay: samples replayed from the buffer in a step.
+        buffer: samples of the buffer, whose gradient is the reference.
         classes: width of the network's output.
         dtype: of the forward pass, by autocast if it is not float32.
         refresh: steps between two refreshes, over which their cost is spread.
@@ -79,7 +81,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows that are mixed in a step, with one another."""
+        """Samples that are mixed in a step, with one another."""
         return self.batch + self.replay
 
 
@@ -95,9 +97,9 @@ QUICK = Case("resnet-tiny", 5, 4, 24, 6)
 
 
 class Loop:
-    """A network in training, its optimiser, the rows of a step and the buffer.
+    """A network in training, its optimiser, the samples of a step and the buffer.
 
-    The rows are the same in every step: random images, whose values do not matter for the time.
+    The samples are the same in every step: random images, whose values do not matter for the time.
     """
 
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
@@ -124,7 +126,7 @@ class Loop:
 
         self.x = images(case.rows, torch.float32)
         self.y = torch.randint(case.classes, (case.rows,), generator=generator).to(device)
-        # Every class is there, so that the class table knows those of the step's rows.
+        # Every class is there, so that the class table knows those of the step's samples.
         kept = torch.arange(max(case.buffer, case.classes)) % case.classes
         self.buffer = (images(len(kept), self.autocast or torch.float32), kept.to(device))
         self._mixes = np.random.default_rng(seed)
@@ -136,7 +138,7 @@ class Loop:
         return logits
 
     def evaluate(self) -> Tensor:
-        """One forward pass of a step's rows that trains nothing: what a selection without outputs at hand makes."""
+        """One forward pass of a step's samples that trains nothing: what a selection without outputs at hand makes."""
         self.model.eval()
         with torch.no_grad():
             logits = self.forward(self.x)
@@ -144,18 +146,18 @@ class Loop:
         return logits
 
     def outputs(self) -> HeadOutput:
-        """What a training step's forward pass of the rows leaves for the selection."""
+        """Features and logits from a training step's forward pass of the samples, for the selection."""
         with torch.no_grad(), HeadCapture(self.model, "head") as capture:
             self.forward(self.x)
         return capture.output
 
     def select(self, mixup: GradMix, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
-        """The rows mixed as the selection says: inputs and label vectors."""
+        """The samples mixed as the selection says: inputs and label vectors."""
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return mixup.select(self.x, self.y, outputs=outputs).mix()
 
     def mixup(self) -> tuple[Tensor, Tensor]:
-        """The rows mixed by plain Mixup (Zhang et al. 2018): one weight, one permutation."""
+        """The samples mixed by plain Mixup (Zhang et al. 2018): one weight, one permutation."""
         lam = float(self._mixes.beta(1.0, 1.0))
         partner = torch.randperm(len(self.x), device=self.device)
         labels = F.one_hot(self.y, self.case.classes).float()
@@ -164,7 +166,7 @@ class Loop:
     def step(self, mixup: GradMix | None, originals: bool) -> None:
         """One training step; ``mixup`` None: plain Mixup.
 
-        With ``originals``, the rows themselves are trained on first, and the selection is given what their forward
+        With ``originals``, the samples themselves are trained on first, and the selection is given what their forward
         pass put out.
         """
         self.optimiser.zero_grad(set_to_none=True)
@@ -207,7 +209,7 @@ class Way:
 
 
 def ways_for(device: torch.device) -> tuple[list[Way], dict[str, str]]:
-    """What is timed on this device, and by name what is not, with its reason."""
+    """The ways timed on this device, and by name the others, each with its reason."""
     ways, absent = [], {}
     for originals in (False, True):
         ways.append(Way(originals, None))
@@ -224,7 +226,7 @@ def ways_for(device: torch.device) -> tuple[list[Way], dict[str, str]]:
 
 
 def make_mixup(loop: Loop, way: Way, seed: int, state: dict[str, Any] | None = None) -> GradMix:
-    """A GradMix that refreshes only when told; given the ``state`` of another, it needs no refresh of its own."""
+    """A GradMix that refreshes only on request; given the ``state`` of another, it needs no refresh of its own."""
     graph: dict[str, Any] = {"cuda_graph": True} if way.graph else {}
     mixup = GradMix(
         loop.model,
@@ -255,7 +257,7 @@ def measure(case: Case, device: torch.device, seed: int, repeats: int, warmups: 
     refreshes: dict[str, list[float]] = {}
     states: dict[str, dict[str, Any]] = {}
     for criterion in CRITERIA:
-        say(f"refresh, criterion {criterion}: {len(loop.buffer[1])} rows")
+        say(f"refresh, criterion {criterion}: {len(loop.buffer[1])} samples")
         mixup = make_mixup(loop, Way(True, criterion), seed)
         loop.select(mixup, outputs)  # the first one warms up
         refreshes[criterion] = []
@@ -280,7 +282,7 @@ def measure(case: Case, device: torch.device, seed: int, repeats: int, warmups: 
     add("forward", loop.evaluate)
     for way in ways:
         if way.criterion is not None:
-            # Not the step's own GradMix: a graph captured for a step's rows is best left to them.
+            # Not the step's own GradMix: a graph captured for a step's samples is best left to them.
             mixup = make_mixup(loop, way, seed, states[way.criterion])
             add("select_" + way.name, partial(loop.select, mixup, outputs if way.originals else None))
     done = {}
@@ -401,13 +403,13 @@ def print_report(result: dict[str, Any]) -> None:
     print(machine_line(result["machine"]))
     print(
         f"{case.network}, {found['parameters'] / 1e6:.1f} M parameters, {case.classes} classes, d = "
-        f"{found['features']}; {case.batch} new + {case.replay} replayed rows a step, {case.dtype}, on "
+        f"{found['features']}; {case.batch} new + {case.replay} replayed samples a step, {case.dtype}, on "
         f"{result['arguments']['device']}\n"
     )
     for originals in (False, True):
         rows = [row for row in found["rows"] if row["originals"] is originals]
         show_table(
-            f"A training step on the mixed rows{' and on the originals' if originals else ''}",
+            f"A training step on the mixed samples{' and on the originals' if originals else ''}",
             ["", "p20", "p50", "p80", "share of the step", "extra / forward", "with refreshes", "peak memory"],
             [
                 [
@@ -428,7 +430,7 @@ def print_report(result: dict[str, Any]) -> None:
             ],
             [
                 "share: (with - plain) / with, of the same round, in brackets 20 to 80 %",
-                "extra / forward: (with - plain) over one forward pass of the step's rows in the same round, "
+                "extra / forward: (with - plain) over one forward pass of the step's samples in the same round, "
                 f"{show_time(found['forward_seconds']['p50'])}",
                 *(
                     ["the selection is given the outputs of the originals' forward pass"]
@@ -439,7 +441,7 @@ def print_report(result: dict[str, Any]) -> None:
             ],
         )
     show_table(
-        f"The selection alone, and a refresh from {found['buffer_rows']} rows",
+        f"The selection alone, and a refresh from {found['buffer_rows']} samples",
         ["", "selection", "of a forward pass", "refresh", f"of a step, every {case.refresh}", "1 % every"],
         [
             [
@@ -454,7 +456,7 @@ def print_report(result: dict[str, Any]) -> None:
             if row["criterion"] is not None
         ],
         [
-            f"a forward pass of the step's {case.rows} rows: {show_time(found['forward_seconds']['p50'])}",
+            f"a forward pass of the step's {case.rows} samples: {show_time(found['forward_seconds']['p50'])}",
             f"selection with mixing, nothing due; a refresh is the median of {found['refresh_samples']}",
             *(f"{name} left out: {reason}" for name, reason in found["absent"].items()),
         ],
@@ -470,9 +472,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--preset", choices=list(PRESETS), help="a common case (default: cpu)", default=argparse.SUPPRESS
     )
     parser.add_argument("--network", choices=list(NETWORKS), help="the network", default=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=count, help="new rows of a step", default=argparse.SUPPRESS)
-    parser.add_argument("--replay", type=count, help="replayed rows of a step", default=argparse.SUPPRESS)
-    parser.add_argument("--buffer", type=count, help="rows of the buffer", default=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=count, help="new samples of a step", default=argparse.SUPPRESS)
+    parser.add_argument("--replay", type=count, help="replayed samples of a step", default=argparse.SUPPRESS)
+    parser.add_argument("--buffer", type=count, help="samples of the buffer", default=argparse.SUPPRESS)
     parser.add_argument("--classes", type=count, help="width of the network's output", default=argparse.SUPPRESS)
     parser.add_argument("--refresh", type=count, help="steps between two refreshes", default=argparse.SUPPRESS)
     parser.add_argument("--steps", type=count, help="steps a sample", default=argparse.SUPPRESS)
@@ -491,7 +493,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         quick_repeats=3,
         seconds=90.0,
         stop=f"stop the rounds then, though not before {ROUNDS}",
-        seed="of weights, rows and selection",
+        seed="of weights, samples and selection",
     )
     options = parser.parse_args(arguments)
     base = PRESETS[options.preset] if "preset" in options else QUICK if options.quick else PRESETS["cpu"]

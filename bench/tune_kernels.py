@@ -50,7 +50,7 @@ MODULES = {
 """The kernel module behind a task's operator."""
 
 TABLES = {"mixed_alignment": "HARD"}
-"""Where a module's table of configurations is not called CONFIGURATIONS."""
+"""Names of modules' tables of configurations other than CONFIGURATIONS."""
 
 GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
     "mixed_alignment": tuple(
@@ -67,7 +67,7 @@ GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
 """Configurations beyond a module's table, tried while time is left: its fields in order."""
 
 CAPABILITIES = (80, 90)
-"""What kernels are compiled for ahead of time: of an A100, and of an H100 or H200."""
+"""Compute capabilities that kernels are compiled for: of an A100, and of an H100 or H200."""
 
 
 # -------------------------------------------------------------------------------------------------------------- choose

@@ -16,7 +16,8 @@ from gradmix.criteria import Alignment
 from gradmix.estimators import JvpEstimator, SketchEstimator
 from gradmix.gradients import ClassGradients, SampleGradients, class_gradients, sample_gradients
 from gradmix.mixer import GradMix
-from gradmix.model.head import HeadCapture, HeadNotFoundError, HeadOutput
+from gradmix.model.head import HeadNotFoundError, HeadOutput
+from gradmix.model.head_capture import HeadCapture
 from gradmix.model.mixed_forward import mixed_forward
 from gradmix.ops.backends import get_backend, set_backend
 from gradmix.pairs import Pairs

@@ -1,7 +1,7 @@
-"""The compiled extension ``gradmix._C``: loaded when an operator first needs it, and never a reason for import to fail.
+"""The compiled extension ``gradmix._C``: loaded when an operator first needs it; import of the package never fails.
 
-Whatever is wrong with it (not built, built for another Python, broken, of another version) becomes a sentence, which
-the operators' dispatch and ``gradmix doctor`` pass on.
+If it cannot be used (not built, built for another Python, broken, of another version), the reason is a sentence, which
+the operators' dispatch and ``gradmix doctor`` show.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _REPORT = "_build_report.json"
 
 
 def load() -> ModuleType | None:
-    """The extension module, loaded on the first call; None if it cannot be used (see :func:`unavailable_reason`)."""
+    """Return the extension module, loaded on the first call; None if it cannot be used."""
     return _load()[0]
 
 
 def unavailable_reason() -> str | None:
-    """Why the extension cannot be used, or None if it can."""
+    """Return the reason why the extension cannot be used, or None if it can."""
     return _load()[1]
 
 
 def build_report() -> dict[str, Any] | None:
-    """What the build left behind about itself: extension, OpenMP and CUDA, each built or not and why; None if nothing.
+    """Return the report of the build: whether extension, OpenMP and CUDA were built, and why not; None if missing.
 
-    There is no report where the package was never installed, as in a bare checkout.
+    There is no report if the package was never installed, as in a bare checkout.
     """
     for folder in _folders():
         try:
@@ -78,7 +78,7 @@ def _why_missing() -> str:
 
 
 def _folders() -> list[Path]:
-    """Where the package's files lie; an editable install has them in two places."""
+    """Return the folders of the package; an editable install has two."""
     package = sys.modules.get("gradmix")
     paths = list(getattr(package, "__path__", [])) or [str(Path(__file__).parent)]
     return [Path(path) for path in paths]

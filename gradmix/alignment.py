@@ -12,7 +12,7 @@ from gradmix.model.unchanged import unwrap
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.workers import refuse_worker
-from gradmix.selection import checked_request
+from gradmix.selection import check_request
 from gradmix.selector import Rule, Selector
 
 
@@ -29,16 +29,16 @@ def alignment_matrix(
     backend: str = "auto",
     chunk_size: int = CHUNK,
 ) -> Alignment:
-    """Alignment of every mixture of a row of ``batch`` with a candidate, at one mixing weight.
+    """Return the alignment of every mixture of a sample of ``batch`` with a candidate, at one mixing weight.
 
     Args:
         model, buffer, head, chunk_size: as :func:`reference_gradient`; the buffer must not be empty.
         batch: x (N, ...), a tensor or a tree of tensors, and y, (N,) integers or (N, C) label vectors.
-        lam: weight of the batch's row, in [0, 1].
-        candidates: the partners' rows (M of them); None: the batch's own rows.
+        lam: weight of the batch's sample, in [0, 1].
+        candidates: x and y of the M samples that partners come from; None: the batch itself.
         criterion: ``"sample"``, (N, M); or ``"class"``, (P, P) over the classes of both.
-        estimator: ``"feature"``, ``"mixed"`` or ``"jvp"`` (which forward all N x M mixtures), or ``"sketch"`` (here
-            nothing is checked again); or a :class:`gradmix.JvpEstimator` or :class:`gradmix.SketchEstimator`.
+        estimator: ``"feature"``, ``"mixed"`` or ``"jvp"`` (which forward all N x M mixtures), or ``"sketch"`` (without
+            a recheck here); or a :class:`gradmix.JvpEstimator` or :class:`gradmix.SketchEstimator`.
         backend: of the operator ``mixed_alignment``.
 
     Returns:
@@ -51,12 +51,12 @@ def alignment_matrix(
     selector = Selector(resolved, Rule(criterion, 0.0, "uniform"))
     check_lam(lam)
     refuse_worker("alignment_matrix")
-    with resolved.running():
-        request = checked_request(resolved, batch, candidates, None, ("batch", None))
+    with resolved.guard():
+        request = check_request(resolved, batch, candidates, None, ("batch", None))
         reference, _ = resolved.reference(buffer, request.batch.x)
         if reference is None:
-            raise ValueError("buffer: got no rows, expected at least one")
-        mixtures = resolved.see(request, float(lam))
+            raise ValueError("buffer: got no samples, expected at least one")
+        mixtures = resolved.prepare(request, float(lam))
         return selector.align(mixtures, reference).compact()
 
 

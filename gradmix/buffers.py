@@ -7,7 +7,7 @@ __getattr__ = moved(
     "gradmix.replay.buffer",
     {
         "ReplayBuffer": "ReplayBuffer",
-        "BufferRows": "BufferRows",
+        "BufferRows": "BufferSamples",
         "BufferPolicy": "gradmix.replay.ledger:BufferPolicy",
     },
 )

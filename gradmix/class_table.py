@@ -1,4 +1,4 @@
-"""Class tables: the alignment of pairs of classes as a function of the mixing weight, which serves many steps."""
+"""Class tables: the alignment of pairs of classes as a function of the mixing weight, kept for many steps."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gradmix.runtime.collectives import Group, broadcast
 TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Mixing weights at which a class table is evaluated; between them it is interpolated.
 
-Whether a pair of classes may be mixed depends on the weight: near 1 it is a question about the sample's own class, near
-0 about the partner's. One decision for all weights, their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
+Whether a pair of classes may be mixed depends on the weight: near 1 on the sample's own class, near 0 on the partner's.
+One decision for all weights, by their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
 
 AVERAGE_NODES = 8
-"""Quadrature nodes of a class table's average over Beta(alpha, alpha), which is for display."""
+"""Quadrature nodes of a class table's average over Beta(alpha, alpha), for display."""
 
 TABLE_SAMPLES = 2048
-"""Samples behind a class table at the most; with many classes there are fewer of each."""
+"""Largest number of samples for a class table; with many classes there are fewer of each."""
 
 
 class TableTensors(NamedTuple):
-    """The tensors of a class table, as in :class:`ClassTable`."""
+    """The tensors of a :class:`ClassTable`."""
 
     inner: Tensor
     norm: Tensor
@@ -62,7 +62,7 @@ class ClassTable:
         return interpolate(self.lams, self.tensors(), lam).alignment(self.reference_norm)
 
     def average(self, alpha: float) -> Alignment:
-        """The mean over Beta(alpha, alpha), (P, P): what can be shown of the table in one picture."""
+        """The mean over Beta(alpha, alpha), (P, P), for a picture of the table."""
         inner, norm = torch.zeros_like(self.inner[0]), torch.zeros_like(self.norm[0])
         for lam, weight in zip(*beta_quadrature(alpha, AVERAGE_NODES), strict=True):
             scores = interpolate(self.lams, self.tensors(), lam)
@@ -76,15 +76,15 @@ class ClassTable:
         return TableTensors(self.inner, self.norm, self.reference_norm, self.classes)
 
     def of_first_process(self, group: Group) -> ClassTable:
-        """The table of a group's first process; those of the others differ from it by their draws and by rounding."""
+        """Return the table of a group's first process; the others' tables differ by their draws and by rounding."""
         inner, norm = broadcast([self.inner, self.norm], group)
         return replace(self, inner=inner, norm=norm)
 
 
 def interpolate(lams: Sequence[float], table: TableTensors, lam: Weight) -> PairScores:
-    """The scores (P, P) of a table at one mixing weight, a number or a scalar tensor that the host does not read."""
+    """Return the scores (P, P) at one mixing weight, a number or a scalar tensor that the host does not read."""
     if isinstance(lam, Tensor):
-        # Filled one by one: a copy from the host would be waited for.
+        # Filled one by one, as the host would wait for a copy.
         known = torch.stack([torch.full_like(lam, value) for value in lams])
         upper = torch.searchsorted(known, lam.reshape(1), right=True).clamp_(1, len(lams) - 1)
         low, high = known[upper - 1], known[upper]
@@ -98,26 +98,26 @@ def interpolate(lams: Sequence[float], table: TableTensors, lam: Weight) -> Pair
 
 
 def table_of(scores: Sequence[PairScores], reference_norm: Tensor) -> ClassTable:
-    """The table of the scores (P, P) of the same classes at each of :data:`TABLE_LAMS`."""
+    """Return the table of scores (P, P) of the same classes at each of :data:`TABLE_LAMS`."""
     classes = scores[0].classes
     assert classes is not None
     inner, norm = (torch.stack([getattr(part, name) for part in scores]) for name in ("inner", "norm"))
     return ClassTable(TABLE_LAMS, inner, norm, reference_norm, classes)
 
 
-def sampled_scores(
+def sample_scores(
     score: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     y: Tensor,
     per_pair: int,
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> list[PairScores]:
-    """The mean scores of random pairs of samples of each ordered pair of classes, at each of :data:`TABLE_LAMS`.
+    """Return mean scores of random pairs of samples for each ordered pair of classes, at each of :data:`TABLE_LAMS`.
 
     Args:
-        score: from pairs (K, 2) of samples and a mixing weight to their inner products and norms, both (K,).
+        score: maps pairs (K, 2) of samples and a mixing weight to inner products and norms, both (K,).
         y: labels of the N samples.
-        per_pair: pairs of samples for each pair of classes, shared out among the weights, one at least.
+        per_pair: pairs of samples for each pair of classes, divided among the weights; at least one for each weight.
         dtype: of the sums.
         generator: draws the pairs.
     """
@@ -137,14 +137,17 @@ def sampled_scores(
 def draw_of_classes(
     cells: Tensor, classes: Tensor, labels: tuple[Tensor, Tensor], count: int, generator: torch.Generator
 ) -> Tensor:
-    """(K count, 2) indices of samples drawn with replacement, ``count`` for each pair of classes in ``cells`` (K, 2).
+    """Draw ``count`` pairs of samples, with replacement, for each pair of classes in ``cells`` (K, 2).
 
     Args:
-        cells: positions among ``classes``: of the class of the first index, and of the second.
+        cells: (K, 2) int64, positions in ``classes`` of the first and of the second class.
         classes: (P,) int64.
-        labels: class labels (N,) and (M,) of the samples that the first and the second index count.
-        count: draws for each pair.
+        labels: class labels (N,) of the samples of the first index, and (M,) of those of the second.
+        count: draws for each pair of classes.
         generator: source of the draws.
+
+    Returns:
+        (K count, 2) int64, indices of samples.
     """
     device = labels[0].device
     drawn = torch.rand(2, len(cells), count, generator=generator, device=generator.device).to(device)

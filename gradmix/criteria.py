@@ -1,4 +1,4 @@
-"""Criteria: by which inner product a pair of samples is judged, its own (``sample``) or its classes' mean (``class``).
+"""Criteria: the inner product that decides on a pair of samples, its own (``sample``) or its classes' mean (``class``).
 
 One step of SGD on a mixture with gradient g changes the buffer's loss by about -lr <g, G>, with G the buffer's mean
 gradient. A mixture is helpful if <g, G> >= 0, or if its cosine is at least a threshold (GradMix, arXiv 2505.08528,
@@ -38,7 +38,7 @@ class Alignment:
     classes: Tensor | None = None
 
     def compact(self) -> Alignment:
-        """The same without the places of :func:`classes_of` that stand for no class; reads the classes."""
+        """Return the alignment without the entries of :func:`classes_of` that are no class; the host waits."""
         if self.classes is None or can_sync(self.classes.device):
             return self
         at = (self.classes >= 0).nonzero()[:, 0]
@@ -46,16 +46,16 @@ class Alignment:
         return Alignment(inner, angle, self.classes[at])
 
     def helpful(self, threshold: float = 0.0) -> Tensor:
-        """bool, same shape: whether a mixture is helpful; False where none was evaluated.
+        """Return bool of the same shape: whether a mixture is helpful; False where none was evaluated.
 
-        At threshold 0 the sign of ``inner`` decides, which has no rounding of norms in it.
+        At threshold 0 the sign of ``inner`` decides, which contains no rounding of norms.
         """
         return self.inner >= 0 if threshold == 0.0 else self.cosine >= threshold
 
     def by_pair(self, y: Tensor, other_y: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        """By pair of samples, both (N, M): whether the mixture is helpful, and its cosine or that of its classes.
+        """Return for each pair of samples whether it is helpful, and its cosine or that of its classes, both (N, M).
 
-        A class that is not among ``classes`` has no helpful mixture, and the cosine NaN.
+        A class that is not among ``classes`` has no helpful mixture; its cosine is NaN.
         """
         if self.classes is None:
             return self.helpful(threshold), self.cosine
@@ -71,9 +71,9 @@ class PairScores:
     """An estimator's scores of pairs of samples, or of pairs of classes.
 
     Attributes:
-        inner: (N, M) or (P, P), inner products of the mixtures' gradients with the reference; NaN: not evaluated.
+        inner: (N, M) or (P, P), inner products of the mixtures' gradients with the reference; NaN if not evaluated.
         norm: same shape, norms of the mixtures' gradients; None: not computed, as no decision needs them.
-        error: None, or same shape: one standard error of ``inner``.
+        error: None, or same shape: the standard error of ``inner``.
         classes: None, or (P,) int64 in ascending order.
     """
 
@@ -83,13 +83,13 @@ class PairScores:
     classes: Tensor | None = None
 
     def alignment(self, reference_norm: Tensor) -> Alignment:
-        """With cosines; ``reference_norm`` () is the norm of the reference gradient."""
+        """Return the alignment; ``reference_norm`` () is the norm of the reference gradient."""
         assert self.norm is not None
         return Alignment(self.inner, cosine(self.inner, self.norm, reference_norm), self.classes)
 
 
 def no_alignment(y: Tensor, other_y: Tensor, criterion: Criterion) -> Alignment:
-    """Zeros: without a reference gradient nothing is known."""
+    """Return an alignment of zeros, for use without a reference gradient."""
     classes = classes_of(torch.cat([class_of(y), class_of(other_y)])) if criterion == "class" else None
     shape = (len(y), len(other_y)) if classes is None else (len(classes), len(classes))
     zeros = torch.zeros(shape, dtype=torch.float32, device=y.device)
@@ -97,9 +97,9 @@ def no_alignment(y: Tensor, other_y: Tensor, criterion: Criterion) -> Alignment:
 
 
 def classes_of(labels: Tensor) -> Tensor:
-    """(P,) int64, ascending: the classes among labels (N,).
+    """Return the classes among labels (N,): (P,) int64, ascending.
 
-    Where the host may not read how many there are, as many as labels: -1 takes the place of repetitions.
+    Where the host may not read their number, P is N, with -1 in place of repetitions.
     """
     if can_sync(labels.device):
         found: Tensor = torch.unique(labels)
@@ -111,7 +111,7 @@ def classes_of(labels: Tensor) -> Tensor:
 
 
 def class_index(classes: Tensor, labels: Tensor) -> Tensor:
-    """(N,) positions of ``labels`` among the ascending ``classes`` (P,); -1 for a class that is not there."""
+    """Return the positions (N,) of ``labels`` among the ascending ``classes`` (P,); -1 for a class that is missing."""
     position = torch.searchsorted(classes, labels.contiguous()).clamp_(max=len(classes) - 1)
     return torch.where(classes[position] == labels, position, -1)
 
@@ -120,7 +120,7 @@ class ClassMeans:
     """Means over the pairs of samples of each pair of classes, summed over several calls.
 
     Args:
-        classes: (P,) int64, ascending, as :func:`classes_of` gives them.
+        classes: (P,) int64, ascending, as :func:`classes_of` returns them.
         dtype: of the sums.
     """
 
@@ -130,10 +130,10 @@ class ClassMeans:
         self._norm, self._count = torch.zeros_like(self._inner), torch.zeros_like(self._inner)
 
     def add_matrix(self, scores: PairScores, y_a: Tensor, y_b: Tensor, own: bool) -> None:
-        """Add all pairs of an (N, M) matrix but those that are NaN and, if ``own``, a sample with itself.
+        """Add all pairs of an (N, M) matrix except NaN and, if ``own``, a sample with itself.
 
         Args:
-            scores: of the pairs.
+            scores: of the pairs of samples.
             y_a, y_b: (N,) and (M,) class labels.
             own: whether both are the same samples.
         """
@@ -151,14 +151,14 @@ class ClassMeans:
             total.index_add_(0, cell, value.to(total.dtype))
 
     def scores(self) -> PairScores:
-        """The (P, P) means; NaN where no pair was added."""
+        """Return the means (P, P); NaN where no pair was added."""
         shape = (len(self.classes),) * 2
         count = self._count.masked_fill(self._count == 0, float("nan"))
         return PairScores((self._inner / count).view(shape), (self._norm / count).view(shape), classes=self.classes)
 
 
 def mean_by_class(scores: PairScores, y: Tensor, other_y: Tensor, own: bool, dtype: torch.dtype) -> PairScores:
-    """The means of ``scores`` (N, M) over the pairs of each pair of classes, (P, P).
+    """Return the means (P, P) of ``scores`` (N, M) over the pairs of samples of each pair of classes.
 
     Args:
         scores: of pairs of samples.

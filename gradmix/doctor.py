@@ -1,6 +1,6 @@
-"""What this installation can do on this machine, and why not more.
+"""The report of ``gradmix doctor``: versions, devices, the extension, and the implementations of every operator.
 
-Versions, devices, the extension, and every operator's bodies.
+Where something is not available, the report gives the reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPERATORS: tuple[Operator, ...] = (
     sketch_project.OPERATOR,
 )
 
-# Import names of what an extra brings; the names to install differ for some.
+# Import names of the packages of an extra; some are installed under other names.
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy", "PIL"),
     "gradients": ("safetensors",),
@@ -55,7 +55,7 @@ _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", 
 
 
 def report() -> dict[str, Any]:
-    """Everything :func:`format_report` prints, as plain values that JSON can hold.
+    """Return everything that :func:`format_report` prints, as plain values that JSON can hold.
 
     Returns:
         Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and
@@ -74,77 +74,88 @@ def report() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of :func:`report` as plain text for people, its lines indented under headings.
+    """Return the report of :func:`report` as plain text, with lines indented under headings.
 
     >>> from gradmix import doctor
     >>> print(doctor.format_report(doctor.report()).splitlines()[0])
     versions
     """
-    lines: list[str] = []
-
-    def heading(text: str) -> None:
-        if lines:
-            lines.append("")
-        lines.append(text)
-
-    def row(name: str, text: str) -> None:
-        lines.append(f"  {name:<16} {text}".rstrip())
-
-    heading("versions")
+    text = _Text()
+    text.heading("versions")
     for name, version in report["versions"].items():
-        row(name, version)
-
-    heading("machine")
+        text.entry(name, version)
+    text.heading("machine")
     for name, value in report["machine"].items():
-        row(name.replace("_", " "), str(value))
+        text.entry(name.replace("_", " "), str(value))
+    _add_devices(text, report["devices"])
+    _add_extension(text, report["extension"])
+    triton = report["triton"]
+    text.heading("triton")
+    text.entry("usable", _yes_no(triton["reason"] is None, triton["reason"], triton["detail"]))
+    _add_operators(text, report["operators"], report["backend"])
+    text.heading("extras")
+    for extra in report["extras"]:
+        missing = f"missing {', '.join(extra['missing'])}: {extra['install']}"
+        text.entry(extra["name"], missing if extra["missing"] else "complete")
+    return "\n".join(text.lines) + "\n"
 
-    devices = report["devices"]
-    heading("devices")
-    row("cpu", f"{devices['threads']} torch threads")
+
+class _Text:
+    """Lines of text under headings."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Add a heading, after an empty line unless it is the first."""
+        if self.lines:
+            self.lines.append("")
+        self.lines.append(text)
+
+    def entry(self, name: str, text: str) -> None:
+        """Add an indented line: a name, and a text in the second column."""
+        self.lines.append(f"  {name:<16} {text}".rstrip())
+
+
+def _add_devices(text: _Text, devices: dict[str, Any]) -> None:
+    text.heading("devices")
+    text.entry("cpu", f"{devices['threads']} torch threads")
     for device in devices["torch"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB"
-        row(device["device"], f"{device['name']}, capability {device['capability']}, {memory}")
+        text.entry(device["device"], f"{device['name']}, capability {device['capability']}, {memory}")
     if devices["torch_reason"]:
-        row("torch", f"no GPU: {devices['torch_reason']}")
+        text.entry("torch", f"no GPU: {devices['torch_reason']}")
     native = devices["extension"]
     if native:
-        if native["devices"]:
-            for index, device in enumerate(native["devices"]):
-                row(f"extension:{index}", f"{device['name']}, capability {device['capability']}")
-        else:
+        for index, device in enumerate(native["devices"]):
+            text.entry(f"extension:{index}", f"{device['name']}, capability {device['capability']}")
+        if not native["devices"]:
             why = "no CUDA driver is installed" if native["runtime"] and not native["driver"] else native["error"]
-            row("extension", f"no GPU: {why or 'the driver reports none'}")
+            text.entry("extension", f"no GPU: {why or 'the driver reports none'}")
 
-    extension = report["extension"]
-    heading("extension gradmix._C")
+
+def _add_extension(text: _Text, extension: dict[str, Any]) -> None:
+    text.heading("extension gradmix._C")
     if extension["available"]:
         built = extension["build"]
-        row("available", f"yes: {built['compiler']}, for {built['python_abi']}, kernels for {built['instruction_set']}")
+        kernels = f"kernels for {built['instruction_set']}"
+        text.entry("available", f"yes: {built['compiler']}, for {built['python_abi']}, {kernels}")
     else:
-        row("available", f"no: {extension['reason']}")
+        text.entry("available", f"no: {extension['reason']}")
     for part in ("openmp", "cuda"):
         state = extension[part]
-        row(part, _yes_no(state["built"], state["reason"], state["detail"]))
+        text.entry(part, _yes_no(state["built"], state["reason"], state["detail"]))
 
-    heading("triton")
-    row("usable", _yes_no(report["triton"]["reason"] is None, report["triton"]["reason"], report["triton"]["detail"]))
 
-    heading("operators")
-    for operator in report["operators"]:
+def _add_operators(text: _Text, operators: list[dict[str, Any]], backend: dict[str, Any]) -> None:
+    text.heading("operators")
+    for operator in operators:
         for body in operator["bodies"]:
             mark = "  <- auto" if body["backend"] == operator["auto"] else ""
-            row(operator["name"], f"{body['backend']:<10} {_yes_no(body['reason'] is None, body['reason'])}{mark}")
-    backend = report["backend"]
-    row("preference", backend["reason"] or f"{backend['preferred']} ({backend['source']})")
-    lines.append("  auto still looks at each call's device, dtype and size.")
-
-    heading("extras")
-    for extra in report["extras"]:
-        if extra["missing"]:
-            row(extra["name"], f"missing {', '.join(extra['missing'])}: {extra['install']}")
-        else:
-            row(extra["name"], "complete")
-    return "\n".join(lines) + "\n"
+            answer = _yes_no(body["reason"] is None, body["reason"])
+            text.entry(operator["name"], f"{body['backend']:<10} {answer}{mark}")
+    text.entry("preference", backend["reason"] or f"{backend['preferred']} ({backend['source']})")
+    text.lines.append("  auto still looks at each call's device, dtype and size.")
 
 
 def _yes_no(yes: bool, reason: str | None, detail: str | None = None) -> str:
@@ -282,13 +293,13 @@ def _backend() -> dict[str, Any]:
 def _extras() -> list[dict[str, Any]]:
     extras = []
     for name, modules in _EXTRAS.items():
-        missing = [_DISTRIBUTIONS.get(m, m) for m in modules if not _importable(m)]
+        missing = [_DISTRIBUTIONS.get(m, m) for m in modules if not _is_importable(m)]
         install = f'pip install "gradmix[{name}]"' if missing else None
         extras.append({"name": name, "missing": missing, "install": install})
     return extras
 
 
-def _importable(module: str) -> bool:
+def _is_importable(module: str) -> bool:
     if module in sys.modules:
         return True
     try:

@@ -1,7 +1,7 @@
-"""Draws: which candidates are proposed to a sample, and which of the helpful ones it is given.
+"""Draws: the pairs that are proposed, and the choice of one helpful partner for each sample.
 
-All random numbers come from the caller's generator, usually on the host, and go to the device without a wait. So a run
-draws the same numbers on a CPU and on a GPU.
+All random numbers come from the caller's generator, usually on the host, and are copied to the device without a wait.
+A run therefore draws the same numbers on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Policy = Literal["uniform", "permute", "best"]
 
 
 class Proposal:
-    """The draw of one partner for each sample; for the policy ``permute`` it is made before anything is scored.
+    """The draw of one partner for each sample; the policy ``permute`` makes it before pairs are scored.
 
     Args:
         policy: as :func:`gradmix.select_pairs`.
@@ -26,7 +26,7 @@ class Proposal:
         candidates: M.
         own: whether the candidates are the samples themselves.
         generator: source of the numbers.
-        device: where they are wanted.
+        device: device of the numbers.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Proposal:
         return to_device_async(drawn, self._device)
 
     def pairs(self, itself: bool) -> Tensor | None:
-        """(K, 2) int64, sample and candidate of the pairs that matter, in order; None: all N x M.
+        """Return the pairs to score, sample and candidate, (K, 2) int64, ordered by sample; None: all N x M.
 
         Args:
-            itself: whether a sample as its own partner is among them.
+            itself: whether a sample may be its own partner.
         """
         others = self._own and not itself
         if self._permuted is None and not others:
@@ -60,7 +60,7 @@ class Proposal:
         return pairs[pairs[:, 0] != pairs[:, 1]] if others else pairs
 
     def numbers(self) -> Tensor:
-        """(N,): what :func:`choose` draws by; call it once."""
+        """Return the random numbers (N,) of :func:`choose`; call it once."""
         if self._permuted is not None:
             return self._permuted
         source = self.generator
@@ -69,18 +69,18 @@ class Proposal:
 
 
 def all_pairs(count: int, candidates: int, device: torch.device) -> Tensor:
-    """(count * candidates, 2) int64: all pairs, those of the first sample first."""
+    """Return all pairs, (count * candidates, 2) int64, ordered by sample."""
     places = (torch.arange(n, device=device) for n in (count, candidates))
     return torch.cartesian_prod(*places).view(-1, 2)
 
 
 def choose(allowed: Tensor, score: Tensor | None, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
-    """One allowed partner for each sample.
+    """Choose one allowed partner for each sample.
 
     Args:
         allowed: (N, M) bool.
-        score: (N, M), the larger the better; read by the policy ``best`` alone.
-        numbers: (N,) of :meth:`Proposal.numbers`.
+        score: (N, M), the larger the better; only the policy ``best`` reads it.
+        numbers: (N,), from :meth:`Proposal.numbers`.
         policy: as :func:`gradmix.select_pairs`.
         own: whether the candidates are the samples themselves.
     """
@@ -88,5 +88,5 @@ def choose(allowed: Tensor, score: Tensor | None, numbers: Tensor, policy: Polic
 
 
 def choose_any(candidates: int, numbers: Tensor, policy: Policy, own: bool) -> DrawnPartners:
-    """As :func:`choose`, where every candidate is allowed, and as good as the others."""
+    """Choose a partner for each sample as :func:`choose` does, with every candidate allowed and all scores equal."""
     return DrawnPartners(*draw_partners_op(None, numbers, None, candidates, policy, own, "auto"))

@@ -8,7 +8,7 @@ __getattr__ = moved(
     __name__,
     "gradmix.model.head",
     {
-        "HeadCapture": "HeadCapture",
+        "HeadCapture": "gradmix.model.head_capture:HeadCapture",
         "HeadNotFoundError": "HeadNotFoundError",
         "HeadOutput": "HeadOutput",
         "logits_of": "logits_of",

@@ -1,4 +1,4 @@
-"""Selective Mixup for a training loop: :class:`GradMix` keeps what one :func:`gradmix.select_pairs` would compute."""
+"""Selective Mixup for a training loop: :class:`GradMix` keeps results of a selection between steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from gradmix.criteria import Criterion, class_index
 from gradmix.draw import Policy
 from gradmix.estimators import EstimatorLike, Network, Screening, TableLookup, resolve
 from gradmix.estimators.full_network import FullGradient
+from gradmix.labelled_samples import concatenate_samples
 from gradmix.mixing_weight import draw_lam
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, first_tensor
 from gradmix.model.unchanged import unwrap
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.references import Reference, on_host
+from gradmix.references import Reference, none_if_empty
 from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.runtime.collectives import Group, any_rank, broadcast
 from gradmix.runtime.cuda_graphs import Graphs, call
@@ -29,8 +31,7 @@ from gradmix.runtime.deferred_checks import can_sync, check_samples, raise_defer
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.validation import check_count
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import Mixtures, Request, concatenate_samples
-from gradmix.selection import check_weight, checked_request, select
+from gradmix.selection import check_request, check_weight, select
 from gradmix.selector import Rule, Selector
 
 Shapes: TypeAlias = dict[str, list[int]]
@@ -47,54 +48,56 @@ class GradMix:
             x, y = mixup(x, y)
             loss = F.cross_entropy(model(x), y)
 
-    It keeps the reference gradient between steps and, by class, the table of class pairs. Both are computed anew
+    It keeps the reference gradient between steps and, with the criterion ``class``, the table of class pairs. Both are
+    computed anew
 
     - when they are ``refresh`` calls old;
     - when the buffer has been filled for the first time;
-    - when a parameter of the model is new, gone, or of another shape, as in a classifier that grows (over all
-      parameters: also when one has been frozen or freed);
-    - by class, when a batch holds a class that the table does not know.
+    - when a parameter of the model is new, gone, or of another shape, as in a classifier that grows (for estimators
+      over all parameters: also when one has been frozen or unfrozen);
+    - with the criterion ``class``, when a batch holds a class that the table does not contain.
 
-    The class table is made of samples of the buffer and of those at hand. It holds the alignment as a function of lam,
-    because it serves steps with different lam.
+    The class table is computed from samples of the buffer and of the present batch. It holds the alignment as a
+    function of lam, because it is used in steps with different lam.
 
     On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes). The next call
-    raises what a check finds (:mod:`gradmix.runtime.deferred_checks`). Samples of a class that the table does not know
-    stay unmixed in that step, and the next one computes the table anew. Reading a buffer kept on the host, and making a
-    class table, do wait.
+    raises the errors that a check finds (:mod:`gradmix.runtime.deferred_checks`). Samples of a class that the table
+    does not contain stay unmixed in that step, and the next step computes the table anew. Reading a buffer on the host,
+    and computing a class table, do wait.
 
-    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: they have a copy of
-    the model, which does not learn.
+    Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: their copy of the
+    model is not trained.
 
     Args:
         model, criterion, estimator, alpha, threshold, policy, head, num_classes, generator, backend, chunk_size: as
             :func:`select_pairs`.
-        buffer: as :func:`select_pairs`; read again at every refresh, so it may change in between. None: there is none,
-            and every call marks the replayed samples of its batch.
+        buffer: as :func:`select_pairs`; read at every refresh, so that it may change in between. None: there is no
+            buffer, and every call marks the replayed samples of its batch.
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
-        class_samples: samples of each class behind its entries of the class table (estimators ``mixed`` and ``jvp``:
-            mixtures for each pair of classes).
-        cuda_graph: on a GPU, capture what follows the samples' own forward pass in a CUDA graph, one for each shape of
-            batch, and replay it, so that a selection costs the host one launch; elsewhere it makes no difference. For
-            the estimator ``feature``, and by class for all of them. Same results.
+        class_samples: samples of each class for the class table (estimators ``mixed`` and ``jvp``: mixtures for each
+            pair of classes).
+        cuda_graph: on a GPU, capture the selection after the samples' forward pass in a CUDA graph, one for each shape
+            of batch, and replay it, so that a selection costs the host one launch; elsewhere without effect. For the
+            estimator ``feature``, and with the criterion ``class`` for all of them. Same results.
         group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
             make the same calls, each with a batch of its own. Each forwards its share of the buffer. All keep the same
-            reference gradient, to the bit, and the same class table, made of the samples of the buffer and of all
-            processes' batches in the order of the ranks, as one process would make it of the whole batch. By class
-            every call asks all processes whether one of them has met an unknown class. A process that fails leaves the
-            others waiting (:mod:`gradmix.runtime.collectives`).
-        shared_batch: whether every process of the group is given the same batch, the whole one, as where the outputs of
-            its parts have been gathered already; they then make the same decisions if their generators are alike.
+            reference gradient, to the bit, and the same class table, computed from the samples of the buffer and of all
+            processes' batches in the order of the ranks, as one process would compute it from the whole batch. With the
+            criterion ``class`` every call asks all processes whether one of them has found an unknown class. If a
+            process fails, the others wait (:mod:`gradmix.runtime.collectives`).
+        shared_batch: whether every process of the group receives the same, whole batch, as when the outputs of its
+            parts have been gathered before; the decisions are then the same if the generators have the same state.
 
     Attributes:
-        mixup_enabled: whether a call mixes. Set to False, as training loops with timm's Mixup do for the last epochs, a
-            call returns its inputs as they are, and label vectors; :meth:`select` does not read it.
+        mixup_enabled: whether a call mixes. If False, as training loops with timm's Mixup set it for the last epochs, a
+            call returns its inputs unchanged, and label vectors; :meth:`select` does not read it.
         reference: the reference gradient, (C, d + 1) or by parameter name; None before the first call and while the
             buffer is empty.
         table: the class table (:class:`gradmix.ClassTable`), or None.
         pairs: the last :class:`gradmix.Pairs`, or None.
-        screening: None, or for the estimator ``sketch`` by class how the table came about.
-        refreshes: how often the reference gradient was computed.
+        screening: None, or for the estimator ``sketch`` with the criterion ``class`` the counts of the table's
+            decisions.
+        refreshes: number of times that the reference gradient was computed.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`select_pairs`.
@@ -151,20 +154,20 @@ class GradMix:
 
     @property
     def _source(self) -> torch.Generator:
-        """The generator given, or the library's own as of now: another one after ``torch.manual_seed``."""
+        """The given generator, or the library's present one, which ``torch.manual_seed`` replaces."""
         return default_generator() if self._generator is None else self._generator
 
     def __call__(self, x: InputTree, y: Tensor, *, replayed: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C).
+        """Return mixed inputs (N, ...) and label vectors (N, C) for a batch x (N, ...), y (N,) or (N, C).
 
-        With ``mixup_enabled`` False the inputs are given back as they are, with their label vectors.
+        With ``mixup_enabled`` False the inputs are returned unchanged, with their label vectors.
         """
         if self.mixup_enabled:
             return self.select(x, y, replayed=replayed).mix()
         refuse_worker("GradMix")
-        with self._estimator.running():
-            request = checked_request(self._estimator, (x, y), None, None, ("replayed", None))
-            mixtures = self._estimator.label(request, 1.0)
+        with self._estimator.guard():
+            request = check_request(self._estimator, (x, y), None, None, ("replayed", None))
+            mixtures = self._estimator.prepare_labels(request, 1.0)
         return x, dense_labels(mixtures.batch.y, mixtures.num_classes, labels_dtype(request.batch.x))
 
     def select(
@@ -177,29 +180,31 @@ class GradMix:
         outputs: HeadOutput | tuple[Tensor, Tensor] | None = None,
         replayed: Tensor | None = None,
     ) -> Pairs:
-        """The pairs for a batch.
+        """Select the pairs of a batch.
 
         Args:
             x, y: the batch.
             candidates, lam, outputs: as :func:`select_pairs`.
-            replayed: (N,) bool, which samples of the batch are replayed ones. Their mean gradient is then the reference
-                of this call in place of the buffer's, which is not read. By sample, what is kept between steps is
-                neither used nor changed. By class, the table is refreshed as ever; its reference is the marked samples'
-                gradient, and it is made of the samples at hand alone.
+            replayed: (N,) bool, which marks the replayed samples of the batch. Their mean gradient is then the
+                reference of this call in place of the buffer's, which is not read. With the criterion ``sample``,
+                results kept between steps are neither used nor changed. With ``class``, the table is refreshed as
+                usual; its reference is the marked samples' gradient, and it is computed from the given samples alone.
 
         Raises:
-            ValueError, TypeError: as :func:`select_pairs`; no ``replayed`` where there is no buffer.
+            ValueError, TypeError: as :func:`select_pairs`; or ``replayed`` is None and there is no buffer.
         """
         refuse_worker("GradMix")
         if lam is not None:
             check_lam(lam)
         if replayed is None and self._buffer is None:
-            raise ValueError("replayed: got None, expected (N,) bool, which marks replayed rows, as there is no buffer")
-        # By sample the gradient of marked samples serves this call alone.
+            raise ValueError(
+                "replayed: got None, expected (N,) bool, which marks replayed samples, as there is no buffer"
+            )
+        # With the criterion ``sample`` the gradient of marked samples is for this call alone.
         once = replayed is not None and self._rule.criterion == "sample"
         passes = not (once and candidates is None and self._estimator.makes_no_pass(outputs, replayed))
-        with self._estimator.running(passes):
-            request = checked_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
+        with self._estimator.guard(passes):
+            request = check_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
             if not once:
                 if self._is_due(request):
                     self._refresh_kept(request)
@@ -207,14 +212,14 @@ class GradMix:
             lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
             selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
             run = call
-            if self._graphs is not None and self._graphs.serve(first_tensor(request.batch.x).device):
+            if self._graphs is not None and self._graphs.supports(first_tensor(request.batch.x).device):
                 run = self._graphs
             self.pairs = select(selector, request, known, lam, self._source, run)
         self._age += 1
         return self.pairs
 
     def _selector(self) -> tuple[Selector, Reference | None]:
-        """Return what selects between refreshes: the class table, else the estimator with the reference gradient."""
+        """Return the selector between refreshes and its reference: the class table, else the estimator."""
         if self.table is not None:
             lookup = TableLookup(self._estimator, self.table.lams)
             return Selector(lookup, self._rule), Reference(self.table.tensors())
@@ -222,47 +227,48 @@ class GradMix:
         return Selector(self._estimator, self._rule), known
 
     def start_epoch(self) -> None:
-        """Have the next call compute everything anew."""
+        """Make the next call compute everything anew."""
         self._stale = True
 
     def _is_due(self, request: Request) -> bool:
+        """Whether the reference gradient and the class table must be computed anew."""
         if self._stale or (self._refresh != "epoch" and self._age >= self._refresh):
             return True
         if self._shapes != self._shapes_now():
             return True
         if self.reference is None:
-            return has_samples(self._buffer) if request.marked is None else self._is_met(request.marked)
+            return has_samples(self._buffer) if request.marked is None else self._any_set(request.marked)
         if self.table is None:
             return False
         labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]
-        return self._is_met(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
+        return self._any_set(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
 
-    def _is_met(self, flags: Tensor) -> bool:
-        """Whether any of ``flags`` (K,) is set, in any process; where the host may not look, the next call knows."""
+    def _any_set(self, flags: Tensor) -> bool:
+        """Whether any of ``flags`` (K,) is set in any process; where the host may not wait, False and a check."""
         group = self._estimator.network.group
         if group is not None:
             flags = any_rank(flags, group)
         if can_sync(flags.device) or self._estimator.full_network:
             return bool(flags.any())
-        # By a weak reference: the question is kept for the model, and must not keep it.
-        kept = weakref.ref(self)
+        # By a weak reference: a pending check must not keep this object alive.
+        reference = weakref.ref(self)
 
-        def grow_stale(_row: int) -> None:
-            mixup = kept()
+        def mark_stale(_sample: int) -> None:
+            mixup = reference()
             if mixup is not None:
                 mixup.start_epoch()
 
-        check_samples(flags, grow_stale)
+        check_samples(flags, mark_stale)
         return False
 
     def _shapes_now(self) -> Shapes:
-        """Return the parameters' shapes, on which the kept gradient depends besides values."""
+        """Return the shapes of the parameters with which the kept gradient must agree."""
         frozen_count = not self._estimator.full_network
         parameters = self._model.named_parameters()
         return {name: list(p.shape) for name, p in parameters if p.requires_grad or frozen_count}
 
     def _refresh_kept(self, request: Request) -> None:
-        """Compute anew what is kept; all or nothing, so that a model that raises leaves what was kept before."""
+        """Compute the kept results anew; if the model raises, the former ones stay."""
         estimator, by_class = self._estimator, self._rule.criterion == "class"
         reference: Reference | None = None
         samples: list[Any] = []
@@ -271,9 +277,9 @@ class GradMix:
             keep = self._class_samples if by_class else 0
             reference, samples = estimator.reference(self._buffer, request.batch.x, keep)
         if by_class and (reference is not None or request.marked is not None):
-            mixtures = estimator.see(request, 1.0)
+            mixtures = estimator.prepare(request, 1.0)
             if request.marked is not None:
-                reference = on_host(estimator.marked_reference(mixtures, request.marked))
+                reference = none_if_empty(estimator.reference_of_marked(mixtures, request.marked))
             if reference is not None:
                 table, screening = self._class_table(mixtures, samples, reference)
         self.reference = None if reference is None else reference.gradient
@@ -284,12 +290,12 @@ class GradMix:
     def _class_table(
         self, mixtures: Mixtures[Any], samples: list[Any], reference: Reference
     ) -> tuple[ClassTable, Screening | None]:
-        """The class table of the buffer's ``samples`` and of those at hand, the same in all processes."""
+        """Return the class table of the buffer's ``samples`` and of the mixtures', the same in all processes."""
         estimator, network = self._estimator, self._estimator.network
-        at_hand = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
+        given = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
         if not estimator.mixes_inputs:
-            at_hand = [part.without_inputs() for part in at_hand]
-        parts = [*samples, *(part.gathered(network.batch_group) for part in at_hand)]
+            given = [part.without_inputs() for part in given]
+        parts = [*samples, *(part.gather(network.batch_group) for part in given)]
         everything = concatenate_samples(parts, mixtures.num_classes)
         table, screening = estimator.class_table(
             replace(mixtures, batch=everything, candidates=None),
@@ -304,12 +310,12 @@ class GradMix:
         return table.of_first_process(network.group), screening
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept between steps, tensors and numbers; loads with ``torch.load(weights_only=True)``.
+        """Return the results kept between steps, tensors and numbers; loads with ``torch.load(weights_only=True)``.
 
         Raises:
-            ValueError: the call before was given what it should not have been, found on a GPU.
+            ValueError: a check of an earlier call on a GPU has found a wrong value.
         """
-        # Whether the table is to be made anew may still be on its way from the GPU.
+        # Whether the table must be computed anew may still be pending on the GPU.
         raise_deferred(self._model)
         table = self.table
         return {
@@ -323,10 +329,10 @@ class GradMix:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`.
+        """Load a state of :meth:`state_dict`.
 
         Raises:
-            ValueError: a key is missing or unknown; nothing is changed then.
+            ValueError: a key is missing or unknown; the object is then unchanged.
         """
         expected = {"reference", "table", "age", "stale", "refreshes", "generator", "shapes"}
         if {"shapes", *state} != expected:
@@ -336,5 +342,5 @@ class GradMix:
         self._source.set_state(state["generator"])
         self.reference, self.table = state["reference"], made
         self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
-        # A state from before these were kept is taken to be of a model like this one.
+        # A state of an earlier version has no shapes, and is assumed to be of a model with the present ones.
         self._shapes = state.get("shapes", self._shapes_now())

@@ -1,4 +1,4 @@
-"""The mixing weight: drawing it, and integrating over its distribution."""
+"""The mixing weight: its draw, and integrals over its distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SEED_LIMIT = 1 << 62
 
 
 def draw_lam(alpha: float, generator: torch.Generator) -> float:
-    """One mixing weight from Beta(alpha, alpha).
+    """Draw one mixing weight from Beta(alpha, alpha).
 
     torch's Beta takes no generator, so numpy draws, seeded by one number from ``generator``.
     """
@@ -18,7 +18,7 @@ def draw_lam(alpha: float, generator: torch.Generator) -> float:
 
 
 def beta_quadrature(alpha: float, nodes: int) -> tuple[list[float], list[float]]:
-    """Gauss quadrature for the expectation over Beta(alpha, alpha): nodes in (0, 1) and weights that sum to 1.
+    """Return the Gauss quadrature of expectations over Beta(alpha, alpha): nodes in (0, 1), and weights with sum 1.
 
     Exact for polynomials up to degree 2 ``nodes`` - 1. Golub and Welsch, "Calculation of Gauss quadrature rules"
     (1969), with the three-term recurrence of the Gegenbauer polynomials, whose weight is the symmetric Beta density

@@ -1,4 +1,4 @@
-"""The pairs that were selected: partners, weights, and the mixtures that follow."""
+"""The result of a selection: partners, mixing weights, and the mixtures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmix._moved import alias_attribute
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
-from gradmix.samples import Samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +24,8 @@ class Pairs:
     """The partner chosen for each of N samples among M candidates.
 
     Attributes:
-        partner: (N,) int64, index of the candidate; the sample's own index, or 0 among foreign candidates, where it
-            has none.
+        partner: (N,) int64, index of the candidate; without a partner the sample's own index, or 0 if candidates were
+            given.
         lam: (N,) weight of the sample itself; 1 where it has no partner.
         helpful: (N,) bool, whether the sample has a partner.
         alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where
@@ -40,8 +41,8 @@ class Pairs:
     helpful: Tensor
     num_classes: int
     _alignment: Alignment | Callable[[], Alignment] = field(repr=False)
-    _batch: Samples = field(repr=False)
-    _candidates: Samples | None = field(repr=False)
+    _batch: LabelledSamples = field(repr=False)
+    _candidates: LabelledSamples | None = field(repr=False)
     screening: Screening | None = None
 
     @cached_property
@@ -50,38 +51,38 @@ class Pairs:
 
     @cached_property
     def _compact(self) -> Alignment:
-        # How many classes there are is not known before somebody asks, as a GPU would have to be waited for.
+        # Only on request, as the host waits for a GPU to learn the number of classes.
         return self._full_alignment.compact()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: with the alignment, not with what would compute it."""
+        """Return the state for copies and pickles: with the alignment in place of the function that computes it."""
         return {**vars(self), "_alignment": self._full_alignment}
 
     @property
     def alignment(self) -> Tensor:
-        """(N, M), or (P, P) by class."""
+        """Cosines of the mixtures' gradients with the reference gradient, (N, M), or (P, P) by class."""
         return self._compact.cosine
 
     @property
     def classes(self) -> Tensor | None:
-        """None, or (P,) int64 in ascending order."""
+        """Class labels of :attr:`alignment`, (P,) int64 in ascending order, or None."""
         return self._compact.classes
 
     def __len__(self) -> int:
         return len(self.partner)
 
     @property
-    def batch(self) -> Samples:
-        """The samples that pairs were selected for."""
+    def batch(self) -> LabelledSamples:
+        """The batch that the pairs were selected for."""
         return self._batch
 
     @property
-    def candidates(self) -> Samples:
-        """The samples that partners are among: those given, or the batch itself."""
+    def candidates(self) -> LabelledSamples:
+        """The candidates, or the batch itself."""
         return self._batch if self._candidates is None else self._candidates
 
-    def by_row(self, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The decisions for each pair of samples, also where the criterion is by class.
+    def by_pair(self, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the decisions for each pair of samples, also if the criterion is ``class``.
 
         Args:
             threshold: smallest cosine of a helpful mixture.
@@ -92,16 +93,18 @@ class Pairs:
         """
         return self._full_alignment.by_pair(self._batch.y, self.candidates.y, threshold)
 
-    def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
-        """The mixed samples: lam x_i + (1 - lam) x_partner, and their labels likewise.
+    by_row = alias_attribute("Pairs", "by_row", "by_pair")
 
-        Of a mapping, tuple or list of tensors those of a floating-point dtype are mixed; the others have to be the same
-        for a sample and its partner, and stay.
+    def mix(self, x: InputTree | None = None, y: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Return the mixed samples, lam x_i + (1 - lam) x_partner, with labels mixed in the same way.
+
+        In a mapping, tuple or list of tensors, those of a floating-point dtype are mixed; the others must be equal for
+        a sample and its partner, and stay.
 
         Args:
-            x: (N, ...) to mix in place of the inputs that were selected on, for instance normalised ones or embeddings;
-                where partners came from other candidates, those keep theirs, so the shapes must agree.
-            y: (N,) or (N, C) in place of their labels.
+            x: (N, ...) to mix in place of the batch's inputs, for instance normalised ones or embeddings. Given
+                candidates keep their own inputs, so that the shapes must agree.
+            y: (N,) or (N, C) in place of the batch's labels.
 
         Returns:
             x (N, ...) of the input's dtype, a mapping as a dict; y (N, num_classes) label vectors, float64 for float64
@@ -119,10 +122,10 @@ class Pairs:
         return mixed, self._mixed_labels(own, other)
 
     def mix_labels(self, y: Tensor | None = None) -> Tensor:
-        """The labels of the mixed samples, for inputs that are mixed elsewhere (:func:`gradmix.mixed_forward`).
+        """Return the labels of the mixed samples, for inputs that are mixed elsewhere (:func:`gradmix.mixed_forward`).
 
         Args:
-            y: (N,) or (N, C) in place of the labels that were selected on, as in :meth:`mix`.
+            y: (N,) or (N, C) in place of the batch's labels, as in :meth:`mix`.
 
         Returns:
             (N, num_classes) label vectors, float64 for float64 inputs, else float32.
@@ -134,22 +137,22 @@ class Pairs:
         return self._mixed_labels(own, own if self._candidates is None else self._candidates)
 
     def other_x(self, x: InputTree | None = None) -> Any:
-        """Every sample's partner, (N, ...), unmixed; where it has none itself, or among candidates the first of them.
+        """Return each sample's partner, (N, ...), unmixed; without one, the sample itself or the first given candidate.
 
         Args:
-            x: (N, ...) in place of the inputs that were selected on, where partners are of the batch itself.
+            x: (N, ...) in place of the batch's inputs, if partners come from the batch itself.
 
         Raises:
-            ValueError: a wrong number of samples, or samples given though partners came from other candidates.
+            ValueError: a wrong number of samples, or ``x`` with partners from given candidates.
         """
         if self._candidates is None:
             return take(self._samples(x, None).x, self.partner)
         if x is not None:
             count = check_inputs("x", x)
-            raise ValueError(f"x: got {count} rows, expected None, as partners are among the candidates")
+            raise ValueError(f"x: got {count} samples, expected None, as partners are among the candidates")
         return take(self._candidates.x, self.partner)
 
-    def _mixed_labels(self, own: Samples, other: Samples) -> Tensor:
+    def _mixed_labels(self, own: LabelledSamples, other: LabelledSamples) -> Tensor:
         dtype = labels_dtype(own.x)
         weight = self.lam.to(dtype)[:, None]
         labels = weight * dense_labels(own.y, self.num_classes, dtype)
@@ -160,14 +163,21 @@ class Pairs:
         return self.mix()[0], self._batch.y, self.candidates.y[self.partner], self.lam
 
     def summary(self) -> dict[str, float]:
-        """Plain figures: samples (``rows``), ``mixed`` ones, their ``mixed_share``, their ``lam``, and of the evaluated
-        mixtures (or class pairs) the ``positive_share`` with a non-negative cosine and the ``mean_cosine``; for the
-        estimator ``sketch`` the numbers ``screened``, ``rechecked`` and ``uncertain``.
+        """Return plain figures.
+
+        Returns:
+            ``samples``: their number (``rows`` is its former name); ``mixed``: how many have a partner,
+                ``mixed_share``:
+            their share, ``lam``: their weight (1 if there are none); of the evaluated mixtures, or class pairs,
+            ``positive_share``: the share with a non-negative cosine, ``mean_cosine``: the mean; for the estimator
+            ``sketch`` the counts ``screened``, ``rechecked`` and ``uncertain`` of
+            :class:`gradmix.estimators.Screening`.
         """
         mixed = int(self.helpful.sum())
         known = self.alignment[~torch.isnan(self.alignment)]
         return {
             **({} if self.screening is None else asdict(self.screening)),
+            "samples": len(self),
             "rows": len(self),
             "mixed": mixed,
             "mixed_share": mixed / len(self),
@@ -176,12 +186,14 @@ class Pairs:
             "mean_cosine": float(known.double().mean()),
         }
 
-    def _samples(self, x: InputTree | None, y: Tensor | None) -> Samples:
-        """The batch, with the inputs and labels given in place of its own."""
-        samples = Samples(self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y))
+    def _samples(self, x: InputTree | None, y: Tensor | None) -> LabelledSamples:
+        """Return the batch with the given inputs and labels in place of its own."""
+        samples = LabelledSamples(
+            self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y)
+        )
         for name, count in (("x", check_inputs("x", samples.x)), ("y", check_inputs("y", samples.y))):
             if count != len(self):
-                raise ValueError(f"{name}: got {count} rows, expected the {len(self)} that pairs were selected for")
+                raise ValueError(f"{name}: got {count} samples, expected the {len(self)} that pairs were selected for")
         return samples
 
 

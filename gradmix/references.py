@@ -12,25 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradmix.labelled_samples import HeadSamples, concatenate_samples
 from gradmix.model.forward import forward_source
 from gradmix.model.head import HeadLike
 from gradmix.model.inputs import check_mixable, tensors_of
-from gradmix.model.unchanged import device_of, unchanged, unwrap
+from gradmix.model.unchanged import device_of, leave_unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient, last_layer_gradient_op
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import HeadSamples, concatenate_samples
 
 
 class Reference(NamedTuple):
-    """A reference gradient, as an estimator makes and reads it.
+    """A reference gradient of an estimator.
 
     Attributes:
-        gradient: (C, d + 1) or (C, d) of the last layer; by parameter name, of the full network.
-        empty: None, or () bool on the device: no sample is behind it, and every mixture counts as helpful.
+        gradient: (C, d + 1) or (C, d) for the last layer; tensors by parameter name for the full network.
+        empty: None, or () bool on the device: whether it is the mean of no samples, so that every mixture counts as
+            helpful.
     """
 
     gradient: Any
@@ -45,7 +46,7 @@ def reference_gradient(
     chunk_size: int = CHUNK,
     group: Group = None,
 ) -> Tensor:
-    """Mean last-layer gradient of the buffer's cross-entropy: G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
+    """Return the mean last-layer gradient of the buffer's cross-entropy, G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T.
 
     The model runs in evaluation mode and is left as it was.
 
@@ -53,9 +54,9 @@ def reference_gradient(
         model: returns logits (N, C), or an object that holds them as ``.logits``.
         buffer: a ReplayBuffer, an ``(x, y)`` pair of tensors or arrays, a Dataset, a DataLoader, any object of samples
             ``(x, y)`` with ``__len__`` and ``__getitem__``, or a function that returns one of these and is called at
-            every read (:mod:`gradmix.replay.sources`). x is a tensor, or a mapping, tuple or list of tensors, which
-            the model is given by keyword or position if its ``forward`` takes them so (:mod:`gradmix.model.inputs`).
-        head: the classifier, or its name; None: found by itself.
+            every read (:mod:`gradmix.replay.sources`). x is a tensor, or a mapping, tuple or list of tensors, which is
+            passed by keyword or position if the model's ``forward`` takes it so (:mod:`gradmix.model.inputs`).
+        head: the classifier, or its name; None: it is searched for.
         chunk_size: samples of one forward pass.
         group: a process group of ``torch.distributed`` whose processes hold the same model and the same buffer: each
             forwards its share of the samples, and all get the same result, to the bit. Every process must call this;
@@ -78,10 +79,10 @@ def reference_gradient(
     refuse_worker("reference_gradient")
     check_group(group)
     model = unwrap(model)
-    with unchanged(model):
+    with leave_unchanged(model):
         reference, _ = read_buffer(model, head, buffer, chunk_size, device_of(model), group)
     if reference is None:
-        raise ValueError("buffer: got no rows, expected at least one")
+        raise ValueError("buffer: got no samples, expected at least one")
     return reference
 
 
@@ -94,14 +95,14 @@ def read_buffer(
     group: Group,
     keep: Keep | None = None,
 ) -> tuple[Tensor | None, list[HeadSamples]]:
-    """The reference gradient, None for an empty buffer; and the first samples of each class, in chunks.
+    """Return the reference gradient, None for an empty buffer; and the first samples of each class, in chunks.
 
-    Both are the same in all processes of a group, each of which forwards its share.
+    Both are the same in all processes of a group. Each process forwards its share.
 
     Args:
         model, head, chunk_size: as :func:`gradmix.model.forward.forward_source`.
         buffer: the source of samples.
-        device: where they are forwarded.
+        device: device of the forward passes.
         group: the processes.
         keep: which samples are kept; None: none.
     """
@@ -113,11 +114,11 @@ def read_buffer(
         total.add(samples)
         if keep is not None:
             index = quota.admit(samples.y)
-            kept.append(keep.reduced(samples).take(index))
+            kept.append(keep.reduce(samples).take(index))
             places.append(start + index)
     if keep is not None and kept and group is not None:
-        # The first samples of all are among the first samples of each share.
-        everyone = concatenate_samples(kept, kept[0].logits.shape[1]).gathered(group)
+        # The first samples of the whole buffer are among the first samples of each share.
+        everyone = concatenate_samples(kept, kept[0].logits.shape[1]).gather(group)
         everyone = everyone.take(all_gather_samples(torch.cat(places), group).argsort())
         kept = [everyone.take(ClassQuota(keep.per_class).admit(everyone.y))]
     return total.value(group), kept
@@ -125,21 +126,21 @@ def read_buffer(
 
 @dataclass(frozen=True)
 class Keep:
-    """Which samples of the buffer are kept while it is read.
+    """The samples of the buffer to keep while it is read.
 
     Attributes:
-        per_class: the first so many of each class.
-        inputs_for: name of the estimator that mixes their inputs; None: the inputs are not kept.
+        per_class: number of samples of each class, the first ones.
+        inputs_for: name of the estimator that mixes their inputs; None: inputs are not kept.
     """
 
     per_class: int
     inputs_for: str | None
 
-    def reduced(self, samples: HeadSamples) -> HeadSamples:
-        """``samples`` with what is kept of each.
+    def reduce(self, samples: HeadSamples) -> HeadSamples:
+        """Return the samples, without their inputs unless these are kept.
 
         Raises:
-            TypeError: inputs that cannot be mixed.
+            TypeError: the inputs are kept and cannot be mixed.
         """
         if self.inputs_for is None:
             return samples.without_inputs()
@@ -162,9 +163,9 @@ class MeanGradient:
         self._count += len(samples)
 
     def value(self, group: Group = None) -> Tensor | None:
-        """(C, d + 1), or (C, d) without bias, over the samples of all processes of a group; None if there were none.
+        """Return the mean over all processes of a group, (C, d + 1), or (C, d) without bias; None without samples.
 
-        Every process must have added samples, be it none of them, or no process may have.
+        Either all processes have called :meth:`add`, possibly with no samples, or none has.
         """
         if self._sum is None or group is None:
             return None if self._sum is None else self._sum / self._count
@@ -172,7 +173,7 @@ class MeanGradient:
         return total / count
 
 
-def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -> Reference:
+def gradient_of_marked(samples: HeadSamples, marked: Tensor, group: Group = None) -> Reference:
     """The mean last-layer gradient of the samples that are marked; the host waits for nothing.
 
     Args:
@@ -187,19 +188,19 @@ def marked_gradient(samples: HeadSamples, marked: Tensor, group: Group = None) -
     if samples.appends_one:
         h = torch.cat([h, h.new_ones(len(h), 1)], 1)
     total = h.new_zeros(samples.logits.shape[1], h.shape[1])
-    # A zero [h; 1] adds nothing, so that the number of such samples need not be known.
+    # A zero [h; 1] adds nothing: the other samples are not removed, as the host would have to know their number.
     last_layer_gradient_op(total, h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, "tf32x3", "auto")
     total, count = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
     return Reference(total / count.clamp(min=1), count == 0)
 
 
 def dtype_of(gradient: Any) -> torch.dtype:
-    """The dtype that holds all of a reference gradient, of the last layer or by parameter name."""
+    """Return the dtype to which all tensors of a reference gradient promote."""
     return reduce(torch.promote_types, (part.dtype for part in tensors_of(gradient)))
 
 
-def on_host(reference: Reference | None) -> Reference | None:
-    """The reference, or None where no sample is behind it; the host waits for the device."""
+def none_if_empty(reference: Reference | None) -> Reference | None:
+    """Return the reference, or None if it is the mean of no samples; the host waits for the device."""
     if reference is None or reference.empty is None:
         return reference
     return None if bool(reference.empty) else Reference(reference.gradient)
@@ -213,7 +214,7 @@ class ClassQuota:
         self._count: dict[int, int] = {}
 
     def admit(self, labels: Tensor) -> Tensor:
-        """Indices of this call's samples that are within the quota, in order."""
+        """Return the indices (K,) int64 of this call's samples that are within the quota, ascending."""
         admitted = []
         for index, label in enumerate(class_of(labels).tolist()):
             count = self._count.get(label, 0)

@@ -11,6 +11,6 @@ __getattr__ = moved(
         "as_pair": "as_pair",
         "chunks_of": "chunks_of",
         "has_rows": "has_samples",
-        "numbered_chunks": "numbered_chunks",
+        "numbered_chunks": "chunks_with_numbers",
     },
 )

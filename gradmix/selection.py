@@ -19,7 +19,9 @@ from gradmix.draw import Policy, Proposal
 from gradmix.estimators import EstimatorLike, Network, resolve
 from gradmix.estimators.base import Estimator
 from gradmix.estimators.full_network import FullGradient
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixing_weight import check_alpha, draw_lam
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
 from gradmix.model.unchanged import unwrap
@@ -32,7 +34,6 @@ from gradmix.runtime.cuda_graphs import call
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
 from gradmix.runtime.workers import refuse_worker
-from gradmix.samples import Mixtures, Request, Samples
 from gradmix.selector import Decision, Rule, Selector
 
 
@@ -66,27 +67,27 @@ def select_pairs(
     >>> x.shape, y.shape
     (torch.Size([5, 4]), torch.Size([5, 3]))
 
-    A mixture lam a + (1 - lam) b is helpful if the cosine of its gradient with the reference gradient, which is the
-    buffer's mean gradient, is at least ``threshold``; by default gradients are those of the last layer. Each sample
+    A mixture lam a + (1 - lam) b is helpful if the cosine of its gradient with the reference gradient, the mean
+    gradient of the buffer, is at least ``threshold``; by default gradients are those of the last layer. Each sample
     gets one helpful partner. A sample without one stays unmixed: its lam is 1. With an empty buffer every mixture
-    counts as helpful, which is plain Mixup. One lam serves the call.
+    counts as helpful, which is plain Mixup. All mixtures of a call have the same lam.
 
-    The model, the tensors given, autograd's state and the global random generators are left as they were, also if the
-    model raises. :class:`gradmix.GradMix` is the same for a training loop, with what can be kept between steps.
+    The model, the given tensors, autograd's state and the global random generators stay unchanged, also if the model
+    raises. :class:`gradmix.GradMix` does the same in a training loop, and keeps results between steps.
 
     Args:
         model: the classifier in training; returns logits (N, C), or an object that holds them as ``.logits``.
         buffer: the replay buffer: a :class:`gradmix.ReplayBuffer`, an ``(x, y)`` pair of tensors or arrays, a Dataset,
             a DataLoader, any object of samples ``(x, y)`` with ``__len__`` and ``__getitem__`` (such as a list), or a
             function that returns one of these and is called at every read (:mod:`gradmix.replay.sources`). Or (N,)
-            bool, which samples of the batch are replayed ones: the reference gradient is then their mean, from the
-            forward pass of the batch, and no buffer is read. A mask without a True is an empty buffer.
+            bool, which marks the replayed samples of the batch: the reference is then their mean gradient, from the
+            forward pass of the batch, and no buffer is read. A mask without a True counts as an empty buffer.
         batch: the samples to mix, replayed ones among them: x (N, ...) and y, (N,) integer class indices or (N, C)
-            label vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which the model is given by
-            keyword or position if its ``forward`` takes them so, else as it is. Estimators that mix inputs mix the
-            tensors of a floating-point dtype; of the others, such as token ids, a sample must have the same as its
+            label vectors. x is a tensor, or a mapping, tuple or list of tensors with one N, which is passed by keyword
+            or position if the model's ``forward`` takes it so, else as one argument. Estimators that mix inputs mix the
+            tensors of a floating-point dtype; the others, such as token ids, must be equal for a sample and its
             partner. The estimator ``feature`` takes any x that the model takes.
-        candidates: where partners come from, (x, y) of M samples; None: the batch itself, a sample not being its own
+        candidates: the M samples that partners come from, (x, y); None: the batch itself, where no sample is its own
             partner.
         criterion: ``"sample"``: the inner product of each pair decides. ``"class"``, as in the paper: the mean over the
             pairs of the same two classes decides.
@@ -98,19 +99,19 @@ def select_pairs(
             - ``"sketch"`` or :class:`gradmix.SketchEstimator`: of all parameters, from sketches of the samples'
               gradients; decisions in doubt are rechecked by forwarded mixtures, up to a budget.
         alpha: lam is drawn from Beta(alpha, alpha).
-        lam: weight of the sample itself, in [0, 1], in place of a drawn one.
+        lam: weight of the sample itself, in [0, 1], in place of a random one.
         threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
-        policy: ``"uniform"``: a random helpful partner. ``"permute"``: one random partner, as Mixup draws it, kept if
-            it is helpful. ``"best"``: the partner with the largest cosine, ties broken at random; it forgets less and
-            learns less, and needs a reference gradient of the very step (REPRODUCIBILITY.md).
-        head: the classifier layer, or its name; None: the linear layers whose output are the logits are found.
+        policy: ``"uniform"``: a random helpful partner. ``"permute"``: one random partner, as in Mixup, kept if it is
+            helpful. ``"best"``: the partner with the largest cosine, ties broken at random; the model then forgets less
+            and learns less, and the reference gradient must be that of the present step (REPRODUCIBILITY.md).
+        head: the classifier layer, or its name; None: the linear layers that end in the logits are searched for.
         num_classes: length of the mixed label vectors; None: the head's.
-        generator: source of all randomness; same state, same result. None: a generator of the library's own, seeded by
-            ``torch.initial_seed()``, which starts again with every call of ``torch.manual_seed``.
+        generator: source of all random numbers; the same state gives the same result. None: the library's own
+            generator, seeded by ``torch.initial_seed()`` and restarted by every call of ``torch.manual_seed``.
         backend: of the operators (:func:`gradmix.set_backend`).
-        reference: a reference gradient computed before, in place of a pass over the buffer
+        reference: a reference gradient computed earlier, in place of a pass over the buffer
             (:func:`gradmix.reference_gradient`; for ``jvp`` and ``sketch`` :func:`gradmix.gradients.mean_gradient`).
-        outputs: features (N, d) and logits (N, C) of the batch from a forward pass made before
+        outputs: features (N, d) and logits (N, C) of the batch from an earlier forward pass
             (:class:`gradmix.HeadCapture`), in place of one made here; ``jvp`` and ``sketch`` do not use them.
         chunk_size: samples of one forward pass.
         group: processes that share the reference gradient, each with a batch of its own, as
@@ -120,9 +121,9 @@ def select_pairs(
         :class:`gradmix.Pairs`.
 
     Raises:
-        ValueError: a value out of range, a NaN or infinity (its sample is named), labels beyond the model's classes, an
-            empty batch, or no certain head. On a GPU the next call raises what is wrong with values, as this one waits
-            for nothing (:mod:`gradmix.runtime.deferred_checks`; estimators ``feature`` and ``mixed``).
+        ValueError: a value out of range, a NaN or an infinity (the error names the sample), labels beyond the model's
+            classes, an empty batch, or no certain head. On a GPU errors in values are raised by the next call, as this
+            one does not wait (:mod:`gradmix.runtime.deferred_checks`; estimators ``feature`` and ``mixed``).
         TypeError: an argument of the wrong type.
         BatchStatisticsError: the model normalises by statistics of the batch.
         RuntimeError: called in a worker process of a DataLoader.
@@ -133,11 +134,11 @@ def select_pairs(
     refuse_worker("select_pairs")
     generator = default_generator() if generator is None else generator
     marked = buffer if reference is None and isinstance(buffer, Tensor) else None
-    with resolved.running(passes=candidates is not None or not resolved.makes_no_pass(outputs, marked)):
-        request = checked_request(resolved, batch, candidates, outputs, ("buffer", marked))
+    with resolved.guard(passes=candidates is not None or not resolved.makes_no_pass(outputs, marked)):
+        request = check_request(resolved, batch, candidates, outputs, ("buffer", marked))
         known = None
         if reference is not None:
-            known = resolved.given_reference(reference)
+            known = resolved.as_reference(reference)
         elif marked is None:
             known, _ = resolved.reference(buffer, request.batch.x)
         lam = draw_lam(alpha, generator) if lam is None else float(lam)
@@ -152,7 +153,7 @@ def select(
     generator: torch.Generator,
     run: Callable[..., Decision] = call,
 ) -> Pairs:
-    """Select with what is known of the buffer; call it inside :meth:`gradmix.estimators.base.Estimator.running`.
+    """Select by a known reference; call it inside :meth:`gradmix.estimators.base.Estimator.guard`.
 
     Args:
         selector: the scorer and the rule.
@@ -160,17 +161,17 @@ def select(
         known: the reference gradient or the class table; None: the buffer is empty, or samples are marked.
         lam: weight of the sample itself.
         generator: source of the draws.
-        run: calls a pure selector, as it is or by a captured CUDA graph.
+        run: calls a pure selector, directly or by a captured CUDA graph.
     """
     scorer, batch, screening = selector.scorer, request.batch, None
     own = request.candidates is None
     device = first_tensor(batch.x).device
     proposal = Proposal(selector.rule.policy, len(batch), len(request.partners), own, generator, device)
-    # Without a reference gradient there is nothing to score, and labels are enough.
-    see = scorer.label if known is None and request.marked is None else scorer.see
-    mixtures = see(request, lam)
+    # Without a reference gradient nothing is scored, and only labels are needed.
+    only_labels = known is None and request.marked is None
+    mixtures = scorer.prepare_labels(request, lam) if only_labels else scorer.prepare(request, lam)
     if request.marked is not None:
-        known = scorer.marked_reference(mixtures, request.marked)
+        known = scorer.reference_of_marked(mixtures, request.marked)
     if known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
@@ -189,8 +190,8 @@ def select(
         decision.helpful,
         mixtures.num_classes,
         alignment,
-        Samples(batch.x, mixtures.batch.y),
-        None if request.candidates is None else Samples(request.candidates.x, mixtures.partners.y),
+        LabelledSamples(batch.x, mixtures.batch.y),
+        None if request.candidates is None else LabelledSamples(request.candidates.x, mixtures.partners.y),
         screening,
     )
 
@@ -201,23 +202,23 @@ def _align(selector: Selector, mixtures: Mixtures[Any], reference: Reference) ->
     return selector.align(mixtures, reference)
 
 
-def checked_request(
+def check_request(
     estimator: Estimator[Any],
     batch: tuple[InputTree, Tensor],
     candidates: tuple[InputTree, Tensor] | None,
     outputs: HeadOutput | tuple[Tensor, Tensor] | None,
     marked: tuple[str, object],
 ) -> Request:
-    """The arguments of one selection, checked, on the batch's device.
+    """Check the arguments of one selection and move them to the batch's device.
 
     Args:
-        estimator: inputs are checked for what it does with them.
+        estimator: the estimator, which may require inputs that can be mixed.
         batch, candidates, outputs: as :func:`select_pairs`.
-        marked: which samples of the batch are marked, and what errors call that argument; None: none are.
+        marked: name of the argument in errors, and (N,) bool, the marked samples of the batch; None: there are none.
     """
-    own = Samples(*as_pair("batch", batch))
+    own = LabelledSamples(*as_pair("batch", batch))
     if len(own) == 0:
-        raise ValueError("batch: got no rows, expected at least one")
+        raise ValueError("batch: got no samples, expected at least one")
     if estimator.mixes_inputs:
         check_mixable("batch", own.x, estimator.name)
     device = first_tensor(own.x).device
@@ -225,21 +226,25 @@ def checked_request(
     if candidates is not None:
         x, y = as_pair("candidates", candidates)
         if len(y) == 0:
-            raise ValueError("candidates: got no rows, expected at least one")
+            raise ValueError("candidates: got no samples, expected at least one")
         check_alike("candidates", x, own.x, "the batch")
-        other = Samples(map_tensors(lambda leaf: leaf.to(device), x), y.to(device))
+        other = LabelledSamples(map_tensors(lambda leaf: leaf.to(device), x), y.to(device))
     name, marks = marked
-    return Request(own, other, outputs, None if marks is None else _checked_marks(name, marks, len(own), device))
+    return Request(own, other, outputs, None if marks is None else _check_marks(name, marks, len(own), device))
 
 
-def _checked_marks(name: str, marked: object, count: int, device: torch.device) -> Tensor:
-    """Which samples of the batch are marked, (N,) bool on its device."""
+def _check_marks(name: str, marked: object, count: int, device: torch.device) -> Tensor:
+    """Check the marks of the batch's samples and return them, (N,) bool, on its device."""
     if not isinstance(marked, Tensor):
-        raise TypeError(f"{name}: got {type(marked).__name__}, expected a bool tensor that marks rows of the batch")
+        raise TypeError(f"{name}: got {type(marked).__name__}, expected a bool tensor that marks samples of the batch")
     if marked.dtype != torch.bool:
-        raise TypeError(f"{name}: got a tensor of dtype {marked.dtype}, expected bool, which marks rows of the batch")
+        raise TypeError(
+            f"{name}: got a tensor of dtype {marked.dtype}, expected bool, which marks samples of the batch"
+        )
     if marked.shape != (count,):
-        raise ValueError(f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({count},) as the batch's rows")
+        raise ValueError(
+            f"{name}: got a mask of shape {tuple(marked.shape)}, expected ({count},) as the batch's samples"
+        )
     return to_device_async(marked, device)
 
 

@@ -1,4 +1,4 @@
-"""From scores to partners: the criterion's alignment, the threshold's decisions, and the draw among what is helpful."""
+"""From scores to partners: the alignment by the criterion, the threshold, and the draw among helpful candidates."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from gradmix.criteria import Alignment, Criterion, PairScores, no_alignment
 from gradmix.draw import Policy, Proposal, choose, choose_any
 from gradmix.estimators.base import Scorer, Screening
+from gradmix.mixtures import Mixtures
 from gradmix.ops.draw_partners import DrawnPartners
 from gradmix.ops.dtypes import exact_dtype
 from gradmix.ops.mixed_alignment import Weight
 from gradmix.references import Reference
 from gradmix.runtime.validation import check_choice
-from gradmix.samples import Mixtures
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule by which scores become partners: the arguments of these names of :func:`gradmix.select_pairs`.
+    """The rule by which scores become partners: arguments of :func:`gradmix.select_pairs` with the same names.
 
     Raises:
-        ValueError, TypeError: one of them is no such value.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
     criterion: Criterion
@@ -50,7 +50,7 @@ class Decision(NamedTuple):
 
     Attributes:
         partner: (N,) int64.
-        helpful: (N,) bool, whether there is one.
+        helpful: (N,) bool, whether the sample has a partner.
         lam: (N,) float64 (float32 on devices without it), weight of the sample itself.
         inner, cosine, classes: as :class:`gradmix.Alignment`; None where no decision needed cosines.
     """
@@ -72,7 +72,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Selector:
-    """Selects partners by one scorer and one rule; as a function of tensors where the scorer is pure."""
+    """Selects partners by one scorer and one rule; a function of tensors if the scorer is pure."""
 
     scorer: Scorer[Any]
     rule: Rule
@@ -81,15 +81,15 @@ class Selector:
         """Score all pairs and choose among them, without a wait; for pure scorers.
 
         Args:
-            mixtures: of :meth:`gradmix.estimators.base.Scorer.see`.
+            mixtures: as :meth:`gradmix.estimators.base.Scorer.prepare` returns them.
             reference: the reference gradient.
-            numbers: (N,) of :meth:`gradmix.draw.Proposal.numbers`.
+            numbers: (N,), from :meth:`gradmix.draw.Proposal.numbers`.
         """
         scores = self._scores(mixtures, reference, None, self.rule.needs_norms)
         return self.choose(scores, mixtures, reference, numbers)
 
     def align(self, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
-        """The alignment of all pairs, a sample with itself included; nothing is rechecked."""
+        """Return the alignment of all pairs, including a sample with itself; without a recheck."""
         return self._alignment(self._scores(mixtures, reference, None), reference)
 
     def _alignment(self, scores: PairScores, reference: Reference) -> Alignment:
@@ -102,7 +102,7 @@ class Selector:
     def score(
         self, mixtures: Mixtures[Any], reference: Reference, proposal: Proposal
     ) -> tuple[PairScores, Screening | None]:
-        """The scores of the pairs that are proposed, rechecked where they are in doubt; passes are made."""
+        """Return the scores of the proposed pairs, rechecked where in doubt; forward passes may be made."""
         pairs = proposal.pairs(self.scorer.scores_itself)
         scores = self._scores(mixtures, reference, pairs)
         if scores.error is None:
@@ -117,7 +117,7 @@ class Selector:
         return self.scorer.score(mixtures, reference.gradient, pairs, norms)
 
     def choose(self, scores: PairScores, mixtures: Mixtures[Any], reference: Reference, numbers: Tensor) -> Decision:
-        """Partners among the pairs whose alignment is helpful."""
+        """Choose partners among the helpful pairs."""
         rule, empty = self.rule, reference.empty
         alignment, score = None, None
         if scores.norm is None:
@@ -130,7 +130,7 @@ class Selector:
         return _decision(alignment, choose(allowed, score, numbers, rule.policy, mixtures.own), mixtures.lam)
 
     def choose_any(self, mixtures: Mixtures[Any], numbers: Tensor) -> Decision:
-        """Partners where no reference gradient is known: every mixture counts as helpful."""
+        """Choose partners without a reference gradient: every mixture counts as helpful."""
         alignment = no_alignment(mixtures.batch.y, mixtures.partners.y, self.rule.criterion)
         drawn = choose_any(len(mixtures.partners), numbers, self.rule.policy, mixtures.own)
         return _decision(alignment, drawn, mixtures.lam)

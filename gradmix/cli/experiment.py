@@ -132,12 +132,12 @@ def _shared(output: Path) -> Iterator[None]:
         ValueError: ``gradmix train`` uses it.
     """
     from gradmix.cli.train import refuse_in_use
-    from gradmix.runtime.locks import locked
+    from gradmix.runtime.locks import try_lock
     from gradmix.training.runs.results import LOCK
     from gradmix.training.runs.whole_files import make_folder
 
     make_folder(output)
-    with locked(output / LOCK, shared=True) as mine:
+    with try_lock(output / LOCK, shared=True) as mine:
         if not mine:
             refuse_in_use(output, shared=True)
         yield

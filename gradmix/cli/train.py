@@ -164,10 +164,10 @@ def _occupy(output: Path, held: ExitStack) -> None:
     Raises:
         ValueError: Another command uses it.
     """
-    from gradmix.runtime.locks import locked
+    from gradmix.runtime.locks import try_lock
     from gradmix.training.runs.results import LOCK
 
-    while not held.enter_context(locked(output / LOCK)):
+    while not held.enter_context(try_lock(output / LOCK)):
         # If none holds it now, it has just ended.
         refuse_in_use(output)
 

@@ -1,14 +1,14 @@
-"""Estimators: how the gradient of a mixture is compared with the reference gradient, a file each.
+"""Estimators: ways to compare the gradient of a mixture with the reference gradient, one file each.
 
 For the last layer's weight and bias:
 
-- ``feature``: the samples' features, logits and labels are mixed; no forward pass but the samples' own.
-- ``mixed``: the mixed inputs are forwarded; exact, one forward pass a pair.
+- ``feature``: the samples' features, logits and labels are mixed; only the samples themselves are forwarded.
+- ``mixed``: the mixed inputs are forwarded; exact, one forward pass for each pair.
 
 and over all parameters, where the reference is the buffer's gradient of the full network:
 
 - ``jvp``: the mixed inputs are forwarded, and the derivative of their loss along the reference is taken; exact.
-- ``sketch``: mixtures of the samples' sketched gradients; what is in doubt is scored again by ``jvp``.
+- ``sketch``: mixtures of the samples' sketched gradients; scores in doubt are computed again by ``jvp``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ __all__ = [
 EstimatorName = Literal["feature", "mixed", "jvp", "sketch"]
 
 EstimatorLike: TypeAlias = EstimatorName | JvpEstimator | SketchEstimator
-"""What the user gives: a name, or the settings of an estimator of the full network."""
+"""An estimator as the user gives it: a name, or the settings of an estimator of the full network."""
 
 
 def resolve(estimator: EstimatorLike, network: Network) -> Estimator[Any]:
-    """The estimator that a user names, bound to a network.
+    """Return the estimator that the user gives, bound to a network.
 
     Raises:
         ValueError: neither a name nor the settings of an estimator.

@@ -1,7 +1,7 @@
-"""Base classes: scorers score mixtures by a reference gradient; estimators make that gradient, too.
+"""Base classes: a scorer scores mixtures by a reference gradient; an estimator also computes that gradient.
 
-An estimator is bound to a network and knows nothing of criteria's thresholds, of policies, or of what is kept between
-steps. :func:`gradmix.estimators.resolve` makes one from what the user gave.
+An estimator is bound to a network. It does not depend on the criterion, its threshold, the policy or what is kept
+between steps. :func:`gradmix.estimators.resolve` makes one from the user's argument.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from torch import Tensor, nn
 
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
+from gradmix.labelled_samples import AnySamples, LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.inputs import InputTree
-from gradmix.model.unchanged import require_finite, unchanged, without_autograd
+from gradmix.model.unchanged import disable_autograd, leave_unchanged, require_finite
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
-from gradmix.runtime.deferred_checks import deferred_checks
+from gradmix.runtime.deferred_checks import defer_checks
 from gradmix.runtime.validation import check_count
-from gradmix.samples import AnySamples, Mixtures, Request, Samples
 
 
 @dataclass(frozen=True)
 class Network:
-    """The model in training, and how it is run.
+    """The model in training, with the settings of its forward passes.
 
     Attributes:
         model: the unwrapped model.
-        head: the classifier layer, its name, or None: it is found.
-        num_classes: C as the user gave it, or None.
-        chunk_size: samples of one forward pass, at the most.
+        head: the classifier layer, its name, or None: it is searched for.
+        num_classes: C as given by the user, or None.
+        chunk_size: largest number of samples of one forward pass.
         backend: of the operators.
-        group: processes that train it.
-        shared_batch: whether all of them are given the same batch.
+        group: the processes that train the model.
+        shared_batch: whether all of them receive the same batch.
     """
 
     model: nn.Module
@@ -60,20 +61,20 @@ class Network:
 
     @property
     def batch_group(self) -> Group:
-        """The processes that hold other parts of the batch."""
+        """The processes that hold the other parts of the batch."""
         return None if self.shared_batch else self.group
 
     def check_num_classes(self, found: int) -> None:
-        """Raise ValueError unless the model's number of classes is the one given."""
+        """Raise ValueError if the user gave another number of classes than the model's, ``found``."""
         if self.num_classes is not None and self.num_classes != found:
             raise ValueError(f"num_classes: got {self.num_classes}, expected {found} as the model's logits, or None")
 
 
 class PassSizes(NamedTuple):
-    """Sizes of passes to come.
+    """Sizes of forward passes.
 
     Attributes:
-        chunk_size: samples to take at a time.
+        chunk_size: samples of one pass.
         num_classes: C of the model.
     """
 
@@ -83,12 +84,12 @@ class PassSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Screening:
-    """Counts of the decisions of the estimator ``sketch``.
+    """Numbers of decisions of the estimator ``sketch``.
 
     Attributes:
         screened: pairs of samples, or of classes, that were scored by sketches.
-        rechecked: those in doubt that were then scored by forwarded mixtures.
-        uncertain: those left in doubt, because the budget was spent.
+        rechecked: pairs in doubt that were then scored by forwarded mixtures.
+        uncertain: pairs that remain in doubt, because the budget was spent.
     """
 
     screened: int
@@ -100,11 +101,11 @@ class Scorer(ABC, Generic[AnySamples]):
     """Scores mixtures by a reference gradient.
 
     Attributes:
-        network: the model and how it is run.
-        name: what errors call it.
-        scores_itself: whether a sample mixed with itself is scored too, where the batch's samples are the candidates.
-        is_pure: whether scores are a function of tensors, without a pass and without a wait, so that a CUDA graph can
-            capture them.
+        network: the model and the settings of its passes.
+        name: its name in errors.
+        scores_itself: whether a sample mixed with itself is scored too, if the candidates are the batch itself.
+        is_pure: whether scores are a function of tensors, without a forward pass or a wait of the host, so that a CUDA
+            graph can capture them.
     """
 
     scores_itself: ClassVar[bool] = True
@@ -115,10 +116,10 @@ class Scorer(ABC, Generic[AnySamples]):
 
     @abstractmethod
     def sizes(self, x: InputTree) -> PassSizes:
-        """Sizes of the passes of samples like ``x``."""
+        """Return the sizes of passes over samples like ``x``."""
 
-    def label(self, request: Request, lam: float) -> Mixtures[Any]:
-        """The mixtures that are asked for, with checked labels; no pass is made.
+    def prepare_labels(self, request: Request, lam: float) -> Mixtures[Any]:
+        """Return the mixtures of a request, with checked labels; no pass is made.
 
         Raises:
             ValueError: a NaN or an infinity among the inputs, or a label beyond the model's classes.
@@ -129,39 +130,39 @@ class Scorer(ABC, Generic[AnySamples]):
         for name, samples in given.items():
             check_label_range(name, samples.y, num_classes)
 
-        def held(samples: Samples) -> Samples:
+        def clamp_labels(samples: LabelledSamples) -> LabelledSamples:
             return replace(samples, y=within_range(samples.y, num_classes))
 
-        candidates = None if request.candidates is None else held(request.candidates)
-        return Mixtures(held(request.batch), candidates, lam, num_classes, chunk_size)
+        candidates = None if request.candidates is None else clamp_labels(request.candidates)
+        return Mixtures(clamp_labels(request.batch), candidates, lam, num_classes, chunk_size)
 
     @abstractmethod
-    def see(self, request: Request, lam: float) -> Mixtures[AnySamples]:
-        """As :meth:`label`, with what scores need of every sample."""
+    def prepare(self, request: Request, lam: float) -> Mixtures[AnySamples]:
+        """Return the mixtures of a request, with checked labels and all that scores need; passes may be made."""
 
-    def marked_reference(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
-        """The gradient of the marked samples of the batch, over all processes; None where there is known to be none."""
+    def reference_of_marked(self, mixtures: Mixtures[AnySamples], marked: Tensor) -> Reference | None:
+        """Return the mean gradient of the marked samples of all processes; None if it is known that there are none."""
         raise NotImplementedError(f"{type(self).__name__} makes no reference gradient")
 
     @abstractmethod
     def reference_norm(self, gradient: Any) -> Tensor:
-        """() the norm of a reference gradient."""
+        """Return the norm () of a reference gradient."""
 
     def score(
         self, mixtures: Mixtures[AnySamples], gradient: Any, pairs: Tensor | None, norms: bool = True
     ) -> PairScores:
-        """The scores (N, M) of pairs of samples.
+        """Return the scores (N, M) of pairs of samples.
 
         Args:
-            mixtures: of :meth:`see`.
+            mixtures: as :meth:`prepare` returns them.
             gradient: the reference.
-            pairs: (K, 2) int64, the pairs that matter; others may be left NaN. None: all.
+            pairs: (K, 2) int64, the pairs that are needed; others may be left NaN. None: all.
             norms: whether norms are needed; without, an estimator may leave them out.
         """
         raise NotImplementedError(f"{type(self).__name__} scores pairs of classes alone")
 
     def class_scores(self, mixtures: Mixtures[AnySamples], gradient: Any, pairs: Tensor | None) -> PairScores:
-        """The scores (P, P) of pairs of classes: the means over the pairs of samples."""
+        """Return the scores (P, P) of pairs of classes: the means over the pairs of samples."""
         scores = self.score(mixtures, gradient, pairs)
         return mean_by_class(scores, mixtures.batch.y, mixtures.partners.y, mixtures.own, dtype_of(gradient))
 
@@ -174,10 +175,11 @@ class Scorer(ABC, Generic[AnySamples]):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[PairScores, Screening]:
-        """Scores with standard errors again, better where a decision is in doubt, and how many decisions that were.
+        """Recompute scores with standard errors where a decision is in doubt, and count these decisions.
 
         Args:
-            scores, mixtures, gradient, pairs: of :meth:`score` or :meth:`class_scores`.
+            scores: as :meth:`score` or :meth:`class_scores` returns them.
+            mixtures, gradient, pairs: the arguments of that call.
             threshold: the cosine that decides.
             generator: draws samples of classes.
         """
@@ -185,27 +187,27 @@ class Scorer(ABC, Generic[AnySamples]):
 
 
 class Estimator(Scorer[AnySamples]):
-    """A scorer that makes its reference gradients and class tables, too.
+    """A scorer that also computes reference gradients and class tables.
 
     Attributes:
-        full_network: whether gradients are those of all parameters; then checks read values at once, as passes are
-            long. Else they are the last layer's, and on a GPU nothing waits.
-        mixes_inputs: whether mixtures of inputs are forwarded, so that inputs must be of a floating-point dtype.
+        full_network: whether gradients are those of all parameters; checks then read values at once, as passes take
+            long. Else gradients are the last layer's, and on a GPU the host waits for nothing.
+        mixes_inputs: whether mixtures of inputs are forwarded, so that inputs must have a floating-point dtype.
     """
 
     full_network: ClassVar[bool]
     mixes_inputs: ClassVar[bool] = True
 
     @contextmanager
-    def running(self, passes: bool = True) -> Iterator[None]:
-        """Around one call: leave the model as it is, and raise what earlier calls on a GPU found.
+    def guard(self, passes: bool = True) -> Iterator[None]:
+        """Leave the model unchanged during one call, and raise what the checks of earlier calls on a GPU found.
 
         Args:
-            passes: whether the model may be called. If not, there is nothing of it to be put back.
+            passes: whether the model may be called; if not, nothing of it has to be restored.
         """
         model = self.network.model
-        checks = nullcontext() if self.full_network else deferred_checks(model)
-        with checks, unchanged(model) if passes else without_autograd():
+        checks = nullcontext() if self.full_network else defer_checks(model)
+        with checks, leave_unchanged(model) if passes else disable_autograd():
             yield
 
     def makes_no_pass(self, outputs: object, marked: object) -> bool:
@@ -219,20 +221,20 @@ class Estimator(Scorer[AnySamples]):
 
     @abstractmethod
     def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[AnySamples]]:
-        """The gradient of the buffer, None where it is empty; and the first ``keep`` samples of each class.
+        """Return the mean gradient of the buffer, None if it is empty; and the first ``keep`` samples of each class.
 
         Args:
             buffer: the source of samples.
-            x: samples like those of the buffer: they tell the device and the sizes.
-            keep: 0: none is kept.
+            x: samples like those of the buffer, which determine the device and the sizes.
+            keep: number of samples of each class; 0: none.
         """
 
     @abstractmethod
-    def given_reference(self, gradient: object) -> Reference:
-        """A gradient that the user gives.
+    def as_reference(self, gradient: object) -> Reference:
+        """Return a gradient that the user gives as a reference.
 
         Raises:
-            TypeError: it is of another kind.
+            TypeError: it is no gradient of this estimator.
         """
 
     @abstractmethod
@@ -244,10 +246,10 @@ class Estimator(Scorer[AnySamples]):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
-        """The alignment of all pairs of the samples' classes as a function of lam.
+        """Return the alignment of all pairs of the samples' classes as a function of lam.
 
         Args:
-            mixtures: of samples of the buffer and of the batch with each other, at any lam.
+            mixtures: of samples of the buffer and of the batch with each other; their lam is not used.
             gradient: the reference.
             per_class: samples of each class, or mixtures for each pair of classes.
             threshold: the cosine that decides.

@@ -1,4 +1,4 @@
-"""Estimator ``feature``: samples are mixed at the head's input, so that no mixture is forwarded.
+"""Estimator ``feature``: mixes samples at the head's input, so that no mixture is forwarded.
 
 With features h = lam h_a + mu h_b, logits z = lam z_a + mu z_b and labels y = lam y_a + mu y_b, mu = 1 - lam, the
 gradient of the last layer is (softmax(z) - y) [h; 1]^T. All pairs follow from a few matrix products
@@ -16,11 +16,12 @@ from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES, ClassTable
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Screening
 from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.labelled_samples import HeadSamples
+from gradmix.mixtures import Mixtures
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import Weight, as_lams, mixed_alignment_op
 from gradmix.references import ClassQuota
-from gradmix.samples import HeadSamples, Mixtures
 
 
 class Feature(LastLayerEstimator):
@@ -33,7 +34,7 @@ class Feature(LastLayerEstimator):
     def score(
         self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None, norms: bool = True
     ) -> PairScores:
-        """Score all pairs at once, whatever ``pairs`` says."""
+        """Score all pairs at once; ``pairs`` is ignored."""
         self.check_fits(mixtures, gradient)
         backend = self.network.backend
         return feature_scores(mixtures.batch, mixtures.partners, gradient, mixtures.lam, backend, norms=norms)
@@ -73,7 +74,7 @@ def feature_scores(
     *,
     norms: bool = True,
 ) -> PairScores:
-    """The scores (N, M) of all pairs, mixed in feature space; nothing is checked.
+    """Return the scores (N, M) of all pairs, mixed in feature space; without checks.
 
     Args:
         batch: N samples.

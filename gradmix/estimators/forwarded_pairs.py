@@ -1,4 +1,4 @@
-"""Scores of single pairs as a matrix: what the estimators share that forward each mixture."""
+"""Scores of single pairs as a matrix, for the estimators that forward each mixture."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from gradmix.criteria import PairScores
 from gradmix.draw import all_pairs
-from gradmix.samples import Mixtures
+from gradmix.mixtures import Mixtures
 
 
 def pairs_of(mixtures: Mixtures[Any], pairs: Tensor | None) -> Tensor:
-    """(K, 2) ``pairs``, or all of them."""
+    """Return ``pairs`` (K, 2), or for None all pairs."""
     count = (len(mixtures.batch), len(mixtures.partners))
     return all_pairs(*count, mixtures.batch.y.device) if pairs is None else pairs
 
 
 def as_matrix(mixtures: Mixtures[Any], pairs: Tensor, inner: Tensor, norm: Tensor) -> PairScores:
-    """The scores (K,) of ``pairs`` (K, 2) at their places in (N, M); NaN elsewhere."""
+    """Return the scores (K,) of ``pairs`` (K, 2) as (N, M), NaN for all other pairs."""
     count, at = (len(mixtures.batch), len(mixtures.partners)), pairs.unbind(1)
     filled = (torch.full(count, float("nan"), dtype=v.dtype, device=v.device).index_put_(at, v) for v in (inner, norm))
     return PairScores(*filled)

@@ -1,4 +1,4 @@
-"""Base of the estimators of the full network's gradient: how it is run, and its reference gradient.
+"""Base of the estimators of the full network's gradient: its engine, and its reference gradient.
 
 The reference is the mean gradient of the buffer with respect to all parameters, by name
 (:func:`gradmix.gradients.mean_gradient`).
@@ -18,15 +18,16 @@ from gradmix.gradients.engine import Engine
 from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
 from gradmix.gradients.settings import EngineSettings
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
-from gradmix.model.refusals import naming_dtypes
+from gradmix.model.refusals import name_dtypes
 from gradmix.model.unchanged import device_of, require_finite
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
 from gradmix.references import ClassQuota, Reference
 from gradmix.replay.sources import chunks_of
 from gradmix.runtime.collectives import Group
-from gradmix.samples import Mixtures, Request, Samples
 
 FullGradient: TypeAlias = Mapping[str, Tensor]
 """A gradient with respect to all parameters, by name."""
@@ -37,7 +38,7 @@ class FullNetworkSettings(Protocol):
 
     @property
     def layers(self) -> str | Sequence[str]:
-        """Which layers' parameters."""
+        """The layers whose parameters count."""
 
     @property
     def without_rule(self) -> WithoutRule:
@@ -49,7 +50,7 @@ class FullNetworkSettings(Protocol):
 
     @property
     def memory(self) -> int | None:
-        """Bytes of a pass."""
+        """Bytes that a pass may take, or None."""
 
 
 def check_memory(memory: object) -> None:
@@ -62,7 +63,7 @@ def check_memory(memory: object) -> None:
         raise ValueError(f"memory: got {memory}, expected a number of bytes >= 1")
 
 
-class FullNetworkEstimator(Estimator[Samples]):
+class FullNetworkEstimator(Estimator[LabelledSamples]):
     """Base of the estimators whose gradients are those of all parameters."""
 
     full_network: ClassVar[bool] = True
@@ -73,20 +74,20 @@ class FullNetworkEstimator(Estimator[Samples]):
         self._settings = settings
 
     def engine_settings(self, layers: str | Sequence[str], chunk_size: int) -> EngineSettings:
-        """The gradient engine's settings for exact gradients of ``layers``."""
+        """Return the gradient engine's settings for exact gradients of ``layers``."""
         settings = self._settings
         return EngineSettings(
             layers=layers, without_rule=settings.without_rule, scaler=settings.scaler, chunk_size=chunk_size
         )
 
     def engine(self, layers: str | Sequence[str], chunk_size: int) -> Engine:
-        """A gradient engine for exact gradients of ``layers``."""
+        """Return a gradient engine for exact gradients of ``layers``."""
         return Engine(self.network.model, self.engine_settings(layers, chunk_size))
 
     # ------------------------------------------------------------------------------------------------------- samples
 
     def sizes(self, x: InputTree) -> PassSizes:
-        """As many samples of a pass as the memory allows.
+        """The sizes of a pass that the memory allows.
 
         Raises:
             ValueError: a sample holds a NaN or an infinity, or C is not the number that the user gave.
@@ -96,18 +97,18 @@ class FullNetworkEstimator(Estimator[Samples]):
         if memory is None:
             memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
         engine = self.engine(self._settings.layers, self.network.chunk_size)
-        with naming_dtypes("batch", engine.model, lambda: x):
+        with name_dtypes("batch", engine.model, lambda: x):
             plan = engine.plan_of(x)
         self.network.check_num_classes(plan.num_classes)
         return PassSizes(engine.samples_within(memory, plan), plan.num_classes)
 
-    def see(self, request: Request, lam: float) -> Mixtures[Samples]:
-        """The labelled samples: passes are made of mixtures."""
-        return self.label(request, lam)
+    def prepare(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
+        """The mixtures with labels alone, as only mixtures are forwarded."""
+        return self.prepare_labels(request, lam)
 
     # ----------------------------------------------------------------------------------------------------- reference
 
-    def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[Samples]]:
+    def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[LabelledSamples]]:
         """The buffer's mean gradient."""
         chunk_size = self.sizes(x).chunk_size
         gradient = self.mean_gradient("buffer", buffer, chunk_size, self.network.group, shared=True)
@@ -116,27 +117,27 @@ class FullNetworkEstimator(Estimator[Samples]):
         kept = self._first_of_classes(buffer, keep, first_tensor(x).device) if keep else []
         return Reference(gradient), kept
 
-    def _first_of_classes(self, buffer: object, per_class: int, device: torch.device) -> list[Samples]:
-        """Up to ``per_class`` samples of each class of the buffer, in chunks."""
+    def _first_of_classes(self, buffer: object, per_class: int, device: torch.device) -> list[LabelledSamples]:
+        """Return up to ``per_class`` samples of each class of the buffer, in chunks."""
         quota, kept = ClassQuota(per_class), []
         for x, y in chunks_of("buffer", buffer, self.network.chunk_size, device):
             check_mixable("buffer", x, self.name)
-            kept.append(Samples(x, y).take(quota.admit(y)))
+            kept.append(LabelledSamples(x, y).take(quota.admit(y)))
         return kept
 
-    def marked_reference(self, mixtures: Mixtures[Samples], marked: Tensor) -> Reference | None:
+    def reference_of_marked(self, mixtures: Mixtures[LabelledSamples], marked: Tensor) -> Reference | None:
         """The marked samples' mean gradient."""
         own, group = mixtures.batch.take(marked), self.network.batch_group
-        gradient = self.mean_gradient("replayed rows", (own.x, own.y), mixtures.chunk_size, group, shared=False)
+        gradient = self.mean_gradient("replayed samples", (own.x, own.y), mixtures.chunk_size, group, shared=False)
         return None if gradient is None else Reference(gradient)
 
     def mean_gradient(
         self, name: str, source: object, chunk_size: int, group: Group, *, shared: bool
     ) -> dict[str, Tensor] | None:
-        """The mean gradient of a source's samples; None if it is empty.
+        """Return the mean gradient of a source's samples; None if it is empty.
 
         Args:
-            name: what errors call the samples.
+            name: name of the samples in errors.
             source: of samples.
             chunk_size: samples of one pass.
             group, shared: as :func:`gradmix.gradients.directions.mean_gradient_of`.
@@ -146,11 +147,11 @@ class FullNetworkEstimator(Estimator[Samples]):
         def first() -> InputTree:
             return next((x for x, _ in chunks_of(name, source, 1, device_of(engine.model))), ())
 
-        with engine.probing(), naming_dtypes(name, engine.model, first):
+        with engine.evaluation_mode(), name_dtypes(name, engine.model, first):
             return mean_gradient_of(engine, name, source, group, shared=shared)
 
-    def given_reference(self, gradient: object) -> Reference:
-        """A gradient by parameter name, of :func:`gradmix.gradients.mean_gradient`."""
+    def as_reference(self, gradient: object) -> Reference:
+        """A gradient by parameter name, as :func:`gradmix.gradients.mean_gradient` returns it."""
         if isinstance(gradient, Mapping) and all(isinstance(value, Tensor) for value in gradient.values()):
             return Reference(gradient)
         raise TypeError(
@@ -159,13 +160,15 @@ class FullNetworkEstimator(Estimator[Samples]):
         )
 
     def reference_norm(self, gradient: FullGradient) -> Tensor:
-        """() ||G||."""
+        """The norm ||G||, ()."""
         return torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
 
     # -------------------------------------------------------------------------------------------------------- scores
 
-    def score_pairs(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """(inner, norm), both (K,), of ``pairs`` (K, 2), each mixed and forwarded: exact.
+    def score_pairs(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return inner products and norms, both (K,), of ``pairs`` (K, 2), each mixed and forwarded; exact.
 
         The derivative of a mixture's loss along the reference is its inner product with it.
         """
@@ -174,12 +177,12 @@ class FullNetworkEstimator(Estimator[Samples]):
         own, other = mixtures.batch, mixtures.partners
         dtype = work_dtype(floating_dtype(own.x) or torch.float32)
         inner, norm = [own.y.new_zeros(0, dtype=dtype)], [own.y.new_zeros(0, dtype=dtype)]
-        with engine.probing():
+        with engine.evaluation_mode():
             for start in range(0, len(pairs), chunk_size):
                 i, j = pairs[start : start + chunk_size].unbind(1)
                 y_a, y_b = (dense_labels(y, mixtures.num_classes, dtype) for y in (own.y[i], other.y[j]))
                 mixed = mix_samples(take(own.x, i), take(other.x, j), lam), lam * y_a + (1 - lam) * y_b
-                for part in derivatives_of(engine, "the mixed rows", mixed, gradient, norms=True):
+                for part in derivatives_of(engine, "the mixed samples", mixed, gradient, norms=True):
                     assert part.norm is not None
                     inner.append(part.inner)
                     norm.append(part.norm)

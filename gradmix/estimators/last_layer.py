@@ -7,13 +7,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradmix.estimators.base import Estimator, Network, PassSizes
+from gradmix.labelled_samples import HeadSamples, check_one_mask
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.forward import forward_all, with_output
-from gradmix.model.head import given_outputs, resolve_head
+from gradmix.model.head import resolve_head
+from gradmix.model.head_capture import check_outputs
 from gradmix.model.inputs import InputTree, first_tensor
-from gradmix.model.refusals import refusing_by_name
+from gradmix.model.refusals import refuse_by_name
 from gradmix.ops.mixed_alignment import check_reference, length
-from gradmix.references import Keep, Reference, marked_gradient, read_buffer
-from gradmix.samples import HeadSamples, Mixtures, Request, check_one_mask
+from gradmix.references import Keep, Reference, gradient_of_marked, read_buffer
 
 
 class LastLayerEstimator(Estimator[HeadSamples]):
@@ -25,20 +27,20 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         self.network = network
 
     def sizes(self, x: InputTree) -> PassSizes:
-        """With C as the user gave it, or of the head."""
+        """The sizes of a pass, with C from the user or from the head."""
         network = self.network
         if network.num_classes is not None:
             return PassSizes(network.chunk_size, network.num_classes)
-        with refusing_by_name("batch", network.model, x):
+        with refuse_by_name("batch", network.model, x):
             return PassSizes(network.chunk_size, resolve_head(network.model, network.head, x).num_classes)
 
-    def see(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
+    def prepare(self, request: Request, lam: float) -> Mixtures[HeadSamples]:
         """The batch and the candidates with the head's input and output."""
         network = self.network
         if request.outputs is None:
             batch = self._forward("batch", request)
         else:
-            output = given_outputs(network.model, network.head, request.outputs, len(request.batch))
+            output = check_outputs(network.model, network.head, request.outputs, len(request.batch))
             batch = with_output("batch", request.batch, output)
         candidates = None
         if request.candidates is not None:
@@ -61,12 +63,12 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         )
         return None if gradient is None else Reference(gradient), samples
 
-    def marked_reference(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
-        """The marked samples' mean last-layer gradient; whether there are any is decided on the device."""
-        return marked_gradient(mixtures.batch, marked, self.network.batch_group)
+    def reference_of_marked(self, mixtures: Mixtures[HeadSamples], marked: Tensor) -> Reference:
+        """The mean last-layer gradient of the marked samples; ``empty`` says on the device whether there are none."""
+        return gradient_of_marked(mixtures.batch, marked, self.network.batch_group)
 
-    def given_reference(self, gradient: object) -> Reference:
-        """A tensor of :func:`gradmix.reference_gradient`."""
+    def as_reference(self, gradient: object) -> Reference:
+        """A tensor as :func:`gradmix.reference_gradient` returns it."""
         if not isinstance(gradient, Tensor):
             raise TypeError(
                 f"reference: got {type(gradient).__name__}, expected a tensor as gradmix.reference_gradient gives it"
@@ -74,7 +76,7 @@ class LastLayerEstimator(Estimator[HeadSamples]):
         return Reference(gradient)
 
     def reference_norm(self, gradient: Tensor) -> Tensor:
-        """() the Euclidean norm."""
+        """The Euclidean norm, ()."""
         return length(gradient)
 
     def check_fits(self, mixtures: Mixtures[HeadSamples], gradient: Tensor) -> None:

@@ -1,21 +1,23 @@
-"""Estimator ``mixed``: mixed inputs are forwarded, one pass a pair; exact for the last layer's gradient."""
+"""Estimator ``mixed``: forwards mixed inputs, one pass for each pair; exact for the last layer's gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gradmix.class_table import ClassTable, sampled_scores, table_of
+from gradmix.class_table import ClassTable, sample_scores, table_of
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Screening
 from gradmix.estimators.forwarded_pairs import as_matrix, pairs_of
 from gradmix.estimators.last_layer import LastLayerEstimator
-from gradmix.model.head import HeadOutput, forward_head
+from gradmix.labelled_samples import HeadSamples, LabelledSamples
+from gradmix.mixtures import Mixtures
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_capture import forward_head
 from gradmix.model.inputs import mix_samples, take
 from gradmix.model.unchanged import require_finite_pairs
 from gradmix.ops.dtypes import exact_dtype
 from gradmix.ops.mixed_alignment import in_range, mixed_residual
-from gradmix.samples import HeadSamples, Mixtures, Samples
 
 
 class Mixed(LastLayerEstimator):
@@ -26,7 +28,7 @@ class Mixed(LastLayerEstimator):
     def score(
         self, mixtures: Mixtures[HeadSamples], gradient: Tensor, pairs: Tensor | None, norms: bool = True
     ) -> PairScores:
-        """Score the pairs that matter alone, each forwarded."""
+        """Forward and score ``pairs``; None: all."""
         self.check_fits(mixtures, gradient)
         pairs = pairs_of(mixtures, pairs)
         samples = (mixtures.batch, mixtures.partners)
@@ -40,19 +42,19 @@ class Mixed(LastLayerEstimator):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
-        """The table of ``per_class`` random mixtures for each pair of classes, shared out among the weights."""
+        """The table of ``per_class`` random mixtures for each pair of classes, divided among the mixing weights."""
         samples = mixtures.batch
 
         def score(pairs: Tensor, lam: float) -> tuple[Tensor, Tensor]:
             return self._score_pairs((samples, samples), gradient, pairs, lam)
 
-        scores = sampled_scores(score, samples.y, per_class, gradient.dtype, generator)
+        scores = sample_scores(score, samples.y, per_class, gradient.dtype, generator)
         return table_of(scores, self.reference_norm(gradient)), None
 
     def _score_pairs(
-        self, samples: tuple[Samples, Samples], gradient: Tensor, pairs: Tensor, lam: float
+        self, samples: tuple[LabelledSamples, LabelledSamples], gradient: Tensor, pairs: Tensor, lam: float
     ) -> tuple[Tensor, Tensor]:
-        """(inner, norm), both (K,), of ``pairs`` (K, 2) of the two sides' samples."""
+        """Return inner products and norms, both (K,), of ``pairs`` (K, 2) of the first and the second samples."""
         (own, other), network = samples, self.network
         inner, norm = [gradient.new_empty(0)], [gradient.new_empty(0)]
         for start in range(0, len(pairs), network.chunk_size):
@@ -68,7 +70,7 @@ class Mixed(LastLayerEstimator):
 def last_layer_scores(
     output: HeadOutput, y_a: Tensor, y_b: Tensor, lam: float, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """<r [h; 1]^T, G> and ||r [h; 1]^T|| of each sample, both (N,), for the labels lam y_a + (1 - lam) y_b.
+    """Return <r [h; 1]^T, G> and ||r [h; 1]^T||, both (N,), with the residual r for the labels lam y_a + (1 - lam) y_b.
 
     Args:
         output: the head's input h (N, d) and logits (N, C) for the mixtures.

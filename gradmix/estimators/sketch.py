@@ -1,9 +1,9 @@
-"""Estimator ``sketch``: mixtures of the samples' sketched gradients over all parameters, rechecked where in doubt.
+"""Estimator ``sketch``: mixtures of the samples' sketched gradients over all parameters; scores in doubt are rechecked.
 
-With the sketches S_a, S_b of two samples' gradients (or of two classes' mean gradients), a mixture's is taken to be
-lam S_a + (1 - lam) S_b, so that all pairs follow from one inner product a sample and a Gram matrix. The inner products
-come with standard errors. What lies within so many of them of the threshold is in doubt: it is scored again by
-forwarded mixtures, up to a budget, the least certain first.
+With the sketches S_a, S_b of two samples' gradients (or of two classes' mean gradients), the sketch of a mixture is
+assumed to be lam S_a + (1 - lam) S_b. All pairs then follow from one inner product for each sample and a Gram matrix.
+The inner products have standard errors. A pair whose inner product lies within a number of standard errors of the
+threshold is in doubt: it is scored again by forwarded mixtures, up to a budget, the least certain first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import Tensor
 
+from gradmix._moved import alias_argument, alias_attribute
 from gradmix.class_table import TABLE_LAMS, ClassTable, draw_of_classes, table_of
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Network, Screening
@@ -24,24 +25,25 @@ from gradmix.gradients.layers import WithoutRule
 from gradmix.gradients.losses import Scaler
 from gradmix.gradients.sketches import Sketch as SketchKind
 from gradmix.gradients.standard_errors import standard_errors
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.ops.labels import class_of
 from gradmix.runtime.validation import check_count
-from gradmix.samples import Mixtures, Samples
 
 
 @dataclass(frozen=True)
 class SketchEstimator:
-    """Alignment from sketched gradients of the samples, over all parameters, scored again where it is in doubt.
+    """Settings of the estimator ``sketch``: alignment from sketched gradients, over all parameters; rechecked in doubt.
 
     Attributes:
         rank, seed, sketch, layers, without_rule, scaler: as :func:`gradmix.class_gradients`.
-        errors: standard errors around the threshold within which a decision is in doubt.
+        errors: number of standard errors around the threshold within which a decision is in doubt.
         budget: mixtures that may be forwarded to recheck decisions; 0: none.
-        rows_per_class: mixtures whose mean rechecks the decision on a pair of classes.
+        mixtures_per_class_pair: number of mixtures whose mean rechecks the decision on a pair of classes.
         memory: as :class:`JvpEstimator`.
 
     Raises:
-        TypeError, ValueError: ``errors``, ``budget`` or ``rows_per_class`` is no such number.
+        TypeError, ValueError: ``errors``, ``budget`` or ``mixtures_per_class_pair`` is no such number.
     """
 
     rank: int | Mapping[str, int] = 32
@@ -52,7 +54,7 @@ class SketchEstimator:
     scaler: Scaler = None
     errors: float = 2.0
     budget: int = 64
-    rows_per_class: int = 8
+    mixtures_per_class_pair: int = 8
     memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +64,13 @@ class SketchEstimator:
         if not 0 <= self.errors < float("inf"):
             raise ValueError(f"errors: got {self.errors}, expected a number >= 0")
         check_count("budget", self.budget, least=0)
-        check_count("rows_per_class", self.rows_per_class)
+        check_count("mixtures_per_class_pair", self.mixtures_per_class_pair)
+
+    rows_per_class = alias_attribute("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
+
+
+_accept_former = alias_argument("SketchEstimator", "rows_per_class", "mixtures_per_class_pair")
+SketchEstimator.__init__ = _accept_former(SketchEstimator.__init__)  # type: ignore[method-assign]
 
 
 class Sketch(FullNetworkEstimator):
@@ -73,21 +81,25 @@ class Sketch(FullNetworkEstimator):
         self._sketch = settings
 
     def score(
-        self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None, norms: bool = True
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None, norms: bool = True
     ) -> PairScores:
-        """Score all pairs at once, whatever ``pairs`` says."""
+        """Score all pairs at once; ``pairs`` is ignored."""
         sketches = self.sketches(mixtures, gradient, by_class=False)
         if mixtures.own:
             return sketches.scores(float(mixtures.lam))
         count = len(mixtures.batch)
         return sketches.scores(float(mixtures.lam), slice(0, count), slice(count, None))
 
-    def class_scores(self, mixtures: Mixtures[Samples], gradient: FullGradient, pairs: Tensor | None) -> PairScores:
+    def class_scores(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, pairs: Tensor | None
+    ) -> PairScores:
         """Score pairs of classes by their mean gradients."""
         return self.sketches(mixtures, gradient, by_class=True).scores(float(mixtures.lam))
 
-    def sketches(self, mixtures: Mixtures[Samples], gradient: FullGradient, *, by_class: bool) -> GradientSketches:
-        """The sketched gradients of the samples, or of their classes."""
+    def sketches(
+        self, mixtures: Mixtures[LabelledSamples], gradient: FullGradient, *, by_class: bool
+    ) -> GradientSketches:
+        """Return the sketched gradients of the samples, or the means of their classes."""
         sketch, network = self._sketch, self.network
         settings = replace(
             self.engine_settings(list(gradient), mixtures.chunk_size),
@@ -105,13 +117,13 @@ class Sketch(FullNetworkEstimator):
     def recheck(
         self,
         scores: PairScores,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         pairs: Tensor | None,
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[PairScores, Screening]:
-        """Score again what is in doubt, by forwarded mixtures, as far as the budget goes."""
+        """Score pairs in doubt again by forwarded mixtures, within the budget."""
         at = pairs_of(mixtures, pairs).unbind(1)
         if scores.classes is not None:
             sides = zip((mixtures.batch, mixtures.partners), at, strict=True)
@@ -124,13 +136,13 @@ class Sketch(FullNetworkEstimator):
         self,
         scores: PairScores,
         judged: Tensor,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         threshold: float,
         generator: torch.Generator,
         share: int = 1,
     ) -> tuple[PairScores, Screening]:
-        """As :meth:`recheck`, of the entries ``judged``, by one of ``share`` equal shares of the budget."""
+        """Do as :meth:`recheck`, for the entries ``judged`` (bool), with one of ``share`` equal parts of the budget."""
         assert scores.error is not None and scores.norm is not None
         settings = self._sketch
         norm = self.reference_norm(gradient).to(scores.inner)
@@ -138,7 +150,7 @@ class Sketch(FullNetworkEstimator):
         doubtful = judged & (distance <= settings.errors * scores.error) & (scores.error > 0)
         found = doubtful.nonzero()
         screened, doubts = int(judged.sum()), len(found)
-        each = 1 if scores.classes is None else settings.rows_per_class
+        each = 1 if scores.classes is None else settings.mixtures_per_class_pair
         most = settings.budget // share // each
         if doubts == 0 or most == 0:
             return scores, Screening(screened, 0, doubts)
@@ -159,13 +171,13 @@ class Sketch(FullNetworkEstimator):
 
     def class_table(
         self,
-        mixtures: Mixtures[Samples],
+        mixtures: Mixtures[LabelledSamples],
         gradient: FullGradient,
         per_class: int,
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening]:
-        """The table of all samples' sketches by class; the budget is shared out among the mixing weights."""
+        """The table of the sketches of the samples by class; the budget is divided among the mixing weights."""
         sketches = self.sketches(mixtures, gradient, by_class=True)
         table, counts = [], torch.zeros(3, dtype=torch.int64, device="cpu")
         for lam in TABLE_LAMS:
@@ -185,9 +197,9 @@ class GradientSketches:
 
     Args:
         engine: the gradient engine, with the sketch's settings.
-        sources: the samples by the name that errors call them by, one after the other.
+        sources: the samples by their name in errors, in order.
         gradient: the reference.
-        by_class: whether the samples are wanted by class, as means.
+        by_class: whether to average the samples by class.
 
     Attributes:
         classes: (P,), or None.
@@ -195,11 +207,11 @@ class GradientSketches:
     """
 
     def __init__(
-        self, engine: Engine, sources: Mapping[str, Samples], gradient: FullGradient, *, by_class: bool
+        self, engine: Engine, sources: Mapping[str, LabelledSamples], gradient: FullGradient, *, by_class: bool
     ) -> None:
         pairs = {name: (samples.x, samples.y) for name, samples in sources.items()}
         self.classes: Tensor | None = None
-        with engine.probing():
+        with engine.evaluation_mode():
             if by_class:
                 total = None
                 for name, pair in pairs.items():
@@ -215,7 +227,7 @@ class GradientSketches:
         self.error = standard_errors(self.vectors, target, engine.layout)
 
     def scores(self, lam: float, batch: slice = slice(None), partners: slice = slice(None)) -> PairScores:
-        """All pairs of ``batch`` and ``partners`` at one mixing weight.
+        """Return the scores of all pairs of ``batch`` and ``partners`` at one mixing weight.
 
         The gradient lam S_a + mu S_b has the inner product lam s_a + mu s_b, whose standard error is at most
         lam e_a + mu e_b, and the squared norm lam^2 |S_a|^2 + 2 lam mu <S_a, S_b> + mu^2 |S_b|^2.

@@ -1,4 +1,4 @@
-"""A class table as a scorer: scores of classes are looked up, and no pass is made."""
+"""The class table as a scorer: scores of classes are looked up, without a forward pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 from gradmix.class_table import TableTensors, interpolate
 from gradmix.criteria import PairScores
 from gradmix.estimators.base import Estimator, PassSizes, Scorer
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree
-from gradmix.samples import Mixtures, Request, Samples
 
 
-class TableLookup(Scorer[Samples]):
-    """Scores by a class table of an estimator; the "gradient" of its reference is the table's tensors.
+class TableLookup(Scorer[LabelledSamples]):
+    """Looks scores up in a class table; in place of a reference gradient it takes the table's tensors.
 
     Args:
         made_by: the estimator that made the table.
@@ -28,24 +29,26 @@ class TableLookup(Scorer[Samples]):
         self._made_by, self._lams = made_by, lams
 
     def __eq__(self, other: object) -> bool:
-        """Equal ones score alike, so that a captured graph of one serves the other."""
+        """Equal ones give the same scores, so that a captured graph of one serves the other."""
         return isinstance(other, TableLookup) and (self._made_by, self._lams) == (other._made_by, other._lams)
 
     def __hash__(self) -> int:
         return hash((self._made_by, self._lams))
 
     def sizes(self, x: InputTree) -> PassSizes:
-        """Those of the estimator that made the table."""
+        """The sizes of the estimator that made the table."""
         return self._made_by.sizes(x)
 
-    def see(self, request: Request, lam: float) -> Mixtures[Samples]:
-        """The labels are enough."""
-        return self._made_by.label(request, lam)
+    def prepare(self, request: Request, lam: float) -> Mixtures[LabelledSamples]:
+        """The mixtures with labels alone, which the table needs."""
+        return self._made_by.prepare_labels(request, lam)
 
     def reference_norm(self, gradient: TableTensors) -> Tensor:
-        """() as the table has it."""
+        """The reference norm () stored in the table."""
         return gradient.reference_norm
 
-    def class_scores(self, mixtures: Mixtures[Samples], gradient: TableTensors, pairs: Tensor | None) -> PairScores:
-        """The table at the mixing weight."""
+    def class_scores(
+        self, mixtures: Mixtures[LabelledSamples], gradient: TableTensors, pairs: Tensor | None
+    ) -> PairScores:
+        """The scores of the table at the mixing weight."""
         return interpolate(self._lams, gradient, mixtures.lam)

@@ -1,24 +1,25 @@
 """Per-sample and per-class gradients of any model, sketched: see :func:`gradmix.class_gradients`.
 
-The way of a call, one file for each step:
+The steps of a call, one file for each:
 
 1. ``api``, ``directions``: the public functions. ``settings`` and ``engine``: checked arguments, chunks of samples.
-2. ``layers``: which parameters, and the layers that they form. ``trace``: which calls use them, and where the samples
-   are (``batch_axis``). ``plan`` and ``planner``: the plan of all passes that follows from it.
-3. ``backward``: a forward and a backward pass. ``intercept`` watches the calls of torch's functions, ``rules`` says
-   what the gradients of their parameters consist of, ``accumulators`` turns the parts into sketches, norms and inner
-   products. ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
-4. ``sketches``: kinds of sketch. ``projection``: their matrices, applied. ``layout``: the layers' places.
-5. ``by_sample``, ``by_class``: the results. ``similarity`` and ``standard_errors``: what is computed from them.
+2. ``layers``: the parameters, and the layers that they form. ``trace``: the calls that use them, and the axis of the
+   samples in each (``batch_axis``). ``plan`` and ``planner``: the plan of all passes that follows.
+3. ``backward``: a forward and a backward pass. ``intercept`` watches the calls of torch's functions, ``rules`` defines
+   the parts of their parameters' gradients, ``accumulators`` computes sketches, norms and inner products from the
+   parts. ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
+4. ``sketches``: kinds of sketch. ``projection``: products with their matrices. ``layout``: the layers' places.
+5. ``by_sample``, ``by_class``: the results. ``similarity`` and ``standard_errors``: figures computed from them.
 
 A new layer rule: see :mod:`gradmix.gradients.rules`.
 """
 
+from gradmix._moved import moved
 from gradmix.gradients.api import class_gradients, sample_gradients
 from gradmix.gradients.by_class import ClassGradientAverage, ClassGradients
 from gradmix.gradients.by_sample import SampleGradients
 from gradmix.gradients.directions import Derivatives, directional_derivatives, mean_gradient
-from gradmix.gradients.exceptions import BatchStatisticsError, CoupledRowsError, NoRuleError
+from gradmix.gradients.exceptions import BatchStatisticsError, CoupledSamplesError, NoRuleError
 from gradmix.gradients.layout import LayerSketch
 from gradmix.gradients.similarity import Aligned
 from gradmix.gradients.sketches import Gaussian, Identity, Rademacher, RowSampling, Sketch
@@ -29,7 +30,7 @@ __all__ = [
     "BatchStatisticsError",
     "ClassGradientAverage",
     "ClassGradients",
-    "CoupledRowsError",
+    "CoupledSamplesError",
     "Derivatives",
     "Gaussian",
     "Identity",
@@ -45,3 +46,5 @@ __all__ = [
     "sample_gradients",
     "standard_errors",
 ]
+
+__getattr__ = moved(__name__, "gradmix.gradients.exceptions", {"CoupledRowsError": "CoupledSamplesError"})

@@ -28,7 +28,7 @@ class Accumulator(Protocol):
     keeps_activations: ClassVar[bool]
 
     def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
-        """Take what is needed of a call in the forward pass; returns a function of its output's gradient.
+        """Process a call in the forward pass; return a function to be called with its output's gradient.
 
         The gradient is that of the summed losses times the loss scale.
         """
@@ -47,18 +47,18 @@ class _OpenLayer:
 
 
 class SketchAccumulator:
-    """Collects the projected factors of each layer; derived classes use them in :meth:`take_layer`.
+    """Collects the projected factors of each layer; subclasses use them in :meth:`take_layer`.
 
-    A layer is closed with the last of its calls, so that its factors are not kept for longer than necessary.
+    A layer is finished with the last of its calls, so that its factors are not kept longer than necessary.
 
     Args:
-        plan: the model's.
+        plan: the model's plan.
         projections: of the plan's layers.
         scale: factor of the loss.
     """
 
     keeps_activations: ClassVar[bool] = False
-    """If set, the activations' factor is made in the backward pass: where it is larger than the activations."""
+    """If set, the activations' factor is computed in the backward pass, as it is larger than the activations."""
 
     def __init__(self, plan: Plan, projections: Projections, scale: float) -> None:
         self._layout = {layer.name: (index, layer) for index, layer in enumerate(projections.layout)}
@@ -72,7 +72,7 @@ class SketchAccumulator:
             factor = None
             if isinstance(part, Outer) and not self.keeps_activations:
                 factor = self._activation_factor(part)
-                part = Outer(part.layer, part.activation_side, _dropped, part.delta)  # drops the activations
+                part = Outer(part.layer, part.activation_side, _raise_dropped, part.delta)  # drops the activations
             self._layers.setdefault(part.layer, _OpenLayer()).expected += 1
             kept.append((part, factor))
 
@@ -118,7 +118,7 @@ class SketchAccumulator:
     def take_layer(
         self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
-        """Take the sketches of a layer, sum_t row_t column_t^T + block.
+        """Process the sketches of a layer, sum_t row_t column_t^T + block.
 
         Args:
             index: of the layer in the layout.
@@ -129,17 +129,17 @@ class SketchAccumulator:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Close the layers of which a call had no part in the loss."""
+        """Finish the layers of which a call does not contribute to the loss."""
         for name in list(self._layers):
             self._close(name)
 
 
-def _dropped(_projection: Projection) -> Tensor:
+def _raise_dropped(_projection: Projection) -> Tensor:
     raise AssertionError("the activations were dropped")
 
 
 def _per_sample(row: Tensor | None, column: Tensor | None, block: Tensor | None) -> Tensor:
-    """(N, rows, columns): sum_t row_t column_t^T + block."""
+    """Return sum_t row_t column_t^T + block, (N, rows, columns)."""
     if row is None or column is None:
         assert block is not None
         return block
@@ -195,7 +195,7 @@ class ClassSketches(SketchAccumulator):
 
 
 _SLICE = 1 << 24
-"""Entries of whole per-sample gradients that are formed at a time for their norms (64 MiB of float32)."""
+"""Entries of per-sample gradients that are formed at a time for their norms (64 MiB of float32)."""
 
 
 class SquaredNorms(SketchAccumulator):
@@ -261,4 +261,4 @@ class InnerProducts:
         return backward
 
     def finish(self) -> None:
-        """Do nothing: every call is done with its gradient."""
+        """Do nothing: every call is finished with its gradient."""

@@ -1,8 +1,8 @@
 """Sketched gradients of samples and of classes, for any model.
 
 Cost: one forward pass and a backward pass without weight gradients. The model runs in evaluation mode (dropout off,
-BatchNorm by its running statistics), under the autocast that is active at the call, and is left as it was. The
-gradients are those of the loss: hooks on a parameter's gradient (``Tensor.register_hook``) are not called.
+BatchNorm by its running statistics), under the autocast that is active at the call, and stays unchanged. The gradients
+are those of the loss: hooks on a parameter's gradient (``Tensor.register_hook``) are not called.
 
 Memory beyond the model's and the data's own: for each chunk of B samples, what autograd keeps of the forward pass
 without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l`` bytes of sketched activations (T_l
@@ -45,7 +45,7 @@ def sample_gradients(
     chunk_size: int = CHUNK,
     backend: str = "auto",
 ) -> SampleGradients:
-    """Sketched gradients of single samples, without ever forming a weight's gradient.
+    """Return sketched gradients of single samples, without forming the gradient of a weight.
 
     Sample n's gradient G_n of each layer's parameters, as a (p x q) matrix, becomes L G_n R^T (see
     :class:`gradmix.gradients.Sketch`). The loss is not averaged: a sample's gradient does not depend on the others.
@@ -58,7 +58,7 @@ def sample_gradients(
 
     Args:
         model, layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend: as :func:`class_gradients`.
-        batch: x and y as the data of :func:`class_gradients`; with ``loss``, y is whatever that takes.
+        batch: x and y as the data of :func:`class_gradients`; with ``loss``, y is any argument of it.
 
     Returns:
         :class:`gradmix.gradients.SampleGradients` of N samples.
@@ -68,10 +68,10 @@ def sample_gradients(
     """
     x, y = as_pair("batch", batch, any_targets=loss is not None)
     if num_samples(x) == 0:
-        raise ValueError("batch: got no rows, expected at least one")
+        raise ValueError("batch: got no samples, expected at least one")
     settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
     engine = Engine(model, settings)
-    with engine.probing():
+    with engine.evaluation_mode():
         parts = [vectors for _, vectors in engine.samples("batch", (x, y))]
     vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
     return SampleGradients(vectors, engine.layout, engine.sketch.describe())
@@ -91,7 +91,7 @@ def class_gradients(
     chunk_size: int = CHUNK,
     backend: str = "auto",
 ) -> ClassGradients:
-    """Sketched gradients summed by class, over any number of samples, in memory that does not grow with them.
+    """Return sketched gradients summed by class; the memory does not depend on the number of samples.
 
     >>> import torch, gradmix
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
@@ -101,15 +101,15 @@ def class_gradients(
     >>> both.classes, both.counts
     (tensor([0, 1, 2]), tensor([7, 7, 2]))
 
-    The samples must not influence each other, and inside the model they must not be put into an order that depends on
-    their values (sorted by length, routed to experts). Every pass is checked for that on a few samples, and the first
-    one of each shape on all (:mod:`gradmix.gradients.sample_check` says how, and what escapes). Costs and memory:
+    The samples must not influence each other, and inside the model their order must not depend on their values (sorted
+    by length, routed to experts). Every pass checks that on a few samples, and the first one of each shape on all
+    (:mod:`gradmix.gradients.sample_check` describes how, and what is not found). Costs and memory:
     :mod:`gradmix.gradients.api`.
 
     Args:
         model: returns logits (N, C), or an object that holds them as ``.logits``. With ``loss``, the logits may have
-            any shape (N, ...). It is called with x alone: a mapping is given by keyword, a tuple or list by position,
-            to a model that takes them so.
+            any shape (N, ...). It is called with x alone: a mapping is passed by keyword, a tuple or list by position,
+            if the model takes them so.
         data: a ReplayBuffer, an ``(x, y)`` pair, a Dataset or a DataLoader; x a tensor (N, ...) of any dtype, or a
             mapping, tuple or list of such tensors; y (N,) int64 class indices, or (N, C) label vectors, whose largest
             entry is then the sample's class.
@@ -125,8 +125,8 @@ def class_gradients(
         without_rule: treatment of parameters without a layer rule: ``"error"``, or ``"exact"``: compute their gradients
             sample by sample, in two to three more passes, or as many as there are samples where ``torch.func`` cannot
             run the model (:mod:`gradmix.gradients.exact`).
-        scaler: a GradScaler or a factor for the loss, divided out again; for float16, in which small gradients
-            underflow. None: 1, or 1024 under float16 autocast.
+        scaler: a GradScaler or a factor for the loss, by which the gradients are divided; for float16, in which small
+            gradients underflow. None: 1, or 1024 under float16 autocast.
         chunk_size: samples of one pass (a DataLoader keeps its own batch size up to this).
         backend: of the operators ``class_sketch`` and ``sketch_project``.
 
@@ -134,15 +134,15 @@ def class_gradients(
         :class:`gradmix.gradients.ClassGradients` of the classes that occur.
 
     Raises:
-        ValueError: no samples, labels out of range, y that are no classes, a NaN (its sample is named), a layer without
-            a rule (``NoRuleError``), samples that influence each other (``CoupledRowsError``), statistics of the batch
-            (``BatchStatisticsError``).
+        ValueError: no samples, labels out of range, y that are no classes, a NaN (the error names the sample), a layer
+            without a rule (``NoRuleError``), samples that influence each other (``CoupledSamplesError``), statistics of
+            the batch (``BatchStatisticsError``).
         TypeError: an argument of the wrong type.
     """
     settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
     engine = Engine(model, settings)
-    with engine.probing():
+    with engine.evaluation_mode():
         total = engine.classes("data", data)
     if total is None:
-        raise ValueError("data: got no rows, expected at least one")
+        raise ValueError("data: got no samples, expected at least one")
     return total

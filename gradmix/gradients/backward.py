@@ -1,12 +1,12 @@
-"""One forward and one backward pass without weight gradients, which hands out what these consist of.
+"""One forward and one backward pass without weight gradients, whose parts go to accumulators.
 
 The losses of the samples are summed, so that each sample has its own gradient. The graph begins at the output of the
-first layer that is wanted, and the backward pass computes gradients of activations only.
+first selected layer, and the backward pass computes gradients of activations only.
 
-Every pass is verified, since another batch may behave differently. Autograd says whether a wanted parameter has a
-gradient besides that of the rules: the plan is wrong then. Two samples are forwarded alone
-(:mod:`gradmix.gradients.sample_check`). Where the model reads values, or moves entries by an index, a second backward
-pass, from losses times weights, shows whether the samples are where the plan says.
+Every pass is verified, since the model may treat another batch differently. Autograd shows whether a selected parameter
+has a gradient besides that of the rules: then the plan is wrong. Two samples are forwarded alone
+(:mod:`gradmix.gradients.sample_check`). If the model reads values, or moves entries by an index, a second backward
+pass, from losses times weights, shows whether the samples are where the plan expects them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from gradmix.gradients.accumulators import Accumulator
 from gradmix.gradients.batch_axis import BatchAxis
 from gradmix.gradients.chunk import Chunk
-from gradmix.gradients.exceptions import MovedRowsError, OutdatedPlanError
-from gradmix.gradients.intercept import Parameters, hook_gradient, refusing_checkpoints
+from gradmix.gradients.exceptions import MovedSamplesError, OutdatedPlanError
+from gradmix.gradients.intercept import Parameters, hook_gradient, refuse_checkpoints
 from gradmix.gradients.layers import trainable_parameters
 from gradmix.gradients.losses import Loss, check_losses, check_output, loss_scale
 from gradmix.gradients.plan import Plan
@@ -39,7 +39,7 @@ _READING = {
     *("item", "tolist", "numpy", "__array__", "equal", "allclose", "is_nonzero"),
     *("__bool__", "__int__", "__float__", "__index__", "__contains__"),
 }
-"""Functions that give a tensor's values to Python, on which the model's further course may depend."""
+"""Functions that pass a tensor's values to Python, on which the model's further calls may depend."""
 
 _MOVING = {
     *("__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim", "embedding"),
@@ -56,19 +56,19 @@ _KEPT_READS = 1024
 def run_pass(
     model: nn.Module, plan: Plan, chunk: Chunk, accumulators: Sequence[Accumulator], *, loss: Loss, scale: float
 ) -> None:
-    """A forward and a backward pass over a chunk; call it inside ``Engine.probing``.
+    """Make a forward and a backward pass over a chunk; call it inside ``Engine.evaluation_mode``.
 
     Args:
         model: the unwrapped model.
-        plan: the model's.
-        chunk: the samples; the model is given a copy of x, which it may change.
+        plan: the model's plan.
+        chunk: the samples; the model receives a copy of x, which it may change.
         accumulators: receive each layer's activations and output gradients.
         loss: losses of the samples, (N,).
         scale: factor of the losses in the backward pass.
 
     Raises:
         OutdatedPlanError: the pass differs from the plan; no accumulator was finished.
-        CoupledRowsError: samples influence each other or are not where the plan says.
+        CoupledSamplesError: samples influence each other or are not where the plan expects them.
         ValueError: a NaN, a loss of another shape, a label out of range.
     """
     parameters, device = Parameters(trainable_parameters(model)), first_tensor(chunk.x).device
@@ -90,18 +90,18 @@ def run_pass(
             check = SampleCheck(model, parameters.named, plan, chunk.x, random_state)
             check.check(samples, logits, calls.outputs, all_samples=not plan.verified)
     if moved is not None:
-        raise moved  # if samples influence each other, the check has said so instead
+        raise moved  # if samples influence each other, the check above has raised that instead
     plan.verified |= verified
     for accumulator in accumulators:
         accumulator.finish()
 
 
 class _ObservedCalls(PlannedCalls):
-    """Makes the calls of a plan, and shows the accumulators those that are wanted.
+    """Makes the calls of a plan, and passes those of selected parameters to the accumulators.
 
     Args:
         parameters, plan, samples, kept: as :class:`PlannedCalls`.
-        accumulators: receive the calls.
+        accumulators: receive these calls.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class _ObservedCalls(PlannedCalls):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Watch one call, and whether it may order the samples by their values."""
+        """Make a call, and record whether it may order the samples by their values."""
         result = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
         if name in _READING:
@@ -146,7 +146,7 @@ class _ObservedCalls(PlannedCalls):
         return bool(index) or any(isinstance(v, list) for v in values)
 
     def intercept(self, rule: Rule) -> Tensor:
-        """Make the call; if its layer is wanted, show it to the accumulators."""
+        """Make the call; if its layer is selected, pass it to the accumulators."""
         output, axis = self.run_planned(rule)
         if axis is None:
             return output
@@ -181,46 +181,46 @@ class _ObservedCalls(PlannedCalls):
 
     # ------------------------------------------------------------------------------------------------ backward pass
 
-    def backward(self, losses: Tensor, scale: float) -> tuple[bool, MovedRowsError | None]:
-        """The backward pass from the losses (N,), in which the accumulators are given the gradients.
+    def backward(self, losses: Tensor, scale: float) -> tuple[bool, MovedSamplesError | None]:
+        """Make the backward pass from the losses (N,), in which the accumulators receive the gradients.
 
         Returns:
-            Whether the places of the samples were verified, and the error if they are others than planned.
+            Whether the places of the samples were verified, and the error if they differ from the plan.
 
         Raises:
-            OutdatedPlanError: a wanted parameter has a gradient of its own, besides that of the rules.
+            OutdatedPlanError: a selected parameter has a gradient of its own, besides that of the rules.
         """
         total = losses.sum() * scale
         if not total.requires_grad:
             return False, None
-        # A gradient reaches a wanted parameter only if it is used in another way than planned. This proves in every
-        # pass that no use is left out.
+        # A gradient reaches a selected parameter only if it is used in another way than planned. So every pass proves
+        # that no use is left out.
         leaves = [self._anchor, *(self.parameters.named[name] for name in self._plan.wanted)]
         verifies = self._verifies_places
-        with refusing_checkpoints():
+        with refuse_checkpoints():
             found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=verifies)
             if any(gradient is not None for gradient in found[1:]):
                 raise OutdatedPlanError("a parameter used in another way than planned")
             if verifies:
                 try:
                     self._verify_places(losses, scale)
-                except MovedRowsError as error:
+                except MovedSamplesError as error:
                     return True, error
         return verifies, None
 
     @property
     def _verifies_places(self) -> bool:
-        """Whether to verify the places of the samples by gradients: in the first batch, and where they may have moved.
+        """Whether to verify the places of the samples by gradients: in the first batch, and if they may have moved.
 
         The tensor values that a model reads may decide where samples go; the same reads need no further check.
         """
         return self._samples > 1 and (not self._plan.verified or self._moved or self._reads not in self._plan.reads)
 
     def _verify_places(self, losses: Tensor, scale: float) -> None:
-        """Verify the places of the samples, in a backward pass from the losses (N,) times a weight for each sample.
+        """Verify the places of the samples by a backward pass from the losses (N,) times a weight for each sample.
 
         Raises:
-            MovedRowsError: the gradients at a sample's place do not have the weight of the sample.
+            MovedSamplesError: the gradients at a sample's place do not have the sample's weight.
         """
         # Powers of two scale floating-point numbers exactly, unless these become too small.
         half = torch.float16 in self.dtypes or loss_scale(None, losses.device) != 1.0
@@ -239,9 +239,10 @@ class _ObservedCalls(PlannedCalls):
         # The tolerance is far from rounding, and far from the neighbouring powers of two.
         wrong = (after - expected).abs() > 0.25 * expected + 1e-6 * before.amax()
         if bool(wrong.any()):
-            raise MovedRowsError(
-                f"model: where {rule.views[0].name!r} is used, rows are not where they were in a smaller batch; they "
-                "seem to be sorted or routed, expected an order of rows that does not depend on what is in them"
+            raise MovedSamplesError(
+                f"model: where {rule.views[0].name!r} is used, samples are not where they were in a smaller batch; "
+                "they seem to be sorted or routed, expected an order of samples that does not depend on what is in "
+                "them"
             )
 
 
@@ -250,14 +251,14 @@ def _counts_up(index: Tensor) -> bool:
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, where it is on: to enter a context that changes nothing costs more than to ask."""
+    """Disable autocast if it is on; entering a context without effect would cost more than this test."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _sample_norms(gradient: Tensor, axis: BatchAxis, samples: int) -> Tensor:
-    """(N, positions folded with the samples): norms of an output's gradient."""
+    """Return the norms of an output's gradient, (N, positions folded with the samples)."""
     parts = axis.split(gradient, samples)
     parts = parts.movedim(1 + axis.dim, 1) if parts.ndim > gradient.ndim else parts.unsqueeze(1)
     parts = parts.flatten(2) if parts.ndim > 2 else parts[..., None]

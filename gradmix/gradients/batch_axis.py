@@ -1,8 +1,8 @@
 """The batch axis of a tensor of activations.
 
-Most layers see (N, ..., d). Sequence models also have (T, N, d), and attention folds positions and samples into one
-axis, as (N T, d) or (T N, d). One shape does not tell them apart. The probe in :mod:`gradmix.gradients.trace` finds
-the axis by the entries that the logits of each sample depend on.
+Most layers receive (N, ..., d). Sequence models also use (T, N, d), and attention folds positions and samples into one
+axis, as (N T, d) or (T N, d). These cannot be distinguished by one shape. :mod:`gradmix.gradients.trace` finds the axis
+by the entries that the logits of each sample depend on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BatchAxis:
     positions: int = 1
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
-        """Move the samples to axis 0: (N, ...). Folded positions get an axis of their own behind."""
+        """Move the samples to axis 0: (N, ...). Folded positions get an axis of their own after it."""
         positions = tensor.shape[self.dim] // samples
         if positions == 1:
             return tensor.movedim(self.dim, 0)
@@ -37,7 +37,7 @@ class BatchAxis:
         return unfolded.movedim(self.dim + self.positions_first, 0)
 
     def by_position(self, tensor: Tensor, samples: int) -> Tensor:
-        """(N, T, d) of activations (..., d): all axes but the samples and the last one become positions."""
+        """Return (N, T, d) of activations (..., d): all axes except the samples and the last one become positions."""
         tensor = self.split(tensor, samples)
         return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
 

@@ -30,8 +30,8 @@ class ClassGradients:
             after the other.
         counts: (P,) int64: number of samples summed.
         square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the samples'
-            sketches, an unbiased estimate of that of the squared gradient norms. With the mean it gives the variance
-            within a class: square_norms / counts - |mean|^2.
+            sketches, an unbiased estimate of the sum of the squared gradient norms. The variance within a class is
+            square_norms / counts - |mean|^2.
         layout: the place of each layer among the D entries, and its parameters.
         sketch: kind, seed and rank of the sketch, as plain values.
     """
@@ -47,7 +47,7 @@ class ClassGradients:
         return len(self.classes)
 
     def layer(self, name: str) -> Tensor:
-        """(P, rows, columns): the sums of one layer, by its name.
+        """Return the sums of one layer, by its name, (P, rows, columns).
 
         Raises:
             KeyError: there is no such layer.
@@ -55,19 +55,19 @@ class ClassGradients:
         return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
-        """(P, D): the mean gradient of each class."""
+        """Return the mean gradient of each class, (P, D)."""
         return self.vectors / self.counts.to(self.vectors.dtype)[:, None]
 
     def overall_mean(self) -> Tensor:
-        """(D,): the mean over all samples: the reference gradient, if these are the replay buffer's."""
+        """Return the mean over all samples, (D,); for the samples of the replay buffer it is the reference gradient."""
         return self.vectors.sum(0) / self.counts.sum()
 
     def cosine(self) -> Tensor:
-        """(P, P): cosines between the classes' mean gradients; 0 where one of them is 0."""
+        """Return the cosines between the classes' mean gradients, (P, P); 0 where a gradient is 0."""
         return cosines(self.vectors, self.vectors)
 
     def align(self, reference: object) -> Aligned:
-        """Inner products and cosines of the classes' mean gradients with a reference, both (P,).
+        """Return inner products and cosines of the classes' mean gradients with a reference, both (P,).
 
         Args:
             reference: :class:`ClassGradients` or :class:`SampleGradients` of the same sketch, such as the buffer's,
@@ -79,7 +79,7 @@ class ClassGradients:
         return align(self.mean(), reference_vector(self, reference))
 
     def select(self, classes: Tensor) -> ClassGradients:
-        """The gradients of these classes only, in ascending order; those that do not occur are left out."""
+        """Return the gradients of these classes only, in ascending order; classes that do not occur are left out."""
         kept = torch.isin(self.classes, classes.to(self.classes))
         return ClassGradients(
             self.classes[kept],
@@ -91,17 +91,17 @@ class ClassGradients:
         )
 
     def to(self, device: torch.device | str) -> ClassGradients:
-        """These gradients on another device."""
+        """Return the gradients on another device."""
         classes, vectors, counts, squares = (getattr(self, name).to(device) for name in _TENSORS)
         return ClassGradients(classes, vectors, counts, squares, self.layout, self.sketch)
 
     # ------------------------------------------------------------------------------------------------------- merging
 
     def __add__(self, other: ClassGradients) -> ClassGradients:
-        """The gradients of the samples of both.
+        """Return the gradients of the samples of both.
 
         Raises:
-            ValueError: they are of another sketch or other layers.
+            ValueError: the sketches or the layers differ.
         """
         if not isinstance(other, ClassGradients):
             return NotImplemented
@@ -111,7 +111,7 @@ class ClassGradients:
         """Add ``other`` in place, without a copy where no class is new; returns self.
 
         Raises:
-            ValueError: they are of another sketch or other layers; nothing is changed then.
+            ValueError: the sketches or the layers differ; the object is then unchanged.
         """
         self._check(other)
         if not bool(torch.isin(other.classes, self.classes).all()):
@@ -126,7 +126,7 @@ class ClassGradients:
             raise ValueError(f"class gradients to add: got {why}")
 
     def _with_classes(self, classes: Tensor) -> ClassGradients:
-        """A copy that has entries for these classes too."""
+        """Return a copy that has entries for these classes too."""
         union = torch.cat([self.classes, classes.to(self.classes)]).unique()
         index = torch.searchsorted(union, self.classes)
 
@@ -147,9 +147,9 @@ class ClassGradients:
         return self
 
     def all_reduce(self, group: Any = None) -> ClassGradients:
-        """The gradients of the samples of all processes of a group, the same in each; self without processes.
+        """Return the gradients of the samples of all processes of a group, the same in each; self without a group.
 
-        Every process must call it. One without samples calls it on :meth:`empty`.
+        Every process must call it; a process without samples calls it on :meth:`empty`.
 
         Args:
             group: a process group of ``torch.distributed``; None: the default one.
@@ -199,7 +199,7 @@ class ClassGradients:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> ClassGradients:
-        """The gradients of no samples, with which a process without data calls :meth:`all_reduce`."""
+        """Return the gradients of no samples, on which a process without data calls :meth:`all_reduce`."""
         return cls(
             torch.zeros(0, dtype=torch.int64, device=device),
             torch.zeros(0, 0, device=device),
@@ -212,7 +212,7 @@ class ClassGradients:
     # -------------------------------------------------------------------------------------------------------- keeping
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; loads with ``torch.load(weights_only=True)``."""
+        """Return tensors and plain values; loads with ``torch.load(weights_only=True)``."""
         return {
             **{name: getattr(self, name) for name in _TENSORS},
             "layout": [asdict(layer) | {"parameters": list(layer.parameters)} for layer in self.layout],
@@ -221,7 +221,7 @@ class ClassGradients:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ClassGradients:
-        """The gradients of a :meth:`state_dict`.
+        """Return the gradients of a :meth:`state_dict`.
 
         Raises:
             ValueError: a key is missing, or the parts do not fit each other.
@@ -260,10 +260,10 @@ class ClassGradients:
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all; needs the package ``safetensors``.
+        """Write a safetensors file, atomically; needs the package ``safetensors``.
 
         Raises:
-            ImportError: it is not installed.
+            ImportError: the package is not installed.
         """
         save_file = _safetensors().torch.save_file
         state = self.state_dict()
@@ -282,7 +282,7 @@ class ClassGradients:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or not of this kind.
+            ValueError: the file is damaged, or of another kind.
             ImportError: the package ``safetensors`` is not installed.
         """
         safetensors = _safetensors()
@@ -301,7 +301,7 @@ class ClassGradients:
 
 
 def _safetensors() -> Any:
-    """The package and its writer for torch; only :meth:`ClassGradients.save` and ``load`` need them."""
+    """Return the package with its module for torch; only :meth:`ClassGradients.save` and ``load`` need it."""
     try:
         import safetensors.torch
     except ImportError:
@@ -322,7 +322,7 @@ class ClassGradientAverage:
         value: :class:`ClassGradients` with the averages, each counted as one sample; None before the first update.
 
     Raises:
-        TypeError, ValueError: ``decay`` is no such number.
+        TypeError, ValueError: ``decay`` is no number in [0, 1).
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -334,10 +334,10 @@ class ClassGradientAverage:
         self.value: ClassGradients | None = None
 
     def update(self, gradients: ClassGradients) -> ClassGradients:
-        """Add the gradients of a step; returns the average.
+        """Add the gradients of a step and return the average.
 
         Raises:
-            ValueError: they are of another sketch or other layers; nothing is changed then.
+            ValueError: the sketches or the layers differ; the object is then unchanged.
         """
         counts = gradients.counts.to(gradients.vectors.dtype)[:, None]
         step = ClassGradients(

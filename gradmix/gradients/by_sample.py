@@ -30,7 +30,7 @@ class SampleGradients:
         return len(self.vectors)
 
     def layer(self, name: str) -> Tensor:
-        """(N, rows, columns): the sketches of one layer, by its name.
+        """Return the sketches of one layer, by its name, (N, rows, columns).
 
         Raises:
             KeyError: there is no such layer.
@@ -38,15 +38,15 @@ class SampleGradients:
         return layer_vectors(self.vectors, self.layout, name)
 
     def mean(self) -> Tensor:
-        """(D,): the mean over the samples."""
+        """Return the mean over the samples, (D,)."""
         return self.vectors.mean(0)
 
     def cosine(self) -> Tensor:
-        """(N, N): cosines between the samples' gradients; 0 where one of them is 0."""
+        """Return the cosines between the samples' gradients, (N, N); 0 where a gradient is 0."""
         return cosines(self.vectors, self.vectors)
 
     def align(self, reference: object) -> Aligned:
-        """Inner products and cosines with a reference, both (N,).
+        """Return inner products and cosines with a reference, both (N,).
 
         Args:
             reference: :class:`SampleGradients` or :class:`ClassGradients` of the same sketch, whose mean over all
@@ -57,8 +57,8 @@ class SampleGradients:
         """
         return align(self.vectors, reference_vector(self, reference))
 
-    def __getitem__(self, rows: slice | Tensor) -> SampleGradients:
-        """The gradients of some of the samples."""
-        if isinstance(rows, Tensor) and rows.dtype not in (torch.int64, torch.bool):
-            raise TypeError(f"rows: got dtype {rows.dtype}, expected int64 or bool")
-        return SampleGradients(self.vectors[rows], self.layout, self.sketch)
+    def __getitem__(self, index: slice | Tensor) -> SampleGradients:
+        """The gradients of the samples at ``index``, a slice, (K,) int64 or (N,) bool."""
+        if isinstance(index, Tensor) and index.dtype not in (torch.int64, torch.bool):
+            raise TypeError(f"index: got dtype {index.dtype}, expected int64 or bool")
+        return SampleGradients(self.vectors[index], self.layout, self.sketch)

@@ -1,4 +1,4 @@
-"""A chunk of the samples: what one forward and backward pass takes."""
+"""A chunk of the samples, for one forward and backward pass."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Exact inner products of per-sample gradients with a direction, exact norms, and the mean gradient.
 
 <g_n, V> is the derivative of sample n's loss along V, which ``torch.func.jvp`` computes by a pass of dual numbers
-through the whole network. Where layers have rules it follows from the activations and gradients of one pass: layer by
+through the whole network. For layers with rules it is computed from the activations and gradients of one pass: for each
 layer <d_t, V a_t>, summed over the positions t, with d_t the gradient of the layer's output and V a_t the layer itself
 with V as its parameters.
 """
@@ -50,31 +50,31 @@ def mean_gradient(
     scaler: Scaler = None,
     chunk_size: int = CHUNK,
 ) -> dict[str, Tensor]:
-    """The mean gradient of the loss over all samples, without a sketch: that of a backward pass over the samples.
+    """Return the mean gradient of the loss over all samples, without a sketch, as one backward pass gives it.
 
-    The model runs in evaluation mode and is left as it was.
+    The model runs in evaluation mode and stays unchanged.
 
     Args:
         model, data, layers, loss, scaler, chunk_size: as :func:`gradmix.class_gradients`.
 
     Returns:
-        By parameter name, tensors of the parameters' shapes, float32 or, for float64 parameters, float64.
+        Tensors of the parameters' shapes by parameter name, float32, or float64 for float64 parameters.
 
     Raises:
         ValueError, TypeError: no samples, or an argument as in :func:`gradmix.class_gradients`.
     """
     engine = Engine(model, EngineSettings(layers=layers, loss=loss, scaler=scaler, chunk_size=chunk_size))
-    with engine.probing():
+    with engine.evaluation_mode():
         result = mean_gradient_of(engine, "data", data)
     if result is None:
-        raise ValueError("data: got no rows, expected at least one")
+        raise ValueError("data: got no samples, expected at least one")
     return result
 
 
 def mean_gradient_of(
     engine: Engine, name: str, source: object, group: Group = None, *, shared: bool = True
 ) -> dict[str, Tensor] | None:
-    """:func:`mean_gradient` inside ``engine.probing()``; None if there are no samples.
+    """Return :func:`mean_gradient`; inside ``engine.evaluation_mode()``; None if there are no samples.
 
     Args:
         engine: computes the gradients.
@@ -121,7 +121,7 @@ def directional_derivatives(
     scaler: Scaler = None,
     chunk_size: int = CHUNK,
 ) -> Derivatives:
-    """<g_n, V> for each sample's gradient g_n, exactly, and with ``norms`` ||g_n||.
+    """Return <g_n, V> for each sample's gradient g_n, exactly, and with ``norms`` ||g_n||.
 
     One forward pass, one more call of each layer, and a backward pass without weight gradients. Norms cost about as
     much again, and the memory of the layers' inputs.
@@ -129,8 +129,8 @@ def directional_derivatives(
     Args:
         model, loss, without_rule, scaler, chunk_size: as :func:`gradmix.class_gradients`.
         batch: x and y as in :func:`gradmix.sample_gradients`.
-        directions: V by parameter name, such as :func:`mean_gradient` gives; parameters not named are held fixed.
-        norms: whether to compute the norms over the named parameters too.
+        directions: V by parameter name, such as :func:`mean_gradient` returns; other parameters are held fixed.
+        norms: whether to compute the norms, over the named parameters, too.
 
     Returns:
         :class:`Derivatives`, float32, or float64 for a float64 model.
@@ -144,10 +144,10 @@ def directional_derivatives(
     )
     engine = Engine(model, settings)
     _check_directions(engine.model, directions)
-    with engine.probing():
+    with engine.evaluation_mode():
         parts = list(derivatives_of(engine, "batch", (x, y), directions, norms))
     if not parts:
-        raise ValueError("batch: got no rows, expected at least one")
+        raise ValueError("batch: got no samples, expected at least one")
     inner = torch.cat([part.inner for part in parts])
     return Derivatives(inner, torch.cat([part.norm for part in parts if part.norm is not None]) if norms else None)
 
@@ -167,7 +167,7 @@ def _check_directions(model: nn.Module, directions: Mapping[str, Tensor]) -> Non
 def derivatives_of(
     engine: Engine, name: str, source: object, directions: Mapping[str, Tensor], norms: bool
 ) -> Iterator[Derivatives]:
-    """:func:`directional_derivatives` chunk by chunk; inside ``engine.probing()``, with an Identity sketch."""
+    """Yield :func:`directional_derivatives` by chunk; inside ``engine.evaluation_mode()``, with an Identity sketch."""
 
     def run(chunk: Chunk, plan: Plan) -> Derivatives:
         inner, squares, scale = engine.zeros(chunk.x), engine.zeros(chunk.x), engine.scale(chunk.x)

@@ -1,4 +1,4 @@
-"""The engine of all gradient functions: checks, plans and projections, and the passes over chunks of samples."""
+"""The engine of all gradient functions: checks, plans, projections, and passes over chunks of samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradmix.gradients.backward import run_pass
 from gradmix.gradients.by_class import ClassGradients
 from gradmix.gradients.chunk import Chunk
 from gradmix.gradients.exact import Gradients, exact_gradients
-from gradmix.gradients.exceptions import MovedRowsError, OutdatedPlanError
+from gradmix.gradients.exceptions import MovedSamplesError, OutdatedPlanError
 from gradmix.gradients.layers import Layer, select_parameters, single_layers, trainable_parameters
 from gradmix.gradients.layout import LayerSketch, Layout, layout_of, projections_for
 from gradmix.gradients.losses import Loss, cross_entropy, loss_scale
@@ -23,16 +23,16 @@ from gradmix.gradients.planner import plan_for
 from gradmix.gradients.settings import EngineSettings
 from gradmix.gradients.sketches import as_sketch
 from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
-from gradmix.model.unchanged import device_of, require_finite, unchanged, unwrap, without_gradient_hooks
+from gradmix.model.unchanged import device_of, leave_unchanged, require_finite, unwrap, without_gradient_hooks
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
-from gradmix.replay.sources import numbered_chunks
+from gradmix.replay.sources import chunks_with_numbers
 from gradmix.runtime.collectives import Group
 
 T = TypeVar("T")
 
 MEMORY_FACTOR = 3
-"""Bytes that a pass needs for a sample, over those of all layers' outputs: roughly what autograd keeps in between."""
+"""Ratio of the bytes that a pass needs for a sample to those of all layers' outputs, approximately, for autograd."""
 
 
 class Engine:
@@ -40,14 +40,14 @@ class Engine:
 
     Args:
         model: may be wrapped (DataParallel, compiled).
-        settings: what is computed, and how.
+        settings: the settings of the gradients.
 
     Attributes:
         model: the unwrapped model.
-        settings: what is computed, and how.
+        settings: the settings of the gradients.
         sketch: the sketch of the settings.
-        layout: where each layer is in a sketched gradient; set by the first :meth:`prepare`.
-        projections: of the layout.
+        layout: the place of each layer in a sketched gradient; set by the first :meth:`prepare`.
+        projections: the projections of the layout.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -68,11 +68,11 @@ class Engine:
         self._layout_is_final = False
 
     @contextmanager
-    def probing(self) -> Iterator[None]:
-        """The model in evaluation mode, without hooks on gradients, out of inference mode; restored afterwards."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Put the model into evaluation mode, without gradient hooks and outside inference mode; restore it after."""
         with (
             torch.inference_mode(False),
-            unchanged(self.model),
+            leave_unchanged(self.model),
             without_gradient_hooks(self.model),
             _backward_of_recurrent_layers(self.model),
         ):
@@ -81,7 +81,7 @@ class Engine:
     # --------------------------------------------------------------------------------------------- plan and layout
 
     def prepare(self, x: InputTree, *, anew: bool = False) -> Plan:
-        """The plan for samples like those of x; sets the layout and the projections.
+        """Return the plan for samples like those of x, and set the layout and the projections.
 
         Raises:
             OutdatedPlanError: the plan has other layers than that of the samples before.
@@ -91,8 +91,8 @@ class Engine:
         return plan
 
     def plan_of(self, x: InputTree) -> Plan:
-        """The plan for samples like those of x, outside of a pass."""
-        with self.probing():
+        """Return the plan for samples like those of x, outside of a pass."""
+        with self.evaluation_mode():
             return self.prepare(map_tensors(_without_inference, x))
 
     def _set_layout(self, plan: Plan) -> None:
@@ -100,12 +100,12 @@ class Engine:
         if getattr(self, "layout", None) == layout:
             return
         if self._layout_is_final:
-            raise OutdatedPlanError("other layers than for the rows before")
+            raise OutdatedPlanError("other layers than for the samples before")
         self.layout = layout
         self.projections = projections_for(self.model, layout, self.sketch, self.settings.backend)
 
     def _plan_without_rules(self, num_classes: int) -> Plan:
-        """A plan of the same layers, or before there are any of all chosen parameters, that watches no call."""
+        """Return a plan that watches no call, of the present layers, or at first of all chosen parameters."""
         if self._layout_is_final:
             layers = tuple(Layer(layer.name, layer.parameters, layer.shape) for layer in self.layout)
         else:
@@ -116,10 +116,10 @@ class Engine:
         return result
 
     def with_plan(self, function: Callable[[Chunk, Plan], T], chunk: Chunk) -> T:
-        """``function`` of the chunk and its plan, once more with a new plan if the model has changed since it was made.
+        """Call ``function`` with the chunk and its plan; again with a new plan if the model no longer fits the plan.
 
-        If that does not fit either, the model's calls depend on the samples' values, and the plan without rules is
-        used, if the settings allow it.
+        If the new plan does not fit either, the model's calls depend on the samples' values, and the plan without rules
+        is used, if the settings allow it.
         """
         result = self._with_plan(function, chunk)
         self._layout_is_final = True
@@ -131,19 +131,19 @@ class Engine:
             return function(chunk, self.prepare(chunk.x))
         except OutdatedPlanError:
             pass
-        except MovedRowsError:
+        except MovedSamplesError:
             if not exact:
                 raise
         try:
             return function(chunk, self.prepare(chunk.x, anew=True))
-        except (OutdatedPlanError, MovedRowsError) as error:
+        except (OutdatedPlanError, MovedSamplesError) as error:
             if not exact:
-                if isinstance(error, MovedRowsError):
+                if isinstance(error, MovedSamplesError):
                     raise
                 raise ValueError(
                     f"model: does not make the same calls in every forward pass ({error}), expected a forward pass "
-                    "that does not depend on the values in the rows. Have the gradients computed row by row (slower) "
-                    "with without_rule='exact'"
+                    "that does not depend on the values in the samples. Have the gradients computed sample by sample "
+                    "(slower) with without_rule='exact'"
                 ) from None
         plan = plan_for(self.model, chunk.x, self.settings.layers, self.settings.without_rule)
         return function(chunk, self._plan_without_rules(plan.num_classes))
@@ -152,59 +152,59 @@ class Engine:
 
     @property
     def size(self) -> int:
-        """D: entries of a sketched gradient."""
+        """D, the number of entries of a sketched gradient."""
         return self.layout[-1].stop
 
     def dtype(self) -> torch.dtype:
-        """Dtype of sketches and sums: float64 for a float64 model, else float32."""
+        """Return the dtype of sketches and sums: float64 for a float64 model, else float32."""
         return work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
 
     def zeros(self, like: InputTree, *shape: int) -> Tensor:
-        """Zeros (N, *shape) on the device of ``like`` (N, ...), of the dtype of sketches and sums."""
+        """Return zeros (N, *shape) on the device of ``like`` (N, ...), of the dtype of sketches and sums."""
         return torch.zeros(num_samples(like), *shape, dtype=self.dtype(), device=first_tensor(like).device)
 
     def samples_within(self, memory: int, plan: Plan) -> int:
-        """Samples per pass that need about ``memory`` bytes; at least 1, at most the chunk size."""
+        """Return the number of samples per pass that need about ``memory`` bytes; from 1 to the chunk size."""
         return max(1, min(self.settings.chunk_size, memory // max(1, MEMORY_FACTOR * plan.sample_bytes)))
 
     def scale(self, x: InputTree) -> float:
-        """Factor of the loss in the backward pass."""
+        """Return the factor of the loss in the backward pass."""
         return loss_scale(self.settings.scaler, first_tensor(x).device)
 
     # --------------------------------------------------------------------------------------------------- one chunk
 
     def losses(self, chunk: Chunk) -> Loss:
-        """The losses of a chunk's samples; for cross-entropy, logits and labels are checked."""
+        """Return the loss of a chunk's samples; that of cross-entropy checks logits and labels."""
         if self.settings.loss is not None:
             return self.settings.loss
 
-        def checked(logits: Tensor, labels: Tensor) -> Tensor:
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
             if logits.ndim != 2:
                 samples = len(logits)
                 raise ValueError(
-                    f"model: returned logits of shape {tuple(logits.shape)} for {samples} rows, expected "
+                    f"model: returned logits of shape {tuple(logits.shape)} for {samples} samples, expected "
                     f"({samples}, C), or a loss= that takes them"
                 )
             check_label_range(chunk.name, labels, logits.shape[1], chunk.start)
             return cross_entropy(logits, labels)
 
-        return checked
+        return loss
 
     def run(self, chunk: Chunk, plan: Plan, accumulators: Sequence[Accumulator]) -> None:
-        """One forward and one backward pass, if any layer has a rule: :func:`gradmix.gradients.backward.run_pass`."""
+        """Make a forward and a backward pass, if any layer has a rule: :func:`gradmix.gradients.backward.run_pass`."""
         if plan.layers:
             loss, scale = self.losses(chunk), self.scale(chunk.x)
             run_pass(self.model, plan, chunk, accumulators, loss=loss, scale=scale)
 
     def exact(self, chunk: Chunk, plan: Plan) -> Iterator[tuple[slice, Gradients]]:
-        """Slices of the samples with the gradients of the parameters without a rule.
+        """Yield slices of the samples with the gradients of the parameters without a rule.
 
         See :func:`gradmix.gradients.exact.exact_gradients`.
         """
         if not plan.exact:
             return
         own = {n for layer in plan.exact for n in layer.parameters}
-        # Without any rules, no parameter may have a gradient that has no place in the layout.
+        # If no layer has a rule, a gradient of a parameter outside the layout would be lost.
         placed = {n for layer in self.layout for n in layer.parameters}
         trainable = trainable_parameters(self.model)
         selected = [] if plan.layers else select_parameters(trainable, self.settings.layers)
@@ -218,13 +218,13 @@ class Engine:
                 if bool(used.any()):
                     index = chunk.start + part.start + int(used.int().argmax())
                     raise ValueError(
-                        f"{chunk.name}: {n!r} is used by row {index} and by none of the chunks before, expected chunks "
-                        "that use the same parameters; a larger chunk_size= helps"
+                        f"{chunk.name}: {n!r} is used by sample {index} and by none of the chunks before, expected "
+                        "chunks that use the same parameters; a larger chunk_size= helps"
                     )
             yield part, gradients
 
     def _exact_sketches(self, chunk: Chunk, plan: Plan) -> Iterator[tuple[slice, LayerSketch, int, Tensor]]:
-        """Samples, layer, its index and sketches (n, rows, columns), for the layers without a rule."""
+        """Yield slice of samples, layer, its index and sketches (n, rows, columns), for the layers without a rule."""
         own = {layer.name for layer in plan.exact}
         for part, gradients in self.exact(chunk, plan):
             for index, layer in enumerate(self.layout):
@@ -232,7 +232,7 @@ class Engine:
                     yield part, layer, index, self._sketch_layer(layer, gradients)
 
     def _sketch_layer(self, layer: LayerSketch, gradients: Mapping[str, Tensor]) -> Tensor:
-        """(n, rows, columns): the sketches of one layer's gradients (n, *shape), given by parameter name."""
+        """Return the sketches (n, rows, columns) of one layer's gradients (n, *shape), given by parameter name."""
         left, right = self.projections.of(layer.name)
         blocks = [
             gradients[n].reshape(-1, layer.shape[0], gradients[n][0].numel() // layer.shape[0])
@@ -241,7 +241,7 @@ class Engine:
         return right.reduce(left.reduce(torch.cat(blocks, 2).to(self.dtype()), 0, 1), 0, 2)
 
     def _sample_sketches(self, chunk: Chunk, plan: Plan) -> Tensor:
-        """(n, D): the sketched gradients of a chunk's samples."""
+        """Return the sketched gradients (n, D) of a chunk's samples."""
         out = self.zeros(chunk.x, self.size)
         self.run(chunk, plan, [SampleSketches(plan, self.projections, out, self.scale(chunk.x))])
         for part, layer, _, sketches in self._exact_sketches(chunk, plan):
@@ -250,7 +250,7 @@ class Engine:
         return out
 
     def _class_sketches(self, chunk: Chunk, plan: Plan) -> ClassGradients:
-        """The sketched gradients of a chunk's samples, summed by class."""
+        """Return the sketched gradients of a chunk's samples, summed by class."""
         y = chunk.y if self.settings.loss is None else _classes_of_targets(chunk)
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
         sums, squares = (self.zeros(classes, size) for size in (self.size, len(self.layout)))
@@ -276,22 +276,22 @@ class Engine:
     # -------------------------------------------------------------------------------------------------- all chunks
 
     def chunks(self, name: str, source: object, group: Group = None) -> Iterator[Chunk]:
-        """The chunks of the samples that are not empty; of a group, this process's share of them."""
+        """Yield the non-empty chunks of the samples; with a group, those of this process's share."""
         device, any_targets = device_of(self.model), self.settings.loss is not None
         size = self.settings.chunk_size
-        for start, x, y in numbered_chunks(name, source, size, device, group, any_targets=any_targets):
+        for start, x, y in chunks_with_numbers(name, source, size, device, group, any_targets=any_targets):
             if num_samples(x):
                 for leaf in tensors_of(x):
                     require_finite(start, **{name: leaf})
                 yield Chunk(name, start, map_tensors(_without_inference, x), map_tensors(_without_inference, y))
 
     def samples(self, name: str, source: object) -> Iterator[tuple[Chunk, Tensor]]:
-        """Each chunk of the samples with their sketched gradients (n, D); inside :meth:`probing`."""
+        """Yield the chunks of the samples with their sketched gradients (n, D); inside :meth:`evaluation_mode`."""
         for chunk in self.chunks(name, source):
             yield chunk, self.with_plan(self._sample_sketches, chunk)
 
     def classes(self, name: str, source: object) -> ClassGradients | None:
-        """Sums by class over all samples, None if there are none; inside :meth:`probing`."""
+        """Return the sums by class over all samples, None if there are none; inside :meth:`evaluation_mode`."""
         total: ClassGradients | None = None
         for chunk in self.chunks(name, source):
             part = self.with_plan(self._class_sketches, chunk)
@@ -299,14 +299,14 @@ class Engine:
         return total
 
     def sketch_of(self, gradient: Mapping[str, Tensor]) -> Tensor:
-        """(D,): the sketch of a whole gradient, given by parameter name; after a pass, when the layers are known."""
+        """Return the sketch (D,) of a gradient given by parameter name; call it after a pass, which sets the layers."""
         one = {name: value[None] for name, value in gradient.items()}
         return torch.cat([self._sketch_layer(layer, one).flatten() for layer in self.layout])
 
 
 @contextmanager
 def _backward_of_recurrent_layers(model: nn.Module) -> Iterator[None]:
-    """Disable cuDNN for a model with recurrent layers: those of cuDNN have no backward pass in evaluation mode."""
+    """Disable cuDNN for a model with recurrent layers, which in cuDNN have no backward pass in evaluation mode."""
     cudnn = torch.backends.cudnn
     before = cudnn.enabled
     if not before or not any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -320,12 +320,12 @@ def _backward_of_recurrent_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _without_inference(leaf: Tensor) -> Tensor:
-    """The tensor; a copy of one of inference mode, which cannot be kept for a backward pass."""
+    """Return the tensor, or a copy if it is of inference mode and cannot be kept for a backward pass."""
     return leaf.clone() if leaf.is_inference() else leaf
 
 
 def _classes_of_targets(chunk: Chunk) -> Tensor:
-    """The targets of a loss of the user's own as labels, if they tell the class of each sample."""
+    """Return the targets of a loss of the user's own as labels, if they are classes of the samples."""
     y = chunk.y
     try:
         whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)

@@ -1,9 +1,9 @@
 """Per-sample gradients of parameters without a layer rule: by ``torch.func``, or in a loop over the samples.
 
-``vmap(grad(loss))`` takes many samples at a time. Autograd computes one sample after the other where it cannot run
-the model (recurrent layers, packed sequences, control flow that depends on values, functions without a rule for vmap).
-In both cases the sum over the samples is compared with the gradient of the whole batch: the gradient of a sample alone
-is its gradient only if it is the same among other samples.
+``vmap(grad(loss))`` processes many samples at a time. Where it cannot run the model (recurrent layers, packed
+sequences, control flow that depends on values, functions without a rule for vmap), autograd computes one sample after
+the other. In both cases the sum over the samples is compared with the gradient of the whole batch: the gradient of a
+sample alone is its gradient only if it is the same among other samples.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmix.gradients.chunk import Chunk
-from gradmix.gradients.exceptions import CoupledRowsError
-from gradmix.gradients.intercept import refusing_checkpoints
+from gradmix.gradients.exceptions import CoupledSamplesError
+from gradmix.gradients.intercept import refuse_checkpoints
 from gradmix.gradients.losses import Loss, check_losses, check_output
 from gradmix.model.head import logits_of
 from gradmix.model.inputs import InputTree, arguments_of, call_model, map_tensors, num_samples, own_copy, take
@@ -37,7 +37,7 @@ Gradients = Mapping[str, Tensor]
 def exact_gradients(
     model: nn.Module, names: Sequence[str], chunk: Chunk, loss: Loss, *, checked_loss: Loss, scale: float
 ) -> Iterator[tuple[slice, Gradients]]:
-    """Slices of the samples with the gradients of the parameters; call it inside ``Engine.probing``.
+    """Yield slices of the samples with the gradients of the parameters; call it inside ``Engine.evaluation_mode``.
 
     The batch is passed forward and backward once as a whole, and then sample by sample: two to three passes if
     ``torch.func`` can run the model, else as many passes as there are samples. The memory is that of a training step on
@@ -47,12 +47,12 @@ def exact_gradients(
         model: the unwrapped model.
         names: names of the parameters.
         chunk: the samples.
-        loss: losses of the samples; must not read values.
-        checked_loss: the same; may read values, to check them.
-        scale: factor of the losses in the backward pass, divided out again.
+        loss: the losses of the samples; must not read values.
+        checked_loss: the same function with checks, which may read values.
+        scale: factor of the losses in the backward pass, by which the gradients are divided.
 
     Raises:
-        CoupledRowsError: the gradients of the samples do not add up to that of the batch.
+        CoupledSamplesError: the gradients of the samples do not add up to that of the batch.
         ValueError: a NaN, logits or losses of another shape, or an error of ``checked_loss``.
     """
     parameters = dict(model.named_parameters())
@@ -61,7 +61,7 @@ def exact_gradients(
     finite = {f"the model's logits of {chunk.name}": logits, f"the loss of {chunk.name}": losses}
     require_finite(chunk.start, **finite)
     tolerance = _tolerance(logits)
-    # Where the gradients are 0, as before a layer that removes their effect, there is only rounding.
+    # Gradients that are 0, as before a layer that removes their effect, consist of rounding errors.
     rounding = (
         32 * torch.finfo(logits.dtype).eps * float(torch.linalg.vector_norm(of_logits.to(work_dtype(logits.dtype))))
     )
@@ -84,10 +84,10 @@ def exact_gradients(
         size += _size(found)
         yield part, {n: gradient / scale for n, gradient in zip(names, found, strict=True)}
     if not _agree(sums, batch, tolerance * size + rounding):
-        raise CoupledRowsError(
-            f"model: the gradients of {len(chunk)} rows alone do not add up to the gradient of the rows together, "
-            "expected a forward pass without chance, and rows that do not influence each other, so that each has a "
-            "gradient of its own"
+        raise CoupledSamplesError(
+            f"model: the gradients of {len(chunk)} samples alone do not add up to the gradient of the samples "
+            "together, expected a forward pass without chance, and samples that do not influence each other, so that "
+            "each has a gradient of its own"
         )
 
 
@@ -108,7 +108,7 @@ class _Gradients:
     scale: float
 
     def batch(self, x: InputTree, y: Any, loss: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits, losses, and the gradients of the summed losses: of the parameters, then of the logits."""
+        """Return logits, losses, and the gradients of the summed losses by the parameters and then by the logits."""
         samples = num_samples(x)
         with torch.enable_grad(), without_compilation():
             logits = check_output(logits_of(call_model(self.model, own_copy(x))), samples)
@@ -116,21 +116,21 @@ class _Gradients:
             total = losses.sum() * self.scale
             leaves = [*self.wanted.values(), logits]
             used = leaves if logits.requires_grad and total.requires_grad else []
-            with refusing_checkpoints():
+            with refuse_checkpoints():
                 found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
-        # A layer without a part in the loss has no gradient, and that of a table may be sparse.
+        # A layer that does not contribute to the loss has no gradient, and that of a table may be sparse.
         zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
         dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
         return logits.detach(), losses.detach(), dense
 
     def samples_by_loop(self, x: InputTree, y: Any) -> list[Tensor]:
-        """(n, *shape) for each parameter, by a pass for each sample."""
+        """Return the gradients (n, *shape) of each parameter, by one pass for each sample."""
         each = [slice(n, n + 1) for n in range(num_samples(x))]
         singles = [self.batch(take(x, one), take(y, one), self.loss)[2][:-1] for one in each]
         return [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
 
     def samples_by_vmap(self, x: InputTree, y: Any) -> list[Tensor] | None:
-        """(n, *shape) for each parameter, by ``vmap(grad(loss))``; None where ``torch.func`` cannot run the model."""
+        """Return the gradients (n, *shape) by ``vmap(grad(loss))``; None if ``torch.func`` cannot run the model."""
         own = {name: p.detach() for name, p in self.wanted.items()}
         fixed = {name: p.detach() for name, p in self.model.named_parameters() if name not in own}
         fixed |= dict(self.model.named_buffers())
@@ -151,26 +151,26 @@ class _Gradients:
                 _same_attributes(self.model),
             ):
                 found = gradient(own, own_copy(x), y)
-        except Exception:  # anything that it cannot do; an error of the model itself occurs again in the loop
+        except Exception:  # torch.func cannot run the model; an error of the model itself occurs again in the loop
             return None
         return [found[name].detach() for name in own]
 
 
 def _size(gradients: Sequence[Tensor]) -> float:
-    """An upper bound of the sum of the norms of the samples' gradients."""
+    """Return an upper bound of the sum of the norms of the samples' gradients."""
     flat = (g.reshape(len(g), -1).to(work_dtype(g.dtype)) for g in gradients)
     return sum(float(torch.linalg.vector_norm(g, dim=1).sum()) for g in flat)
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], error: float) -> bool:
-    """Whether gradients are the same up to an error."""
+    """Whether gradients are equal up to an error."""
     differences = ((a - b).to(work_dtype(b.dtype)) for a, b in zip(found, expected, strict=True))
-    # Values that are not finite are no difference: they are found in the gradients themselves.
+    # Values that are not finite do not count as a difference: they are found in the gradients themselves.
     return not sum(float(torch.linalg.vector_norm(d)) for d in differences) > error
 
 
 def _tolerance(logits: Tensor) -> float:
-    """A relative difference far above rounding in a network's pass, and far below the influence of other samples."""
+    """Return a relative tolerance, far above the rounding of a pass and far below the influence of other samples."""
     kind = logits.device.type
     if logits.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(kind):
         return 0.1
@@ -189,7 +189,7 @@ def _without_performance_warnings() -> Iterator[None]:
 
 @contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore the modules' attributes: a tensor of ``torch.func`` kept in one could not be used outside of it."""
+    """Restore the modules' attributes afterwards: tensors of ``torch.func`` in them could not be used outside."""
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
         yield

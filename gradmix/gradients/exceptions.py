@@ -11,12 +11,12 @@ class BatchStatisticsError(ValueError):
     """The model normalises by statistics of the batch, so that a sample's gradient depends on the other samples."""
 
 
-class CoupledRowsError(ValueError):
+class CoupledSamplesError(ValueError):
     """The output for a sample depends on other samples of the batch, so that it has no gradient of its own."""
 
 
-class MovedRowsError(CoupledRowsError):
-    """Samples are not where the plan says; whether they influence each other is not known."""
+class MovedSamplesError(CoupledSamplesError):
+    """Samples are not where the plan expects them; whether they influence each other is not known."""
 
 
 class OutdatedPlanError(RuntimeError):

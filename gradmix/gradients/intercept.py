@@ -1,11 +1,11 @@
-"""Interception of the calls that use a model's parameters, in whatever module they are made.
+"""Interception of the calls that use a model's parameters, in any module.
 
-A module's hook sees the input of the module, which need not be what its weight is multiplied with (``padding_mode``).
+A module's hook receives the input of the module, which may differ from the factor of its weight (``padding_mode``).
 A module may be bypassed (``nn.MultiheadAttention`` hands the weights of its submodules to a function), and its hook
-does not know of a weight that is used twice or by another module. Therefore functions are watched, by a
+does not show that a weight is used twice or by another module. Therefore functions are watched, by a
 ``TorchFunctionMode``. A call that has a rule is made with its parameters detached. Any other use leaves a path to the
-parameter in autograd's graph, by which :func:`uncovered_parameters` and every later pass find it: no use escapes. Only
-what a rule takes is detached; a converted parameter keeps its path until then.
+parameter in autograd's graph, by which :func:`parameters_without_rule` and every later pass find it, so that no use is
+missed. Only arguments of a call with a rule are detached; a converted parameter keeps its path until then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from gradmix.gradients.rules import RULES, ParameterView, Rule
+from gradmix.gradients.rules import RULES, FunctionCall, ParameterView, Rule
 from gradmix.gradients.rules.normalisation import BatchNorm
 
 
@@ -45,28 +45,28 @@ class Parameters:
         self.standardised: list[Tensor] = []
 
     def find(self, value: Any) -> ParameterView | None:
-        """The parameter that ``value`` is: itself, rows of one, its transpose, a copy of these; None if it is none.
+        """Return the parameter that ``value`` is: itself, its rows, its transpose, or a copy of these; else None.
 
-        Only what autograd sees as such: no detached tensor, and no view made without autograd.
+        Only tensors that autograd connects with the parameter count: no detached tensor, no view made without autograd.
         """
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         name = self._names.get(id(value))
         if name is not None:
             return ParameterView(name, self._detached[name], 0, False, value.shape)
-        copied = self._copied(value)
+        copied = self._source_of_copy(value)
         if copied is not None:
             return copied
         base = value._base
         if base is None or value.grad_fn is None:
             return None
-        name, copied = self._names.get(id(base)), self._copied(base)
+        name, copied = self._names.get(id(base)), self._source_of_copy(base)
         if copied is not None and copied.is_whole:
             name = copied.name
         return None if name is None else self._view(name, base, value)
 
-    def _copied(self, value: Tensor) -> ParameterView | None:
-        """The source of a copy, unless the copy has been changed in place since."""
+    def _source_of_copy(self, value: Tensor) -> ParameterView | None:
+        """Return the source of a copy, unless the copy has been changed in place since."""
         found = self._copies.get(id(value))
         return None if found is None or value._version != found[1] else found[2]
 
@@ -103,7 +103,7 @@ class Parameters:
         return self._names.get(id(value)) if copied is None else copied[2].name
 
     def add_copy(self, result: Any, source: ParameterView) -> None:
-        """Record a tensor as a copy of a parameter, or of a view of one."""
+        """Record a tensor as a copy of a parameter or of a view of it."""
         if not isinstance(result, Tensor) or result.shape != source.value.shape or id(result) in self._names:
             return
         if result.requires_grad and result.is_floating_point():
@@ -136,13 +136,13 @@ class Interceptor(TorchFunctionMode):
         self.parameters = parameters
 
     def intercept(self, rule: Rule) -> Tensor:
-        """Make a call that has a rule; returns its output, with which the model continues."""
+        """Make a call that has a rule and return its output, with which the model continues."""
         raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Watch one call."""
+        """Make one call, by :meth:`intercept` if it has a rule."""
         named = kwargs or {}
         kind = RULES.get(func)
         if kind is BatchNorm and _uses_batch_statistics(args, named):
@@ -150,11 +150,11 @@ class Interceptor(TorchFunctionMode):
             self.parameters.standardised.append((named["input"] if "input" in named else args[0]).detach().clone())
             kind = None
         if not torch.is_grad_enabled():
-            return func(*args, **named)  # a part that the model keeps out of its gradient
+            return func(*args, **named)  # a part that the model excludes from its gradient
         if torch._C._are_functorch_transforms_active():
             kind = None  # inside vmap, for example, the arguments are not the parameters themselves
         if kind is not None:
-            rule = kind.match(func, args, named, self.parameters.find)
+            rule = kind.match(FunctionCall(func, args, named), self.parameters.find)
             if rule is not None:
                 why = rule.refusal()
                 if why is None:
@@ -167,9 +167,9 @@ class Interceptor(TorchFunctionMode):
                 result = func(*args, **named)
                 self.parameters.add_copy(result, source)
                 return result
-        if func in _TRANSPARENT and self.parameters.uses_any([*args, *named.values()]):
+        if func in _WATCHED_INSIDE and self.parameters.uses_any([*args, *named.values()]):
             with self:
-                return _TRANSPARENT[func](*args, **named)
+                return _WATCHED_INSIDE[func](*args, **named)
         if getattr(func, "__name__", "") not in _SILENT:
             self.parameters.note_user(func, [*args, *named.values()])
         return func(*args, **named)
@@ -188,8 +188,8 @@ def _uses_batch_statistics(args: tuple[Any, ...], named: dict[str, Any]) -> bool
     return bool(named.get("training", args[5] if len(args) > 5 else False))
 
 
-def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a Python function of torch that does not hand itself to a mode, so that the calls in it are watched."""
+def _copy_without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a Python function of torch without its dispatch to modes, so that the calls in it are watched."""
     assert isinstance(function, types.FunctionType)
     own = dict(function.__globals__, has_torch_function=lambda *_: False)
     copy = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
@@ -197,8 +197,8 @@ def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-_TRANSPARENT: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _transparent(F.multi_head_attention_forward)
+_WATCHED_INSIDE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _copy_without_dispatch(F.multi_head_attention_forward)
 }
 """Functions that are watched inside, with the copies that allow it."""
 
@@ -209,8 +209,8 @@ def _function_name(function: Callable[..., Any]) -> str:
     return f"{module.removeprefix('torch._C._nn').removeprefix('torch._C.') or 'torch'}.{name}"
 
 
-def uncovered_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that ``output`` still depends on: those used in a way that no rule covers."""
+def parameters_without_rule(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the parameters that ``output`` still depends on: those used in a way without a rule."""
     if not output.requires_grad or not parameters:
         return []
     ones = torch.ones_like(output)
@@ -232,7 +232,7 @@ class _Anchored(torch.autograd.Function):
 
 
 def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
-    """The output of a call, with a hook that is given its gradient in a backward pass to ``anchor``.
+    """Return the output of a call with a hook, which receives its gradient in a backward pass to ``anchor``.
 
     Args:
         output: a tensor that nothing else refers to yet.
@@ -240,8 +240,8 @@ def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]
         hook: called with the gradient.
     """
     if output._is_view():
-        # Linear layers return one for inputs of more than two axes. A hook on a view is lost if the model continues in
-        # place. Nothing else has the memory of this view, so it may count as a tensor of its own.
+        # Linear layers return a view for inputs of more than two axes. A hook on a view is lost if the model continues
+        # in place. No other tensor uses the memory of this view, so that it may become a tensor of its own.
         output = torch.ops.aten._unsafe_view(output, output.shape)
     result: Tensor = _Anchored.apply(output, anchor)  # type: ignore[no-untyped-call]
     result.register_hook(hook)
@@ -249,8 +249,8 @@ def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]
 
 
 @contextmanager
-def refusing_checkpoints() -> Iterator[None]:
-    """Around a backward pass: refuse a model that computes parts of the forward pass again in it.
+def refuse_checkpoints() -> Iterator[None]:
+    """Refuse, around a backward pass, a model that computes parts of the forward pass again in it.
 
     Raises:
         ValueError: the model uses ``torch.utils.checkpoint``, whose second forward pass is not watched.

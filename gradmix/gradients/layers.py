@@ -1,4 +1,4 @@
-"""The parameters whose gradients are wanted, and the layers that they form."""
+"""The selected parameters, and the layers that they form."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Layer:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name."""
+    """Return the parameters that require gradients, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def select_parameters(trainable: Mapping[str, nn.Parameter], layers: str | Sequence[str]) -> list[str]:
-    """The parameters that ``layers`` selects: all, or those whose own or whose module's name fits a pattern.
+    """Return the parameters that ``layers`` selects: all, or those whose own or module's name matches a pattern.
 
     Raises:
-        TypeError: neither ``"all"`` nor a sequence of patterns.
-        ValueError: there is nothing to select, or a pattern fits nothing.
+        TypeError: ``layers`` is neither ``"all"`` nor a sequence of patterns.
+        ValueError: there are no parameters to select, or a pattern matches none.
     """
     if not trainable:
         raise ValueError("model: has no parameter that requires gradients, expected at least one")
@@ -63,5 +63,5 @@ def select_parameters(trainable: Mapping[str, nn.Parameter], layers: str | Seque
 
 
 def single_layers(trainable: Mapping[str, nn.Parameter], names: Sequence[str]) -> tuple[Layer, ...]:
-    """Layers of one parameter each."""
+    """Return layers of one parameter each."""
     return tuple(Layer(name, (name,), matrix_shape(trainable[name].shape)) for name in names)

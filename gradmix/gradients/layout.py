@@ -1,4 +1,4 @@
-"""The layout of a sketched gradient: the place of each layer among its entries, and the layers' projections."""
+"""The layout of a sketched gradient: the place of each layer among its entries, and the projections of the layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LayerSketch:
         name: name of the layer.
         parameters: names of its parameters; its matrix is ``cat([p.reshape(shape[0], -1) for p in parameters], 1)``.
         shape: (p, q) of the matrix.
-        rows, columns: of its sketch L G R^T.
+        rows, columns: numbers of rows and columns of its sketch L G R^T.
         start: index of the sketch's first entry among all layers'.
     """
 
@@ -34,7 +34,7 @@ class LayerSketch:
 
     @property
     def stop(self) -> int:
-        """Index behind the sketch's last entry."""
+        """Index after the sketch's last entry."""
         return self.start + self.rows * self.columns
 
 
@@ -42,7 +42,7 @@ Layout = tuple[LayerSketch, ...]
 
 
 def layout_of(layers: Sequence[Layer], sketch: Sketch) -> Layout:
-    """The places of all layers, one after the other."""
+    """Return the places of all layers, one after the other."""
     layout: list[LayerSketch] = []
     start = 0
     for layer in layers:
@@ -53,10 +53,10 @@ def layout_of(layers: Sequence[Layer], sketch: Sketch) -> Layout:
 
 
 def layer_vectors(vectors: Tensor, layout: Sequence[LayerSketch], name: str) -> Tensor:
-    """(N, rows, columns): the entries of vectors (N, D) that belong to a layer.
+    """Return the entries of vectors (N, D) that belong to a layer, (N, rows, columns).
 
     Raises:
-        KeyError: there is no layer of that name.
+        KeyError: there is no layer of this name.
     """
     for layer in layout:
         if layer.name == name:
@@ -84,18 +84,18 @@ class Projections:
         }
 
     def of(self, layer: str) -> tuple[Projection, Projection]:
-        """The left and the right projection of a layer."""
+        """Return the left and the right projection of a layer."""
         return self._by_layer[layer]
 
 
 _projections: weakref.WeakKeyDictionary[nn.Module, dict[object, Projections]] = weakref.WeakKeyDictionary()
 _KEPT = 8
-"""Sketches of a model whose matrices are kept from call to call."""
+"""Number of sketches of a model whose matrices are kept between calls."""
 
 
 def projections_for(model: nn.Module, layout: Layout, sketch: Sketch, backend: str) -> Projections:
-    """The projections of a sketch; those of an earlier call for this model, if the matrices are the same."""
-    # Of a sketch that a user wrote, only the object itself says what its matrices are.
+    """Return the projections of a sketch, those of an earlier call for this model if the matrices are the same."""
+    # The matrices of a user's own sketch are identified only by the object itself.
     identity = repr(sketch.describe()) if type(sketch) in KINDS.values() else sketch
     key = (layout, identity, backend)
     known = _projections.setdefault(model, {})

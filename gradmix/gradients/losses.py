@@ -13,16 +13,16 @@ from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
 
 Loss: TypeAlias = Callable[[Tensor, Any], Tensor]
-"""From logits (N, ...) and y (N, ...) to the losses of the samples, (N,)."""
+"""Maps logits (N, ...) and y (N, ...) to the losses of the samples, (N,)."""
 
 Scaler: TypeAlias = "float | torch.amp.GradScaler | None"
 
 HALF_SCALE = 1024.0
-"""Factor of the loss under float16 without a scaler: about where a GradScaler settles, for one sample."""
+"""Factor of the loss under float16 without a scaler: about the scale of a GradScaler for one sample."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(N,): the cross-entropy of each sample; y: (N,) class indices or (N, C) label vectors."""
+    """Return the cross-entropy (N,) of each sample; y: (N,) class indices or (N, C) label vectors."""
     logits = logits.to(work_dtype(logits.dtype))
     if y.is_floating_point():
         y = dense_labels(y, logits.shape[1], logits.dtype)
@@ -30,32 +30,32 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def check_losses(losses: object, samples: int) -> Tensor:
-    """The losses, if there is one for each sample.
+    """Return the losses if there is one for each sample.
 
     Raises:
-        ValueError: they are reduced, or no tensor.
+        ValueError: the losses are reduced, or no tensor.
     """
     if isinstance(losses, Tensor) and losses.shape == (samples,):
         return losses
     came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-    raise ValueError(f"loss: returned {came}, expected the {samples} rows' losses, ({samples},), not reduced")
+    raise ValueError(f"loss: returned {came}, expected the {samples} samples' losses, ({samples},), not reduced")
 
 
 def check_output(logits: Tensor, samples: int) -> Tensor:
-    """The logits, if they are those of ``samples`` samples, (N, ...).
+    """Return the logits if they are (N, ...) with N = ``samples``.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the logits have another shape.
     """
     if logits.ndim == 0 or len(logits) != samples:
         raise ValueError(
-            f"model: returned logits of shape {tuple(logits.shape)} for {samples} rows, expected ({samples}, C)"
+            f"model: returned logits of shape {tuple(logits.shape)} for {samples} samples, expected ({samples}, C)"
         )
     return logits
 
 
 def loss_scale(scaler: Scaler, device: torch.device) -> float:
-    """The factor of the loss in the backward pass, which is divided out of the gradients again.
+    """Return the factor of the loss in the backward pass, by which the gradients are divided.
 
     Raises:
         TypeError, ValueError: ``scaler`` is neither a positive number nor a GradScaler.

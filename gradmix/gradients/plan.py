@@ -19,7 +19,7 @@ class PlannedCall:
         rule: class of the rule.
         parameters: names of the parameters that the call uses.
         batch_axis: the axis of its output that holds the samples, if there is one.
-        expands_input: whether the input is the same for all samples and is to be expanded to a copy for each.
+        expands_input: whether the input is shared by all samples and must be expanded to a copy for each.
     """
 
     rule: type[Rule]
@@ -34,15 +34,15 @@ class Plan:
 
     Attributes:
         layers: layers with rules, in the order of their first call.
-        exact: layers without, of a single parameter each; or all layers of a model without a plan for all its samples.
-        calls: all calls that have a rule, in their order, whether of selected parameters or not.
-        placement: where each parameter with a rule lies in its layer.
+        exact: layers without rules, of a single parameter each; or all layers of a model whose samples follow no plan.
+        calls: all calls that have a rule, in order, of selected parameters and others.
+        placement: the place of each parameter with a rule in its layer.
         sample_bytes: bytes of the outputs of all calls for one sample.
         num_classes: number of the model's logits.
-        verified: whether the samples of a whole batch have been found where the plan says.
-        wanted: names of the parameters whose gradients the calls give; those that no call uses are unused.
+        verified: whether the samples of a whole batch have been found where the plan expects them.
+        wanted: names of the selected parameters whose gradients the calls give; those without a call are unused.
         standardised: shapes of the inputs that ``batch_norm`` normalises by their own statistics: weights.
-        draws_random_numbers: whether the model was found to draw random numbers.
+        draws_random_numbers: whether the model draws random numbers, as far as is known.
         passes: number of passes made by this plan.
         reads: hashes of the tensor values that the model read in passes in which the samples were at their places.
     """
@@ -61,11 +61,11 @@ class Plan:
     reads: set[int] = field(default_factory=set)
 
     def parameters(self) -> list[str]:
-        """Names of all parameters with a rule whose gradients are wanted."""
+        """Return the names of all selected parameters with a rule."""
         return [name for layer in self.layers for name in layer.parameters]
 
 
 def plan_without_rules(layers: tuple[Layer, ...], num_classes: int) -> Plan:
-    """A plan that watches no call: the gradients of all layers are computed sample by sample."""
+    """Return a plan that watches no call: the gradients of all layers are computed sample by sample."""
     placement = Placement({}, {})
     return Plan((), layers, (), placement, sample_bytes=0, num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""The making of a plan from traces of the model, and the plans that are kept from call to call."""
+"""The making of plans from traces of a model, and the plans that are kept between calls."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from gradmix.model.inputs import InputTree, first_tensor, leaves
 
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 _KEPT = 256
-"""Plans of a model that are kept, one for each shape of the samples above all."""
+"""Number of plans of a model that are kept, usually one for each shape of the samples."""
 
 _MAX_TRACES = 4
-"""Further traces with other batch sizes. One is enough, unless the dependencies of the samples' logits differ."""
+"""Largest number of further traces with other batch sizes; one is enough unless the samples' dependencies differ."""
 
 
 def plan_for(
     model: nn.Module, x: InputTree, layers: str | Sequence[str], without_rule: WithoutRule, *, anew: bool = False
 ) -> Plan:
-    """The plan of a model for samples like those of x; that of an earlier call unless ``anew``.
+    """Return the plan of a model for samples like those of x, that of an earlier call unless ``anew``.
 
-    Call it inside :func:`gradmix.model.unchanged.unchanged`.
+    Call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
 
     Raises:
         NoRuleError: a parameter is used in a way without a rule, unless ``without_rule`` is ``"exact"``.
-        CoupledRowsError: samples influence each other.
+        CoupledSamplesError: samples influence each other.
         ValueError: ``layers`` selects nothing.
     """
     trainable = trainable_parameters(model)
     chosen = select_parameters(trainable, layers)
-    # The batch axes may depend on the samples' shape; in a model that routes its tokens they do.
+    # The batch axes may depend on the samples' shape, as in a model that routes its tokens.
     key = (
         tuple((path, leaf.shape[1:], leaf.dtype) for path, leaf in cast(Any, leaves(x))),
         tuple(chosen),
@@ -59,7 +59,7 @@ def plan_for(
 
 
 def _fingerprint(model: nn.Module) -> int:
-    """A hash of the model's modules and their plain attributes: of what usually steers a forward pass."""
+    """Return a hash of the model's modules and their plain attributes, which usually determine a forward pass."""
     plain = (bool, int, float, str, tuple, type(None))
     parts: list[object] = []
     for name, module in model.named_modules():
@@ -85,7 +85,7 @@ def _make_plan(
     try:
         found = trace_with_expansion(model, x, parameters)
     finally:
-        # Also if samples were found to be coupled: batch statistics may be the cause.
+        # Also if the trace has found that samples influence each other: batch statistics may be the cause.
         standardised = check_statistics(model, x, parameters)
     try:
         axes = _batch_axes(model, x, trainable, found)
@@ -99,7 +99,7 @@ def _make_plan(
         listed = "; ".join(f"{name!r}, which is used {reasons[name]}" for name in chosen if name in unruled)
         raise NoRuleError(
             f"model: got no rule for the per-sample gradient of {listed}. Leave it out by layers=, or have it computed "
-            "row by row (slower) with without_rule='exact'"
+            "sample by sample (slower) with without_rule='exact'"
         )
     calls = tuple(
         PlannedCall(call.rule, call.parameters, next(iter(a)) if len(a) == 1 else None, index in found.expanded)
@@ -124,7 +124,7 @@ def _make_plan(
 def _batch_axes(
     model: nn.Module, x: InputTree, trainable: Mapping[str, nn.Parameter], found: Trace
 ) -> list[set[BatchAxis]]:
-    """For each call, the axes that may hold the samples, narrowed down by traces with other batch sizes.
+    """Return for each call the axes that may hold the samples, reduced by traces with other batch sizes.
 
     Raises:
         NoRuleError: a trace with another batch size has other calls.
@@ -135,23 +135,23 @@ def _batch_axes(
         any(len(possible) > 1 for possible in axes)
         or (traces == 0 and any(all(d is None for d in call.dependencies) for call in found.calls))
     ):
-        # There may be as many positions as samples: with another batch size the coincidence ends.
-        samples, traces = _distinguishing_batch_size(axes, samples), traces + 1
+        # If there are as many positions as samples, another batch size tells the axes apart.
+        samples, traces = _next_batch_size(axes, samples), traces + 1
         again = trace(model, x, Parameters(trainable), samples, found.expanded)
         if [call.parameters for call in again.calls] != [call.parameters for call in found.calls]:
             raise NoRuleError(
-                f"model: passes over 3 and over {samples} rows made different calls, expected the same. Have the "
-                "gradients computed row by row (slower) with without_rule='exact'"
+                f"model: passes over 3 and over {samples} samples made different calls, expected the same. Have the "
+                "gradients computed sample by sample (slower) with without_rule='exact'"
             )
         axes = [a & call.batch_axes() for a, call in zip(axes, again.calls, strict=True)]
     return axes
 
 
-def _distinguishing_batch_size(axes: Sequence[set[BatchAxis]], before: int) -> int:
-    """A batch size above ``before`` that tells the possible axes apart.
+def _next_batch_size(axes: Sequence[set[BatchAxis]], before: int) -> int:
+    """Return a batch size above ``before`` by which the possible axes can be distinguished.
 
-    For samples and positions folded into one axis, the order n T + t looks like t N + n with N samples only if n T + t
-    is n modulo N for every sample n: for n = 0 and 1 with the same t, only if N divides T - 1.
+    For samples and positions folded into one axis, the order n T + t can be taken for t N + n with N samples only if
+    n T + t = n modulo N for every sample n: for n = 0 and 1 with the same t, only if N divides T - 1.
     """
     folded = {a.positions for possible in axes if len(possible) > 1 for a in possible if a.positions > 1}
     samples = max(before + 1, 5)
@@ -163,7 +163,7 @@ def _distinguishing_batch_size(axes: Sequence[set[BatchAxis]], before: int) -> i
 def _matrices_and_reasons(
     found: Trace, axes: Sequence[set[BatchAxis]], users: Mapping[str, str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Rows and columns of each parameter's matrix, and why parameters have no rule.
+    """Return rows and columns of each parameter's matrix, and the reasons why parameters have no rule.
 
     Args:
         found: trace of the model.
@@ -174,7 +174,11 @@ def _matrices_and_reasons(
     matrices: dict[str, tuple[int, int]] = {}
     for call, possible in zip(found.calls, axes, strict=True):
         if len(possible) != 1:
-            why = "no axis of what comes out holds the rows" if not possible else "the axis of the rows is ambiguous"
+            why = (
+                "no axis of what comes out holds the samples"
+                if not possible
+                else "the axis of the samples is ambiguous"
+            )
             reasons |= {name: f"by {call.function}: {why}" for name in call.parameters}
         for name, shape in call.matrix_shapes.items():
             if matrices.setdefault(name, shape) != shape:
@@ -188,7 +192,7 @@ def _layers(
     trainable: Mapping[str, nn.Parameter],
     ruled: set[str],
 ) -> tuple[tuple[Layer, ...], Placement]:
-    """The layers of the parameters in ``ruled``: a weight, with its bias if that is used with this weight alone."""
+    """Return the layers of the parameters in ``ruled``: weights, with a bias that is used with no other weight."""
     biases: dict[str, set[str]] = {}
     weights: dict[str, set[str]] = {}
     separate: set[str] = set()

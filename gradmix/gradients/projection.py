@@ -1,4 +1,4 @@
-"""The projection of one side of a layer: the matrix L or R of its sketch, applied to the factors of a gradient."""
+"""The projection of one side of a layer: products of the sketch's matrix L or R with the factors of a gradient."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
 class Projection:
     """The matrix M (size x dim) of one side of one layer, or the identity where size = dim.
 
-    The matrix is made at its first use and kept: size * dim entries. It is not made at all where its entries come from
-    a counter and a native implementation of ``sketch_project``, which draws them in each call, is quicker.
+    The matrix, of size * dim entries, is computed at its first use and kept. It is not computed if its entries are
+    counter-based random numbers and a native implementation of ``sketch_project``, which draws them in each call, is
+    faster.
 
     Args:
         sketch, layer, side, size, dim: as :meth:`Sketch.matrix`.
@@ -36,7 +37,7 @@ class Projection:
         return self.size == self.dim
 
     def matrix(self, like: Tensor) -> Tensor:
-        """(size, dim): M, in the working dtype and on the device of ``like``."""
+        """Return M (size, dim), in the working dtype and on the device of ``like``."""
         key = work_dtype(like.dtype), like.device
         if key not in self._matrices:
             if self.is_identity:
@@ -52,9 +53,9 @@ class Projection:
         return self._matrices[key]
 
     def apply(self, x: Tensor, start: int = 0, ones: bool = False) -> Tensor:
-        """(N, T, size): M x_t for each position of x (N, T, D), the entries ``start`` to ``start + D`` of dim.
+        """Return M x_t (N, T, size) for each position of x (N, T, D), the entries ``start`` to ``start + D`` of dim.
 
-        With ``ones``, an entry of 1 follows them.
+        With ``ones``, they are followed by an entry of 1.
         """
         length = x.shape[2] + ones
         if self.is_identity:
@@ -66,25 +67,25 @@ class Projection:
             entries, key = self._random_entries
             arguments = (x, self.size, key, ones, entries)
             implementation = OPERATOR.choose(self._backend, *arguments)
-            if implementation.name != "torch":  # torch would make the matrix in every call
+            if implementation.name != "torch":  # torch would compute the matrix in every call
                 projected: Tensor = implementation.run(*arguments)
                 return projected
         return project(x, self.matrix(x)[:, start : start + length], ones=ones)
 
     def _may_draw_entries(self, x: Tensor) -> bool:
-        """Whether to draw the entries in the call: the backend is chosen by the user, or the matrix is not quicker."""
+        """Whether to draw the entries in the call: the user chose a backend, or the stored matrix is not faster."""
         return self._backend != "auto" or get_backend() != "auto" or not stored_is_quicker(x, self.size)
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, T, size): M e_i for each index (N, T)."""
+        """Return M e_i (N, T, size) for each index (N, T)."""
         if self.is_identity:
             return torch.nn.functional.one_hot(index, self.dim).to(dtype)
         return self._sketch.columns(self._layer, self._side, self.size, self.dim, index, dtype=dtype)
 
     def filters(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, float]:
-        """The first columns of M as convolution filters (size, *shape) of x's dtype, and a factor for their outputs.
+        """Return the first columns of M as filters (size, *shape) of x's dtype, and a factor for their outputs.
 
-        The factor is 1 unless x is of half precision, where it keeps entries of +-1 exact.
+        The factor is 1, except for half precision, where filters of +-1 remain exact by it.
         """
         length = math.prod(shape)
         matrix = self.matrix(x)[:, :length].reshape(self.size, *shape)
@@ -93,9 +94,9 @@ class Projection:
         root = math.sqrt(self.size)
         return (matrix * root).to(x.dtype), 1 / root
 
-    def constant(self, like: Tensor, column: int) -> Tensor:
-        """(size,): the column of M that belongs to a constant input of 1."""
-        return self.matrix(like)[:, column]
+    def column(self, like: Tensor, index: int) -> Tensor:
+        """Return a column (size,) of M, in the working dtype and on the device of ``like``."""
+        return self.matrix(like)[:, index]
 
     def reduce(self, gradient: Tensor, start: int, axis: int) -> Tensor:
         """Apply M along an axis, 1 or 2, of gradients (N, p, q), the entries from ``start`` on of dim."""

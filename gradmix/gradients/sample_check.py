@@ -1,29 +1,29 @@
-"""Whether each sample of a batch has the same outputs alone, and is where the plan says: verified in every pass.
+"""The check in every pass that samples have the same outputs alone, and are where the plan expects them.
 
-The treatment of the samples may depend on their values, so one check is not enough. In every pass two samples, others
-each time, are forwarded once more, alone and in the opposite order. The outputs of the layers and of the model have to
-be the same as among the other samples. The output of a layer at a sample's place is then that of the sample: it has not
-moved, as in a model that sorts its samples (two samples in the opposite order are not both in order), and other samples
-do not influence it, whether autograd sees how or not (through ``detach()``, for example). Of the first batch of each
-shape the logits of all samples are compared, sqrt(N) samples at a time.
+The treatment of the samples may depend on their values, so that one check is not enough. In every pass two samples,
+others each time, are forwarded once more, alone and in the opposite order. The outputs of the layers and of the model
+must be the same as among the other samples. The output of a layer at a sample's place is then that of the sample: it
+has not moved, as in a model that sorts its samples (two samples in the opposite order are not both in order), and other
+samples do not influence it, whether autograd sees the influence or not (through ``detach()``, for example). For the
+first batch of each shape the logits of all samples are compared, sqrt(N) samples at a time.
 
 Where values differ by more than rounding, the cause is determined: the samples are forwarded among other samples in a
 batch of the same size, with the same random numbers. There the outputs are the same in a model that draws random
 numbers, or that rounds to a grid.
 
-What can escape:
+Not found are:
 
 - an influence smaller than the tolerance (:func:`tolerance_of`);
-- an influence among a few of the samples, if it is not found in the first batch (two of N samples are forwarded
-  together there with a probability of 1/sqrt(N), and others influence them as before), as long as none of these is
-  checked;
+- an influence among a few of the samples, if it is not found in the first batch (where two of N samples are forwarded
+  together with a probability of 1/sqrt(N), and are then influenced as before), as long as none of these is checked;
 - an influence on gradients that no value shows, unless the trace or the backward passes of the first batch show it;
-- in batches after the first, samples that change places by a key that is equal for the two samples checked, by means
+- in batches after the first, samples that change places by a key that is equal for the two samples checked, in a way
   that :mod:`gradmix.gradients.backward` does not see. It verifies the places by gradients if the model has read other
-  values than before, or has moved entries by an index; compiled code or a product with a permutation matrix is neither.
+  values than before, or has moved entries by an index; compiled code or a product with a permutation matrix does
+  neither.
 
-On a GPU, where two samples take hardly less time than a batch of 32, the first 8 passes of a plan and then every fourth
-are checked. In a batch of one sample there is nothing to check.
+On a GPU, where two samples take almost as much time as a batch of 32, the first 8 passes of a plan and then every
+fourth are checked. A batch of one sample is not checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.gradients.batch_axis import BatchAxis
-from gradmix.gradients.exceptions import CoupledRowsError, MovedRowsError, OutdatedPlanError
+from gradmix.gradients.exceptions import CoupledSamplesError, MovedSamplesError, OutdatedPlanError
 from gradmix.gradients.intercept import Interceptor, Parameters
 from gradmix.gradients.plan import Plan
 from gradmix.gradients.rules import Rule
@@ -50,11 +50,11 @@ _COARSE = 0.25
 """Relative difference (of Euclidean norms) that rounding does not explain."""
 
 _EVERY_FIRST, _EVERY = 8, 4
-"""On a GPU two samples cost as many launches as all: the first passes of a plan are checked, then every fourth."""
+"""On a GPU, where two samples need as many launches as all: the first passes of a plan are checked, then every n-th."""
 
 
 class PlannedCalls(Interceptor):
-    """Makes the calls of a plan, and keeps the outputs of some samples in the calls that are wanted.
+    """Makes the calls of a plan, and keeps the outputs of some samples in the calls of selected parameters.
 
     Args:
         parameters: the parameters to look for.
@@ -63,8 +63,8 @@ class PlannedCalls(Interceptor):
         kept: indices of the samples whose outputs are kept.
 
     Attributes:
-        outputs: for each call that is wanted, the kept outputs.
-        dtypes: of the outputs of all calls.
+        outputs: for each call of selected parameters, the kept outputs.
+        dtypes: the dtypes of the outputs of all calls.
     """
 
     def __init__(self, parameters: Parameters, plan: Plan, samples: int, kept: Tensor) -> None:
@@ -76,7 +76,7 @@ class PlannedCalls(Interceptor):
         self._next = 0
 
     def run_planned(self, rule: Rule) -> tuple[Tensor, BatchAxis | None]:
-        """Make the next call; returns its output and, if the call is wanted, its batch axis.
+        """Make the next call; return its output and, if its parameters are selected, its batch axis.
 
         Raises:
             OutdatedPlanError: the plan has another call here.
@@ -94,7 +94,7 @@ class PlannedCalls(Interceptor):
             return output, None
         axis = planned.batch_axis
         if axis is None or output.shape[axis.dim] != self._samples * axis.positions:
-            raise OutdatedPlanError(f"an output of shape {tuple(output.shape)} for {self._samples} rows")
+            raise OutdatedPlanError(f"an output of shape {tuple(output.shape)} for {self._samples} samples")
         if len(self._kept):
             self.outputs.append(axis.split(output.detach(), self._samples).index_select(0, self._kept))
         return output, axis
@@ -107,7 +107,7 @@ class PlannedCalls(Interceptor):
         """Check that all calls of the plan were made.
 
         Raises:
-            OutdatedPlanError: they were not.
+            OutdatedPlanError: a call is missing, or ``batch_norm`` was called otherwise.
         """
         if self._next != len(self._plan.calls):
             raise OutdatedPlanError(f"{self._next} calls instead of {len(self._plan.calls)}")
@@ -116,7 +116,7 @@ class PlannedCalls(Interceptor):
 
 
 def samples_to_check(plan: Plan, samples: int, device: torch.device) -> list[int]:
-    """Two samples of a batch in ascending order, others in each pass; one of a batch of two, none of one."""
+    """Return two samples of a batch, ascending and others in each pass; one for a batch of two, none for one."""
     plan.passes += 1
     if device.type == "cuda" and plan.verified and plan.passes > _EVERY_FIRST and plan.passes % _EVERY:
         return []
@@ -124,10 +124,10 @@ def samples_to_check(plan: Plan, samples: int, device: torch.device) -> list[int
 
 
 def tolerance_of(outputs: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest entry, that rounding may cause between batch sizes.
+    """Return the largest difference, relative to the largest entry, that rounding may cause between batch sizes.
 
-    The batch size changes the order of sums. In half precision it is 16 units of rounding; in float32 2e-4, or 1e-2
-    where a GPU may round factors to TensorFloat-32; in float64 1e-6, since parts may be of float32.
+    The batch size changes the order of sums. The tolerance is 16 units of rounding in half precision; 2e-4 in float32,
+    or 1e-2 where a GPU may round factors to TensorFloat-32; 1e-6 in float64, since parts may be of float32.
     """
     worst = max((torch.finfo(output.dtype).eps for output in outputs), default=0.0)
     if worst > torch.finfo(torch.float32).eps:
@@ -139,12 +139,12 @@ def tolerance_of(outputs: Sequence[Tensor]) -> float:
 
 @dataclass
 class SampleCheck:
-    """The check of a pass, with which samples of its batch are forwarded again.
+    """The check of a pass, which forwards samples of its batch again.
 
     Attributes:
         model: the model.
         named: its trainable parameters.
-        plan: the model's.
+        plan: the model's plan.
         x: (N, ...) the batch.
         random_state: the random number generators before the pass.
         tolerance: largest relative difference by rounding.
@@ -163,12 +163,12 @@ class SampleCheck:
         Args:
             samples: those of :func:`samples_to_check`.
             logits: (N, ...) of the pass.
-            outputs: of the calls that are wanted, those kept for ``samples``.
+            outputs: the outputs of the calls of selected parameters, for ``samples``.
             all_samples: whether to compare the logits of all samples.
 
         Raises:
-            CoupledRowsError: the logits differ.
-            MovedRowsError: only the outputs at the samples' places in some layer differ.
+            CoupledSamplesError: the logits differ.
+            MovedSamplesError: only the outputs at the samples' places in some layer differ.
             OutdatedPlanError: the model makes other calls for fewer samples.
         """
         logits = logits.detach()
@@ -190,13 +190,13 @@ class SampleCheck:
                 self._explain([worst], [logits[[worst]]])
 
     def _outputs(self, batch: Sequence[int], kept: Sequence[int]) -> list[Tensor]:
-        """Logits and outputs at the places ``kept`` of a batch of samples of x, given by their indices."""
+        """Return logits and outputs at the places ``kept`` of a batch of samples of x, given by their indices."""
         index = torch.tensor(kept, device=first_tensor(self.x).device)
         logits, outputs = self._run(batch, index)
         return [logits[index], *outputs]
 
     def _logits(self, batch: Sequence[int]) -> Tensor:
-        """All logits of such a batch."""
+        """Return all logits of such a batch."""
         return self._run(batch, torch.empty(0, dtype=torch.int64, device="cpu"))[0]
 
     def _run(self, batch: Sequence[int], kept: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -209,27 +209,27 @@ class SampleCheck:
     def _explain(self, samples: list[int], expected: list[Tensor]) -> None:
         """Raise if the outputs of ``samples`` differ from ``expected`` for another reason than rounding."""
 
-        def found(batch: list[int], kept: Sequence[int]) -> list[Tensor]:
+        def run_again(batch: list[int], kept: Sequence[int]) -> list[Tensor]:
             self.random_state.restore()
             return self._outputs(batch, kept)[: len(expected)]
 
-        # 1. In a batch of the same size, at the same places: only the other samples are others.
+        # 1. In a batch of the same size, at the same places: only the other samples differ.
         filled = [n if n in samples else samples[n % len(samples)] for n in range(num_samples(self.x))]
-        _require_same(samples, expected, found(filled, samples), self.tolerance, inf, "rows around it")
-        if self.random_state.has_moved():
-            self.plan.draws_random_numbers = True  # it draws others for fewer samples
+        _require_same(samples, expected, run_again(filled, samples), self.tolerance, inf, "samples around it")
+        if self.random_state.has_advanced():
+            self.plan.draws_random_numbers = True  # for fewer samples it draws other numbers
             return
-        # 2. At each other's places, and each sample alone: this may change the rounding of sums, but not by much.
+        # 2. At each other's places, and each sample alone: this may change the rounding of sums a little.
         for place, n in zip(samples, samples[::-1], strict=True):
             filled[place] = n
-        swapped = found(filled, samples[::-1])
-        _require_same(samples, expected, swapped, _COARSE, 2.0, "order of the rows around it")
-        alone = [torch.cat(parts) for parts in zip(*(found([n], [0]) for n in samples), strict=True)]
-        _require_same(samples, expected, alone, _COARSE, 2.0, "number of rows around it")
+        swapped = run_again(filled, samples[::-1])
+        _require_same(samples, expected, swapped, _COARSE, 2.0, "order of the samples around it")
+        alone = [torch.cat(parts) for parts in zip(*(run_again([n], [0]) for n in samples), strict=True)]
+        _require_same(samples, expected, alone, _COARSE, 2.0, "number of samples around it")
 
 
 def _parts(count: int) -> list[list[int]]:
-    """All samples in about sqrt(count) parts of as many samples, with other neighbours and order than in the batch."""
+    """Return all samples in about sqrt(count) parts of that size, with other neighbours and order than in the batch."""
     order = random.Random(count).sample(range(count), count)
     parts = max(2, isqrt(count))
     return [order[first::parts] for first in range(min(parts, count))]
@@ -241,13 +241,13 @@ def _require_same(
     if not _differ(expected, other, tolerance, order):
         return
     if _differ(expected[:1], other[:1], tolerance, order):
-        raise CoupledRowsError(
-            f"model: the output of row {samples[0]} depends on the {reason}, expected rows that do not influence each "
-            "other, so that each has a gradient of its own"
+        raise CoupledSamplesError(
+            f"model: the output of sample {samples[0]} depends on the {reason}, expected samples that do not influence "
+            "each other, so that each has a gradient of its own"
         )
-    raise MovedRowsError(
-        f"model: what a layer computes at the place of row {samples[0]} depends on the {reason}; rows seem to be "
-        "sorted or routed, expected an order of rows that does not depend on what is in them"
+    raise MovedSamplesError(
+        f"model: what a layer computes at the place of sample {samples[0]} depends on the {reason}; samples seem to be "
+        "sorted or routed, expected an order of samples that does not depend on what is in them"
     )
 
 

@@ -18,17 +18,16 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What gradients are computed, and how; the arguments of :func:`gradmix.class_gradients`.
+    """The settings of the gradient engine: the arguments of :func:`gradmix.class_gradients`.
 
     Attributes:
         layers: ``"all"``, or patterns of the names of modules or parameters.
-        rank: of the sketch.
-        seed: of the sketch.
+        rank: rank of the sketch.
+        seed: seed of the sketch.
         sketch: kind of the sketch, or a :class:`gradmix.gradients.Sketch`, which has its own rank and seed.
-        loss: from logits and targets to the losses of the samples; None: cross-entropy, for which logits and labels
-            are checked.
+        loss: maps logits and targets to the losses of the samples; None: cross-entropy, which checks logits and labels.
         without_rule: treatment of parameters without a layer rule.
-        scaler: a GradScaler or a factor for the loss.
+        scaler: a GradScaler or a factor of the loss.
         chunk_size: samples of one pass.
         backend: of the operators ``class_sketch`` and ``sketch_project``.
     """
@@ -47,7 +46,7 @@ class EngineSettings:
         """Check the settings that do not depend on the model.
 
         Raises:
-            TypeError, ValueError: one is wrong.
+            TypeError, ValueError: a setting is of the wrong type or out of range.
         """
         if self.without_rule not in get_args(WithoutRule):
             allowed = " or ".join(map(repr, get_args(WithoutRule)))

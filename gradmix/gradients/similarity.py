@@ -1,4 +1,4 @@
-"""Inner products and cosines of sketched gradients, and whether these can be compared."""
+"""Inner products and cosines of sketched gradients, and the check that these can be compared."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Aligned(NamedTuple):
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) cosines between the vectors of a (N, D) and of b (M, D); 0 where one of them is 0."""
+    """Return the cosines (N, M) between the vectors of a (N, D) and of b (M, D); 0 where a vector is 0."""
     left = a[None]
     return cosine_alignment(left, left if a is b else b[None])[0]
 
 
 def align(vectors: Tensor, reference: Tensor) -> Aligned:
-    """Inner products and cosines of vectors (N, D) with a reference (D,)."""
+    """Return inner products and cosines of vectors (N, D) with a reference (D,)."""
     return Aligned(vectors @ reference, cosines(vectors, reference[None])[:, 0])
 
 
 def differences(a: Any, b: Any) -> str | None:
-    """The reason why two sketched gradients cannot be compared, or None if they can."""
+    """Return the reason why two sketched gradients cannot be compared, or None if they can."""
     if dict(a.sketch) != dict(b.sketch):
         return f"a sketch {_as_text(b.sketch)}, expected {_as_text(a.sketch)}"
     if a.layout != b.layout:
@@ -47,15 +47,15 @@ def _as_text(sketch: Any) -> str:
 
 
 def reference_vector(own: Any, reference: object) -> Tensor:
-    """The reference as a vector (D,).
+    """Return the reference as a vector (D,).
 
     Args:
-        own: the sketched gradients that are compared with it.
-        reference: sketched gradients, whose mean over all samples counts, or a vector (D,).
+        own: the sketched gradients to compare with it.
+        reference: sketched gradients, of which the mean over all samples is taken, or a vector (D,).
 
     Raises:
-        TypeError: it is neither sketched gradients nor a tensor.
-        ValueError: it is of another sketch, other layers or another size.
+        TypeError: the reference is neither sketched gradients nor a tensor.
+        ValueError: the reference has another sketch, other layers or another size.
     """
     if isinstance(reference, Tensor):
         if reference.shape != own.vectors.shape[1:]:

@@ -1,11 +1,11 @@
-"""Kinds of sketch: which matrices L and R turn a layer's gradient G (p x q) into S = L G R^T.
+"""Kinds of sketch: the matrices L and R that turn a layer's gradient G (p x q) into S = L G R^T.
 
 A sketch keeps inner products in expectation, E <L G R^T, L H R^T> = <G, H>, if the matrices are drawn independently
 with E[L^T L] = I and E[R^T R] = I (Johnson-Lindenstrauss on either side; the Kronecker form is that of TensorSketch and
 LoGra). The error of the cosine of two sketches depends on what the gradients have in common. It is about 1/k if they
-are unrelated on both sides, and about 1/sqrt(k) if they are alike on one side: this is the case in single layers of
-real networks, whose inputs after a ReLU share a direction. Over many layers these errors average out, to about 1/k
-again. :func:`gradmix.gradients.standard_errors` estimates the error of given sketches.
+are unrelated on both sides, and about 1/sqrt(k) if they are similar on one side, as in single layers of real networks,
+whose inputs after a ReLU share a direction. Over many layers these errors average out to about 1/k.
+:func:`gradmix.gradients.standard_errors` estimates the error of given sketches.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Sketch(ABC):
     """A kind of sketch. A sketch of your own derives from it and implements :meth:`matrix`.
 
     Args:
-        rank: k, rows of either matrix, an integer >= 1; or a mapping from patterns of layer names (as in the shell:
-            ``"layer1.*"``, ``"*"``); the first that fits counts.
-        seed: an integer; the matrices depend on it, the layer's name and the side, and on nothing else.
+        rank: k, the number of rows of either matrix, an integer >= 1; or a mapping from patterns of layer names (as in
+            the shell: ``"layer1.*"``, ``"*"``) to ranks, of which the first match counts.
+        seed: an integer; the matrices depend on it, the layer's name and the side alone.
 
     Raises:
         TypeError, ValueError: ``rank`` or ``seed`` is of another type or range.
@@ -50,10 +50,10 @@ class Sketch(ABC):
         self._ranks = dict(ranks)
 
     def rank_of(self, layer: str) -> int:
-        """The rank for a layer.
+        """Return the rank for a layer.
 
         Raises:
-            ValueError: no pattern fits the name.
+            ValueError: no pattern matches the name.
         """
         for pattern, rank in self._ranks.items():
             if fnmatchcase(layer, pattern):
@@ -61,10 +61,10 @@ class Sketch(ABC):
         raise ValueError(f"rank: got the patterns {list(self._ranks)}, none of which fits layer {layer!r}; add '*'")
 
     def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
-        """Rows of L and of R for a layer with a gradient (rows x columns).
+        """Return the numbers of rows of L and of R for a layer with a gradient (rows x columns).
 
-        A side no larger than the rank k is not sketched, and the other side has k^2 / side rows instead of k: the
-        sketch has about k^2 entries in either case, and about the same error.
+        A side no larger than the rank k is not sketched, and the matrix of the other side has k^2 / side rows instead
+        of k: in either case the sketch has about k^2 entries, and about the same error.
         """
         rank = self.rank_of(layer)
         if rows <= rank:
@@ -77,32 +77,32 @@ class Sketch(ABC):
     def matrix(
         self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
-        """The matrix (size, dim) of one side of a layer, with E[M^T M] = I; the same in every call.
+        """Return the matrix (size, dim) of one side of a layer, with E[M^T M] = I; the same in every call.
 
         Args:
-            layer: its name.
+            layer: name of the layer.
             side: ``"left"`` (L) or ``"right"`` (R), which must be independent of each other.
-            size: rows, less than ``dim`` (a side of size ``dim`` is the identity, and no matrix is made).
-            dim: columns.
+            size: number of rows, less than ``dim`` (for a side of size ``dim`` no matrix is needed).
+            dim: number of columns.
             dtype: float32 or float64.
             device: device of the matrix.
         """
 
     def columns(self, layer: str, side: str, size: int, dim: int, index: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Columns ``index`` (...) of :meth:`matrix`, as (..., size); for embeddings, which need few of them."""
+        """Return the columns ``index`` (...) of :meth:`matrix`, (..., size); for embeddings, which need few of them."""
         return self.matrix(layer, side, size, dim, dtype=dtype, device=index.device).T[index]
 
     def random_entries(self, layer: str, side: str) -> tuple[str, int] | None:
-        """``(entries, key)`` if :meth:`matrix` is a counter-based random matrix, which operators can draw anew."""
+        """Return ``(entries, key)`` if operators can draw :meth:`matrix` by counter-based numbers; else None."""
         return None
 
     def describe(self) -> dict[str, object]:
-        """Kind, seed and ranks as plain values: two sketches can be compared if these are the same."""
+        """Return kind, seed and ranks as plain values; two sketches can be compared if these are equal."""
         return {"kind": self.name or type(self).__qualname__, "seed": self.seed, "rank": self.rank}
 
 
 class _CounterSketch(Sketch):
-    """L and R of independent entries from a counter-based generator (:mod:`gradmix.ops.counter_random`)."""
+    """L and R with independent entries from a counter-based generator (:mod:`gradmix.ops.counter_random`)."""
 
     def matrix(
         self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
@@ -138,20 +138,20 @@ class Identity(Sketch):
         super().__init__(1, 0)
 
     def sizes(self, layer: str, rows: int, columns: int) -> tuple[int, int]:
-        """The sizes of the layer itself."""
+        """Return the sizes of the layer itself."""
         return rows, columns
 
     def matrix(
         self, layer: str, side: str, size: int, dim: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Tensor:
-        """The identity; the engine does not call it."""
+        """Return the identity; the engine does not call this."""
         return torch.eye(size, dim, dtype=dtype, device=device)
 
 
 class RowSampling(Sketch):
     """L and R select ``size`` different rows and columns at random, scaled by sqrt(dim / size).
 
-    Unbiased, and far less exact than random signs where few entries of a gradient are large.
+    Unbiased, and far less exact than random signs if few entries of a gradient are large.
     """
 
     name = "rows"
@@ -171,10 +171,10 @@ KINDS: dict[str, type[Sketch]] = {kind.name: kind for kind in (Rademacher, Gauss
 
 
 def as_sketch(sketch: str | Sketch, rank: int | Mapping[str, int], seed: int) -> Sketch:
-    """The sketch of that name with rank and seed; a :class:`Sketch` is returned as it is.
+    """Return the sketch of a name with rank and seed; a :class:`Sketch` is returned unchanged.
 
     Raises:
-        TypeError, ValueError: neither a known name nor a :class:`Sketch`.
+        TypeError, ValueError: ``sketch`` is neither a known name nor a :class:`Sketch`.
     """
     if isinstance(sketch, Sketch):
         return sketch

@@ -13,7 +13,7 @@ _ENTRIES = 1 << 23
 
 
 def standard_errors(vectors: Tensor, reference: Tensor, layout: Sequence[LayerSketch]) -> Tensor:
-    """Standard errors of the inner products of sketched gradients with a reference.
+    """Return the standard errors of the inner products of sketched gradients with a reference.
 
     For a layer with gradients A and B, and L and R of independent normal entries of variance 1/l and 1/r, the variance
     of <L A R^T, L B R^T> is
@@ -22,8 +22,8 @@ def standard_errors(vectors: Tensor, reference: Tensor, layout: Sequence[LayerSk
         + (|A|^2 |B|^2 + <A, B>^2 + |A B^T|^2 + |A^T B|^2) / (l r)
 
     where 1/l or 1/r is 0 for a side without a sketch (Isserlis' theorem, for both sides in turn). Random signs have a
-    smaller variance. A and B are not known; the formula is evaluated for their sketches, which makes it larger rather
-    than smaller. Layers are independent. The sign of an inner product within two standard errors of 0 is a guess.
+    smaller variance. A and B are not known; the formula is evaluated for their sketches, which tends to increase it.
+    Layers are independent. The sign of an inner product within two standard errors of 0 is uncertain.
 
     Args:
         vectors: (N, D) sketched gradients.

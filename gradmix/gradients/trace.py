@@ -1,8 +1,8 @@
-"""A trace of a model's forward pass: the calls that use parameters, and where the samples are in their outputs.
+"""A trace of a model's forward pass: the calls that use parameters, and the places of the samples in their outputs.
 
 A forward pass over three samples, and a backward pass from the logits of each, show which calls use which parameters,
-and whether a use is covered by no rule; where the samples lie in the output of each call, because the logits of a
-sample have a gradient only there; and whether samples influence each other. Names and single shapes are no evidence.
+and which uses have no rule; the places of the samples in the output of each call, because the logits of a sample have a
+gradient only there; and whether samples influence each other. Names and single shapes are not used as evidence.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.gradients.batch_axis import BatchAxis, possible_batch_axes
-from gradmix.gradients.exceptions import BatchStatisticsError, CoupledRowsError
+from gradmix.gradients.exceptions import BatchStatisticsError, CoupledSamplesError
 from gradmix.gradients.intercept import (
     Interceptor,
     Parameters,
     PlainCalls,
     hook_gradient,
-    refusing_checkpoints,
-    uncovered_parameters,
+    parameters_without_rule,
+    refuse_checkpoints,
 )
 from gradmix.gradients.losses import check_output
 from gradmix.gradients.rules import Rule
@@ -31,12 +31,12 @@ from gradmix.model.inputs import InputTree, call_model, first_tensor, map_tensor
 from gradmix.model.unchanged import require_finite, without_compilation
 
 SAMPLES = 3
-"""Samples of the first trace."""
+"""Number of samples of the first trace."""
 
 
 @dataclass
 class TracedCall:
-    """One call that has a rule, and what the logits of each sample depend on in its output.
+    """One call that has a rule, and the entries of its output that the logits of each sample depend on.
 
     Attributes:
         rule: class of the rule.
@@ -44,7 +44,7 @@ class TracedCall:
         weight, bias: names of the parameters, or None.
         bias_is_column: whether the bias may be a column of the weight's matrix.
         matrix_shapes: rows and columns of each parameter's matrix, by name.
-        shape: of the output.
+        shape: shape of the output.
         batch_dims: axes of the output that may hold the samples.
         nbytes: bytes of the output.
         dependencies: for each sample, the entries of the output that its logits depend on; None: no entry.
@@ -63,7 +63,7 @@ class TracedCall:
 
     @classmethod
     def of(cls, rule: Rule, output: Tensor, samples: int) -> TracedCall:
-        """The record of a call with this output, before any backward pass."""
+        """Return the record of a call with this output, before any backward pass."""
         weight, bias = (None if view is None else view.name for view in (rule.weight, rule.bias))
         return cls(
             type(rule),
@@ -84,7 +84,7 @@ class TracedCall:
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
     def batch_axes(self) -> set[BatchAxis]:
-        """The axes of the output that may hold the samples."""
+        """Return the axes of the output that may hold the samples."""
         return possible_batch_axes(self.dependencies, self.shape, self.batch_dims)
 
 
@@ -152,7 +152,7 @@ class _Tracer(Interceptor):
 def trace(
     model: nn.Module, x: InputTree, parameters: Parameters, samples: int, expanded: Collection[int] = ()
 ) -> Trace:
-    """A forward pass over ``samples`` samples of x, repeated if there are fewer, and a backward pass for each.
+    """Make a forward pass over ``samples`` samples of x, repeated if there are fewer, and a backward pass for each.
 
     Args:
         model: called with the samples.
@@ -162,18 +162,18 @@ def trace(
         expanded: indices of the calls whose input is to be expanded.
 
     Raises:
-        CoupledRowsError: the logits of a sample have a gradient in the input of another.
+        CoupledSamplesError: the logits of a sample have a gradient in the input of another.
         ValueError: logits of another batch size, a NaN, or checkpoints.
     """
     device, count = first_tensor(x).device, num_samples(x)
     repeated = map_tensors(lambda t: t[torch.arange(samples, device=device) % count].detach().clone(), x)
     entries = [leaf.requires_grad_() for leaf in tensors_of(repeated) if leaf.is_floating_point()]
-    with torch.enable_grad(), without_compilation(), refusing_checkpoints():
+    with torch.enable_grad(), without_compilation(), refuse_checkpoints():
         with _Tracer(parameters, samples, device, expanded) as tracer:
             logits = check_output(logits_of(call_model(model, map_tensors(Tensor.clone, repeated))), samples)
         require_finite(0, **{"the model's logits": logits.detach()})
-        uncovered = uncovered_parameters(logits, parameters.named)
-        # Unequal weights: the sum of probabilities, for example, depends on nothing.
+        uncovered = parameters_without_rule(logits, parameters.named)
+        # Unequal weights: the sum of probabilities, for example, has the gradient 0.
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device, dtype=logits.dtype).cos()
         weights = weights.view(logits.shape[1:])
         for sample in range(samples):
@@ -186,19 +186,19 @@ def trace(
             for gradient in gradients[1:]:
                 others = torch.arange(samples, device=device) != sample
                 if gradient is not None and bool((gradient[others] != 0).any()):
-                    raise CoupledRowsError(
-                        f"model: the output of row {sample} of a batch of {samples} depends on other rows, expected "
-                        "rows that do not influence each other, so that each has a gradient of its own"
+                    raise CoupledSamplesError(
+                        f"model: the output of sample {sample} of a batch of {samples} depends on other samples, "
+                        "expected samples that do not influence each other, so that each has a gradient of its own"
                     )
     return Trace(tracer.calls, uncovered, logits.detach(), set(expanded))
 
 
 def trace_with_expansion(model: nn.Module, x: InputTree, parameters: Parameters) -> Trace:
-    """:func:`trace` over 3 samples, with shared inputs expanded where that gives the samples a place.
+    """Make a :func:`trace` over 3 samples, with shared inputs expanded where the samples get an axis by that.
 
-    A position embedding is looked up once and added to all samples: no axis of its output holds them. Looked up once
-    for each sample, it is the same model. This is verified: the logits have to be the same, and no call may lose its
-    place.
+    A position embedding is looked up once and added to all samples: no axis of its output holds them. If it is looked
+    up once for each sample, the model is the same. This is verified: the logits must be equal, and no call may lose the
+    axis of the samples.
     """
     found = trace(model, x, parameters, SAMPLES)
     logits, tried = found.logits, set[int]()
@@ -214,7 +214,7 @@ def trace_with_expansion(model: nn.Module, x: InputTree, parameters: Parameters)
         tried.add(lost[0])
         try:
             again = trace(model, x, Parameters(parameters.named), SAMPLES, found.expanded | {lost[0]})
-        except Exception:  # any error of a model that does not accept the expanded input; it is refused by name then
+        except Exception:  # any error of a model that does not accept the expanded input; it is refused later, by name
             continue
         now = [bool(call.batch_axes()) for call in again.calls]
         none_lost = len(now) == len(placed) and all(
@@ -226,7 +226,7 @@ def trace_with_expansion(model: nn.Module, x: InputTree, parameters: Parameters)
 
 
 def forward(model: nn.Module, x: InputTree, samples: Tensor) -> Tensor:
-    """The logits of samples of x, given by their indices modulo N, in this order."""
+    """Return the logits of samples of x, given by their indices modulo N, in this order."""
     device, count = first_tensor(x).device, num_samples(x)
     index = samples.to(device) % count
     logits = logits_of(call_model(model, map_tensors(lambda leaf: leaf[index].detach(), x)))
@@ -234,7 +234,7 @@ def forward(model: nn.Module, x: InputTree, samples: Tensor) -> Tensor:
 
 
 def check_statistics(model: nn.Module, x: InputTree, parameters: Parameters) -> tuple[torch.Size, ...]:
-    """Shapes of the inputs that ``batch_norm`` normalised by their own statistics in a trace.
+    """Return the shapes of the inputs that ``batch_norm`` normalised by their own statistics in a trace.
 
     Args:
         model: the model of the trace.
@@ -242,18 +242,18 @@ def check_statistics(model: nn.Module, x: InputTree, parameters: Parameters) -> 
         parameters: those of the trace.
 
     Raises:
-        BatchStatisticsError: such an input is another one for two samples: it depends on the samples.
+        BatchStatisticsError: such an input changes with the number of samples: it depends on them.
     """
     if parameters.standardised:
         other = Parameters(parameters.named)
-        # An error of the model itself has been, or will be, raised elsewhere.
+        # An error of the model itself is raised elsewhere.
         with suppress(Exception), torch.enable_grad(), without_compilation(), PlainCalls(other):
             forward(model, x, torch.arange(2, device="cpu"))
         first, second = parameters.standardised, other.standardised
         if len(first) != len(second) or not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
             raise BatchStatisticsError(
                 "model: a BatchNorm layer normalises by the statistics of the batch, expected running statistics: a "
-                "row's gradient would depend on the rows around it. In evaluation mode it uses running statistics if "
-                "it was made with track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
+                "sample's gradient would depend on the samples around it. In evaluation mode it uses running "
+                "statistics if it was made with track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
             )
     return tuple(value.shape for value in parameters.standardised)

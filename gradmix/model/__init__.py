@@ -1,1 +1,1 @@
-"""The model in training: its inputs, its head, its forward passes, and how it is left unchanged."""
+"""The model in training: its inputs, its head, and forward passes that leave it unchanged."""

@@ -9,31 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.model.head import CapturedOutput, HeadLike, forward_head
+from gradmix.labelled_samples import HeadSamples, LabelledSamples, concatenate_samples
+from gradmix.model.head import CapturedOutput, HeadLike
+from gradmix.model.head_capture import forward_head
 from gradmix.model.head_values import MASKED
 from gradmix.model.inputs import first_tensor
-from gradmix.model.refusals import refusing_by_name
+from gradmix.model.refusals import refuse_by_name
 from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import check_label_range, within_range
-from gradmix.replay.sources import chunks_of, numbered_chunks
+from gradmix.replay.sources import chunks_of, chunks_with_numbers
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.deferred_checks import check_samples
-from gradmix.samples import HeadSamples, Samples, concatenate_samples
 
 
-def forward_all(model: nn.Module, head: HeadLike, name: str, samples: Samples, chunk_size: int) -> HeadSamples:
-    """All ``samples`` with the head's input and output; call it inside :func:`gradmix.model.unchanged.unchanged`.
+def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
+    """Forward all ``samples`` and return them with the head's input and output.
+
+    Call it inside :func:`gradmix.model.unchanged.leave_unchanged`.
 
     Args:
         model: the unwrapped model.
-        head: the head, its name, or None: it is found.
-        name: what errors call the samples.
+        head: the head, its name, or None: it is searched for.
+        name: name of the samples in errors.
         samples: one or more.
         chunk_size: samples of one pass.
 
     Raises:
-        ValueError: a sample with a NaN or an infinity in it, or for which the model returns one, named; a label out of
-            range.
+        ValueError: a NaN or an infinity in a sample or in the model's output for it (the error names the sample), or a
+            label out of range.
     """
     device = first_tensor(samples.x).device
     source = (samples.x, samples.y)
@@ -50,13 +53,13 @@ def forward_source(
     device: torch.device,
     group: Group = None,
 ) -> Iterator[tuple[int, HeadSamples]]:
-    """This process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
+    """Yield this process's share of ``source`` in chunks: the number of each chunk's first sample, and the chunk.
 
-    A process without a share of a source that has samples gets one chunk of none, so that it knows their shapes. Call
-    it inside :func:`gradmix.model.unchanged.unchanged`.
+    If the share of a process is empty and the source is not, it gets one empty chunk, which has their shapes. Call
+    it inside :func:`gradmix.model.unchanged.leave_unchanged`.
     """
     empty = True
-    for start, x, y in numbered_chunks(name, source, chunk_size, device, group):
+    for start, x, y in chunks_with_numbers(name, source, chunk_size, device, group):
         yield start, _forward_chunk(model, head, name, x, y, start)
         empty = False
     if empty and group is not None:
@@ -65,17 +68,17 @@ def forward_source(
 
 
 def _forward_chunk(model: nn.Module, head: HeadLike, name: str, x: Any, y: Tensor, first: int) -> HeadSamples:
-    with refusing_by_name(name, model, x):
+    with refuse_by_name(name, model, x):
         output = forward_head(model, head, x)
-    return with_output(name, Samples(x, y), output, first)
+    return with_output(name, LabelledSamples(x, y), output, first)
 
 
-def with_output(name: str, samples: Samples, output: CapturedOutput, first: int = 0) -> HeadSamples:
-    """``samples`` with the head's input and output, after a check of both.
+def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, first: int = 0) -> HeadSamples:
+    """Check the head's input and output, and return the samples with them.
 
     Args:
-        name: what errors call the samples.
-        samples: N.
+        name: name of the samples in errors.
+        samples: N samples.
         output: the head's input and output for them.
         first: number of the first sample, for errors.
 
@@ -84,7 +87,7 @@ def with_output(name: str, samples: Samples, output: CapturedOutput, first: int 
     """
     (x, y), (features, logits) = (samples.x, samples.y), output
     if len(features) != len(y):
-        raise ValueError(f"{name}: the head ran on {len(features)} rows, expected {len(y)} as there are labels")
+        raise ValueError(f"{name}: the head ran on {len(features)} samples, expected {len(y)} as there are labels")
     require_finite(
         first, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
@@ -96,9 +99,9 @@ def with_output(name: str, samples: Samples, output: CapturedOutput, first: int 
         masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
     check_samples(
         masked,
-        lambda row: ValueError(
-            f"{name}: row {first + row} has a label among the classes that the model masks, expected labels of the "
-            "others: the loss of a masked class has no gradient that could be compared"
+        lambda sample: ValueError(
+            f"{name}: sample {first + sample} has a label among the classes that the model masks, expected labels of "
+            "the others: the loss of a masked class has no gradient that could be compared"
         ),
     )
     return HeadSamples(x, y, features, logits, output.appends_one)

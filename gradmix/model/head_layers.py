@@ -1,8 +1,6 @@
-"""The linear layers that make a model's logits: what a layer is, whatever its class, and how they are found.
+"""The linear layers that may be a head: what a layer is, whatever its class, and the values of its calls.
 
-A layer is any module with a weight (C, d), or (d, C) as GPT-2's projections have it, whose output is W h + b. Which
-layers end in the logits is read off autograd's graph of one forward pass over a few samples; that their sum is what the
-model returns is checked on values (:mod:`gradmix.model.head_values`).
+A layer is any module with a weight (C, d), or (d, C) as in GPT-2's projections, whose output is W h + b.
 """
 
 from __future__ import annotations
@@ -16,26 +14,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize
 
-from gradmix.model.head_values import estimated_factor, off_linear, related
-from gradmix.model.inputs import InputTree, call_model, own_copy
-from gradmix.model.unchanged import without_compilation
-
 
 class HeadNotFoundError(ValueError):
-    """The classifier head could not be found for certain, or what is named cannot serve as one."""
+    """The classifier head was not found for certain, or the module named cannot serve as one."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that computes W h + b, and under which names it holds W and b.
+    """A module that computes W h + b, and the names of its attributes W and b.
 
     Attributes:
         module: the module.
         path: its name in the model.
-        weight: attribute of the weight: (C, d), with axes of length 1 behind for a convolution.
+        weight: attribute of the weight: (C, d), followed by axes of length 1 for a convolution.
         bias: attribute of the bias (C,), or None.
         transposed: whether the weight is (d, C).
-        part: key or index of the logits in what the module returns; None: it returns the logits themselves.
+        part: key or index of the logits in the module's output; None: the output is the logits.
     """
 
     module: nn.Module
@@ -59,11 +53,11 @@ class Layer:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether channels are axis 1 of what goes in and comes out."""
+        """Whether axis 1 of input and output holds the channels."""
         return bool(getattr(self.module, self.weight).ndim > 2)
 
     def describe(self) -> str:
-        """For errors: its name, class and sizes."""
+        """Name, class and sizes, for error messages."""
         shape = "x".join(map(str, self.matrix.shape))
         return f"{self.path or 'the model itself'!r} ({type(self.module).__name__}, weight {shape})"
 
@@ -73,10 +67,10 @@ class Call:
     """One call of a layer's module.
 
     Attributes:
-        features: what went in.
-        logits: what came out, as it was then: the model may change it in place.
-        node: autograd's node of what came out, or None.
-        output: what came out, itself.
+        features: the input.
+        logits: a copy of the output, which the model may change in place afterwards.
+        node: autograd's node of the output, or None.
+        output: the output itself.
     """
 
     features: Tensor
@@ -86,7 +80,7 @@ class Call:
 
 
 def parts_of(output: object) -> Iterator[tuple[str | int | None, Tensor]]:
-    """The floating-point tensors in what a module returned, each with its key or index; None for the tensor itself."""
+    """Yield the floating-point tensors in a module's output, each with its key or index; None for a bare tensor."""
     pairs: Iterator[tuple[str | int | None, object]]
     if isinstance(output, Mapping):
         pairs = iter(output.items())
@@ -100,7 +94,7 @@ def parts_of(output: object) -> Iterator[tuple[str | int | None, Tensor]]:
 
 
 def input_of(inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """The first floating-point tensor that a module was given."""
+    """Return the first floating-point tensor among a module's arguments."""
     for value in (*inputs, *named.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
             return value
@@ -108,7 +102,7 @@ def input_of(inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
 
 
 def call_of(inputs: Sequence[Any], named: Mapping[str, Any], output: Tensor) -> Call | None:
-    """Return the call that a hook saw; None if no tensor went in."""
+    """Return the record of a call from the arguments of a hook; None if no tensor is among the inputs."""
     features = input_of(inputs, named)
     if features is None:
         return None
@@ -116,8 +110,8 @@ def call_of(inputs: Sequence[Any], named: Mapping[str, Any], output: Tensor) -> 
     return Call(features, output.detach().clone(), output.grad_fn, output)
 
 
-def named_layer(module: nn.Module, path: str) -> Layer | None:
-    """The layer that a module's attributes ``weight`` and ``bias`` say it is; None if it has no such weight."""
+def standard_layer(module: nn.Module, path: str) -> Layer | None:
+    """Return the layer of a module with the attributes ``weight`` and ``bias`` of ``nn.Linear``; None for any other."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not _is_matrix(weight):
         return None
@@ -126,19 +120,19 @@ def named_layer(module: nn.Module, path: str) -> Layer | None:
     return Layer(module, path, "weight", "bias" if isinstance(bias, Tensor) else None)
 
 
-def layers_of(module: nn.Module, path: str, classes: int | None = None) -> list[Layer]:
-    """All layers that a module may be by the shapes of its own tensors, the likeliest first.
+def layers_of(module: nn.Module, path: str, num_classes: int | None = None) -> list[Layer]:
+    """Return all layers that a module may be by the shapes of its own tensors, the likeliest first.
 
     Args:
         module: the module.
         path: its name.
-        classes: C, if it is known.
+        num_classes: C, if it is known.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        return []  # what it is given cannot be seen
+        return []  # its inputs cannot be watched
     names = list(module._parameters)
     if parametrize.is_parametrized(module) or "weight" in vars(module):
-        names.insert(0, "weight")  # an attribute made of other parameters
+        names.insert(0, "weight")  # an attribute computed from other parameters
     found: list[Layer] = []
     for name in names:
         value = getattr(module, name)
@@ -148,7 +142,7 @@ def layers_of(module: nn.Module, path: str, classes: int | None = None) -> list[
             if transposed and value.ndim > 2:
                 continue
             outputs = value.shape[-1] if transposed else len(value)
-            if classes is not None and outputs != classes:
+            if num_classes is not None and outputs != num_classes:
                 continue
             biases = [n for n in ("bias", *module._parameters) if n != name and _is_vector(module, n, outputs)]
             found += [Layer(module, path, name, b, transposed) for b in (*dict.fromkeys(biases), None)]
@@ -169,11 +163,11 @@ def _is_vector(module: nn.Module, name: str, length: int) -> bool:
     return isinstance(value, Tensor) and value.shape == (length,)
 
 
-def rows_of(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A call's input and output as one row for each sample.
+def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return a call's input and output with one vector for each sample.
 
-    A classifier that runs on all tokens of a text, of which the model returns one, is reduced to that token: the one
-    whose logits are the returned ones, to the bit.
+    Of a classifier that runs on all tokens of a text, of which the model returns one, that token is taken: the one
+    whose logits equal the returned ones to the bit.
 
     Args:
         layer: the layer.
@@ -181,10 +175,10 @@ def rows_of(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor,
         returned: (N, C), the model's logits.
 
     Returns:
-        features (N, d), logits (N, C), and (N,) bool: the samples without one certain position. None: there are no
-        such rows.
+        features (N, d), logits (N, C), and (N,) bool: the samples without one certain position. None: the shapes do not
+        fit.
     """
-    count, classes = returned.shape
+    count, num_classes = returned.shape
     features, logits = call.features.detach(), call.logits
     if layer.is_convolution:
         if logits.ndim < 2 or any(size != 1 for size in logits.shape[2:]):
@@ -192,229 +186,26 @@ def rows_of(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor,
         features, logits = features.flatten(1), logits.flatten(1)
     if logits.ndim == 2 and logits.shape == returned.shape and features.ndim == 2:
         return features, logits, torch.zeros(count, dtype=torch.bool, device=logits.device)
-    width = features.shape[-1]
-    if layer.is_convolution or logits.shape[-1] != classes or count == 0 or logits.numel() % (count * classes):
+    size = features.shape[-1]
+    if layer.is_convolution or logits.shape[-1] != num_classes or count == 0 or logits.numel() % (count * num_classes):
         return None
-    if logits.shape[0] % count or features.numel() != logits.numel() // classes * width:
+    if logits.shape[0] % count or features.numel() != logits.numel() // num_classes * size:
         return None
-    logits, features = logits.reshape(count, -1, classes), features.reshape(count, -1, width)
+    logits, features = logits.reshape(count, -1, num_classes), features.reshape(count, -1, size)
     if logits.shape[1] == 1:
         return features[:, 0], logits[:, 0], torch.zeros(count, dtype=torch.bool, device=logits.device)
     same = (logits.to(returned.dtype) == returned[:, None]).all(2)
     at = same.to(torch.uint8).argmax(1)[:, None, None]
-    chosen = features.gather(1, at.expand(-1, 1, width))
+    chosen = features.gather(1, at.expand(-1, 1, size))
     twice = (same & (features != chosen).any(2)).any(1)
-    return chosen[:, 0], logits.gather(1, at.expand(-1, 1, classes))[:, 0], ~same.any(1) | twice
-
-
-@dataclass(frozen=True)
-class Found:
-    """The layers whose weighted sum is the model's logits.
-
-    Attributes:
-        layers: K layers.
-        weights: their factors.
-        direct: whether the model returns the one layer's output as it is.
-    """
-
-    layers: tuple[Layer, ...]
-    weights: tuple[float, ...]
-    direct: bool
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    layer: Layer
-    call: Call
-    features: Tensor
-    logits: Tensor
-
-
-def find_layers(model: nn.Module, example: InputTree, only: nn.Module | None = None) -> Found:
-    """The layers whose weighted sum is what the model returns, by two forward passes over ``example``.
-
-    Call it inside :func:`gradmix.model.unchanged.unchanged`: the passes run in the mode the model is in.
-
-    Args:
-        model: the model.
-        example: a few samples, at least one.
-        only: the one module to look at.
-
-    Raises:
-        HeadNotFoundError: there are none.
-    """
-    with torch.inference_mode(False), torch.no_grad(), without_compilation():
-        classes = logits_of(call_model(model, own_copy(example))).shape[-1]
-    watched = {
-        name: layers
-        for name, module in model.named_modules()
-        if (only is None or module is only) and (layers := layers_of(module, name, classes))
-    }
-    calls: dict[str, list[tuple[str | int | None, Call]]] = {}
-    handles = [
-        layers[0].module.register_forward_hook(_recorder(calls.setdefault(name, []), classes), with_kwargs=True)
-        for name, layers in watched.items()
-    ]
-    # Tensors of inference mode cannot take part in a graph.
-    graph = not any(v.is_inference() for v in (*model.parameters(), *model.buffers()))
-    try:
-        with torch.inference_mode(False), torch.set_grad_enabled(graph), without_compilation():
-            output = logits_of(call_model(model, own_copy(example)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    returned = output.detach()
-    if returned.ndim != 2:
-        raise HeadNotFoundError(f"head: the model returns logits of shape {tuple(returned.shape)}, expected (N, C)")
-    candidates = [
-        candidate
-        for name, layers in watched.items()
-        for part, call in calls[name]
-        if (candidate := _candidate(layers, part, call, returned)) is not None
-    ]
-    ending, others = _ends(output, candidates) if only is None else (candidates, [])
-    # Without a graph, as of a model that is frozen as a whole, more may have run than end in the logits.
-    groups = [ending] if output.grad_fn is not None else [[candidate] for candidate in reversed(ending)]
-    for group in groups:
-        found = None if others or not group else _sum_of(group, output)
-        if found is not None:
-            return found
-    raise HeadNotFoundError(_why_not(model, returned, candidates, ending, others))
-
-
-def _recorder(calls: list[tuple[str | int | None, Call]], classes: int) -> Any:
-    def record(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        for part, value in parts_of(output):
-            if classes in (value.shape[1], value.shape[-1]):
-                call = call_of(inputs, named, value)
-                if call is not None:
-                    calls.append((part, call))
-
-    return record
-
-
-def _candidate(layers: list[Layer], part: str | int | None, call: Call, returned: Tensor) -> _Candidate | None:
-    """The first of the layers that a module may be which explains the call."""
-    for layer in layers:
-        if call.features.shape[1 if layer.is_convolution else -1] != layer.matrix.shape[1]:
-            continue
-        rows = rows_of(layer, call, returned)
-        if rows is None or bool(rows[2].any()):
-            continue
-        if not bool(off_linear(rows[0], rows[1], layer.matrix, layer.vector).any()):
-            named = Layer(layer.module, layer.path, layer.weight, layer.bias, layer.transposed, part)
-            return _Candidate(named, call, rows[0], rows[1])
-    return None
-
-
-def _ends(output: Tensor, candidates: list[_Candidate]) -> tuple[list[_Candidate], list[str]]:
-    """The candidates that the logits are made of, and the shapes of other parameters that take part behind them.
-
-    A learnt number, such as a temperature, may take part: what it does is checked on values.
-    """
-    if output.grad_fn is None:
-        return candidates, []
-    stops = {candidate.call.node: candidate for candidate in candidates if candidate.call.node is not None}
-    reached: list[_Candidate] = []
-    others: list[str] = []
-    seen: set[Node] = set()
-    waiting: list[Node | None] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in stops:
-            reached.append(stops[node])
-            continue
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and variable.numel() > 1:
-            others.append("x".join(map(str, variable.shape)))
-        waiting += [following for following, _ in node.next_functions]
-    order = {id(candidate): index for index, candidate in enumerate(candidates)}
-    return sorted(reached, key=lambda candidate: order[id(candidate)]), others
-
-
-def _sum_of(group: Sequence[_Candidate], output: Tensor) -> Found | None:
-    """The group as what the logits are the weighted sum of; None if they are not."""
-    returned, logits = output.detach(), [candidate.logits for candidate in group]
-    layers = tuple(candidate.layer for candidate in group)
-    if len({layer.path for layer in layers}) < len(layers):
-        return None  # a layer that runs twice has two gradients
-    if len(group) == 1 and torch.equal(returned, logits[0]):
-        return Found(layers, (1.0,), True)
-    tried = [_weights_by_graph(group, output)]
-    if len(group) == 1:
-        tried.insert(0, (1.0,))
-        factor = estimated_factor(returned, logits[0])
-        tried.append(None if factor is None else (float(factor),))
-    for weights in tried:
-        if weights is not None and not bool(related(returned, logits, weights).bad.any()):
-            return Found(layers, weights, False)
-    return None
-
-
-def _weights_by_graph(group: Sequence[_Candidate], output: Tensor) -> tuple[float, ...] | None:
-    """d(z_a - z_b) / d z_k,a of one sample: the factor of layer k, whatever shift follows."""
-    if output.grad_fn is None or output.shape[1] < 2:
-        return None
-    largest = output.detach().topk(2, dim=1)
-    # The sample whose two largest logits are closest: neither is a masked class then, if it can be helped.
-    row = int((largest.values[:, 0] - largest.values[:, 1]).argmin())
-    first, second = largest.indices[row].tolist()
-    outputs = [candidate.call.output for candidate in group]
-    with torch.enable_grad():
-        margin = output[row, first] - output[row, second]
-    gradients = torch.autograd.grad(margin, outputs, retain_graph=True, allow_unused=True)
-    classes = output.shape[1]
-    weights: list[float] = []
-    for gradient in gradients:
-        reached: Tensor | None = gradient  # None for what has no path to the logits
-        if reached is None:
-            return None
-        # One position of one sample is reached, whichever axes there are besides.
-        entries = reached if reached.shape[-1] == classes else reached.movedim(1, -1)
-        weights.append(float(entries.reshape(-1, classes).sum(0)[first]))
-    return tuple(weights) if all(weights) else None
-
-
-def _why_not(
-    model: nn.Module,
-    returned: Tensor,
-    candidates: list[_Candidate],
-    ending: list[_Candidate],
-    others: list[str],
-) -> str:
-    shape = tuple(returned.shape)
-    expected = (
-        "expected logits W h + b of a linear layer that is a module (or a weighted sum of such), up to a shift or a "
-        "factor of all classes and up to masked classes"
-    )
-    if not candidates:
-        what = f"no linear layer of the model gives {shape[1]} logits for each sample"
-    elif others:
-        what = f"parameters of shape {', '.join(sorted(set(others))[:3])} take part beside {_listed(ending)}"
-    elif not ending:
-        what = f"what the model returns is not made from {_listed(candidates)}"
-    elif len(ending) > 1:
-        what = f"{len(ending)} linear layers end in the model's output, {_listed(ending)}, and it is not their sum"
-    else:
-        what = f"something follows {_listed(ending)} that changes its logits otherwise"
-    return (
-        f"head: the model's output {shape} is not that of its last linear layer: {what}; {expected}. "
-        "estimator=gradmix.JvpEstimator(without_rule='exact') needs no head"
-    )
-
-
-def _listed(candidates: list[_Candidate]) -> str:
-    return ", ".join(candidate.layer.describe() for candidate in candidates[-3:]) or "any linear layer"
+    return chosen[:, 0], logits.gather(1, at.expand(-1, 1, num_classes))[:, 0], ~same.any(1) | twice
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's return value: the tensor itself, or the ``logits`` of an object or mapping.
+    """Return the logits in a model's output: the tensor itself, or the ``logits`` of an object or mapping.
 
     Raises:
-        TypeError: neither.
+        TypeError: there are none.
     """
     if isinstance(output, Tensor):
         return output

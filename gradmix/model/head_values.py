@@ -1,9 +1,9 @@
-"""Whether the logits that a model returned are those of its classifier, checked on values in every pass.
+"""The check on values that a model's logits are those of its head, made in every pass.
 
-The last-layer gradient is (softmax(z) - y) [h; 1]^T only if the model's logits z are W h + b. What may follow the layer
-without making that wrong:
+The last-layer gradient is (softmax(z) - y) [h; 1]^T only if the model's logits z are W h + b. After the layer the
+following is allowed, which keeps the formula true:
 
-- a shift that is the same for all classes of a sample, as ``log_softmax`` makes: the softmax does not see it;
+- a shift that is the same for all classes of a sample, as in ``log_softmax``: the softmax does not depend on it;
 - classes that are masked in all samples, by minus infinity or a large negative constant: their probability is 0;
 - a common factor, such as a temperature: z = w (W h + b) is the layer applied to [w h; w];
 - a weighted sum of several layers, z = sum_k w_k (W_k h_k + b_k): one layer [W_1 b_1 W_2 b_2 ...] applied to
@@ -25,40 +25,40 @@ from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.runtime.deferred_checks import can_sync
 
 MASK_GAP = 100.0
-"""How far below a sample's largest logit a masked one is at least: exp(-100) is no float32 number above 0."""
+"""Least distance of a masked logit below the sample's largest one: exp(-100) is below the normal float32 numbers."""
 
 MASKED = -1e30
-"""The logit of a masked class, whatever constant the model writes there."""
+"""The logit of a masked class, in place of the constant that the model writes there."""
 
 CHECKED_SAMPLES = 4
 """Samples of a pass for which W h + b is computed again."""
 
 _SPARE_EQUATIONS = 4
-"""Equations that a factor estimated from values must fulfil beyond the ones that determine it."""
+"""Least number of equations beyond those that determine a factor, which then verify it."""
 
 
-class Related(NamedTuple):
-    """Logits returned, compared with those of the layers.
+class Comparison(NamedTuple):
+    """The model's logits, compared with those of the layers.
 
     Attributes:
-        logits: (N, C), float32 at least: what was returned, :data:`MASKED` in masked classes.
-        bad: (N,) bool, the samples whose logits are not those of the layers.
+        logits: (N, C), float32 or float64: the returned logits, :data:`MASKED` in masked classes.
+        bad: (N,) bool: whether the sample's logits are not those of the layers.
     """
 
     logits: Tensor
     bad: Tensor
 
 
-def related(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Related:
+def compare_logits(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Comparison:
     """Compare logits with a weighted sum of layers' logits, up to a shift of each sample and masked classes.
 
     Args:
-        returned: (N, C), what the model returned.
+        returned: (N, C), the logits that the model returned.
         layer_logits: K tensors (N, C), W_k h_k + b_k.
         weights: K factors w_k.
 
-    Two numbers are the same if rounding explains the difference: one rounding of each term to the coarser dtype, and a
-    few of the sum over classes that a log-softmax takes.
+    Two numbers count as equal if rounding explains the difference: one rounding of each term to the coarser dtype, and
+    a few of the sum over classes in a log-softmax.
     """
     coarse = _coarsest([returned, *layer_logits])
     dtype = torch.promote_types(returned.dtype, work_dtype(coarse.dtype))
@@ -73,17 +73,17 @@ def related(returned: Tensor, layer_logits: Sequence[Tensor], weights: Sequence[
     error = (result - total - shift).abs()
     size = size + result.abs() + shift.abs()
     live_size = size.masked_fill(result.isinf(), 0).amax(1, keepdim=True)
-    # The shift is as coarse as the logit that it was taken from.
+    # The shift has the rounding error of the logit that it was computed from.
     tolerance = coarse.eps * (size + size.gather(1, largest.indices)) + 4 * torch.finfo(dtype).eps * live_size
     other = (error > tolerance) | (result.isinf() & (result != total))
     dead = result < largest.values - MASK_GAP
     masked = (other & dead).any(0)
     bad = ((other | masked) & ~dead).any(1)
-    return Related(result.masked_fill(masked, MASKED), bad)
+    return Comparison(result.masked_fill(masked, MASKED), bad)
 
 
-def estimated_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
-    """The factor w of returned = w layer_logits + shift, () by least squares; None where there are too few logits."""
+def estimate_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
+    """Return the factor w () of returned = w layer_logits + shift, by least squares; None for too few logits."""
     count, classes = returned.shape
     if count * (classes - 1) < 1 + _SPARE_EQUATIONS:
         return None
@@ -94,26 +94,26 @@ def estimated_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
     result, logits = (v.masked_fill(dead, 0) for v in (result, logits))
     result, logits = ((v - v.sum(1, keepdim=True) / live).masked_fill(dead, 0) for v in (result, logits))
     factor = (result * logits).sum() / logits.square().sum()
-    # Logits that are all alike tell nothing of the factor.
+    # Logits that are all equal do not determine the factor.
     return torch.where(factor.isfinite() & (factor != 0), factor, torch.ones_like(factor))
 
 
 def off_linear(
     features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None, *, up_to_shift: bool = False
 ) -> Tensor:
-    """(n,) bool: the samples, a few of all, whose logits are not W h + b.
+    """Return (n,) bool, for a few of the samples: whether the logits are not W h + b.
 
     Args:
         features: (N, d), the layer's input.
         logits: (N, C), its output.
         weight: (C, d).
         bias: (C,) or None.
-        up_to_shift: whether a factor of all logits, a shift of each sample's and masked classes are left aside.
+        up_to_shift: whether to ignore a factor of all logits, a shift of each sample's logits, and masked classes.
 
-    What a layer computes with is what the tolerance allows for: under autocast its input and weight are rounded to the
-    dtype of its output, and float32 products may be made in TF32 or bfloat16.
+    The tolerance allows for the precision in which the layer is computed: under autocast its input and weight are
+    rounded to the dtype of its output, and float32 products may be computed in TF32 or bfloat16.
     """
-    # A few of all by their numbers, so that no sample is always left out of small batches.
+    # Samples at equal distances, so that in small batches no sample is always left out.
     step = max(1, -(-len(features) // CHECKED_SAMPLES))
     dtype = exact_dtype(features.device)
     # Autocast leaves float64 alone.
@@ -130,7 +130,7 @@ def off_linear(
         accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
         tolerance = accumulated * terms
         wrong: Tensor = ((product - z).abs() > tolerance).any(1)
-        # The usual case: the rounding of the sum explains it, and that of the factors need not be known.
+        # The usual case: the rounding of the sum explains the difference, and that of the factors is not needed.
         if can_sync(features.device) and not wrong.any():
             return wrong
         scale = (h.square() @ w.square().T).sqrt() + product.abs()
@@ -140,7 +140,7 @@ def off_linear(
         if not up_to_shift:
             wrong = ((product - z).abs() > tolerance).any(1)
             return wrong
-        factor = estimated_factor(z, product)
+        factor = estimate_factor(z, product)
         if factor is not None:
             product, tolerance = product * factor, tolerance * factor.abs().clamp(min=1)
         largest = z.max(1, keepdim=True)
@@ -151,12 +151,12 @@ def off_linear(
         return wrong
 
 
-def stacked(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:
-    """(N, D): [w_1 h_1, w_1, w_2 h_2, w_2, ...], the input of all layers as one without a bias of its own.
+def stack_inputs(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:
+    """Return [w_1 h_1, w_1, w_2 h_2, w_2, ...] (N, D): the input of all layers as one layer without a bias.
 
     Args:
         features: K tensors (N, d_k).
-        biases: for each layer whether it has a bias, whose column is then appended.
+        biases: for each layer, whether it has a bias, for which a column is appended.
         weights: K factors w_k.
     """
     parts: list[Tensor] = []
@@ -179,7 +179,7 @@ def _coarsest(values: Sequence[Tensor]) -> _Coarse:
 
 
 def _product_eps(logits: Tensor) -> float:
-    """Rounding of one factor of a matrix product that gave ``logits``."""
+    """Return the relative rounding error of one factor of the matrix product that gave ``logits``."""
     eps = torch.finfo(logits.dtype).eps
     if logits.dtype == torch.float32:
         precision = torch.get_float32_matmul_precision()

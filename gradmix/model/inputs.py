@@ -1,6 +1,6 @@
 """Inputs of a model: a tensor, or a mapping, tuple or list of tensors, nested at will, that share their first axis.
 
-``x`` of a batch is such a tree. Every tensor in it is a leaf, and axis 0 of every leaf counts the same samples.
+``x`` of a batch is such a tree. Every tensor in it is a leaf; axis 0 of every leaf is that of the samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tree = TypeVar("Tree")
 
 
 def leaves(x: object, path: str = "x") -> Iterator[tuple[str, object]]:
-    """Path and value of each leaf: whatever is neither a mapping, a tuple nor a list."""
+    """Yield path and value of each leaf: anything that is neither a mapping, a tuple nor a list."""
     if isinstance(x, Mapping):
         for key, value in x.items():
             yield from leaves(value, f"{path}[{key!r}]")
@@ -31,7 +31,7 @@ def leaves(x: object, path: str = "x") -> Iterator[tuple[str, object]]:
 
 
 def tensors_of(x: InputTree) -> list[Tensor]:
-    """The tensors of a checked tree, in order."""
+    """Return the tensors of a checked tree, in order."""
     return [cast(Tensor, value) for _, value in leaves(x)]
 
 
@@ -40,7 +40,7 @@ def check_inputs(name: str, x: object) -> int:
 
     Args:
         name: how the error names the argument.
-        x: what came.
+        x: the value given.
 
     Returns:
         N, the number of samples.
@@ -66,17 +66,17 @@ def check_inputs(name: str, x: object) -> int:
 
 
 def num_samples(x: InputTree) -> int:
-    """N of a checked tree."""
+    """Return N of a checked tree."""
     return len(first_tensor(x))
 
 
 def first_tensor(x: InputTree) -> Tensor:
-    """The first leaf of a checked tree."""
+    """Return the first leaf of a checked tree."""
     return cast(Tensor, next(leaves(x))[1])
 
 
 def map_tensors(function: Callable[[Any], Any], x: Tree) -> Tree:
-    """The same tree with ``function`` applied to every leaf; a mapping becomes a plain dict."""
+    """Return the tree with ``function`` applied to every leaf; a mapping becomes a plain dict."""
     if isinstance(x, Mapping):
         return cast(Tree, {key: map_tensors(function, value) for key, value in x.items()})
     if isinstance(x, tuple):
@@ -88,7 +88,7 @@ def map_tensors(function: Callable[[Any], Any], x: Tree) -> Tree:
 
 
 def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
-    """The tree of ``function(leaf, leaf, ...)`` over trees of one structure, such as chunks to be joined.
+    """Return the tree of ``function(leaf, leaf, ...)`` over trees of one structure, such as chunks to be joined.
 
     Raises:
         ValueError: the trees differ in structure.
@@ -100,34 +100,34 @@ def zip_tensors(function: Callable[..., Tensor], first: Tree, *others: Tree) -> 
             raise ValueError(f"x: got the parts {', '.join(part)}, expected {', '.join(paths)}")
     following = iter(paths)
 
-    def joined(leaf: Tensor) -> Tensor:
+    def join(leaf: Tensor) -> Tensor:
         path = next(following)
         return function(leaf, *(part[path] for part in rest))
 
-    return map_tensors(joined, first)
+    return map_tensors(join, first)
 
 
 def concatenate(trees: list[Tree]) -> Tree:
-    """Several trees of one structure as one, along the samples."""
+    """Concatenate trees of one structure along the samples."""
     return zip_tensors(lambda *parts: torch.cat(parts), trees[0], *trees[1:])
 
 
 def take(x: Tree, index: Tensor | slice) -> Tree:
-    """The samples at ``index``."""
+    """Return the samples at ``index``, (K,) int64, (N,) bool or a slice."""
     return map_tensors(lambda leaf: leaf[index], x)
 
 
 def floating_dtype(x: InputTree) -> torch.dtype | None:
-    """float64 if a leaf of a checked tree is float64, else the dtype of its first floating-point leaf; None: none."""
+    """Return float64 if a leaf of a checked tree has it, else the dtype of the first floating-point leaf, or None."""
     found = [leaf.dtype for leaf in tensors_of(x) if leaf.is_floating_point()]
     return torch.float64 if torch.float64 in found else found[0] if found else None
 
 
 def check_mixable(name: str, x: InputTree, estimator: str) -> None:
-    """Refuse inputs without mixtures to forward, such as token ids.
+    """Refuse inputs that cannot be mixed, such as token ids.
 
     Args:
-        name: what errors call the inputs.
+        name: name of the inputs in errors.
         x: the inputs.
         estimator: the name of the estimator that mixes them.
 
@@ -142,17 +142,17 @@ def check_mixable(name: str, x: InputTree, estimator: str) -> None:
 
 
 def check_alike(name: str, x: InputTree, like: InputTree, whose: str) -> None:
-    """Check that samples of ``x`` are like those of another checked tree: parts, shapes, and integers or not.
+    """Check that samples of ``x`` have the parts, the shapes and the kinds of numbers of another checked tree.
 
     Args:
         name: how the error names the argument.
-        x: what came, checked.
-        like: what is expected.
-        whose: of whom, "as" which the error says it should be.
+        x: the tree given, checked.
+        like: the tree that it is compared with.
+        whose: owner of ``like``, for the end of the error: "expected ... as <whose>".
 
     Raises:
         ValueError: other parts, or another shape.
-        TypeError: integers in place of floating-point numbers, or the other way round.
+        TypeError: integers in place of floating-point numbers, or vice versa.
     """
     came, expected = (cast("dict[str, Tensor]", dict(leaves(tree, name))) for tree in (x, like))
     if came.keys() != expected.keys():
@@ -160,7 +160,7 @@ def check_alike(name: str, x: InputTree, like: InputTree, whose: str) -> None:
     for path, own in came.items():
         other = expected[path]
         if own.shape[1:] != other.shape[1:]:
-            shapes = f"got rows of shape {tuple(own.shape[1:])}, expected {tuple(other.shape[1:])}"
+            shapes = f"got samples of shape {tuple(own.shape[1:])}, expected {tuple(other.shape[1:])}"
             raise ValueError(f"{path}: {shapes} as {whose}")
         if own.is_floating_point() != other.is_floating_point():
             raise TypeError(f"{path}: got x of dtype {own.dtype}, expected {other.dtype} as {whose}")
@@ -173,11 +173,11 @@ INSIDE = (
 
 
 def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
-    """Floating-point leaves mixed as lam x + (1 - lam) other; the other leaves, which have no mixtures, stay.
+    """Mix the floating-point leaves as lam x + (1 - lam) other; leave other leaves, which cannot be mixed, as they are.
 
     Args:
         x, other: checked trees of N samples, alike (:func:`check_alike`).
-        lam: a number or (N,); where it is 1 the sample stays as it is.
+        lam: a number or (N,), the weight of ``x``; where it is 1 the sample stays as it is.
 
     Raises:
         TypeError: no leaf is of a floating-point dtype, or another leaf is not the same for a sample and its partner.
@@ -186,11 +186,11 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
     first = first_tensor(cast(InputTree, x))
     if floating_dtype(cast(InputTree, x)) is None:
         raise TypeError(
-            f"x: got dtype {first.dtype}, expected a floating-point dtype, in which rows can be mixed; what is none, "
-            f"such as token ids, {INSIDE}"
+            f"x: got dtype {first.dtype}, expected a floating-point dtype, in which samples can be mixed; what is "
+            f"none, such as token ids, {INSIDE}"
         )
 
-    def mixed(own: Tensor, partner: Tensor) -> Tensor:
+    def mix(own: Tensor, partner: Tensor) -> Tensor:
         path = next(paths)
         if own.is_floating_point():
             weight = lam.to(own.dtype).view(-1, *[1] * (own.ndim - 1)) if isinstance(lam, Tensor) else lam
@@ -199,31 +199,31 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
         differ = differ.flatten(1).any(1) if differ.ndim > 1 else differ
         if bool((differ & (lam != 1)).any()):
             raise TypeError(
-                f"{path}: got dtype {own.dtype} and other values for a row than for its partner, expected a "
-                f"floating-point dtype, in which rows can be mixed, or the same values; what is neither {INSIDE}"
+                f"{path}: got dtype {own.dtype} and other values for a sample than for its partner, expected a "
+                f"floating-point dtype, in which samples can be mixed, or the same values; what is neither {INSIDE}"
             )
         return own
 
-    return zip_tensors(mixed, x, other)
+    return zip_tensors(mix, x, other)
 
 
 def own_copy(x: Tree) -> Tree:
-    """The samples for a model that may change its input in place: the caller's stay as they are."""
+    """Return a copy of the samples, for a model that may change its input in place."""
     return map_tensors(lambda leaf: leaf.detach().clone(), x)
 
 
 def call_model(model: nn.Module, x: InputTree) -> Any:
-    """Return the model's output for ``x``, given as :func:`arguments_of` says."""
+    """Return the model's output for ``x``, passed as :func:`arguments_of` defines."""
     positional, named = arguments_of(model, x)
     return model(*positional, **named)
 
 
 def arguments_of(model: nn.Module, x: InputTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments by which the model is given ``x``.
+    """Return the positional and the keyword arguments by which the model receives ``x``.
 
-    A mapping is given by keyword to a model whose ``forward`` takes these keywords, ``model(**x)``, and as it is to any
-    other. A tuple or list is given by position to a model whose ``forward`` takes that many arguments, ``model(*x)``,
-    and as it is to any other. A tensor is given as it is.
+    A mapping is passed by keyword, ``model(**x)``, to a model whose ``forward`` takes these keywords, and as one
+    argument to any other. A tuple or list is passed by position, ``model(*x)``, to a model whose ``forward`` takes that
+    many arguments, and as one argument to any other. A tensor is passed as one argument.
     """
     if isinstance(x, Tensor):
         return (x,), {}

@@ -1,8 +1,8 @@
-"""Mixing inside a model, where inputs cannot be mixed: rows of token ids meet as embeddings or as features.
+"""Mixing inside a model, for inputs that cannot be mixed: token ids are mixed as embeddings or as features.
 
-A stage of the model is run for both rows of a pair, what comes out is mixed, and the rest of the model sees the
-mixtures alone. So Mixup of texts is done at the embeddings or at the classifier's input (Guo et al. 2019, "Augmenting
-data with mixup for sentence classification").
+A stage of the model is run for both samples of a pair, its outputs are mixed, and the rest of the model receives only
+the mixtures. This is how Mixup of texts is done, at the embeddings or at the classifier's input (Guo et al. 2019,
+"Augmenting data with mixup for sentence classification").
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ def mixed_forward(
     partner: Tensor | None = None,
     head: nn.Module | str | None = None,
 ) -> Tensor:
-    """The logits of rows mixed at a stage inside the model: its output becomes lam o(x_i) + (1 - lam) o(other_x_i).
+    """Return the logits of samples mixed at a stage of the model: its output becomes lam o(x) + (1 - lam) o(other_x).
 
-    What selection allows is mixed so::
+    After a selection::
 
-        pairs = gradmix.select_pairs(model, buffer, (tokens, y))  # estimator "feature": no input need be mixed
+        pairs = gradmix.select_pairs(model, buffer, (tokens, y))  # estimator "feature": mixes no inputs
         logits = gradmix.mixed_forward(model, "embedding", tokens, pairs.other_x(), pairs.lam)
         loss = F.cross_entropy(logits, pairs.mix_labels())
 
-    The rows ``other_x`` make a pass of their own, which ends at the stage; then ``x`` makes the whole pass. Gradients
-    flow through both. Whatever the model makes of ``x`` beside the stage, such as a mask of padding, is that of ``x``.
-    Batch normalisation below the stage sees both, one after the other. With ``other_x`` None one pass does for both.
-    A module compiled by ``torch.compile`` runs uncompiled, because compiled code may skip hooks; the whole pass goes
-    through a data-parallel wrapper, whose gradients are then shared as ever.
+    ``other_x`` is forwarded first, up to the stage; then ``x`` is forwarded through the whole model. Gradients flow
+    through both passes. Anything that the model computes beside the stage, such as a padding mask, is computed from
+    ``x``. Batch normalisation before the stage sees both batches, one after the other. With ``other_x`` None there is
+    one pass. A module compiled by ``torch.compile`` runs uncompiled, because compiled code may skip hooks; the whole
+    pass goes through a data-parallel wrapper, which synchronises its gradients as usual.
 
     Args:
         model: the classifier; returns logits (N, C), or an object that holds them as ``.logits``.
         stage: a module of the model, or its name, called once in a forward pass and returning a tensor (N, ...); or
             ``"feature"``: the head's input.
-        x: (N, ...) the model's input, a tensor, or a mapping, tuple or list of tensors, which the model is given by
-            keyword or position if its ``forward`` takes them so, else as it is.
+        x: (N, ...) the model's input, a tensor, or a mapping, tuple or list of tensors, which is passed by keyword or
+            position if the model's ``forward`` takes it so, else as one argument.
         other_x: (N, ...) the partners, or (M, ...) with ``partner``; None: ``x``, with ``partner``.
-        lam: the weight of the row itself, a number in [0, 1] or a tensor (N,); 1: the row stays unmixed.
-        partner: (N,) int64, where each row's partner is in ``other_x``; None: at its own place.
-        head: the classifier layer or its name, for ``"feature"``; None: found by itself.
+        lam: the weight of the sample itself, a number in [0, 1] or a tensor (N,); 1: the sample stays unmixed.
+        partner: (N,) int64, the index of each sample's partner in ``other_x``; None: the sample's own index.
+        head: the classifier layer or its name, for ``"feature"``; None: it is searched for.
 
     Returns:
         (N, C) logits, with a graph.
 
     Raises:
-        ValueError: the stage is no module of the model, was not called once, or its outputs have no rows of one shape;
-            or arguments of unequal length.
+        ValueError: the stage is no module of the model, was not called exactly once, or its outputs for ``x`` and
+            ``other_x`` differ in shape; or arguments differ in length.
         TypeError: an argument of the wrong type, or the stage's output is not a floating-point tensor.
     """
     count = check_inputs("x", x)
-    _check_rows(count, other_x, lam, partner)
+    _check_arguments(count, other_x, lam, partner)
     name, module = _resolve(model, stage, head, x)
     at_input = stage == "feature"
-    # A compiled wrapper on the outside is passed by; a data-parallel one stays for the pass that has the loss.
+    # The outermost compiled wrapper is skipped; a data-parallel one stays for the pass that has the loss.
     inner = getattr(model, "_orig_mod", None)
     outer = inner if isinstance(inner, nn.Module) else model
     other = None if other_x is None else _output_at(unwrap(model), module, name, at_input, other_x)
@@ -74,11 +74,11 @@ def mixed_forward(
     def mix(value: object) -> Tensor:
         nonlocal calls
         calls += 1
-        h = _checked(value, name, count)
+        h = _check_output(value, name, count)
         partners = h if other is None else other
         if partners.shape[1:] != h.shape[1:]:
             raise ValueError(
-                f"other_x: {name} makes rows of shape {tuple(partners.shape[1:])} of it, expected "
+                f"other_x: {name} makes samples of shape {tuple(partners.shape[1:])} of it, expected "
                 f"{tuple(h.shape[1:])} as of x"
             )
         partners = partners if partner is None else partners[partner.to(h.device)]
@@ -93,7 +93,7 @@ def mixed_forward(
     handle = _hook(module, mix, at_input)
     try:
         with without_compilation():
-            # How the model takes x is asked of itself: a data-parallel wrapper takes everything.
+            # The signature of the model itself decides: a data-parallel wrapper takes any arguments.
             positional, named = arguments_of(unwrap(model), x)
             logits = logits_of(outer(*positional, **named))
     finally:
@@ -103,7 +103,7 @@ def mixed_forward(
 
 
 class _Reached(BaseException):
-    """Ends a forward pass at the stage; no Exception, which a model may catch."""
+    """Ends a forward pass at the stage; not an Exception, which a model might catch."""
 
 
 def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x: InputTree) -> Tensor:
@@ -111,7 +111,7 @@ def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x
     found: list[Tensor] = []
 
     def stop(value: object) -> Tensor:
-        found.append(_checked(value, name, num_samples(x)))
+        found.append(_check_output(value, name, num_samples(x)))
         raise _Reached
 
     handle = _hook(module, stop, at_input)
@@ -127,7 +127,7 @@ def _output_at(model: nn.Module, module: nn.Module, name: str, at_input: bool, x
 
 
 def _hook(module: nn.Module, change: Any, at_input: bool) -> torch.utils.hooks.RemovableHandle:
-    """Have ``change`` replace the module's output, or its first input."""
+    """Register a hook by which ``change`` replaces the module's output, or its first input."""
     if not at_input:
         return module.register_forward_hook(lambda _module, _inputs, output: change(output))
 
@@ -139,12 +139,12 @@ def _hook(module: nn.Module, change: Any, at_input: bool) -> torch.utils.hooks.R
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _checked(value: object, name: str, count: int) -> Tensor:
+def _check_output(value: object, name: str, count: int) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"a tensor of dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"stage: {name} gives {got}, expected a floating-point tensor, in which rows can be mixed")
+        raise TypeError(f"stage: {name} gives {got}, expected a floating-point tensor, in which samples can be mixed")
     if value.shape[:1] != (count,):
-        raise ValueError(f"stage: {name} gives a tensor {tuple(value.shape)}, expected {count} rows")
+        raise ValueError(f"stage: {name} gives a tensor {tuple(value.shape)}, expected {count} samples")
     return value
 
 
@@ -174,7 +174,7 @@ def _resolve(model: nn.Module, stage: nn.Module | str, head: nn.Module | str | N
     raise ValueError(f"stage: the {type(stage).__name__} given is not a module of the model")
 
 
-def _check_rows(count: int, other_x: InputTree | None, lam: Tensor | float, partner: Tensor | None) -> None:
+def _check_arguments(count: int, other_x: InputTree | None, lam: Tensor | float, partner: Tensor | None) -> None:
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
             raise TypeError(f"lam: got dtype {lam.dtype}, expected a floating-point dtype")
@@ -187,6 +187,6 @@ def _check_rows(count: int, other_x: InputTree | None, lam: Tensor | float, part
             raise ValueError("other_x: got None, expected the partners, or partner= to tell where they are in x")
         others = check_inputs("other_x", other_x)
         if others != count:
-            raise ValueError(f"other_x: got {others} rows, expected {count}, or partner= to tell which they are")
+            raise ValueError(f"other_x: got {others} samples, expected {count}, or partner= to tell which they are")
     elif partner.dtype != torch.int64 or partner.shape != (count,):
         raise ValueError(f"partner: got {partner.dtype} of shape {tuple(partner.shape)}, expected int64 ({count},)")

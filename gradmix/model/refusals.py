@@ -1,4 +1,4 @@
-"""Refusals by name around forward passes: statistics of the batch, and inputs of a dtype that fails."""
+"""Refusals around forward passes: models that use statistics of the batch, and inputs of a wrong dtype."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from gradmix.model.head import logits_of
 from gradmix.model.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
 from gradmix.model.unchanged import check_watched, without_compilation
 
-_ROWS = 2
-"""Rows that tell whether statistics are those of the batch."""
+_SAMPLES = 2
+"""Samples of the two passes that show whether a model uses statistics of the batch."""
 
 _TOLERANCE = 1e-3
-"""How far a row's logits may be from those in a batch of other rows, of the largest: rounding, in any order of sums."""
+"""Largest difference of a sample's logits alone and in a batch, relative to the largest logit: rounding of sums."""
 
 _met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models whose calls of ``batch_norm`` have been watched through a whole pass."""
 
 
 @contextmanager
-def refusing_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None]:
-    """Around forward passes of rows ``x`` in evaluation mode.
+def refuse_by_name(name: str, model: nn.Module, x: InputTree) -> Iterator[None]:
+    """Refuse, around forward passes of samples ``x`` in evaluation mode, what would give wrong or unclear results.
 
     Raises:
-        BatchStatisticsError: the model normalises by statistics of the batch, so that what is had for a row depends on
-            the rows around it, and on how rows are shared out among passes.
-        TypeError: the model fails, and there is an input of a dtype that may be why.
+        BatchStatisticsError: the model normalises by statistics of the batch, so that its output for a sample depends
+            on the other samples of the pass.
+        TypeError: the model fails, and there is an input of a dtype that may be the cause.
     """
-    with naming_dtypes(name, model, lambda: x), refusing_batch_statistics(model, x):
+    with name_dtypes(name, model, lambda: x), refuse_batch_statistics(model, x):
         yield
 
 
 @contextmanager
-def naming_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> Iterator[None]:
-    """The part of :func:`refusing_by_name` about dtypes; ``x`` gives rows like those of the body."""
+def name_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> Iterator[None]:
+    """Refuse inputs of a dtype with which the model fails; ``x()`` returns samples like those of the body."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -62,11 +62,11 @@ def naming_dtypes(name: str, model: nn.Module, x: Callable[[], InputTree]) -> It
 
 
 @contextmanager
-def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
-    """The part of :func:`refusing_by_name` about statistics of the batch.
+def refuse_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
+    """Refuse a model that normalises by statistics of the batch.
 
-    Modules of torch's are stopped by a hook, which only those have that would use such statistics. Other calls of
-    ``batch_norm`` are watched in the first pass of a model; weights may be standardised by one, so the values decide.
+    Modules of torch that would use such statistics get a hook that raises. Other calls of ``batch_norm`` are watched in
+    the first pass of a model; since a call may standardise weights, the model's values decide.
     """
     check_watched("model", model)
     watch = _Watch()
@@ -79,26 +79,26 @@ def refusing_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
             return
         passes: list[None] = []
         stack.callback(model.register_forward_hook(lambda *_: passes.append(None)).remove)
-        with without_compilation(), watch:  # which may pass by hooks and watches
+        with without_compilation(), watch:  # compiled code may skip hooks and the watch
             yield
-    # What TorchScript calls is not seen.
+    # Calls in TorchScript are not seen.
     unseen = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     if (watch.called or unseen) and _is_coupled(model, x):
         _refuse()
-    if passes and num_samples(x) >= _ROWS:
+    if passes and num_samples(x) >= _SAMPLES:
         _met.add(model)
 
 
 def _refuse(*_: object) -> None:
     raise BatchStatisticsError(
-        "model: normalises by the statistics of the batch, expected running statistics: what the model makes of a row "
-        "would depend on the rows around it. In evaluation mode BatchNorm uses running statistics if it was made with "
-        "track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
+        "model: normalises by the statistics of the batch, expected running statistics: what the model makes of a "
+        "sample would depend on the samples around it. In evaluation mode BatchNorm uses running statistics if it was "
+        "made with track_running_stats=True; GroupNorm or LayerNorm have no such trouble"
     )
 
 
 class _Watch(TorchFunctionMode):
-    """Notes calls of ``batch_norm`` that use statistics of what they are given."""
+    """Records whether ``batch_norm`` was called with the statistics of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Make the call."""
+        """Make the call and record it."""
         named = kwargs or {}
         if func not in (F.batch_norm, torch.batch_norm) or not named.get("training", args[5] if len(args) > 5 else 0):
             return func(*args, **named)
@@ -120,15 +120,15 @@ class _Watch(TorchFunctionMode):
 
 
 def _refuse_single(error: Exception) -> None:
-    """Refuse the model if this is what torch says of a single row whose statistics are wanted."""
+    """Refuse the model if the error is torch's for the statistics of a single sample."""
     if "more than 1 value per channel" in str(error):
         _refuse()
 
 
 def _is_coupled(model: nn.Module, x: InputTree) -> bool:
-    """Whether the first row's logits are others in a batch with the second one."""
+    """Whether the logits of the first sample change in a batch with the second one."""
     try:
-        alone, together = (logits_of(call_model(model, own_copy(take(x, slice(n)))))[0].float() for n in (1, _ROWS))
+        alone, together = (logits_of(call_model(model, own_copy(take(x, slice(n)))))[0].float() for n in (1, _SAMPLES))
     except (ValueError, torch.jit.Error) as error:
         _refuse_single(error)
         raise

@@ -1,6 +1,6 @@
-"""Looking at a model without leaving a trace.
+"""Forward passes that leave the model unchanged, and checks that values are finite.
 
-Whatever runs inside :func:`untouched` sees the model in evaluation mode and without autograd; afterwards, also after an
+Code inside :func:`leave_unchanged` runs the model in evaluation mode and without autograd. Afterwards, also after an
 exception, training flags, buffers and the random number generators are as they were. In evaluation mode BatchNorm reads
 its running statistics and does not update them, and dropout is off.
 """
@@ -23,14 +23,14 @@ from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 
 class ModelNotFiniteError(ValueError):
-    """What a model makes of finite inputs is not finite: as a rule its training has diverged."""
+    """A model's output for finite inputs is not finite: usually its training has diverged."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside ``torch.compile`` and data-parallel wrappers.
+    """Return the user's own module inside ``torch.compile`` and data-parallel wrappers.
 
-    Forward passes made for selection go through it: compiled code may skip the hook that captures the head, and a
-    data-parallel wrapper would synchronise with processes that make no such pass.
+    Forward passes for selection use it: compiled code may skip the hook that captures the head, and a data-parallel
+    wrapper would synchronise with processes that make no such pass.
     """
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -52,9 +52,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def without_compilation() -> AbstractContextManager[Any]:
-    """Run what is compiled inside a model, or in place, as it was written, where this torch can.
+    """Run modules compiled inside a model, or in place, uncompiled, where this version of torch can.
 
-    Compiled code may skip hooks, and torch 2.5 may compile it anew for each call.
+    Compiled code may skip hooks, and torch 2.5 may compile again for each call.
     """
     set_stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if set_stance is None else set_stance("force_eager")
@@ -64,7 +64,7 @@ def check_watched(what: str, module: nn.Module) -> None:
     """Refuse a module whose forward passes cannot be watched: TorchScript takes no hooks.
 
     Raises:
-        TypeError: it is one.
+        TypeError: the module is a TorchScript module.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
@@ -74,29 +74,29 @@ def check_watched(what: str, module: nn.Module) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter (or buffer); the CPU for a model with neither."""
+    """Return the device of the first parameter, else of the first buffer, else the CPU."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def leave_unchanged(model: nn.Module) -> Iterator[None]:
     """Run the body with ``model`` in evaluation mode and without autograd, then restore everything.
 
     The flags are set on the modules themselves: ``train()`` and ``eval()`` are overridden by models that freeze or
-    merge layers in them. Autocast keeps no half-precision copies of weights meanwhile: made without autograd, they
-    would serve the caller's next forward pass too, which then had no gradient (seen with torch 2.5). What is made in
-    the body are ordinary tensors also where the caller is in inference mode: they may be kept and used outside it.
+    merge layers in them. Meanwhile autocast caches no half-precision copies of weights: made without autograd, they
+    would also be used in the caller's next forward pass, which then had no gradient (seen with torch 2.5). Tensors made
+    in the body are ordinary ones also if the caller is in inference mode: they may be kept and used outside it.
 
-    Buffers that the model writes (counters, moving averages, caches) are put back, see :class:`_Buffers`. What else it
-    keeps of a forward pass, in lists or dictionaries of its own, say, is its own affair.
+    Buffers that the model writes (counters, moving averages, caches) are restored, see :class:`_Buffers`. Anything else
+    that it stores during a forward pass, such as lists or dictionaries of its own, is not.
     """
     training = [module for module in model.modules() if module.training]
     device = device_of(model)
     cached = torch.is_autocast_cache_enabled()
     with torch.inference_mode(False):
         buffers = _Buffers(model)
-    with preserved_rng(device), torch.inference_mode(False), torch.no_grad():
+    with preserve_rng(device), torch.inference_mode(False), torch.no_grad():
         try:
             torch.set_autocast_cache_enabled(False)
             for module in training:
@@ -110,7 +110,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_autograd() -> Iterator[None]:
+def disable_autograd() -> Iterator[None]:
     """Run the body without autograd; what is made in it are ordinary tensors, also in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -120,8 +120,8 @@ def without_autograd() -> Iterator[None]:
 def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
     """Leave hooks on the parameters' gradients (``Tensor.register_hook``) out of the body's backward passes.
 
-    They change or log what an optimiser gets, of a whole batch; the gradient of the loss is something else, and a log
-    must not be shown gradients of rows.
+    Such hooks change or log the gradient of a whole batch for an optimiser. They must neither change the gradient of
+    the loss nor receive gradients of single samples.
     """
     hooks = [(parameter, parameter._backward_hooks) for parameter in model.parameters() if parameter._backward_hooks]
     try:
@@ -134,13 +134,14 @@ def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
 
 
 class _Buffers:
-    """A model's buffers as they are now, to be put back.
+    """A copy of a model's buffers, from which they are restored.
 
-    All are copied: which of them a forward pass will write is not known before. Written back are those that were
-    written. Autograd's version counters do not tell, as a write through ``.data`` does not count: values are compared;
-    where that would make the host wait for a GPU, all are written back, past the counters. Buffers that were assigned,
-    registered or deleted are again those that were there. With a module's buffers its plain attributes (numbers, texts,
-    None) are put back, which may say how far a cache is filled. A written buffer keeps its higher version.
+    All buffers are copied, since it is not known in advance which of them a forward pass writes. Only those that were
+    written are restored. Autograd's version counters do not show that, as a write through ``.data`` does not count;
+    therefore values are compared. Where that would make the host wait for a GPU, all are restored, without a change of
+    the counters. Buffers that were assigned, registered or deleted are replaced by the former ones. With a module's
+    buffers its plain attributes (numbers, texts, None) are restored, as they may say how far a cache is filled. A
+    buffer that was written keeps its higher version.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,7 +149,7 @@ class _Buffers:
             (m, dict(m._buffers.items()), set(m._non_persistent_buffers_set), dict(vars(m))) for m in model.modules()
         ]
         found = {id(b): b for _, own, _, _ in self._modules for b in own.values() if b is not None and _is_plain(b)}
-        # With the memory and the version that each had.
+        # Each with its memory and its version.
         self._copies = [
             (b, b.detach(), None if b.is_inference() else b._version, b.requires_grad, b.detach().clone())
             for b in found.values()
@@ -156,7 +157,7 @@ class _Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back."""
+        """Restore the buffers."""
         written: set[int] = set()
         behind: tuple[list[Tensor], list[Tensor]] = [], []
         for buffer, memory, version, required_grad, copy in self._copies:
@@ -167,7 +168,7 @@ class _Buffers:
                 buffer.detach_()
             if version is not None and buffer._version != version:
                 written.add(id(buffer))
-            # Entries that an expanded buffer repeats are one in memory.
+            # Repeated entries of an expanded buffer are one in memory.
             once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in memory.stride())
             if not can_sync(buffer.device):
                 behind[0].append(buffer.data[once])
@@ -180,7 +181,7 @@ class _Buffers:
             torch._foreach_copy_(*behind)
         for module, buffers, transient, attributes in self._modules:
             if isinstance(module, torch.jit.ScriptModule):
-                continue  # its attributes are not Python's
+                continue  # its attributes are not those of a Python object
             now = module._buffers
             rebound = now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items())
             if rebound:
@@ -206,7 +207,7 @@ def _restore_plain_attributes(module: nn.Module, before: dict[str, object]) -> N
 
 
 class RandomState:
-    """The global generators of torch (CPU and ``device``), numpy and Python as they are now."""
+    """The present state of the global generators of torch (CPU and ``device``), numpy and Python."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
@@ -216,14 +217,14 @@ class RandomState:
         accelerator = [] if self._device is None else [torch.cuda.get_rng_state(self._device)]
         return [torch.get_rng_state(), *accelerator]
 
-    def has_moved(self) -> bool:
-        """Whether a number was drawn from any of them since."""
+    def has_advanced(self) -> bool:
+        """Whether a number has been drawn from any of them since."""
         same = all(map(torch.equal, self._tensors(), self._torch)) and random.getstate() == self._python
         now, before = (_numpy_words(state) for state in (np.random.get_state(), self._numpy))
         return not same or now != before
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore the generators."""
         torch.set_rng_state(self._torch[0])
         if self._device is not None:
             torch.cuda.set_rng_state(self._torch[1], self._device)
@@ -232,12 +233,12 @@ class RandomState:
 
 
 def _numpy_words(state: Any) -> tuple[bytes, object]:
-    """The generator's state and its place in it."""
+    """Return the words of numpy's generator and its position in them."""
     return np.asarray(state[1]).tobytes(), state[2]
 
 
 @contextmanager
-def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
+def preserve_rng(device: torch.device | None = None) -> Iterator[None]:
     """Restore the global generators of torch (CPU and ``device``), numpy and Python afterwards.
 
     Data sets may draw from any of them in ``__getitem__``.
@@ -249,15 +250,16 @@ def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
         state.restore()
 
 
-def require_finite(first_row: int = 0, **named: InputTree) -> None:
-    """Raise ValueError naming the argument and the first row of it that holds a NaN or an infinity.
+def require_finite(first: int = 0, **named: InputTree) -> None:
+    """Raise ValueError naming the argument and the first sample of it that holds a NaN or an infinity.
 
-    Where a look at values is free, the usual case costs one reduction a tensor (a sum is finite only if every entry
-    is); where it is not, finite or not, the rows' largest entries are found (:mod:`gradmix.runtime.deferred_checks`).
+    Where the host may read values, the usual case costs one reduction for each tensor (a sum is finite only if every
+    entry is). Elsewhere the largest entry of each sample is computed in any case
+    (:mod:`gradmix.runtime.deferred_checks`).
 
     Args:
-        first_row: index of row 0 in the whole argument, of which the tensors are a chunk.
-        named: trees of tensors (N, ...) by the name that the error uses; underscores are shown as spaces.
+        first: index of sample 0 in the whole argument, of which the tensors are a chunk.
+        named: trees of tensors (N, ...) by name; in the error, underscores become spaces.
     """
     floats = {
         path: value
@@ -265,40 +267,40 @@ def require_finite(first_row: int = 0, **named: InputTree) -> None:
         for path, value in leaves(tree, name.replace("_", " "))
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
     }
-    if not floats or _seen_finite(*floats.values()):
+    if not floats or _is_finite_now(*floats.values()):
         return
     for name, value in floats.items():
-        _require_rows(value, partial(_row_not_finite, name, first_row))
+        _require_finite_samples(value, partial(_sample_error, name, first))
 
 
 def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
-    """The same for logits (K, C) of mixed rows ``i`` and ``j``, both (K,)."""
-    if not _seen_finite(logits):
-        _require_rows(logits, partial(_pair_not_finite, i, j))
+    """Raise ValueError if the logits (K, C) of the mixtures of samples ``i`` and ``j``, both (K,), are not finite."""
+    if not _is_finite_now(logits):
+        _require_finite_samples(logits, partial(_pair_error, i, j))
 
 
-def _seen_finite(*values: Tensor) -> bool:
-    """Whether a look is free and finds everything finite, by one synchronisation."""
+def _is_finite_now(*values: Tensor) -> bool:
+    """Whether the host may read values and all are finite; one synchronisation."""
     if not all(can_sync(value.device) for value in values):
         return False
     return bool(torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in values]).sum()))
 
 
-def _require_rows(value: Tensor, error: Callable[[int, str], ValueError]) -> None:
-    """Require the rows of ``value`` to be finite; ``error`` is made of the first that is not, and what it holds."""
-    # The largest entries: the question must not keep a batch of images alive until the next call.
+def _require_finite_samples(value: Tensor, error: Callable[[int, str], ValueError]) -> None:
+    """Require the samples of ``value`` to be finite; ``error`` makes the error from the first that is not, and why."""
+    # Only the largest entries: a pending check must not keep a batch of images alive until the next call.
     largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
     check_samples(
-        ~torch.isfinite(largest), lambda row: error(row, "NaN" if torch.isnan(largest[row]) else "an infinity")
+        ~torch.isfinite(largest), lambda sample: error(sample, "NaN" if torch.isnan(largest[sample]) else "an infinity")
     )
 
 
-def _row_not_finite(name: str, first_row: int, row: int, content: str) -> ValueError:
+def _sample_error(name: str, first: int, sample: int, content: str) -> ValueError:
     kind = ModelNotFiniteError if name.startswith("the model") else ValueError
-    return kind(f"{name}: row {first_row + row} holds {content}, expected finite values")
+    return kind(f"{name}: sample {first + sample} holds {content}, expected finite values")
 
 
-def _pair_not_finite(i: Tensor, j: Tensor, k: int, content: str) -> ValueError:
+def _pair_error(i: Tensor, j: Tensor, k: int, content: str) -> ValueError:
     return ModelNotFiniteError(
-        f"the model's logits of mixed rows {int(i[k])} and {int(j[k])}: {content}, expected finite values"
+        f"the model's logits of mixed samples {int(i[k])} and {int(j[k])}: {content}, expected finite values"
     )

@@ -1,4 +1,4 @@
-"""Experience replay: the buffer of past samples, where their data lies, and how any source of samples is read.
+"""Experience replay: the buffer of past samples, the storage of its data, and the reading of any source of samples.
 
 - :mod:`~gradmix.replay.buffer`: the public :class:`gradmix.ReplayBuffer`, composed of the parts below.
 - :mod:`~gradmix.replay.ledger`: which samples are held: keys, labels, counts by class, quotas.

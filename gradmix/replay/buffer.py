@@ -1,4 +1,4 @@
-"""The replay buffer: a small, uniformly random subset of everything seen so far.
+"""The replay buffer: a small, uniformly random subset of all samples seen so far.
 
 :class:`ReplayBuffer` composes the parts of this package. The ledger decides which samples are held, a store keeps their
 data in memory or in files, draws choose among them, and a thread may copy the next draw ahead.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gradmix._moved import alias_attribute, moved
 from gradmix.model.inputs import InputTree, map_tensors
 from gradmix.replay import draws
 from gradmix.replay.file_store import FileStore
@@ -25,13 +26,13 @@ from gradmix.replay.state import read_state, write_state
 from gradmix.replay.store import Columns, Store
 
 
-class BufferRows(NamedTuple):
-    """Samples drawn from a buffer, with all that is kept with them.
+class BufferSamples(NamedTuple):
+    """Samples drawn from a buffer, with their extras.
 
     Attributes:
         x: ``(n, ...)`` inputs: a tensor, or a dict, tuple or list of tensors, as they were given.
         y: ``(n,)`` int64 labels.
-        extras: ``(n, ...)`` by the name given to :meth:`ReplayBuffer.add`; empty if nothing was given.
+        extras: ``(n, ...)`` by the name given to :meth:`ReplayBuffer.add`; empty if none were given.
     """
 
     x: Any
@@ -46,39 +47,39 @@ class ReplayBuffer:
 
     - ``class``: ``capacity`` samples of every class; the buffer grows with the number of classes.
     - ``balanced``: ``capacity`` samples in total, shared equally by the classes seen. A class with fewer samples than
-      its share leaves the rest to the others, so the buffer is full as soon as ``capacity`` samples were seen. A
-      remainder goes one sample each to the classes with the smallest labels.
+      its share leaves the rest to the others, so that the buffer is full as soon as ``capacity`` samples were seen. A
+      remainder is given, one sample each, to the classes with the smallest labels.
     - ``reservoir``: ``capacity`` samples in total, a uniformly random subset of the stream whatever the classes.
 
-    What is held depends on the seed and on the sequence of samples alone: not on how they were split into calls of
-    :meth:`add`, not on the device, not on how often the buffer was sampled. No global random state is read or changed.
+    The samples held depend on the seed and on the sequence of samples alone: not on their split into calls of
+    :meth:`add`, on the device, or on the number of draws. No global random state is read or changed.
 
     Inputs are a tensor, or a mapping, tuple or list of tensors with one number of samples, such as a tokenizer's ids
     and mask; a mapping is returned as a dict.
 
-    Anything else known of a sample can be kept with it, under a name of the caller's: extras, which stay with their
-    samples under every policy. DER++ keeps the logits that the model gave a sample when it was added, and later trains
-    the model to give them again.
+    Further tensors can be kept with a sample, under names of the caller's: extras, which stay with their samples under
+    every policy. DER++ keeps the logits that the model gave a sample when it was added, and later trains the model to
+    reproduce them.
 
-    With a ``folder`` the inputs and extras lie in its files and only the ledger in memory: some 40 bytes a sample, and
-    what is drawn. :meth:`state_dict` then contains the ledger and where the samples are, not the samples themselves,
-    and belongs to the folder. Any of the two states taken last can be loaded after a crash at any moment: samples that
-    left the buffer are not overwritten as long as one of these states has them. One of the two is the last that was
-    saved, if every state is saved before the next one is taken. So the files hold more samples than the buffer, by
-    those replaced since then.
+    With a ``folder`` the inputs and extras lie in its files; in memory are only the ledger, about 40 bytes for each
+    sample, and the samples drawn. :meth:`state_dict` then contains the ledger and the places of the samples, not the
+    samples themselves, and belongs to the folder. Either of the two states taken last can be loaded after a crash at
+    any moment: samples that left the buffer are not overwritten as long as one of these states contains them. If every
+    state is saved before the next one is taken, one of the two is the last one saved. The files therefore hold more
+    samples than the buffer: those replaced since then.
 
     Args:
         capacity: Samples per class for policy ``class``, samples in total otherwise; at least 1.
         policy: One of the three above.
-        device: Where the samples are kept; ``None``: where the first samples lie. With a folder, where drawn samples
-            go; ``None``: the CPU.
-        seed: Seeds the keys and, apart from them, the draws of :meth:`sample` and :meth:`draw_balanced`.
+        device: Device of the samples; ``None``: that of the first samples. With a folder, device of drawn samples;
+            ``None``: the CPU.
+        seed: Seed of the keys and, independently, of the draws of :meth:`sample` and :meth:`draw_balanced`.
         folder: A new or empty folder of the buffer's own, or the one it had before, if its state is loaded before any
             samples are added; ``None``: samples lie in memory. One buffer at a time may use a folder.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is not an integer, or ``folder`` no path.
-        ValueError: ``capacity`` is below 1 or ``policy`` is unknown, or there is something else in the folder.
+        ValueError: ``capacity`` is below 1, ``policy`` is unknown, or the folder contains other files.
 
     Example:
         >>> buffer = ReplayBuffer(2, policy="class", seed=0)
@@ -95,8 +96,8 @@ class ReplayBuffer:
 
         >>> buffer = ReplayBuffer(2, policy="class", seed=0)
         >>> buffer.add(torch.rand(6, 2), torch.tensor([0, 0, 0, 1, 1, 5]), logits=torch.rand(6, 10))
-        >>> rows = buffer.sample_rows(3)
-        >>> rows.x.shape, rows.extras["logits"].shape
+        >>> samples = buffer.sample_with_extras(3)
+        >>> samples.x.shape, samples.extras["logits"].shape
         (torch.Size([3, 2]), torch.Size([3, 10]))
     """
 
@@ -123,11 +124,11 @@ class ReplayBuffer:
             else FileStore(folder, where)
         )
         # Two generators: how often the buffer is sampled must not change what it holds.
-        self._key_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "keys"))
-        self._draw_generator = torch.Generator("cpu").manual_seed(_derived_seed(seed, "draws"))
+        self._key_generator = torch.Generator("cpu").manual_seed(_derive_seed(seed, "keys"))
+        self._draw_generator = torch.Generator("cpu").manual_seed(_derive_seed(seed, "draws"))
         self._prefetch = Prefetch(self._draw_generator)
 
-    # ---------------------------------------------------------------------------------------------- what it holds
+    # ---------------------------------------------------------------------------------------------- samples held
 
     @property
     def capacity(self) -> int:
@@ -141,7 +142,7 @@ class ReplayBuffer:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the samples are kept; ``None`` while that is still open, before the first samples."""
+        """Device of the samples; ``None`` before the first samples, unless one was given."""
         return self._store.device
 
     @property
@@ -165,7 +166,7 @@ class ReplayBuffer:
 
     @property
     def extras(self) -> dict[str, Tensor]:
-        """What is kept with the samples, ``(len, ...)`` by name, in the order of :attr:`x`; shares memory as that does.
+        """The extras held, ``(len, ...)`` by name, in the order of :attr:`x`; the same holds for their memory.
 
         Empty before the first :meth:`add`, and if that was given none.
         """
@@ -174,7 +175,7 @@ class ReplayBuffer:
         return {name: self._store.column(name) for name in self._store.layout.extra_names}
 
     def part(self, start: int, stop: int) -> tuple[Any, Tensor]:
-        """Return some of the samples held, in order of arrival: what ``x[start:stop]`` and ``y[start:stop]`` are.
+        """Return some of the samples held, in order of arrival: ``x[start:stop]`` and ``y[start:stop]``.
 
         With a folder they are read from it, on the buffer's device, and copies; else they share memory with the buffer.
         """
@@ -195,7 +196,7 @@ class ReplayBuffer:
     @property
     def seen_per_class(self) -> dict[int, int]:
         """Samples seen so far of every class, by label."""
-        return self._ledger.seen_per_class()
+        return self._ledger.count_seen()
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -215,10 +216,10 @@ class ReplayBuffer:
     # -------------------------------------------------------------------------------------------------- filling it
 
     def add(self, x: InputTree, y: Tensor, **extras: Tensor) -> None:
-        """Show samples to the buffer, which keeps copies of those within the quota.
+        """Add samples to the stream; the buffer keeps copies of those within the quota.
 
-        Which samples are kept is decided on their keys alone; only those are copied, so samples that are turned away
-        cost next to nothing.
+        The keys alone decide which samples are kept; only these are copied, so that rejected samples cost almost
+        nothing.
 
         Args:
             x: Inputs ``(N, ...)``, on any device; kept detached. A tensor, or a mapping, tuple or list of tensors,
@@ -268,11 +269,11 @@ class ReplayBuffer:
             TypeError: ``n`` is not an integer.
             ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
         """
-        rows = self.sample_rows(n, generator)
-        return rows.x, rows.y
+        samples = self.sample_with_extras(n, generator)
+        return samples.x, samples.y
 
-    def sample_rows(self, n: int, generator: torch.Generator | None = None) -> BufferRows:
-        """Make the same draw as :meth:`sample`, with what is kept with the samples.
+    def sample_with_extras(self, n: int, generator: torch.Generator | None = None) -> BufferSamples:
+        """Make the same draw as :meth:`sample`, and return the extras too.
 
         Args:
             n: Samples to draw.
@@ -287,16 +288,18 @@ class ReplayBuffer:
         """
         self._check_draw(n)
         if generator is None and self._prefetch.has(n):
-            return self._rows(self._prefetch.take())
-        return self._read(draws.uniform(len(self), n, self._generator(generator)))
+            return self._as_samples(self._prefetch.take())
+        return self._read(draws.draw_uniform(len(self), n, self._generator(generator)))
+
+    sample_rows = alias_attribute("ReplayBuffer", "sample_rows", "sample_with_extras")
 
     def prefetch(self, n: int) -> None:
-        """Begin to copy the samples that the next ``sample(n)`` or ``sample_rows(n)`` will return, in the background.
+        """Begin to copy the samples of the next ``sample(n)`` or ``sample_with_extras(n)``, in the background.
 
-        They are drawn at once; only the copying, and the reading of a folder's files, is left to a thread. Nothing else
-        changes: if samples are added meanwhile, or another number or balanced samples are drawn by the buffer's own
-        generator, the draw is undone, and repeated when it is asked for. A state taken meanwhile is that of before the
-        draw. Draws by a generator of the caller's do not interfere.
+        They are drawn at once; only copying, and reading a folder's files, is done in a thread. Results do not change:
+        if samples are added meanwhile, or the buffer's own generator draws another number of samples or balanced ones,
+        the draw is undone, and repeated when it is requested. A state taken meanwhile is that before the draw. Draws by
+        a generator of the caller's do not interfere.
 
         Args:
             n: Samples to draw.
@@ -310,7 +313,7 @@ class ReplayBuffer:
             return
 
         def draw() -> Callable[[], Columns]:
-            return self._store.reader(draws.uniform(len(self), n, self._draw_generator))
+            return self._store.reader(draws.draw_uniform(len(self), n, self._draw_generator))
 
         self._prefetch.start(n, draw, in_thread=not self._store.copies_on_device)
 
@@ -332,40 +335,40 @@ class ReplayBuffer:
             ValueError: ``n`` is negative, or the buffer is empty and ``n`` is not 0.
         """
         self._check_draw(n)
-        return self._read(draws.balanced(self._ledger.labels, n, self._generator(generator)))[:2]
+        return self._read(draws.draw_balanced(self._ledger.labels, n, self._generator(generator)))[:2]
 
     def _check_draw(self, n: int) -> None:
         """Raise unless ``n`` samples can be drawn."""
         _check_int("n", n, minimum=0)
         if n > 0 and len(self) == 0:
-            raise ValueError(f"n: got {n}, but the buffer is empty; add rows before drawing any")
+            raise ValueError(f"n: got {n}, but the buffer is empty; add samples before drawing any")
 
     def _generator(self, given: torch.Generator | None) -> torch.Generator:
-        """Return the generator of a draw; for the buffer's own, a draw made ahead is undone."""
+        """Return the generator of a draw; for the buffer's own, undo a draw made ahead."""
         if given is not None:
             return given
         self._prefetch.undo()
         return self._draw_generator
 
-    def _read(self, places: Tensor) -> BufferRows:
+    def _read(self, places: Tensor) -> BufferSamples:
         """Return copies of the samples at places (n,)."""
         if self._store.layout is None:
-            return BufferRows(*no_samples(self.device), {})
-        return self._rows(self._store.reader(places)())
+            return BufferSamples(*no_samples(self.device), {})
+        return self._as_samples(self._store.reader(places)())
 
-    def _rows(self, columns: Columns) -> BufferRows:
-        """Return what the store's reader has copied, as samples on the buffer's device."""
+    def _as_samples(self, columns: Columns) -> BufferSamples:
+        """Return the columns copied by the store's reader as samples on the buffer's device."""
         layout = self._store.layout
         assert layout is not None
         columns = self._store.deliver(columns)
-        return BufferRows(layout.inputs(columns), columns[LABELS], layout.extras(columns))
+        return BufferSamples(layout.inputs(columns), columns[LABELS], layout.extras(columns))
 
     # ------------------------------------------------------------------------------------------ moving and keeping it
 
     def to(self, device: torch.device | str) -> ReplayBuffer:
-        """Move the samples to ``device`` and return the buffer itself; what it holds and will hold stays the same.
+        """Move the samples to ``device`` and return the buffer itself; the present and future samples stay the same.
 
-        Samples in a folder stay there, and those drawn from it go to ``device``.
+        Samples in a folder stay there; samples drawn from it are copied to ``device``.
         """
         self._prefetch.undo()
         self._store.to(torch.device(device))
@@ -380,15 +383,15 @@ class ReplayBuffer:
         self._store.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on identically: samples, keys, seen counts, both generators' states.
+        """Return everything needed to continue identically: samples, keys, seen counts, both generators' states.
 
         The values are tensors, integers, strings, and dicts, tuples and lists of such, so that
         ``torch.load(..., weights_only=True)`` reads them.
         Tensors are copies.
 
-        Of samples in a folder the state contains the places instead. Everything has reached the disk when this returns,
-        and the samples of this state and of the one taken before are not overwritten until another one is taken: save a
-        state before you take the next one, and after a crash the last one saved can be loaded.
+        For samples in a folder the state contains their places instead. When this returns, all samples are on the disk.
+        The samples of this state and of the previous one are not overwritten until another one is taken: if every state
+        is saved before the next one is taken, the last one saved can be loaded after a crash.
         """
         state = write_state(
             self._ledger,
@@ -402,9 +405,9 @@ class ReplayBuffer:
         """Take over a state made by :meth:`state_dict`; samples go to this buffer's device, or stay where they lie.
 
         Args:
-            state: As :meth:`state_dict` gives it, of a buffer with the same capacity and policy. It is not kept. One of
-                version 1 has no extras. One of a buffer with a folder belongs to that folder, which must not have been
-                written to since by anybody but this buffer's own earlier process.
+            state: As :meth:`state_dict` returns it, of a buffer with the same capacity and policy. It is not kept. A
+                state of version 1 has no extras. A state of a buffer with a folder belongs to that folder; since then
+                only this buffer's own earlier process may have written to it.
 
         Raises:
             ValueError: An entry is missing or does not fit this buffer or the other entries, or the samples that it
@@ -420,8 +423,8 @@ class ReplayBuffer:
         self._draw_generator.set_state(loaded.draw_generator)
 
 
-def _derived_seed(seed: int, purpose: str) -> int:
-    """Return a seed of the buffer's own: a caller's generator with the same seed must not yield the same numbers."""
+def _derive_seed(seed: int, purpose: str) -> int:
+    """Return a seed of the buffer's own, so that a caller's generator with the same seed draws other numbers."""
     digest = hashlib.sha256(f"gradmix.ReplayBuffer {purpose} {int(seed)}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
@@ -432,3 +435,6 @@ def _check_int(name: str, value: int, minimum: int | None = None) -> None:
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: got {value}, expected at least {minimum}")
+
+
+__getattr__ = moved(__name__, __name__, {"BufferRows": "BufferSamples"})

@@ -1,7 +1,8 @@
 """The file of one column: samples' entries at numbered slots.
 
-Entries are read and written by their place in the file, not through a map of it: a full disk is then an error and not
-the end of the process, and what was read does not count as memory of the process. Reads are in the order of the slots.
+Entries are read and written by their position in the file, not through a memory map: a full disk is then an error and
+does not end the process, and the entries read do not count as memory of the process. Reads are in the order of the
+slots.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gradmix.replay.layout import Column
 
 
 class ColumnFile:
-    """A file of one column's entries, opened, and created if it is not there.
+    """A file of one column's entries, opened, and created if it does not exist.
 
     Args:
         path: The file.
@@ -45,7 +46,7 @@ class ColumnFile:
         return os.fstat(self.descriptor).st_size // size if size else None
 
     def grow(self, slots: int) -> None:
-        """Make room for so many slots.
+        """Make room for ``slots`` slots.
 
         Raises:
             OSError: The disk has no room; the message has the path and the bytes wanted.
@@ -85,16 +86,16 @@ class ColumnFile:
             while part:
                 done = _read_into(self.descriptor, part, at)
                 if done == 0:
-                    raise OSError(errno.EIO, f"the file ends before row {slot}", str(self.path))
+                    raise OSError(errno.EIO, f"the file ends before sample {slot}", str(self.path))
                 part, at = part[done:], at + done
         return out
 
-    def mapped(self, count: int) -> Tensor:
-        """Return the entries at the first ``count`` slots, mapped from the file; writing to them leaves the file."""
+    def map_entries(self, count: int) -> Tensor:
+        """Return the entries at the first ``count`` slots, mapped from the file; writes do not reach the file."""
         shape, length = (count, *self.column.shape), count * self.column.entry_bytes
         if length == 0:
             return torch.empty(shape, dtype=self.column.dtype, device="cpu")
-        # A page that is written to is copied first, so that no reader can spoil the file.
+        # A page is copied before it is written, so that no reader can change the file.
         pages = mmap.mmap(self.descriptor, length, access=mmap.ACCESS_COPY)
         return torch.frombuffer(pages, dtype=torch.uint8).view(self.column.dtype).view(shape)
 
@@ -102,7 +103,7 @@ class ColumnFile:
 def no_room_error(error: OSError, path: Path, wanted: int) -> OSError:
     """Return the system's error with the path and the bytes wanted."""
     return OSError(
-        error.errno, f"{error.strerror or error}; {wanted} bytes more were wanted for replayed rows", str(path)
+        error.errno, f"{error.strerror or error}; {wanted} bytes more were wanted for replayed samples", str(path)
     )
 
 

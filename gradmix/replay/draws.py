@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def uniform(held: int, n: int, generator: torch.Generator) -> Tensor:
+def draw_uniform(held: int, n: int, generator: torch.Generator) -> Tensor:
     """Draw samples uniformly: without replacement if ``n <= held``, with replacement otherwise.
 
     Args:
@@ -22,7 +22,7 @@ def uniform(held: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.randint(held, (n,), generator=generator, device=generator.device).cpu()
 
 
-def balanced(labels: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def draw_balanced(labels: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw samples class-balanced: each of the P classes gets ``n // P`` or one more of the samples, in random order.
 
     Args:

@@ -31,14 +31,14 @@ class FileStore:
 
     Args:
         folder: A new or empty folder, or one whose samples are taken over by :meth:`load`.
-        device: Where drawn samples go; None: the CPU.
+        device: Device of drawn samples; None: the CPU.
 
     Attributes:
         device: As given; None before the first samples.
         layout: Layout of the samples; None: there were no samples yet.
 
     Raises:
-        ValueError: There is something else in the folder.
+        ValueError: The folder contains other files.
     """
 
     in_folder = True
@@ -71,7 +71,7 @@ class FileStore:
 
     def _reserve(self, count: int) -> Tensor:
         """Return free slots (count,), after the files have grown if needed."""
-        # Samples that are dropped now are used too: should writing fail, they are still held.
+        # Slots of samples that are dropped now are not free: if writing fails, these samples are still held.
         used = torch.cat([self._slots, *self._state_slots]).unique()
         self._files.reserve(len(used) + count)
         free = torch.ones(self._files.room, dtype=torch.bool, device="cpu")
@@ -83,7 +83,7 @@ class FileStore:
         if name == LABELS:
             return self._labels.to(self.device or "cpu")
         if torch.equal(self._slots, torch.arange(len(self._slots), device="cpu")):
-            return self._files.mapped(name, len(self._slots))
+            return self._files.map_column(name, len(self._slots))
         return self._files.read(self._slots, names=(name,))[name]
 
     def part(self, start: int, stop: int) -> Columns:
@@ -139,9 +139,9 @@ class FileStore:
             if columns and not {name for _, name in leaves(parts)} <= columns.keys():
                 raise KeyError("parts")
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"state: files does not say where the rows are ({error})") from error
+            raise ValueError(f"state: files does not say where the samples are ({error})") from error
         if slots.shape != (held,) or stamps.shape != (held,) or len(slots.unique()) < held or bool((slots < 0).any()):
-            raise ValueError(f"state: files does not have a slot for each of the {held} rows held")
+            raise ValueError(f"state: files does not have a slot for each of the {held} samples held")
         self._files.adopt(identity, columns, slots, stamps)
         self._slots, self._stamps, self._labels = slots.clone(), stamps.clone(), state.ledger.labels
         self._state_slots.clear()

@@ -1,4 +1,4 @@
-"""The layout of a sample: parts of its input, extras, and the shape and dtype of each.
+"""The layout of a sample: the parts of its input, its extras, and the shape and dtype of each.
 
 A buffer keeps one column for each tensor of the input tree, one for each extra, and one for the labels. The column of
 an input is named by its path in the tree (``x``, ``x[0]``, ``x['mask']``), the column of an extra by the extra's name,
@@ -106,17 +106,17 @@ class Layout:
         extras, expected = columns.keys() - known, self.columns.keys() - known
         if extras != expected:
             got, before = (", ".join(sorted(found)) or "none" for found in (extras, expected))
-            raise ValueError(f"extras: got {got}, expected {before} as with the rows added before")
+            raise ValueError(f"extras: got {got}, expected {before} as with the samples added before")
         for name, values in columns.items():
             column = self.columns[name]
             if values.shape[1:] != column.shape:
                 raise ValueError(
-                    f"{name}: got rows of shape {tuple(values.shape[1:])}, expected {column.shape} "
-                    "as in the rows added before"
+                    f"{name}: got samples of shape {tuple(values.shape[1:])}, expected {column.shape} "
+                    "as in the samples added before"
                 )
             if values.dtype != column.dtype:
                 raise TypeError(
-                    f"{name}: got dtype {values.dtype}, expected {column.dtype} as in the rows added before"
+                    f"{name}: got dtype {values.dtype}, expected {column.dtype} as in the samples added before"
                 )
 
 
@@ -153,20 +153,20 @@ def check_samples(
     columns: dict[str, Tensor] = {**inputs, **extras}  # type: ignore[dict-item]
     if y.shape != (count,):
         hint = "; y.squeeze(1) has that shape" if y.shape == (count, 1) else ""
-        raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({count},), one label for every row of x{hint}")
+        raise ValueError(f"y: got shape {tuple(y.shape)}, expected ({count},), one label for every sample of x{hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y: got dtype {y.dtype}, expected integer labels (int64)")
     for name, value in extras.items():
         if value.shape[:1] != (count,):
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected ({count}, ...), an entry for every row of x"
+                f"{name}: got shape {tuple(value.shape)}, expected ({count}, ...), an entry for every sample of x"
             )
     if layout is not None:
         layout.check(inputs, columns)
     labels = y.detach().to("cpu", torch.int64)
     if len(labels) > 0 and int(labels.min()) < 0:
         raise ValueError(
-            f"y: got label {int(labels.min())}, expected labels of at least 0; rows without a class, y < 0, are to "
+            f"y: got label {int(labels.min())}, expected labels of at least 0; samples without a class, y < 0, are to "
             "be left out"
         )
     return labels, columns

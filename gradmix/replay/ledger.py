@@ -1,4 +1,4 @@
-"""The ledger of a replay buffer: which samples are held, decided from random keys and quotas.
+"""The ledger of a replay buffer: it decides from random keys and quotas which samples are held.
 
 Every sample seen gets an independent uniform key, and the samples with the smallest keys within a quota are held. The
 k smallest of n independent keys sit at a uniformly random set of k samples. So the samples held are a uniformly
@@ -19,7 +19,7 @@ BufferPolicy = Literal["class", "balanced", "reservoir"]
 
 
 class Admission(NamedTuple):
-    """The decision on new samples.
+    """A decision on new samples.
 
     Attributes:
         ledger: The ledger with the decision applied.
@@ -67,7 +67,7 @@ class Ledger:
         """Samples seen, held or not."""
         return int(self.seen.sum())
 
-    def seen_per_class(self) -> dict[int, int]:
+    def count_seen(self) -> dict[int, int]:
         """Return the samples seen of every class, by label."""
         return dict(zip(self.classes.tolist(), self.seen.tolist(), strict=True))
 
@@ -79,8 +79,8 @@ class Ledger:
     def admit(self, keys: Tensor, labels: Tensor) -> Admission:
         """Decide which samples are held once new ones have been seen.
 
-        A quota never rises again once it is below the samples seen of its class. So samples turned away before need
-        not be considered again: the result is that of one decision on everything seen.
+        A quota never rises again once it is below the number of samples seen of its class. Samples rejected before
+        therefore need not be considered again: the result is that of one decision on all samples seen.
 
         Args:
             keys: (N,) float64, uniform in [0, 1).

@@ -18,10 +18,10 @@ from gradmix.runtime.transfer import to_device_async
 class MemoryStore:
     """Samples in tensors with spare room, at slots in any order.
 
-    Nothing that is held or drawn depends on slots and spare room, so that they are not part of a state.
+    The samples held and drawn do not depend on slots and spare room, which are therefore not part of a state.
 
     Args:
-        device: Where samples lie; None: where the first ones lie.
+        device: Device of the samples; None: that of the first ones.
         limit: Most samples that are ever held; None: unlimited.
 
     Attributes:
@@ -40,7 +40,7 @@ class MemoryStore:
 
     @property
     def copies_on_device(self) -> bool:
-        """Whether samples lie on a device that copies on its own, behind the work of the caller's stream."""
+        """Whether the device copies asynchronously, after the work queued on the caller's stream."""
         return self.device is not None and self.device.type != "cpu"
 
     def open(self, layout: Layout, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class MemoryStore:
         return free.nonzero().squeeze(1)[:count]
 
     def _sort(self) -> None:
-        """Bring the samples into order of arrival. Only reading does so: adding need not move any sample."""
+        """Move the samples into order of arrival; done only for reading, so that adding moves no sample."""
         in_order = torch.arange(len(self._slots), device="cpu")
         if self.layout is not None and not torch.equal(self._slots, in_order):
             with torch.inference_mode(False):
@@ -99,9 +99,9 @@ class MemoryStore:
 
     def part(self, start: int, stop: int) -> Columns:
         """Return views of all columns."""
-        return {name: values[start:stop] for name, values in self._held().items()}
+        return {name: values[start:stop] for name, values in self._columns_in_order().items()}
 
-    def _held(self) -> Columns:
+    def _columns_in_order(self) -> Columns:
         """Return views of all columns, in order of arrival."""
         self._sort()
         return {name: column[: len(self._slots)] for name, column in self._columns.items()}
@@ -130,7 +130,7 @@ class MemoryStore:
         x, y = no_samples(self.device)
         extras: dict[str, Tensor] = {}
         if self.layout is not None:
-            columns = self._held()
+            columns = self._columns_in_order()
             x, y, extras = self.layout.inputs(columns), columns[LABELS], self.layout.extras(columns)
         return {
             "version": VERSION,
@@ -155,7 +155,7 @@ class MemoryStore:
 
 
 def _enlarge(column: Tensor, room: int) -> Tensor:
-    """Return a column with room for so many samples, the first of which are copied."""
+    """Return a copy of a column with room for ``room`` samples."""
     larger = column.new_empty((room, *column.shape[1:]))
     larger[: len(column)] = column
     return larger

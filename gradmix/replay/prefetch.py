@@ -29,8 +29,8 @@ class _Pending(NamedTuple):
 class Prefetch:
     """At most one draw made ahead, and the thread that copies its samples.
 
-    The draw itself is made at once; only the copy is left to the thread. A draw that is not asked for is undone: the
-    generator returns to its state before the draw, so that nothing depends on whether draws are made ahead.
+    The draw itself is made at once; only the copy is made in the thread. A draw that is not used is undone: the
+    generator returns to its state before the draw, so that results do not depend on draws made ahead.
 
     Args:
         generator: The generator of the draws.
@@ -81,7 +81,7 @@ class Prefetch:
         return columns
 
     def undo(self) -> None:
-        """Undo the draw made ahead, if there is one; nothing is read any more when this returns."""
+        """Undo the draw made ahead, if there is one; when this returns, nothing is being read."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._generator.set_state(pending.before)

@@ -1,7 +1,7 @@
 """The files of one buffer's samples in a folder: one file for each column, and a description.
 
-Every sample written gets a stamp, a random number of its own, which lies in a file beside it. Whoever keeps slots and
-stamps, as a buffer's state does, can check later whether these samples are still there.
+Every sample written gets a stamp, a random number of its own, which is stored in a separate file. With slots and
+stamps, which a buffer's state contains, it can be checked later whether these samples are still there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gradmix.replay.layout import Column
 from gradmix.runtime.locks import Lock, acquire
 
 FORMAT = 1
-"""Version of a folder's content. A reader refuses a later one."""
+"""Version of a folder's content. Later versions are refused."""
 
 DESCRIPTION, LOCK, STAMPS = "buffer.json", "lock", "stamps.bin"
 _PART = DESCRIPTION + ".part"
 
 SPARE = 8
-"""A file that must grow gets more room than needed: one slot more for every ``SPARE`` slots."""
+"""A file that must grow gets one extra slot for every ``SPARE`` slots."""
 
 
 STAMP = Column((), torch.int64)
@@ -44,7 +44,7 @@ class SampleFiles:
         identity: Text that no other buffer has.
 
     Raises:
-        ValueError: There is something else in the folder.
+        ValueError: The folder contains other files.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -85,7 +85,7 @@ class SampleFiles:
         if found is not None and found["identity"] != self.identity:
             self._release()
             raise ValueError(
-                f"folder: {self.folder} holds the rows of another buffer, expected a new or empty folder; to go on "
+                f"folder: {self.folder} holds the samples of another buffer, expected a new or empty folder; to go on "
                 "with that buffer load its state first"
             )
         if found is None or self._columns_of(found) != dict(columns):
@@ -93,7 +93,7 @@ class SampleFiles:
         self._open(columns)
 
     def adopt(self, identity: str, columns: Mapping[str, Column], slots: Tensor, stamps: Tensor) -> None:
-        """Take over the samples of a buffer's state, written earlier and maybe by another process.
+        """Take over the samples of a buffer's state, written earlier, possibly by another process.
 
         Args:
             identity: Identity of the buffer.
@@ -121,10 +121,10 @@ class SampleFiles:
         found = self._description()
         if found is None:
             if columns:
-                raise ValueError(f"folder: {self.folder} does not hold the rows that the state speaks of")
+                raise ValueError(f"folder: {self.folder} does not hold the samples that the state speaks of")
             return
         if found["identity"] != identity:
-            raise ValueError(f"folder: {self.folder} holds the rows of another buffer than the state's")
+            raise ValueError(f"folder: {self.folder} holds the samples of another buffer than the state's")
         if not columns:
             return
         if self._columns_of(found) != dict(columns):
@@ -133,13 +133,14 @@ class SampleFiles:
         highest = int(slots.max()) + 1 if len(slots) else 0
         if highest > self._room:
             raise ValueError(
-                f"folder: {self.folder} has room for {self._room} rows, expected at least {highest} as the state has it"
+                f"folder: {self.folder} has room for {self._room} samples, expected at least {highest} as the state "
+                "has it"
             )
         assert self._stamps is not None
         lost = int((self._stamps.read(slots, pin=False) != stamps).sum())
         if lost:
             raise ValueError(
-                f"folder: {lost} of the state's {len(slots)} rows in {self.folder} have been overwritten since; the "
+                f"folder: {lost} of the state's {len(slots)} samples in {self.folder} have been overwritten since; the "
                 "two latest states that were taken can be loaded"
             )
 
@@ -217,7 +218,7 @@ class SampleFiles:
     # ---------------------------------------------------------------------------------------------- reading and writing
 
     def reserve(self, slots: int) -> None:
-        """Make room for so many slots, and some more.
+        """Make room for at least ``slots`` slots.
 
         Raises:
             OSError: The disk has no room; the message has the path and the bytes wanted.
@@ -246,7 +247,7 @@ class SampleFiles:
         generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
         stamps = torch.randint(1, 2**63 - 1, (len(slots),), generator=generator, device="cpu")
         self._changed = True
-        # First: a slot whose sample is half written must not pass for the sample that was there before.
+        # The stamps come first: a slot that is half written must not pass for its former sample.
         self._stamps.write(slots, stamps)
         for name, values in columns.items():
             self._files[name].write(slots, values)
@@ -267,10 +268,10 @@ class SampleFiles:
         self._check_open()
         return {name: self._files[name].read(slots, pin=pin) for name in names or self._files}
 
-    def mapped(self, name: str, count: int) -> Tensor:
-        """Return a column's entries at the first ``count`` slots, mapped from the file; writing leaves the file."""
+    def map_column(self, name: str, count: int) -> Tensor:
+        """Return a column's entries at the first ``count`` slots, mapped from the file; writes do not reach it."""
         self._check_open()
-        return self._files[name].mapped(count)
+        return self._files[name].map_entries(count)
 
     def flush(self) -> None:
         """Wait until everything written has reached the disk."""

@@ -1,4 +1,4 @@
-"""Sources of samples: an ``(x, y)`` pair, a replay buffer, a data set or a data loader, all read in chunks.
+"""Sources of samples, read in chunks: an ``(x, y)`` pair, a replay buffer, a data set or a data loader.
 
 A source is one of:
 
@@ -32,15 +32,17 @@ SampleSource: TypeAlias = Union[
 ]
 
 CHUNK = 512
-"""Samples forwarded at a time unless the caller says otherwise."""
+"""Default number of samples of one forward pass."""
 
 EXPECTED = (
-    "a ReplayBuffer, an (x, y) pair of tensors or arrays, a Dataset, a DataLoader, an object of (x, y) rows with "
+    "a ReplayBuffer, an (x, y) pair of tensors or arrays, a Dataset, a DataLoader, an object of (x, y) samples with "
     "__len__ and __getitem__, or a function that returns one of these"
 )
 
-PICKED = "DataLoader(data, 256, collate_fn=lambda rows: default_collate([{} for row in rows])) of torch.utils.data"
-"""How items that are no ``(x, y)`` are read; the blank is the expression that makes ``(x, y)`` of one item."""
+PICKED = (
+    "DataLoader(data, 256, collate_fn=lambda samples: default_collate([{} for sample in samples])) of torch.utils.data"
+)
+"""The advice for items that are no ``(x, y)``; the blank is the expression that makes ``(x, y)`` of one item."""
 
 
 def as_pair(name: str, pair: object, *, any_targets: bool = False) -> tuple[Any, Any]:
@@ -50,14 +52,14 @@ def as_pair(name: str, pair: object, *, any_targets: bool = False) -> tuple[Any,
 
     Args:
         name: Name of the argument in error messages.
-        pair: A pair ``(x, y)`` of tensors, arrays or trees of them; or a buffer, of which all samples are taken.
+        pair: A pair ``(x, y)`` of tensors, arrays or trees of them; or a buffer, for all of its samples.
         any_targets: Whether y may be a tree of tensors (N, ...) of any dtype.
 
     Returns:
         x, a tree of tensors (N, ...); and y, (N,) class indices or (N, C) label vectors, or that tree.
 
     Raises:
-        TypeError: This is no pair, a leaf is no tensor, or labels have a wrong dtype.
+        TypeError: The value is no pair, a leaf is no tensor, or labels have a wrong dtype.
         ValueError: x and y differ in length, or labels have a wrong shape or are negative.
     """
     if isinstance(pair, ReplayBuffer):
@@ -74,7 +76,7 @@ def as_pair(name: str, pair: object, *, any_targets: bool = False) -> tuple[Any,
         )
     x, y = _tensors(f"{name} x", x), _tensors(f"{name} labels", y)
     if isinstance(x, Tensor) and x.ndim == 0:
-        raise ValueError(f"{name}: x has no dimensions, expected rows (N, ...)")
+        raise ValueError(f"{name}: x has no dimensions, expected samples (N, ...)")
     count = check_inputs(f"{name} x", x)
     if not any_targets:
         y = as_class_indices(f"{name} labels", y)
@@ -95,7 +97,7 @@ def _tensors(name: str, tree: Any) -> Any:
             native = native.copy()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an array that cannot be written to: nothing writes to it
+                warnings.simplefilter("ignore")  # torch warns of a read-only array; nothing writes to it
                 return torch.from_numpy(native)
         except TypeError as error:
             raise TypeError(f"{name}: got an array of dtype {value.dtype}, expected numbers ({error})") from None
@@ -104,36 +106,36 @@ def _tensors(name: str, tree: Any) -> Any:
 
 
 def chunks_of(name: str, source: object, chunk: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the samples of a source as pairs ``(x, y)``: see :func:`numbered_chunks`."""
-    for _, x, y in numbered_chunks(name, source, chunk, device):
+    """Yield the samples of a source as pairs ``(x, y)``: see :func:`chunks_with_numbers`."""
+    for _, x, y in chunks_with_numbers(name, source, chunk, device):
         yield x, y
 
 
-def numbered_chunks(
+def chunks_with_numbers(
     name: str, source: object, chunk: int, device: torch.device, group: Group = None, *, any_targets: bool = False
 ) -> Iterator[tuple[int, Any, Any]]:
     """Yield the samples of a source in chunks, each with the number of its first sample in the source.
 
-    All processes of a group have the same samples, in the same order. Of a pair, a buffer or a Dataset each process
-    reads its own part. A DataLoader or an IterableDataset can only be read as a whole: each process reads all batches
-    and takes every batch whose turn it is.
+    All processes of a group have the same samples, in the same order. Each process reads its own part of a pair, a
+    buffer or a Dataset. A DataLoader or an IterableDataset can only be read as a whole: each process reads all batches,
+    and yields those whose number modulo the size of the group is its rank.
 
     Args:
         name: Name of the argument in error messages.
         source: Any source of samples.
         chunk: Most samples at a time; a DataLoader's smaller batches stay as they are.
-        device: Where the chunks go.
+        device: Device of the chunks.
         group: Processes that share the source; this process gets its share.
-        any_targets: What y may be: see :func:`as_pair`.
+        any_targets: Whether y may be any tree of tensors, see :func:`as_pair`.
 
     Yields:
         Number of the first sample, x and y.
 
     Raises:
-        TypeError: The source is none, or as for :func:`as_pair`, for any of its batches.
-        ValueError: As for :func:`as_pair`.
+        TypeError: The value is no source; or as :func:`as_pair`, for any of its batches.
+        ValueError: As :func:`as_pair`.
     """
-    source = _current(source)
+    source = _call_if_function(source)
     if isinstance(source, (DataLoader, IterableDataset)):
         batches = source if isinstance(source, DataLoader) else _batches(name, source, chunk)
         first = 0
@@ -151,7 +153,7 @@ def numbered_chunks(
     elif isinstance(source, ReplayBuffer):
         own = local_share(len(source), group)
         for start in range(own.start, own.stop, chunk):
-            # Part by part: the buffer may exceed memory.
+            # In parts, as the buffer may exceed memory.
             yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
     elif _has_items(source):
         own = local_share(len(source), group)  # type: ignore[arg-type]
@@ -164,35 +166,35 @@ def numbered_chunks(
 
 
 def has_samples(source: object) -> bool:
-    """Return whether a source may have samples; one whose length is unknown may."""
-    source = _current(source)
+    """Return whether a source may have samples; True if its length is unknown."""
+    source = _call_if_function(source)
     try:
         return (num_samples(source[0]) if _is_pair(source) else len(source)) > 0  # type: ignore[arg-type, index]
     except TypeError:
         return True
 
 
-def _current(source: Any) -> object:
-    """Return the source itself, or the one that a function returns now."""
+def _call_if_function(source: Any) -> object:
+    """Return the source, or for a function the source that it returns now."""
     return source() if callable(source) and not isinstance(source, nn.Module) and not _has_items(source) else source
 
 
 def _is_pair(source: object) -> bool:
-    """Return whether this is ``(x, y)`` of all samples; a list of two may also be two samples, each a pair."""
+    """Return whether the source is ``(x, y)`` of all samples; a list of two may also be two samples, each a pair."""
     if isinstance(source, list):
         return len(source) == 2 and isinstance(source[1], (Tensor, np.ndarray, Mapping))
     return isinstance(source, tuple)
 
 
 def _has_items(source: object) -> bool:
-    """Return whether samples are read by their number."""
+    """Return whether samples are read by index."""
     if isinstance(source, (Tensor, np.ndarray, str, bytes, Mapping, type)):
         return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
 def _items(source: Any, indices: range) -> list[Any]:
-    """Read samples by number, several at once if the source can."""
+    """Read samples by index, several at once if the source can."""
     several = getattr(source, "__getitems__", None)
     return list(several(list(indices))) if several is not None else [source[index] for index in indices]
 
@@ -206,40 +208,40 @@ def _batches(name: str, samples: Iterable[Any], chunk: int) -> Iterator[Any]:
 
 
 def _collate(name: str, samples: list[Any], start: int) -> Any:
-    """Return one ``(x, y)`` of samples, each an ``(x, y)``; ``start`` is the number of the first."""
+    """Stack samples, each an ``(x, y)``, to one ``(x, y)``; ``start`` is the index of the first."""
     for index, sample in enumerate(samples, start):
-        _check_entries(f"{name}: row {index}", sample)
+        _check_entries(f"{name}: sample {index}", sample)
     try:
-        with torch.device("cpu"):  # numbers become tensors where the samples are, whatever the default device
+        with torch.device("cpu"):  # numbers become tensors on the CPU, for any default device
             return default_collate(samples)
     except (TypeError, RuntimeError, ValueError, KeyError) as error:
         line = (str(error).splitlines() or [""])[0]
         raise TypeError(
-            f"{name}: rows {start} to {start + len(samples) - 1} cannot be stacked ({line}), expected (x, y) of "
+            f"{name}: samples {start} to {start + len(samples) - 1} cannot be stacked ({line}), expected (x, y) of "
             "tensors, arrays or numbers of one shape; images become tensors by a transform such as "
             "torchvision.transforms.ToTensor(), and a DataLoader with a collate_fn of its own serves anything else"
         ) from error
 
 
 def _check_entries(what: str, value: object) -> None:
-    """Raise unless a sample or a batch is a pair: which entries are x and y is not guessed."""
+    """Raise unless a sample or a batch is a pair; other entries are not guessed."""
     if isinstance(value, Mapping):
         keys = ", ".join(map(repr, list(value)[:8]))
         raise TypeError(
             f"{what} is a {type(value).__name__} with the keys {keys}, expected (x, y), x maybe a mapping; with keys "
-            f"and label those of x and y: {PICKED.format('({key: row[key] for key in keys}, row[label])')}"
+            f"and label those of x and y: {PICKED.format('({key: sample[key] for key in keys}, sample[label])')}"
         )
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{what} is of type {type(value).__name__}, expected (x, y)")
     if len(value) != 2:
         raise TypeError(
-            f"{what} has {len(value)} entries, expected two, (x, y). Rows of (x, y, task), say, are read by "
-            f"{PICKED.format('row[:2]')}, rows of (index, x, y) with row[1:]"
+            f"{what} has {len(value)} entries, expected two, (x, y). Samples of (x, y, task), say, are read by "
+            f"{PICKED.format('sample[:2]')}, samples of (index, x, y) with sample[1:]"
         )
 
 
 def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
-    """Yield chunks of a pair on a device, each with its number, the first of which is ``first``."""
+    """Yield chunks of a pair on a device, each with the index of its first sample, counted from ``first``."""
 
     def move(leaf: Tensor) -> Tensor:
         return leaf.to(device, non_blocking=True)

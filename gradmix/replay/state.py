@@ -8,7 +8,7 @@ format further entries
 ====== ================================================
 1      ``x``
 2      ``x``, ``extras``
-3      ``files``: where the samples lie in a folder
+3      ``files``: places of the samples in a folder
 ====== ================================================
 """
 
@@ -45,7 +45,7 @@ class BufferState(NamedTuple):
         x: The inputs (R, ...), a tree of tensors; None with a folder.
         y: The labels (R,), of any integer dtype.
         extras: The extras (R, ...) by name.
-        files: Where the samples lie in a folder, not checked yet; None: they are in the state.
+        files: Places of the samples in a folder, not checked yet; None: the samples are in the state.
         key_generator: State of the generator of keys.
         draw_generator: State of the generator of draws.
     """
@@ -61,7 +61,7 @@ class BufferState(NamedTuple):
 
 
 def write_state(ledger: Ledger, *, opened: bool, key_generator: Tensor, draw_generator: Tensor) -> dict[str, Any]:
-    """Return the entries that all formats share, but for ``y``; tensors are copies of the ledger's.
+    """Return the entries that all formats share, except ``y``; tensors are copies of the ledger's.
 
     ``version`` is that of the samples in the state. A store's entries are added to these.
     """
@@ -118,7 +118,7 @@ def _check_entries(state: Mapping[str, Any], ledger: Ledger, in_folder: bool) ->
         raise ValueError(f"state: lacks {', '.join(missing)}; expected what ReplayBuffer.state_dict() returns")
     if has_files != in_folder:
         where, expected = ("in a folder", "folder= to name it") if has_files else ("in the state", "folder=None")
-        raise ValueError(f"state: has its rows {where}, expected a buffer made with {expected}")
+        raise ValueError(f"state: has its samples {where}, expected a buffer made with {expected}")
     if state["version"] not in ((FOLDER_VERSION,) if in_folder else _READABLE):
         raise ValueError(f"state: has version {state['version']!r}, expected at most {VERSION}")
     for name, own in (("capacity", ledger.capacity), ("policy", ledger.policy)):
@@ -152,7 +152,7 @@ def _read_ledger(state: Mapping[str, Any], ledger: Ledger, inputs: Mapping[str, 
         counts = torch.bincount(torch.searchsorted(classes, labels), minlength=len(classes))
         fits = torch.equal(counts, quotas(ledger.policy, ledger.capacity, seen))
     if not fits:
-        raise ValueError(f"state: the {held} rows held do not fit the seen counts and the capacity")
+        raise ValueError(f"state: the {held} samples held do not fit the seen counts and the capacity")
     with torch.inference_mode(False):
         return replace(ledger, keys=keys.clone(), labels=labels.clone(), classes=classes.clone(), seen=seen.clone())
 
@@ -164,7 +164,7 @@ def _read_extras(state: Mapping[str, Any], held: int) -> Mapping[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) and value.shape[:1] == (held,)
         for name, value in extras.items()
     ):
-        raise ValueError(f"state: extras is not a dict of tensors by name, each with the {held} rows held")
+        raise ValueError(f"state: extras is not a dict of tensors by name, each with the {held} samples held")
     if extras.keys() & {"x", "y"}:
         raise ValueError("state: extras holds x or y, expected other names")
     return extras

@@ -1,4 +1,4 @@
-"""The protocol of a store: where the data of the samples held lies, in memory or in files."""
+"""The protocol of a store, which holds the data of the samples in memory or in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Store(Protocol):
     """Data of the samples held. A sample is addressed by its place in order of arrival.
 
     Attributes:
-        device: Where samples that are drawn lie; None: open until the first samples.
+        device: Device of drawn samples; None before the first samples.
         layout: Layout of the samples; None: there were no samples yet.
         in_folder: Whether a state refers to the samples in a folder and does not contain them.
     """
@@ -30,7 +30,7 @@ class Store(Protocol):
 
     @property
     def copies_on_device(self) -> bool:
-        """Whether a copy is only queued on a device, so that a thread would not make it earlier."""
+        """Whether a copy is only queued on a device, so that making it in a thread gains nothing."""
         ...
 
     def open(self, layout: Layout, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class Store(Protocol):
 
         Args:
             layout: Layout of the samples.
-            device: Where the first samples lie.
+            device: Device of the first samples.
 
         Raises:
             OSError: The store cannot be written.
@@ -92,7 +92,7 @@ class Store(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return the entries of a buffer's state that say what the data is or where it lies; tensors are copies."""
+        """Return the entries of a buffer's state that contain the data or its places; tensors are copies."""
         ...
 
     def load(self, state: BufferState) -> None:

@@ -1,1 +1,1 @@
-"""Services below all rooms: checks of arguments and values, processes, devices, locks, names as text."""
+"""Services that all packages use: checks of arguments and values, processes, devices, locks, names as text."""

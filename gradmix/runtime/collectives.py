@@ -1,9 +1,8 @@
-"""Several processes that train one model: what of the rows is each one's, and what they tell each other.
+"""Several processes that train one model: each one's share of the samples, and collective communication.
 
-A group of None stands for this process alone, and nothing is said to anybody. Otherwise every process of the group must
-make the same calls in the same order, with tensors of the same dtypes: what is exchanged is decided on what all of them
-know. A process that fails in between leaves the others waiting, until the group's timeout or until the launcher ends
-them, as ``torchrun`` does.
+A group of None stands for this process alone, without communication. Otherwise every process of the group must make the
+same calls in the same order, with tensors of the same dtypes. If a process fails, the others wait until the group's
+timeout, or until the launcher ends them, as ``torchrun`` does.
 """
 
 from __future__ import annotations
@@ -32,32 +31,32 @@ def check_group(group: object) -> None:
 
 
 def size_of(group: Group) -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return 1 if group is None else torch.distributed.get_world_size(group)
 
 
 def rank_of(group: Group) -> int:
-    """This process's number among them, from 0."""
+    """Return this process's rank, from 0."""
     return 0 if group is None else torch.distributed.get_rank(group)
 
 
 def local_share(n: int, group: Group) -> range:
-    """Which of ``n`` rows are this process's: n div size of them or one more, in the order of the ranks.
+    """Return the indices of this process's share of ``n`` samples: n div size of them, or one more.
 
-    The shares of all processes, one after the other, are the rows.
+    The shares of all processes, in the order of the ranks, are all samples in order.
     """
     size, rank = size_of(group), rank_of(group)
     return range(n * rank // size, n * (rank + 1) // size)
 
 
 def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """The sums over all processes, the same in each to the last bit; new tensors, but for one process those given.
+    """Return the sums over all processes, equal in all of them to the bit, as new tensors.
 
-    Tensors of one dtype travel together, as one flat buffer.
+    Tensors of one dtype are sent together, as one flat buffer.
 
     Args:
         tensors: of any shapes, the same in all processes, on the group's device.
-        group: None: returned as they are.
+        group: the processes; None: the tensors are returned themselves.
     """
     if group is None:
         return list(tensors)
@@ -72,7 +71,7 @@ def all_reduce_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
 
 
 def any_rank(flags: Tensor, group: Group) -> Tensor:
-    """(1,) bool: whether any of ``flags``, bool of any shape, is set in any process; it is not waited for."""
+    """Return (1,) bool: whether any of ``flags``, bool of any shape, is set in any process; the host does not wait."""
     flag = flags.any().view(1)
     if group is None:
         return flag
@@ -81,53 +80,53 @@ def any_rank(flags: Tensor, group: Group) -> Tensor:
     return found > 0
 
 
-def all_gather_samples(rows: Tensor, group: Group, counts: Sequence[int] | None = None) -> Tensor:
-    """The rows of all processes, in the order of the ranks.
+def all_gather_samples(samples: Tensor, group: Group, counts: Sequence[int] | None = None) -> Tensor:
+    """Return the samples of all processes, in the order of the ranks.
 
     Args:
-        rows: (n, ...), of another number in each process, none included; the same dtype and row shape in all.
-        group: None: returned as they are.
-        counts: each process's n. None: the processes tell each other, which the host waits for.
+        samples: (n, ...), with n >= 0 that may differ between processes; the same dtype and sample shape in all.
+        group: the processes; None: the samples are returned themselves.
+        counts: n of each process; None: the processes exchange it, and the host waits.
 
     Returns:
         (sum of all n, ...).
     """
     if group is None:
-        return rows
+        return samples
     distributed = torch.distributed
     if counts is None:
-        mine = torch.tensor([len(rows)], device=rows.device)
-        told = [torch.empty_like(mine) for _ in range(size_of(group))]
-        distributed.all_gather(told, mine, group=group)
-        counts = torch.cat(told).tolist()
-    if rows.shape[1:].numel() * max(counts) == 0:
-        return rows.new_empty(sum(counts), *rows.shape[1:])
-    # As bytes, since not every backend knows every dtype; as many from each process, since not every one takes others.
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
+        mine = torch.tensor([len(samples)], device=samples.device)
+        gathered = [torch.empty_like(mine) for _ in range(size_of(group))]
+        distributed.all_gather(gathered, mine, group=group)
+        counts = torch.cat(gathered).tolist()
+    if samples.shape[1:].numel() * max(counts) == 0:
+        return samples.new_empty(sum(counts), *samples.shape[1:])
+    # As bytes, since not every backend supports every dtype; padded, since not every one supports different lengths.
+    padded = samples.new_zeros(max(counts), *samples.shape[1:])
+    padded[: len(samples)] = samples
     sent = padded.reshape(-1).view(torch.uint8)
     received = [torch.empty_like(sent) for _ in counts]
     distributed.all_gather(received, sent, group=group)
-    parts = [part.view(rows.dtype).view(padded.shape)[:n] for part, n in zip(received, counts, strict=True)]
+    parts = [part.view(samples.dtype).view(padded.shape)[:n] for part, n in zip(received, counts, strict=True)]
     return torch.cat(parts)
 
 
 def broadcast(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """The tensors of the group's first process, in every process; all have the same shapes and dtypes."""
+    """Return the tensors of the group's first process in every process; shapes and dtypes must be equal in all."""
     if group is None:
         return list(tensors)
     distributed: Any = torch.distributed
-    told = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    for tensor in told:
+    copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    for tensor in copies:
         distributed.broadcast(tensor, src=distributed.get_global_rank(group, 0), group=group)
-    return told
+    return copies
 
 
 def broadcast_object(value: Any, group: Group) -> Any:
-    """The group's first process's value, in every process: anything that can be pickled; the others' are not read."""
+    """Return the value of the group's first process in every process: any object that can be pickled."""
     if group is None:
         return value
-    told, distributed = [value], torch.distributed
+    values, distributed = [value], torch.distributed
     first = distributed.get_global_rank(group, 0)
-    distributed.broadcast_object_list(told, src=first, group=group)
-    return told[0]
+    distributed.broadcast_object_list(values, src=first, group=group)
+    return values[0]

@@ -1,9 +1,9 @@
-"""Calls captured in CUDA graphs: a function of tensors, launched as a whole.
+"""Calls captured in CUDA graphs: a function of tensors that the host starts by one launch.
 
-A selection is a few dozen small kernels, whose launches take the host longer than the GPU takes for the work. Captured
-once for each shape of its arguments, they are replayed by one launch. A graph reads its arguments from, and leaves its
-results in, memory of its own: arguments are copied in (those that are the very tensors of the last call are not) and
-results copied out.
+A selection consists of a few dozen small kernels, whose launches take longer than their work on the GPU. They are
+captured once for each shape of the arguments, and replayed by one launch. A graph reads its arguments from memory of
+its own and writes its results there: arguments are copied in, unless they are the unchanged tensors of the last call,
+and results are copied out.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 Inputs: TypeAlias = "tuple[Any, ...]"
-"""Arguments: tensors and floats, which may change from call to call; tuples and dataclasses of arguments; and anything
-else, which is part of what is captured."""
+"""Arguments: tensors and floats, which may change from call to call; tuples and dataclasses of arguments; any other
+object is constant in the captured graph."""
 
 WARM_UPS = 3
-"""Calls before a capture, in which libraries allocate and kernels are compiled."""
+"""Calls before a capture, in which libraries allocate memory and kernels are compiled."""
 
 GRAPHS = 8
-"""Graphs kept at a time, each with its memory; the one that was not used for the longest is dropped first."""
+"""Largest number of graphs kept, each with its memory; the least recently used one is dropped first."""
 
 
 def call(function: Callable[..., Any], inputs: Inputs) -> Any:
-    """The call itself, of which :class:`Graphs` is the captured form."""
+    """Call the function; :class:`Graphs` is the captured form."""
     return function(*inputs)
 
 
 def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """A function that replays ``function``, and the results that every replay overwrites."""
+    """Return a function that replays ``function``, and the results, which every replay overwrites."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -42,7 +42,7 @@ def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile, such as a loader that pins memory, is none of the capture's business.
+        # Work of other threads, such as a loader that pins memory, is no part of the capture.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             results = function()
     return graph.replay, results
@@ -54,7 +54,7 @@ class Graphs:
     def __init__(self) -> None:
         self._kept: OrderedDict[object, _Graph] = OrderedDict()
 
-    def serve(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         """Whether there are graphs on ``device``."""
         return device.type == "cuda"
 
@@ -62,9 +62,10 @@ class Graphs:
         """Return what ``function(*inputs)`` returns, its tensors new ones.
 
         Args:
-            function: hashable; it makes the host wait for nothing, what it returns depends on its arguments alone, and
-                is a NamedTuple of tensors or None.
-            inputs: arguments whose tensors are on one CUDA device. The function gets floats as scalar float64 tensors.
+            function: hashable; the host never waits in it, and its result, a NamedTuple of tensors or None, depends on
+                its arguments alone.
+            inputs: arguments whose tensors are on one CUDA device. The function receives floats as scalar float64
+                tensors.
         """
         leaves: list[Tensor | float] = []
         shape = _shape_of(inputs, leaves)
@@ -81,7 +82,7 @@ _LEAF = object()
 
 
 def _shape_of(value: Any, leaves: list[Tensor | float]) -> Any:
-    """The arguments with their tensors and floats taken out, in order, into ``leaves``."""
+    """Return the arguments with a placeholder for each tensor and float, which are appended to ``leaves``."""
     if isinstance(value, (Tensor, float)):
         leaves.append(value)
         return _LEAF
@@ -92,14 +93,14 @@ def _shape_of(value: Any, leaves: list[Tensor | float]) -> Any:
     return value
 
 
-def _filled(shape: Any, leaves: Iterator[Tensor]) -> Any:
-    """The arguments of a shape, with tensors in their places."""
+def _fill(shape: Any, leaves: Iterator[Tensor]) -> Any:
+    """Return the arguments of a shape with tensors in place of the placeholders."""
     if shape is _LEAF:
         return next(leaves)
     if not isinstance(shape, tuple):
         return shape
     kind, parts = shape
-    values = [_filled(part, leaves) for part in parts]
+    values = [_fill(part, leaves) for part in parts]
     return tuple(values) if kind is tuple else kind(*values)
 
 
@@ -116,9 +117,9 @@ class _Graph:
             value.clone() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
             for value in leaves
         ]
-        # What each was copied from, and in which state; the tensor is held, so that its place is not taken by another.
+        # The source of each copy with its version; the tensor is kept, so that no other one gets its memory.
         self._source: list[tuple[Tensor, int] | None] = [None] * len(leaves)
-        self._replay, self._results = capture(lambda: function(*_filled(shape, iter(self._own))), device)
+        self._replay, self._results = capture(lambda: function(*_fill(shape, iter(self._own))), device)
 
     def __call__(self, leaves: list[Tensor | float]) -> Any:
         for k, (own, value) in enumerate(zip(self._own, leaves, strict=True)):

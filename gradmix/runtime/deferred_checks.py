@@ -1,15 +1,14 @@
 """Checks of values that do not make the host wait for a GPU.
 
-To look at a value on a GPU the host must wait until everything queued before it is done, and the GPU is idle until it
-gets new work: a check for NaN would cost more than the selection it guards. So where a look is not free, a check only
-queues the question. What it found is read at the beginning of the next call, when the answer has long been there, and
-an error is raised then, as CUDA's own errors are. In the step in between a NaN helps nobody, as its alignments are not
-helpful, and labels are held in their range.
+To read a value on a GPU the host must wait until all work queued before is done, and the GPU is idle until it gets new
+work: a check for NaN would cost more than the selection. Therefore a check on a GPU is only queued. The next call reads
+its result, which is available by then, and raises the error, as CUDA does with its own errors. In the step in between,
+mixtures with a NaN count as not helpful, and labels are clamped to their range.
 
-The next call is the next one for the same model by the same thread: nobody else is told of a finding. If that thread
-has ended, the next call for the model by any other is told; what was found for a model that is gone is dropped with it.
+The next call is the next one for the same model in the same thread; no other thread gets the error. If that thread has
+ended, the next call for the model in any thread gets it. The results for a model that no longer exists are dropped.
 
-On the CPU a check looks at once. ``GRADMIX_CHECKS=now`` makes it look at once everywhere, to find the line at fault.
+On the CPU a check reads values at once. ``GRADMIX_CHECKS=now`` makes it do so everywhere, to find the line at fault.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ from torch import Tensor, nn
 ENVIRONMENT_VARIABLE = "GRADMIX_CHECKS"
 
 DEVICES = frozenset({"cuda"})
-"""Types of devices that run behind the host."""
+"""Types of devices that run asynchronously to the host."""
 
 Consequence = Callable[[int], "Exception | None"]
-"""From the first row found bad: the error to raise, or None where the finding has been dealt with."""
+"""Maps the index of the first bad sample to the error to raise, or to None if the result has been handled."""
 
 
 def can_sync(device: torch.device) -> bool:
-    """Whether the host may look at values on ``device`` at once: on the CPU, and everywhere by ``GRADMIX_CHECKS=now``.
+    """Whether the host may read values on ``device``: on the CPU, and everywhere with ``GRADMIX_CHECKS=now``.
 
     Raises:
-        ValueError: the environment variable holds something else than ``now`` or ``later``.
+        ValueError: the environment variable is neither ``now`` nor ``later``.
     """
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "later")
     if setting not in ("now", "later"):
         raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE}: got {setting!r}, expected 'now' or 'later'")
     if device.type not in DEVICES:
         return True
-    # While a graph is captured no setting makes it possible to look.
+    # While a graph is captured, values cannot be read with any setting.
     return setting == "now" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """Flags on their way to the host, and the thread whose call asked."""
+class _Results:
+    """Flags that are being copied to the host, and the thread whose call made the checks."""
 
     flags: Tensor
     event: torch.cuda.Event | None
@@ -58,89 +57,89 @@ class _Answers:
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
-class _Asking(threading.local):
-    """The questions of the call that this thread is in; None: of no call."""
+class _Pending(threading.local):
+    """The checks of the call that this thread is in; None: it is in no call."""
 
-    questions: list[tuple[Tensor, Consequence]] | None = None
+    checks: list[tuple[Tensor, Consequence]] | None = None
 
 
-_asking = _Asking()
-_underway: weakref.WeakKeyDictionary[nn.Module, list[_Answers]] = weakref.WeakKeyDictionary()
+_pending = _Pending()
+_unread: weakref.WeakKeyDictionary[nn.Module, list[_Results]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def check_samples(bad: Tensor, consequence: Consequence) -> None:
-    """Raise ``consequence(first bad row)`` if any row is bad: at once where a look is free, else with the next call.
+    """Raise ``consequence(first bad sample)`` if any is bad: at once, or in the next call inside :func:`defer_checks`.
 
     Args:
         bad: (N,) bool.
-        consequence: called with the first row that is bad; it must not keep the model alive.
+        consequence: called with the first sample that is bad; it must not keep the model alive.
     """
     if bad.numel() == 0:
         return
-    if can_sync(bad.device) or _asking.questions is None:
+    if can_sync(bad.device) or _pending.checks is None:
         if bad.any():
             error = consequence(int(bad.nonzero()[0]))
             if error is not None:
                 raise error
         return
-    _asking.questions.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
+    _pending.checks.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
 
 
 @contextmanager
-def deferred_checks(model: nn.Module) -> Iterator[None]:
-    """Around one call: raise what earlier calls for this model found, and let the next one raise what this one finds.
+def defer_checks(model: nn.Module) -> Iterator[None]:
+    """Raise the errors of earlier calls for this model, and leave those of this call's checks to the next one.
 
-    A body that raises leaves no question behind.
+    If the body raises, its checks are dropped.
     """
     raise_deferred(model)
-    before, _asking.questions = _asking.questions, []
+    before, _pending.checks = _pending.checks, []
     try:
         yield
-        asked = _asking.questions
+        checks = _pending.checks
     finally:
-        _asking.questions = before
-    if asked:
-        answers = _send(torch.stack([first for first, _ in asked]), [consequence for _, consequence in asked])
+        _pending.checks = before
+    if checks:
+        results = _send(torch.stack([first for first, _ in checks]), [consequence for _, consequence in checks])
         with _lock:
-            _underway.setdefault(model, []).append(answers)
+            _unread.setdefault(model, []).append(results)
 
 
-def _send(flags: Tensor, consequences: list[Consequence]) -> _Answers:
-    """``flags`` (K,), first bad rows or -1, being copied to the host without waiting."""
+def _send(flags: Tensor, consequences: list[Consequence]) -> _Results:
+    """Copy ``flags`` (K,), the first bad sample of each check or -1, to the host without a wait."""
     if not flags.is_cuda:
-        return _Answers(flags, None, consequences)
+        return _Results(flags, None, consequences)
     host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
     host.copy_(flags, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(flags.device))
-    return _Answers(host, event, consequences)
+    return _Results(host, event, consequences)
 
 
 def raise_deferred(model: nn.Module | None = None) -> None:
-    """Draw the consequences of what earlier calls of this thread, or of threads that have ended, found.
+    """Raise the errors found by checks of earlier calls in this thread, or in threads that have ended.
 
-    It waits for the copy of the flags, which was queued before everything that came after that call.
+    The host waits for the copy of the flags, which was queued at the end of those calls.
 
     Args:
-        model: whose; None: any.
+        model: the model of the calls; None: any.
 
     Raises:
-        ValueError: an earlier call was given what it should not have been; the message names it.
+        ValueError: an earlier call was given a wrong value, which the message names.
     """
-    mine = threading.current_thread()
-    found: list[_Answers] = []
+    own_thread = threading.current_thread()
+    found: list[_Results] = []
     with _lock:
-        for asked in list(_underway) if model is None else [model]:
-            answers = _underway.pop(asked, [])
-            told = [answer.thread is mine or not answer.thread.is_alive() for answer in answers]
-            found += [answer for answer, own in zip(answers, told, strict=True) if own]
-            if not all(told):
-                _underway[asked] = [answer for answer, own in zip(answers, told, strict=True) if not own]
-    for answer in found:
-        if answer.event is not None:
-            answer.event.synchronize()
-        for row, consequence in zip(answer.flags.tolist(), answer.consequences, strict=True):
-            error = consequence(row) if row >= 0 else None
+        for key in list(_unread) if model is None else [model]:
+            results = _unread.pop(key, [])
+            own = [result.thread is own_thread or not result.thread.is_alive() for result in results]
+            found += [result for result, is_own in zip(results, own, strict=True) if is_own]
+            if not all(own):
+                _unread[key] = [result for result, is_own in zip(results, own, strict=True) if not is_own]
+    for result in found:
+        if result.event is not None:
+            result.event.synchronize()
+        for sample, consequence in zip(result.flags.tolist(), result.consequences, strict=True):
+            error = consequence(sample) if sample >= 0 else None
             if error is not None:
                 raise type(error)(f"{error} (found on the GPU in an earlier call; GRADMIX_CHECKS=now raises at once)")

@@ -1,7 +1,7 @@
-"""Locks between processes: files that the system unlocks when their process ends, however it ends.
+"""Locks between processes: locked files, which the system unlocks when their process ends in any way.
 
-A process that was forked holds no lock of the process it was forked from: a worker that outlives a killed process by a
-moment would keep the next one out. Without advisory locks, as on other systems and some file systems, any lock is had.
+A forked process holds no lock of its parent: a worker that outlives a killed process by a moment would otherwise block
+the next one. Without advisory locks, as on some systems and file systems, every lock is granted.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class Lock:
-    """A lock that is held, until it is released or gone."""
+    """A lock that is held until it is released or deleted."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
         _held.add(self)
 
     @property
-    def held(self) -> bool:
-        """Whether this process has it."""
+    def is_held(self) -> bool:
+        """Whether this process holds the lock."""
         return self._descriptor is not None
 
     def release(self) -> None:
-        """Give it back; its file stays. In a process forked from the holder nothing is given back."""
+        """Release the lock; its file stays. In a process forked from the holder this has no effect on the holder."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -47,29 +47,29 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def acquire(path: Path, *, shared: bool = False) -> Lock | None:
-    """Takes the lock of a file, which is made if it is not there.
+    """Acquire the lock of a file, which is created if it does not exist.
 
     Args:
-        path: The file; its folder is there.
-        shared: Whether others may hold it shared as well, while nobody has it alone.
+        path: The file; its folder exists.
+        shared: Whether to allow other shared locks of the file, and no exclusive one.
 
     Returns:
-        The lock; None: another process, or another lock of this one, is in the way.
+        The lock; None: another process, or another lock of this process, holds it.
 
     Raises:
         OSError: The file cannot be opened.
     """
-    descriptor = _opened(path, shared)
+    descriptor = _open(path, shared)
     return None if descriptor is None else Lock(descriptor)
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Holds the lock of a file, with the number of this process in it, or says that it is not to be had.
+def try_lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file, which contains this process's number; yield False if it is held elsewhere.
 
-    The file is made, and removed by the last who holds it.
+    The file is created if it does not exist, and removed by the last holder.
     """
-    descriptor = _opened(path, shared)
+    descriptor = _open(path, shared)
     if descriptor is None:
         yield False
         return
@@ -80,14 +80,14 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield True
     finally:
-        # In a forked process, which is left by this way too, the descriptor is none of its own.
-        if lock.held and (not shared or _lock(descriptor, False)):
+        # A forked process also comes here, where the descriptor is not its own.
+        if lock.is_held and (not shared or _lock(descriptor, False)):
             path.unlink(missing_ok=True)
         lock.release()
 
 
 def holder(path: Path, *, shared: bool = False) -> str | None:
-    """Who is in the way of the lock of a file, ``process 1234`` as a rule; None: nobody is."""
+    """Return the holder of the lock of a file, usually ``process 1234``; None: the lock is free."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -101,13 +101,13 @@ def holder(path: Path, *, shared: bool = False) -> str | None:
         os.close(descriptor)
 
 
-def _opened(path: Path, shared: bool) -> int | None:
+def _open(path: Path, shared: bool) -> int | None:
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             mine = _lock(descriptor, shared)
-            # Else the one who had it has removed it since it was opened here.
-            there = _is_of(descriptor, path)
+            # Else a former holder has removed the file since it was opened here.
+            there = _is_file_of(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -130,15 +130,15 @@ def _lock(descriptor: int, shared: bool) -> bool:
     return True
 
 
-def _is_of(descriptor: int, path: Path) -> bool:
+def _is_file_of(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _let_go() -> None:
-    # Closed, not unlocked: that would hold for the process it was forked from as well.
+def _close_inherited() -> None:
+    # Closed, not unlocked: unlocking would also unlock the parent's lock.
     for lock in tuple(_held):
         with suppress(OSError):
             lock.release()
@@ -146,4 +146,4 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_inherited)

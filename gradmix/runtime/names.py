@@ -1,7 +1,7 @@
-"""Names that were given by others, shown as text and as nothing else: on a terminal, in Markdown, HTML and plots.
+"""Names from outside as plain text, without control characters or markup: on a terminal, in Markdown and in plots.
 
-Names of classes, arms, files and settings may hold anything that a folder's name may. What a run keeps of them
-(``metrics.json``, ``results.json``) is as it was given; these functions are for what is read by people.
+Names of classes, arms, files and settings may contain anything that a folder's name may. A run stores them unchanged
+(``metrics.json``, ``results.json``); these functions are for display.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import unicodedata
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 # Joiners, which are formats too, are part of emoji and of words in some scripts.
 _JOINERS = "\u200c\u200d"
-# Signs that begin something wherever they stand; brackets and ampersands only where more of it follows.
+# Characters that begin markup anywhere; brackets and ampersands only with the characters that follow them.
 _INLINE = re.compile(r"[\\`*_<$~]|\](?=[(\[:])|&(?=[#\w])")
-# What begins a heading, a quotation, an item of a list or a rule.
+# The beginning of a heading, a quotation, an item of a list or a rule.
 _BLOCK = re.compile(r"^([#=+>-]|\d+(?=[.)]))")
 
 
-def shown(text: str) -> str:
-    r"""``text`` in one line, with an escape in place of every character that cannot be seen or steers a terminal.
+def escape_unprintable(text: str) -> str:
+    r"""Return ``text`` in one line, with an escape for every invisible character and every control of a terminal.
 
     Example:
-        >>> shown("cat\x1b[31m\ndog")
+        >>> escape_unprintable("cat\x1b[31m\ndog")
         'cat\\x1b[31m\\ndog'
     """
     if text.isprintable():
@@ -32,8 +32,12 @@ def shown(text: str) -> str:
     return "".join(_escape(sign) if unicodedata.category(sign) in _UNSEEN else sign for sign in text)
 
 
+shown = escape_unprintable
+"""The name that training and the command line still use."""
+
+
 def markdown(text: str) -> str:
-    r"""The same as a paragraph of Markdown in which nothing is code, a link, a formula, HTML, a list or a heading.
+    r"""Return ``text`` as a paragraph of Markdown without code, links, formulae, HTML, lists or headings.
 
     Example:
         >>> print(markdown("# a_b [c](d) $x$"))
@@ -43,20 +47,20 @@ def markdown(text: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """The same in a cell of a table."""
+    """Return ``text`` as a cell of a table in Markdown."""
     return _inline(text).replace("|", "\\|")
 
 
 def shell(word: str) -> str:
-    """A word of a command as a shell reads it; with bash's escapes where it cannot be shown otherwise."""
-    if shown(word) == word:
+    """Return a word of a command, quoted for a shell; with bash's escapes for invisible characters."""
+    if escape_unprintable(word) == word:
         return shlex.quote(word)
     raw = word.encode("utf-8", "surrogateescape")
     return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in raw) + "'"
 
 
 def _inline(text: str) -> str:
-    return _INLINE.sub(r"\\\g<0>", shown(text))
+    return _INLINE.sub(r"\\\g<0>", escape_unprintable(text))
 
 
 def _escape(sign: str) -> str:

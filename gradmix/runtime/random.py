@@ -15,25 +15,25 @@ _private: tuple[int, torch.Generator] | None = None
 def default_generator() -> torch.Generator:
     """The CPU generator that draws where the caller gives none.
 
-    It is the library's own, so that selecting pairs leaves the global generators alone, and it is seeded by
-    ``torch.initial_seed()``: what follows a call of ``torch.manual_seed(s)`` is repeated by another such call.
+    It is the library's own, so that a selection does not change the global generators. It is seeded by
+    ``torch.initial_seed()``: after each call of ``torch.manual_seed(s)`` the draws are the same.
 
-    That the same seed was set again cannot be seen in the global generator, whose state may be that of before in
-    either case. So from the first use on ``torch.manual_seed`` tells; of a seed set by another name, such as
-    ``torch.default_generator.manual_seed``, only a change is noticed.
+    The global generator does not show that the same seed was set again. Therefore, from the first use on,
+    ``torch.manual_seed`` is wrapped; of a seed set in another way, such as by ``torch.default_generator.manual_seed``,
+    only a change is noticed.
     """
     global _private
-    _hear_of_seeds()
+    _wrap_manual_seed()
     seed = torch.initial_seed()
     if _private is None or _private[0] != seed:
         _private = (seed, torch.Generator("cpu").manual_seed(seed % _SEED_LIMIT))
     return _private[1]
 
 
-def _hear_of_seeds() -> None:
-    """Have ``torch.manual_seed`` restart the generator of the seed that is set."""
+def _wrap_manual_seed() -> None:
+    """Wrap ``torch.manual_seed``, once, so that it restarts the library's generator."""
     original = torch.manual_seed
-    if getattr(original, "heard_by", None) is _hear_of_seeds:
+    if getattr(original, "wrapped_by", None) is _wrap_manual_seed:
         return
 
     @wraps(original)
@@ -44,5 +44,5 @@ def _hear_of_seeds() -> None:
             _private = None
         return generator
 
-    manual_seed.heard_by = _hear_of_seeds  # type: ignore[attr-defined]
+    manual_seed.wrapped_by = _wrap_manual_seed  # type: ignore[attr-defined]
     torch.manual_seed = torch.random.manual_seed = manual_seed

@@ -1,4 +1,4 @@
-"""Copies of tensors to a device that the host does not wait for."""
+"""Asynchronous copies of tensors to a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device_async(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` of a tensor that was made for it, not waited for."""
+    """Copy ``host`` to ``device`` without a wait; the caller must not change it afterwards."""
     if device.type == "cuda" and host.device.type == "cpu":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

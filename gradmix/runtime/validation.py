@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts share."""
+"""Checks of arguments that several modules share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless ``value`` is an integer of at least ``least``.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is less.
+        TypeError: the value is no integer.
+        ValueError: the value is less.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")

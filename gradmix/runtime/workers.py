@@ -1,4 +1,4 @@
-"""Worker processes of a DataLoader, in which nothing can be judged by a model in training."""
+"""The refusal of calls in worker processes of a DataLoader, whose copy of the model is not trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def refuse_worker(what: str) -> None:
-    """Refuse to judge by a model in a worker process of a DataLoader, which has a copy from when it was started.
+    """Refuse a call in a worker process of a DataLoader, which has a copy of the model from its start.
 
     Raises:
         RuntimeError: this is such a process.

@@ -199,7 +199,7 @@ def test_tables_show_every_row(outcome: tuple[dict[str, Any], str]) -> None:
             assert row["label"] in printed
     for row in result["alignment"]["rows"]:
         assert (row["label"] + " *" in printed) == row["extrapolated"]
-    assert result["machine"]["cpu"] in printed and "N = 32, M = 19 (other rows), C = 20, d = 64" in printed
+    assert result["machine"]["cpu"] in printed and "N = 32, M = 19 (other samples), C = 20, d = 64" in printed
 
 
 def test_the_sweep_has_every_way(outcome: tuple[dict[str, Any], str]) -> None:

@@ -134,7 +134,7 @@ def test_tables_show_every_row(outcome: tuple[dict[str, Any], str]) -> None:
         assert (row["label"] + " *" in printed) == row["extrapolated"]
     for name, reason in result["gradients"]["left_out"].items():
         assert f"{name} left out: {reason}" in printed
-    assert "resnet-tiny with BatchNorm in evaluation mode, 78,002 parameters in 25 layers; N = 8 rows" in printed
+    assert "resnet-tiny with BatchNorm in evaluation mode, 78,002 parameters in 25 layers; N = 8 samples" in printed
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ STEPS = [f"{variant}_{criterion}" for variant in ("mixed", "originals") for crit
 TASKS = [
     "mixed_alignment, N = M = 9, C = 7, d = 5",
     "mixed_alignment, N = M = 33, C = 40, d = 20",
-    "class_pair_sums, classes = 7, rows a class = 2, weights = 4, d = 5",
+    "class_pair_sums, classes = 7, samples a class = 2, weights = 4, d = 5",
     "cosine_alignment, L = 2, P = Q = 9, K = 33",
     "mixed_gram_alignment, L = 2, P = Q = 9, K = 33",
     "last_layer_gradient, N = 17, C = 7, d = 5",
@@ -121,7 +121,7 @@ def test_a_step_is_timed_with_and_without_selection(stepped: tuple[dict[str, Any
 
 def test_the_tables_name_a_forward_pass(stepped: tuple[dict[str, Any], str]) -> None:
     _, text = stepped
-    assert "a forward pass of the step's 9 rows: " in text
+    assert "a forward pass of the step's 9 samples: " in text
     assert "originals_class_graph left out: CUDA graphs need a CUDA device, got cpu" in text
     assert text.count("GradMix, class") == 4 and text.count("plain Mixup") == 2
 

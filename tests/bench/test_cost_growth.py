@@ -220,7 +220,7 @@ def test_a_run_from_end_to_end(
     assert alone["curves"][0]["exponent"]["flops"] == pytest.approx(1.0)
     assert [point["value"] for point in step["points"]] == [4, 8]
     assert all(point["ways"]["replayed"]["peak_memory_bytes"] > 0 for point in step["points"])
-    assert "Reference gradient over the buffer's rows" in capsys.readouterr().out
+    assert "Reference gradient over the buffer's samples" in capsys.readouterr().out
     tables = growth.page_tables(result)
     assert len(tables) == 2 and "by formula: all flops 1.00" in tables[0]
     # A picture of its own that follows the reader's theme: no font, style sheet or picture from elsewhere.
@@ -295,13 +295,13 @@ def test_figures_in_the_prose_of_the_page(volume: ModuleType) -> None:
         "93 G operations of selection": (many.selection_flops / 1e9, 93),
         "to 12.6 T of a step": (many.step_flops / 1e12, 12.6),
         "21,841 classes, 0.7 %": (100 * many.selection_flops / many.step_flops, 0.7),
-        "outputs of 512 rows are 49 MB": (4 * 512 * (2048 + 21_841) / 1e6, 49),
+        "outputs of 512 samples are 49 MB": (4 * 512 * (2048 + 21_841) / 1e6, 49),
         "the reference 179 MB": (4 * 21_841 * 2049 / 1e6, 179),
         "the table itself is 19 GB": (5 * 2 * 4 * 21_841**2 / 1e9, 19),
         "171 at N = 256 and d = 2048": (256 * 2048 / (4 * 256 + 2048), 171),
         "815 at N = 256 and C = 1000": (4 * 256 * 1000 / (256 + 1000), 815),
-        "13 steps' passes of 512 rows": (20_000 / (3 * 512), 13),
-        "52 steps at 20,000 rows": (20_000 / (6 * 64), 52),
+        "13 steps' passes of 512 samples": (20_000 / (3 * 512), 13),
+        "52 steps at 20,000 samples": (20_000 / (6 * 64), 52),
     }
     words = " ".join(text.split())
     for words_of, (found, said) in stated.items():

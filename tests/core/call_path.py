@@ -3,7 +3,8 @@
 ``PYTHONPATH=tests python tests/core/call_path.py [estimator] [criterion]`` prints it.
 
 An entry is a call from one module of the package into another that is handed the batch, in any of the forms that it
-takes on the way. What these objects do by themselves (:mod:`gradmix.samples`) is no entry.
+takes on the way. What these objects do by themselves (:mod:`gradmix.labelled_samples`, :mod:`gradmix.mixtures`) is no
+entry.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from models import MLP, rows
 
 import gradmix
 from gradmix.criteria import PairScores
-from gradmix.samples import Mixtures, Request, Samples
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures, Request
 
-CARRIERS = (Samples, Request, Mixtures, PairScores)
+CARRIERS = (LabelledSamples, Request, Mixtures, PairScores)
+BY_THEMSELVES = (LabelledSamples.__module__, Mixtures.__module__)
 
 
 class Entry(NamedTuple):
@@ -47,7 +50,7 @@ def entries(call: Callable[[], Any], batch: object) -> list[Entry]:
 
     def note(frame: FrameType, event: str, _argument: object) -> None:
         name = frame.f_globals.get("__name__", "")
-        if event != "call" or not name.startswith("gradmix") or name == Samples.__module__:
+        if event != "call" or not name.startswith("gradmix") or name in BY_THEMSELVES:
             return
         caller, given = module_of(frame.f_back), list(frame.f_locals.values())
         if any(value is batch or isinstance(value, CARRIERS) for value in given) and caller != name:

@@ -33,7 +33,7 @@ ESTIMATORS: dict[str, Any] = {
     "feature": "feature",
     "mixed": "mixed",
     "jvp": gradmix.JvpEstimator(),
-    "sketch": gradmix.SketchEstimator(rank=4, errors=1.0, budget=6, rows_per_class=2),
+    "sketch": gradmix.SketchEstimator(rank=4, errors=1.0, budget=6, mixtures_per_class_pair=2),
 }
 CRITERIA = ("sample", "class")
 POLICIES = ("uniform", "permute", "best")
@@ -66,7 +66,7 @@ def group_of_one() -> torch.distributed.ProcessGroup:
 def of_pairs(pairs: gradmix.Pairs) -> Case:
     x, y = pairs.mix()
     result = {name: getattr(pairs, name) for name in ("partner", "lam", "helpful", "alignment", "classes")}
-    result |= {"x": x, "y": y, "allowed": pairs.by_row(0.1)[0], "num_classes": pairs.num_classes}
+    result |= {"x": x, "y": y, "allowed": pairs.by_pair(0.1)[0], "num_classes": pairs.num_classes}
     if pairs.screening is not None:
         result |= vars(pairs.screening)
     return result

@@ -12,11 +12,12 @@ from gradmix.alignment import alignment_matrix
 from gradmix.class_table import TABLE_LAMS, ClassTable
 from gradmix.criteria import Alignment, class_index
 from gradmix.estimators import EstimatorName, Network, resolve
+from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import Mixtures
 from gradmix.model.forward import forward_all
 from gradmix.model.head import logits_of
-from gradmix.model.unchanged import unchanged
+from gradmix.model.unchanged import leave_unchanged
 from gradmix.references import reference_gradient
-from gradmix.samples import Mixtures, Samples
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -182,8 +183,8 @@ def table(
     class_samples: int = 32,
 ) -> ClassTable:
     resolved = resolve(estimator, Network(model, model.fc, None, 512, "auto"))
-    with unchanged(model):
-        got = forward_all(model, model.fc, "rows", Samples(*pair), 512)
+    with leave_unchanged(model):
+        got = forward_all(model, model.fc, "rows", LabelledSamples(*pair), 512)
         mixtures = Mixtures(got, None, 0.0, CLASSES, 512)
         return resolved.class_table(mixtures, grad_reference, class_samples, 0.0, torch.Generator().manual_seed(0))[0]
 
@@ -278,7 +279,7 @@ def test_low_precision_models_are_served_in_float32() -> None:
         "empty buffer": (
             {"buffer": (torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))},
             ValueError,
-            "buffer: got no rows",
+            "buffer: got no samples",
         ),
         "wrong source": ({"buffer": "rows"}, TypeError, "buffer: got str, expected a ReplayBuffer"),
         "three parts": ({"batch": (1, 2, 3)}, TypeError, "batch: got tuple of 3"),
@@ -307,7 +308,7 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
 def test_a_later_chunk_names_the_row_of_the_whole_buffer() -> None:
     x, y = rows(9)
     x[7, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="buffer: row 7 holds NaN"):
+    with pytest.raises(ValueError, match="buffer: sample 7 holds NaN"):
         reference_gradient(MLP(), (x, y), chunk_size=4)
     with pytest.raises(ValueError, match=r"buffer labels: row 8 is 9, expected a class index in \[0, 5\)"):
         reference_gradient(MLP(), (rows(9)[0], torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 9])), chunk_size=4)

@@ -16,9 +16,10 @@ from gradmix.criteria import PairScores
 from gradmix.estimators import JvpEstimator, Network, SketchEstimator
 from gradmix.estimators.sketch import Sketch
 from gradmix.gradients import mean_gradient
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixer import GradMix
+from gradmix.mixtures import Mixtures
 from gradmix.model.head import logits_of
-from gradmix.samples import Mixtures, Samples
 
 BUFFER, BATCH, OTHERS = rows(11, 3), rows(6, 1), rows(4, 2)
 LAM = 0.3
@@ -161,7 +162,7 @@ def sketched(model: nn.Module, estimator: SketchEstimator, by_class: bool) -> Pa
     sketch = Sketch(Network(model, None, None, 64, "auto"), estimator)
     reference, _ = sketch.reference(BUFFER, BATCH[0])
     assert reference is not None
-    mixtures = Mixtures(Samples(*BATCH), None, LAM, 5, 64)
+    mixtures = Mixtures(LabelledSamples(*BATCH), None, LAM, 5, 64)
     return (sketch.class_scores if by_class else sketch.score)(mixtures, reference.gradient, None)
 
 
@@ -245,7 +246,7 @@ def test_the_budget_goes_to_the_least_certain() -> None:
 
 
 def test_pairs_of_classes_are_checked_by_rows_of_these_classes() -> None:
-    model, estimator = network(), SketchEstimator(rank=4, errors=1e6, budget=10_000, rows_per_class=400)
+    model, estimator = network(), SketchEstimator(rank=4, errors=1e6, budget=10_000, mixtures_per_class_pair=400)
     pairs = gradmix.select_pairs(
         model, BUFFER, BATCH, criterion="class", estimator=estimator, lam=LAM, generator=generator()
     )
@@ -416,7 +417,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "budget: got float, expected an int",
     ),
-    "no rows for a class": (lambda: SketchEstimator(rows_per_class=0), ValueError, "rows_per_class: got 0, expected"),
+    "no rows for a class": (
+        lambda: SketchEstimator(mixtures_per_class_pair=0),
+        ValueError,
+        "mixtures_per_class_pair: got 0, expected",
+    ),
     "negative errors": (lambda: SketchEstimator(errors=-1.0), ValueError, "errors: got -1.0, expected a number >= 0"),
     "errors that are no number": (lambda: SketchEstimator(errors="2"), TypeError, "errors: got str, expected a number"),
     "a rank of 0": (
@@ -427,7 +432,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an empty buffer for a matrix": (
         lambda: gradmix.alignment_matrix(network(), gradmix.ReplayBuffer(1), BATCH, lam=0.5, estimator="jvp"),
         ValueError,
-        "buffer: got no rows, expected at least one",
+        "buffer: got no samples, expected at least one",
     ),
     "a label beyond the classes": (
         lambda: gradmix.select_pairs(network(), BUFFER, (BATCH[0], BATCH[1] + CLASSES), estimator="sketch"),
@@ -437,7 +442,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a NaN in the batch": (
         lambda: gradmix.select_pairs(network(), BUFFER, (BATCH[0] * float("nan"), BATCH[1]), estimator="jvp"),
         ValueError,
-        "batch: row 0 holds NaN",
+        "batch: sample 0 holds NaN",
     ),
     "no memory": (lambda: JvpEstimator(memory=0), ValueError, "memory: got 0, expected a number of bytes >= 1"),
     "memory that is no number": (lambda: SketchEstimator(memory="2G"), TypeError, "memory: got str, expected a number"),

@@ -112,10 +112,10 @@ def test_bad_input_is_named_by_the_next_call(cuda_graph: bool, monkeypatch: pyte
     broken = x.clone()
     broken[4] = torch.nan
     assert not mixup.select(broken, y).helpful[4]
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         deferred_checks.raise_deferred()
     monkeypatch.setenv("GRADMIX_CHECKS", "now")
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         mixup(broken, y)
     mixup(x, y)
 

@@ -13,7 +13,8 @@ from gradmix import GradMix, ReplayBuffer
 from gradmix.criteria import class_index
 from gradmix.estimators import feature, mixed
 from gradmix.gradients import mean_gradient
-from gradmix.samples import HeadSamples, Mixtures
+from gradmix.labelled_samples import HeadSamples
+from gradmix.mixtures import Mixtures
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -223,7 +224,7 @@ def test_bad_rows_are_named_at_the_call() -> None:
     mixup(*rows(6, 1))
     x, y = rows(4, 2)
     x[1] = float("nan")
-    with pytest.raises(ValueError, match="batch: row 1 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 1 holds NaN"):
         mixup(x, y)
     with pytest.raises(ValueError, match="batch labels: row 0 is 9"):
         mixup(rows(2)[0], torch.tensor([9, 0]))

@@ -47,9 +47,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     behind_the_host(monkeypatch)
     recorder = Recorder()
     monkeypatch.setattr(cuda_graphs, "capture", recorder)
-    monkeypatch.setattr(cuda_graphs.Graphs, "serve", lambda self, device: True)
+    monkeypatch.setattr(cuda_graphs.Graphs, "supports", lambda self, device: True)
     yield recorder
-    deferred_checks._underway.clear()
+    deferred_checks._unread.clear()
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["own rows", "candidates"])

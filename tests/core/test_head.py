@@ -11,7 +11,8 @@ from models import CLASSES, MLP, NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.model.head import HeadCapture, HeadNotFoundError, logits_of, resolve_head
+from gradmix.model.head import HeadNotFoundError, logits_of, resolve_head
+from gradmix.model.head_capture import HeadCapture
 from gradmix.model.head_values import MASKED
 
 

@@ -11,7 +11,8 @@ from no_looking import behind_the_host, watched
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.model.head import HeadCapture, HeadNotFoundError, logits_of
+from gradmix.model.head import HeadNotFoundError, logits_of
+from gradmix.model.head_capture import HeadCapture
 from gradmix.runtime import deferred_checks
 
 LAM = 0.6
@@ -269,9 +270,9 @@ def test_a_label_of_a_masked_class_is_an_error(labels: str) -> None:
     y = torch.where(torch.arange(12) == 7, SEEN, y)
     if labels == "soft":
         y = F.one_hot(y, CLASSES).double()
-    with pytest.raises(ValueError, match="batch: row 7 has a label among the classes that the model masks"):
+    with pytest.raises(ValueError, match="batch: sample 7 has a label among the classes that the model masks"):
         gradmix.select_pairs(model, BUFFER, (x, y))
-    with pytest.raises(ValueError, match="buffer: row 7 has a label among the classes that the model masks"):
+    with pytest.raises(ValueError, match="buffer: sample 7 has a label among the classes that the model masks"):
         gradmix.select_pairs(model, (x, y), BATCH)
 
 

@@ -251,9 +251,9 @@ def test_labels_are_not_mixed_where_inputs_are_not(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 def test_the_estimator_that_mixes_inputs_says_so_too(criterion: str) -> None:
     how: dict[str, Any] = {"estimator": "mixed", "criterion": criterion}
-    with pytest.raises(TypeError, match=r"x\['ids'\]: got dtype torch.int64 and other values for a row"):
+    with pytest.raises(TypeError, match=r"x\['ids'\]: got dtype torch.int64 and other values for a sample"):
         select_pairs(Text(), texts(9, 2), texts(6, 1), **how)
-    with pytest.raises(TypeError, match=r"x\['ids'\]: got dtype torch.int64 and other values for a row"):
+    with pytest.raises(TypeError, match=r"x\['ids'\]: got dtype torch.int64 and other values for a sample"):
         GradMix(Text(), texts(9, 2), **how).select(*texts(6, 1))
     with pytest.raises(TypeError, match="batch: got x of dtype torch.int64 with the estimator 'mixed'"):
         select_pairs(Text(), texts(9, 2, torch.int64), texts(6, 1, torch.int64), **how)
@@ -281,7 +281,7 @@ def test_bad_trees_are_named() -> None:
     hurt = x["mask"].clone()
     hurt[3, 1] = torch.nan
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"batch": (x | {"mask": hurt}, y)}, ValueError, r"batch\['mask'\]: row 3 holds NaN"),
+        ({"batch": (x | {"mask": hurt}, y)}, ValueError, r"batch\['mask'\]: sample 3 holds NaN"),
         ({"batch": (x | {"mask": hurt[:2]}, y)}, ValueError, r"batch x\['mask'\]: got 2 samples, expected 6"),
         ({"batch": (x | {"mask": [1.0]}, y)}, TypeError, r"batch x\['mask'\]\[0\]: got float, expected a tensor"),
         ({"batch": ({}, y)}, ValueError, "batch x: got dict without tensors"),
@@ -293,7 +293,7 @@ def test_bad_trees_are_named() -> None:
         (
             {"candidates": (x | {"mask": torch.ones(6, 5)}, y)},
             ValueError,
-            r"candidates\['mask'\]: got rows of shape \(5,\), expected \(4,\) as the batch",
+            r"candidates\['mask'\]: got samples of shape \(5,\), expected \(4,\) as the batch",
         ),
         (
             {"candidates": (x | {"mask": torch.ones(6, 4, dtype=torch.int64)}, y)},
@@ -306,9 +306,9 @@ def test_bad_trees_are_named() -> None:
         with pytest.raises(error, match=message):
             select_pairs(given.pop("model"), given.pop("buffer"), given.pop("batch"), **given)
     pairs = select_pairs(model, buffer, (x, y))
-    with pytest.raises(ValueError, match="x: got 4 rows, expected the 6"):
+    with pytest.raises(ValueError, match="x: got 4 samples, expected the 6"):
         pairs.mix(texts(4, 1)[0])
-    with pytest.raises(ValueError, match=r"other_x: got 3 rows, expected 6"):
+    with pytest.raises(ValueError, match=r"other_x: got 3 samples, expected 6"):
         mixed_forward(model, "words", x, texts(3, 1)[0], 0.5)
 
 
@@ -356,7 +356,7 @@ def test_a_buffer_of_trees_holds_the_rows_of_one_of_tensors(form: str, in_folder
         assert torch.equal(joined(mine.part(1, 3)[0]), other.part(1, 3)[0])
         assert torch.equal(joined(mine.draw_balanced(4, generator())[0]), other.draw_balanced(4, generator())[0])
         for _ in range(2):
-            got, expected = mine.sample_rows(2, generator()), other.sample_rows(2, generator())
+            got, expected = mine.sample_with_extras(2, generator()), other.sample_with_extras(2, generator())
             assert torch.equal(joined(got.x), expected.x)
             assert torch.equal(got.extras["logits"], expected.extras["logits"])
         mine.prefetch(2)
@@ -408,7 +408,7 @@ def test_a_buffer_takes_rows_like_its_first() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         ({"ids": x["ids"]}, ValueError, r"x: got the parts x\['ids'\], expected x\['ids'\], x\['mask'\]"),
         (x["ids"], ValueError, r"x: got the parts x, expected x\['ids'\]"),
-        (x | {"mask": x["mask"][:, :2]}, ValueError, r"x\['mask'\]: got rows of shape \(2,\), expected \(4,\)"),
+        (x | {"mask": x["mask"][:, :2]}, ValueError, r"x\['mask'\]: got samples of shape \(2,\), expected \(4,\)"),
         (x | {"mask": x["mask"].float()}, TypeError, r"x\['mask'\]: got dtype torch.float32, expected torch.float64"),
         (x | {"mask": x["mask"][:3]}, ValueError, r"x\['mask'\]: got 3 samples, expected 6"),
         (x | {"mask": None}, TypeError, r"x\['mask'\]: got NoneType, expected a torch.Tensor"),

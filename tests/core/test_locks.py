@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradmix import cli
-from gradmix.runtime.locks import acquire, holder, locked
+from gradmix.runtime.locks import acquire, holder, try_lock
 from gradmix.training.runs.results import LOCK, load_runs
 
 FEW = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20")
@@ -21,13 +21,13 @@ FEW = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--ro
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert holder(path) is None
-    with locked(path) as mine, locked(path) as again:
+    with try_lock(path) as mine, try_lock(path) as again:
         assert mine and not again
         assert holder(path) == f"process {os.getpid()}"
         assert acquire(path) is None
     assert not path.exists()
     lock = acquire(path)
-    assert lock is not None and lock.held and acquire(path) is None
+    assert lock is not None and lock.is_held and acquire(path) is None
     lock.release()
     lock.release()
     assert acquire(path) is not None, "and given back when it is gone"
@@ -36,13 +36,13 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 
 def test_shared_locks_keep_only_others_out(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with locked(path, shared=True) as one:
-        with locked(path, shared=True) as other, locked(path) as alone:
+    with try_lock(path, shared=True) as one:
+        with try_lock(path, shared=True) as other, try_lock(path) as alone:
             assert one and other and not alone
         assert path.exists(), "the first still has it"
         assert holder(path) is not None
     assert not path.exists()
-    with locked(path) as alone, locked(path, shared=True) as other:
+    with try_lock(path) as alone, try_lock(path, shared=True) as other:
         assert alone and not other
 
 
@@ -52,9 +52,9 @@ def test_a_forked_worker_holds_no_lock_of_a_killed_process(tmp_path: Path) -> No
     path = tmp_path / "lock"
     code = (
         "import multiprocessing, os, signal, sys, time\nfrom pathlib import Path\n"
-        "from gradmix.runtime.locks import locked\n"
+        "from gradmix.runtime.locks import try_lock\n"
         "def wait(pipe):\n    pipe.recv()\n"
-        f"with locked(Path({str(path)!r})) as mine:\n"
+        f"with try_lock(Path({str(path)!r})) as mine:\n"
         "    assert mine\n"
         "    here, there = multiprocessing.get_context('fork').Pipe()\n"
         "    worker = multiprocessing.get_context('fork').Process(target=wait, args=(there,))\n"
@@ -72,7 +72,7 @@ def test_a_forked_worker_holds_no_lock_of_a_killed_process(tmp_path: Path) -> No
         process.stdin.close()
         assert process.wait() == -signal.SIGKILL
         os.kill(worker, 0)
-        with locked(path) as mine:
+        with try_lock(path) as mine:
             assert mine
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -95,7 +95,7 @@ def test_a_folder_in_use_is_refused_at_once(here: Path, capsys: pytest.CaptureFi
     specification = "{title: t, arms: [{name: er, method: er}]}"
     (here / "e.yaml").write_text(specification)
     for folder in ("out", "new"):
-        with locked(here / folder / LOCK) as mine:
+        with try_lock(here / folder / LOCK) as mine:
             assert mine
             for command in (
                 ["train", *FEW, "--output", folder],
@@ -114,7 +114,7 @@ def test_a_folder_in_use_is_refused_at_once(here: Path, capsys: pytest.CaptureFi
 
 def test_training_and_experiments_keep_out_of_each_others_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *FEW, "--output", "out"]) == 0
-    with locked(here / "out" / LOCK, shared=True):
+    with try_lock(here / "out" / LOCK, shared=True):
         assert cli.main(["train", "--resume", "out"]) == 2
     assert "is in use" in capsys.readouterr().err
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import gradmix
 from gradmix import GradMix, ReplayBuffer, select_pairs
+from gradmix.labelled_samples import LabelledSamples
 from gradmix.model.forward import forward_all
 from gradmix.model.head import resolve_head
-from gradmix.model.unchanged import unchanged
-from gradmix.references import marked_gradient
+from gradmix.model.unchanged import leave_unchanged
+from gradmix.references import gradient_of_marked
 from gradmix.runtime import deferred_checks
-from gradmix.samples import Samples
 
 MARKS = {"some": [1, 4, 5, 8], "one": [7], "none": [], "all": list(range(10))}
 
@@ -44,10 +44,10 @@ def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_the_reference_is_that_of_the_marked_rows(case: str, bias: bool, soft: bool) -> None:
     model, batch = MLP(bias).double(), rows(10, 1, torch.float64, soft)
-    with unchanged(model):
+    with leave_unchanged(model):
         head = resolve_head(model, "fc")
-        reference, nothing = marked_gradient(
-            forward_all(model, head, "batch", Samples(*batch), 99), marked(MARKS[case])
+        reference, nothing = gradient_of_marked(
+            forward_all(model, head, "batch", LabelledSamples(*batch), 99), marked(MARKS[case])
         )
     assert bool(nothing) == (case == "none")
     if case == "none":
@@ -192,7 +192,7 @@ def test_captured_calls_choose_the_same(criterion: str, monkeypatch: pytest.Monk
     from gradmix.runtime import cuda_graphs
 
     monkeypatch.setattr(cuda_graphs, "capture", lambda function, device: _replayable(function))
-    monkeypatch.setattr(cuda_graphs.Graphs, "serve", lambda self, device: True)
+    monkeypatch.setattr(cuda_graphs.Graphs, "supports", lambda self, device: True)
     behind_the_host(monkeypatch)
     plain, captured = (
         GradMix(MLP(), None, criterion=criterion, threshold=0.3, generator=generator(), cuda_graph=graph)

@@ -150,7 +150,7 @@ def test_partners_of_another_length_meet_at_the_features() -> None:
     x, other = tokens(3)[0], tokens(3, 1)[0][:, :2]
     expected = by_loop(model, "feature", x, other, [0.3] * 3)
     torch.testing.assert_close(mixed_forward(model, "feature", x, other, 0.3), expected)
-    with pytest.raises(ValueError, match=r"other_x: words makes rows of shape \(2, 8\) of it, expected \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"other_x: words makes samples of shape \(2, 8\) of it, expected \(6, 8\)"):
         mixed_forward(model, "words", x, other, 0.3)
 
 
@@ -261,7 +261,7 @@ REFUSED = {
         Layered(Flat(WORDS, 2)),
         {"stage": "stage"},
         ValueError,
-        r"gives a tensor \(18, 2\), expected 3 rows",
+        r"gives a tensor \(18, 2\), expected 3 samples",
     ),
     "no such name": (
         TokenModel(),
@@ -281,7 +281,7 @@ REFUSED = {
     ),
     "integer lam": (TokenModel(), {"lam": torch.ones(3).long()}, TypeError, "lam: got dtype torch.int64"),
     "no partners": (TokenModel(), {"other_x": None}, ValueError, "other_x: got None, expected the partners"),
-    "fewer partners": (TokenModel(), {"other_x": OTHER[:2]}, ValueError, "other_x: got 2 rows, expected 3"),
+    "fewer partners": (TokenModel(), {"other_x": OTHER[:2]}, ValueError, "other_x: got 2 samples, expected 3"),
     "partner of a wrong dtype": (
         TokenModel(),
         {"partner": torch.zeros(3)},
@@ -351,10 +351,10 @@ def test_other_labels_and_rows_in_place_of_those_selected_on() -> None:
     assert torch.equal(pairs.mix_labels(soft), soft)
     assert torch.equal(pairs.other_x(x + 1), x[pairs.partner] + 1)
     for call in (lambda: pairs.mix_labels(y[:3]), lambda: pairs.other_x(x[:3])):
-        with pytest.raises(ValueError, match="got 3 rows, expected the 4"):
+        with pytest.raises(ValueError, match="got 3 samples, expected the 4"):
             call()
     foreign = gradmix.select_pairs(model, tokens(6, 2), (x, y), candidates=(pool, pool_y), lam=0.3)
-    with pytest.raises(ValueError, match="x: got 4 rows, expected None, as partners are among the candidates"):
+    with pytest.raises(ValueError, match="x: got 4 samples, expected None, as partners are among the candidates"):
         foreign.other_x(x)
 
 

@@ -12,7 +12,7 @@ from test_promises import CALLS
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.model.unchanged import unchanged
+from gradmix.model.unchanged import leave_unchanged
 
 
 class Writing(nn.Module):
@@ -133,7 +133,7 @@ def test_what_a_forward_pass_writes_is_put_back(name: str, fails: bool) -> None:
     before = snapshot(model)
     for grad in (False, True):
         try:
-            with unchanged(model), torch.set_grad_enabled(grad):
+            with leave_unchanged(model), torch.set_grad_enabled(grad):
                 for _ in range(2):
                     model(rows(3)[0])
         except RuntimeError as error:
@@ -171,7 +171,7 @@ def test_plain_attributes_stay_where_no_buffer_was_written() -> None:
 def test_buffers_on_meta_and_lazy_ones_are_left_alone() -> None:
     model = nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
     model.register_buffer("shape_only", torch.zeros(3, device="meta"))
-    with unchanged(model):
+    with leave_unchanged(model):
         model(rows(3)[0])
     assert model[1].running_mean is not None and model.shape_only.is_meta
 
@@ -181,7 +181,7 @@ def test_buffers_made_in_inference_mode() -> None:
         model = Writing(WRITES["nothing"]).eval()
     model.write = torch.inference_mode()(WRITES["an average in place"])
     before = model.mean.clone()
-    with unchanged(model):
+    with leave_unchanged(model):
         model(rows(3)[0])
         assert not torch.equal(model.mean, before)
     assert model.mean.is_inference() and torch.equal(model.mean, before)
@@ -202,7 +202,7 @@ def test_buffers_of_a_compiled_module() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = torch.jit.script(Counting())
-    with unchanged(model):
+    with leave_unchanged(model):
         model(rows(3)[0])
         assert model.steps.tolist() == [1.0, 1.0]
     assert model.steps.tolist() == [0.0, 0.0]

@@ -26,7 +26,7 @@ from two_processes_selection import (
 )
 
 import gradmix
-from gradmix.replay.sources import numbered_chunks
+from gradmix.replay.sources import chunks_with_numbers
 from gradmix.runtime.collectives import all_gather_samples, all_reduce_sum, any_rank, broadcast, local_share
 
 
@@ -77,12 +77,12 @@ def test_the_shares_are_the_rows(source: str, size: int, monkeypatch: pytest.Mon
         found = []
         for rank in range(size):
             monkeypatch.setattr(torch.distributed, "get_rank", lambda _group, rank=rank: rank)
-            found += numbered_chunks("buffer", SOURCES[source](), CHUNK, torch.device("cpu"), group)
+            found += chunks_with_numbers("buffer", SOURCES[source](), CHUNK, torch.device("cpu"), group)
         return sorted(found, key=lambda part: part[0])
 
     group: Any = object()
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _group: size)
-    whole = list(numbered_chunks("buffer", SOURCES[source](), CHUNK, torch.device("cpu")))
+    whole = list(chunks_with_numbers("buffer", SOURCES[source](), CHUNK, torch.device("cpu")))
     pieces = parts()
     counts = torch.tensor([0, *(len(y) for _, _, y in pieces)])
     assert [start for start, _, _ in pieces] == counts.cumsum(0)[:-1].tolist()
@@ -121,7 +121,7 @@ def test_reference_gradients(told_by_processes: list[dict[str, Any]]) -> None:
     both = [told["references"] for told in told_by_processes]
     for name, source in SOURCES.items():
         if name in ("no rows", "empty buffer"):
-            assert [told[name] for told in both] == ["buffer: got no rows, expected at least one"] * SIZE
+            assert [told[name] for told in both] == ["buffer: got no samples, expected at least one"] * SIZE
             continue
         expected = gradmix.reference_gradient(model(), source(), chunk_size=CHUNK)
         assert torch.equal(both[0][name], both[1][name]), name

@@ -11,7 +11,7 @@ from models import NETWORKS, ConvNet, rows
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.model.unchanged import unchanged
+from gradmix.model.unchanged import leave_unchanged
 
 
 def photograph(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict:
@@ -202,7 +202,7 @@ def test_wrapped_models_are_looked_into_and_their_wrapper_is_not_called(estimato
 
 def test_untouched_restores_after_an_exception() -> None:
     model = ConvNet().train()
-    with pytest.raises(KeyError), unchanged(model):
+    with pytest.raises(KeyError), leave_unchanged(model):
         assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
         raise KeyError

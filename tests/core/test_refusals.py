@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from gradmix import GradMix, alignment_matrix, reference_gradient, select_pairs
-from gradmix.gradients import BatchStatisticsError, CoupledRowsError
+from gradmix.gradients import BatchStatisticsError, CoupledSamplesError
 
 CLASSES = 4
 
@@ -75,7 +75,7 @@ def test_statistics_of_the_batch_are_refused(case: str, estimator: str) -> None:
     make, shape = COUPLED[case]
     buffer, batch = rows(12, 1, *shape), rows(6, 2, *shape)
     # What is no function of torch.nn.functional the engine knows by what it does.
-    refused = (BatchStatisticsError, CoupledRowsError) if case == "torch.batch_norm" else BatchStatisticsError
+    refused = (BatchStatisticsError, CoupledSamplesError) if case == "torch.batch_norm" else BatchStatisticsError
     for head in (None, "fc" if case.startswith(("F.", "torch.")) else str(len(make()) - 1)):  # type: ignore[arg-type]
         for call in (
             lambda head=head: reference_gradient(make(), buffer, head=head),
@@ -84,7 +84,7 @@ def test_statistics_of_the_batch_are_refused(case: str, estimator: str) -> None:
             lambda head=head: GradMix(make(), buffer, estimator=estimator, criterion="class", head=head)(*batch),
             lambda head=head: alignment_matrix(make(), buffer, batch, lam=0.5, estimator=estimator, head=head),
         ):
-            with pytest.raises(refused, match="statistics of the batch, expected running|depends on other rows"):
+            with pytest.raises(refused, match="statistics of the batch, expected running|depends on other samples"):
                 call()
 
 

@@ -225,14 +225,14 @@ def test_mix_takes_other_forms_of_the_same_rows() -> None:
     weight = pairs.lam[:, None]
     torch.testing.assert_close(x, weight * embedded + (1 - weight) * embedded[pairs.partner])
     torch.testing.assert_close(y, smoothed)
-    with pytest.raises(ValueError, match="x: got 5 rows, expected the 6"):
+    with pytest.raises(ValueError, match="x: got 5 samples, expected the 6"):
         pairs.mix(embedded[:5])
-    with pytest.raises(ValueError, match="y: got 7 rows, expected the 6"):
+    with pytest.raises(ValueError, match="y: got 7 samples, expected the 6"):
         pairs.mix(y=torch.zeros(7, dtype=torch.int64))
     with pytest.raises(TypeError, match="x: got dtype torch.int64"):
         pairs.mix(torch.ones(6, 2, dtype=torch.int64))
     foreign = select_pairs(MLP(), BUFFER, batch, candidates=rows(3, 2))
-    with pytest.raises(ValueError, match=r"x: got rows of shape \(10,\), expected \(3, 8, 8\) as the candidates"):
+    with pytest.raises(ValueError, match=r"x: got samples of shape \(10,\), expected \(3, 8, 8\) as the candidates"):
         foreign.mix(embedded)
 
 
@@ -252,7 +252,7 @@ def test_as_tuple_is_the_mixup_criterion_idiom(foreign: bool) -> None:
 def test_summary_counts() -> None:
     pairs = select_pairs(MLP(), BUFFER, rows(10, 1), criterion="sample", lam=0.25)
     summary = pairs.summary()
-    assert summary["rows"] == len(pairs) == 10
+    assert summary["samples"] == summary["rows"] == len(pairs) == 10
     assert summary["mixed"] == int(pairs.helpful.sum()) == round(summary["mixed_share"] * 10)
     assert summary["lam"] == 0.25
     assert summary["positive_share"] == pytest.approx(float((pairs.alignment >= 0).float().mean()))
@@ -379,22 +379,22 @@ class Diverged(MLP):
 
 
 BAD = {
-    "NaN in the batch": ({"batch": nan_at(2)}, ValueError, "^batch: row 2 holds NaN, expected finite values"),
-    "infinity in the batch": ({"batch": infinite_at(1)}, ValueError, "^batch: row 1 holds an infinity"),
-    "NaN in the candidates": ({"candidates": nan_at(3)}, ValueError, "^candidates: row 3 holds NaN"),
-    "NaN in the buffer": ({"buffer": nan_at(0)}, ValueError, "^buffer: row 0 holds NaN"),
+    "NaN in the batch": ({"batch": nan_at(2)}, ValueError, "^batch: sample 2 holds NaN, expected finite values"),
+    "infinity in the batch": ({"batch": infinite_at(1)}, ValueError, "^batch: sample 1 holds an infinity"),
+    "NaN in the candidates": ({"candidates": nan_at(3)}, ValueError, "^candidates: sample 3 holds NaN"),
+    "NaN in the buffer": ({"buffer": nan_at(0)}, ValueError, "^buffer: sample 0 holds NaN"),
     "NaN with an empty buffer": (
         {"batch": nan_at(2), "buffer": gradmix.ReplayBuffer(1)},
         ValueError,
-        "^batch: row 2 holds NaN",
+        "^batch: sample 2 holds NaN",
     ),
     "a model that has diverged": (
         {"model": Diverged(), "head": "fc"},
         ValueError,
-        "^the model's features of buffer: row 2 holds NaN",
+        "^the model's features of buffer: sample 2 holds NaN",
     ),
-    "no rows": ({"batch": rows(0)}, ValueError, "batch: got no rows"),
-    "no candidates": ({"candidates": rows(0)}, ValueError, "candidates: got no rows"),
+    "no rows": ({"batch": rows(0)}, ValueError, "batch: got no samples"),
+    "no candidates": ({"candidates": rows(0)}, ValueError, "candidates: got no samples"),
     "integer inputs": (
         {"batch": (torch.ones(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))},
         TypeError,
@@ -403,7 +403,7 @@ BAD = {
     "candidates of another shape": (
         {"candidates": (torch.ones(2, 3), torch.tensor([0, 1]))},
         ValueError,
-        r"candidates: got rows of shape \(3,\), expected \(3, 8, 8\)",
+        r"candidates: got samples of shape \(3,\), expected \(3, 8, 8\)",
     ),
     "batch label too large": (
         {"batch": (rows(2)[0], torch.tensor([0, CLASSES]))},
@@ -472,7 +472,7 @@ def test_a_nan_among_mixed_inputs_names_a_pair_of_rows() -> None:
             )
 
     x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
-    with pytest.raises(ValueError, match="the model's logits of mixed rows 0 and 1: NaN"):
+    with pytest.raises(ValueError, match="the model's logits of mixed samples 0 and 1: NaN"):
         select_pairs(Squares(), BUFFER, (x, torch.tensor([0, 1])), lam=0.5, estimator="mixed", head="fc")
 
 
@@ -488,7 +488,7 @@ def test_by_row_says_what_partners_were_drawn_from(criterion: str, threshold: fl
     pairs = gradmix.select_pairs(
         model, buffer, batch, candidates=other, criterion=criterion, threshold=threshold, lam=0.4
     )
-    helpful, cosine = pairs.by_row(threshold)
+    helpful, cosine = pairs.by_pair(threshold)
     assert helpful.shape == cosine.shape == (9, 7)
     assert torch.equal(pairs.helpful, helpful.any(1))
     assert helpful[torch.arange(9), pairs.partner][pairs.helpful].all()

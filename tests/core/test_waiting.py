@@ -17,7 +17,7 @@ from truth import one_hot
 
 import gradmix
 from gradmix import GradMix, select_pairs
-from gradmix.model.head import HeadCapture
+from gradmix.model.head_capture import HeadCapture
 from gradmix.ops.mixed_alignment import MixedAlignment, Side, factorised, mixed_alignment
 from gradmix.runtime import deferred_checks
 
@@ -50,9 +50,9 @@ def made(kind: str, model: Any) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Any:
-    deferred_checks._underway.clear()
+    deferred_checks._unread.clear()
     yield
-    deferred_checks._underway.clear()
+    deferred_checks._unread.clear()
 
 
 def assert_same(pairs: gradmix.Pairs, expected: gradmix.Pairs) -> None:
@@ -163,7 +163,7 @@ def label_of(y: Tensor, row: int, label: int) -> Tensor:
 
 X, Y = rows(6, 1)
 BAD = {
-    "NaN": ((nan_in(X, 4), Y), "batch: row 4 holds NaN"),
+    "NaN": ((nan_in(X, 4), Y), "batch: sample 4 holds NaN"),
     "label too large": ((X, label_of(Y, 2, CLASSES)), f"batch labels: row 2 is {CLASSES}, expected a class index in"),
     "negative label": ((X, label_of(Y, 5, -3)), "batch labels: row 5 is -3, expected a class index in"),
     "soft labels": ((X, torch.full((6, CLASSES), 0.9)), "batch labels: row 0 sums to"),
@@ -207,7 +207,7 @@ def test_a_call_that_raises_leaves_no_question(monkeypatch: pytest.MonkeyPatch) 
 def test_checks_now_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
     monkeypatch.setenv("GRADMIX_CHECKS", "now")
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         select_pairs(MLP(), BUFFER, BAD["NaN"][0])
     monkeypatch.setenv("GRADMIX_CHECKS", "soon")
     with pytest.raises(ValueError, match="environment variable GRADMIX_CHECKS: got 'soon', expected 'now' or 'later'"):
@@ -253,7 +253,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
     expected = mixed_alignment(*arguments, lams, backend="torch")
     behind_the_host(monkeypatch)
-    with deferred_checks.deferred_checks(MLP()), watched():
+    with deferred_checks.defer_checks(MLP()), watched():
         result = by_torch(arguments, lams)
     torch.testing.assert_close(result.inner, expected.inner)
     torch.testing.assert_close(result.norm, expected.norm)
@@ -345,15 +345,15 @@ def test_a_finding_stops_nobody_else(kind: str, monkeypatch: pytest.MonkeyPatch)
     others(X)  # another model
     assert not isinstance(thread(lambda: theirs(X)), Exception)  # another thread
     assert not isinstance(thread(lambda: others(X)), Exception)
-    with pytest.raises(ValueError, match=r"batch: row 4 holds NaN.*\(found on the GPU in an earlier call"):
+    with pytest.raises(ValueError, match=r"batch: sample 4 holds NaN.*\(found on the GPU in an earlier call"):
         mine(X)
     mine(X)
     thread(lambda: theirs(nan_in(X, 1)))
     mine(X)
-    assert "batch: row 1 holds NaN" in str(thread(lambda: theirs(X)))
+    assert "batch: sample 1 holds NaN" in str(thread(lambda: theirs(X)))
     thread.close()
     deferred_checks.raise_deferred()
-    assert not deferred_checks._underway
+    assert not deferred_checks._unread
 
 
 def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,12 +361,12 @@ def test_what_a_thread_found_that_has_ended_is_told_the_next(monkeypatch: pytest
     model, other = MLP(), MLP()
     assert not isinstance(elsewhere(lambda: select_pairs(model, BUFFER, (nan_in(X, 4), Y))), Exception)
     select_pairs(other, BUFFER, (X, Y))
-    with pytest.raises(ValueError, match="batch: row 4 holds NaN"):
+    with pytest.raises(ValueError, match="batch: sample 4 holds NaN"):
         select_pairs(model, BUFFER, (X, Y))
     select_pairs(model, BUFFER, (X, Y))
     deferred_checks.raise_deferred(model)
     deferred_checks.raise_deferred(other)
-    assert not deferred_checks._underway
+    assert not deferred_checks._unread
 
 
 @pytest.mark.parametrize("kind", GIVEN)
@@ -377,17 +377,17 @@ def test_findings_keep_no_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(3):
         call(X)
     call(nan_in(X, 4))
-    assert len(deferred_checks._underway) == 1
+    assert len(deferred_checks._unread) == 1
     gone = weakref.ref(model)
     del model, call
     gc.collect()
-    assert gone() is None and not deferred_checks._underway
+    assert gone() is None and not deferred_checks._unread
 
 
 def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     behind_the_host(monkeypatch)
     model = MLP()
-    with deferred_checks.deferred_checks(model):
+    with deferred_checks.defer_checks(model):
         # Outside of a call of its own a thread is told at once.
         error = elsewhere(
             lambda: deferred_checks.check_samples(torch.tensor([False, True]), lambda row: ValueError(f"row {row}"))

@@ -15,7 +15,7 @@ from gradient_truth import sample_gradients as truth
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.gradients import CoupledRowsError, NoRuleError
+from gradmix.gradients import CoupledSamplesError, NoRuleError
 from gradmix.gradients.directions import directional_derivatives, mean_gradient
 from gradmix.model.inputs import call_model
 
@@ -235,7 +235,7 @@ def test_an_expert_that_a_later_chunk_uses_first_is_named() -> None:
     x[4:] *= -1
     batch = x, torch.arange(6) % 4
     for call in (gradmix.sample_gradients, gradmix.class_gradients):
-        with pytest.raises(ValueError, match=r"'experts\.1\.weight' is used by row 4 .*larger chunk_size"):
+        with pytest.raises(ValueError, match=r"'experts\.1\.weight' is used by sample 4 .*larger chunk_size"):
             call(model, batch, without_rule="exact", chunk_size=3)
     assert_layers_equal(exactly(model, batch, chunk_size=6), same_loop(model, *batch), EXACT)
 
@@ -253,7 +253,7 @@ def test_rows_that_crowd_each_other_out_are_found_by_their_sum() -> None:
     model.capacity = 3
     with torch.no_grad():
         model.gate.bias[0] += 50
-    with pytest.raises(CoupledRowsError, match="add up"):
+    with pytest.raises(CoupledSamplesError, match="add up"):
         exactly(model, (x, y))
     model.capacity = 12
     assert_layers_equal(exactly(model, (x, y)), same_loop(model, x, y), EXACT)
@@ -261,7 +261,7 @@ def test_rows_that_crowd_each_other_out_are_found_by_their_sum() -> None:
 
 def test_chance_in_evaluation_mode_is_found() -> None:
     model = Net(lambda m, x: m.after(F.dropout(x * m.scale.exp(), 0.5, training=True).sum(1)), **_parts()).double()
-    with pytest.raises(CoupledRowsError, match="without chance"):
+    with pytest.raises(CoupledSamplesError, match="without chance"):
         exactly(model, (torch.randn(5, 4, 6).double(), torch.arange(5) % 4))
 
 

@@ -15,7 +15,7 @@ from test_promises import photograph, same
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.gradients import BatchStatisticsError, CoupledRowsError, NoRuleError
+from gradmix.gradients import BatchStatisticsError, CoupledSamplesError, NoRuleError
 
 EXACT = 1e-9
 Between = Callable[[Any, Tensor], Tensor]
@@ -103,9 +103,9 @@ def test_rows_that_influence_each_other_are_refused(name: str, rows: int) -> Non
         (frozen, tokens(rows), "all"),
     ):
         for without_rule in ("error", "exact"):
-            with pytest.raises((CoupledRowsError, BatchStatisticsError), match="^model: "):
+            with pytest.raises((CoupledSamplesError, BatchStatisticsError), match="^model: "):
                 gradmix.sample_gradients(model, batch, rank=2, layers=layers, without_rule=without_rule)
-        with pytest.raises((CoupledRowsError, BatchStatisticsError), match="^model: "):
+        with pytest.raises((CoupledSamplesError, BatchStatisticsError), match="^model: "):
             gradmix.class_gradients(model, batch, rank=2, layers=layers)
 
 
@@ -122,7 +122,7 @@ def test_rows_that_influence_each_other_in_a_later_batch_are_refused(model: type
     assert_layers_equal(gradmix.sample_gradients(network, (x, y), sketch="identity"), truth(network, x, y), EXACT)
     network.share.fill_(0.1)
     for seed in range(2, 6):
-        with pytest.raises(CoupledRowsError, match="depends on the rows around it"):
+        with pytest.raises(CoupledSamplesError, match="depends on the samples around it"):
             gradmix.sample_gradients(network, batch(8, seed), rank=2)
 
 
@@ -137,7 +137,7 @@ def test_a_batch_that_was_refused_is_refused_again() -> None:
 
     model, batch = Body(between), numbers(20)
     for _ in range(3):
-        with pytest.raises(CoupledRowsError, match="output of row (4|17) depends"):
+        with pytest.raises(CoupledSamplesError, match="output of sample (4|17) depends"):
             gradmix.sample_gradients(model, batch, rank=2)
 
 
@@ -211,7 +211,7 @@ def test_rows_that_change_places_are_exact_or_refused_in_every_batch(sort: str, 
         labels = torch.arange(len(batch)) % 5
         try:
             result = gradmix.sample_gradients(model, (batch, labels), sketch="identity")
-        except (CoupledRowsError, NoRuleError):
+        except (CoupledSamplesError, NoRuleError):
             refused += 1
         else:
             assert_layers_equal(result, truth(model, batch, labels), EXACT)
@@ -224,7 +224,7 @@ def test_rows_moved_by_a_matrix_are_refused() -> None:
     for seed in range(8):
         x, y = numbers(9, seed)
         for batch in (in_order(x, KEYS["numbers"]), x):
-            with pytest.raises(CoupledRowsError):
+            with pytest.raises(CoupledSamplesError):
                 gradmix.sample_gradients(model, (batch, y), rank=2)
 
 
@@ -280,7 +280,7 @@ def test_a_model_that_draws_random_numbers_is_served_and_the_generators_left_alo
 def test_random_numbers_do_not_hide_an_influence() -> None:
     model = Body(lambda m, h: noise(m, h) - h.detach().mean(0))
     for seed in range(3):
-        with pytest.raises(CoupledRowsError, match="rows around it"):
+        with pytest.raises(CoupledSamplesError, match="samples around it"):
             gradmix.sample_gradients(model, numbers(8, seed), rank=2)
 
 
@@ -417,7 +417,7 @@ def test_one_of_several_heads_folded_with_rows(first: bool) -> None:
         x, y = torch.randint(0, 30, (7, length)), torch.arange(7) % 3
         try:
             result = gradmix.sample_gradients(model, (x, y), sketch="identity")
-        except (NoRuleError, CoupledRowsError):
+        except (NoRuleError, CoupledSamplesError):
             assert first and length > 1  # neither rows nor positions are outermost then
         else:
             assert_layers_equal(result, truth(model, x, y), EXACT)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradmix
-from gradmix.gradients import CoupledRowsError, NoRuleError
+from gradmix.gradients import CoupledSamplesError, NoRuleError
 from gradmix.gradients.directions import directional_derivatives
 
 EXACT = 1e-9
@@ -140,7 +140,7 @@ def test_coupled_rows_are_found_by_small_gradients_still() -> None:
         out=nn.Linear(6, 4),
     ).double()
     batch = torch.randn(9, 5, 6, dtype=torch.float64), torch.arange(9) % 4
-    with pytest.raises(CoupledRowsError):
+    with pytest.raises(CoupledSamplesError):
         identity(model, batch, without_rule="exact", layers=["shift"])
 
 

@@ -383,7 +383,7 @@ def test_bad_inputs_are_named(name: str) -> None:
 def test_a_value_that_is_not_finite_is_found_in_any_part() -> None:
     extra = EXTRA.clone()
     extra[3, 1] = float("nan")
-    with pytest.raises(ValueError, match="row 3 holds NaN"):
+    with pytest.raises(ValueError, match="sample 3 holds NaN"):
         gradmix.sample_gradients(ByKeyword().double(), ({"input_ids": IDS, "attention_mask": MASK, "extra": extra}, Y))
 
 
@@ -392,7 +392,7 @@ def test_coupled_rows_are_found_in_any_part() -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor, extra: Tensor) -> Tensor:
             return super().forward(input_ids, attention_mask, extra - extra.mean(0))
 
-    with pytest.raises(gradmix.gradients.CoupledRowsError):
+    with pytest.raises(gradmix.gradients.CoupledSamplesError):
         gradmix.sample_gradients(Coupled().double(), ({"input_ids": IDS, "attention_mask": MASK, "extra": EXTRA}, Y))
 
 

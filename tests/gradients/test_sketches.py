@@ -446,8 +446,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "unknown backend": ({"backend": "gpu"}, ValueError, r"backend.*gpu"),
     "unknown way without a rule": ({"without_rule": "guess"}, ValueError, r"without_rule: got 'guess'.*exact"),
     "loss that is none": ({"loss": "mse"}, TypeError, r"loss: got str"),
-    "loss of the batch": ({"loss": lambda z, y: z.sum()}, ValueError, r"loss: returned shape \(\).*3 rows"),
-    "loss that is no tensor": ({"loss": lambda z, y: 3.0}, ValueError, r"loss: returned float.*3 rows"),
+    "loss of the batch": ({"loss": lambda z, y: z.sum()}, ValueError, r"loss: returned shape \(\).*3 samples"),
+    "loss that is no tensor": ({"loss": lambda z, y: 3.0}, ValueError, r"loss: returned float.*3 samples"),
     "scale of zero": ({"scaler": 0.0}, ValueError, r"scaler: got 0"),
     "scale of another type": ({"scaler": "big"}, TypeError, r"scaler: got str"),
 }
@@ -477,7 +477,7 @@ BAD_ROWS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a row with NaN": (
         lambda: _batch(x=torch.tensor([[0.0], [math.nan], [1.0]]).expand(3, 5).double()),
         ValueError,
-        r"row 1.*NaN",
+        r"sample 1.*NaN",
     ),
 }
 
@@ -492,7 +492,7 @@ def test_bad_rows(case: str) -> None:
 @pytest.mark.parametrize("call", [gradmix.sample_gradients, gradmix.class_gradients], ids=lambda f: f.__name__)
 def test_no_rows(call: Callable) -> None:
     x, y = LINEAR.batch()
-    with pytest.raises(ValueError, match=r"got no rows, expected at least one"):
+    with pytest.raises(ValueError, match=r"got no samples, expected at least one"):
         call(LINEAR.model(), (x[:0], y[:0]))
 
 

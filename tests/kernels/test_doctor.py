@@ -80,7 +80,7 @@ def test_without_the_extension(without_extension):
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(doctor, "_importable", lambda module: module not in ("yaml", "sklearn"))
+    monkeypatch.setattr(doctor, "_is_importable", lambda module: module not in ("yaml", "sklearn"))
     report = doctor.report()
     train = next(extra for extra in report["extras"] if extra["name"] == "train")
     assert train["missing"] == ["pyyaml", "scikit-learn"]
@@ -93,9 +93,9 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch):
 def test_a_folder_that_bears_a_package_name_is_not_that_package(tmp_path, monkeypatch):
     (tmp_path / "hardly_a_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not doctor._importable("hardly_a_package")
-    assert not doctor._importable("no_such_package_at_all")
-    assert doctor._importable("torch")
+    assert not doctor._is_importable("hardly_a_package")
+    assert not doctor._is_importable("no_such_package_at_all")
+    assert doctor._is_importable("torch")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
+import torch
 
-from gradmix._moved import moved
+from gradmix._moved import alias_argument, alias_attribute, moved
 from gradmix.training._former_modules import FORMER_MODULES
 
 
@@ -54,3 +56,60 @@ def test_streams_serves_its_public_names_without_a_warning() -> None:
     from gradmix.training.streams.stream import class_incremental as now
 
     assert class_incremental is now
+
+
+class Named:
+    """A class whose method, attribute and argument have new names."""
+
+    def __init__(self, new_argument: int = 0) -> None:
+        self.new_attribute = new_argument
+
+    def new_method(self, value: int) -> int:
+        return self.new_attribute + value
+
+    old_attribute = alias_attribute("Named", "old_attribute", "new_attribute")
+    old_method = alias_attribute("Named", "old_method", "new_method")
+    __init__ = alias_argument("Named", "old_argument", "new_argument")(__init__)  # type: ignore[assignment]
+
+
+def test_an_old_attribute_method_and_argument_are_served_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Named\(old_argument=\) is now Named\(new_argument=\)") as seen:
+        named = Named(old_argument=2)  # type: ignore[call-arg]
+    assert seen[0].filename == __file__
+    with pytest.warns(
+        DeprecationWarning, match=r"Named\.old_attribute is now Named\.new_attribute; .* removed"
+    ) as seen:
+        assert named.old_attribute == 2
+    assert seen[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"Named\.old_method is now Named\.new_method"):
+        assert named.old_method(3) == 5
+    assert Named(4).new_attribute == Named(new_argument=4).new_attribute == 4
+    with pytest.raises(TypeError, match="got old_argument and new_argument, expected new_argument alone"):
+        Named(new_argument=1, old_argument=2)  # type: ignore[call-arg]
+
+
+def test_former_names_of_samples_are_served() -> None:
+    import gradmix
+    import gradmix.gradients
+    import gradmix.replay.buffer
+
+    with pytest.warns(DeprecationWarning, match="CoupledSamplesError"):
+        assert gradmix.gradients.CoupledRowsError is gradmix.gradients.CoupledSamplesError
+    with pytest.warns(DeprecationWarning, match="BufferSamples"):
+        assert gradmix.replay.buffer.BufferRows is gradmix.replay.buffer.BufferSamples
+    with pytest.warns(DeprecationWarning, match="mixtures_per_class_pair"):
+        settings = gradmix.SketchEstimator(rows_per_class=3)  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="mixtures_per_class_pair"):
+        assert settings.rows_per_class == settings.mixtures_per_class_pair == 3
+    assert dataclasses.replace(settings, rank=4) == gradmix.SketchEstimator(rank=4, mixtures_per_class_pair=3)
+    buffer = gradmix.ReplayBuffer(2)
+    buffer.add(torch.rand(3, 2), torch.tensor([0, 0, 1]))
+    with pytest.warns(DeprecationWarning, match=r"ReplayBuffer\.sample_with_extras"):
+        assert len(buffer.sample_rows(2).y) == 2
+    pairs = gradmix.select_pairs(torch.nn.Linear(2, 2), buffer, (torch.rand(3, 2), torch.tensor([0, 1, 1])))
+    with pytest.warns(DeprecationWarning, match=r"Pairs\.by_pair"):
+        assert torch.equal(pairs.by_row()[0], pairs.by_pair()[0])
+    with gradmix.HeadCapture(torch.nn.Linear(2, 2), example=torch.rand(3, 2)) as capture:
+        capture._model(torch.rand(3, 2))
+    with pytest.warns(DeprecationWarning, match=r"HeadCapture\.read_output"):
+        assert capture.checked().logits.shape == (3, 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.replay.ledger import quotas
 
 POLICIES = ("class", "balanced", "reservoir")
@@ -230,7 +230,7 @@ def test_empty_buffer_and_empty_rows():
     buffer.add(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
     assert buffer.x.shape == (0, 5) and len(buffer) == 0
     assert buffer.sample(0)[0].shape == (0, 5) and buffer.draw_balanced(0)[1].shape == (0,)
-    with pytest.raises(ValueError, match=r"x: got rows of shape \(6,\), expected \(5,\)"):
+    with pytest.raises(ValueError, match=r"x: got samples of shape \(6,\), expected \(5,\)"):
         buffer.add(torch.zeros(1, 6), torch.tensor([0]))
 
 
@@ -295,7 +295,7 @@ def test_bad_rows_are_refused_and_leave_no_trace(case):
 
 def test_rows_of_another_shape_or_dtype_are_refused():
     buffer = fill(ReplayBuffer(4), torch.ones(3, 2), torch.arange(3), [3])
-    with pytest.raises(ValueError, match=r"x: got rows of shape \(3,\), expected \(2,\)"):
+    with pytest.raises(ValueError, match=r"x: got samples of shape \(3,\), expected \(2,\)"):
         buffer.add(torch.ones(1, 3), torch.tensor([0]))
     with pytest.raises(TypeError, match=r"x: got dtype torch\.float64, expected torch\.float32"):
         buffer.add(torch.ones(1, 2, dtype=torch.float64), torch.tensor([0]))
@@ -411,7 +411,7 @@ def extras_of(x: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_extras(rows: BufferRows | ReplayBuffer) -> None:
+def assert_extras(rows: BufferSamples | ReplayBuffer) -> None:
     expected = extras_of(rows.x)
     assert list(rows.extras) == list(expected)
     for name, value in rows.extras.items():
@@ -429,7 +429,7 @@ def test_extras_follow_their_rows(policy, capacity, device):
     for part_x, part_y in zip(x.split([1, 0, 80, 3, 66]), y.split([1, 0, 80, 3, 66]), strict=True):
         plain.add(part_x, part_y)
         kept.add(part_x, part_y, **extras_of(part_x))
-        rows = kept.sample_rows(5)  # before the rows are put in order
+        rows = kept.sample_with_extras(5)  # before the rows are put in order
         assert_extras(rows)
         assert torch.equal(rows.x, plain.sample(5)[0])
         assert_extras(kept)
@@ -439,13 +439,13 @@ def test_extras_follow_their_rows(policy, capacity, device):
 
 
 @pytest.mark.parametrize("n", [0, 1, 6, 30, 31, 200])
-def test_sample_rows_draws_as_sample_does(n):
+def test_sample_with_extras_draws_as_sample_does(n):
     x, y = stream(90)
     buffer, twin = (fill(ReplayBuffer(30, policy="reservoir", seed=1), x, y, [90]) for _ in range(2))
     for generator in (None, torch.Generator().manual_seed(4)):
-        rows = buffer.sample_rows(n, None if generator is None else torch.Generator().manual_seed(4))
+        rows = buffer.sample_with_extras(n, None if generator is None else torch.Generator().manual_seed(4))
         drawn_x, drawn_y = twin.sample(n, generator)
-        assert isinstance(rows, BufferRows) and rows.extras == {}
+        assert isinstance(rows, BufferSamples) and rows.extras == {}
         assert torch.equal(rows.x, drawn_x) and torch.equal(rows.y, drawn_y)
     assert torch.equal(buffer.state_dict()["draw_generator"], twin.state_dict()["draw_generator"])
 
@@ -457,7 +457,7 @@ def test_rows_drawn_and_kept_are_copies_without_a_graph():
     buffer.add(x, y, logits=logits * 2)
     with torch.no_grad():
         logits.zero_()
-    rows = buffer.sample_rows(6)
+    rows = buffer.sample_with_extras(6)
     assert not rows.extras["logits"].requires_grad
     rows.extras["logits"].zero_()
     assert torch.equal(buffer.extras["logits"], torch.full((6, 2), 2.0))
@@ -465,17 +465,17 @@ def test_rows_drawn_and_kept_are_copies_without_a_graph():
 
 def test_an_empty_buffer_has_no_extras():
     buffer = ReplayBuffer(3)
-    assert buffer.extras == {} and buffer.sample_rows(0).extras == {}
+    assert buffer.extras == {} and buffer.sample_with_extras(0).extras == {}
     buffer.add(torch.empty(0, 2), torch.empty(0, dtype=torch.int64), logits=torch.empty(0, 7))
-    assert buffer.extras["logits"].shape == (0, 7) and buffer.sample_rows(0).extras["logits"].shape == (0, 7)
+    assert buffer.extras["logits"].shape == (0, 7) and buffer.sample_with_extras(0).extras["logits"].shape == (0, 7)
     with pytest.raises(ValueError, match="the buffer is empty"):
-        buffer.sample_rows(1)
+        buffer.sample_with_extras(1)
     with pytest.raises(ValueError, match="extras: got none, expected logits"):
         buffer.add(*stream(3, width=2))
 
 
 BAD_EXTRAS = {
-    "missing": ({}, ValueError, "extras: got none, expected index, logits as with the rows added before"),
+    "missing": ({}, ValueError, "extras: got none, expected index, logits as with the samples added before"),
     "one missing": ({"logits": torch.ones(3, 2)}, ValueError, "extras: got logits, expected index, logits"),
     "another": (
         {"logits": torch.ones(3, 2), "index": torch.ones(3).long(), "z": torch.ones(3)},
@@ -485,7 +485,7 @@ BAD_EXTRAS = {
     "other rows": (
         {"logits": torch.ones(3, 4), "index": torch.ones(3).long()},
         ValueError,
-        r"logits: got rows of shape \(4,\), expected \(2,\)",
+        r"logits: got samples of shape \(4,\), expected \(2,\)",
     ),
     "other dtype": (
         {"logits": torch.ones(3, 2), "index": torch.ones(3)},
@@ -495,7 +495,7 @@ BAD_EXTRAS = {
     "too few": (
         {"logits": torch.ones(2, 2), "index": torch.ones(3).long()},
         ValueError,
-        r"logits: got shape \(2, 2\), expected \(3, ...\), an entry for every row of x",
+        r"logits: got shape \(2, 2\), expected \(3, ...\), an entry for every sample of x",
     ),
     "no dimensions": (
         {"logits": torch.tensor(1.0), "index": torch.ones(3).long()},
@@ -522,7 +522,7 @@ def test_bad_extras_are_refused_and_leave_no_trace(case):
 
 def test_extras_come_late_to_a_buffer_without():
     buffer = fill(ReplayBuffer(4), *stream(3), [3])
-    with pytest.raises(ValueError, match="extras: got logits, expected none as with the rows added before"):
+    with pytest.raises(ValueError, match="extras: got logits, expected none as with the samples added before"):
         buffer.add(*stream(3), logits=torch.ones(3, 2))
 
 
@@ -542,7 +542,7 @@ def test_extras_go_on_identically_after_saving(policy):
     for part_x, part_y in zip(x[60:].split(7), y[60:].split(7), strict=True):
         for each in (whole, loaded):
             each.add(part_x, part_y, **extras_of(part_x))
-        rows, again = whole.sample_rows(5), loaded.sample_rows(5)
+        rows, again = whole.sample_with_extras(5), loaded.sample_with_extras(5)
         assert_extras(again)
         assert torch.equal(rows.x, again.x)
         # The spare room of the two differs, and their rows lie in other places of it.

@@ -56,14 +56,14 @@ def test_a_seed_stands_for_these_keys_and_draws(seed: int, in_folder: bool, tmp_
     buffer.prefetch(4)
     assert torch.equal(buffer.sample(4)[0], torch.randperm(20, generator=own)[:4])
     assert torch.equal(buffer.sample(50)[0], torch.randint(20, (50,), generator=own))
-    assert torch.equal(buffer.draw_balanced(9)[0], draws.balanced(y, 9, own))
+    assert torch.equal(buffer.draw_balanced(9)[0], draws.draw_balanced(y, 9, own))
 
 
 def test_balanced_places_are_drawn_in_this_order() -> None:
     """A random order of samples, of classes, and of draws, in turn from one generator."""
     y, n = labels_of(40), 23
     own, again = (torch.Generator().manual_seed(5) for _ in range(2))
-    places = draws.balanced(y, n, own)
+    places = draws.draw_balanced(y, n, own)
     shuffled = torch.randperm(40, generator=again).tolist()
     classes = sorted(set(y.tolist()))
     order = torch.randperm(len(classes), generator=again).tolist()
@@ -77,7 +77,7 @@ def test_balanced_places_are_drawn_in_this_order() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
 def test_uniform_places(n: int) -> None:
-    places = draws.uniform(5, n, torch.Generator().manual_seed(1))
+    places = draws.draw_uniform(5, n, torch.Generator().manual_seed(1))
     assert places.shape == (n,) and places.dtype == torch.int64
     assert len(places.unique()) == n if n <= 5 else set(places.tolist()) <= set(range(5))
 
@@ -101,7 +101,7 @@ def test_an_admission_changes_no_ledger_and_names_what_moves(policy: Any, capaci
         held = torch.cat([held[admission.kept], start + admission.new])
         ledger, start = admission.ledger, min(80, stop)
         assert torch.equal(ledger.keys, keys[held]) and torch.equal(ledger.labels, y[held])
-        assert ledger.total_seen == start and ledger.seen_per_class() == {
+        assert ledger.total_seen == start and ledger.count_seen() == {
             label: int((y[:start] == label).sum()) for label in sorted(set(y[:start].tolist()))
         }
         assert torch.equal(held, held.sort().values), "in order of arrival"
@@ -268,7 +268,7 @@ def test_a_copy_that_fails_is_raised_and_the_draw_is_undone() -> None:
 
 FORMER = {
     "gradmix.buffers.ReplayBuffer": "gradmix.replay.buffer.ReplayBuffer",
-    "gradmix.buffers.BufferRows": "gradmix.replay.buffer.BufferRows",
+    "gradmix.buffers.BufferRows": "gradmix.replay.buffer.BufferSamples",
     "gradmix.buffers.BufferPolicy": "gradmix.replay.ledger.BufferPolicy",
     "gradmix.storage.Column": "gradmix.replay.layout.Column",
     "gradmix.storage.RowFiles": "gradmix.replay.sample_files.SampleFiles",
@@ -279,7 +279,7 @@ FORMER = {
     "gradmix.rows.as_pair": "gradmix.replay.sources.as_pair",
     "gradmix.rows.chunks_of": "gradmix.replay.sources.chunks_of",
     "gradmix.rows.has_rows": "gradmix.replay.sources.has_samples",
-    "gradmix.rows.numbered_chunks": "gradmix.replay.sources.numbered_chunks",
+    "gradmix.rows.numbered_chunks": "gradmix.replay.sources.chunks_with_numbers",
 }
 
 

@@ -164,13 +164,13 @@ def test_batches_and_candidates_may_be_arrays() -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 ROWS_OF_OTHERS: dict[str, tuple[Callable[[int], Any], str, str]] = {
-    "(x, y, task)": (lambda k: (X[k], int(Y[k]), 0), "has 3 entries, expected two", "row[:2]"),
-    "(index, x, y)": (lambda k: (k, X[k], int(Y[k])), "has 3 entries, expected two", "row[1:]"),
-    "(x, y, task, logits)": (lambda k: (X[k], int(Y[k]), 0, X[k]), "has 4 entries, expected two", "row[:2]"),
+    "(x, y, task)": (lambda k: (X[k], int(Y[k]), 0), "has 3 entries, expected two", "sample[:2]"),
+    "(index, x, y)": (lambda k: (k, X[k], int(Y[k])), "has 3 entries, expected two", "sample[1:]"),
+    "(x, y, task, logits)": (lambda k: (X[k], int(Y[k]), 0, X[k]), "has 4 entries, expected two", "sample[:2]"),
     "mapping": (
         lambda k: {"pixels": X[k], "label": int(Y[k])},
         "is a dict with the keys 'pixels', 'label', expected",
-        "({key: row[key] for key in keys}, row[label])",
+        "({key: sample[key] for key in keys}, sample[label])",
     ),
 }
 
@@ -189,7 +189,7 @@ def test_which_entries_are_x_and_y_is_not_guessed(case: str, loaded: bool) -> No
     data = Rows(row)
     model = OfPixels(*network())
     source = DataLoader(data, 6) if loaded else data
-    what = "batch" if loaded else "row"
+    what = "batch" if loaded else "sample"
     for call in (
         lambda: reference_gradient(model, source),
         lambda: select_pairs(model, source, BATCH),
@@ -202,7 +202,7 @@ def test_which_entries_are_x_and_y_is_not_guessed(case: str, loaded: bool) -> No
     # What the error says to do:
     advice = re.search(r"DataLoader\(data, 256, collate_fn=.*?\]\)\)", str(refused.value))
     assert advice is not None and pick.split("[")[0] in advice.group()
-    written = re.sub(r"\[row\[:2\] for row", f"[{pick} for row", advice.group())
+    written = re.sub(r"\[sample\[:2\] for sample", f"[{pick} for sample", advice.group())
     names = {"data": data, "DataLoader": DataLoader, "default_collate": default_collate}
     loader = eval(written, names | {"keys": ["pixels"], "label": "label"})
     torch.testing.assert_close(reference_gradient(model, loader), reference_gradient(model, (X, Y)))
@@ -215,14 +215,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (None, TypeError, "buffer: got NoneType, expected a ReplayBuffer"),
     "function that returns nothing": (lambda: None, TypeError, "buffer: got NoneType, expected a ReplayBuffer"),
     "model": (nn.Linear(2, 2), TypeError, "buffer: got Linear, expected a ReplayBuffer"),
-    "tensors in a list": ([X[0], X[1], X[2]], TypeError, r"buffer: row 0 is of type Tensor, expected \(x, y\)"),
-    "numbers": (list(range(3)), TypeError, r"buffer: row 0 is of type int, expected \(x, y\)"),
+    "tensors in a list": ([X[0], X[1], X[2]], TypeError, r"buffer: sample 0 is of type Tensor, expected \(x, y\)"),
+    "numbers": (list(range(3)), TypeError, r"buffer: sample 0 is of type int, expected \(x, y\)"),
     "images without a transform": (
         [(SimpleNamespace(mode="RGB"), 1)],
         TypeError,
-        "buffer: rows 0 to 0 cannot be stacked .*SimpleNamespace",
+        "buffer: samples 0 to 0 cannot be stacked .*SimpleNamespace",
     ),
-    "rows of unequal shape": ([(X[0], 1), (X[1, :4], 2)], TypeError, "buffer: rows 0 to 1 cannot be stacked"),
+    "rows of unequal shape": ([(X[0], 1), (X[1, :4], 2)], TypeError, "buffer: samples 0 to 1 cannot be stacked"),
     "array of objects": ((np.array([{}, {}]), Y[:2]), TypeError, "buffer x: got an array of dtype object"),
     "texts": ((["a", "b"], Y[:2]), TypeError, r"buffer x\[0\]: got str, expected a tensor"),
 }

@@ -24,7 +24,7 @@ import gradmix
 from gradmix import ReplayBuffer
 from gradmix.estimators import Network, resolve
 from gradmix.replay import sample_files
-from gradmix.replay.buffer import BufferRows
+from gradmix.replay.buffer import BufferSamples
 from gradmix.replay.layout import Column
 from gradmix.replay.sample_files import SampleFiles
 from gradmix.training.loop import checkpoint
@@ -45,7 +45,7 @@ def add(buffer: ReplayBuffer, rows: tuple[Tensor, Tensor, dict[str, Tensor]], st
     buffer.add(x[start:stop], y[start:stop], **{name: value[start:stop] for name, value in extras.items()})
 
 
-def assert_same_rows(mine: BufferRows, other: BufferRows) -> None:
+def assert_same_rows(mine: BufferSamples, other: BufferSamples) -> None:
     assert torch.equal(mine.x, other.x) and mine.x.dtype == other.x.dtype
     assert torch.equal(mine.y, other.y)
     assert mine.extras.keys() == other.extras.keys()
@@ -63,7 +63,7 @@ def assert_same(mine: ReplayBuffer, other: ReplayBuffer) -> None:
         assert torch.equal(mine.extras[name], value)
     for n in (0, 1, 5, 60):
         if len(other) or n == 0:
-            assert_same_rows(mine.sample_rows(n), other.sample_rows(n))
+            assert_same_rows(mine.sample_with_extras(n), other.sample_with_extras(n))
             assert all(torch.equal(a, b) for a, b in zip(mine.draw_balanced(n), other.draw_balanced(n), strict=True))
     for start, stop in ((0, 3), (2, 50), (7, 7)):
         assert all(torch.equal(a, b) for a, b in zip(mine.part(start, stop), other.part(start, stop), strict=True))
@@ -144,7 +144,7 @@ def test_drawing_ahead_changes_nothing(seed: int, in_folder: bool, tmp_path: Pat
         if what == "ahead":
             mine.prefetch(n)
         elif what == "sample":
-            assert_same_rows(mine.sample_rows(n), other.sample_rows(n))
+            assert_same_rows(mine.sample_with_extras(n), other.sample_with_extras(n))
         elif what == "add":
             size = chance.choice([0, 1, 2])
             for buffer in (mine, other):
@@ -194,11 +194,11 @@ def test_a_read_that_fails_ahead_is_raised_and_taken_back(tmp_path: Path) -> Non
     content = file.read_bytes()
     os.truncate(file, 10)
     buffer.prefetch(30)
-    with pytest.raises(OSError, match="the file ends before row") as caught:
+    with pytest.raises(OSError, match="the file ends before sample") as caught:
         buffer.sample(30)
     assert caught.value.filename == str(file)
     file.write_bytes(content)
-    assert_same_rows(buffer.sample_rows(30), other.sample_rows(30))
+    assert_same_rows(buffer.sample_with_extras(30), other.sample_with_extras(30))
 
 
 # ---------------------------------------------------------------------------------------------------- going on with it
@@ -260,13 +260,13 @@ def test_draws_go_on_identically_from_a_state_with_a_draw_ahead(tmp_path: Path) 
     first.sample(7)
     first.prefetch(7)
     state = saved(first.state_dict(), tmp_path / "state")
-    expected = [first.sample_rows(n) for n in (7, 3, 7)]
+    expected = [first.sample_with_extras(n) for n in (7, 3, 7)]
     del first
     gc.collect()
     second = ReplayBuffer(30, folder=tmp_path / "a")
     second.load_state_dict(state)
     for rows in expected:
-        assert_same_rows(second.sample_rows(len(rows.y)), rows)
+        assert_same_rows(second.sample_with_extras(len(rows.y)), rows)
 
 
 KILLED = """
@@ -328,7 +328,7 @@ def test_an_older_state_than_the_last_two_is_refused_once_overwritten(tmp_path: 
     for k in (4, 3):
         buffer.load_state_dict(states[k])
         assert torch.equal(buffer.x, held[k])
-    with pytest.raises(ValueError, match=r"of the state's 6 rows in .* have been overwritten since"):
+    with pytest.raises(ValueError, match=r"of the state's 6 samples in .* have been overwritten since"):
         buffer.load_state_dict(states[0])
     assert torch.equal(buffer.x, held[3])
 
@@ -360,11 +360,11 @@ def test_the_folder_of_another_buffer_is_left_alone(tmp_path: Path) -> None:
     another_buffer(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     buffer = ReplayBuffer(3, folder=tmp_path)
-    with pytest.raises(ValueError, match="holds the rows of another buffer, expected a new or empty folder"):
+    with pytest.raises(ValueError, match="holds the samples of another buffer, expected a new or empty folder"):
         add(buffer, stream(9), 0, 9)
     stranger = ReplayBuffer(3, folder=tmp_path / "stranger")
     add(stranger, stream(9), 0, 9)
-    with pytest.raises(ValueError, match="holds the rows of another buffer than the state's"):
+    with pytest.raises(ValueError, match="holds the samples of another buffer than the state's"):
         buffer.load_state_dict(stranger.state_dict())
     assert len(buffer) == 0
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
@@ -388,11 +388,11 @@ def test_states_and_folders_go_together(tmp_path: Path) -> None:
     inside, outside = ReplayBuffer(3, folder=tmp_path / "a"), ReplayBuffer(3)
     for buffer in (inside, outside):
         add(buffer, stream(9), 0, 9)
-    with pytest.raises(ValueError, match="has its rows in a folder, expected a buffer made with folder= to name it"):
+    with pytest.raises(ValueError, match="has its samples in a folder, expected a buffer made with folder= to name it"):
         outside.load_state_dict(inside.state_dict())
-    with pytest.raises(ValueError, match="has its rows in the state, expected a buffer made with folder=None"):
+    with pytest.raises(ValueError, match="has its samples in the state, expected a buffer made with folder=None"):
         inside.load_state_dict(outside.state_dict())
-    with pytest.raises(ValueError, match="does not hold the rows that the state speaks of"):
+    with pytest.raises(ValueError, match="does not hold the samples that the state speaks of"):
         ReplayBuffer(3, folder=tmp_path / "b").load_state_dict(inside.state_dict())
     assert not (tmp_path / "b").exists()
 
@@ -540,4 +540,4 @@ def test_slots_in_any_order_and_more_than_once(preadv: bool, tmp_path: Path, mon
     assert len(stamps.unique()) == 20
     for slots in ([], [3], [4, 5, 6], [6, 5, 4], [19, 0, 0, 7, 19, 8, 9]):
         assert torch.equal(files.read(torch.tensor(slots, dtype=torch.int64))["a"], values[slots])
-    assert torch.equal(files.mapped("a", 20), values)
+    assert torch.equal(files.map_column("a", 20), values)

@@ -108,7 +108,7 @@ def test_random_partner_keeps_the_rows_and_changes_the_partners() -> None:
     runs = [control("random-partner", model, pairs, seed) for seed in range(100)]
     assert 0 < pairs.helpful.sum() < len(pairs)
     assert all(torch.equal(run.helpful, pairs.helpful) for run in runs)
-    helpful, _ = pairs.by_row(0.6)
+    helpful, _ = pairs.by_pair(0.6)
     row = torch.arange(len(pairs))
     kept = torch.stack([helpful[row, run.partner] for run in runs])[:, pairs.helpful].double().mean()
     expected = helpful[pairs.helpful].double().mean()
@@ -147,7 +147,7 @@ def test_replayed_partners_need_the_buffers_labels() -> None:
 def test_anti_takes_detrimental_partners_alone(criterion: str) -> None:
     model, pairs = problem(criterion=criterion)
     found = control("anti", model, pairs)
-    helpful, cosine = pairs.by_row()
+    helpful, cosine = pairs.by_pair()
     row = torch.arange(len(pairs))
     assert (cosine[row, found.partner][found.helpful] < 0).all() and found.helpful.any()
     off = ~torch.eye(len(pairs), dtype=torch.bool)
@@ -159,8 +159,8 @@ def test_a_class_that_was_not_judged_is_neither_helpful_nor_detrimental() -> Non
     model, pairs = problem(criterion="class")
     table, y = pairs._alignment, pairs.batch.y
     known = replace(table, inner=table.inner[:3, :3], cosine=table.cosine[:3, :3], classes=table.classes[:3])
-    helpful, cosine = replace(pairs, _alignment=known).by_row()
-    whole_helpful, whole_cosine = pairs.by_row()
+    helpful, cosine = replace(pairs, _alignment=known).by_pair()
+    whole_helpful, whole_cosine = pairs.by_pair()
     judged = (y < 3)[:, None] & (y < 3)
     assert not judged.all()
     assert torch.equal(helpful, whole_helpful & judged)
@@ -187,7 +187,7 @@ def norms(model: nn.Module, pairs: Pairs) -> Tensor:
 @pytest.mark.parametrize("name", ["small-gradient", "large-gradient"])
 def test_gradients_are_chosen_by_norm_as_many_pairs_as_were_helpful(name: str) -> None:
     model, pairs = problem(criterion="sample", threshold=0.2)
-    helpful, _ = pairs.by_row(0.2)
+    helpful, _ = pairs.by_pair(0.2)
     off = ~torch.eye(len(pairs), dtype=torch.bool)
     count = int((helpful & off).sum())
     ordered = norms(model, pairs)[off].sort(descending=name == "large-gradient").values

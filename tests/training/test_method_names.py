@@ -12,7 +12,7 @@ import torch
 from synthetic_runs import make_result
 
 from gradmix import cli
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -118,7 +118,7 @@ def test_every_composition_makes_a_step(name: str) -> None:
         generator=generator,
         clock=Clock(torch.device("cpu")),
         counts=torch.tensor([4, 4, 4]),
-        draw_replayed=lambda: BufferRows(buffer.x[:4], buffer.y[:4], {k: v[:4] for k, v in buffer.extras.items()}),
+        draw_replayed=lambda: BufferSamples(buffer.x[:4], buffer.y[:4], {k: v[:4] for k, v in buffer.extras.items()}),
     )
     method = find_method(name)(context)
     buffer.add(x, y, **method.extras(x, y))

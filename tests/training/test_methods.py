@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig, from_dict
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.trainer import train_one
@@ -409,7 +409,7 @@ def test_projection_with_gradients_missing_and_not_finite() -> None:
 def test_a_gem_step(scale: float | None, against: bool) -> None:
     rows = make_rows(6)
     y = (rows.y + 1) % CLASSES if against else rows.y
-    replayed = BufferRows(rows.x, y, {})
+    replayed = BufferSamples(rows.x, y, {})
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     context = make_context(draw_replayed=lambda: replayed, scaler=scaler)
     calls = []
@@ -451,7 +451,7 @@ def filled(context: Context) -> Context:
     rows = make_rows(20, seed=8)
     logits = torch.randn(20, CLASSES, generator=torch.Generator().manual_seed(1))
     context.buffer.add(rows.x, rows.y, logits=logits)
-    replayed = BufferRows(rows.x[:3], rows.y[:3], {"logits": logits[:3]})
+    replayed = BufferSamples(rows.x[:3], rows.y[:3], {"logits": logits[:3]})
     return replace(context, draw_replayed=lambda: replayed)
 
 
@@ -522,7 +522,7 @@ def test_dark_replay_keeps_logits_of_the_model_in_evaluation(monkeypatch) -> Non
 def test_dark_replay_without_a_buffer_and_without_logits() -> None:
     rows, context = make_rows(5), make_context()
     torch.testing.assert_close(METHODS["der++"](context).loss(rows), METHODS["er"](context).loss(rows))
-    bare = replace(context, draw_replayed=lambda: BufferRows(rows.x, rows.y, {}))
+    bare = replace(context, draw_replayed=lambda: BufferSamples(rows.x, rows.y, {}))
     with pytest.raises(ValueError, match="draw_replayed: got rows without 'logits'"):
         METHODS["der++"](bare).loss(rows)
 

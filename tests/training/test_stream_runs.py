@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gradmix
 from gradmix.estimators import last_layer
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -499,7 +499,7 @@ def context_of(accumulate: int, mix: MixConfig) -> Context:
         generator=torch.Generator().manual_seed(3),
         clock=Clock(torch.device("cpu")),
         counts=torch.ones(CLASSES, dtype=torch.int64),
-        draw_replayed=lambda: BufferRows(x[:6], y[:6], {"logits": logits[:6]}),
+        draw_replayed=lambda: BufferSamples(x[:6], y[:6], {"logits": logits[:6]}),
         accumulate=accumulate,
     )
 

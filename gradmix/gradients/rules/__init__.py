@@ -1,9 +1,9 @@
-"""Layer rules: what the per-sample gradients of a layer's parameters consist of, one file per family of functions.
+"""Layer rules: the parts of the per-sample gradients of a layer's parameters, one file for each family of functions.
 
 A rule belongs to functions of torch that are linear in their parameters, up to a constant: ``F.linear``,
-``torch.conv2d``. :mod:`gradmix.gradients.intercept` watches the calls in a model's forward pass, in whatever module
-they are made. With activations a_t that go in and gradients d_t of the output, at positions t, the gradient of one
-sample as a matrix is one of two kinds:
+``torch.conv2d``. :mod:`gradmix.gradients.intercept` watches the calls in a model's forward pass, in any module. With
+the input activations a_t and the gradients d_t of the output, at positions t, the gradient of one sample as a matrix is
+one of two kinds:
 
 - a sum of outer products, sum_t d_t a_t^T (:class:`Outer`): linear layers, convolutions (a_t is the window seen at t),
   embeddings (one factor is one-hot). It is never formed: both factors are projected before they are multiplied.
@@ -21,13 +21,13 @@ How to add a rule
    are watched one by one. Recurrent layers have none: ``nn.LSTM`` calls a single function, which is not linear in
    its weights.
 2. Derive a class from :class:`Rule` and register it for the functions, as in the example below.
-3. ``signature``: the function's arguments by name, with their defaults: all that it may be given, by position or by
-   keyword. The activations are called ``input``, the parameters ``weight`` and ``bias``.
-4. ``refusal``: the reason why a call cannot be served, or None. It goes into the sentence "'name', which is used by
+3. ``signature``: all of the function's arguments by name, in order, with their defaults. The activations are called
+   ``input``, the parameters ``weight`` and ``bias``.
+4. ``refusal``: the reason why the rule does not cover a call, or None. It goes into the sentence "'name', which is used
+by
    torch.functional.tensordot: reason".
-5. ``parts``: the gradient, written down. ``axis.by_position`` makes (N, T, d) of activations; a projection is applied
-   to them.
-6. Defaults to override where they do not fit: ``matrix_shape`` (the first axis against the others), ``batch_dims``
+5. ``parts``: the gradient. ``axis.by_position`` returns activations as (N, T, d), to which a projection is applied.
+6. Defaults to override if they do not fit: ``matrix_shape`` (the first axis against the others), ``batch_dims``
    (any axis but the last may hold the samples; :class:`ChannelsFirst`: axis 0), ``tangent`` (the function itself,
    called with the directions as parameters).
 7. Add cases to ``LAYERS`` in ``tests/gradient_networks.py``. Every case is checked against a loop over single samples,
@@ -57,13 +57,24 @@ The example is run by ``tests/gradients/test_gradient_rule_recipe.py``::
 """
 
 from gradmix.gradients.rules import convolution, einsum, elementwise, embedding, linear, normalisation
-from gradmix.gradients.rules.base import RULES, ChannelsFirst, Dense, Outer, Part, Placement, Rule, register
+from gradmix.gradients.rules.base import (
+    RULES,
+    ChannelsFirst,
+    Dense,
+    FunctionCall,
+    Outer,
+    Part,
+    Placement,
+    Rule,
+    register,
+)
 from gradmix.gradients.rules.parameter_view import ParameterView, matrix_shape, token_shape
 
 __all__ = [
     "RULES",
     "ChannelsFirst",
     "Dense",
+    "FunctionCall",
     "Outer",
     "ParameterView",
     "Part",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from gradmix.ops.dtypes import work_dtype
 
 Function: TypeAlias = Callable[..., Any]
 FindParameter: TypeAlias = Callable[[Any], ParameterView | None]
-"""From an argument of a call to the parameter that it is, or None."""
+"""Maps an argument of a call to the parameter that it is, or None."""
 
 # ------------------------------------------------------------------------------------------------ parts of a gradient
 
@@ -26,9 +26,10 @@ class Outer:
 
     Attributes:
         layer: name of the layer.
-        activation_side: ``"row"`` or ``"column"``: the factor that is made of the activations, in the forward pass.
-        activation: from the projection of that side to the factor (N, T, size).
-        delta: from the output's gradient and the projection of the other side to the other factor (N, T, size).
+        activation_side: ``"row"`` or ``"column"``: the factor that is computed from the activations, in the forward
+            pass.
+        activation: maps the projection of that side to the factor (N, T, size).
+        delta: maps the output's gradient and the projection of the other side to the other factor (N, T, size).
     """
 
     layer: str
@@ -45,7 +46,7 @@ class Dense:
         layer: name of the layer.
         start: first row of the block.
         column: first column of the block.
-        make: from the output's gradient to the block, (N, p, q) of the working dtype.
+        make: maps the output's gradient to the block, (N, p, q) of the working dtype.
     """
 
     layer: str
@@ -59,10 +60,10 @@ Part: TypeAlias = "Outer | Dense"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parameters lie in the layers' matrices.
+    """The places of the parameters in the layers' matrices.
 
     Attributes:
-        layer: by parameter name, the layer that it belongs to.
+        layer: by parameter name, the name of its layer.
         column: by parameter name, its first column in the layer's matrix.
     """
 
@@ -73,19 +74,42 @@ class Placement:
 # ----------------------------------------------------------------------------------------------------------- the rule
 
 
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function of torch, as a ``TorchFunctionMode`` sees it.
+
+    Attributes:
+        function: the function that is called.
+        args: its positional arguments.
+        named: its keyword arguments.
+    """
+
+    function: Function
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+@dataclass(eq=False, repr=False)
 class Rule:
     """One call of a function in a forward pass.
 
-    A subclass says in :attr:`signature` how the function is called, and in :meth:`parts` what the gradients of its
-    parameters consist of. The other methods have a default, which serves functions with the samples in any axis but
-    the last, and the features in the last axis.
+    A subclass defines in :attr:`signature` the arguments of the function, and in :meth:`parts` the parts of the
+    gradients of its parameters. The other methods have defaults, for functions with the samples in any axis but the
+    last, and the features in the last axis. Values derived from the arguments are set in ``__post_init__``.
 
-    Args:
+    Attributes:
         function: the function that is called.
         arguments: all its arguments by name.
         weight: the parameter among them called ``weight``, if its gradient may be wanted.
         bias: the parameter among them called ``bias``, if its gradient may be wanted.
+        x: the argument called ``input``, the activations.
     """
+
+    function: Function
+    arguments: dict[str, Any]
+    weight: ParameterView | None
+    bias: ParameterView | None
+    x: Tensor = field(init=False)
 
     signature: ClassVar[dict[str, Any]] = {}
     """Names and defaults of the function's arguments, in order; ``...``: no default. The input is called ``input``."""
@@ -96,36 +120,27 @@ class Rule:
     can_expand_input: ClassVar[bool] = False
     """Whether any leading axes may precede those of the input."""
     has_factors: ClassVar[bool] = True
-    """Whether there may be an :class:`Outer` part, one factor of which is made of the activations."""
+    """Whether there may be an :class:`Outer` part, one factor of which is computed from the activations."""
 
-    def __init__(
-        self,
-        function: Function,
-        arguments: dict[str, Any],
-        weight: ParameterView | None,
-        bias: ParameterView | None,
-    ) -> None:
-        self.function, self.arguments, self.weight, self.bias = function, arguments, weight, bias
-        self.x: Tensor = arguments["input"]
+    def __post_init__(self) -> None:
+        self.x = self.arguments["input"]
 
     # ------------------------------------------------------------------------------------------------------- the call
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        """The rule for a call; None if it uses no parameter that ``find`` knows, or differs from the signature."""
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        """Return the rule for a call; None if ``find`` finds no parameter in it, or it differs from the signature."""
         names = list(cls.signature)
-        if len(args) > len(names) or not all(name in cls.signature for name in named):
+        if len(call.args) > len(names) or not all(name in cls.signature for name in call.named):
             return None
-        arguments = {**cls.signature, **dict(zip(names, args, strict=False)), **named}
+        arguments = {**cls.signature, **dict(zip(names, call.args, strict=False)), **call.named}
         weight, bias = find(arguments.get("weight")), find(arguments.get("bias"))
         if (weight is None and bias is None) or not isinstance(arguments["input"], Tensor):
             return None
-        return cls(function, arguments, weight, bias)
+        return cls(call.function, arguments, weight, bias)
 
     def refusal(self) -> str | None:
-        """The reason why the rule cannot serve this call, or None."""
+        """Return the reason why the rule does not cover this call, or None."""
         return "a part of it other than rows" if any(view.offset is not None for view in self.views) else None
 
     @property
@@ -139,7 +154,7 @@ class Rule:
         Each sample then has its own gradient of a position embedding that is looked up once for all of them.
 
         Returns:
-            Whether the rule can do so.
+            Whether the rule has done so.
         """
         if not self.can_expand_input or self.x.ndim == 0:
             return False
@@ -166,17 +181,17 @@ class Rule:
     # ------------------------------------------------------------------------------------------------- its derivatives
 
     def parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
-        """The parts of the gradient of this call's parameters.
+        """Yield the parts of the gradient of this call's parameters.
 
         Args:
-            placement: where the parameters lie in the layers' matrices.
+            placement: the places of the parameters in the layers' matrices.
             axis: the batch axis of input and output.
             samples: N.
         """
         raise NotImplementedError
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
-        """The derivative of the output along ``directions`` of the parameters, broadcastable to the output."""
+        """Return the derivative of the output along ``directions`` of the parameters, broadcastable to the output."""
         dtype = work_dtype(self.x.dtype) if self.x.is_floating_point() else None
         weight, bias = (None if v is None else v.gather(directions[v.name]) for v in (self.weight, self.bias))
         if weight is None:
@@ -188,19 +203,19 @@ class Rule:
         return self._call(self.arguments | values)
 
     def matrix_shape(self, view: ParameterView) -> tuple[int, int]:
-        """Rows and columns of a parameter's matrix."""
+        """Return rows and columns of a parameter's matrix."""
         return matrix_shape(view.full_shape)
 
     def batch_dims(self, output: Tensor) -> Sequence[int]:
-        """Axes of the output that may hold the samples; the same as in the input."""
+        """Return the axes of the output, and of the input, that may hold the samples."""
         return range(output.ndim - 1)
 
     def along_features(self, bias: Tensor) -> Tensor:
-        """The bias, shaped to be added to the output."""
+        """Return the bias in a shape that can be added to the output."""
         return bias
 
     def sum_features(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, features): the output's gradient, or a product with it, summed over the positions of each sample."""
+        """Return the output's gradient, or a product with it, summed over each sample's positions, (N, features)."""
         return axis.by_position(d, samples).to(work_dtype(d.dtype)).sum(1)
 
     def has_bias_column(self, placement: Placement) -> bool:
@@ -211,7 +226,7 @@ class Rule:
         return same_rows and placement.layer[self.weight.name] == placement.layer[self.bias.name]
 
     def bias_parts(self, placement: Placement, axis: BatchAxis, samples: int) -> Iterator[Part]:
-        """The bias's own part; none if the bias is a column of the weight's factor."""
+        """Yield the bias's own part; none if the bias is a column of the weight's factor."""
         if not self.has_bias_column(placement):
             yield from self._bias(placement, axis, samples)
 
@@ -251,7 +266,7 @@ R = TypeVar("R", bound=type[Rule])
 
 
 def register(*functions: Function) -> Callable[[R], R]:
-    """Class decorator: serve these functions by the rule.
+    """Return a class decorator that registers a rule for these functions.
 
     Args:
         functions: functions of torch, as a ``TorchFunctionMode`` sees them: ``F.linear``, ``Tensor.__matmul__``.

@@ -65,7 +65,7 @@ class Convolution(ChannelsFirst):
         yield from self.bias_parts(placement, axis, samples)
 
     def _project_windows(self, x: Tensor, projection: Projection, ones: bool) -> Tensor:
-        """(B, groups T, size): the projected windows, with an entry of 1 behind each window if ``ones``."""
+        """Project the windows of x, with an entry of 1 after each window if ``ones``: (B, groups T, size)."""
         assert self.weight is not None
         shape = self.weight.value.shape[1:]
         z = Windows.of(self.arguments, shape).project(x, projection)
@@ -73,7 +73,7 @@ class Convolution(ChannelsFirst):
             return z
         if projection.is_identity:
             return torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2)
-        return z + projection.constant(z, math.prod(shape))
+        return z + projection.column(z, math.prod(shape))
 
     def _is_small(self) -> bool:
         """Whether a sample's gradient takes no more memory than its activations."""
@@ -82,7 +82,7 @@ class Convolution(ChannelsFirst):
         return weight.numel() * len(self.x) <= self.x.numel() * (1 + len(weight) / self.x.shape[1])
 
     def _dense(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, out, in / groups * taps): the gradient, one tap of the filter after the other."""
+        """Form the gradient, one tap of the filter after the other: (N, out, in / groups * taps)."""
         assert self.weight is not None
         a, weight, dtype = self.arguments, self.weight.value, work_dtype(d.dtype)
         spatial = d.ndim - 2
@@ -145,7 +145,7 @@ class TransposedConvolution(ChannelsFirst):
 
 
 def project_channels(d: Tensor, projection: Projection, groups: int, start: int) -> Tensor:
-    """(B, groups T, size): the projected channels at each position of d (B, C, ...), group by group."""
+    """Project the channels at each position of d (B, C, ...), group by group: (B, groups T, size)."""
     d = d.flatten(2)
     if groups == 1:
         return projection.apply(d.transpose(1, 2), start=start)
@@ -158,5 +158,5 @@ def project_channels(d: Tensor, projection: Projection, groups: int, start: int)
 
 
 def fold_positions(z: Tensor, axis: BatchAxis, samples: int) -> Tensor:
-    """(N, T', size) from (B, T, size), where B holds the samples, possibly folded with positions."""
+    """Reshape (B, T, size) to (N, T', size), where B holds the samples, possibly folded with positions."""
     return z if len(z) == samples else axis.split(z, samples).flatten(1, -2)

@@ -6,7 +6,6 @@ import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from gradmix.gradients.projection import Projection
 from gradmix.gradients.rules.base import (
     Dense,
     FindParameter,
-    Function,
+    FunctionCall,
     Outer,
     Part,
     Placement,
@@ -35,38 +34,30 @@ class Contraction(Rule):
     if the axes of W are first those of x and then those of y, or the other way round. Each axis has its letter.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        arguments: dict[str, Any],
-        weight: ParameterView | None,
-        bias: ParameterView | None,
-    ) -> None:
-        super().__init__(function, arguments, weight, bias)
-        assert weight is not None
-        self._x, self._w, self._y = arguments["letters"]
-        self._shape = weight.value.shape
-        if weight.transposed:
-            self._w, self._shape = self._w[::-1], weight.full_shape
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.weight is not None
+        self._x, self._w, self._y = self.arguments["letters"]
+        self._shape = self.weight.value.shape
+        if self.weight.transposed:
+            self._w, self._shape = self._w[::-1], self.weight.full_shape
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        operands = args[1:] if function is torch.einsum else args
-        if len(operands) != 2 or named or not all(isinstance(operand, Tensor) for operand in operands):
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        operands = call.args[1:] if call.function is torch.einsum else call.args
+        if len(operands) != 2 or call.named or not all(isinstance(operand, Tensor) for operand in operands):
             return None
         first, second = (find(operand) for operand in operands)
         weight = first or second
         if weight is None or (first and second):
             return None
         ndims = [operand.ndim for operand in operands]
-        letters = _letters(args[0] if function is torch.einsum else _matmul_equation(*ndims), ndims)
+        letters = _letters(call.args[0] if call.function is torch.einsum else _matmul_equation(*ndims), ndims)
         if letters is None:
             return None
         one, other, y = letters
-        arguments = {"input": operands[first is not None], "args": args, "first": first is not None}
-        return cls(function, arguments | {"letters": (other, one, y) if first else (one, other, y)}, weight, None)
+        arguments = {"input": operands[first is not None], "args": call.args, "first": first is not None}
+        return cls(call.function, arguments | {"letters": (other, one, y) if first else (one, other, y)}, weight, None)
 
     def refusal(self) -> str | None:
         assert self.weight is not None
@@ -143,7 +134,7 @@ class Contraction(Rule):
         yield Dense(placement.layer[name], 0, placement.column[name], make)
 
     def _samples_first(self, t: Tensor, letters: str, axis: BatchAxis, samples: int) -> tuple[Tensor, str]:
-        """A tensor with the samples in axis 0 and folded positions in an axis of their own; the letters of its axes."""
+        """Move the samples to axis 0 and folded positions to an axis of their own; return the axes' letters too."""
         sample = self._y[axis.dim]
         position = next(a for a in string.ascii_letters if a not in self._x + self._w + self._y)
         dim = letters.index(sample)
@@ -151,7 +142,7 @@ class Contraction(Rule):
         return replace(axis, dim=dim).split(t, samples), sample + rest
 
     def _factor(self, t: Tensor, letters: str, projection: Projection, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, T, size): the axes shared with W projected, all others as positions."""
+        """Project the axes shared with W, with all others as positions: (N, T, size)."""
         t, letters = self._samples_first(t, letters, axis, samples)
         sample = letters[0]
         own = [a for a in self._w if a in letters]
@@ -162,7 +153,7 @@ class Contraction(Rule):
 
 
 def _matmul_equation(one: int, other: int) -> str:
-    """The einsum equation of a matrix product of tensors with these numbers of axes."""
+    """Return the einsum equation of a matrix product of tensors with these numbers of axes."""
     batch = string.ascii_letters[3 : 1 + max(one, other)]
     left, right = (batch[len(batch) - max(0, ndim - 2) :] for ndim in (one, other))
     rows, columns = "a" * (one > 1), "c" * (other > 1)
@@ -170,7 +161,7 @@ def _matmul_equation(one: int, other: int) -> str:
 
 
 def _letters(equation: object, ndims: Sequence[int]) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the result, ellipses written out; None for an unsupported equation.
+    """Return the letters of both operands and of the result, ellipses written out; None for an unsupported equation.
 
     Args:
         equation: of two operands.

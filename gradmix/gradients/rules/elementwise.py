@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradmix.gradients.batch_axis import BatchAxis
-from gradmix.gradients.rules.base import Dense, FindParameter, Function, Part, Placement, Rule, register
+from gradmix.gradients.rules.base import Dense, FindParameter, FunctionCall, Part, Placement, Rule, register
 from gradmix.gradients.rules.parameter_view import ParameterView, token_shape
 from gradmix.ops.dtypes import work_dtype
 
@@ -22,19 +22,17 @@ class Broadcast(Rule):
     has_factors = False
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        if len(args) != 2 or named:
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        if len(call.args) != 2 or call.named:
             return None
-        first, second = find(args[0]), find(args[1])
+        first, second = find(call.args[0]), find(call.args[1])
         if (first is None) == (second is None):
             return None
         first, second = (None if view is None else view.as_entries() for view in (first, second))
-        x = args[1] if second is None else args[0]
+        x = call.args[1] if second is None else call.args[0]
         if not isinstance(x, Tensor):
             return None
-        return cls(function, {"input": x, "weight": None, "first": first is not None}, first or second, None)
+        return cls(call.function, {"input": x, "weight": None, "first": first is not None}, first or second, None)
 
     def refusal(self) -> str | None:
         assert self.weight is not None
@@ -60,7 +58,7 @@ class Broadcast(Rule):
         return [dim for dim in range(output.ndim) if shape[dim] == 1]
 
     def _broadcast_shape(self, ndim: int) -> list[int]:
-        """The parameter's shape, with as many axes as the output."""
+        """Return the parameter's shape, with as many axes as the output."""
         assert self.weight is not None
         shape = list(self.weight.value.shape)
         return [1] * (ndim - len(shape)) + shape
@@ -82,7 +80,7 @@ class Broadcast(Rule):
         yield Dense(placement.layer[weight.name], 0, placement.column[weight.name], make)
 
     def times_derivative(self, d: Tensor) -> Tensor:
-        """The output's gradient times the derivative of the output with respect to the broadcast parameter."""
+        """Return the output's gradient times the derivative of the output by the broadcast parameter."""
         return d
 
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
@@ -153,15 +151,13 @@ class Expansion(Broadcast):
     """y = p.expand(N, ...) or p.repeat(N, ...): a class token, one copy for each sample."""
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        weight = find(args[0]) if len(args) > 1 else None
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        weight = find(call.args[0]) if len(call.args) > 1 else None
         if weight is None:
             return None
         weight = weight.as_entries()
-        arguments = {"input": weight.value, "first": True, "sizes": args[1:], "named": named}
-        return cls(function, arguments, weight, None)
+        arguments = {"input": weight.value, "first": True, "sizes": call.args[1:], "named": call.named}
+        return cls(call.function, arguments, weight, None)
 
     def refusal(self) -> str | None:
         if self.function is Tensor.repeat:

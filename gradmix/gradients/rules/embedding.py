@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmix.gradients.batch_axis import BatchAxis
 from gradmix.gradients.projection import Projection
-from gradmix.gradients.rules.base import FindParameter, Function, Outer, Part, Placement, Rule, register
+from gradmix.gradients.rules.base import FindParameter, FunctionCall, Outer, Part, Placement, Rule, register
 from gradmix.ops.dtypes import work_dtype
 
 
@@ -37,7 +37,7 @@ class Embedding(Rule):
         if self.arguments["max_norm"] is not None:
             return "max_norm changes it in the forward pass"
         if self.arguments["scale_grad_by_freq"]:
-            return "scale_grad_by_freq makes a row's gradient depend on the other rows"
+            return "scale_grad_by_freq makes a sample's gradient depend on the other samples"
         return super().refusal()
 
     def _call(self, arguments: dict[str, Any]) -> Tensor:
@@ -51,7 +51,7 @@ class Embedding(Rule):
         return result if not_padding is None else result * not_padding[..., None]
 
     def _not_padding(self) -> Tensor | None:
-        """Bool, of the input's shape: the positions that do not hold ``padding_idx``; None: all."""
+        """Return bool of the input's shape: the positions that do not hold ``padding_idx``; None: all."""
         padding = self.arguments["padding_idx"]
         if padding is None:
             return None
@@ -83,19 +83,18 @@ class Lookup(Embedding):
     """y_t = W[i_t], W of any number of axes."""
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        weight = find(args[0]) if args and not named else None
-        if weight is None or (function is not Tensor.__getitem__ and args[1] not in (0, -weight.value.ndim)):
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        args, is_indexing = call.args, call.function is Tensor.__getitem__
+        weight = find(args[0]) if args and not call.named else None
+        if weight is None or (not is_indexing and args[1] not in (0, -weight.value.ndim)):
             return None
         index = args[-1][0] if isinstance(args[-1], tuple) and len(args[-1]) == 1 else args[-1]
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
             return None
-        if function is not Tensor.__getitem__ and index.ndim != 1:
+        if not is_indexing and index.ndim != 1:
             return None  # index_select with a scalar keeps the axis
         index = torch.where(index < 0, index + len(weight.value), index)
-        return cls(function, cls.signature | {"input": index}, weight, None)
+        return cls(call.function, cls.signature | {"input": index}, weight, None)
 
     def run(self) -> Tensor:
         assert self.weight is not None
@@ -178,7 +177,7 @@ class EmbeddingBag(Embedding):
         )
 
     def _bags(self) -> tuple[Tensor, int]:
-        """The bag of each entry, and the number of bags."""
+        """Return the bag of each entry, and the number of bags."""
         x, offsets = self.x, self.arguments["offsets"]
         if x.ndim == 2:
             return torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1]), len(x)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gradmix.gradients.batch_axis import BatchAxis
-from gradmix.gradients.rules.base import FindParameter, Function, Outer, Part, Placement, Rule, register
+from gradmix.gradients.rules.base import FindParameter, FunctionCall, Outer, Part, Placement, Rule, register
 from gradmix.gradients.rules.einsum import Contraction
-from gradmix.gradients.rules.parameter_view import ParameterView
 from gradmix.ops.dtypes import work_dtype
 
 
@@ -53,29 +52,21 @@ class MatMul(Linear):
 
     signature: ClassVar = {"input": ..., "weight": ...}
 
-    def __init__(
-        self,
-        function: Function,
-        arguments: dict[str, Any],
-        weight: ParameterView | None,
-        bias: ParameterView | None,
-    ) -> None:
-        super().__init__(function, arguments, weight, bias)
-        self._factor = weight
-        if weight is not None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._factor = self.weight
+        if self.weight is not None:
             # For parts(): the weight of the linear layer is W^T.
-            self.weight = replace(weight, transposed=not weight.transposed)
+            self.weight = replace(self.weight, transposed=not self.weight.transposed)
 
     @classmethod
-    def match(
-        cls, function: Function, args: tuple[Any, ...], named: dict[str, Any], find: FindParameter
-    ) -> Rule | None:
-        rule = super().match(function, args, named, find)
+    def match(cls, call: FunctionCall, find: FindParameter) -> Rule | None:
+        rule = super().match(call, find)
         if cls is not MatMul:
             return rule
         if isinstance(rule, MatMul) and rule._factor is not None and rule._factor.value.ndim == 2:
             return rule
-        return Contraction.match(function, args, named, find)
+        return Contraction.match(call, find)
 
     def refusal(self) -> str | None:
         assert self._factor is not None

@@ -26,8 +26,8 @@ class Normalisation(Rule):
     keeps_input = True
     has_factors = False
 
-    def normalised(self) -> Tensor:
-        """x^, of the input's shape and the working dtype."""
+    def normalise_input(self) -> Tensor:
+        """Return x^, of the input's shape and the working dtype."""
         raise NotImplementedError
 
     def refusal(self) -> str | None:
@@ -38,7 +38,7 @@ class Normalisation(Rule):
     def tangent(self, directions: Mapping[str, Tensor]) -> Tensor:
         result: Tensor | float = 0.0
         if self.weight is not None:
-            result = self.normalised() * self.along_features(self.weight.gather(directions[self.weight.name]))
+            result = self.normalise_input() * self.along_features(self.weight.gather(directions[self.weight.name]))
         if self.bias is not None:
             result = result + self.along_features(self.bias.gather(directions[self.bias.name]))
         assert isinstance(result, Tensor)
@@ -72,14 +72,14 @@ class Normalisation(Rule):
             )
 
     def _weight_gradient(self, d: Tensor, total: Tensor | None, axis: BatchAxis, samples: int) -> Tensor:
-        """(N, features): the gradient of w.
+        """Return the gradient of w, (N, features).
 
         Args:
             d: gradient of the output.
             total: sum of d over the positions, if it is known.
             axis, samples: as :meth:`Rule.parts`.
         """
-        return self.sum_features(d * self.normalised(), axis, samples)
+        return self.sum_features(d * self.normalise_input(), axis, samples)
 
 
 @register(F.layer_norm, torch.layer_norm)
@@ -98,7 +98,7 @@ class LayerNorm(Normalisation):
     def sum_features(self, d: Tensor, axis: BatchAxis, samples: int) -> Tensor:
         return super().sum_features(d.flatten(-len(self.arguments["normalized_shape"])), axis, samples)
 
-    def normalised(self) -> Tensor:
+    def normalise_input(self) -> Tensor:
         a = self.arguments
         return F.layer_norm(self.x.to(work_dtype(self.x.dtype)), a["normalized_shape"], None, None, a["eps"])
 
@@ -112,7 +112,7 @@ class RMSNorm(LayerNorm):
     def _call(self, arguments: dict[str, Any]) -> Tensor:
         return F.rms_norm(*(arguments[name] for name in self.signature))
 
-    def normalised(self) -> Tensor:
+    def normalise_input(self) -> Tensor:
         a, dtype = self.arguments, work_dtype(self.x.dtype)
         eps = _default_eps(self.x.dtype) if a["eps"] is None else a["eps"]
         return F.rms_norm(self.x.to(dtype), a["normalized_shape"], None, eps)
@@ -120,9 +120,9 @@ class RMSNorm(LayerNorm):
 
 @cache
 def _default_eps(dtype: torch.dtype) -> float:
-    """The eps that ``rms_norm`` adds by default: that of the dtype in which it computes.
+    """Return the eps that ``rms_norm`` adds by default: that of the dtype in which it computes.
 
-    For half-precision inputs this is float32 or, in some versions of torch, the inputs' dtype. A call tells which.
+    For half-precision inputs this is float32 or, in some versions of torch, the inputs' dtype; a call shows which.
     """
     own, of_sums = torch.finfo(dtype).eps, torch.finfo(work_dtype(dtype)).eps
     # With x^2 between the two, x / sqrt(x^2 + eps) is below a half for the larger eps and above for the smaller.
@@ -136,7 +136,7 @@ class GroupNorm(Normalisation, ChannelsFirst):
 
     signature: ClassVar = {"input": ..., "num_groups": ..., "weight": None, "bias": None, "eps": 1e-5}
 
-    def normalised(self) -> Tensor:
+    def normalise_input(self) -> Tensor:
         a = self.arguments
         return F.group_norm(self.x.to(work_dtype(self.x.dtype)), a["num_groups"], None, None, a["eps"])
 
@@ -156,7 +156,7 @@ class BatchNorm(Normalisation, ChannelsFirst):
         "eps": 1e-5,
     }
 
-    def normalised(self) -> Tensor:
+    def normalise_input(self) -> Tensor:
         a, dtype = self.arguments, work_dtype(self.x.dtype)
         mean, variance = a["running_mean"].to(dtype), a["running_var"].to(dtype)
         return F.batch_norm(self.x.to(dtype), mean, variance, None, None, False, 0.0, a["eps"])
@@ -188,7 +188,7 @@ class InstanceNorm(Normalisation, ChannelsFirst):
         "eps": 1e-5,
     }
 
-    def normalised(self) -> Tensor:
+    def normalise_input(self) -> Tensor:
         a, dtype = self.arguments, work_dtype(self.x.dtype)
         mean, variance = (
             None if a["use_input_stats"] or a[name] is None else a[name].to(dtype)

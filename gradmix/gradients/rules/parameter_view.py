@@ -46,11 +46,11 @@ class ParameterView:
         return self.offset is None and not self.transposed and self.value.shape == self.full_shape
 
     def with_value(self, value: Tensor) -> ParameterView:
-        """The same view with converted entries, of the same shape."""
+        """Return the view with converted entries, of the same shape."""
         return replace(self, value=value.detach(), own_strides=self.strides)
 
     def as_entries(self) -> ParameterView:
-        """The same view, described by offset and strides also if it is rows or the transpose."""
+        """Return the view described by offset and strides, also if it is rows or the transpose."""
         if self.offset is not None or self.is_whole:
             return self
         strides = contiguous_strides(self.full_shape)
@@ -59,7 +59,7 @@ class ParameterView:
         return replace(self, start=0, transposed=False, offset=self.start * math.prod(self.full_shape[1:]))
 
     def gather(self, direction: Tensor) -> Tensor:
-        """The entries of ``direction``, a tensor of the parameter's shape, that the view has, in the working dtype."""
+        """Return the view's entries of ``direction``, a tensor of the parameter's shape, in the working dtype."""
         direction = direction.to(work_dtype(self.value.dtype))
         if self.offset is not None:
             return direction.contiguous().as_strided(self.value.shape, self.strides, self.offset)
@@ -70,7 +70,7 @@ class ParameterView:
         return direction[self.start : self.start + len(self.value)]
 
     def scatter(self, gradient: Tensor) -> Tensor:
-        """(N, numel of the parameter): its gradients, from those of the view, (N, *value.shape)."""
+        """Return the parameter's gradients, (N, numel of the parameter), from those of the view, (N, *value.shape)."""
         if self.offset is None:
             return gradient.reshape(len(gradient), -1)
         numel = math.prod(self.full_shape)
@@ -80,21 +80,21 @@ class ParameterView:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
+    """Return the strides of a contiguous tensor."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a weight's matrix: its first axis against the others."""
+    """Return rows and columns of a weight's matrix: its first axis against the others."""
     if len(shape) < 2:
         return math.prod(shape), 1
     return shape[0], math.prod(shape[1:])
 
 
 def token_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the matrix of a parameter used element by element: its last axis against the others.
+    """Return rows and columns of the matrix of a parameter used element by element: its last axis against the others.
 
-    Neither side of a position embedding (1, T, d) is then as long as all of it.
+    Then neither side of the matrix of a position embedding (1, T, d) has all of its entries.
     """
     if len(shape) < 2:
         return math.prod(shape), 1

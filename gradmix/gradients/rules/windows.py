@@ -1,4 +1,4 @@
-"""The windows that a convolution sees, projected without unfolding them."""
+"""The windows of a convolution's input, projected without unfolding them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Windows:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], shape: Sequence[int]) -> Windows:
-        """The windows of a call with these arguments and a filter of this shape."""
+        """Return the windows of a call with these arguments and a filter of this shape."""
         return cls(tuple(shape), *(arguments[name] for name in ("stride", "padding", "dilation", "groups")))
 
     def project(self, x: Tensor, projection: Projection, size: Sequence[int] = ()) -> Tensor:
-        """(B, groups T, projection's size): M times the window at each position of x (B, C, ...).
+        """Return M times the window at each position of x (B, C, ...): (B, groups T, projection's size).
 
         Args:
             x: input of the convolution.
@@ -60,7 +60,7 @@ class Windows:
         return z if scale == 1.0 else z * scale
 
     def unfold(self, x: Tensor, size: Sequence[int] = ()) -> Tensor:
-        """(B, groups T, C / groups * taps): the windows themselves; arguments as in :meth:`project`."""
+        """Return the windows themselves, (B, groups T, C / groups * taps); arguments as in :meth:`project`."""
         spatial = x.ndim - 2
         strides, dilations = per_axis(self.stride, spatial), per_axis(self.dilation, spatial)
         x = F.pad(x.to(work_dtype(x.dtype)), zero_padding(self.padding, self.shape[1:], dilations))
@@ -75,12 +75,12 @@ class Windows:
 
 
 def per_axis(value: Any, count: int) -> list[int]:
-    """An argument of a convolution as one integer for each of ``count`` axes."""
+    """Return an argument of a convolution as one integer for each of ``count`` axes."""
     return [value] * count if isinstance(value, int) else list(value) * (count // len(value))
 
 
 def zero_padding(padding: Any, taps: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Number of zeros before and behind each axis, the last axis first, as ``F.pad`` takes them."""
+    """Return the number of zeros before and after each axis, the last axis first, as ``F.pad`` takes them."""
     spatial = len(taps)
     if padding == "valid":
         padding = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.model.head import logits_of
-from gradmix.model.unchanged import unchanged
+from gradmix.model.unchanged import leave_unchanged
 from gradmix.runtime.collectives import Group, all_reduce_sum, local_share
 from gradmix.training.loop.divergence import DivergedError
 from gradmix.training.loop.reading import Reading
@@ -50,7 +50,7 @@ def evaluate(
     tests = [task.test for task in stream.tasks]
     if group is not None:
         tests = [test.take(torch.tensor(local_share(len(test), group), dtype=torch.int64)) for test in tests]
-    with unchanged(model), autocast():
+    with leave_unchanged(model), autocast():
         for task, x, y in reading.batches_of(tests, rows):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = logits_of(model(prepared(x)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.replay.buffer import BufferRows
+from gradmix.replay.buffer import BufferSamples
 from gradmix.runtime.collectives import all_gather_samples
 from gradmix.runtime.transfer import to_device_async
 from gradmix.training.data.batch_reader import BatchReader, ReadBatch
@@ -64,7 +64,7 @@ class ReadingSampler(StepSampler):
         self._damaged: dict[int, str] = {}
         self._reader: BatchReader | None = None
         self._batches_read: Iterator[ReadBatch] = iter(())
-        self._extra: BufferRows | None = None
+        self._extra: BufferSamples | None = None
 
     def _turn_to(self, train: Samples) -> None:
         assert isinstance(train, StoredSamples)
@@ -135,7 +135,7 @@ class ReadingSampler(StepSampler):
         extras: dict[str, Tensor] = {}
         x, y = empty, empty
         if self._more and len(self._buffer):
-            x, y, extras = self._buffer.sample_rows(self._replay_batch, self.generators["replay"])
+            x, y, extras = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
         items.append(x)
         labels.append(y)
         return _Plan(torch.cat(items), torch.cat(labels), tuple(map(len, labels)), from_buffer, extras)
@@ -168,10 +168,10 @@ class ReadingSampler(StepSampler):
         if plan.sizes[3]:
             own = at[3] - starts[3]
             extras = {name: to_device_async(value[own], self._device) for name, value in plan.extras.items()}
-            more = BufferRows(self._as_seen(xs[3], "replay augmentation", plan.sizes[3], own), ys[3], extras)
+            more = BufferSamples(self._as_seen(xs[3], "replay augmentation", plan.sizes[3], own), ys[3], extras)
             if shared and self._gathers:
                 mine = Share.of([sizes[3]], self._group, self._device).mine
-                more = BufferRows(more.x[mine], more.y[mine], {name: value[mine] for name, value in extras.items()})
+                more = BufferSamples(more.x[mine], more.y[mine], {name: value[mine] for name, value in extras.items()})
             self._extra = more
         step, count = torch.cat(at[:2]), plan.sizes[0] + plan.sizes[1]
         step_x, step_y = self._as_seen(torch.cat(xs[:2]), "augmentation", count, step), torch.cat(ys[:2])
@@ -204,7 +204,7 @@ class ReadingSampler(StepSampler):
     def step_rows(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("a buffer of items' numbers does not change between the steps of a task")
 
-    def replayed(self) -> BufferRows | None:
+    def replayed(self) -> BufferSamples | None:
         extra, self._extra = self._extra, None
         return extra
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.runtime.collectives import Group, size_of
 from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import TrainConfig
@@ -130,7 +130,7 @@ class StepSampler(ABC):
         """What the buffer is to be shown of the last step's current rows."""
 
     @abstractmethod
-    def replayed(self) -> BufferRows | None:
+    def replayed(self) -> BufferSamples | None:
         """Replayed rows besides the step's own, by generators of their own; None while the buffer is empty."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
@@ -223,16 +223,16 @@ class ResidentSampler(StepSampler):
     def step_rows(self) -> tuple[Tensor, Tensor]:
         return self._last
 
-    def replayed(self) -> BufferRows | None:
+    def replayed(self) -> BufferSamples | None:
         if not len(self._buffer):
             return None
         with self._clock("data"):
-            rows = self._buffer.sample_rows(self._replay_batch, self.generators["replay"])
+            rows = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
             rows = rows._replace(x=self._as_seen(rows.x, "replay augmentation"))
             if self._group is None:
                 return rows
             mine = Share.of([len(rows.y)], self._group, self._device).mine
-            return BufferRows(rows.x[mine], rows.y[mine], {name: kept[mine] for name, kept in rows.extras.items()})
+            return BufferSamples(rows.x[mine], rows.y[mine], {name: kept[mine] for name, kept in rows.extras.items()})
 
     def _draw_candidates(self, count: int) -> tuple[Tensor, Tensor] | None:
         places, from_buffer = self._draw_places(count)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from gradmix.model.unchanged import preserved_rng
+from gradmix.model.unchanged import preserve_rng
 from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.loop import checkpoint as checkpoints
@@ -99,7 +99,7 @@ def train_one(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        with preserved_rng(device):
+        with preserve_rng(device):
             torch.manual_seed(derived_seed(seed, "global") + rank_of(group))
             with _buffer_folder(config, checkpoint, group) as folder:
                 run = Run(config, method, seed, stream, device, on_step, group, folder)

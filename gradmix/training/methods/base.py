@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmix.criteria import Alignment
-from gradmix.replay.buffer import BufferRows, ReplayBuffer
+from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.replay.sources import SampleSource
 from gradmix.runtime.collectives import Group, all_reduce_sum, size_of
 from gradmix.training.config import MixConfig, ReplayConfig, TrainConfig
@@ -94,7 +94,7 @@ class Context:
     clock: Clock
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    draw_replayed: Callable[[], BufferRows | None] = lambda: None
+    draw_replayed: Callable[[], BufferSamples | None] = lambda: None
     pixels: Pixels | None = None
     source: SampleSource | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

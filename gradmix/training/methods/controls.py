@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradmix.estimators.feature import feature_scores
 from gradmix.mixing_weight import draw_lam
 from gradmix.model.forward import forward_all
-from gradmix.model.unchanged import unchanged, unwrap
+from gradmix.model.unchanged import leave_unchanged, unwrap
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.labels import class_of
 from gradmix.pairs import Pairs
@@ -74,7 +74,7 @@ def controlled(
         allowed = fitting & pairs.helpful.unsqueeze(1)
         partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own)
     else:
-        helpful, cosine = pairs.by_row(mix.threshold)
+        helpful, cosine = pairs.by_pair(mix.threshold)
         if mix.control == "anti":
             allowed = ~helpful & ~cosine.isnan()
         else:
@@ -88,7 +88,7 @@ def controlled(
 def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest: bool) -> Tensor:
     """(N, M) bool: as many pairs as are helpful, those with the smallest or largest gradient."""
     model = unwrap(model)
-    with unchanged(model):
+    with leave_unchanged(model):
         own, batch = pairs.candidates is pairs.batch, forward_all(model, None, "batch", pairs.batch, CHUNK)
         partners = batch if own else forward_all(model, None, "candidates", pairs.candidates, CHUNK)
         # The norm does not depend on the reference.

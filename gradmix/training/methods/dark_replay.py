@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradmix.model.head import logits_of
-from gradmix.model.unchanged import unchanged, unwrap
+from gradmix.model.unchanged import leave_unchanged, unwrap
 from gradmix.runtime.collectives import all_reduce_sum, size_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.methods.base import Context, Method, Needs, StepRows, Wrapping
@@ -72,7 +72,7 @@ class DarkReplay(Wrapping):
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         model = unwrap(self.context.model)
-        with unchanged(model):
+        with leave_unchanged(model):
             logits = [logits_of(model(part)).float() for part in x.split(_ROWS)]
         kept = torch.cat(logits)
         if self.context.growing:

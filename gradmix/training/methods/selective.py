@@ -12,8 +12,9 @@ from torch import Tensor
 from gradmix.criteria import Alignment, Criterion
 from gradmix.estimators import EstimatorName
 from gradmix.mixer import GradMix
-from gradmix.model.head import HeadCapture, HeadOutput
-from gradmix.model.unchanged import ModelNotFiniteError, device_of, is_compiled, unchanged, unwrap
+from gradmix.model.head import HeadOutput
+from gradmix.model.head_capture import HeadCapture
+from gradmix.model.unchanged import ModelNotFiniteError, device_of, is_compiled, leave_unchanged, unwrap
 from gradmix.pairs import Pairs
 from gradmix.references import reference_gradient
 from gradmix.replay.sources import chunks_of
@@ -130,7 +131,7 @@ class SelectiveMixup(LinearMixing):
         if outputs is None:
             model = unwrap(self.context.model)
             own = x[share.mine]
-            with unchanged(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
+            with leave_unchanged(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
                 model(own)
             outputs = capture.output
         return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradmix.model.unchanged import preserved_rng
+from gradmix.model.unchanged import preserve_rng
 from gradmix.training.config import MODEL_NAMES
 from gradmix.training.models.imported import checked, find_builder, is_import_path
 from gradmix.training.models.perceptron import MLP
@@ -61,7 +61,7 @@ def build_model(
         raise ValueError(f"vocabulary: got {vocabulary}, expected at least 2: the padding and a token")
     input_shape = tuple(input_shape)
     if is_import_path(name):
-        with preserved_rng():
+        with preserve_rng():
             # Importing may draw random numbers, but only the first time: so before the seed.
             build = find_builder(name, input_shape, num_classes, vocabulary)
             with _lent_generators(seed):

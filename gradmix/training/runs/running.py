@@ -20,7 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
-from gradmix.runtime.locks import locked
+from gradmix.runtime.locks import try_lock
 from gradmix.training.config import DataConfig
 from gradmix.training.loop import checkpoint, trainer
 from gradmix.training.runs import results
@@ -319,7 +319,7 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
 def _lock(path: Path) -> Iterator[bool]:
     """Take the lock of that name, or say that another process has it."""
     make_folder(path.parent)
-    with locked(path) as mine:
+    with try_lock(path) as mine:
         yield mine
 
 
