@@ -522,4 +522,4 @@ def test_the_alignment_is_computed_when_somebody_asks(marked: str) -> None:
     for other in copies:
         assert torch.equal(other.alignment, eager.alignment) and torch.equal(other.partner, pairs.partner)
     assert pairs.summary()["mean_cosine"] == eager.summary()["mean_cosine"]
-    assert torch.equal(pairs.by_row(0.2)[0], eager.by_row(0.2)[0])
+    assert torch.equal(pairs.by_pair(0.2)[0], eager.by_pair(0.2)[0])

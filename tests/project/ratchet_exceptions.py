@@ -71,7 +71,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "gradmix/ops/_cuda.py": 1,
         "gradmix/ops/_triton.py": 1,
         "gradmix/ops/class_sketch.py": 1,
-        "gradmix/ops/mixed_alignment/factorised.py": 2,
         "gradmix/ops/sketch_project.py": 1,
         "gradmix/training/config.py": 1,
         "gradmix/training/data/batch_reader.py": 1,

@@ -186,7 +186,7 @@ def _parts(a: _Side, b: _Side) -> Iterator[slice]:
         yield slice(start, min(start + step, classes))
 
 
-def _added(total: Tensor, left: Tensor, right: Tensor, weight: Weight = 1.0) -> Tensor:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, weight: Weight = 1.0) -> Tensor:
     """``total`` + weight left right^T, in place."""
     if isinstance(weight, Tensor):
         return total.addmm_(left * weight.to(left.dtype), right.T)
@@ -204,12 +204,12 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units, norms
     rest, rest_square, *totals = (a.z.new_zeros(len(a.z), len(b.z)) for _ in range(2 + len(vectors)))
     for part in _parts(a, b):
         e_a, e_b = _exponentials(a, lam, part), _exponentials(b, mu, part)
-        _added(rest, e_a, e_b)
+        _add_product(rest, e_a, e_b)
         for total, (v_a, v_b) in zip(totals, vectors, strict=True):
-            _added(total, e_a * v_a[:, part], e_b, lam)
-            _added(total, e_a, e_b * v_b[:, part], mu)
+            _add_product(total, e_a * v_a[:, part], e_b, lam)
+            _add_product(total, e_a, e_b * v_b[:, part], mu)
         if norms or mutual.beside:
-            _added(rest_square, e_a.square_(), e_b.square_())
+            _add_product(rest_square, e_a.square_(), e_b.square_())
 
     # Logits of 1e4 leave float32 no digits for their differences, so these few (N, M) sums are taken in float64.
     log_own = plus((lam * mutual.logits.own_a)[:, None], mutual.logits.b_at_a, mu)
@@ -224,7 +224,7 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units, norms
     ):
         terms = moderate_terms(log_own.exp(), log_other.exp(), SCALE**-2, rest, different, lam, classes)
     if terms is None:
-        lost = _lost(rest, log_own, log_other, different, lam, classes)
+        lost = _find_lost(rest, log_own, log_other, different, lam, classes)
         terms = residual_terms(log_own, log_other, -2 * math.log(SCALE), rest, different, lam)
 
     for total, at in zip(totals, mutual.vectors, strict=True):
@@ -251,18 +251,20 @@ def _pairs(a: _Side, b: _Side, mutual: _Mutual, lam: Weight, units: Units, norms
             again = left < CANCELLED if lost is None else (left < CANCELLED).logical_or_(lost)
         square, size = whole.clamp_(min=0), most
     size.clamp_(min=units.least)
-    inner = inner.mul_(_times(size, units.product).to(dtype))
-    residual = square.sqrt_().mul_(_times(size, units.features).to(dtype))
+    inner = inner.mul_(_scale(size, units.product).to(dtype))
+    residual = square.sqrt_().mul_(_scale(size, units.features).to(dtype))
     if again is None:
         return inner, residual
-    return _again(inner, residual, again, lost, partial(_exact, a, b, lam, units), classes)
+    return _recompute(inner, residual, again, lost, partial(_exact, a, b, lam, units), classes)
 
 
-def _times(x: Tensor, weight: Weight) -> Tensor:
+def _scale(x: Tensor, weight: Weight) -> Tensor:
     return x * weight if isinstance(weight, Tensor) or weight != 1.0 else x
 
 
-def _lost(rest: Tensor, log_own: Tensor, log_other: Tensor, different: Tensor, lam: Weight, classes: int) -> Tensor:
+def _find_lost(
+    rest: Tensor, log_own: Tensor, log_other: Tensor, different: Tensor, lam: Weight, classes: int
+) -> Tensor:
     """Whether R underflows and may yet be more than a rounding error beside the labels' terms; bool."""
     lost = rest < UNDERFLOW * SCALE**2
     if classes <= 2:
@@ -318,7 +320,7 @@ def _exponentials(side: _Side, weight: Weight, part: slice) -> Tensor:
     return e.scatter_(1, label[:, None], 0.0)[:, :width].mul_(SCALE)
 
 
-def _again(
+def _recompute(
     inner: Tensor,
     residual: Tensor,
     again: Tensor,
