@@ -12,7 +12,7 @@ from fresh import run_python
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
-from gradmix.training.reports import plots
+from gradmix.training.reports import figures, plots
 from gradmix.training.runs.results import AlignmentRecord, RunResult
 
 
@@ -26,7 +26,7 @@ def drawn(figure: Any, path: Path) -> np.ndarray:
     """The picture as saved, (H, W, channels)."""
     from matplotlib.image import imread
 
-    plots.save(figure, path)
+    figures.save(figure, path)
     return np.asarray(imread(path))
 
 
@@ -138,7 +138,7 @@ def test_compare_with_nothing_complete(tmp_path: Path) -> None:
 
 def test_same_run_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        plots.save(plots.alignment(make_result()), tmp_path / name)
+        figures.save(plots.alignment(make_result()), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

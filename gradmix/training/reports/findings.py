@@ -12,7 +12,8 @@ from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import mean_interval
 
 if TYPE_CHECKING:
-    from gradmix.training.reports.report import Difference, Row
+    from gradmix.training.reports.arms import ArmRow
+    from gradmix.training.reports.rows import Difference
 
 _METRIC = "average_accuracy"
 _CONTROL = ("mix.control", "mix.control_rate")
@@ -57,7 +58,7 @@ def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     return {head: said for head, said in found.items() if said}
 
 
-def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
+def controls(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Sequence[Difference]) -> list[str]:
     """A sentence for each control: the share that it keeps of what its method gains over Mixup.
 
     A control is an arm that sets ``mix.control``; its method the arm of the same settings without; the gain is spoken
@@ -81,7 +82,7 @@ def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequen
     return found
 
 
-def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
     """What a reader should keep in mind: what the intervals are over, how few seeds there are, and what was chosen."""
     from scipy.stats import t
 
@@ -149,7 +150,7 @@ def _is_mixup_of(least: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
     return bool(least["method"] == "mixup" and least["settings"] == of_mixup)
 
 
-def _kept(control: str, gain: Difference, rows: Sequence[Row]) -> list[str]:
+def _kept(control: str, gain: Difference, rows: Sequence[ArmRow]) -> list[str]:
     names = (gain.arm, gain.minus, control)
     at = {row.arm: row for row in rows if dict(row.values) == dict(gain.values) and row.arm in names}
     if len(at) < 3:
@@ -169,7 +170,7 @@ def _kept(control: str, gain: Difference, rows: Sequence[Row]) -> list[str]:
     return [f"{_named(control)} keeps {share} of {gained}.{_rates(at[control], at[gain.arm])}"]
 
 
-def _rates(control: Row, method: Row) -> str:
+def _rates(control: ArmRow, method: ArmRow) -> str:
     """How much either mixed: a control that mixes another share of the rows controls for less."""
     if math.isnan(control.mixed) or math.isnan(method.mixed):
         return ""
