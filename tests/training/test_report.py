@@ -100,7 +100,7 @@ def test_figures(values: dict[str, Any]) -> None:
     for name in METRIC_LABELS:
         found = [run["metrics"][name] for run in values["runs"] if run["arm"] == "er"]
         assert by_arm["er"].metrics[name] == mean_interval(found)
-    assert by_arm["gradmix"].mixed == 0.75 and math.isnan(by_arm["er"].mixed)
+    assert by_arm["gradmix"].mixed_share == 0.75 and math.isnan(by_arm["er"].mixed_share)
     assert by_arm["gradmix"].step_ms == 2.5 and by_arm["gradmix"].shares["selection"] == pytest.approx(0.4)
     of = {
         arm: [run["metrics"]["average_accuracy"] for run in values["runs"] if run["arm"] == arm]

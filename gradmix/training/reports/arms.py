@@ -12,10 +12,9 @@ from typing import Any
 
 from gradmix.training.config import to_dict
 from gradmix.training.method_names import current_name
-from gradmix.training.reports.plots import seen_accuracy
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
-from gradmix.training.runs.metrics import known_mean
+from gradmix.training.runs.metrics import known_mean, seen_accuracy
 from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, number
 from gradmix.training.runs.running import state_of
 from gradmix.training.runs.settings import flatten
@@ -42,7 +41,7 @@ class ArmRow(Row):
     runs: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def mixed(self) -> float:
+    def mixed_share(self) -> float:
         """Mean share of rows mixed, from 0 to 1; NaN where nothing is selected."""
         # In the first task there is nothing to select by, and every row is mixed.
         shares = (run["mixed_share"] for run in self.runs)
@@ -196,7 +195,7 @@ def summary_of(rows: Sequence[ArmRow], differences: Sequence[Difference]) -> dic
     """Return the plain values of rows and differences, for who reads ``results.json`` without gradmix."""
     costs = [
         {
-            "mixed": row.mixed,
+            "mixed": row.mixed_share,
             "step_ms": row.step_ms,
             "step_ms_range": list(row.step_range),
             "shares": row.shares,

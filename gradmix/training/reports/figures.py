@@ -27,7 +27,7 @@ def as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
     """Has dollar signs and the like drawn, and not read as formulae: matplotlib decides it when a text is made."""
 
     @functools.wraps(drawing)
-    def drawn(*args: _P.args, **named: _P.kwargs) -> _T:
+    def draw_as_text(*args: _P.args, **named: _P.kwargs) -> _T:
         import matplotlib
 
         with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
@@ -35,7 +35,7 @@ def as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
             warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
             return drawing(*args, **named)
 
-    return drawn
+    return draw_as_text
 
 
 @as_text
@@ -44,7 +44,7 @@ def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
 
     Args:
         figure: The figure.
-        name: Told apart from the others on a page by it, so that their parts do not mix.
+        name: Its name on the page; the names of its parts are made of it, so that they do not mix with others'.
         themed: Without ground, and with the colour of the text around it for its own text and lines, so that it suits a
             light page and a dark one.
     """

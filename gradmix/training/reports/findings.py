@@ -172,12 +172,12 @@ def _kept(control: str, gain: Difference, rows: Sequence[ArmRow]) -> list[str]:
 
 def _rates(control: ArmRow, method: ArmRow) -> str:
     """How much either mixed: a control that mixes another share of the rows controls for less."""
-    if math.isnan(control.mixed) or math.isnan(method.mixed):
+    if math.isnan(control.mixed_share) or math.isnan(method.mixed_share):
         return ""
-    mixed, others = percent(control.mixed), percent(method.mixed)
+    mixed, others = percent(control.mixed_share), percent(method.mixed_share)
     if mixed == others:
         return f" Both mixed {mixed} of the rows."
-    if abs(control.mixed - method.mixed) < _SAME_RATE:
+    if abs(control.mixed_share - method.mixed_share) < _SAME_RATE:
         return f" It mixed {mixed} of the rows, as good as {others}."
     return f" It mixed {mixed} of the rows, not {others}."
 

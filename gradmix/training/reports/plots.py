@@ -1,9 +1,9 @@
 """Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
 
 Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or leaves settings of matplotlib other
-than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours are told
-apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
-detrimental pairs are crossed.
+than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours differ
+for every kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and detrimental
+pairs are crossed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from gradmix._moved import moved
 from gradmix.runtime import names
 from gradmix.training.reports import cells
 from gradmix.training.reports.figures import DPI, as_text
-from gradmix.training.runs.metrics import Interval, mean_interval
+from gradmix.training.runs.metrics import Interval, mean_interval, seen_accuracy
 from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FORMER = ("NOT_DRAWN", "draw", "not_drawn", "save", "to_svg")
-__getattr__ = moved(__name__, "gradmix.training.reports.figures", dict(zip(_FORMER, _FORMER, strict=True)))
+_FORMER = {name: name for name in ("NOT_DRAWN", "draw", "not_drawn", "save", "to_svg")}
+_FORMER["seen_accuracy"] = "gradmix.training.runs.metrics:seen_accuracy"
+__getattr__ = moved(__name__, "gradmix.training.reports.figures", _FORMER)
 
 BANDS_UP_TO = 4
 """Number of lines up to which bands are drawn; those of more hide one another."""
@@ -245,15 +246,14 @@ def forest(
         labels: Names of the rows, from top to bottom.
         intervals: Their means and half widths.
         name: What the differences are of.
-        sure: For each row whether its difference is told from 0 among all of them; None: those whose intervals leave
-            out 0.
+        sure: Whether each row's difference is significant among all of them; None: if its interval leaves out 0.
     """
     figure, axes = _rows(labels, name, "mean [95 % interval]")
     axes.axvline(0.0, color="black", linewidth=1.0, alpha=0.6)
     for place, interval in enumerate(intervals):
-        told = abs(interval.mean) > interval.half_width
-        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _GREY
-        _interval(axes, place, interval, colour, told and (sure is None or sure[place]))
+        outside = abs(interval.mean) > interval.half_width
+        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if outside else _GREY
+        _interval(axes, place, interval, colour, outside and (sure is None or sure[place]))
         text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")
         _beside(axes, place, text)
     return figure
@@ -325,16 +325,6 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
     return figure
 
 
-def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
-
-    Example:
-        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
-        array([1.   , 0.625])
-    """
-    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
-
-
 def _rows(labels: Sequence[str], name: str, beside: str) -> tuple[Figure, Axes]:
     """A figure with a place for each label, the first on top, and a column of figures beside them."""
     figure, axes = _figure(7.6, 1.1 + 0.27 * max(len(labels), 2))
@@ -395,6 +385,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
     axes.set_ylim(below, above)
     ordered = sorted(ends, key=lambda end: end[2])
     wanted = np.array([(y - below) / (above - below) * points for _, _, y, _ in ordered])
+    line = {"arrowstyle": "-", "linewidth": 0.9, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
     for (text, x, y, colour), from_, to in zip(ordered, wanted, apart(wanted, 11.5), strict=True):
         axes.annotate(
             text,
@@ -403,14 +394,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
             textcoords="offset points",
             va="center",
             fontsize=8.5,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.9,
-                "shrinkA": 1,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line | {"color": colour},
         )
 
 

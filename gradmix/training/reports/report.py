@@ -165,7 +165,7 @@ def _tables(
             row.arm,
             *(cells.setting(row.values[key]) for key in vary),
             *(cells.interval(row.metrics[name], _RESULT, minus="−") for name in SHOWN),
-            cells.percent(row.mixed),
+            cells.percent(row.mixed_share),
             str(len(row.runs)),
         ]
         for row in rows

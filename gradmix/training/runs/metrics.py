@@ -191,6 +191,16 @@ def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
     }
 
 
+def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
+
+    Example:
+        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
+        array([1.   , 0.625])
+    """
+    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
+
+
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95) -> Interval:
     """Mean, standard deviation and Student's t-interval of the mean, for values over seeds.
 
