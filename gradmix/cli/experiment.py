@@ -79,7 +79,7 @@ def main(args: list[str]) -> int:
     # It may name modules in this folder, which are imported when it is read.
     search_here()
     with print_former_names():
-        experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
+        experiment = experiments.load(options.experiment).narrow(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
     changes: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def finish(self, run: Run, result: RunResult) -> None:
             self.done += 1
-            reporter.say(f"{self._name(run)}  {figures(result)}{self._left()}")
+            reporter.say(f"{self._name(run)}  {figures(result)}{self._time_left()}")
             self._count()
 
         def fail(self, run: Run, reason: str) -> None:
@@ -212,7 +212,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
             width = len(str(todo))
             return f"[{self.done:>{width}}/{todo}] {shown(run.label):<{reporter.width}}  seed {run.seed}"
 
-        def _left(self) -> str:
+        def _time_left(self) -> str:
             if self.done >= todo:
                 return ""
             seconds = (time.monotonic() - self.begun) / self.done * (todo - self.done)

@@ -55,13 +55,13 @@ def _config_file(args: list[str]) -> str | None:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is begun with."""
+    """Flags that say where to start from."""
 
     config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Configuration to start from, such as the config.yaml of a run folder; flags given too override it."""
     resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: start anew)")] = None
-    """Go on with the unfinished runs of a run folder, with its own settings: besides this only --data-dir,
-    --device and --threads may be given."""
+    """Go on with the unfinished runs of a run folder, with its own
+    settings: besides this only --data-dir, --device and --threads may be given."""
 
 
 # A bare name would say too little in some: replay.batch is --replay-batch.

@@ -41,7 +41,7 @@ reference: [{label: Mixup, metric: average_accuracy, value: 0.896, source: "a pa
 
 def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds: Any = None) -> dict[str, Any]:
     """The values of a report over made-up runs, saved under ``folder``; those in ``skip`` are missing."""
-    experiment = from_yaml(text, "table").narrowed(seeds=seeds)
+    experiment = from_yaml(text, "table").narrow(seeds=seeds)
     runs = experiment.runs()
     levels = {"er": 0.8, "mixup": 0.85, "gradmix-class": 0.9}
     for number, run in enumerate(runs):
@@ -169,7 +169,7 @@ def test_what_is_said(values: dict[str, Any]) -> None:
     ids=["the closest bound of a process", "the most that tensors took"],
 )
 def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path) -> None:
-    experiment = from_yaml(TEXT, "table").narrowed(arms=["er"])
+    experiment = from_yaml(TEXT, "table").narrow(arms=["er"])
     runs = experiment.runs()
     for run, seconds, mib in zip(runs, (0.1, 0.3, 9.0), (3, 5, 9), strict=True):
         result = make_result(run.method, run.seed)
@@ -339,7 +339,7 @@ def test_damaged_results(damage: Any, said: str, values: dict[str, Any], tmp_pat
 
 
 def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
-    experiment: Experiment = from_yaml(TEXT, "table").narrowed(arms=["er", "mixup"])
+    experiment: Experiment = from_yaml(TEXT, "table").narrow(arms=["er", "mixup"])
     runs = experiment.runs()
     for run in runs:
         result = make_result(run.method, run.seed, tasks=1)

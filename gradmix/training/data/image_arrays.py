@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradmix.training.data import pickled_arrays
+from gradmix.training.extras import import_extra
 
 # Per-channel mean and standard deviation of the training images, values in [0, 1].
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -113,13 +114,8 @@ def load_digits() -> LabelledImages:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits as read
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "split-digits needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name=error.name
-        ) from error
-    bunch = read()
+    datasets = import_extra("sklearn.datasets", "split-digits needs scikit-learn, with which its data come")
+    bunch = datasets.load_digits()
     x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)).unsqueeze(1)
     y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     test = rank_in_class(y) % 5 == 4

@@ -17,6 +17,7 @@ import torch
 from gradmix.training.data.class_names import look_alikes, same_names
 from gradmix.training.data.image_arrays import DataError
 from gradmix.training.data.image_files import ImageFiles
+from gradmix.training.extras import import_extra
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Ends of the names of images, in capitals or not, the ones of torchvision's ImageFolder; others are passed over."""
@@ -223,12 +224,7 @@ def _csv_classes(source: Path, files: Sequence[str]) -> dict[str, str]:
 
 def _devkit_classes(source: Path, files: Sequence[str]) -> dict[str, str]:
     """Class of every file, by the n-th number of the ground truth and the names of these numbers."""
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "ImageNet's development kit is read by SciPy: pip install 'gradmix[train]'", name=error.name
-        ) from error
+    loadmat = import_extra("scipy.io", "ImageNet's development kit is read by SciPy").loadmat
     truth, meta = source / "data" / "ILSVRC2012_validation_ground_truth.txt", source / "data" / "meta.mat"
     numbers = [line.strip() for line in _lines(truth, "classes of ImageNet's validation images") if line.strip()]
     if not meta.is_file():

@@ -22,7 +22,7 @@ def state_dict(run: Run) -> dict[str, Any]:
     schedule = run.schedule.state_dict()
     return {
         **run.position.state_dict(),
-        "diverged": run.losses.found(),
+        "diverged": run.losses.has_diverged(),
         "width": run.width,
         "model": run.model.state_dict(),
         "optimiser": run.optimiser.state_dict(),

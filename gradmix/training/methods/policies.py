@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmix.runtime.transfer import to_device_async
+from gradmix.training.extras import import_extra
 from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepRows, Wrapping
 
 
@@ -238,14 +239,8 @@ def require_kornia() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
-        import kornia
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"kornia: {error}; the methods autoaugment, randaugment and trivialaugment need it: "
-            "pip install 'gradmix[policies]'"
-        ) from error
-    return kornia
+    need = "kornia: not installed; the methods autoaugment, randaugment and trivialaugment need it"
+    return import_extra("kornia", need, "policies")
 
 
 def _auto_contrast(image: Tensor, _: Tensor) -> Tensor:

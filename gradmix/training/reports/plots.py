@@ -1,9 +1,8 @@
 """Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
 
-Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or leaves settings of matplotlib other
-than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours differ
-for every kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and detrimental
-pairs are crossed.
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or changes settings of matplotlib. Names
+of classes and arms are drawn as they are, whatever signs they have in them. Colours differ for every kind of colour
+vision, and never carry a meaning alone: lines differ in their markers too, and detrimental pairs are crossed.
 """
 
 from __future__ import annotations

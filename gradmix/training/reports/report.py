@@ -251,7 +251,7 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
     """Yield the plots that the figures give rise to."""
     label = METRIC_LABELS["average_accuracy"]
     if rows and len(rows) <= _DOTS_UP_TO:
-        by_row = [_known(run["average_accuracy"] for run in row.by_seed.values()) for row in rows]
+        by_row = [_without_nan(run["average_accuracy"] for run in row.by_seed.values()) for row in rows]
         figure = partial(plots.dots, [row.label for row in rows], by_row, label, _marks(values, rows))
         means = "; ".join(f"{row.label}: {row.metrics['average_accuracy'].mean:.3f}" for row in rows)
         yield Picture("average_accuracy", f"{label.capitalize()} by arm. {means}.", figure)
@@ -276,7 +276,7 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
         yield Picture("differences", f"Differences of average accuracy. {means}.", figure)
 
 
-def _known(values: Iterator[float]) -> list[float]:
+def _without_nan(values: Iterator[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gradmix.training.extras import import_extra
+
 FORMULAS: dict[str, str] = {
     "average_accuracy": "mean over t of mean_{j<=t} R[t,j]",
     "final_accuracy": "mean_j R[T-1,j]",
@@ -197,12 +199,7 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     mean, n = float(array.mean()), len(array)
     if n == 1 or math.isnan(mean):
         return Interval(mean, math.nan, math.nan)
-    try:
-        from scipy.stats import t
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the t-interval needs scipy: pip install 'gradmix[train]'", name=error.name
-        ) from error
+    t = import_extra("scipy.stats", "the t-interval needs scipy").t
     std = float(array.std(ddof=1))
     return Interval(mean, std, float(t.ppf((1.0 + confidence) / 2.0, n - 1)) * std / math.sqrt(n))
 

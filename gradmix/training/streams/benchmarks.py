@@ -142,6 +142,21 @@ _TEXT_PROTOCOL = Protocol(
     tasks=None, classes_per_task=None, model="text-transformer", lr=0.05, epochs=10, batch=64, replay_batch=64,
     buffer_size=20, space="embedding",
 )  # fmt: skip
+_CIFAR_PROTOCOL = Protocol(
+    tasks=5, classes_per_task=2, model="resnet18", lr=0.1, epochs=50, batch=128, replay_batch=128, buffer_size=32,
+    augment="crop-flip", normalise=True,
+)  # fmt: skip
+_CIFAR100_PROTOCOL = replace(
+    _CIFAR_PROTOCOL, tasks=10, classes_per_task=10, weight_decay=2e-4, lr_milestones=(0.5, 0.75), epochs=200,
+    buffer_policy="balanced", buffer_size=2000,
+)  # fmt: skip
+_TINY_IMAGENET_PROTOCOL = replace(
+    _CIFAR_PROTOCOL, tasks=10, classes_per_task=20, weight_decay=2e-4, lr_milestones=(0.5, 0.75), buffer_size=20,
+    reference="replayed",
+)  # fmt: skip
+_DIGITS_PROTOCOL = Protocol(
+    tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+)
 _MNIST_PROTOCOL = Protocol(
     tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
 )
@@ -153,9 +168,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-digits",
             "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
             partial(_images, "digits"),
-            Protocol(
-                tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
-            ),
+            _DIGITS_PROTOCOL,
         ),
         Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
         Benchmark(
@@ -168,58 +181,19 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-cifar10",
             "CIFAR-10, 5 tasks of 2 classes",
             partial(_images, "cifar10"),
-            Protocol(
-                tasks=5,
-                classes_per_task=2,
-                model="resnet18",
-                lr=0.01,
-                epochs=50,
-                batch=256,
-                replay_batch=256,
-                buffer_size=32,
-                augment="crop-flip",
-                normalise=True,
-            ),
+            replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256),
         ),
         Benchmark(
             "split-cifar100",
             "CIFAR-100 (fine labels), 10 tasks of 10 classes",
             partial(_images, "cifar100"),
-            Protocol(
-                tasks=10,
-                classes_per_task=10,
-                model="resnet18",
-                lr=0.1,
-                weight_decay=2e-4,
-                lr_milestones=(0.5, 0.75),
-                epochs=200,
-                batch=128,
-                replay_batch=128,
-                buffer_policy="balanced",
-                buffer_size=2000,
-                augment="crop-flip",
-                normalise=True,
-            ),
+            _CIFAR100_PROTOCOL,
         ),
         Benchmark(
             "split-tiny-imagenet",
             "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
             _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False),
-            Protocol(
-                tasks=10,
-                classes_per_task=20,
-                model="resnet18",
-                lr=0.1,
-                weight_decay=2e-4,
-                lr_milestones=(0.5, 0.75),
-                epochs=50,
-                batch=128,
-                replay_batch=128,
-                buffer_size=20,
-                augment="crop-flip",
-                normalise=True,
-                reference="replayed",
-            ),
+            _TINY_IMAGENET_PROTOCOL,
         ),
         Benchmark(
             "split-imagenet",
@@ -255,24 +229,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-covertype",
             "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
             partial(_table, covertype),
-            Protocol(
-                tasks=4,
-                classes_per_task=2,
-                model="mlp",
-                lr=0.01,
-                epochs=1,
-                batch=256,
-                replay_batch=256,
-                buffer_size=256,
-            ),
+            replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
         ),
         Benchmark(
             "split-wine",
             "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
             partial(_table, lambda _data_dir: wine()),
-            Protocol(
-                tasks=3, classes_per_task=1, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
-            ),
+            replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1),
         ),
     )
 }
@@ -362,12 +325,12 @@ def make_stream(name: str, data_dir: str | Path = "data", **settings: Any) -> Ta
 def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskStream:
     """The stream with raw values made the model's input, task by task: a copy of all at once is not needed."""
 
-    def converted(task: Task) -> Task:
+    def convert_task(task: Task) -> Task:
         assert isinstance(task.train, TensorSamples) and isinstance(task.test, TensorSamples)
         train, test = (TensorSamples(convert(rows.x), rows.y) for rows in (task.train, task.test))
         return replace(task, train=train, test=test)
 
-    return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))
+    return replace(stream, tasks=tuple(convert_task(task) for task in stream.tasks))
 
 
 @lru_cache(maxsize=1)
