@@ -48,7 +48,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     """Write a result's picture as SVG, whose text follows the reader's theme, or as PNG; whole or not at all."""
     from matplotlib.figure import Figure
 
-    from gradmix.training.reports import plots
+    from gradmix.training.reports import figures
 
     panels = list(_panels(result))
     columns = min(3, max(1, len(panels)))
@@ -67,9 +67,9 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         axes.legend(fontsize=7, framealpha=0.0)
     figure.supxlabel(machine_line(result["machine"]), fontsize=6)
     if path.suffix.lower() == ".png":
-        plots.save(figure, path)
+        figures.save(figure, path)
         return
-    svg = plots.to_svg(figure, "cost_growth", themed=True)
+    svg = figures.to_svg(figure, "cost_growth", themed=True)
     end = svg.index(">") + 1
     temporary = path.with_name(path.name + ".part")
     try:

@@ -43,7 +43,7 @@ OPERATORS: tuple[Operator, ...] = (
 
 # Import names of the packages of an extra; some are installed under other names.
 _EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy", "PIL"),
+    "train": ("tyro", "rich", "yaml", "matplotlib", "sklearn", "scipy", "PIL", "jinja2", "markdown_it"),
     "gradients": ("safetensors",),
     "policies": ("kornia",),
     "images": ("PIL",),
@@ -51,7 +51,13 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "test": ("pytest", "xdist", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),
 }
-_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "xdist": "pytest-xdist"}
+_DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "markdown_it": "markdown-it-py",
+    "xdist": "pytest-xdist",
+}
 
 
 def report() -> dict[str, Any]:

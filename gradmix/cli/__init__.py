@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from gradmix._version import __version__
-from gradmix.cli.errors import ERROR, UsageError, report_error
+from gradmix.cli.errors import ERROR, UsageError, report_error, require
 
 _USAGE = """\
 usage: gradmix [-h] [--version] COMMAND ...
@@ -32,8 +32,14 @@ options:
 environment, errors come with their traceback.
 """
 
-COMMANDS = ("train", "experiment", "compare", "doctor")
-"""Each is a module of this package, with a function ``main(args) -> status``."""
+_TABLES = ("tyro", "yaml", "matplotlib", "scipy", "jinja2", "markdown_it")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "train": ("rich", *_TABLES),
+    "experiment": ("rich", *_TABLES),
+    "compare": _TABLES,
+    "doctor": (),
+}
+"""The modules that each command needs. It is a module of this package, with a function ``main(args) -> status``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,4 +76,5 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UsageError(f"got command {command!r}, expected one of {', '.join(COMMANDS)} (see gradmix --help)")
+    require(command, *COMMANDS[command])
     return int(importlib.import_module(f"gradmix.cli.{command}").main(rest))

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from gradmix.cli.errors import UsageError, require
+import tyro
+from tyro.conf import Positional, arg
+
+from gradmix.cli.errors import UsageError
 from gradmix.runtime.names import shown
 
 if TYPE_CHECKING:
     from gradmix.training.runs.results import RunResult
 
 
+@dataclass(frozen=True)
+class _Flags:
+    """Tabulate and plot runs that were saved before."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+    """Run folders, or folders with run folders in them."""
+    output: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none is written)")] = None
+    """New folder for summary.json, summary.md and compare.png."""
+    format: Literal["text", "markdown", "json"] = "text"
+    """How the tables are printed."""
+
+
 def main(args: list[str]) -> int:
     """Print the comparison; save it too if ``--output`` is given."""
-    require("compare", "tyro", "yaml", "matplotlib", "scipy")
-    import tyro
-
     from gradmix.training.reports import tables
     from gradmix.training.reports.saving import save_summary
     from gradmix.training.runs.results import load_runs, refuse_occupied, to_json
 
-    options: Any = tyro.cli(_flags(), prog="gradmix compare", args=args, config=(tyro.conf.DisallowNone,))
+    options = tyro.cli(_Flags, prog="gradmix compare", args=args, config=(tyro.conf.DisallowNone,))
     if not options.runs:
         raise UsageError("compare: got no run folder, expected at least one")
     if options.output is not None:
@@ -45,33 +57,3 @@ def main(args: list[str]) -> int:
     if options.output is not None:
         print(f"\nSaved in {shown(str(options.output))}", file=sys.stderr)
     return 0
-
-
-def _flags() -> type:
-    import tyro
-
-    runs = Annotated[
-        tuple[Path, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="RUN [RUN ...]",
-            help="Run folders, or folders with run folders in them.",
-            help_behavior_hint="",
-        ),
-    ]
-    output = Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FOLDER",
-            help="New folder for summary.json, summary.md and compare.png.",
-            help_behavior_hint="(default: none is written)",
-        ),
-    ]
-    form = Annotated[Literal["text", "markdown", "json"], tyro.conf.arg(help="How the tables are printed.")]
-    flags = make_dataclass(
-        "Compare",
-        [("runs", runs), ("output", output, field(default=None)), ("format", form, field(default="text"))],
-        frozen=True,
-    )
-    flags.__doc__ = "Tabulate and plot runs that were saved before."
-    return flags

@@ -11,8 +11,8 @@ from gradmix.runtime.names import shown
 ERROR, INTERRUPTED = 2, 130
 """Exit statuses: after an error that the user can mend, and after Ctrl-C."""
 
-# Module, and the name of its distribution.
-_DISTRIBUTIONS = {"tyro": "tyro", "rich": "rich", "yaml": "pyyaml", "matplotlib": "matplotlib", "scipy": "scipy"}
+# Modules whose distribution has another name.
+_DISTRIBUTIONS = {"yaml": "pyyaml", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn"}
 
 
 class UsageError(Exception):
@@ -35,19 +35,17 @@ class LostProcessError(Exception):
     """One of several processes that train together has ended, or cannot be reached."""
 
 
-def require(command: str, *modules: str, **others: str) -> None:
+def require(command: str, *modules: str) -> None:
     """Check that the packages are installed that a command needs.
 
     Args:
         command: The command's name.
         modules: Names of modules.
-        others: More modules, with the names of their distributions where these differ.
 
     Raises:
         UsageError: Some are not installed; the message names them, and the command that installs them.
     """
-    wanted = {name: _DISTRIBUTIONS[name] for name in modules} | others
-    missing = [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
+    missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f'gradmix {command} needs {", ".join(missing)}: pip install "gradmix[train]"')
 

@@ -6,11 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from gradmix.cli.errors import UsageError, require
+import tyro
+from tyro.conf import Positional, arg
+
+from gradmix.cli.errors import UsageError
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
@@ -27,17 +30,43 @@ if TYPE_CHECKING:
 _MISSING = 1
 _DEFAULT_OUTPUT = Path("runs") / "experiments"
 _RUNS = "runs"
+_OWN = "(default: the experiment's)"
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Run what is missing of a table of methods and seeds; write its report."""
+
+    experiment: Annotated[Positional[str | None], arg(metavar="NAME_OR_FILE", help_behavior_hint="")] = None
+    """An experiment that comes with gradmix, a YAML file of one's own, or, with --report-only, a results.json."""
+    output: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint=f"(default: {_DEFAULT_OUTPUT.as_posix()})")
+    ] = None
+    """Folder for the report, in NAME/, and, in runs/, all runs; experiments that share it share their runs."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]", help_behavior_hint=_OWN)] = ()
+    """Training seeds; the report on others than the experiment's lies in NAME/seeds-..."""
+    arms: Annotated[tuple[str, ...], arg(metavar="ARM [ARM ...]", help_behavior_hint="(default: all)")] = ()
+    """Names of the arms to be run; the report on some of them lies in NAME/arms-..."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own, of one thread unless the file has more."""
+    data_dir: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint=_OWN)] = None
+    """Where the data sets lie."""
+    device: Annotated[str | None, arg(metavar="STR", help_behavior_hint=_OWN)] = None
+    """auto, or a torch device."""
+    report_only: bool = False
+    """Run nothing; write the report on the runs that are there."""
+    dry_run: bool = False
+    """Run and write nothing; list the runs and what there is of them."""
+    list: bool = False
+    """List the experiments that come with gradmix."""
 
 
 def main(args: list[str]) -> int:
     """Make the missing runs and write the report; some flags leave out one or both."""
-    require("experiment", "tyro", "rich", "yaml", "matplotlib", "scipy")
     refuse_several("experiment", "--jobs runs several at a time")
-    import tyro
-
     from gradmix.training.runs import experiments
 
-    options: Any = tyro.cli(_flags(), prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
+    options = tyro.cli(_Flags, prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
         titles = experiments.shipped()
         for name, title in titles.items():
@@ -46,11 +75,11 @@ def main(args: list[str]) -> int:
     if options.experiment is None:
         raise UsageError("experiment: got no name, expected one of gradmix experiment --list, or a YAML file")
     if options.experiment.endswith(".json"):
-        return _again(options)
+        return _again(Path(options.experiment), options)
     # It may name modules in this folder, which are imported when it is read.
     search_here()
     with print_former_names():
-        experiment = experiments.load(options.experiment).narrowed(options.seeds or None, options.arms or None)
+        experiment = experiments.load(options.experiment).narrow(options.seeds or None, options.arms or None)
     if options.jobs < 1:
         raise UsageError(f"jobs: got {options.jobs}, expected at least 1")
     changes: dict[str, Any] = {}
@@ -164,7 +193,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def finish(self, run: Run, result: RunResult) -> None:
             self.done += 1
-            reporter.say(f"{self._name(run)}  {figures(result)}{self._left()}")
+            reporter.say(f"{self._name(run)}  {figures(result)}{self._time_left()}")
             self._count()
 
         def fail(self, run: Run, reason: str) -> None:
@@ -183,7 +212,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
             width = len(str(todo))
             return f"[{self.done:>{width}}/{todo}] {shown(run.label):<{reporter.width}}  seed {run.seed}"
 
-        def _left(self) -> str:
+        def _time_left(self) -> str:
             if self.done >= todo:
                 return ""
             seconds = (time.monotonic() - self.begun) / self.done * (todo - self.done)
@@ -246,15 +275,14 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
     return _MISSING if values["missing"] else 0
 
 
-def _again(options: Any) -> int:
+def _again(file: Path, options: _Flags) -> int:
     """Write the report on a ``results.json``, beside it or in the folder given."""
     from gradmix.training.reports import report
 
     if options.seeds or options.arms or options.dry_run:
         raise UsageError("got --seeds, --arms or --dry-run with a results.json, expected --report-only and --output")
     if not options.report_only:
-        raise UsageError(f"got {options.experiment}, from which nothing can be run, expected --report-only with it")
-    file = Path(options.experiment)
+        raise UsageError(f"got {file}, from which nothing can be run, expected --report-only with it")
     values = report.from_results(file)
     _say(values, report.write(values, file.parent if options.output is None else options.output))
     return 0
@@ -273,7 +301,7 @@ def _plan(runs: Sequence[Run], root: Path) -> int:
     return 0
 
 
-def _command(experiment: Experiment, options: Any) -> str:
+def _command(experiment: Experiment, options: _Flags) -> str:
     """Return the command that makes the same report, without data folder and device."""
     words = ["gradmix", "experiment", experiment.source]
     if options.seeds:
@@ -283,7 +311,7 @@ def _command(experiment: Experiment, options: Any) -> str:
     return " ".join(map(shell, words))
 
 
-def _again_command(command: str, options: Any) -> str:
+def _again_command(command: str, options: _Flags) -> str:
     """Return the command that continues the runs, with data folder, device and number of processes."""
     words = [command]
     for name in ("output", "data_dir", "device"):
@@ -297,56 +325,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _flags() -> type:
-    import tyro
-
-    def flag(kind: Any, default: Any, text: str, hint: str | None = None, **others: Any) -> Any:
-        return Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint, **others)], field(default=default)
-
-    positional = Annotated[
-        str | None,
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="NAME_OR_FILE",
-            help="An experiment that comes with gradmix, a YAML file of one's own, or, with --report-only, a "
-            "results.json.",
-            help_behavior_hint="",
-        ),
-    ]
-    members: dict[str, Any] = {
-        "experiment": (positional, field(default=None)),
-        "output": flag(
-            Path | None,
-            None,
-            "Folder for the report, in NAME/, and, in runs/, all runs; experiments that share it share their runs.",
-            f"(default: {_DEFAULT_OUTPUT.as_posix()})",
-            metavar="FOLDER",
-        ),
-        "seeds": flag(
-            tuple[int, ...],
-            (),
-            "Training seeds; the report on others than the experiment's lies in NAME/seeds-...",
-            "(default: the experiment's)",
-            metavar="INT [INT ...]",
-        ),
-        "arms": flag(
-            tuple[str, ...],
-            (),
-            "Names of the arms to be run; the report on some of them lies in NAME/arms-...",
-            "(default: all)",
-            metavar="ARM [ARM ...]",
-        ),
-        "jobs": flag(int, 1, "Runs at a time, each in a process of its own, of one thread unless the file has more."),
-        "data_dir": flag(
-            Path | None, None, "Where the data sets lie.", "(default: the experiment's)", metavar="FOLDER"
-        ),
-        "device": flag(str | None, None, "auto, or a torch device.", "(default: the experiment's)", metavar="STR"),
-        "report_only": flag(bool, False, "Run nothing; write the report on the runs that are there."),
-        "dry_run": flag(bool, False, "Run and write nothing; list the runs and what there is of them."),
-        "list": flag(bool, False, "List the experiments that come with gradmix."),
-    }
-    made = make_dataclass("Experiment", [(name, *member) for name, member in members.items()], frozen=True)
-    made.__doc__ = "Run what is missing of a table of methods and seeds; write its report."
-    return made

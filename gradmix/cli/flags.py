@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import tyro
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -17,7 +20,7 @@ Train methods class-incrementally, over several seeds, and compare them.
 
 With nothing given, er, mixup and both GradMix learn scikit-learn's digits."""
 
-_METAVARS = {"methods": "METHOD [METHOD ...]"}
+_METAVARS = {"methods": "METHOD [METHOD ...]", "data_dir": "FOLDER", "output": "FOLDER"}
 
 
 def parse_train(args: list[str]) -> TrainConfig:
@@ -28,8 +31,6 @@ def parse_train(args: list[str]) -> TrainConfig:
         ValueError: The configuration file is refused.
         SystemExit: A flag is refused, or help was asked for; the parser has said so.
     """
-    import tyro
-
     from gradmix.training.config import TrainConfig, load_config
 
     file = _config_file(args)
@@ -52,71 +53,53 @@ def _config_file(args: list[str]) -> str | None:
     return None if found is None else str(found)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Flags that say where to start from."""
+
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """Configuration to start from, such as the config.yaml of a run folder; flags given too override it."""
+    resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: start anew)")] = None
+    """Go on with the unfinished runs of a run folder, with its own
+    settings: besides this only --data-dir, --device and --threads may be given."""
+
+
+# A bare name would say too little in some: replay.batch is --replay-batch.
+_PREFIXES = {"data": "", "optim": "", "replay": "replay-", "mix": "mix-"}
+
+
 def _flags_of(base: TrainConfig) -> type:
-    """Make the dataclass that tyro turns into flags, with the values of ``base`` as defaults.
-
-    Names get a prefix where a bare one would say too little: ``replay.batch`` is ``--replay-batch``.
-    """
-    import tyro
-
-    config_type = Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FILE",
-            help="Configuration to start from, such as the config.yaml of a run folder; flags given too override it.",
-            help_behavior_hint="(default: none)",
-        ),
-    ]
-    resume_type = Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FOLDER",
-            help="Go on with the unfinished runs of a run folder, with its own settings: besides this only --data-dir, "
-            "--device and --threads may be given.",
-            help_behavior_hint="(default: start anew)",
-        ),
-    ]
-    members: list[Any] = [
-        ("config", config_type, field(default=None)),
-        ("resume", resume_type, field(default=None)),
-    ]
-    prefixes = {"data": "", "optim": "", "replay": "replay-", "mix": "mix-"}
-    for item in fields(base):
-        section = getattr(base, item.name)
-        if is_dataclass(section):
-            cls = _section(type(section), section, prefixes[item.name])
-            members.append((item.name, cls, field(default_factory=cls)))
-    top = _section(type(base), base, "", nested=False)
-    members[2:2] = [(f.name, get_type_hints(top, include_extras=True)[f.name], f) for f in fields(top)]
-    return make_dataclass("Train", [(name, kind, _fresh(default)) for name, kind, default in members], frozen=True)
+    """Make the dataclass that tyro turns into flags, with the values of ``base`` as defaults."""
+    members = _members(base, "")
+    for name, prefix in _PREFIXES.items():
+        section = getattr(base, name)
+        cls = make_dataclass(type(section).__name__.removesuffix("Config"), _members(section, prefix), frozen=True)
+        cls.__doc__ = type(section).__doc__
+        members.append((name, cls, field(default_factory=cls)))
+    return make_dataclass("Train", members, bases=(_Start,), frozen=True)
 
 
-def _section(cls: type, values: Any, prefix: str, nested: bool = True) -> type:
-    """Make a dataclass with the fields of a section of the configuration, each with its flag and its help."""
-    import tyro
-
+def _members(section: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    """The fields of a section of the configuration, each with its flag and its help."""
     from gradmix.training.config import field_docs
 
-    docs, hints = field_docs(cls), get_type_hints(cls)
-    members: list[Any] = []
-    for item in fields(cls):
-        value = getattr(values, item.name)
+    docs, hints = field_docs(type(section)), get_type_hints(type(section))
+    members = []
+    for item in fields(section):
+        value = getattr(section, item.name)
         if is_dataclass(value):
             continue
         text, unset = _split_help(docs.get(item.name, ""))
         hint = f"(default: {unset or 'the benchmark' + chr(39) + 's'})" if value is None else None
-        metavar = _METAVARS.get(item.name) or {Path: "FOLDER"}.get(_bare(hints[item.name]))
-        flag = tyro.conf.arg(
+        flag = arg(
             name=(prefix + item.name).replace("_", "-"),
             prefix_name=False,
             help=text,
             help_behavior_hint=hint,
-            metavar=metavar,
+            metavar=_METAVARS.get(item.name),
         )
         members.append((item.name, Annotated[hints[item.name], flag], field(default=value)))
-    made = make_dataclass(cls.__name__.removesuffix("Config"), members, frozen=True)
-    made.__doc__ = cls.__doc__ if nested else ""
-    return made
+    return members
 
 
 def _from_flags(base: TrainConfig, parsed: Any) -> TrainConfig:
@@ -137,14 +120,3 @@ def _split_help(doc: str) -> tuple[str, str | None]:
         return doc, None
     rest = doc[found.end() :].strip()
     return f"{doc[: found.start()]}. {rest}".strip(), found[1]
-
-
-def _bare(hint: Any) -> Any:
-    return next((a for a in getattr(hint, "__args__", ()) if a is Path), hint)
-
-
-def _fresh(default: Any) -> Any:
-    # A field belongs to one class only.
-    if default.default_factory is not MISSING:
-        return field(default_factory=default.default_factory)
-    return field(default=default.default)

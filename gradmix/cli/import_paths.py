@@ -22,7 +22,7 @@ def find_named(command: str, benchmark: str, model: str | None = None) -> None:
         UsageError: The benchmark comes with a package that is not installed.
     """
     if benchmark in _FROM_SCIKIT_LEARN:
-        require(f"{command} {benchmark}", sklearn="scikit-learn")
+        require(f"{command} {benchmark}", "sklearn")
     if any(name is not None and ":" in name for name in (benchmark, model)):
         search_here()
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmix.cli.errors import UsageError, require
+from gradmix.cli.errors import UsageError
 from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
@@ -33,7 +33,6 @@ _DIVERGED = 1
 
 def main(args: list[str]) -> int:
     """Train, and save every run and the table over all; with several processes, together with the others."""
-    require("train", "tyro", "rich", "yaml", "matplotlib", "scipy")
     with (
         join_processes() as processes,
         explain_lost_process(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"),

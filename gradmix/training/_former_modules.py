@@ -63,6 +63,12 @@ FORMER_MODULES = {
 _RENAMED = {
     "rows": {"Rows": "Samples", "TensorRows": "TensorSamples", "StoredRows": "StoredSamples", "rows_of": "samples_of"},
     "results": {name: f"gradmix.training.reports.saving:{name}" for name in ("save_run", "draw_run", "save_summary")},
+    "image_files": {
+        name: f"gradmix.training.data.image_layouts:{name}"
+        for name in ("EXTENSIONS", "TINY_IMAGENET", "image_folder", "imagenet", "tiny_imagenet")
+    },
+    "plots": {name: f"gradmix.training.reports.figures:{name}" for name in ("NOT_DRAWN", "draw", "save", "to_svg")}
+    | {"seen_accuracy": "gradmix.training.runs.metrics:seen_accuracy"},
     "trainer": {
         "settled": "resolved_config",
         "CIRCUMSTANCES": "gradmix.training.runs.settings:RUNTIME_FIELDS",

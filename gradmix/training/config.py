@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import re
 import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -238,8 +239,7 @@ class TrainConfig:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Turn a configuration into nested dictionaries of plain values, the form ``config.yaml`` has."""
-    plain = _plain(config)
-    assert isinstance(plain, dict)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     return plain
 
 
@@ -435,14 +435,6 @@ def _method_names(names: Sequence[Any], *, warn: bool) -> list[Any]:
         if name not in COMPOSITIONS:
             raise ValueError(f"methods[{index}]: got {_show(name)}, expected one of {choices()}")
     return current
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _build(cls: type[_T], values: Any, key: str) -> _T:

@@ -21,7 +21,8 @@ from patience import PATIENCE
 
 import gradmix
 from gradmix.training.data.batch_reader import BatchReader
-from gradmix.training.data.image_files import DamagedImageError, image_folder
+from gradmix.training.data.image_files import DamagedImageError
+from gradmix.training.data.image_layouts import image_folder
 
 WORKERS = [0, 1, 2]
 

@@ -22,7 +22,8 @@ from gradmix.training.data import class_names
 from gradmix.training.data import image_arrays as datasets
 from gradmix.training.data.class_names import look_alikes, printable, same_names
 from gradmix.training.data.image_arrays import DataError
-from gradmix.training.data.image_files import DamagedImageError, ImageFiles, image_folder, imagenet, tiny_imagenet
+from gradmix.training.data.image_files import DamagedImageError, ImageFiles
+from gradmix.training.data.image_layouts import image_folder, imagenet, tiny_imagenet
 from gradmix.training.data.texts import NEWSGROUPS, newsgroups20, text_folder
 from gradmix.training.streams.benchmarks import BENCHMARKS, make_stream
 

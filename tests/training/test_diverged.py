@@ -89,7 +89,7 @@ def test_on_a_gpu_a_loss_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPat
     watch.look()
     watch.note(torch.tensor(math.nan))
     watch.note(torch.tensor(1.0))
-    assert watch.found()
+    assert watch.has_diverged()
     with pytest.raises(DivergedError):
         watch.look()
     # Within an epoch of more steps than lie between two looks, and within a shorter one.

@@ -188,15 +188,15 @@ def test_files_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_narrowed() -> None:
     experiment = from_yaml(TEXT, "table")
-    less = experiment.narrowed(seeds=[9], arms=["threshold 0.1"])
+    less = experiment.narrow(seeds=[9], arms=["threshold 0.1"])
     assert less.seeds == (9,) and [a.name for a in less.arms] == ["threshold 0.1"]
     assert less.differences == () and less.references == ()
-    assert experiment.narrowed() == experiment
+    assert experiment.narrow() == experiment
     for arms in ([], ["ER"], ["er", "er"]):
         with pytest.raises(ValueError, match="arms"):
-            experiment.narrowed(arms=arms)
+            experiment.narrow(arms=arms)
     with pytest.raises(ValueError, match="seeds"):
-        experiment.narrowed(seeds=[-1])
+        experiment.narrow(seeds=[-1])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_narrowed() -> None:
     ids=["nothing", "all, in another order", "seeds", "both", "no name of a folder", "many"],
 )
 def test_a_part_is_told_by_its_folder(others: dict[str, Any], part: str) -> None:
-    folder = from_yaml(TEXT, "table").narrowed(**others).folder
+    folder = from_yaml(TEXT, "table").narrow(**others).folder
     assert re.fullmatch(f"table/{part}" if part else "table", folder.as_posix()) and len(folder.name) < 80
 
 
@@ -223,8 +223,8 @@ def test_parts_have_folders_of_their_own() -> None:
         f"{{name: {name!r}, method: gradmix-class, mix: {{threshold: 0.{k}1}}}}" for k, name in enumerate(names)
     )
     experiment = from_yaml(f"title: x\nbase: {{}}\narms: [{arms}]\n", "table")
-    narrowed = [experiment.narrowed(arms=chosen) for chosen in ([name] for name in names)]
-    narrowed += [experiment.narrowed(arms=["a", "b"]), narrowed[0].narrowed(seeds=[1]), narrowed[0].narrowed(seeds=[2])]
+    narrowed = [experiment.narrow(arms=chosen) for chosen in ([name] for name in names)]
+    narrowed += [experiment.narrow(arms=["a", "b"]), narrowed[0].narrow(seeds=[1]), narrowed[0].narrow(seeds=[2])]
     folders = [part.folder for part in narrowed]
     assert len({folder.as_posix().lower() for folder in folders}) == len(folders)
     assert all(len(folder.parts) == 2 and folder.name.isascii() for folder in folders)

@@ -16,15 +16,8 @@ import torch
 from fresh import run_python
 
 from gradmix.training.data.image_arrays import DataError
-from gradmix.training.data.image_files import (
-    EXTENSIONS,
-    DamagedImageError,
-    ImageFiles,
-    decode,
-    image_folder,
-    imagenet,
-    tiny_imagenet,
-)
+from gradmix.training.data.image_files import DamagedImageError, ImageFiles, decode
+from gradmix.training.data.image_layouts import EXTENSIONS, image_folder, imagenet, tiny_imagenet
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow, which is not installed")
 

@@ -262,7 +262,7 @@ FEW = ("--seeds", "0", "1", "--epochs", "1", "--tasks", "2", "--rows-per-class",
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gradmix.training.reports.plots.draw", lambda *_: None)
+    monkeypatch.setattr("gradmix.training.reports.figures.draw", lambda *_: None)
     return tmp_path
 
 

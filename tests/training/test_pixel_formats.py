@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training.data.image_files import DamagedImageError, decode, image_folder
+from gradmix.training.data.image_files import DamagedImageError, decode
+from gradmix.training.data.image_layouts import image_folder
 from gradmix.training.data.pixels import eight_bits
 from gradmix.training.data.samples import Inputs
 from gradmix.training.loop.reading import Reading

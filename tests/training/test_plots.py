@@ -12,7 +12,8 @@ from fresh import run_python
 from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
-from gradmix.training.reports import plots
+from gradmix.training.reports import figures, plots
+from gradmix.training.runs.metrics import seen_accuracy
 from gradmix.training.runs.results import AlignmentRecord, RunResult
 
 
@@ -26,7 +27,7 @@ def drawn(figure: Any, path: Path) -> np.ndarray:
     """The picture as saved, (H, W, channels)."""
     from matplotlib.image import imread
 
-    plots.save(figure, path)
+    figures.save(figure, path)
     return np.asarray(imread(path))
 
 
@@ -126,7 +127,7 @@ def test_compare_draws_one_line_a_method_with_a_band() -> None:
     axes = plots.compare(results).axes[0]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes.lines}
     assert list(lines) == ["er", "mixup", "gradmix-class"]
-    expected = np.mean([plots.seen_accuracy(r.accuracy) for r in results[:3]], axis=0)
+    expected = np.mean([seen_accuracy(r.accuracy) for r in results[:3]], axis=0)
     np.testing.assert_allclose(lines["er"], expected)
     assert len(axes.collections) == 2, "a band needs two seeds"
     assert len({line.get_marker() for line in axes.lines}) == 3
@@ -138,7 +139,7 @@ def test_compare_with_nothing_complete(tmp_path: Path) -> None:
 
 def test_same_run_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        plots.save(plots.alignment(make_result()), tmp_path / name)
+        figures.save(plots.alignment(make_result()), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

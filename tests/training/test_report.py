@@ -18,8 +18,7 @@ from matplotlib.collections import PathCollection
 from small_pictures import draw_small_pictures
 from synthetic_runs import make_result
 
-from gradmix.training.reports import plots, report
-from gradmix.training.reports.document import Picture
+from gradmix.training.reports import figures, plots, report
 from gradmix.training.reports.saving import save_run
 from gradmix.training.reports.significance import holm
 from gradmix.training.runs.experiments import Experiment, from_yaml
@@ -43,7 +42,7 @@ reference: [{label: Mixup, metric: average_accuracy, value: 0.896, source: "a pa
 
 def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds: Any = None) -> dict[str, Any]:
     """The values of a report over made-up runs, saved under ``folder``; those in ``skip`` are missing."""
-    experiment = from_yaml(text, "table").narrowed(seeds=seeds)
+    experiment = from_yaml(text, "table").narrow(seeds=seeds)
     runs = experiment.runs()
     levels = {"er": 0.8, "mixup": 0.85, "gradmix-class": 0.9}
     for number, run in enumerate(runs):
@@ -120,7 +119,7 @@ def test_figures(values: dict[str, Any]) -> None:
     for name in METRIC_LABELS:
         found = [run["metrics"][name] for run in values["runs"] if run["arm"] == "er"]
         assert by_arm["er"].metrics[name] == mean_interval(found)
-    assert by_arm["gradmix"].mixed == 0.75 and math.isnan(by_arm["er"].mixed)
+    assert by_arm["gradmix"].mixed_share == 0.75 and math.isnan(by_arm["er"].mixed_share)
     assert by_arm["gradmix"].step_ms == 2.5 and by_arm["gradmix"].shares["selection"] == pytest.approx(0.4)
     of = {
         arm: [run["metrics"]["average_accuracy"] for run in values["runs"] if run["arm"] == arm]
@@ -191,7 +190,7 @@ def test_what_is_said(html: str) -> None:
     ids=["the closest bound of a process", "the most that tensors took"],
 )
 def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path) -> None:
-    experiment = from_yaml(TEXT, "table").narrowed(arms=["er"])
+    experiment = from_yaml(TEXT, "table").narrow(arms=["er"])
     runs = experiment.runs()
     for run, seconds, mib in zip(runs, (0.1, 0.3, 9.0), (3, 5, 9), strict=True):
         result = make_result(run.method, run.seed)
@@ -239,7 +238,7 @@ def test_the_page_needs_nothing_else_and_is_accessible(html: str) -> None:
     assert {a.get("scope") for tag, a in page.tags if tag == "th"} == {"col", "row"}
     assert sum(tag == "caption" for tag, _ in page.tags) == len(page.tables)
     assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in html and "@media print" in html
-    assert "#010203" not in html and "currentColor" in html
+    assert "#000000" not in html.partition("</style>")[2] and "currentColor" in html
 
 
 @pytest.mark.usefixtures("small_pictures")
@@ -313,7 +312,7 @@ def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
     values = made(text, tmp_path)
     page = Page(report.to_html(values))
     assert len(page.tables[0]) == 31
-    figures = {b.name: b.figure for b in report._document(values, *report.summarise(values)) if isinstance(b, Picture)}
+    figures = {p.name: p.drawing() for p in report.pictures(values, *report.summarise(values))}
     assert float(figures["average_accuracy"].get_figheight()) > 8
     lines = {line.get_label() for line in figures["after_tasks"].axes[0].lines}
     assert lines == {f"arm number {k}" for k in range(4)}, "only those that are compared"
@@ -368,7 +367,7 @@ def test_damaged_results(damage: Any, said: str, values: dict[str, Any], tmp_pat
 
 @pytest.mark.usefixtures("small_pictures")
 def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
-    experiment: Experiment = from_yaml(TEXT, "table").narrowed(arms=["er", "mixup"])
+    experiment: Experiment = from_yaml(TEXT, "table").narrow(arms=["er", "mixup"])
     runs = experiment.runs()
     for run in runs:
         result = make_result(run.method, run.seed, tasks=1)
@@ -402,16 +401,12 @@ def test_varied_values_are_spaced(values: list[Any], scale: str) -> None:
 
 
 def test_svg_is_the_same_each_time() -> None:
-    draw = [plots.to_svg(plots.dots(["a"], [[0.1, 0.2]], "x"), "name") for _ in range(2)]
+    draw = [figures.to_svg(plots.dots(["a"], [[0.1, 0.2]], "x"), "name") for _ in range(2)]
     assert draw[0] == draw[1] and draw[0].startswith("<svg") and "currentColor" not in draw[0]
 
 
 def test_published_figures_are_starred(values: dict[str, Any]) -> None:
-    (figure,) = [
-        b.figure
-        for b in report._document(values, *report.summarise(values))
-        if isinstance(b, Picture) and b.name == "average_accuracy"
-    ]
+    figure = next(report.pictures(values, *report.summarise(values))).drawing()
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     stars = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets()) == 1]
     assert [tuple(np.asarray(star.get_offsets())[0]) for star in stars] == [(0.896, labels.index("mixup"))]

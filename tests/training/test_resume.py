@@ -19,9 +19,8 @@ from resuming import StopAt, assert_same_result, goes_on_to_the_bit
 from torch import nn
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.loop import checkpoint
+from gradmix.training.loop import checkpoint, run_state
 from gradmix.training.loop.checkpoint import CheckpointError
-from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, train_one
 from gradmix.training.methods import METHODS
 from gradmix.training.streams import TaskStream, class_incremental
@@ -211,7 +210,7 @@ def test_a_checkpoint_that_lacks_what_is_kept_now_is_refused(
     key: str, stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.pt"
-    complete = Run.state_dict
+    complete = run_state.state_dict
 
     def former(self: Any) -> dict[str, Any]:
         state = complete(self)
@@ -219,7 +218,7 @@ def test_a_checkpoint_that_lacks_what_is_kept_now_is_refused(
         del (state[sections[0]] if sections else state)[name]
         return state
 
-    monkeypatch.setattr(Run, "state_dict", former)
+    monkeypatch.setattr(run_state, "state_dict", former)
     train_one(BASE, "er", 1, stream=stream, on_step=StopAt([5]), checkpoint=path)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match=rf"run\.pt: whole, but of an earlier version .* '{key.split('.')[-1]}'"):

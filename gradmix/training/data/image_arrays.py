@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gradmix.training.data import pickled_arrays
+from gradmix.training.extras import import_extra
 
 # Per-channel mean and standard deviation of the training images, values in [0, 1].
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -133,50 +135,35 @@ def _digits_table() -> npt.NDArray[np.float64]:
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.is_file():
         return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits as read
-
-    bunch = read()
+    bunch = import_extra("sklearn.datasets", "split-digits needs scikit-learn, with which its data come").load_digits()
     return np.column_stack([bunch.data, bunch.target])
 
 
-def load_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
+def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") -> LabelledImages:
     """Read MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
 
     Args:
         data_dir: The data directory.
         test: Whether the test files are read; otherwise they need not be there, and there are no test images.
+        name: ``MNIST`` or ``FashionMNIST``, whose files lie in a folder of that name.
 
     Raises:
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    return _load_idx(Path(data_dir), "MNIST", _DIGIT_NAMES, MNIST_MEAN, MNIST_STD, test)
+    if name == "MNIST":
+        return _load_idx(Path(data_dir), name, _DIGIT_NAMES, MNIST_MEAN, MNIST_STD, test)
+    return _load_idx(Path(data_dir), name, _FASHION_NAMES, FASHION_MEAN, FASHION_STD, test)
 
 
-def load_fashion_mnist(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
-    """Read Fashion-MNIST, 28x28 pixels, from ``<data_dir>/FashionMNIST/raw``, in the files of :func:`load_mnist`.
-
-    Args:
-        data_dir: The data directory.
-        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        DataError: A file is damaged.
-    """
-    return _load_idx(Path(data_dir), "FashionMNIST", _FASHION_NAMES, FASHION_MEAN, FASHION_STD, test)
+load_fashion_mnist = partial(load_mnist, name="FashionMNIST")
+"""Read Fashion-MNIST, as :func:`load_mnist` does."""
 
 
 def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Read CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
 
-    Args:
-        data_dir: The data directory.
-        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        DataError: A file is damaged.
+    Arguments and errors are those of :func:`load_mnist`.
     """
     folder = Path(data_dir) / "cifar-10-batches-py"
     train = [folder / f"data_batch_{number}" for number in range(1, 6)]
@@ -187,13 +174,7 @@ def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
 def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     """Read CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
 
-    Args:
-        data_dir: The data directory.
-        test: Whether the test files are read; otherwise they need not be there, and there are no test images.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        DataError: A file is damaged.
+    Arguments and errors are those of :func:`load_mnist`.
     """
     folder = Path(data_dir) / "cifar-100-python"
     keys = ("fine_labels", "fine_label_names")

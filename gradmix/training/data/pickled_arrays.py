@@ -58,7 +58,7 @@ class _Dtype:
     code: str
     order: str = "="
 
-    def made(self) -> np.dtype[Any]:
+    def to_numpy(self) -> np.dtype[Any]:
         return np.dtype(self.order + self.code)
 
 
@@ -154,7 +154,7 @@ class _Machine:
         self._below.append(self._stack)
         self._stack = []
 
-    def marked(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         """What was pushed since the last mark."""
         found, self._stack = self._stack, self._below.pop()
         return found
@@ -202,7 +202,7 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         word = _NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if word is None:
-            raise pickle.UnpicklingError(f"it names {_shown(module)}.{_shown(name)}, which is not admitted")
+            raise pickle.UnpicklingError(f"it names {_show(module)}.{_show(name)}, which is not admitted")
         self.push(_Name(word))
 
     def call(self) -> None:
@@ -256,7 +256,7 @@ class _Machine:
             raise pickle.UnpicklingError("an array whose shape is none")
         self.charge(len(data))
         raw = data.encode("latin1") if isinstance(data, str) else data  # a text of Python 2
-        made = dtype.made()
+        made = dtype.to_numpy()
         if math.prod(shape) * made.itemsize != len(raw):
             raise pickle.UnpicklingError(f"an array of shape {shape} and {made} with {len(raw)} bytes")
         if made.kind == "b" and raw.strip(b"\0\1"):
@@ -281,7 +281,7 @@ def _dtype(code: str | bytes) -> _Dtype:
     text = code.decode("latin1") if isinstance(code, bytes) else code
     found = _PLAIN.fullmatch(text)
     if found is None:
-        raise pickle.UnpicklingError(f"a dtype {_shown(text)}, expected numbers")
+        raise pickle.UnpicklingError(f"a dtype {_show(text)}, expected numbers")
     return _Dtype(found[1], text[0] if text != found[1] else "=")
 
 
@@ -289,7 +289,7 @@ def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(items[::2], items[1::2], strict=True)
 
 
-def _shown(name: Any) -> str:
+def _show(name: Any) -> str:
     return ascii(name[:60])[1:-1] if isinstance(name, str) else f"a {type(name).__name__}"
 
 
@@ -322,7 +322,7 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogatepass")
 
 
-def _named(machine: _Machine) -> None:
+def _push_global(machine: _Machine) -> None:
     module = machine.line(200).decode("latin1")
     machine.name(module, machine.line(200).decode("latin1"))
 
@@ -337,8 +337,8 @@ def _item(machine: _Machine) -> None:
     machine.update([machine.pop(), value])
 
 
-def _filled(machine: _Machine, made: Any, fill: Callable[[list[Any]], None]) -> None:
-    items = machine.marked()
+def _fill(machine: _Machine, made: Any, fill: Callable[[list[Any]], None]) -> None:
+    items = machine.pop_to_mark()
     machine.container(made)
     fill(items)
 
@@ -380,18 +380,18 @@ _OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
     # containers
     pickle.MARK[0]: _Machine.mark,
     pickle.EMPTY_LIST[0]: lambda m: m.container([]),
-    pickle.LIST[0]: lambda m: _filled(m, [], m.extend),
+    pickle.LIST[0]: lambda m: _fill(m, [], m.extend),
     pickle.APPEND[0]: lambda m: m.extend([m.pop()]),
-    pickle.APPENDS[0]: lambda m: m.extend(m.marked()),
+    pickle.APPENDS[0]: lambda m: m.extend(m.pop_to_mark()),
     pickle.EMPTY_DICT[0]: lambda m: m.container({}),
-    pickle.DICT[0]: lambda m: _filled(m, {}, m.update),
+    pickle.DICT[0]: lambda m: _fill(m, {}, m.update),
     pickle.SETITEM[0]: _item,
-    pickle.SETITEMS[0]: lambda m: m.update(m.marked()),
+    pickle.SETITEMS[0]: lambda m: m.update(m.pop_to_mark()),
     pickle.EMPTY_TUPLE[0]: lambda m: m.push(()),
     pickle.TUPLE1[0]: lambda m: _last(m, 1),
     pickle.TUPLE2[0]: lambda m: _last(m, 2),
     pickle.TUPLE3[0]: lambda m: _last(m, 3),
-    pickle.TUPLE[0]: lambda m: m.tuple_of(m.marked()),
+    pickle.TUPLE[0]: lambda m: m.tuple_of(m.pop_to_mark()),
     # what was there before
     pickle.PUT[0]: lambda m: m.memoise(_integer(m.line(_LONGEST_NUMBER))),
     pickle.BINPUT[0]: lambda m: m.memoise(m.number("<B")),
@@ -401,7 +401,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
     pickle.BINGET[0]: lambda m: m.recall(m.number("<B")),
     pickle.LONG_BINGET[0]: lambda m: m.recall(m.number("<I")),
     # what numpy writes
-    pickle.GLOBAL[0]: _named,
+    pickle.GLOBAL[0]: _push_global,
     pickle.STACK_GLOBAL[0]: _named_by_stack,
     pickle.REDUCE[0]: _Machine.call,
     pickle.BUILD[0]: _Machine.build,

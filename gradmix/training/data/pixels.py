@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gradmix.training.extras import import_extra
+
 
 def pillow() -> Any:
     """Pillow's module of images.
@@ -13,13 +15,7 @@ def pillow() -> Any:
     Raises:
         ModuleNotFoundError: It is not installed.
     """
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "images in files are decoded by Pillow: pip install 'gradmix[images]'", name=error.name
-        ) from error
-    return Image
+    return import_extra("PIL.Image", "images in files are decoded by Pillow", "images")
 
 
 _UNCERTAIN = "of which nothing tells what is black and what is white; save it with 8 or 16 unsigned bits a channel"

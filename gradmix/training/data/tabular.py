@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradmix.training.data.image_arrays import DataError, rank_in_class
+from gradmix.training.extras import import_extra
 
 COVERTYPES = (
     "Spruce/Fir",
@@ -116,13 +117,7 @@ def wine() -> LabelledRows:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_wine
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "wine needs scikit-learn, with which its data come: pip install 'gradmix[train]'", name=error.name
-        ) from error
-    bunch = load_wine()
+    bunch = import_extra("sklearn.datasets", "wine needs scikit-learn, with which its data come").load_wine()
     x = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32))
     y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     return _standardised(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])

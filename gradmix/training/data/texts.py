@@ -24,6 +24,7 @@ from torch import Tensor
 from gradmix.runtime.validation import check_count
 from gradmix.training.data.class_names import look_alikes, printable, same_names
 from gradmix.training.data.image_arrays import DataError, up_to
+from gradmix.training.extras import import_extra
 
 NEWSGROUPS = (
     "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",
@@ -401,13 +402,8 @@ def descriptions() -> Texts:
         ModuleNotFoundError: scikit-learn is not installed.
         DataError: its installation has no description of one of the data sets.
     """
-    try:
-        from sklearn.datasets import descr
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "descriptions needs scikit-learn, with which its texts come: pip install 'gradmix[train]'", name=error.name
-        ) from error
-    (folder,) = descr.__path__
+    need = "descriptions needs scikit-learn, with which its texts come"
+    (folder,) = import_extra("sklearn.datasets.descr", need).__path__
     train: list[tuple[str, int]] = []
     test: list[tuple[str, int]] = []
     for label, name in enumerate(DESCRIPTIONS):

@@ -28,12 +28,12 @@ class LossWatch:
         self._group, self._at_once = group, can_sync(device)
         self._found = torch.zeros(1, dtype=torch.bool, device=device)
 
-    def found(self) -> bool:
+    def has_diverged(self) -> bool:
         """Whether a loss noted so far was not finite; it is waited for."""
         return bool(self._found)
 
     def restore(self, found: bool) -> None:
-        """Go on from what :meth:`found` told."""
+        """Go on from what :meth:`has_diverged` returned."""
         self._found.fill_(found)
 
     def note(self, loss: Tensor) -> None:
@@ -52,5 +52,5 @@ class LossWatch:
         Raises:
             DivergedError: a loss was not finite.
         """
-        if self.found():
+        if self.has_diverged():
             raise DivergedError("the loss is not finite")

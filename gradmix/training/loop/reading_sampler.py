@@ -155,9 +155,9 @@ class ReadingSampler(StepSampler):
                 places = share.mine
         if kept is not None:
             places = places[kept]
-        return self._made(plan, x, places, share is not None)
+        return self._make_step(plan, x, places, share is not None)
 
-    def _made(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepRows:
+    def _make_step(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepRows:
         """The step of those rows of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""
         starts = torch.tensor([0, *plan.sizes]).cumsum(0).tolist()
         part_of = torch.bucketize(places, torch.tensor(starts[1:]), right=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from gradmix.replay.buffer import ReplayBuffer
 from gradmix.replay.sources import SampleSource
 from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
-from gradmix.training.data.samples import StoredSamples, TensorSamples
+from gradmix.training.data.samples import StoredSamples
 from gradmix.training.loop import checkpoint as checkpoints
-from gradmix.training.loop import distributed
+from gradmix.training.loop import distributed, run_state
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.divergence import DivergedError, LossWatch
 from gradmix.training.loop.environment import describe_environment
@@ -30,12 +30,10 @@ from gradmix.training.loop.keeping_sampler import KeepingSampler
 from gradmix.training.loop.memory import peak_memory, start_peak_memory
 from gradmix.training.loop.optimiser import make_optimiser, make_schedule
 from gradmix.training.loop.preparation import Preparation
-from gradmix.training.loop.random_state import restore_rng, rng_state
 from gradmix.training.loop.reading import KeptRows, Reading
 from gradmix.training.loop.reading_sampler import ReadingSampler
 from gradmix.training.loop.run_parts import Position, Records
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
-from gradmix.training.loop.state_checks import require_like, require_number, require_order, require_tensor
 from gradmix.training.methods import Context, Method, Pixels, StepRows, find_method
 from gradmix.training.models import build_model
 from gradmix.training.models.growing_head import grow_head, grown_state
@@ -65,30 +63,36 @@ class Progress:
 
 
 class Run:
-    """The state of one run."""
+    """One run: its parts, and where it is.
+
+    Args:
+        config: the complete configuration, of one method and one seed.
+        stream: the tasks.
+        device: where it is computed.
+        on_step: called after every step.
+        group: the processes that make every step together; None: this one alone.
+        folder: where a buffer on disk lies.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        method: str,
-        seed: int,
         stream: TaskStream,
         device: torch.device,
         on_step: Callable[[Progress], None] | None,
         group: Group = None,
         folder: Path | None = None,
     ) -> None:
-        self.group = group
-        self.config, self.seed, self.stream, self.device, self.on_step = config, seed, stream, device, on_step
-        self.method_name = method
+        self.config, self.stream, self.device, self.on_step, self.group = config, stream, device, on_step, group
+        (self.method_name,), (self.seed,) = config.methods, config.seeds
         optim, replay = config.optim, config.replay
         assert optim.model and optim.epochs and optim.batch and replay.policy and replay.size
         self.epochs, self.online = optim.epochs, config.data.online
         channels_last = optim.channels_last and len(stream.input_shape) == 3
         width = len(stream.tasks[0].classes) if optim.growing_head else stream.num_classes
-        self.model = build_model(optim.model, stream.input_shape, width, seed=seed, vocabulary=stream.vocabulary).to(
-            device
-        )
+        self.model = build_model(
+            optim.model, stream.input_shape, width, seed=self.seed, vocabulary=stream.vocabulary
+        ).to(device)
         if channels_last:
             # torch's annotation lacks the overload without a device.
             self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,7 +103,7 @@ class Run:
             replay.size,
             policy=replay.policy,
             device=torch.device("cpu") if self.keeps_numbers else device,
-            seed=seed,
+            seed=self.seed,
             folder=folder if replay.storage == "disk" else None,
         )
         self.clock = Clock(device)
@@ -107,14 +111,14 @@ class Run:
         self.preparation = Preparation(stream, optim.augment, channels_last=channels_last, dtype=dtype)
         self.reading = Reading(config.data.workers, skip_damaged=config.data.skip_damaged, device=device)
         source = self._make_sampler()
-        self.generators = {**self.sampler.generators, "mixing": generator_for(seed, "mixing")}
+        self.generators = {**self.sampler.generators, "mixing": generator_for(self.seed, "mixing")}
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim.amp == "fp16")
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         if group is not None:
             self.model = distributed.with_shared_statistics(self.model, device)
         serve_single_rows(self.model)
         self.differing = [] if group is None else distributed.differing_buffers(self.model)
-        self.method: Method = find_method(method)(self._context(source))
+        self.method: Method = find_method(self.method_name)(self._context(source))
         self.records = Records(len(stream.tasks))
         self.position = Position(mixed=torch.zeros((), dtype=torch.int64, device=device))
         self.steps_total = sum(self.epochs * -(-rows // optim.batch) for rows in self.rows_per_epoch())
@@ -460,7 +464,7 @@ class Run:
         state = distributed.of_the_first(there, self.group)
         if state is not None:
             try:
-                self.load_state_dict(state)
+                run_state.load_state_dict(self, state)
             except KeyError as error:
                 raise checkpoints.CheckpointError(
                     f"{path}: whole, but of an earlier version of gradmix, which did not keep {error}; go on with that "
@@ -476,133 +480,5 @@ class Run:
     def save(self) -> None:
         """Replace the checkpoint, if one is to be kept."""
         if self.checkpoint is not None and rank_of(self.group) == 0:
-            checkpoints.save(self.state_dict(), self.checkpoint, run=self.description)
+            checkpoints.save(run_state.state_dict(self), self.checkpoint, run=self.description)
         self.checkpoint_time = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the run depends on, between two steps."""
-        assert self.optimiser is not None
-        schedule = self.schedule.state_dict()
-        return {
-            **self.position.state_dict(),
-            "diverged": self.losses.found(),
-            "width": self.width,
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            # A Counter is no plain dictionary.
-            "schedule": {**schedule, "milestones": dict(schedule["milestones"])},
-            "scaler": self.scaler.state_dict(),
-            "buffer": self.buffer.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "method": self.method.state_dict(),
-            "generators": self.state_of_generators(),
-            "global_generators": rng_state(self.device),
-            **self.records.state_dict(),
-            "clock": self.clock.state_dict(),
-            "seconds_total": self.seconds_total(),
-            "peak_memory": self.peak_memory(),
-        }
-
-    def state_of_generators(self) -> dict[str, Tensor]:
-        """Return the state of each generator, by purpose."""
-        return {purpose: generator.get_state() for purpose, generator in self.generators.items()}
-
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that cannot be this run's, as far as that is to be told before any of it is taken up."""
-        self.position.check(state, tasks=len(self.stream.tasks), epochs=self.epochs)
-        require_number(state["width"], self.width, self.stream.num_classes, "width")
-        require_number(state["peak_memory"], 0, torch.iinfo(torch.int64).max, "peak_memory")
-        require_like(state["seconds_total"], 0.0, "seconds_total")
-        require_like(state["clock"], {str(section): 0.0 for section in state["clock"]}, "clock")
-        require_like(state["generators"], self.state_of_generators(), "generators")
-        known = rng_state(self.device)
-        require_like(state["global_generators"]["numpy"], known["numpy"], "global_generators.numpy")
-        require_like(state["global_generators"]["torch"], known["torch"], "global_generators.torch")
-        self.records.check(state, num_classes=self.stream.num_classes)
-
-    def check_optimiser(self, state: Mapping[str, Any]) -> None:
-        """The same of the model's width, and what belongs to the optimiser, which have to be there for it."""
-        assert self.optimiser is not None
-        require_like(state["model"], dict(self.model.state_dict()), "model")
-        known = self.optimiser.state_dict()
-        groups = state["optimiser"]["param_groups"]
-        require_like(groups, known["param_groups"], "optimiser.param_groups")
-        # All but the rate, which has its course, is as configured.
-        if [{**group, "lr": 0.0} for group in groups] != [{**group, "lr": 0.0} for group in known["param_groups"]]:
-            raise ValueError("optimiser.param_groups: got other settings than this run's")
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        for number, kept in state["optimiser"]["state"].items():
-            require_number(number, 0, len(parameters) - 1, "optimiser.state")
-            buffer = kept["momentum_buffer"]
-            if buffer is not None:
-                require_like(buffer, parameters[number].detach(), f"optimiser.state.{number}")
-        schedule = self.schedule.state_dict()
-        require_like(state["schedule"], {**schedule, "milestones": dict(schedule["milestones"])}, "schedule")
-        require_like(state["scaler"], self.scaler.state_dict(), "scaler")
-
-    def check_buffer(self) -> None:
-        """The same of the buffer that has been loaded, and of what counts its rows: the order of an epoch."""
-        train, num_classes = self.stream.tasks[self.position.task].train, self.stream.num_classes
-        held = len(self.buffer)
-        if held:
-            rows, labels = self.buffer.part(0, 1)[0], self.buffer.y
-            if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-                raise ValueError(f"buffer: got labels that are none of the stream's {num_classes} classes")
-            if self.keeps_numbers:
-                require_tensor(rows, torch.int64, (1,), "buffer.x")
-                highest = len(cast(StoredSamples, train).items) - 1
-                if int(self.buffer.x.min()) < 0 or int(self.buffer.x.max()) > highest:
-                    raise ValueError("buffer.x: got rows that the data set does not have")
-            elif isinstance(train, TensorSamples):
-                require_tensor(rows, train.x.dtype, (1, *train.shape), "buffer.x")
-            if self.method.needs.extras:
-                for name, like in self.extras(*self.buffer.part(0, 1)).items():
-                    shape = (held, *like.shape[1:])
-                    require_tensor(self.buffer.extras.get(name), like.dtype, shape, f"buffer.extras.{name}")
-        mingled = held if self.config.replay.stream == "shuffled" and self.method.needs.replayed else 0
-        require_order(self.position.order, len(train) + mingled, "order")
-        assert self.position.order is not None and self.config.optim.batch is not None
-        require_number(
-            self.position.batches_done, 0, -(-len(self.position.order) // self.config.optim.batch), "batches_done"
-        )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of :meth:`state_dict`.
-
-        Raises:
-            KeyError: it lacks something.
-            Exception: it is no such state; the run is then not to be gone on with.
-        """
-        self.check(state)
-        self.position.load_state_dict(state)
-        # Earlier versions did not look.
-        self.losses.restore(state.get("diverged", False))
-        if state["width"] != self.width:
-            self.grow_to(state["width"])
-        self.model.load_state_dict(state["model"])
-        self.start_optimiser()
-        assert self.optimiser is not None
-        self.check_optimiser(state)
-        self.optimiser.load_state_dict(state["optimiser"])
-        milestones = type(self.schedule.milestones)(state["schedule"]["milestones"])
-        self.schedule.load_state_dict({**state["schedule"], "milestones": milestones})
-        self.scaler.load_state_dict(state["scaler"])
-        self.buffer.load_state_dict(state["buffer"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.method.load_state_dict(_to_device(state["method"], self.device))
-        for purpose, generator in self.generators.items():
-            generator.set_state(state["generators"][purpose])
-        restore_rng(state["global_generators"], self.device)
-        self.records.load_state_dict(state)
-        self.check_buffer()
-        self.clock.load_state_dict(state["clock"])
-        self.seconds_before, self.peak_before = state["seconds_total"], state["peak_memory"]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """A state with its tensors on a device; generators' states, which are bytes, belong on the CPU."""
-    if isinstance(value, Tensor):
-        return value if value.dtype == torch.uint8 else value.to(device)
-    if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
-    return [_to_device(v, device) for v in value] if isinstance(value, list) else value

@@ -96,11 +96,8 @@ class Records:
             "mixed_share": self.mixed_share,
             "alignments": [
                 {
-                    "task": record.task,
-                    "classes": torch.from_numpy(record.classes),
-                    "cosine": torch.from_numpy(record.cosine),
-                    "helpful": torch.from_numpy(record.helpful),
-                    "threshold": record.threshold,
+                    name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                    for name, value in vars(record).items()
                 }
                 for record in self.alignments
             ],
@@ -128,13 +125,4 @@ class Records:
         """Take up a state of :meth:`state_dict`."""
         self.accuracy = state["accuracy"].numpy()
         self.mixed_share = list(state["mixed_share"])
-        self.alignments = [
-            AlignmentRecord(
-                task=record["task"],
-                classes=record["classes"].numpy(),
-                cosine=record["cosine"].numpy(),
-                helpful=record["helpful"].numpy(),
-                threshold=record["threshold"],
-            )
-            for record in state["alignments"]
-        ]
+        self.alignments = [AlignmentRecord(**record) for record in state["alignments"]]

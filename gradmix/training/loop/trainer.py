@@ -2,7 +2,7 @@
 
 A run can be left at any step and taken up again, to the bit (on one machine, with the same versions and number of
 threads; a GPU's own kernels may round differently from one time to the next). All that the rest of the run
-depends on is in :meth:`~gradmix.training.loop.run.Run.state_dict`, which :mod:`gradmix.training.loop.checkpoint` saves.
+depends on is in :mod:`gradmix.training.loop.run_state`, and saved by :mod:`gradmix.training.loop.checkpoint`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ def train_one(
     if stream is None:
         stream = stream_of(config.data)
     config = resolved_config(config, method, seed, stream)
-    (method,) = config.methods
     if config.data.blur is not None:
         stream = blurred(stream, config.data.blur, seed)
     device = pick_device(config.device)
@@ -102,7 +101,7 @@ def train_one(
         with preserve_rng(device):
             torch.manual_seed(derived_seed(seed, "global") + rank_of(group))
             with _buffer_folder(config, checkpoint, group) as folder:
-                run = Run(config, method, seed, stream, device, on_step, group, folder)
+                run = Run(config, stream, device, on_step, group, folder)
                 try:
                     if checkpoint is not None:
                         run.keep_at(Path(checkpoint), checkpoint_seconds)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmix.runtime.transfer import to_device_async
+from gradmix.training.extras import import_extra
 from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepRows, Wrapping
 
 
@@ -147,7 +148,7 @@ class AutoAugment(PolicyAugmented):
     """
 
     def draw(self, count: int, channels: int) -> Drawn:
-        policy = CIFAR10 if channels == 3 else SVHN
+        policy = sub_policies(channels)
         names = list(self.table)
         operation = torch.tensor([[names.index(name) for name, _, _ in pair] for pair in policy])
         numbers = torch.tensor([[(p, level) for _, p, level in pair] for pair in policy], dtype=torch.float64)
@@ -238,14 +239,8 @@ def require_kornia() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
-        import kornia
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"kornia: {error}; the methods autoaugment, randaugment and trivialaugment need it: "
-            "pip install 'gradmix[policies]'"
-        ) from error
-    return kornia
+    need = "kornia: not installed; the methods autoaugment, randaugment and trivialaugment need it"
+    return import_extra("kornia", need, "policies")
 
 
 def _auto_contrast(image: Tensor, _: Tensor) -> Tensor:
@@ -332,62 +327,17 @@ def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.where(_uniform(shape, generator) < 0.5, -1.0, 1.0).double()
 
 
-SubPolicy = tuple[tuple[str, float, int], tuple[str, float, int]]
+SubPolicy = tuple[tuple[str, float, int], ...]
 
-CIFAR10: tuple[SubPolicy, ...] = (
-    (("invert", 0.1, 0), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate-x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear-y", 0.5, 8), ("translate-y", 0.7, 9)),
-    (("auto-contrast", 0.5, 0), ("equalize", 0.9, 0)),
-    (("shear-y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, 0), ("equalize", 0.5, 0)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate-x", 0.5, 8)),
-    (("equalize", 0.3, 0), ("auto-contrast", 0.4, 0)),
-    (("translate-y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, 0)),
-    (("equalize", 0.2, 0), ("auto-contrast", 0.6, 0)),
-    (("equalize", 0.2, 0), ("equalize", 0.6, 0)),
-    (("color", 0.9, 9), ("equalize", 0.6, 0)),
-    (("auto-contrast", 0.8, 0), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("auto-contrast", 0.9, 0)),
-    (("translate-y", 0.9, 9), ("translate-y", 0.7, 9)),
-    (("auto-contrast", 0.9, 0), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, 0), ("invert", 0.1, 0)),
-    (("translate-y", 0.7, 9), ("auto-contrast", 0.9, 0)),
-)
-"""AutoAugment's sub-policies for CIFAR-10: operation, probability, level; 0 for operations without one."""
 
-SVHN: tuple[SubPolicy, ...] = (
-    (("shear-x", 0.9, 4), ("invert", 0.2, 0)),
-    (("shear-y", 0.9, 8), ("invert", 0.7, 0)),
-    (("equalize", 0.6, 0), ("solarize", 0.6, 6)),
-    (("invert", 0.9, 0), ("equalize", 0.6, 0)),
-    (("equalize", 0.6, 0), ("rotate", 0.9, 3)),
-    (("shear-x", 0.9, 4), ("auto-contrast", 0.8, 0)),
-    (("shear-y", 0.9, 8), ("invert", 0.4, 0)),
-    (("shear-y", 0.9, 5), ("solarize", 0.2, 6)),
-    (("invert", 0.9, 0), ("auto-contrast", 0.8, 0)),
-    (("equalize", 0.6, 0), ("rotate", 0.9, 3)),
-    (("shear-x", 0.9, 4), ("solarize", 0.3, 3)),
-    (("shear-y", 0.8, 8), ("invert", 0.7, 0)),
-    (("equalize", 0.9, 0), ("translate-y", 0.6, 6)),
-    (("invert", 0.9, 0), ("equalize", 0.6, 0)),
-    (("contrast", 0.3, 3), ("rotate", 0.8, 4)),
-    (("invert", 0.8, 0), ("translate-y", 0.0, 2)),
-    (("shear-y", 0.7, 6), ("solarize", 0.4, 8)),
-    (("invert", 0.6, 0), ("rotate", 0.8, 4)),
-    (("shear-y", 0.3, 7), ("translate-x", 0.9, 3)),
-    (("shear-x", 0.1, 6), ("invert", 0.6, 0)),
-    (("solarize", 0.7, 2), ("translate-y", 0.6, 7)),
-    (("shear-y", 0.8, 4), ("invert", 0.8, 0)),
-    (("shear-x", 0.7, 9), ("translate-y", 0.8, 3)),
-    (("shear-y", 0.8, 5), ("auto-contrast", 0.7, 0)),
-    (("shear-x", 0.7, 2), ("invert", 0.1, 0)),
-)
-"""AutoAugment's sub-policies for SVHN: operation, probability, level; 0 for operations without one."""
+def sub_policies(channels: int) -> list[SubPolicy]:
+    """AutoAugment's 25 sub-policies, as kornia has them: those for CIFAR-10, or for SVHN if there is one channel.
+
+    Returns:
+        For each its two operations, with probability and level; level 0 for operations without one.
+    """
+    require_kornia()
+    from kornia.augmentation.auto.autoaugment import autoaugment as tables
+
+    found = tables.cifar10_policy if channels == 3 else tables.svhn_policy
+    return [tuple((name.replace("_", "-"), chance, int(level or 0)) for name, chance, level in pair) for pair in found]

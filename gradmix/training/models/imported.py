@@ -146,7 +146,7 @@ def _from_import_path(
     call = ", ".join([*map(repr, first), *(f"{key}={value!r}" for key, value in named.items())])
 
     def build() -> object:
-        with _named(name, f"({call})"):
+        with _errors_of(name, f"({call})"):
             return found(*first, **named)
 
     return build
@@ -168,7 +168,7 @@ def _from_torchvision(
         more |= {"aux_logits": False, "init_weights": True}
 
     def build() -> object:
-        with _named(name):
+        with _errors_of(name):
             return models.get_model(rest, weights=None, num_classes=num_classes, **more)
 
     return build
@@ -186,7 +186,7 @@ def _from_timm(
         more["img_size"] = tuple(input_shape[1:])
 
     def build() -> object:
-        with _named(name):
+        with _errors_of(name):
             return timm.create_model(rest, pretrained=False, **more)
 
     return build
@@ -206,7 +206,7 @@ def _from_transformers(
         family = transformers.AutoModelForSequenceClassification
     folder = Path(rest).expanduser()
     own = (folder / "config.json").is_file()
-    with _named(name):
+    with _errors_of(name):
         if own:
             configuration = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         elif rest in transformers.CONFIG_MAPPING:
@@ -232,7 +232,7 @@ def _from_transformers(
         setattr(configuration, key, value)
 
     def build() -> object:
-        with _named(name):
+        with _errors_of(name):
             if weights:
                 model = family.from_pretrained(
                     folder, config=configuration, local_files_only=True, ignore_mismatched_sizes=True
@@ -265,7 +265,7 @@ def _module(name: str, module: str) -> ModuleType:
 
 
 @contextmanager
-def _named(name: str, call: str = "") -> Iterator[None]:
+def _errors_of(name: str, call: str = "") -> Iterator[None]:
     """Report errors of foreign code as a ValueError that says which model it was."""
     try:
         yield

@@ -35,34 +35,37 @@ class BasicBlock(nn.Module):
         return F.relu(residual + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling, stages of 64, 128, 256, 512 channels.
+class _SmallImageResNet(nn.Module):
+    """A 3x3 stem of stride 1, stages of basic blocks, the mean over all places, the classifier.
 
-    Convolutions are initialised as in He et al. (2015), fan out; batch normalisation starts as the identity. Three
-    channels and 10 classes make 11,173,962 parameters.
+    Convolutions are initialised as in He et al. (2015), fan out; batch normalisation starts as the identity.
 
     Args:
         in_channels: Channels of the images.
         num_classes: Width of the output.
+        widths: Channels of each stage; all but the first begin with a stride of 2.
+        per_stage: Blocks of each stage.
     """
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, widths: tuple[int, ...], per_stage: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        before = widths[0]
+        self.conv1 = nn.Conv2d(in_channels, before, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
         blocks: list[nn.Module] = []
-        before = 64
-        for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [BasicBlock(before, channels, stride), BasicBlock(channels, channels, 1)]
-            before = channels
+        for stage, channels in enumerate(widths):
+            for block in range(per_stage):
+                blocks.append(BasicBlock(before, channels, 2 if stage > 0 and block == 0 else 1))
+                before = channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(before, num_classes)
+        self._per_stage = per_stage
         _initialise(self)
 
     @property
     def hidden_stages(self) -> tuple[nn.Module, nn.Module]:
         """The modules that take in what comes out of the first and the second stage."""
-        return self.blocks[2], self.blocks[4]
+        return self.blocks[self._per_stage], self.blocks[2 * self._per_stage]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``x (N, in_channels, H, W)``."""
@@ -71,14 +74,26 @@ class ResNet18(nn.Module):
         return logits
 
 
-class NarrowResNet(nn.Module):
+class ResNet18(_SmallImageResNet):
+    """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling, stages of 64, 128, 256, 512 channels.
+
+    Three channels and 10 classes make 11,173,962 parameters.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Width of the output.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes, (64, 128, 256, 512), 2)
+
+
+class NarrowResNet(_SmallImageResNet):
     """The ResNet that He et al. (2016) made for CIFAR: 6n + 2 layers in three stages of 16, 32 and 64 channels.
 
-    A 3x3 stem of stride 1, n basic blocks a stage, the mean over all places, the classifier. Departing from the paper's
-    CIFAR experiments, the two blocks that change the shape have a 1x1 convolution and batch normalisation as their
-    shortcut (the paper's option B, which it has for ImageNet) instead of subsampling and zero padding. Initialised as
-    :class:`ResNet18`. With three channels and 10 classes, depths 8, 20 and 32 make 78,042, 272,474 and 466,906
-    parameters.
+    Departing from the paper's CIFAR experiments, the two blocks that change the shape have a 1x1 convolution and batch
+    normalisation as their shortcut (the paper's option B, which it has for ImageNet) instead of subsampling and zero
+    padding. With three channels and 10 classes, depths 8, 20 and 32 make 78,042, 272,474 and 466,906 parameters.
 
     Args:
         in_channels: Channels of the images.
@@ -90,32 +105,9 @@ class NarrowResNet(nn.Module):
     """
 
     def __init__(self, in_channels: int, num_classes: int, depth: int) -> None:
-        super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n of at least 1, such as 8, 20 or 32")
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        blocks: list[nn.Module] = []
-        before = 16
-        for channels, stride in ((16, 1), (32, 2), (64, 2)):
-            for block in range(depth // 6):
-                blocks.append(BasicBlock(before, channels, stride if block == 0 else 1))
-                before = channels
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(before, num_classes)
-        _initialise(self)
-
-    @property
-    def hidden_stages(self) -> tuple[nn.Module, nn.Module]:
-        """The modules that take in what comes out of the first and the second stage."""
-        per_stage = len(self.blocks) // 3
-        return self.blocks[per_stage], self.blocks[2 * per_stage]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``x (N, in_channels, H, W)``."""
-        h = self.blocks(F.relu(self.bn1(self.conv1(x))))
-        logits: Tensor = self.head(h.mean(dim=(2, 3)))
-        return logits
+        super().__init__(in_channels, num_classes, (16, 32, 64), depth // 6)
 
 
 class Bottleneck(nn.Module):

@@ -12,7 +12,8 @@ from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import mean_interval
 
 if TYPE_CHECKING:
-    from gradmix.training.reports.report import Difference, Row
+    from gradmix.training.reports.arms import ArmRow
+    from gradmix.training.reports.rows import Difference
 
 _METRIC = "average_accuracy"
 _CONTROL = ("mix.control", "mix.control_rate")
@@ -57,7 +58,7 @@ def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     return {head: said for head, said in found.items() if said}
 
 
-def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequence[Difference]) -> list[str]:
+def controls(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Sequence[Difference]) -> list[str]:
     """A sentence for each control: the share that it keeps of what its method gains over Mixup.
 
     A control is an arm that sets ``mix.control``; its method the arm of the same settings without; the gain is spoken
@@ -77,11 +78,11 @@ def controls(values: Mapping[str, Any], rows: Sequence[Row], differences: Sequen
             method, least = arms[gain.arm], arms[gain.minus]
             plain = not set(_CONTROL) & set(method["settings"])
             if plain and _identity(method) == _identity(arm) and _is_mixup_of(least, method):
-                found += _kept(name, gain, rows)
+                found += _share_of_gain(name, gain, rows)
     return found
 
 
-def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
     """What a reader should keep in mind: what the intervals are over, how few seeds there are, and what was chosen."""
     from scipy.special import stdtrit
 
@@ -102,7 +103,7 @@ def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         best = max(rows, key=lambda row: row.metrics[_METRIC].mean)
         interval = best.metrics[_METRIC]
         found.append(
-            f"The highest average accuracy is that of {_named(best.label)}, {interval.mean:.3f} ± "
+            f"The highest average accuracy is that of {_quote(best.label)}, {interval.mean:.3f} ± "
             f"{interval.half_width:.3f}. Being the highest of {len(rows)}, that mean owes some of its height to chance."
         )
     if values["protocol"].get("data.validation") == 0:
@@ -114,7 +115,7 @@ def caveats(values: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 def _comparison(d: Difference, kind: str) -> str:
     mean, _, half = d.metrics[_METRIC]
-    first, second = _named(d.arm), _named(d.minus)
+    first, second = _quote(d.arm), _quote(d.minus)
     where = f", {_at(d.values)}" if d.values else ""
     if math.isnan(mean):
         return f"{first} and {second}{where}: no figure."
@@ -131,7 +132,7 @@ def _comparison(d: Difference, kind: str) -> str:
     )
 
 
-def _named(arm: str) -> str:
+def _quote(arm: str) -> str:
     # A name with a comma in it would run into the sentence.
     return f"“{arm}”" if "," in arm else arm
 
@@ -149,7 +150,7 @@ def _is_mixup_of(least: Mapping[str, Any], method: Mapping[str, Any]) -> bool:
     return bool(least["method"] == "mixup" and least["settings"] == of_mixup)
 
 
-def _kept(control: str, gain: Difference, rows: Sequence[Row]) -> list[str]:
+def _share_of_gain(control: str, gain: Difference, rows: Sequence[ArmRow]) -> list[str]:
     names = (gain.arm, gain.minus, control)
     at = {row.arm: row for row in rows if dict(row.values) == dict(gain.values) and row.arm in names}
     if len(at) < 3:
@@ -162,21 +163,21 @@ def _kept(control: str, gain: Difference, rows: Sequence[Row]) -> list[str]:
     kept: Ratio = ratio_interval(part, whole)
     mean, _, half = mean_interval(whole)
     where = f", {_at(gain.values)}" if gain.values else ""
-    gained = f"{_named(gain.arm)}'s {signed(mean)} ± {half:.3f} over {_named(gain.minus)} ({len(seeds)} seeds{where})"
+    gained = f"{_quote(gain.arm)}'s {signed(mean)} ± {half:.3f} over {_quote(gain.minus)} ({len(seeds)} seeds{where})"
     if math.isnan(kept.ratio):
-        return [f"{_named(control)}: {gained} cannot be told from 0, so no share of it can be given."]
+        return [f"{_quote(control)}: {gained} cannot be told from 0, so no share of it can be given."]
     share = f"{_share(kept.ratio)} (95 %: {_share(kept.low)} to {_share(kept.high)})"
-    return [f"{_named(control)} keeps {share} of {gained}.{_rates(at[control], at[gain.arm])}"]
+    return [f"{_quote(control)} keeps {share} of {gained}.{_rates(at[control], at[gain.arm])}"]
 
 
-def _rates(control: Row, method: Row) -> str:
+def _rates(control: ArmRow, method: ArmRow) -> str:
     """How much either mixed: a control that mixes another share of the rows controls for less."""
-    if math.isnan(control.mixed) or math.isnan(method.mixed):
+    if math.isnan(control.mixed_share) or math.isnan(method.mixed_share):
         return ""
-    mixed, others = percent(control.mixed), percent(method.mixed)
+    mixed, others = percent(control.mixed_share), percent(method.mixed_share)
     if mixed == others:
         return f" Both mixed {mixed} of the rows."
-    if abs(control.mixed - method.mixed) < _SAME_RATE:
+    if abs(control.mixed_share - method.mixed_share) < _SAME_RATE:
         return f" It mixed {mixed} of the rows, as good as {others}."
     return f" It mixed {mixed} of the rows, not {others}."
 

@@ -1,34 +1,34 @@
 """Pictures of runs: accuracy over the tasks, the accuracy matrix, and which class pairs may be mixed.
 
-Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or leaves settings of matplotlib other
-than they were. Names of classes and arms are drawn as they are, whatever signs they have in them. Colours are told
-apart by people with any kind of colour vision, and never carry a meaning alone: lines differ in their markers too, and
-detrimental pairs are crossed.
+Every function returns a matplotlib ``Figure`` of its own; none touches pyplot, or changes settings of matplotlib. Names
+of classes and arms are drawn as they are, whatever signs they have in them. Colours differ for every kind of colour
+vision, and never carry a meaning alone: lines differ in their markers too, and detrimental pairs are crossed.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gradmix._moved import moved
 from gradmix.runtime import names
 from gradmix.training.reports import cells
-from gradmix.training.runs.metrics import Interval, mean_interval
+from gradmix.training.reports.figures import DPI, as_text
+from gradmix.training.runs.metrics import Interval, mean_interval, seen_accuracy
 from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names
-from gradmix.training.runs.whole_files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_FORMER = {name: name for name in ("NOT_DRAWN", "draw", "not_drawn", "save", "to_svg")}
+_FORMER["seen_accuracy"] = "gradmix.training.runs.metrics:seen_accuracy"
+__getattr__ = moved(__name__, "gradmix.training.reports.figures", _FORMER)
 
 BANDS_UP_TO = 4
 """Number of lines up to which bands are drawn; those of more hide one another."""
@@ -36,42 +36,16 @@ BANDS_UP_TO = 4
 # Okabe and Ito's palette, with a grey for its yellow, which is too pale for lines on white.
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_DPI = 150
 _EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
-# Black, told apart from other blacks, so that a page can put the colour of its text in its place.
-_INK = "#010203"
 # Longer names are cut: they would leave a picture no room.
 _NAME_UP_TO = 60
 
-NOT_DRAWN = "not_drawn.txt"
-"""The file that names the pictures of a folder which could not be drawn, and why."""
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def _as_text(drawing: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Has dollar signs and the like drawn, and not read as formulae: matplotlib decides it when a text is made."""
-
-    @functools.wraps(drawing)
-    def drawn(*args: _P.args, **named: _P.kwargs) -> _T:
-        import matplotlib
-
-        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
-            # A sign that the font lacks is drawn as a box.
-            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
-            return drawing(*args, **named)
-
-    return drawn
-
-
-@_as_text
+@as_text
 def curve(result: RunResult) -> Figure:
     """Draw one run: mean accuracy on the tasks seen so far after each task, and each task's own accuracy behind it."""
-    from matplotlib.ticker import MaxNLocator
-
     result = _legible(result)
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = _over_tasks(6.4, 4.2, "accuracy")
     numbers = np.arange(1, result.tasks + 1)
     for task in range(result.tasks):
         axes.plot(
@@ -95,19 +69,15 @@ def curve(result: RunResult) -> Figure:
             )
     mean = seen_accuracy(result.accuracy)
     axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
-    axes.set_xlabel("tasks learnt")
-    axes.set_ylabel("accuracy")
     axes.set_xlim(0.8, result.tasks + 0.2)
     axes.set_ylim(-0.02, 1.06)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
     axes.legend(loc="best", framealpha=0.9, fontsize=9)
     average = metric_values(result)["average_accuracy"]
     axes.set_title(f"{_title(result)}: average accuracy {average:.3f}", fontsize=11)
     return figure
 
 
-@_as_text
+@as_text
 def compare(results: Sequence[RunResult]) -> Figure:
     """Draw a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
 
@@ -116,47 +86,27 @@ def compare(results: Sequence[RunResult]) -> Figure:
     Raises:
         ValueError: As :func:`~gradmix.training.reports.tables.group`; of no run but such as have diverged.
     """
-    from matplotlib.ticker import MaxNLocator
-
     from gradmix.training.reports.tables import group
 
     chosen = [r for r in results if r.status == "complete"] or [r for r in results if r.status == "interrupted"]
     groups = group(chosen)
-    figure, axes = _figure(7.2, 4.6)
-    several = False
+    figure, axes = _over_tasks(7.2, 4.6, "mean accuracy on the tasks seen")
     for index, (label, members) in enumerate(groups.items()):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
         lines = np.stack([seen_accuracy(r.accuracy) for r in members])
         mean = lines.mean(axis=0)
-        numbers = np.arange(1, mean.size + 1)
-        if len(members) > 1:
-            several = True
-            std = lines.std(axis=0, ddof=1)
-            axes.fill_between(numbers, mean - std, mean + std, color=colour, alpha=0.16, linewidth=0)
         average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
         seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
-        axes.plot(
-            numbers,
-            mean,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linewidth=1.7,
-            linestyle=("-", "--", "-.")[index // len(_COLOURS) % 3],
-            label=f"{_label(label)}: {average:.3f} ({seeds})",
-        )
-    axes.set_xlabel("tasks learnt")
-    axes.set_ylabel("mean accuracy on the tasks seen")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    band = "band: ± one standard deviation over seeds" if several else None
+        text = f"{_label(label)}: {average:.3f} ({seeds})"
+        band = lines.std(axis=0, ddof=1) if len(members) > 1 else None
+        _line(axes, index, text, np.arange(1, mean.size + 1), mean, band)
     axes.legend(title="average accuracy", loc="best", framealpha=0.9, fontsize=9, title_fontsize=9)
-    benchmark = _label(chosen[0].benchmark)
-    axes.set_title(f"{benchmark}  ({band})" if band else benchmark, fontsize=11)
+    banded = any(len(members) > 1 for members in groups.values())
+    band_text = "  (band: ± one standard deviation over seeds)" if banded else ""
+    axes.set_title(f"{_label(chosen[0].benchmark)}{band_text}", fontsize=11)
     return figure
 
 
-@_as_text
+@as_text
 def heatmap(result: RunResult) -> Figure:
     """Draw the accuracy matrix: a row for each task learnt, a column for each task tested, numbers in the cells."""
     result = _legible(result)
@@ -187,7 +137,7 @@ def heatmap(result: RunResult) -> Figure:
     return figure
 
 
-@_as_text
+@as_text
 def alignment(result: RunResult) -> Figure:
     """Draw the class-pair alignment at the last refresh of each task, one panel a task.
 
@@ -216,30 +166,23 @@ def alignment(result: RunResult) -> Figure:
     panel = 2.9 if most <= 12 else 3.8 if most <= 30 else 6.2
     # The key needs 6.6 inches.
     panel = max(panel, (6.6 - 1.5) / columns)
-    head = 1.0
     # Names of more than two characters stand upright below a panel; 0.08 inches a character.
     longest = max(len(_short(result.class_names[c])) for r in records for c in r.classes)
     below = 0.08 * longest if longest > 2 else 0.0
-    size = (columns * (panel + below) + 1.5, rows * (panel + below + 0.35) + head)
-    figure = Figure(figsize=size, dpi=_DPI, layout="compressed")
-    height = float(figure.get_figheight())
-    layout: Any = figure.get_layout_engine()
-    layout.set(rect=(0.0, 0.0, 1.0, 1.0 - head / height))
+    size = (columns * (panel + below) + 1.5, rows * (panel + below + 0.35) + 1.0)
+    figure = Figure(figsize=size, dpi=DPI, layout="compressed")
     grid = figure.subplots(rows, columns, squeeze=False)
-    image = None
     names = task_names(result)
-    for axes, record in zip(grid.flat, records, strict=False):
+    for number, (axes, record) in enumerate(zip(grid.flat, records, strict=False)):
         image = _alignment_panel(axes, record, result.class_names, panel, norm)
-        axes.set_title(names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}")
-        axes.title.set_fontsize(9)
+        name = names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}"
+        axes.set_title(name, fontsize=9)
+        if number % columns == 0:
+            axes.set_ylabel("class of the row", fontsize=9)
+        if number + columns >= len(records):
+            axes.set_xlabel("class of its partner", fontsize=9)
     for axes in list(grid.flat)[len(records) :]:
         axes.set_axis_off()
-    for row in grid:
-        row[0].set_ylabel("class of the row", fontsize=9)
-    for column in range(columns):
-        last = max(i for i in range(rows) if i * columns + column < len(records))
-        grid[last][column].set_xlabel("class of its partner", fontsize=9)
-    assert image is not None
     bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.9, aspect=22 * rows, pad=0.02, extend=clipped)
     bar.set_label("cosine of the mixed gradient with the buffer's", fontsize=9)
     bar.ax.axhline(threshold, color="black", linewidth=1.2)
@@ -255,25 +198,14 @@ def alignment(result: RunResult) -> Figure:
     if any(np.isnan(r.cosine).any() for r in records):
         handles.append(Patch(facecolor="white", edgecolor=_EMPTY, hatch="////"))
         meanings.append("no rows of this pair")
-    figure.legend(
-        handles,
-        meanings,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1.0 - 0.54 / height),
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-        handler_map={tuple: HandlerTuple(ndivide=1)},
-    )
-    figure.text(
-        0.5, 1.0 - 0.1 / height, f"{_title(result)}: which classes may be mixed", ha="center", va="top", fontsize=11
-    )
+    key = {"ncols": 3, "frameon": False, "fontsize": 9, "handler_map": {tuple: HandlerTuple(ndivide=1)}}
+    figure.legend(handles, meanings, loc="outside lower center", **key)
     note = "as decided at the last refresh in each task"
-    figure.text(0.5, 1.0 - 0.34 / height, note, ha="center", va="top", fontsize=9, color="0.35")
+    figure.suptitle(f"{_title(result)}: which classes may be mixed\n{note}", fontsize=10)
     return figure
 
 
-@_as_text
+@as_text
 def dots(
     labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
 ) -> Figure:
@@ -300,7 +232,7 @@ def dots(
     return figure
 
 
-@_as_text
+@as_text
 def forest(
     labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
 ) -> Figure:
@@ -313,21 +245,20 @@ def forest(
         labels: Names of the rows, from top to bottom.
         intervals: Their means and half widths.
         name: What the differences are of.
-        sure: For each row whether its difference is told from 0 among all of them; None: those whose intervals leave
-            out 0.
+        sure: Whether each row's difference is significant among all of them; None: if its interval leaves out 0.
     """
     figure, axes = _rows(labels, name, "mean [95 % interval]")
-    axes.axvline(0.0, color=_INK, linewidth=1.0, alpha=0.6)
+    axes.axvline(0.0, color="black", linewidth=1.0, alpha=0.6)
     for place, interval in enumerate(intervals):
-        told = abs(interval.mean) > interval.half_width
-        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if told else _GREY
-        _interval(axes, place, interval, colour, told and (sure is None or sure[place]))
+        outside = abs(interval.mean) > interval.half_width
+        colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if outside else _GREY
+        _interval(axes, place, interval, colour, outside and (sure is None or sure[place]))
         text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")
         _beside(axes, place, text)
     return figure
 
 
-@_as_text
+@as_text
 def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     """Draw a line for each label: the mean over seeds of some measure after each task, its last value at its end.
 
@@ -336,26 +267,22 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     Args:
         lines: For each label ``(S, T)`` values: S seeds, T tasks.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _figure(7.6, 4.4)
+    figure, axes = _over_tasks(7.6, 4.4, "mean accuracy on the tasks seen")
     ends = []
     for index, (label, values) in enumerate(lines.items()):
         numbers = np.arange(1, values.shape[1] + 1)
         mean = values.mean(axis=0)
         banded = len(lines) <= BANDS_UP_TO and len(values) > 1
-        _line(axes, index, label, numbers, mean, values.std(axis=0, ddof=1) if banded else None)
-        ends.append((f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _colour(index)))
-    axes.set_xlabel("tasks learnt")
-    axes.set_ylabel("mean accuracy on the tasks seen")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
+        _line(axes, index, _label(label), numbers, mean, values.std(axis=0, ddof=1) if banded else None)
+        ends.append(
+            (f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _COLOURS[index % len(_COLOURS)])
+        )
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(figure, axes, ends)
     return figure
 
 
-@_as_text
+@as_text
 def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
     """Draw a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
 
@@ -374,13 +301,13 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
     order = np.argsort(places)
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1.0 + 4.2 * columns, 0.5 + 3.4 * rows), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.2 * columns, 0.5 + 3.4 * rows), dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for index, (label, intervals) in enumerate(lines.items()):
             mean = np.array([interval.mean for interval in intervals])[order]
             half = np.array([interval.half_width for interval in intervals])[order]
-            _line(axes, index, label, places[order], mean, half if np.isfinite(half).any() else None)
+            _line(axes, index, _label(label), places[order], mean, half if np.isfinite(half).any() else None)
         if logarithmic:
             axes.set_xscale("log")
         axes.set_xticks(places, [_label(str(v)) for v in values])
@@ -395,108 +322,6 @@ def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Se
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
     return figure
-
-
-@_as_text
-def to_svg(figure: Figure, name: str, *, themed: bool = False) -> str:
-    """Render a figure as an SVG element, the same text for the same figure.
-
-    Args:
-        figure: The figure.
-        name: Told apart from the others on a page by it, so that their parts do not mix.
-        themed: Without ground, and with the colour of the text around it for its own text and lines, so that it suits a
-            light page and a dark one.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    FigureCanvasSVG(figure)
-    if themed:
-        _take_ink(figure)
-    text = io.StringIO()
-    # Names of parts are digests of this salt and the part; without one, they differ from call to call.
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", transparent=themed, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return svg.replace(_INK.lower(), "currentColor") if themed else svg
-
-
-@_as_text
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    with replacing(Path(path)) as staging:
-        # Without the writer's name and version, the same run gives the same bytes.
-        figure.savefig(staging, format="png", dpi=_DPI, metadata={"Software": None})
-
-
-def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> None:
-    """Draw pictures into a folder, each whole or not at all.
-
-    One that fails, for whatever reason, costs nothing but itself: it is said in a warning, and in :data:`NOT_DRAWN`
-    beside the others.
-
-    Args:
-        pictures: Makes the figure, by the name of its file.
-        folder: Where to.
-    """
-    folder = Path(folder)
-    failed = []
-    for name, figure in pictures.items():
-        try:
-            save(figure(), folder / name)
-        except Exception as error:
-            failed.append(not_drawn(name, error))
-    try:
-        (folder / NOT_DRAWN).unlink(missing_ok=True)
-        if failed:
-            write_text(folder / NOT_DRAWN, "".join(f"{reason}\n" for reason in failed))
-    except OSError as error:
-        failed.append(f"{NOT_DRAWN} could not be written ({error.strerror})")
-    if failed:
-        warnings.warn(f"{folder}: {'; '.join(failed)}", stacklevel=2)
-
-
-def not_drawn(name: str, error: Exception) -> str:
-    """Say in a line that a picture is missing, and why."""
-    reason = names.shown(" ".join(str(error).split())) or "no reason given"
-    return f"{name} could not be drawn ({type(error).__name__}: {reason}); no figures are lost with it"
-
-
-def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
-
-    Example:
-        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
-        array([1.   , 0.625])
-    """
-    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
-
-
-def _take_ink(figure: Figure) -> None:
-    """Draw in the ink what matplotlib draws in black by itself, and take the ground from under the legends."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.legend import Legend
-    from matplotlib.lines import Line2D
-    from matplotlib.spines import Spine
-    from matplotlib.text import Text
-
-    black = (0.0, 0.0, 0.0)
-    for text in figure.findobj(Text):
-        if to_rgb(text.get_color()) == black:
-            text.set_color(_INK)
-    for line in figure.findobj(Line2D):
-        if to_rgb(line.get_color()) == black:
-            line.set_color(_INK)
-        if line.get_markeredgecolor() != "none" and to_rgb(line.get_markeredgecolor()) == black:
-            line.set_markeredgecolor(_INK)
-    for spine in figure.findobj(Spine):
-        spine.set_edgecolor(_INK)
-    for legend in figure.findobj(Legend):
-        legend.get_frame().set_facecolor("none")
 
 
 def _rows(labels: Sequence[str], name: str, beside: str) -> tuple[Figure, Axes]:
@@ -534,12 +359,8 @@ def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: boo
     )
 
 
-def _colour(index: int) -> str:
-    return _INK if index % len(_COLOURS) == 0 else _COLOURS[index % len(_COLOURS)]
-
-
 def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None:
-    colour = _colour(index)
+    colour = _COLOURS[index % len(_COLOURS)]
     if band is not None:
         axes.fill_between(x, y - band, y + band, color=colour, alpha=0.14, linewidth=0)
     axes.plot(
@@ -551,7 +372,7 @@ def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None
         markersize=5,
         linewidth=1.6,
         # A legend leaves out names that begin with an underscore.
-        label=f"{' ' if label.startswith('_') else ''}{_label(label)}",
+        label=f"{' ' if label.startswith('_') else ''}{label}",
     )
 
 
@@ -563,6 +384,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
     axes.set_ylim(below, above)
     ordered = sorted(ends, key=lambda end: end[2])
     wanted = np.array([(y - below) / (above - below) * points for _, _, y, _ in ordered])
+    line = {"arrowstyle": "-", "linewidth": 0.9, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
     for (text, x, y, colour), from_, to in zip(ordered, wanted, apart(wanted, 11.5), strict=True):
         axes.annotate(
             text,
@@ -571,14 +393,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
             textcoords="offset points",
             va="center",
             fontsize=8.5,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.9,
-                "shrinkA": 1,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line | {"color": colour},
         )
 
 
@@ -596,23 +411,30 @@ def apart(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64
         >>> apart(np.array([0.0, 1.0, 10.0]), 3.0)
         array([-1.,  2., 10.])
     """
-    # With k * gap taken off the k-th place it is isotonic regression: neighbours in the wrong order are pooled.
-    blocks: list[list[float]] = []
-    for k, place in enumerate(places):
-        blocks.append([float(place) - k * gap, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, size = blocks.pop()
-            former, count = blocks[-1]
-            blocks[-1] = [(former * count + mean * size) / (count + size), count + size]
-    pooled = [mean for mean, size in blocks for _ in range(int(size))]
-    return np.array([mean + k * gap for k, mean in enumerate(pooled)])
+    from scipy.optimize import isotonic_regression
+
+    # With k * gap taken off the k-th place, neighbours are in the right order if they are far enough apart.
+    steps = gap * np.arange(len(places))
+    return isotonic_regression(places - steps).x + steps if len(places) else places
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots()
+
+
+def _over_tasks(width: float, height: float, name: str) -> tuple[Figure, Axes]:
+    """A figure of some measure over the tasks learnt."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(width, height)
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel(name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    return figure, axes
 
 
 def _title(result: RunResult) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gradmix.training.reports import plots, tables
+from gradmix.training.reports import figures, plots, tables
 from gradmix.training.runs.results import RunResult, to_json, write_run
 from gradmix.training.runs.whole_files import make_folder, write_text
 
@@ -36,7 +36,7 @@ def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) ->
 def draw_run(result: RunResult, folder: str | Path) -> None:
     """Draw ``curve.png``, ``heatmap.png`` and, where pairs were selected by class, ``alignment.png`` of a saved run.
 
-    A picture that fails costs nothing but itself, as :func:`gradmix.training.reports.plots.draw` says. A run that
+    A picture that fails costs nothing but itself, as :func:`gradmix.training.reports.figures.draw` says. A run that
     has diverged has none.
     """
     if result.status == "diverged":
@@ -44,13 +44,13 @@ def draw_run(result: RunResult, folder: str | Path) -> None:
     pictures = {"curve.png": plots.curve, "heatmap.png": plots.heatmap}
     if result.alignments:
         pictures["alignment.png"] = plots.alignment
-    plots.draw({name: partial(figure, result) for name, figure in pictures.items()}, folder)
+    figures.draw({name: partial(figure, result) for name, figure in pictures.items()}, folder)
 
 
 def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
     """Write ``summary.json``, ``summary.md`` and ``compare.png`` over several runs; existing ones are replaced.
 
-    A picture that fails costs nothing but itself (:func:`gradmix.training.reports.plots.draw`). There is none if all
+    A picture that fails costs nothing but itself (:func:`gradmix.training.reports.figures.draw`). There is none if all
     runs have diverged.
 
     Raises:
@@ -64,4 +64,4 @@ def save_summary(results: Sequence[RunResult], folder: str | Path) -> None:
     write_text(folder / "summary.md", tables.to_markdown(summary))
     (folder / "compare.png").unlink(missing_ok=True)
     if any(result.status != "diverged" for result in results):
-        plots.draw({"compare.png": partial(plots.compare, results)}, folder)
+        figures.draw({"compare.png": partial(plots.compare, results)}, folder)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from gradmix.runtime.names import markdown, markdown_cell, shown
+from gradmix.runtime.names import shown
 from gradmix.training.reports import cells, findings
+from gradmix.training.reports.document import Table, render
+from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs import metrics
-from gradmix.training.runs.metrics import Interval
 from gradmix.training.runs.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
 from gradmix.training.runs.settings import distinguishing
 
@@ -24,36 +25,20 @@ _ALL_PAIRS_UP_TO = 6
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method, with one set of settings, over its complete runs.
+class MethodRow(Row):
+    """A method with one set of settings, ``arm`` being its name and the settings in which its compared runs differ.
 
     Attributes:
-        label: The method's name, followed by the settings in which the compared runs of this method differ.
         method: The method's name alone.
-        seeds: Training seeds, ascending.
-        metrics: Mean, sample standard deviation and half of the 95 % t-interval of each metric, accuracies in [0, 1].
         step_ms: Mean time of a training step in milliseconds, selection included.
         selection_share: Share of that time spent on selection, from 0 to 1.
         data_share: Share of it spent on drawing, reading and augmenting rows; NaN if it was not measured.
     """
 
-    label: str
-    method: str
-    seeds: tuple[int, ...]
-    metrics: dict[str, Interval]
-    step_ms: float
-    selection_share: float
+    method: str = ""
+    step_ms: float = math.nan
+    selection_share: float = math.nan
     data_share: float = math.nan
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean over the shared seeds of one row's value minus another's, with half of its 95 % t-interval."""
-
-    label: str
-    minus: str
-    seeds: tuple[int, ...]
-    metrics: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Summary:
     """The figures of the table over several runs of one benchmark."""
 
     benchmark: str
-    rows: tuple[Row, ...]
+    rows: tuple[MethodRow, ...]
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     """What the rows leave out, e.g. interrupted runs and such as have diverged."""
@@ -106,47 +91,29 @@ def summarise(results: Sequence[RunResult]) -> Summary:
         ValueError: As :func:`group`.
     """
     groups = group(results)
-    rows, notes = [], []
-    values: dict[str, dict[int, dict[str, float]]] = {}
+    rows: list[MethodRow] = []
+    notes: list[str] = []
     for label, members in groups.items():
         complete = [r for r in members if r.status == "complete"]
         notes += [_interrupted(label, run) for run in members if run.status == "interrupted"]
         diverged = [r.seed for r in members if r.status == "diverged"]
         if diverged:
             notes.append(f"{label}: {findings.diverged(diverged, len(members))}.")
-        if not complete:
-            continue
-        values[label] = {r.seed: metric_values(r) for r in complete}
-        rows.append(
-            Row(
-                label=label,
+        if complete:
+            row = MethodRow(
+                label,
+                {r.seed: metric_values(r) for r in complete},
                 method=complete[0].method,
-                seeds=tuple(values[label]),
-                metrics={
-                    name: metrics.mean_interval([v[name] for v in values[label].values()]) for name in METRIC_LABELS
-                },
                 step_ms=metrics.known_mean([r.timing.step_ms for r in complete]),
                 selection_share=metrics.known_mean([r.timing.selection_share for r in complete]),
                 data_share=metrics.known_mean([r.timing.data_share for r in complete]),
             )
-        )
-    labels = list(values)
-    pairs = list(combinations(labels, 2))
-    if len(labels) > _ALL_PAIRS_UP_TO:
-        pairs = [(labels[0], label) for label in labels[1:]]
-        notes.append(f"Of {len(labels)} rows, only the differences to the first are shown.")
-    differences = []
-    for minus, label in pairs:
-        shared = tuple(seed for seed in values[label] if seed in values[minus])
-        if shared:
-            by_metric = {
-                name: metrics.paired_difference(
-                    [values[label][s][name] for s in shared], [values[minus][s][name] for s in shared]
-                )
-                for name in METRIC_LABELS
-            }
-            differences.append(Difference(label, minus, shared, by_metric))
-    return Summary(results[0].benchmark, tuple(rows), tuple(differences), tuple(notes))
+            rows.append(row)
+    pairs = [(row, first) for first, row in combinations(rows, 2)]
+    if len(rows) > _ALL_PAIRS_UP_TO:
+        pairs = [(row, rows[0]) for row in rows[1:]]
+        notes.append(f"Of {len(rows)} rows, only the differences to the first are shown.")
+    return Summary(results[0].benchmark, tuple(rows), tuple(compare(pairs)), tuple(notes))
 
 
 def to_text(summary: Summary, width: int = 80) -> str:
@@ -155,66 +122,39 @@ def to_text(summary: Summary, width: int = 80) -> str:
     blocks, with_data = [], False
     if summary.rows:
         form = "{mean:.3f} ± {std:.3f}\n95 %: ± {half:.3f}"
-        table = _text_table(*_result_cells(summary, form))
-        with_data = max(map(len, table.splitlines())) <= width
-        if not with_data:
-            table = _text_table(*_without(_result_cells(summary, form), "data"))
-        blocks.append(table)
+        with_data = _fits(_results(summary, form, stacked=True), width)
+        blocks.append(_results(summary, form, with_data, stacked=True).text())
     blocks.append("\n".join(wrap.fill(shown(line)) for line in _legend(summary, with_data)))
     if summary.differences:
-        table = _text_table(*_difference_cells(summary, " - "))
-        if max(map(len, table.splitlines())) > width:
-            table = _text_table(*_difference_cells(summary, "\n- "))
-        blocks.append(table)
+        table = _differences(summary, " - ", stacked=True)
+        blocks.append((table if _fits(table, width) else _differences(summary, "\n- ", stacked=True)).text())
         blocks.append(wrap.fill(_DIFFERENCE_LEGEND))
     return "\n\n".join(blocks) + "\n"
 
 
 def to_markdown(summary: Summary) -> str:
     """Render the tables as GitHub-flavoured Markdown."""
-    blocks = [f"# {markdown(summary.benchmark)}"]
-    if summary.rows:
-        blocks.append(_markdown_table(*_result_cells(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})")))
-    blocks.append("\n".join(f"- {markdown(line)}" for line in _legend(summary, with_data=True)))
-    if summary.differences:
-        blocks.append(_markdown_table(*_difference_cells(summary, " - ")))
-        blocks.append(_DIFFERENCE_LEGEND)
-    return "\n\n".join(blocks) + "\n"
-
-
-def to_dict_rows(summary: Summary) -> list[dict[str, Any]]:
-    """Return the rows as plain dictionaries."""
-    return [
-        {
-            "label": row.label,
-            "method": row.method,
-            "seeds": list(row.seeds),
-            "metrics": {name: interval._asdict() for name, interval in row.metrics.items()},
-            "step_ms": row.step_ms,
-            "selection_share": row.selection_share,
-            "data_share": row.data_share,
-        }
-        for row in summary.rows
-    ]
+    return render(
+        "summary.md.jinja",
+        summary=summary,
+        results=_results(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})"),
+        legend=_legend(summary, with_data=True),
+        differences=_differences(summary, " - "),
+        difference_legend=_DIFFERENCE_LEGEND,
+    )
 
 
 def to_json_dict(summary: Summary) -> dict[str, Any]:
-    """Return the whole summary as plain values, formulae included; ``half_width`` is half of the 95 % t-interval."""
+    """Return the whole summary as plain values, formulae included."""
     return {
         "benchmark": summary.benchmark,
-        "formulas": {name: metrics.FORMULAS[name] for name in METRIC_LABELS},
-        "formula_terms": R_MEANING,
-        "confidence": 0.95,
-        "rows": to_dict_rows(summary),
-        "differences": [
-            {
-                "label": d.label,
-                "minus": d.minus,
-                "seeds": list(d.seeds),
-                "metrics": {name: interval._asdict() for name, interval in d.metrics.items()},
-            }
-            for d in summary.differences
+        **formulas(),
+        "rows": [
+            to_plain(row)
+            | {name: getattr(row, name) for name in ("method", "step_ms", "selection_share", "data_share")}
+            for row in summary.rows
         ],
+        "differences": [to_plain(d) | {"label": d.arm, "minus": d.minus} for d in summary.differences],
         "notes": list(summary.notes),
     }
 
@@ -224,10 +164,12 @@ _DIFFERENCE_LEGEND = (
     "out 0."
 )
 
-_Table = tuple[list[str], list[list[str]]]
+
+def _fits(table: Table, width: int) -> bool:
+    return max(map(len, table.text().splitlines())) <= width
 
 
-def _result_cells(summary: Summary, cell: str) -> _Table:
+def _results(summary: Summary, cell: str, with_data: bool = True, *, stacked: bool = False) -> Table:
     header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "data", "seeds"]
     body = [
         [
@@ -240,10 +182,12 @@ def _result_cells(summary: Summary, cell: str) -> _Table:
         ]
         for row in summary.rows
     ]
-    return header, body
+    kept = [column for column, name in enumerate(header) if with_data or name != "data"]
+    header, *body = [[row[column] for column in kept] for row in (header, *body)]
+    return Table(_stacked(header) if stacked else header, body)
 
 
-def _difference_cells(summary: Summary, minus: str) -> _Table:
+def _differences(summary: Summary, minus: str, *, stacked: bool = False) -> Table:
     header = ["difference", *(METRIC_LABELS[name] for name in SHOWN), "seeds"]
     body = []
     for difference in summary.differences:
@@ -252,9 +196,15 @@ def _difference_cells(summary: Summary, minus: str) -> _Table:
             cells.interval(difference.metrics[name], "{mean:+.3f} ± {half:.3f}{star:2}", "{mean:+.3f}")
             for name in SHOWN
         ]
-        label = f"{shown(difference.label)}{minus}{shown(difference.minus)}"
+        label = f"{shown(difference.arm)}{minus}{shown(difference.minus)}"
         body.append([label, *intervals, str(len(difference.seeds))])
-    return header, body
+    return Table(_stacked(header) if stacked else header, body)
+
+
+def _stacked(header: list[str]) -> list[str]:
+    # Headings stand on two lines, so that columns stay as narrow as their figures and the table fits 80 columns.
+    broken = {"ms/step": "ms/\nstep", "selection": "selec-\ntion"}
+    return [broken.get(name, name.replace(" ", "\n")) for name in header]
 
 
 def _legend(summary: Summary, with_data: bool) -> list[str]:
@@ -274,42 +224,6 @@ def _interrupted(label: str, run: RunResult) -> str:
     reached = tasks_reached(run)
     note = f"{label}, seed {run.seed}: interrupted after {reached} of {run.tasks} tasks, in no mean"
     return f"{note} (average accuracy so far {metric_values(run)['average_accuracy']:.3f})." if reached else f"{note}."
-
-
-def _without(table: _Table, column: str) -> _Table:
-    header, body = table
-    place = header.index(column)
-    return [*header[:place], *header[place + 1 :]], [[*row[:place], *row[place + 1 :]] for row in body]
-
-
-def _text_table(header: list[str], body: list[list[str]]) -> str:
-    rows = [[cell.split("\n") for cell in row] for row in [_stacked(header), *body]]
-    widths = [max(len(line) for row in rows for line in row[column]) for column in range(len(header))]
-    rule = "  ".join("-" * w for w in widths)
-    blocks = []
-    for row in rows:
-        height = max(map(len, row))
-        lines = []
-        for i in range(height):
-            parts = [cell[i] if i < len(cell) else "" for cell in row]
-            first, *others = (
-                text.ljust(w) if column == 0 else text.rjust(w)
-                for column, (text, w) in enumerate(zip(parts, widths, strict=True))
-            )
-            lines.append("  ".join([first, *others]).rstrip())
-        blocks.append("\n".join(lines))
-    return "\n".join([rule, blocks[0], rule, *blocks[1:], rule])
-
-
-def _stacked(header: list[str]) -> list[str]:
-    # Headings stand on two lines, so that columns stay as narrow as their figures and the table fits 80 columns.
-    broken = {"ms/step": "ms/\nstep", "selection": "selec-\ntion"}
-    return [broken.get(name, name.replace(" ", "\n")) for name in header]
-
-
-def _markdown_table(header: list[str], body: list[list[str]]) -> str:
-    lines = [header, ["---", *("---:" for _ in header[1:])], *([markdown_cell(row[0]), *row[1:]] for row in body)]
-    return "\n".join("| " + " | ".join(map(str.strip, line)) + " |" for line in lines)
 
 
 def _short(value: Any) -> str:

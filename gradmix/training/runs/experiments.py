@@ -125,7 +125,7 @@ class Experiment:
         differences: Pairs of arms' names, of which the first minus the second is reported.
         references: Figures published elsewhere.
         source: The file as given or the name of a shipped one, to be named in commands.
-        part: What :meth:`narrowed` made of it, e.g. ``seeds-0-arms-er``; empty: all.
+        part: What :meth:`narrow` made of it, e.g. ``seeds-0-arms-er``; empty: all.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Experiment:
         """The combinations of the varied values; one empty one if nothing is varied."""
         return points_of(self.vary)
 
-    def narrowed(self, seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Experiment:
+    def narrow(self, seeds: Sequence[int] | None = None, arms: Sequence[str] | None = None) -> Experiment:
         """The same with other seeds, or with some of the arms; differences and references of the others go.
 
         Raises:

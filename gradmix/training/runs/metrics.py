@@ -4,6 +4,8 @@
 NaN. Row t counts as reached if ``R[t, 0..t]`` are all there and every row before it was reached. A run that broke off
 is measured over the n rows reached, that is, as if the stream had had n tasks. A measure without anything to average
 (no row reached, or a single task where old tasks are asked for) is NaN.
+
+All measures take R as a matrix ``(T, T)``, and raise a ValueError if it is not square.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from gradmix.training.extras import import_extra
 
 FORMULAS: dict[str, str] = {
     "average_accuracy": "mean over t of mean_{j<=t} R[t,j]",
@@ -37,14 +41,8 @@ class Interval(NamedTuple):
 def average_accuracy(R: npt.ArrayLike) -> float:
     """Average accuracy, the paper's measure: mean over t of mean_{j<=t} R[t, j].
 
-    Args:
-        R: Accuracy matrix ``(T, T)``.
-
     Returns:
         The measure over the rows reached, in the unit of ``R``.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> average_accuracy([[1.0, 0.0], [0.5, 0.75]])  # (1 + (0.5 + 0.75) / 2) / 2
@@ -59,14 +57,8 @@ def average_accuracy(R: npt.ArrayLike) -> float:
 def final_accuracy(R: npt.ArrayLike) -> float:
     """Final accuracy: mean_j R[T-1, j].
 
-    Args:
-        R: Accuracy matrix ``(T, T)``.
-
     Returns:
         The measure after the last row reached, over the tasks seen until then.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> final_accuracy([[1.0, 0.0], [0.5, 0.75]])
@@ -81,14 +73,8 @@ def forgetting(R: npt.ArrayLike) -> float:
 
     The maximum passes over entries that were not measured (NaN above the diagonal).
 
-    Args:
-        R: Accuracy matrix ``(T, T)``.
-
     Returns:
         The measure after the last row reached; NaN with fewer than two.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> forgetting([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.75, 1.0]])  # ((1 - 0.25) + (1 - 0.75)) / 2
@@ -104,14 +90,8 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
     What is won in forgetting may have been paid for here: final accuracy = learning accuracy + (T - 1) / T * backward
     transfer.
 
-    Args:
-        R: Accuracy matrix ``(T, T)``.
-
     Returns:
         The measure over the rows reached.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> learning_accuracy([[1.0, 0.0], [0.5, 0.75]])
@@ -124,14 +104,8 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
 def backward_transfer(R: npt.ArrayLike) -> float:
     """Backward transfer (BWT): mean over j<T-1 of R[T-1, j] - R[j, j].
 
-    Args:
-        R: Accuracy matrix ``(T, T)``.
-
     Returns:
         The measure after the last row reached; NaN with fewer than two.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> backward_transfer([[1.0, 0.0, 0.0], [0.5, 0.75, 0.0], [0.25, 1.0, 1.0]])  # ((0.25 - 1) + (1 - 0.75)) / 2
@@ -145,15 +119,12 @@ def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
     """Forward transfer (FWT): mean over i>=1 of R[i-1, i] minus the accuracy of chance.
 
     Args:
-        R: Accuracy matrix ``(T, T)``, with the entries just above the diagonal.
+        R: The matrix, with the entries just above the diagonal.
         chance: Accuracy of guessing, in the unit of ``R``.
 
     Returns:
         The measure over the tasks that follow a row reached; NaN if one of their entries was not measured, or with a
         single task.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> forward_transfer([[1.0, 0.75, 0.0], [0.5, 1.0, 0.25], [0.0, 0.0, 1.0]], chance=0.25)
@@ -167,14 +138,11 @@ def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
     """All measures of :data:`FORMULAS`, by name and in that order.
 
     Args:
-        R: Accuracy matrix ``(T, T)``.
+        R: The matrix.
         chance: Accuracy of guessing, in the unit of ``R``.
 
     Returns:
         A value for every name; NaN where there is none.
-
-    Raises:
-        ValueError: ``R`` is not a square matrix.
 
     Example:
         >>> {name: round(value, 3) for name, value in summary([[1.0, 0.0], [0.5, 0.75]], chance=0.5).items()}
@@ -189,6 +157,16 @@ def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
         "backward_transfer": backward_transfer(R),
         "forward_transfer": forward_transfer(R, chance),
     }
+
+
+def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
+
+    Example:
+        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
+        array([1.   , 0.625])
+    """
+    return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
 
 
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95) -> Interval:
@@ -221,12 +199,8 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     mean, n = float(array.mean()), len(array)
     if n == 1 or math.isnan(mean):
         return Interval(mean, math.nan, math.nan)
-    try:
-        from scipy.special import stdtrit  # Student's t: scipy.stats takes a second to import
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the t-interval needs scipy: pip install 'gradmix[train]'", name=error.name
-        ) from error
+    # Student's t: scipy.stats takes a second to import.
+    stdtrit = import_extra("scipy.special", "the t-interval needs scipy").stdtrit
     std = float(array.std(ddof=1))
     return Interval(mean, std, float(stdtrit(n - 1, (1.0 + confidence) / 2.0)) * std / math.sqrt(n))
 

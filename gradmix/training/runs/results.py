@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -87,19 +87,14 @@ class AlignmentRecord:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        classes = np.asarray(self.classes, dtype=np.int64)
-        cosine = np.asarray(self.cosine, dtype=np.float64)
-        helpful = np.asarray(self.helpful, dtype=np.bool_)
-        if classes.ndim != 1:
-            raise ValueError(f"classes: expected shape (P,), got {classes.shape}")
-        square = (classes.size, classes.size)
-        if cosine.shape != square:
-            raise ValueError(f"cosine: expected shape {square} for {classes.size} classes, got {cosine.shape}")
-        if helpful.shape != square:
-            raise ValueError(f"helpful: expected shape {square} for {classes.size} classes, got {helpful.shape}")
-        object.__setattr__(self, "classes", classes)
-        object.__setattr__(self, "cosine", cosine)
-        object.__setattr__(self, "helpful", helpful)
+        for name, dtype in (("classes", np.int64), ("cosine", np.float64), ("helpful", np.bool_)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        if self.classes.ndim != 1:
+            raise ValueError(f"classes: expected shape (P,), got {self.classes.shape}")
+        square = (self.classes.size, self.classes.size)
+        for name, shape in (("cosine", self.cosine.shape), ("helpful", self.helpful.shape)):
+            if shape != square:
+                raise ValueError(f"{name}: expected shape {square} for {self.classes.size} classes, got {shape}")
 
 
 @dataclass(frozen=True)
@@ -330,7 +325,7 @@ def _string(text: str) -> str:
 
 def _to_dict(result: RunResult) -> dict[str, Any]:
     values = metric_values(result)
-    timing = result.timing
+    timing, derived = result.timing, ("seconds_forward_backward", "step_ms", "selection_share", "data_share")
     return {
         "benchmark": result.benchmark,
         "method": result.method,
@@ -342,33 +337,12 @@ def _to_dict(result: RunResult) -> dict[str, Any]:
             for name, label in METRIC_LABELS.items()
         },
         "formula_terms": R_MEANING,
-        "timing": {
-            "steps": timing.steps,
-            "seconds_total": timing.seconds_total,
-            "seconds_step": timing.seconds_step,
-            "seconds_selection": timing.seconds_selection,
-            "seconds_evaluation": timing.seconds_evaluation,
-            "seconds_data": timing.seconds_data,
-            "seconds_forward_backward": timing.seconds_forward_backward,
-            "peak_memory_bytes": timing.peak_memory_bytes,
-            "step_ms": timing.step_ms,
-            "selection_share": timing.selection_share,
-            "data_share": timing.data_share,
-        },
+        "timing": asdict(timing) | {name: getattr(timing, name) for name in derived},
         "mixed_share": list(result.mixed_share),
         "class_names": list(result.class_names),
         "task_classes": [list(classes) for classes in result.task_classes],
         "accuracy": result.accuracy,
-        "alignments": [
-            {
-                "task": record.task,
-                "threshold": record.threshold,
-                "classes": record.classes,
-                "cosine": record.cosine,
-                "helpful": record.helpful,
-            }
-            for record in result.alignments
-        ],
+        "alignments": [vars(record) for record in result.alignments],
         "environment": dict(result.environment),
     }
 

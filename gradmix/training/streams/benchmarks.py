@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from gradmix.training.data.image_arrays import (
     TINY_IMAGENET_STD,
     to_float,
 )
-from gradmix.training.data.image_files import image_folder, imagenet, tiny_imagenet
+from gradmix.training.data.image_layouts import image_folder, imagenet, tiny_imagenet
 from gradmix.training.data.samples import TensorSamples
 from gradmix.training.data.tabular import LabelledRows, covertype, wine
 from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
@@ -87,20 +86,29 @@ def _images(dataset: str, data_dir: Path, _size: int | None, test: bool) -> Sour
     )
 
 
-def _files(
-    layout: Callable[..., tuple[Any, Any]],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    usual_size: int,
-    spare: bool,
-    data_dir: Path,
-    size: int | None,
-    test: bool,
-) -> Source:
-    """Images that are read from files when they are wanted, a little larger than the model sees them if ``spare``."""
-    size = size or usual_size
-    train, held_out = layout(data_dir, size + size // 7 if spare else size, test=test)
-    return Source(train, held_out, train.class_names, mean=mean, std=std, input_shape=(3, size, size))
+@dataclass(frozen=True)
+class _Files:
+    """Reads images from files when they are wanted.
+
+    Args:
+        layout: Finds the files below a folder.
+        size: Side in pixels of what the model sees, unless the user says otherwise.
+        mean: By channel, of pixels in [0, 1].
+        std: By channel, likewise.
+        spare: Whether they are read a little larger than the model sees them.
+    """
+
+    layout: Callable[..., tuple[Any, Any]]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    spare: bool = True
+
+    def __call__(self, data_dir: Path, size: int | None, test: bool) -> Source:
+        """Read the files of a folder."""
+        size = size or self.size
+        train, held_out = self.layout(data_dir, size + size // 7 if self.spare else size, test=test)
+        return Source(train, held_out, train.class_names, mean=self.mean, std=self.std, input_shape=(3, size, size))
 
 
 def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int | None, test: bool) -> Source:
@@ -134,6 +142,21 @@ _TEXT_PROTOCOL = Protocol(
     tasks=None, classes_per_task=None, model="text-transformer", lr=0.05, epochs=10, batch=64, replay_batch=64,
     buffer_size=20, space="embedding",
 )  # fmt: skip
+_CIFAR_PROTOCOL = Protocol(
+    tasks=5, classes_per_task=2, model="resnet18", lr=0.1, epochs=50, batch=128, replay_batch=128, buffer_size=32,
+    augment="crop-flip", normalise=True,
+)  # fmt: skip
+_CIFAR100_PROTOCOL = replace(
+    _CIFAR_PROTOCOL, tasks=10, classes_per_task=10, weight_decay=2e-4, lr_milestones=(0.5, 0.75), epochs=200,
+    buffer_policy="balanced", buffer_size=2000,
+)  # fmt: skip
+_TINY_IMAGENET_PROTOCOL = replace(
+    _CIFAR_PROTOCOL, tasks=10, classes_per_task=20, weight_decay=2e-4, lr_milestones=(0.5, 0.75), buffer_size=20,
+    reference="replayed",
+)  # fmt: skip
+_DIGITS_PROTOCOL = Protocol(
+    tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+)
 _MNIST_PROTOCOL = Protocol(
     tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
 )
@@ -145,9 +168,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-digits",
             "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
             partial(_images, "digits"),
-            Protocol(
-                tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
-            ),
+            _DIGITS_PROTOCOL,
         ),
         Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
         Benchmark(
@@ -160,69 +181,30 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-cifar10",
             "CIFAR-10, 5 tasks of 2 classes",
             partial(_images, "cifar10"),
-            Protocol(
-                tasks=5,
-                classes_per_task=2,
-                model="resnet18",
-                lr=0.01,
-                epochs=50,
-                batch=256,
-                replay_batch=256,
-                buffer_size=32,
-                augment="crop-flip",
-                normalise=True,
-            ),
+            replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256),
         ),
         Benchmark(
             "split-cifar100",
             "CIFAR-100 (fine labels), 10 tasks of 10 classes",
             partial(_images, "cifar100"),
-            Protocol(
-                tasks=10,
-                classes_per_task=10,
-                model="resnet18",
-                lr=0.1,
-                weight_decay=2e-4,
-                lr_milestones=(0.5, 0.75),
-                epochs=200,
-                batch=128,
-                replay_batch=128,
-                buffer_policy="balanced",
-                buffer_size=2000,
-                augment="crop-flip",
-                normalise=True,
-            ),
+            _CIFAR100_PROTOCOL,
         ),
         Benchmark(
             "split-tiny-imagenet",
             "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
-            partial(_files, tiny_imagenet, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, 64, False),
-            Protocol(
-                tasks=10,
-                classes_per_task=20,
-                model="resnet18",
-                lr=0.1,
-                weight_decay=2e-4,
-                lr_milestones=(0.5, 0.75),
-                epochs=50,
-                batch=128,
-                replay_batch=128,
-                buffer_size=20,
-                augment="crop-flip",
-                normalise=True,
-                reference="replayed",
-            ),
+            _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False),
+            _TINY_IMAGENET_PROTOCOL,
         ),
         Benchmark(
             "split-imagenet",
             "ImageNet-1K, read from its files, 10 tasks of 100 classes",
-            partial(_files, imagenet, IMAGENET_MEAN, IMAGENET_STD, 224, True),
+            _Files(imagenet, 224, IMAGENET_MEAN, IMAGENET_STD),
             replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
         ),
         Benchmark(
             "image-folder",
             "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
-            partial(_files, image_folder, IMAGENET_MEAN, IMAGENET_STD, 224, True),
+            _Files(image_folder, 224, IMAGENET_MEAN, IMAGENET_STD),
             _FOLDER_PROTOCOL,
         ),
         Benchmark(
@@ -247,24 +229,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             "split-covertype",
             "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
             partial(_table, covertype),
-            Protocol(
-                tasks=4,
-                classes_per_task=2,
-                model="mlp",
-                lr=0.01,
-                epochs=1,
-                batch=256,
-                replay_batch=256,
-                buffer_size=256,
-            ),
+            replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
         ),
         Benchmark(
             "split-wine",
             "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
             partial(_table, lambda _data_dir: wine()),
-            Protocol(
-                tasks=3, classes_per_task=1, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
-            ),
+            replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1),
         ),
     )
 }
@@ -276,62 +247,14 @@ GIVEN = "stream:"
 
 
 def stream_of(data: DataConfig) -> TaskStream:
-    """The stream that the data section of a configuration describes; :func:`make_stream` says more.
-
-    Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
-
-    Raises:
-        ValueError: As :func:`make_stream`, or there is no such function.
-        TypeError: The function does not return a stream.
-    """
-    if data.benchmark.startswith(GIVEN):
-        raise ValueError(
-            f"data.benchmark: got {data.benchmark!r}, which stands for a stream that was given to train_one, expected "
-            f"that stream, or {_names()}"
-        )
-    if ":" in data.benchmark:
-        return _made_by(_imported(data.benchmark), data)
-    return make_stream(
-        data.benchmark,
-        data.data_dir,
-        class_order_seed=data.class_order_seed,
-        validation=data.validation,
-        tasks=data.tasks,
-        normalise=data.normalise,
-        rows_per_class=data.rows_per_class,
-        classes_per_task=data.classes_per_task,
-        image_size=data.image_size,
-    )
-
-
-def make_stream(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    class_order_seed: int | None = None,
-    validation: float = 0.0,
-    tasks: int | None = None,
-    normalise: bool | None = None,
-    rows_per_class: int | None = None,
-    classes_per_task: int | None = None,
-    image_size: int | None = None,
-) -> TaskStream:
     """Read a benchmark's data and cut them into its tasks.
 
+    Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
+    Held-out rows (``validation``) are spread evenly over the order of the data set, the same rows each time. They take
+    the place of the test rows, which are then not read and need not be there.
+
     Args:
-        name: Key of :data:`BENCHMARKS`.
-        data_dir: Where the data lie; ``split-digits`` needs none.
-        class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
-        validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
-            the data set (the same rows each time), and takes the place of the test rows, which are then not read and
-            need not be there.
-        tasks: Number of tasks, the first ones; classes of later ones are left out. ``None``: all of them.
-        normalise: Whether pixels are normalised; ``None``: as the protocol has it.
-        rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
-            all of them.
-        classes_per_task: New classes in each task; ``None``: as the protocol has it.
-        image_size: Side in pixels of the images that the model sees, where they are read from files; ``None``: the
-            benchmark's.
+        data: The data section of a configuration; its fields say what they mean.
 
     Returns:
         The stream; rows within a task stand in the order of the data set.
@@ -339,33 +262,42 @@ def make_stream(
     Raises:
         ValueError: The name is unknown, ``validation`` is outside [0, 1), a number is out of range, or a class is left
             without training or test rows.
+        TypeError: The function does not return a stream.
         FileNotFoundError: A data file is missing.
         DataError: A data file is damaged.
     """
+    name = data.benchmark
+    if name.startswith(GIVEN):
+        raise ValueError(
+            f"data.benchmark: got {name!r}, which stands for a stream that was given to train_one, expected that "
+            f"stream, or {_names()}"
+        )
+    if ":" in name:
+        return _made_by(_imported(name), data)
     if name not in BENCHMARKS:
         raise ValueError(f"name: got {name!r}, expected {_names()}")
-    if not 0.0 <= validation < 1.0:  # before anything is read
-        raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
+    if not 0.0 <= data.validation < 1.0:  # before anything is read
+        raise ValueError(f"validation: got {data.validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
     protocol = benchmark.protocol
-    if classes_per_task is None and tasks is not None and protocol.tasks is not None and tasks > protocol.tasks:
-        raise ValueError(f"tasks: got {tasks}, expected 1 to {protocol.tasks}, the tasks of {name}")
-    source = benchmark.read(Path(data_dir), image_size, validation == 0.0)
-    mean, std = source.mean, source.std
-    if not (protocol.normalise if normalise is None else normalise):
-        mean = std = None
-    elif mean is None:
+    filled = _filled(data, normalise=protocol.normalise, classes_per_task=protocol.classes_per_task)
+    most = None if data.classes_per_task is not None else protocol.tasks
+    if most is not None and data.tasks is not None and data.tasks > most:
+        raise ValueError(f"tasks: got {data.tasks}, expected 1 to {most}, the tasks of {name}")
+    source = benchmark.read(Path(data.data_dir), data.image_size, data.validation == 0.0)
+    if filled.normalise and source.mean is None:
         raise ValueError(f"normalise: got True, but no mean and standard deviation are known of {name}")
+    mean, std = (source.mean, source.std) if filled.normalise else (None, None)
     stream = class_incremental(
         source.train,
         source.test,
-        classes_per_task=protocol.classes_per_task if classes_per_task is None else classes_per_task,
-        class_order_seed=class_order_seed,
+        classes_per_task=filled.classes_per_task,
+        class_order_seed=data.class_order_seed,
         class_names=source.class_names,
         name=name,
         protocol=protocol,
-        validation=validation,
-        rows_per_class=rows_per_class,
+        validation=data.validation,
+        rows_per_class=data.rows_per_class,
         input_shape=source.input_shape,
         mean=mean,
         std=std,
@@ -374,20 +306,31 @@ def make_stream(
     if source.class_names is not None and stream.num_classes < len(source.class_names):
         absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
         raise ValueError(f"{name}: no rows of class {', '.join(absent)}")
-    stream = first_tasks(stream, tasks)
+    stream = first_tasks(stream, data.tasks)
     to_float = source.to_float
     return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
+
+
+def make_stream(name: str, data_dir: str | Path = "data", **settings: Any) -> TaskStream:
+    """Read a benchmark's data and cut them into its tasks: :func:`stream_of` of a data section made here.
+
+    Args:
+        name: Key of :data:`BENCHMARKS`.
+        data_dir: Where the data lie; ``split-digits`` needs none.
+        settings: Fields of :class:`~gradmix.training.config.DataConfig`, such as ``validation`` or ``tasks``.
+    """
+    return stream_of(DataConfig(name, Path(data_dir), **settings))
 
 
 def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskStream:
     """The stream with raw values made the model's input, task by task: a copy of all at once is not needed."""
 
-    def converted(task: Task) -> Task:
+    def convert_task(task: Task) -> Task:
         assert isinstance(task.train, TensorSamples) and isinstance(task.test, TensorSamples)
         train, test = (TensorSamples(convert(rows.x), rows.y) for rows in (task.train, task.test))
         return replace(task, train=train, test=test)
 
-    return replace(stream, tasks=tuple(converted(task) for task in stream.tasks))
+    return replace(stream, tasks=tuple(convert_task(task) for task in stream.tasks))
 
 
 @lru_cache(maxsize=1)
@@ -443,17 +386,11 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     if stream is None and name not in BENCHMARKS:
         raise ValueError(f"data.benchmark: got {name!r}, expected {_names()}")
     protocol = BENCHMARKS[name].protocol if stream is None else stream.protocol
-    optim = _filled(
-        config.optim,
-        model=protocol.model,
-        lr=protocol.lr,
-        momentum=protocol.momentum,
-        weight_decay=protocol.weight_decay,
-        lr_milestones=protocol.lr_milestones,
-        epochs=1 if config.data.online else protocol.epochs,
-        batch=protocol.batch,
-        augment=protocol.augment,
-    )
+    names = ("model", "lr", "momentum", "weight_decay", "lr_milestones", "epochs", "batch", "augment")
+    defaults = {name: getattr(protocol, name) for name in names}
+    if config.data.online:
+        defaults["epochs"] = 1
+    optim = _filled(config.optim, **defaults)
     # The protocol's size is meant for its own policy: a size per class says nothing about a total.
     size = protocol.buffer_size
     by_class = config.replay.policy == "class"
@@ -467,7 +404,7 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     most = None if stream is not None or data.classes_per_task is not None else protocol.tasks
     if most is not None and data.tasks is not None and data.tasks > most:
         raise ValueError(f"data.tasks: got {data.tasks}, expected at most {most}, the tasks of {name}")
-    resolved = dataclasses.replace(config, optim=optim, replay=replay, data=data, mix=mix)
+    resolved = replace(config, optim=optim, replay=replay, data=data, mix=mix)
     check(resolved)
     return resolved
 
@@ -486,6 +423,4 @@ def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream 
 
 
 def _filled(section: Any, **defaults: Any) -> Any:
-    return dataclasses.replace(
-        section, **{name: value for name, value in defaults.items() if getattr(section, name) is None}
-    )
+    return replace(section, **{name: value for name, value in defaults.items() if getattr(section, name) is None})
