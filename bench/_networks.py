@@ -228,12 +228,27 @@ class VisionTransformer(nn.Module):
         return logits
 
 
+class Perceptron(nn.Module):
+    """Two hidden layers on an image's 768 pixels: the network of the accuracy tables, but for its 784 inputs."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 16, 16) to (N, classes)."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
 NETWORKS = {
     "resnet18": Network(lambda norm, classes: ResNet(Basic, (2, 2, 2, 2), 64, False, norm, classes), 32, 10),
     "resnet50": Network(lambda norm, classes: ResNet(Bottleneck, (3, 4, 6, 3), 64, True, norm, classes), 224, 1000),
     "vit-b": Network(lambda norm, classes: VisionTransformer(224, 16, 768, 12, 12, classes), 224, 1000),
     "vit-small": Network(lambda norm, classes: VisionTransformer(32, 4, 192, 6, 3, classes), 32, 10),
     "resnet-tiny": Network(lambda norm, classes: ResNet(Basic, (1, 1, 1, 1), 8, False, norm, classes), 16, 10),
+    "perceptron": Network(lambda _norm, classes: Perceptron(classes), 16, 10),
     "vit-tiny": Network(lambda norm, classes: VisionTransformer(16, 4, 32, 2, 2, classes), 16, 10),
 }
 """By the names of the command line. The transformers normalise by LayerNorm whatever ``norm`` says."""

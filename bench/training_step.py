@@ -87,6 +87,7 @@ class Case:
 
 PRESETS = {
     "cpu": Case(),
+    "perceptron": Case("perceptron", 64, 64, 320, 10, refresh=1, steps=10),
     "resnet50": Case("resnet50", 256, 256, 20_000, 1000, "bfloat16", 100, 3),
     "vit-b": Case("vit-b", 256, 256, 20_000, 1000, "bfloat16", 100, 3),
 }

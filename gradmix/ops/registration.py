@@ -42,7 +42,7 @@ def register(
     registered.register_fake(fake)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_is_plain, arguments)):
+        if torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
             return registered(*arguments)
         return run(*arguments)
 
@@ -51,5 +51,7 @@ def register(
 
 
 def _is_plain(argument: object) -> bool:
-    """Whether an argument is no tensor of another class, such as a fake one."""
-    return not isinstance(argument, Tensor) or type(argument) in _PLAIN
+    """Whether an argument is no tensor that is recorded by autograd, nor one of another class, such as a fake one."""
+    if not isinstance(argument, Tensor):
+        return True
+    return type(argument) in _PLAIN and not (argument.requires_grad and torch.is_grad_enabled())

@@ -182,7 +182,8 @@ def mixed_alignment(
             [ 0.0000,  1.0000]])
     """
     _check_rows("_a", features_a, logits_a, labels_a)
-    _check_rows("_b", features_b, logits_b, labels_b)
+    if not Side(features_a, logits_a, labels_a).is_same(Side(features_b, logits_b, labels_b)):
+        _check_rows("_b", features_b, logits_b, labels_b)
     if features_b.shape[1] != features_a.shape[1]:
         raise ValueError(
             f"features_b: got {features_b.shape[1]} features a row, expected {features_a.shape[1]} as features_a"

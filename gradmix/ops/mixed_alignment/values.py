@@ -43,7 +43,7 @@ def cosine(inner: Tensor, norm: Tensor, reference_norm: Tensor) -> Tensor:
         reference_norm: scalar tensor, norm of the reference.
     """
     zero = (norm == 0) | (reference_norm == 0)
-    return (inner / norm / reference_norm).masked_fill_(zero, 0).clamp_(-1.0, 1.0)
+    return torch.div(inner, norm).div_(reference_norm).masked_fill_(zero, 0).clamp_(-1.0, 1.0)
 
 
 def length(vector: Tensor) -> Tensor:
