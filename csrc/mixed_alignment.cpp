@@ -36,7 +36,8 @@ constexpr double kLeast = sizeof(T) == sizeof(double) ? 1e-150 : 1e-32;
 
 constexpr std::int64_t kClassesAtATime = 128;  // of the packed samples, to stay in the first cache
 constexpr std::int64_t kTilesOfPiece = 8;      // of the first side's
-constexpr std::int64_t kSmallWork = 1 << 17;   // multiply-adds that are not worth waking threads for
+constexpr std::int64_t kRowsAtATime = 16;      // of what is only read through
+constexpr std::int64_t kSmallWork = 1 << 20;   // multiply-adds that are not worth waking threads for
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -143,14 +144,19 @@ class Run {
   double* scratch(int thread) { return scratch_.data() + thread * scratch_of_thread(); }
 
   Extent extent(const void* values, std::int64_t count, std::int64_t width, double* squares) {
+    std::vector<Extent> parts(static_cast<std::size_t>(threads_));
+    parallel_for((count + kRowsAtATime - 1) / kRowsAtATime, threads_, [&](std::int64_t block, int thread) {
+      Extent& part = parts[static_cast<std::size_t>(thread)];
+      T largest = 0;
+      for (std::int64_t i = block * kRowsAtATime; i < std::min(count, (block + 1) * kRowsAtATime); ++i) {
+        const double square = kernel_.square(static_cast<const T*>(values) + i * width, width, &largest);
+        if (squares != nullptr) squares[i] = square;
+        part.square += square;  // whether it is finite is all that is asked of it
+      }
+      part.largest = std::max(part.largest, static_cast<double>(largest));
+    });
     Extent whole;
-    T largest = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const double square = kernel_.square(static_cast<const T*>(values) + i * width, width, &largest);
-      if (squares != nullptr) squares[i] = square;
-      whole.square += square;
-    }
-    whole.largest = largest;
+    for (const Extent& part : parts) whole = {whole.square + part.square, std::max(whole.largest, part.largest)};
     return whole;
   }
 
@@ -215,13 +221,15 @@ class Run {
   // Each sample's largest logit among the classes that are not its label.
   void tops(const Side<T>& side, std::vector<double>& top) const {
     top.resize(static_cast<std::size_t>(side.count));
-    for (std::int64_t i = 0; i < side.count; ++i) {
-      const T* const z = side.logits + i * p_.classes;
-      T most = -std::numeric_limits<T>::infinity();
-      for (std::int64_t c = 0; c < side.labels[i]; ++c) most = z[c] > most ? z[c] : most;
-      for (std::int64_t c = side.labels[i] + 1; c < p_.classes; ++c) most = z[c] > most ? z[c] : most;
-      top[i] = p_.classes > 1 ? static_cast<double>(most) : 0.0;
-    }
+    parallel_for((side.count + kRowsAtATime - 1) / kRowsAtATime, threads_, [&](std::int64_t block, int) {
+      for (std::int64_t i = block * kRowsAtATime; i < std::min(side.count, (block + 1) * kRowsAtATime); ++i) {
+        const T* const z = side.logits + i * p_.classes;
+        T most = -std::numeric_limits<T>::infinity();
+        for (std::int64_t c = 0; c < side.labels[i]; ++c) most = z[c] > most ? z[c] : most;
+        for (std::int64_t c = side.labels[i] + 1; c < p_.classes; ++c) most = z[c] > most ? z[c] : most;
+        top[static_cast<std::size_t>(i)] = p_.classes > 1 ? static_cast<double>(most) : 0.0;
+      }
+    });
   }
 
   // <t, u> and <t, t> of each sample.
