@@ -29,7 +29,8 @@ class Pairs:
         lam: (N,) weight of the sample itself; 1 where it has no partner.
         helpful: (N,) bool, whether the sample has a partner.
         alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where
-            a mixture was not evaluated, 0 throughout while the buffer is empty.
+            a mixture was not evaluated, 0 throughout while the buffer is empty. Where no decision needed them they are
+            computed when they are first read, from the features and logits of the selection.
         classes: None, or (P,) int64 class labels of ``alignment``.
         num_classes: length of a mixed label vector.
         screening: None, or for the estimator ``sketch`` how many pairs were scored by sketches, how many of them again

@@ -183,7 +183,8 @@ def select(
     if alignment is None:
         assert known is not None
         # What no decision needed is computed when it is asked for.
-        alignment = partial(_align, selector, mixtures.without_inputs(), known)
+        kept = mixtures.without_inputs()
+        alignment = partial(_align, selector, kept, known, _versions(kept))
     return Pairs(
         decision.partner,
         decision.lam.to(labels_dtype(batch.x)),
@@ -198,8 +199,20 @@ def select(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _align(selector: Selector, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
+def _align(selector: Selector, mixtures: Mixtures[Any], reference: Reference, versions: list[int]) -> Alignment:
+    if _versions(mixtures) != versions:
+        raise RuntimeError(
+            "alignment: the labels, features or logits that pairs were selected by have been written in place since; "
+            "read Pairs.alignment before, or leave them as they are"
+        )
     return selector.align(mixtures, reference)
+
+
+def _versions(mixtures: Mixtures[Any]) -> list[int]:
+    """Return how often the samples' tensors were written; those made in inference mode do not count."""
+    parts = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def check_request(

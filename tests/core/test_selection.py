@@ -523,3 +523,15 @@ def test_the_alignment_is_computed_when_somebody_asks(marked: str) -> None:
         assert torch.equal(other.alignment, eager.alignment) and torch.equal(other.partner, pairs.partner)
     assert pairs.summary()["mean_cosine"] == eager.summary()["mean_cosine"]
     assert torch.equal(pairs.by_pair(0.2)[0], eager.by_pair(0.2)[0])
+
+
+def test_samples_written_in_place_since_are_noticed() -> None:
+    model, (x, y) = MLP(), rows(9, 1)
+    with torch.no_grad(), gradmix.HeadCapture(model, example=x) as capture:
+        model(x)
+    outputs = capture.output
+    pairs = gradmix.select_pairs(model, torch.arange(9) < 4, (x, y), outputs=outputs)
+    outputs.features.mul_(2)
+    with pytest.raises(RuntimeError, match="alignment: the labels, features or logits .* written in place since"):
+        pairs.summary()
+    assert pairs.partner.shape == pairs.lam.shape == (9,)  # what was decided stays
