@@ -266,7 +266,11 @@ class InTurn(Method):
         course.follow(context)
         self._methods = {
             name: METHODS[way.method](
-                replace(context, mix=replace(context.mix, originals=way.originals), accumulate=way.parts)
+                replace(
+                    context,
+                    mix=replace(context.mix, originals=way.originals),
+                    passes=replace(context.passes, accumulate=way.parts),
+                )
             )
             for name, way in WAYS.items()
             if way.method is not None

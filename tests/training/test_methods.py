@@ -26,6 +26,7 @@ from gradmix.training.methods import (
     Context,
     Finetune,
     Mixup,
+    Passes,
     Pixels,
     StepRows,
     a_gem,
@@ -187,7 +188,7 @@ def test_manifold_mixup_in_a_compiled_model_and_under_autocast(monkeypatch) -> N
     cast_context = replace(
         context,
         generator=torch.Generator().manual_seed(3),
-        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        passes=Passes(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
     )
     loss = METHODS["manifold-mixup"](cast_context).backward(rows)
     assert loss.item() == pytest.approx(plain.item(), rel=0.02)
@@ -412,7 +413,7 @@ def test_a_gem_step(scale: float | None, against: bool) -> None:
     y = (rows.y + 1) % CLASSES if against else rows.y
     replayed = BufferSamples(rows.x, y, {})
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
-    context = make_context(draw_replayed=lambda: replayed, scaler=scaler)
+    context = make_context(draw_replayed=lambda: replayed, passes=Passes(scaler=scaler))
     calls = []
     context.model.register_forward_hook(lambda *_: calls.append(1))
     method = METHODS["a-gem"](context)
@@ -755,7 +756,7 @@ def test_policy_loss_is_replay_on_augmented_rows(name: str) -> None:
     pytest.importorskip("kornia")
     rows = make_rows(7)
     augmented = METHODS[name](make_context()).augmented(rows.x)
-    context = make_context(autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    context = make_context(passes=Passes(lambda: torch.autocast("cpu", dtype=torch.bfloat16)))
     loss = METHODS[name](make_context()).loss(rows)
     torch.testing.assert_close(loss, METHODS["er"](make_context()).loss(replace(rows, x=augmented)))
     assert METHODS[name](context).backward(rows).item() == pytest.approx(loss.item(), rel=0.02)

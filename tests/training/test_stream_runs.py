@@ -36,7 +36,7 @@ from gradmix.training.loop import sampler
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, resolved_config, train_one
-from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.methods import METHODS, Context, Passes, StepRows
 from gradmix.training.models import build_model
 from gradmix.training.runs.experiments import content_hash
 from gradmix.training.streams import TaskStream, class_incremental
@@ -500,7 +500,7 @@ def context_of(accumulate: int, mix: MixConfig) -> Context:
         clock=Clock(torch.device("cpu")),
         counts=torch.ones(CLASSES, dtype=torch.int64),
         draw_replayed=lambda: BufferSamples(x[:6], y[:6], {"logits": logits[:6]}),
-        accumulate=accumulate,
+        passes=Passes(accumulate=accumulate),
     )
 
 

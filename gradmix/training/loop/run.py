@@ -34,7 +34,7 @@ from gradmix.training.loop.reading import KeptRows, Reading
 from gradmix.training.loop.reading_sampler import ReadingSampler
 from gradmix.training.loop.run_parts import Position, Records
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
-from gradmix.training.methods import Context, Method, Pixels, StepRows, find_method
+from gradmix.training.methods import Context, Method, Passes, Pixels, StepRows, find_method
 from gradmix.training.models import build_model
 from gradmix.training.models.growing_head import grow_head, grown_state
 from gradmix.training.models.single_sample import serve_single_rows
@@ -163,10 +163,7 @@ class Run:
             draw_replayed=self.sampler.replayed,
             pixels=None if mean is None or std is None else Pixels(mean, std),
             source=source,
-            autocast=self.autocast,
-            scaler=self.scaler,
-            accumulate=self.config.optim.accumulate or 1,
-            group=self.group,
+            passes=Passes(self.autocast, self.scaler, self.config.optim.accumulate or 1, self.group),
             growing=self.config.optim.growing_head,
         )
 

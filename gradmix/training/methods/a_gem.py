@@ -30,18 +30,18 @@ class AGEM(Finetune):
             return super().backward(rows)
         parameters = [p for p in context.model.parameters() if p.requires_grad]
         # Not through a data-parallel wrapper: the backward pass below does not go through it.
-        model = context.model if context.group is None else unwrap(context.model)
-        with context.autocast():
+        model = context.model if context.passes.group is None else unwrap(context.model)
+        with context.passes.autocast():
             logits = logits_of(model(replayed.x))
             weight = torch.full((len(replayed.y),), 1.0 / max(1, len(replayed.y)), device=logits.device)
             loss = weighted_cross_entropy(logits, replayed.y, weight)
         # Scaled as the step's own gradient is: the projection is the same, and neither underflows alone.
-        reference = torch.autograd.grad(context.scaler.scale(loss), parameters, allow_unused=True)
-        if context.group is not None:
+        reference = torch.autograd.grad(context.passes.scaler.scale(loss), parameters, allow_unused=True)
+        if context.passes.group is not None:
             # Weighted by length, since the shares of the replayed samples may differ by one.
             known = [r for r in reference if r is not None]
             count = torch.tensor([float(len(replayed.y))], device=logits.device)
-            *totals, counted = all_reduce_sum([*(r * count for r in known), count], context.group)
+            *totals, counted = all_reduce_sum([*(r * count for r in known), count], context.passes.group)
             averaged = iter([total / counted for total in totals])
             reference = tuple(None if r is None else next(averaged) for r in reference)
         loss = super().backward(rows)

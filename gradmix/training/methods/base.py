@@ -61,6 +61,23 @@ class Pixels:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the forward and backward passes of a loss are made.
+
+    Attributes:
+        autocast: makes the context for the forward passes.
+        scaler: scales the loss before its backward pass.
+        accumulate: number of forward and backward passes in a step, each of a part of its samples.
+        group: the processes that make every step together, each on its share of the samples; None: this one alone.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    accumulate: int = 1
+    group: Group = None
+
+
 @dataclass
 class Context:
     """What a method is built from.
@@ -79,10 +96,7 @@ class Context:
             way; None while the buffer is empty.
         pixels: the constants by which the inputs were normalised; None: pixels in [0, 1], or no images.
         source: what is read for the reference gradient if the buffer holds numbers of samples and not the samples.
-        autocast: makes the context for the forward passes of the loss.
-        scaler: scales the loss before its backward pass.
-        accumulate: number of forward and backward passes in a step, each of a part of its samples.
-        group: the processes that make every step together, each on its share of the samples; None: this one alone.
+        passes: how the loss's forward and backward passes are made.
         growing: whether the model's head grows as classes arrive, up to ``num_classes``.
     """
 
@@ -97,10 +111,7 @@ class Context:
     draw_replayed: Callable[[], BufferSamples | None] = lambda: None
     pixels: Pixels | None = None
     source: SampleSource | None = None
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
-    accumulate: int = 1
-    group: Group = None
+    passes: Passes = field(default_factory=Passes)
     growing: bool = False
 
 
@@ -187,10 +198,10 @@ class Method(ABC):
             The loss, detached and unscaled.
         """
         context = self.context
-        if context.accumulate == 1:
-            with context.autocast():
+        if context.passes.accumulate == 1:
+            with context.passes.autocast():
                 loss = self.loss(rows)
-            context.scaler.scale(loss).backward()
+            context.passes.scaler.scale(loss).backward()
             return loss.detach()
         parts, total = iter(self.losses(rows)), torch.zeros((), device=rows.weight.device)
         part: Tensor | None
@@ -198,21 +209,21 @@ class Method(ABC):
         shared = model if isinstance(model, DistributedDataParallel) else None
         with nullcontext() if shared is None else shared.no_sync():
             while True:
-                with context.autocast():
+                with context.passes.autocast():
                     part = next(parts, None)
                 if part is None:
                     break
                 # At once, so that its activations are freed before the next term makes its own.
-                context.scaler.scale(part).backward()
+                context.passes.scaler.scale(part).backward()
                 total += part.detach()
         if shared is not None:
-            average_gradients(shared, context.group)
+            average_gradients(shared, context.passes.group)
         return total
 
     def parts(self, rows: StepRows) -> list[Part]:
-        """Return the parts of this process's samples, ``context.accumulate`` of them."""
+        """Return the parts of this process's samples, ``context.passes.accumulate`` of them."""
         count = len(rows.y) if rows.share is None else len(rows.share.mine)
-        size = max(1, -(-count // self.context.accumulate))
+        size = max(1, -(-count // self.context.passes.accumulate))
         if rows.share is not None:
             return list(rows.share.mine.split(size))
         # At least one part: a process without samples also has gradients to be averaged with the others'.

@@ -58,7 +58,7 @@ class DarkReplay(Wrapping):
             raise ValueError(f"draw_replayed: got rows without {LOGITS!r}, expected those kept with them")
         logits = logits_of(self.context.model(replayed.x))
         kept = replayed.extras[LOGITS].to(logits.device)
-        group = self.context.group
+        group = self.context.passes.group
         if not self.context.growing and group is None and len(kept):
             yield self._weight * F.mse_loss(logits.float(), kept)
             return

@@ -35,7 +35,7 @@ class ManifoldMixup(Mixup):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        if context.group is not None:
+        if context.passes.group is not None:
             raise ValueError(
                 "methods: got manifold-mixup with several processes, expected one: its layers mix whole steps"
             )

@@ -57,7 +57,7 @@ class SelectiveMixup(LinearMixing):
             class_samples=mix.class_samples,
             num_classes=None if context.growing else context.num_classes,
             generator=context.generator,
-            group=context.group,
+            group=context.passes.group,
             shared_batch=True,
         )
         self._of_all_parameters = mix.estimator in ("jvp", "sketch")
@@ -131,7 +131,7 @@ class SelectiveMixup(LinearMixing):
         if outputs is None:
             model = unwrap(self.context.model)
             own = x[share.mine]
-            with leave_unchanged(model), self.context.autocast(), HeadCapture(model, example=x[:1]) as capture:
+            with leave_unchanged(model), self.context.passes.autocast(), HeadCapture(model, example=x[:1]) as capture:
                 model(own)
             outputs = capture.output
         return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))
