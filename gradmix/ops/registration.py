@@ -51,7 +51,8 @@ def register(
 
 
 def _is_plain(argument: object) -> bool:
-    """Whether an argument is no tensor that is recorded by autograd, nor one of another class, such as a fake one."""
+    """Whether an argument is no tensor without values, of another class, or recorded by autograd."""
     if not isinstance(argument, Tensor):
         return True
-    return type(argument) in _PLAIN and not (argument.requires_grad and torch.is_grad_enabled())
+    recorded = argument.requires_grad and torch.is_grad_enabled()
+    return type(argument) in _PLAIN and not (argument.is_meta or recorded)

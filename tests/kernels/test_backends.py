@@ -223,7 +223,7 @@ def test_python_m_pytest_meets_the_installed_package(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "gradmix").mkdir()
     (tmp_path / "gradmix" / "__init__.py").write_text("raise ImportError('this is the checkout')\n")
-    for name in ("conftest.py", "bodies_run.py", "fast_set.py"):
+    for name in ("conftest.py", "bodies_run.py", "fast_set.py", "quick_interpreter.py"):
         copy(here / name, tmp_path / "tests")
     copy(here.parent / "pyproject.toml", tmp_path)
     package = Path(gradmix.__file__).parent
