@@ -63,7 +63,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Passes:
-    """How the forward and backward passes of a loss are made.
+    """Settings of the forward and backward passes of a loss.
 
     Attributes:
         autocast: makes the context for the forward passes.
@@ -96,7 +96,7 @@ class Context:
             way; None while the buffer is empty.
         pixels: the constants by which the inputs were normalised; None: pixels in [0, 1], or no images.
         source: what is read for the reference gradient if the buffer holds numbers of samples and not the samples.
-        passes: how the loss's forward and backward passes are made.
+        passes: settings of the loss's forward and backward passes.
         growing: whether the model's head grows as classes arrive, up to ``num_classes``.
     """
 
