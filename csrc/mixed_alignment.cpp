@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu_level.hpp"
@@ -108,16 +109,19 @@ class Run {
         threads_(threads),
         rows_((a_.count + kernel_.rows - 1) / kernel_.rows * kernel_.rows),
         columns_((b_.count + kernel_.columns - 1) / kernel_.columns * kernel_.columns),
-        vectors_(a_.beside != nullptr) {}
+        vectors_(a_.beside != nullptr),
+        same_(a_.features == b_.features && a_.logits == b_.logits && a_.labels == b_.labels && a_.count == b_.count) {}
 
   bool operator()() {
     const double work = static_cast<double>(a_.count) * static_cast<double>(b_.count) *
                         static_cast<double>(p_.classes + 16) * static_cast<double>(p_.mixtures);
     if (work < kSmallWork) threads_ = 1;
     if (!measure()) return false;
-    const Labels labels_a(p_.a, p_.classes), labels_b(p_.b, p_.classes);
+    const Labels labels_a(p_.a, p_.classes);
+    std::optional<Labels> labels_b;
+    if (!same_) labels_b.emplace(p_.b, p_.classes);
     slots_a_ = &labels_a;
-    slots_b_ = &labels_b;
+    slots_b_ = same_ ? &labels_a : &*labels_b;
     reserve();
     describe();
     for (std::int64_t mixture = 0; mixture < p_.mixtures; ++mixture) {
@@ -165,7 +169,7 @@ class Run {
     square_a_.resize(static_cast<std::size_t>(a_.count));
     square_b_.resize(static_cast<std::size_t>(columns_));
     Extent features = extent(a_.features, a_.count, p_.width, square_a_.data());
-    if (b_.features == a_.features && b_.count == a_.count) {
+    if (same_) {
       std::copy(square_a_.begin(), square_a_.end(), square_b_.begin());
     } else {
       const Extent other = extent(b_.features, b_.count, p_.width, square_b_.data());
@@ -205,7 +209,11 @@ class Run {
   // What does not depend on the mixing weight.
   void describe() {
     tops(a_, top_a_);
-    tops(b_, top_b_);
+    if (same_) {
+      top_b_ = top_a_;
+    } else {
+      tops(b_, top_b_);
+    }
     for (auto* const places : {&class_b_, &slot_b_}) places->resize(static_cast<std::size_t>(columns_));
     label_b_.resize(static_cast<std::size_t>(columns_));
     std::copy(slots_b_->slots.begin(), slots_b_->slots.end(), slot_b_.begin());
@@ -215,7 +223,12 @@ class Run {
     }
     if (!vectors_) return;
     products_of_vectors(a_, toward_a_, beside_a_);
-    products_of_vectors(b_, toward_b_, beside_b_);
+    if (same_) {
+      toward_b_ = toward_a_;
+      beside_b_ = beside_a_;
+    } else {
+      products_of_vectors(b_, toward_b_, beside_b_);
+    }
   }
 
   // Each sample's largest logit among the classes that are not its label.
@@ -520,6 +533,7 @@ class Run {
   const std::int64_t rows_;     // of the first side, in whole tiles
   const std::int64_t columns_;  // of the second side, likewise
   const bool vectors_;          // whether labels are vectors
+  const bool same_;             // whether both sides are the same samples
   const Labels* slots_a_ = nullptr;
   const Labels* slots_b_ = nullptr;
   double least_ = 0;

@@ -202,8 +202,7 @@ class GradMix:
             )
         # With the criterion ``sample`` the gradient of marked samples is for this call alone.
         once = replayed is not None and self._rule.criterion == "sample"
-        passes = not (once and candidates is None and self._estimator.makes_no_pass(outputs, replayed))
-        with self._estimator.guard(passes):
+        with self._estimator.guard(self._estimator.needs_passes(candidates, outputs, reads_buffer=not once)):
             request = check_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
             if not once:
                 if self._is_due(request):

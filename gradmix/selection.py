@@ -24,7 +24,7 @@ from gradmix.mixing_weight import check_alpha, draw_lam
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
-from gradmix.model.unchanged import unwrap
+from gradmix.model.unchanged import disable_autograd, unwrap
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
 from gradmix.references import Reference
@@ -134,12 +134,13 @@ def select_pairs(
     refuse_worker("select_pairs")
     generator = default_generator() if generator is None else generator
     marked = buffer if reference is None and isinstance(buffer, Tensor) else None
-    with resolved.guard(passes=candidates is not None or not resolved.makes_no_pass(outputs, marked)):
+    reads_buffer = reference is None and marked is None
+    with resolved.guard(resolved.needs_passes(candidates, outputs, reads_buffer)):
         request = check_request(resolved, batch, candidates, outputs, ("buffer", marked))
         known = None
         if reference is not None:
             known = resolved.as_reference(reference)
-        elif marked is None:
+        elif reads_buffer:
             known, _ = resolved.reference(buffer, request.batch.x)
         lam = draw_lam(alpha, generator) if lam is None else float(lam)
         return select(Selector(resolved, rule), request, known, lam, generator)
@@ -197,15 +198,14 @@ def select(
     )
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _align(selector: Selector, mixtures: Mixtures[Any], reference: Reference, versions: list[int]) -> Alignment:
     if _versions(mixtures) != versions:
         raise RuntimeError(
             "alignment: the labels, features or logits that pairs were selected by have been written in place since; "
             "read Pairs.alignment before, or leave them as they are"
         )
-    return selector.align(mixtures, reference)
+    with disable_autograd():
+        return selector.align(mixtures, reference)
 
 
 def _versions(mixtures: Mixtures[Any]) -> list[int]:

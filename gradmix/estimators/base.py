@@ -210,14 +210,16 @@ class Estimator(Scorer[AnySamples]):
         with checks, leave_unchanged(model) if passes else disable_autograd():
             yield
 
-    def makes_no_pass(self, outputs: object, marked: object) -> bool:
-        """Whether scoring a batch by its marked samples calls the model not once.
+    def needs_passes(self, candidates: object, outputs: object, reads_buffer: bool) -> bool:
+        """Whether a selection may call the model.
 
         Args:
-            outputs: of a pass made before, or None.
-            marked: which samples are marked, or None.
+            candidates: other samples than the batch, or None.
+            outputs: of a pass of the batch made before, or None.
+            reads_buffer: whether the reference gradient is that of a buffer.
         """
-        return not self.mixes_inputs and isinstance(outputs, CapturedOutput) and marked is not None
+        captured = isinstance(outputs, CapturedOutput) and candidates is None
+        return self.mixes_inputs or reads_buffer or not captured
 
     @abstractmethod
     def reference(self, buffer: object, x: InputTree, keep: int = 0) -> tuple[Reference | None, list[AnySamples]]:

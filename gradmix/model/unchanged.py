@@ -96,7 +96,7 @@ def leave_unchanged(model: nn.Module) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     with torch.inference_mode(False):
         buffers = _Buffers(model)
-    with preserve_rng(device), torch.inference_mode(False), torch.no_grad():
+    with preserve_rng(device), disable_autograd():
         try:
             torch.set_autocast_cache_enabled(False)
             for module in training:

@@ -20,6 +20,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.capsules import as_capsules
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.registration import register
 
@@ -105,13 +106,8 @@ def class_sketch_cpp(deltas: Tensor, activations: Tensor, labels: Tensor, num_cl
     if extension is None:
         raise RuntimeError(f"class_sketch: backend 'cpp' cannot run: {_extension.unavailable_reason()}")
     result = _empty(deltas, activations, num_classes)
-    extension.class_sketch(
-        deltas.detach().contiguous(),
-        activations.detach().contiguous(),
-        labels.contiguous(),
-        *result,
-        torch.get_num_threads(),
-    )
+    inputs = deltas.detach().contiguous(), activations.detach().contiguous(), labels.contiguous()
+    extension.class_sketch(*as_capsules(*inputs, *result), torch.get_num_threads())
     return result
 
 

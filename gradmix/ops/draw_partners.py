@@ -19,7 +19,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.capsules import as_capsule
+from gradmix.ops.capsules import as_capsules
 from gradmix.ops.registration import register
 from gradmix.runtime.deferred_checks import can_sync, check_samples
 
@@ -136,15 +136,10 @@ def draw_partners_cpp(
         ranked = ranked.float()
     found = torch.empty_like(drawn, dtype=torch.uint8)
     partner = torch.empty_like(drawn, dtype=torch.int64)
-    extension.draw_partners(
-        None if allowed is None else as_capsule(allowed.contiguous().view(torch.uint8)),
-        None if ranked is None else as_capsule(ranked.detach().contiguous()),
-        as_capsule(drawn.contiguous()),
-        partners,
-        own_rows,
-        as_capsule(partner),
-        as_capsule(found),
-    )
+    mask = None if allowed is None else allowed.contiguous().view(torch.uint8)
+    largest = None if ranked is None else ranked.detach().contiguous()
+    inputs = as_capsules(mask, largest, drawn.contiguous())
+    extension.draw_partners(*inputs, partners, own_rows, *as_capsules(partner, found))
     return DrawnPartners(partner, found.view(torch.bool))
 
 

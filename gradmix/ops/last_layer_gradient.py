@@ -20,7 +20,13 @@ from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import exact_dtype, work_dtype
 from gradmix.ops.labels import check_labels, class_of
-from gradmix.ops.mixed_alignment import Precision, beside_one_hot, check_precision, mixed_residual
+from gradmix.ops.mixed_alignment import (
+    Precision,
+    beside_one_hot,
+    check_features_and_logits,
+    check_precision,
+    mixed_residual,
+)
 from gradmix.ops.registration import register
 
 RESIDUALS = 1 << 23
@@ -153,19 +159,8 @@ def last_layer_gradient(
     tensor([[ 1.0000,  0.5000],
             [-1.0000, -0.5000]])
     """
-    for name, value in (("features", features), ("logits", logits)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-        if value.ndim != 2:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected two dimensions")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
-    rows, width = features.shape
-    classes = logits.shape[1]
-    if classes == 0:
-        raise ValueError("logits: got no classes, expected at least one")
-    if logits.shape[0] != rows:
-        raise ValueError(f"logits: got {logits.shape[0]} rows, expected {rows} as features")
+    check_features_and_logits(features, logits)
+    (rows, width), classes = features.shape, logits.shape[1]
     check_labels("labels", labels, rows, classes)
     for name, value in (("logits", logits), ("labels", labels)):
         if value.device != features.device:

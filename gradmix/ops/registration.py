@@ -1,8 +1,8 @@
 """Registration of operators with torch, in one way for all of them.
 
-A registered operator is one call for ``torch.compile``, for fake tensors and for autograd. torch's dispatcher
-takes some 50 microseconds of the host for it, as long as the operator itself on a small batch. Where none of these is
-at work, the implementation is called as it is.
+A registered operator is one call for ``torch.compile``, for tracers and other modes, for fake tensors and for autograd.
+torch's dispatcher takes some 50 microseconds of the host for it, as long as the operator itself on a small batch. Where
+none of these is at work, the implementation is called as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradmix.ops.backends import Operator
 
@@ -42,12 +43,18 @@ def register(
     registered.register_fake(fake)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
+        if torch.compiler.is_compiling() or _is_observed() or not all(map(_is_plain, arguments)):
             return registered(*arguments)
         return run(*arguments)
 
     call.registered = registered  # type: ignore[attr-defined]
     return call
+
+
+def _is_observed() -> bool:
+    """Whether something records the operators that are called, such as a tracer: it must see this one as one call."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or is_in_torch_dispatch_mode()
 
 
 def _is_plain(argument: object) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
+from gradmix.ops.capsules import as_capsules
 from gradmix.ops.counter_random import check_matrix, random_matrix
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.registration import register
@@ -67,7 +68,8 @@ def sketch_project_cpp(x: Tensor, rank: int, key: int, ones: bool, entries: str)
     if layout(x) is None or (layout(x) == "planes" and x.shape[1] < _REGISTER):
         x = x.contiguous()  # planes of so few positions would leave the registers half empty
     out = torch.empty(*x.shape[:2], rank, dtype=work_dtype(x.dtype), device="cpu")
-    extension.sketch_project(x, key, ones, out, torch.get_num_threads())
+    source, target = as_capsules(x, out)
+    extension.sketch_project(source, key, ones, target, torch.get_num_threads())
     return out
 
 

@@ -56,6 +56,7 @@ from gradmix.ops.mixed_alignment.values import (
     Precision,
     Weight,
     as_lams,
+    check_features_and_logits,
     check_lam,
     check_precision,
     check_reference,
@@ -75,6 +76,7 @@ __all__ = [
     "Weight",
     "as_lams",
     "beside_one_hot",
+    "check_features_and_logits",
     "check_lam",
     "check_precision",
     "check_reference",
@@ -181,9 +183,9 @@ def mixed_alignment(
     tensor([[-0.5000,  0.0000],
             [ 0.0000,  1.0000]])
     """
-    _check_rows("_a", features_a, logits_a, labels_a)
+    _check_side("_a", features_a, logits_a, labels_a)
     if not Side(features_a, logits_a, labels_a).is_same(Side(features_b, logits_b, labels_b)):
-        _check_rows("_b", features_b, logits_b, labels_b)
+        _check_side("_b", features_b, logits_b, labels_b)
     if features_b.shape[1] != features_a.shape[1]:
         raise ValueError(
             f"features_b: got {features_b.shape[1]} features a row, expected {features_a.shape[1]} as features_a"
@@ -202,16 +204,6 @@ def mixed_alignment(
     return MixedAlignment(inner[0], norm[0])
 
 
-def _check_rows(suffix: str, features: Tensor, logits: Tensor, labels: Tensor) -> None:
-    for name, value in (("features", features), ("logits", logits)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}{suffix}: got {type(value).__name__}, expected a tensor")
-        if value.ndim != 2:
-            raise ValueError(f"{name}{suffix}: got shape {tuple(value.shape)}, expected two dimensions")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}{suffix}: got dtype {value.dtype}, expected a floating-point dtype")
-    if logits.shape[1] == 0:
-        raise ValueError(f"logits{suffix}: got no classes, expected at least one")
-    if len(features) != len(logits):
-        raise ValueError(f"logits{suffix}: got {len(logits)} rows, expected {len(features)} as features{suffix}")
+def _check_side(suffix: str, features: Tensor, logits: Tensor, labels: Tensor) -> None:
+    check_features_and_logits(features, logits, suffix)
     check_labels(f"labels{suffix}", labels, len(features), logits.shape[1])

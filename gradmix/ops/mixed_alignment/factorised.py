@@ -17,6 +17,7 @@ from gradmix.ops.mixed_alignment.residuals import (
     mixed_residual,
     moderate_terms,
     plus,
+    products_beside,
     residual_terms,
     split_labels,
 )
@@ -155,11 +156,10 @@ def _mutual(a: _Side, b: _Side) -> _Mutual:
     different = (a.y.to(a.z.dtype)[:, None] - b.y.to(a.z.dtype)).abs_().clamp_(max=1)
     beside = []
     if a.t is not None and b.t is not None:
-        across = a.t @ b.u.T
-        across = across + (across.T if a is b else a.u @ b.t.T)
+        toward, square = products_beside(a.t, a.u, b.t, b.u)
         beside = [
-            _Mixed((a.t * a.u).sum(1), across, (b.t * b.u).sum(1)),
-            _Mixed(a.t.square().sum(1), (a.t @ b.t.T).mul_(2), b.t.square().sum(1)),
+            _Mixed((a.t * a.u).sum(1), toward, (b.t * b.u).sum(1)),
+            _Mixed(a.t.square().sum(1), square, b.t.square().sum(1)),
         ]
     return _Mutual(logits, vectors, different, beside)
 

@@ -12,7 +12,7 @@ from gradmix.ops import _triton
 from gradmix.ops.capsules import as_capsules
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import dense_labels
-from gradmix.ops.mixed_alignment.residuals import split_labels
+from gradmix.ops.mixed_alignment.residuals import products_beside, split_labels
 from gradmix.ops.mixed_alignment.scaling import in_range
 from gradmix.ops.mixed_alignment.sides import Side
 from gradmix.ops.mixed_alignment.values import MixedAlignment, Precision, has_bias, project
@@ -34,26 +34,26 @@ def mixed_alignment_cpp(
         (y_a, _, t_a), (y_b, _, t_b) = split_labels(a.labels.detach(), b.labels.detach(), z_a.shape[1], dtype)
         y_a, y_b = y_a.contiguous(), y_b.contiguous()
         inner = h_a.new_empty(len(lams), len(h_a), len(h_b))
-        # Of label vectors the norms tell where the inner products have lost their digits.
-        wanted, norms, units = norms, norms or t_a is not None, None
-        norm = torch.empty_like(inner) if norms else None
+        # Of label vectors the norms show where the inner products have lost their digits.
+        needs_norms, units = norms or t_a is not None, None
+        norm = inner.new_empty(inner.shape if needs_norms else 0)
         while True:
             u_a = project(h_a, grad_reference)
             u_b = u_a if same else project(h_b, grad_reference)
-            products: list[Tensor | None] = [h_a @ h_b.T if norms else None, None, None]
+            products: list[Tensor | None] = [h_a @ h_b.T if needs_norms else None, None, None]
             if t_a is not None and t_b is not None:
-                products[1:] = [torch.addmm(t_a @ u_b.T, u_a, t_b.T), (t_a @ t_b.T).mul_(2)]
+                products[1:] = products_beside(t_a, u_a, t_b, u_b)
             done = extension.mixed_alignment(
                 as_capsules(h_a, z_a, y_a, u_a, t_a),
                 as_capsules(h_b, z_b, y_b, u_b, t_b),
                 *as_capsules(grad_reference, lams),
                 as_capsules(*products),
-                *as_capsules(inner, norm),
+                *as_capsules(inner, norm if needs_norms else None),
                 units,
                 torch.get_num_threads(),
             )
             if done:
-                return MixedAlignment(inner, norm if wanted and norm is not None else inner.new_empty(0))
+                return MixedAlignment(inner, norm if norms else inner.new_empty(0))
             h_a, h_b, grad_reference, found = in_range(h_a, h_b, grad_reference, dtype)
             units = tuple(found)
 

@@ -60,6 +60,21 @@ def beside_one_hot(labels: Tensor) -> Tensor:
     return dense_labels(class_of(labels), labels.shape[1], labels.dtype).sub_(labels)
 
 
+def products_beside(t_a: Tensor, u_a: Tensor, t_b: Tensor, u_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what label vectors add to the products of pairs, t being what :func:`beside_one_hot` gives.
+
+    Args:
+        t_a, u_a: (N, C).
+        t_b, u_b: (M, C); the very tensors of the first side where both sides are the same samples.
+
+    Returns:
+        <t_a, u_b> + <u_a, t_b> and 2 <t_a, t_b>, both (N, M).
+    """
+    across = t_a @ u_b.T
+    same = t_a is t_b and u_a is u_b
+    return across + (across.T if same else u_a @ t_b.T), (t_a @ t_b.T).mul_(2)
+
+
 Split: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]
 
 

@@ -79,6 +79,27 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
 
 
+def check_features_and_logits(features: Tensor, logits: Tensor, suffix: str = "") -> None:
+    """Raise TypeError or ValueError unless both are floating-point matrices of one row for each sample.
+
+    Args:
+        features: (N, d), the inputs of the last layer.
+        logits: (N, C), its outputs.
+        suffix: of both arguments' names in errors.
+    """
+    for name, value in (("features", features), ("logits", logits)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}{suffix}: got {type(value).__name__}, expected a tensor")
+        if value.ndim != 2:
+            raise ValueError(f"{name}{suffix}: got shape {tuple(value.shape)}, expected two dimensions")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}{suffix}: got dtype {value.dtype}, expected a floating-point dtype")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits{suffix}: got no classes, expected at least one")
+    if len(features) != len(logits):
+        raise ValueError(f"logits{suffix}: got {len(logits)} rows, expected {len(features)} as features{suffix}")
+
+
 def check_reference(reference: Tensor, classes: int, width: int) -> None:
     """Raise ValueError unless a reference gradient is of a last layer of ``classes`` by ``width`` features."""
     if reference.ndim != 2 or reference.shape[0] != classes or reference.shape[1] not in (width, width + 1):
