@@ -8,11 +8,15 @@
 #include <string>
 #include <tuple>
 
+#include "all_finite.hpp"
 #include "class_sketch.hpp"
 #include "cpu_level.hpp"
 #include "draw_partners.hpp"
 #include "forked.hpp"
+#include "mix_samples.hpp"
 #include "mixed_alignment.hpp"
+#include "off_linear.hpp"
+#include "residuals.hpp"
 #include "sketch_project.hpp"
 #include "tensor_view.hpp"
 
@@ -309,6 +313,95 @@ void py_draw_partners(const py::object& allowed_object, const py::object& score_
   draw_partners(problem);
 }
 
+// The rows of a matrix that an index names, or an error.
+void require_index(const TensorView& index, std::int64_t limit) {
+  const std::int64_t bad = first_bad_label(index.as<std::int64_t>(), index.size(0), limit);
+  if (bad < 0) return;
+  throw py::value_error(std::string(index.argument()) + ": got " + std::to_string(index.as<std::int64_t>()[bad]) +
+                        " in row " + std::to_string(bad) + ", expected an index in [0, " + std::to_string(limit) + ")");
+}
+
+void py_mix_samples(const py::object& own_object, const py::object& other_object, const py::object& partner_object,
+                    const py::object& lam_object, const py::object& out_object, const py::object& num_threads) {
+  const TensorView own(own_object, "own", {Dtype::kFloat32, Dtype::kFloat64}, "(N, K)", 2);
+  const Dtype dtype = own.dtype();
+  const TensorView other(other_object, "other", {dtype}, "(M, K)", 2);
+  const TensorView partner(partner_object, "partner", {Dtype::kInt64}, "(N,)", 1);
+  const TensorView lam(lam_object, "lam", {dtype}, "(N,)", 1);
+  const TensorView out(out_object, "out", {dtype}, "(N, K)", 2, Accept::writing());
+  other.require_size(1, own.size(1), "K of own");
+  out.require_size(1, own.size(1), "K of own");
+  for (const TensorView* view : {&partner, &lam, &out}) view->require_size(0, own.size(0), "N of own");
+  out.require_apart(own);
+  out.require_apart(other);
+  require_index(partner, other.size(0));
+  const int threads = thread_count(num_threads);
+  const MixSamples problem{own.data(),         other.data(), partner.as<std::int64_t>(), lam.data(),
+                           out.mutable_data(), dtype,        own.size(0),                own.size(1)};
+  py::gil_scoped_release unlocked;
+  mix_samples(problem, threads);
+}
+
+void py_residuals(const py::object& logits_object, const py::object& labels_object, const py::object& out_object,
+                  const py::object& num_threads) {
+  const TensorView logits(logits_object, "logits", {Dtype::kFloat32, Dtype::kFloat64}, "(N, C)", 2);
+  const TensorView labels(labels_object, "labels", {Dtype::kInt64}, "(N,)", 1);
+  const TensorView out(out_object, "out", {logits.dtype()}, "(N, C)", 2, Accept::writing());
+  labels.require_size(0, logits.size(0), "N of the logits");
+  out.require_size(0, logits.size(0), "N of the logits");
+  out.require_size(1, logits.size(1), "C of the logits");
+  out.require_apart(logits);
+  require_index(labels, logits.size(1));
+  const int threads = thread_count(num_threads);
+  const Residuals problem{logits.data(),  labels.as<std::int64_t>(), out.mutable_data(),
+                          logits.dtype(), logits.size(0),            logits.size(1)};
+  py::gil_scoped_release unlocked;
+  residuals(problem, threads);
+}
+
+bool py_off_linear(const py::object& features_object, const py::object& logits_object, const py::object& weight_object,
+                   const py::object& bias_object, std::int64_t step, double tolerance) {
+  const TensorView features(features_object, "features", {Dtype::kFloat32}, "(N, d)", 2);
+  const TensorView logits(logits_object, "logits", {Dtype::kFloat32}, "(N, C)", 2);
+  const TensorView weight(weight_object, "weight", {Dtype::kFloat32}, "(C, d)", 2);
+  const auto bias = optional_view(bias_object, "bias", {Dtype::kFloat32}, "(C,)", 1);
+  logits.require_size(0, features.size(0), "N of the features");
+  weight.require_size(0, logits.size(1), "C of the logits");
+  weight.require_size(1, features.size(1), "d of the features");
+  if (bias) bias->require_size(0, logits.size(1), "C of the logits");
+  if (step < 1) throw py::value_error("step: got " + std::to_string(step) + ", expected at least 1");
+  const OffLinear problem{features.as<float>(), logits.as<float>(), weight.as<float>(), bias ? bias->as<float>() : nullptr,
+                          features.size(0),     features.size(1),   logits.size(1),     step, tolerance};
+  py::gil_scoped_release unlocked;
+  return off_linear(problem);
+}
+
+bool py_live_labels(const py::object& labels_object, const py::object& logits_object, double masked) {
+  const TensorView labels(labels_object, "labels", {Dtype::kInt64}, "(N,)", 1);
+  const TensorView logits(logits_object, "logits", {Dtype::kFloat32, Dtype::kFloat64}, "(N, C)", 2);
+  labels.require_size(0, logits.size(0), "N of the logits");
+  const std::int64_t classes = logits.size(1);
+  const bool doubles = logits.dtype() == Dtype::kFloat64;
+  for (std::int64_t i = 0; i < labels.size(0); ++i) {
+    const std::int64_t label = labels.as<std::int64_t>()[i];
+    if (label < 0 || label >= classes) return false;
+    const std::int64_t at = i * classes + label;
+    if (!((doubles ? logits.as<double>()[at] : static_cast<double>(logits.as<float>()[at])) > masked)) return false;
+  }
+  return true;
+}
+
+bool py_all_finite(const py::tuple& values, const py::object& num_threads) {
+  const int threads = thread_count(num_threads);
+  for (const auto& value : values) {
+    const TensorView view(py::reinterpret_borrow<py::object>(value), "values",
+                          {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBfloat16, Dtype::kFloat16}, "(K,)", 1);
+    py::gil_scoped_release unlocked;
+    if (!all_finite(view.data(), view.numel(), view.dtype(), threads)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace gradmix
 
@@ -333,6 +426,16 @@ PYBIND11_MODULE(_C, module) {
              "partner"_a, "found"_a,
              "Writes one allowed column of each row into partner, and whether there is one into found. drawn: numbers in "
              "[0, 1), or columns. score: None, or of the allowed columns only those of the largest score count.");
+  module.def("mix_samples", &gradmix::py_mix_samples, "own"_a, "other"_a, "partner"_a, "lam"_a, "out"_a,
+             "num_threads"_a = py::none(), "Writes lam[i] own[i] + (1 - lam[i]) other[partner[i]] into out[i].");
+  module.def("live_labels", &gradmix::py_live_labels, "labels"_a, "logits"_a, "masked"_a,
+             "Whether each sample's label is a class whose logit is above `masked`.");
+  module.def("off_linear", &gradmix::py_off_linear, "features"_a, "logits"_a, "weight"_a, "bias"_a, "step"_a, "tolerance"_a,
+             "Whether the logits of any of every step-th sample are not weight times features plus bias.");
+  module.def("residuals", &gradmix::py_residuals, "logits"_a, "labels"_a, "out"_a, "num_threads"_a = py::none(),
+             "Writes softmax(logits) minus the one-hot labels into out.");
+  module.def("all_finite", &gradmix::py_all_finite, "values"_a, "num_threads"_a = py::none(),
+             "Whether none of several arrays (K,) holds a NaN or an infinity.");
   module.def("sketch_project", &gradmix::py_sketch_project, "x"_a, "key"_a, "ones"_a, "out"_a,
              "num_threads"_a = py::none(),
              "Writes x times the transposed random sign matrix of `key`, of as many rows as out's last axis has, into out.");

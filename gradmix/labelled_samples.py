@@ -48,7 +48,7 @@ class LabelledSamples:
 
     def without_inputs(self: AnySamples) -> AnySamples:
         """Return the samples without x, so that features kept between calls do not keep images alive."""
-        return replace(self, x=None)
+        return replace(self, x=None) if self.x is not None else self
 
 
 @dataclass(frozen=True, eq=False)

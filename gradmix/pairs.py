@@ -14,9 +14,10 @@ from gradmix._moved import alias_attribute
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
 from gradmix.labelled_samples import LabelledSamples
-from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_samples, take
+from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_trees, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
+from gradmix.ops.mix_samples import mix_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ class Pairs:
         other = own if self._candidates is None else self._candidates
         if self._candidates is not None and floating_dtype(own.x) is not None:
             check_alike("x", own.x, other.x, "the candidates")
-        mixed = mix_samples(own.x, take(other.x, self.partner), self.lam)
+        mixed = mix_trees(own.x, other.x, self.partner, self.lam)
         return mixed, self._mixed_labels(own, other)
 
     def mix_labels(self, y: Tensor | None = None) -> Tensor:
@@ -155,9 +156,12 @@ class Pairs:
 
     def _mixed_labels(self, own: LabelledSamples, other: LabelledSamples) -> Tensor:
         dtype = labels_dtype(own.x)
-        weight = self.lam.to(dtype)[:, None]
-        labels = weight * dense_labels(own.y, self.num_classes, dtype)
-        return labels + (1 - weight) * dense_labels(other.y, self.num_classes, dtype)[self.partner]
+        if not (own.y.is_floating_point() or other.y.is_floating_point()):
+            weight = self.lam.to(dtype)[:, None]
+            labels = weight.new_zeros(len(own.y), self.num_classes).scatter_(1, own.y[:, None], weight)
+            return labels.scatter_add_(1, other.y[self.partner][:, None], 1 - weight)
+        y, other_y = (dense_labels(samples.y, self.num_classes, dtype) for samples in (own, other))
+        return mix_samples(y, other_y, self.partner, self.lam)
 
     def as_tuple(self) -> tuple[Any, Tensor, Tensor, Tensor]:
         """``(x, y_a, y_b, lam)``: mixed inputs, both labels and lam (N,): loss = lam CE(y_a) + (1 - lam) CE(y_b)."""

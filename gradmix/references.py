@@ -22,6 +22,7 @@ from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient, last_layer_gradient_op
 from gradmix.replay.sources import CHUNK, SampleSource
 from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
+from gradmix.runtime.deferred_checks import can_sync
 from gradmix.runtime.workers import refuse_worker
 
 
@@ -182,16 +183,26 @@ def gradient_of_marked(samples: HeadSamples, marked: Tensor, group: Group = None
         group: processes, each with samples of its own, over all of which the mean is taken.
 
     Returns:
-        (C, d + 1), or (C, d) without bias; zero where no sample is marked, which ``empty`` says.
+        (C, d + 1), or (C, d) without bias; zero where no sample is marked, which ``empty`` says unless it is None.
     """
-    h = samples.features.to(work_dtype(samples.features.dtype))
-    if samples.appends_one:
-        h = torch.cat([h, h.new_ones(len(h), 1)], 1)
-    total = h.new_zeros(samples.logits.shape[1], h.shape[1])
-    # A zero [h; 1] adds nothing: the other samples are not removed, as the host would have to know their number.
-    last_layer_gradient_op(total, h.masked_fill(~marked[:, None], 0), samples.logits, samples.y, "tf32x3", "auto")
-    total, count = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
-    return Reference(total / count.clamp(min=1), count == 0)
+    h, z, y = samples.features, samples.logits, samples.y
+    h = h.to(work_dtype(h.dtype))
+    width = h.shape[1] + samples.appends_one
+    count: int | None = None
+    if can_sync(marked.device):
+        index = marked.nonzero()[:, 0]
+        count = len(index)
+        h, z, y = (value.index_select(0, index) for value in (h, z, y))
+    else:
+        # A zero [h; 1] adds nothing: the other samples are not removed, as the host would have to know their number.
+        h = torch.cat([h, h.new_ones(len(h), 1)], 1) if samples.appends_one else h
+        h = h.masked_fill(~marked[:, None], 0)
+    total = h.new_zeros(z.shape[1], width)
+    last_layer_gradient_op(total, h, z, y, "tf32x3", "auto")
+    if count and group is None:
+        return Reference(total.div_(count))
+    total, number = all_reduce_sum([total, marked.sum().to(total.dtype)], group)
+    return Reference(total / number.clamp(min=1), number == 0)
 
 
 def dtype_of(gradient: Any) -> torch.dtype:

@@ -20,7 +20,7 @@ from gradmix.gradients.losses import Scaler
 from gradmix.gradients.settings import EngineSettings
 from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixtures import Mixtures, Request
-from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_samples, take
+from gradmix.model.inputs import InputTree, check_mixable, first_tensor, floating_dtype, mix_trees, take
 from gradmix.model.refusals import name_dtypes
 from gradmix.model.unchanged import device_of, require_finite
 from gradmix.ops.dtypes import work_dtype
@@ -181,7 +181,7 @@ class FullNetworkEstimator(Estimator[LabelledSamples]):
             for start in range(0, len(pairs), chunk_size):
                 i, j = pairs[start : start + chunk_size].unbind(1)
                 y_a, y_b = (dense_labels(y, mixtures.num_classes, dtype) for y in (own.y[i], other.y[j]))
-                mixed = mix_samples(take(own.x, i), take(other.x, j), lam), lam * y_a + (1 - lam) * y_b
+                mixed = mix_trees(take(own.x, i), other.x, j, lam), lam * y_a + (1 - lam) * y_b
                 for part in derivatives_of(engine, "the mixed samples", mixed, gradient, norms=True):
                     assert part.norm is not None
                     inner.append(part.inner)

@@ -14,9 +14,9 @@ from gradmix.labelled_samples import HeadSamples, LabelledSamples
 from gradmix.mixtures import Mixtures
 from gradmix.model.head import HeadOutput
 from gradmix.model.head_capture import forward_head
-from gradmix.model.inputs import mix_samples, take
+from gradmix.model.inputs import mix_trees, take
 from gradmix.model.unchanged import require_finite_pairs
-from gradmix.ops.dtypes import exact_dtype
+from gradmix.ops.dtypes import exact_dtype, without_autocast
 from gradmix.ops.mixed_alignment import in_range, mixed_residual
 
 
@@ -59,7 +59,7 @@ class Mixed(LastLayerEstimator):
         inner, norm = [gradient.new_empty(0)], [gradient.new_empty(0)]
         for start in range(0, len(pairs), network.chunk_size):
             i, j = pairs[start : start + network.chunk_size].unbind(1)
-            output = forward_head(network.model, network.head, mix_samples(take(own.x, i), take(other.x, j), lam))
+            output = forward_head(network.model, network.head, mix_trees(take(own.x, i), other.x, j, lam))
             require_finite_pairs(output.logits, i, j)
             part = last_layer_scores(output, own.y[i], other.y[j], lam, gradient)
             inner.append(part[0])
@@ -80,7 +80,7 @@ def last_layer_scores(
     """
     features, logits = output
     dtype, exact = gradient.dtype, exact_dtype(gradient.device)
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         least = in_range(features, features, gradient, dtype)[-1].least
         h = features.to(exact)
         residual = mixed_residual(logits.to(exact), y_a, y_b, lam, least)

@@ -16,7 +16,7 @@ from gradmix.model.head_values import MASKED
 from gradmix.model.inputs import first_tensor
 from gradmix.model.refusals import refuse_by_name
 from gradmix.model.unchanged import require_finite
-from gradmix.ops.labels import check_label_range, within_range
+from gradmix.ops.labels import are_live, check_label_range, within_range
 from gradmix.replay.sources import chunks_of, chunks_with_numbers
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.deferred_checks import check_samples
@@ -91,6 +91,13 @@ def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, fir
     require_finite(
         first, **{name: x, f"the model's features of {name}": features, f"the model's logits of {name}": logits}
     )
+    if not are_live(y, logits, MASKED):
+        y = _live_labels(name, y, logits, first)
+    return HeadSamples(x, y, features, logits, output.appends_one)
+
+
+def _live_labels(name: str, y: Tensor, logits: Tensor, first: int) -> Tensor:
+    """Return the labels, held in the classes' range, after the check that they are of classes that are not masked."""
     check_label_range(name, y, logits.shape[1], first)
     y = within_range(y, logits.shape[1])
     if y.is_floating_point():
@@ -104,4 +111,4 @@ def with_output(name: str, samples: LabelledSamples, output: CapturedOutput, fir
             "the others: the loss of a masked class has no gradient that could be compared"
         ),
     )
-    return HeadSamples(x, y, features, logits, output.appends_one)
+    return y

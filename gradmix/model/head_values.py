@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradmix.ops.dtypes import exact_dtype, work_dtype
+from gradmix import _extension
+from gradmix.ops.capsules import as_capsules
+from gradmix.ops.dtypes import exact_dtype, without_autocast, work_dtype
+from gradmix.ops.registration import is_plain
 from gradmix.runtime.deferred_checks import can_sync
 
 MASK_GAP = 100.0
@@ -115,9 +118,13 @@ def off_linear(
     """
     # Samples at equal distances, so that in small batches no sample is always left out.
     step = max(1, -(-len(features) // CHECKED_SAMPLES))
+    # Of the sum, in the usual case the whole difference.
+    accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
+    if _is_linear_natively(features, logits, weight, bias, step, accumulated):
+        return torch.zeros(-(-len(features) // step), dtype=torch.bool, device=features.device)
     dtype = exact_dtype(features.device)
     # Autocast leaves float64 alone.
-    with nullcontext() if dtype == torch.float64 else torch.autocast(features.device.type, enabled=False):
+    with nullcontext() if dtype == torch.float64 else without_autocast(features.device):
         h, w, b = (
             None if v is None else v.detach().to(logits.dtype).to(dtype) for v in (features[::step], weight, bias)
         )
@@ -127,7 +134,6 @@ def off_linear(
         terms = h.abs() @ w.abs().T
         if b is not None:
             product, terms = product + b, terms + b.abs()
-        accumulated = torch.finfo(work_dtype(logits.dtype)).eps * (features.shape[1] ** 0.5 + 8)
         tolerance = accumulated * terms
         wrong: Tensor = ((product - z).abs() > tolerance).any(1)
         # The usual case: the rounding of the sum explains the difference, and that of the factors is not needed.
@@ -149,6 +155,26 @@ def off_linear(
         tolerance = tolerance + tolerance.gather(1, largest.indices)
         wrong = ((error.abs() > tolerance) & (z >= largest.values - MASK_GAP)).any(1)
         return wrong
+
+
+def _is_linear_natively(
+    features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None, step: int, tolerance: float
+) -> bool:
+    """Whether the extension finds every ``step``-th sample's logits to be W h + b; False also where it cannot tell.
+
+    Args:
+        features, logits, weight, bias: as :func:`off_linear`.
+        step: distance of the samples.
+        tolerance: of a logit, relative to the sum of its terms' magnitudes.
+    """
+    extension: Any = _extension.load()
+    tensors = [None if v is None else v.detach() for v in (features, logits, weight, bias)]
+    given = [v for v in tensors if v is not None]
+    if extension is None or not is_plain(*given) or len(features) == 0:
+        return False
+    if not all(v.device.type == "cpu" and v.dtype == torch.float32 and v.is_contiguous() for v in given):
+        return False
+    return not extension.off_linear(*as_capsules(*tensors), step, tolerance)
 
 
 def stack_inputs(features: Sequence[Tensor], biases: Sequence[bool], weights: Sequence[float | Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from gradmix.ops.mix_samples import mix_samples
+
 InputTree: TypeAlias = "Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]"
 """A tensor (N, ...), or a mapping, tuple or list of such trees with the same N."""
 
@@ -172,11 +174,12 @@ INSIDE = (
 )
 
 
-def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
-    """Mix the floating-point leaves as lam x + (1 - lam) other; leave other leaves, which cannot be mixed, as they are.
+def mix_trees(x: Tree, other: Tree, partner: Tensor, lam: Tensor | float) -> Tree:
+    """Mix the floating-point leaves as lam x + (1 - lam) other[partner]; leave other leaves as they are.
 
     Args:
-        x, other: checked trees of N samples, alike (:func:`check_alike`).
+        x, other: checked trees of N and of M samples, alike (:func:`check_alike`).
+        partner: (N,) int64, in [0, M).
         lam: a number or (N,), the weight of ``x``; where it is 1 the sample stays as it is.
 
     Raises:
@@ -190,12 +193,12 @@ def mix_samples(x: Tree, other: Tree, lam: Tensor | float) -> Tree:
             f"none, such as token ids, {INSIDE}"
         )
 
-    def mix(own: Tensor, partner: Tensor) -> Tensor:
+    def mix(own: Tensor, candidates: Tensor) -> Tensor:
         path = next(paths)
         if own.is_floating_point():
-            weight = lam.to(own.dtype).view(-1, *[1] * (own.ndim - 1)) if isinstance(lam, Tensor) else lam
-            return weight * own + (1 - weight) * partner.to(own.dtype)
-        differ = own != partner
+            weight = lam if isinstance(lam, Tensor) else own.new_full((len(own),), lam)
+            return mix_samples(own, candidates, partner, weight)
+        differ = own != candidates[partner]
         differ = differ.flatten(1).any(1) if differ.ndim > 1 else differ
         if bool((differ & (lam != 1)).any()):
             raise TypeError(

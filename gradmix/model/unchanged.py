@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.model.inputs import InputTree, leaves
+from gradmix.ops.finite import all_finite
 from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 
@@ -253,9 +254,8 @@ def preserve_rng(device: torch.device | None = None) -> Iterator[None]:
 def require_finite(first: int = 0, **named: InputTree) -> None:
     """Raise ValueError naming the argument and the first sample of it that holds a NaN or an infinity.
 
-    Where the host may read values, the usual case costs one reduction for each tensor (a sum is finite only if every
-    entry is). Elsewhere the largest entry of each sample is computed in any case
-    (:mod:`gradmix.runtime.deferred_checks`).
+    Where the host may read values, the usual case costs one pass over each tensor. Elsewhere the largest entry of each
+    sample is computed in any case (:mod:`gradmix.runtime.deferred_checks`).
 
     Args:
         first: index of sample 0 in the whole argument, of which the tensors are a chunk.
@@ -280,10 +280,8 @@ def require_finite_pairs(logits: Tensor, i: Tensor, j: Tensor) -> None:
 
 
 def _is_finite_now(*values: Tensor) -> bool:
-    """Whether the host may read values and all are finite; one synchronisation."""
-    if not all(can_sync(value.device) for value in values):
-        return False
-    return bool(torch.isfinite(torch.stack([value.sum(dtype=torch.float32) for value in values]).sum()))
+    """Whether the host may read values and all are known to be finite; one synchronisation."""
+    return all(can_sync(value.device) for value in values) and all_finite(*values)
 
 
 def _require_finite_samples(value: Tensor, error: Callable[[int, str], ValueError]) -> None:

@@ -11,4 +11,4 @@ def as_capsules(*tensors: Tensor | None) -> tuple[object, ...]:
 
     Each shares its tensor's memory, and is used once.
     """
-    return tuple(None if tensor is None else to_dlpack(tensor) for tensor in tensors)
+    return tuple([None if tensor is None else to_dlpack(tensor) for tensor in tensors])

@@ -21,7 +21,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import without_autocast, work_dtype
 from gradmix.ops.labels import check_labels
 from gradmix.ops.mixed_alignment import (
     MixedAlignment,
@@ -103,7 +103,7 @@ def class_pairs_triton(
 
     counts = torch.bincount(index, minlength=classes)
     rows, group, groups = layout(index, counts)
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         u = project(features.float(), reference.float())
         sums = kernel.class_pair_sums(
             features, logits, labels, u, lams, rows, group, bias=has_bias(features, reference), precision="tf32x3"

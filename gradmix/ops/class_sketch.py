@@ -21,7 +21,7 @@ from gradmix import _extension
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import without_autocast, work_dtype
 from gradmix.ops.registration import register
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def class_sketch_torch(deltas: Tensor, activations: Tensor, labels: Tensor, num_
     filled, the samples laid side by side by class and one product per class.
     """
     labels = _checked(labels, num_classes)
-    with torch.autocast(deltas.device.type, enabled=False):
+    with without_autocast(deltas.device):
         sums, squares = _zeros(deltas, activations, num_classes)
         samples, positions, rows = deltas.shape
         columns = activations.shape[2]

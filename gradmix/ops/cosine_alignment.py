@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import without_autocast, work_dtype
 from gradmix.ops.mixed_alignment import (
     MixedAlignment,
     Precision,
@@ -64,7 +64,7 @@ def cosine_alignment_torch(x: Tensor, y: Tensor, precision: str = "tf32x3") -> T
 
     The product is as precise as torch's own setting has it; ``precision`` is the Triton body's.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         left = _units(x)
         right = left if x is y else _units(y)
         return (left @ right.mT).clamp_(-1, 1)
@@ -86,7 +86,7 @@ def mixed_gram_alignment_torch(
 ) -> MixedAlignment:
     """From a batched product. Arguments and result as :func:`mixed_gram_alignment`; lam: (1,)."""
     dtype = work_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         left, right, unit = _in_range(x.to(dtype), None if x is y else y.to(dtype))
         target = reference.to(dtype)[:, :, None]
         a = lam.to(dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
@@ -13,3 +16,10 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices without it: of mixing weights, and of what must not lose digits."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off on a device; where it is off, at no cost."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

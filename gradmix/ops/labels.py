@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gradmix import _extension
+from gradmix.ops.capsules import as_capsules
+from gradmix.ops.registration import is_plain
 from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 SUM_TOLERANCE = 1e-2
@@ -98,6 +103,24 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
             f"{name} labels: row {first_row + row} is {int(labels[row])}, expected a class index in [0, {classes})"
         ),
     )
+
+
+def are_live(labels: Tensor, logits: Tensor, masked: float) -> bool:
+    """Whether each sample's label is a class whose logit is above ``masked``; False also where this is not known.
+
+    Args:
+        labels: (N,) class indices, or (N, C) label vectors, of which nothing is known.
+        logits: (N, C).
+        masked: the logit of a masked class.
+    """
+    extension: Any = _extension.load()
+    labels, logits = labels.detach(), logits.detach()
+    if extension is None or labels.dtype != torch.int64 or logits.dtype not in (torch.float32, torch.float64):
+        return False
+    if labels.device.type != "cpu" or logits.device.type != "cpu" or not is_plain(labels, logits):
+        return False
+    live: bool = extension.live_labels(*as_capsules(labels.contiguous(), logits.contiguous()), masked)
+    return live
 
 
 def within_range(labels: Tensor, classes: int) -> Tensor:

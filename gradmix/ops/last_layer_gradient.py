@@ -5,20 +5,25 @@ With features h_n, logits z_n and labels y_n it is
     sum_n r_n [h_n; 1]^T        r_n = softmax(z_n) - y_n
 
 C x (d + 1). :func:`last_layer_gradient_reference` says exactly this. The other bodies never hold the residuals of all
-rows: the torch body takes rows in parts, and the Triton body forms residuals where the product needs them. For a label
-that is a class index, p - 1 is taken as minus the sum of the other classes' probabilities, which has no cancellation:
-the gradient of well-fitted rows keeps its relative accuracy in float32. Label vectors are taken as the one-hot vector
-of their largest entry, and what they lack to it.
+rows: the C++ and torch bodies take rows in parts, and the Triton body forms residuals where the product needs them. For
+a label that is a class index, p - 1 is taken as minus the sum of the other classes' probabilities, which has no
+cancellation: the gradient of well-fitted rows keeps its relative accuracy in float32. Label vectors are taken as the
+one-hot vector of their largest entry, and what they lack to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
-from gradmix.ops.dtypes import exact_dtype, work_dtype
+from gradmix.ops.capsules import as_capsules
+from gradmix.ops.dtypes import exact_dtype, without_autocast, work_dtype
 from gradmix.ops.labels import check_labels, class_of
 from gradmix.ops.mixed_alignment import (
     Precision,
@@ -58,12 +63,19 @@ def last_layer_gradient_torch(
 
     The product is as precise as torch's own setting has it; ``precision`` is the Triton body's.
     """
+    _add_products(out, features, logits, labels, _residual)
+
+
+def _add_products(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, residuals: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Add r^T [h; 1] to ``out``, r of so many samples at a time as memory allows."""
     rows, width = features.shape
     step = max(1, RESIDUALS // max(1, logits.shape[1], width))
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            residual = _residual(logits[part], labels[part]).to(out.dtype)
+            residual = residuals(logits[part], labels[part]).to(out.dtype)
             out[:, :width].addmm_(residual.T, features[part].to(out.dtype))
             if out.shape[1] > width:
                 out[:, width] += residual.sum(0)
@@ -76,6 +88,31 @@ def _residual(logits: Tensor, labels: Tensor) -> Tensor:
     r.scatter_(1, label, 0.0)
     r.scatter_(1, label, -r.sum(1, keepdim=True))
     return r.add_(beside_one_hot(labels.to(r.dtype))) if labels.is_floating_point() else r
+
+
+# ------------------------------------------------------------------------------------------------------------------ cpp
+
+
+def last_layer_gradient_cpp(
+    out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3"
+) -> None:
+    """The extension's residuals and torch's product. Arguments as :func:`last_layer_gradient_reference`."""
+    _add_products(out, features, logits, labels, _residual_cpp)
+
+
+def _residual_cpp(logits: Tensor, labels: Tensor) -> Tensor:
+    """softmax(z) - y, (N, C), in float32 or float64; in float64 inside."""
+    extension: Any = _extension.load()
+    z = logits.detach().to(work_dtype(logits.dtype)).contiguous()
+    r = torch.empty_like(z)
+    extension.residuals(*as_capsules(z, class_of(labels).contiguous(), r), torch.get_num_threads())
+    return r.add_(beside_one_hot(labels.to(r.dtype))) if labels.is_floating_point() else r
+
+
+def _cpp_can_run(out: Tensor, *_rest: object) -> str | None:
+    if out.device.type != "cpu":
+        return f"it serves the CPU, and the tensors are on {out.device}"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------- triton
@@ -106,6 +143,7 @@ OPERATOR = Operator(
             worth=_triton.not_measured,
             available=_triton.unavailable_reason,
         ),
+        Backend("cpp", last_layer_gradient_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", last_layer_gradient_torch),
         Backend("reference", last_layer_gradient_reference),
     ),
@@ -141,7 +179,7 @@ def last_layer_gradient(
         precision: of the Triton body's product: ``"ieee"``, ``"tf32x3"`` (about as precise, on the matrix units) or
             ``"tf32"`` (ten bits). The torch body follows ``torch.backends.cuda.matmul``. The bias's column is a sum in
             float32 in any case.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         (C, d + 1), or (C, d) without bias: ``out`` if it was given, else a new tensor, float64 for float64 features and

@@ -43,23 +43,27 @@ def register(
     registered.register_fake(fake)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_observed() or not all(map(_is_plain, arguments)):
-            return registered(*arguments)
-        return run(*arguments)
+        return run(*arguments) if is_plain(*arguments) else registered(*arguments)
 
     call.registered = registered  # type: ignore[attr-defined]
     return call
+
+
+def is_plain(*arguments: object) -> bool:
+    """Whether no compiler, tracer, mode or autograd sees a call with these arguments."""
+    if torch.compiler.is_compiling() or _is_observed():
+        return False
+    recorded = torch.is_grad_enabled()
+    for argument in arguments:
+        # A tensor of another class, without values, or recorded by autograd.
+        if isinstance(argument, Tensor) and (
+            type(argument) not in _PLAIN or argument.is_meta or (recorded and argument.requires_grad)
+        ):
+            return False
+    return True
 
 
 def _is_observed() -> bool:
     """Whether something records the operators that are called, such as a tracer: it must see this one as one call."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return tracing or is_in_torch_dispatch_mode()
-
-
-def _is_plain(argument: object) -> bool:
-    """Whether an argument is no tensor without values, of another class, or recorded by autograd."""
-    if not isinstance(argument, Tensor):
-        return True
-    recorded = argument.requires_grad and torch.is_grad_enabled()
-    return type(argument) in _PLAIN and not (argument.is_meta or recorded)

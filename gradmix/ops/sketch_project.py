@@ -25,7 +25,7 @@ from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
 from gradmix.ops.counter_random import check_matrix, random_matrix
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import without_autocast, work_dtype
 from gradmix.ops.registration import register
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -145,7 +145,7 @@ def project(x: Tensor, matrix: Tensor, *, ones: bool = False) -> Tensor:
     if matrix.device != x.device:
         raise ValueError(f"matrix: got a tensor on {matrix.device}, expected {x.device} as x")
     dtype = work_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if _multiplies_halves(x) and matrix.dtype == x.dtype:
             return _product(x, matrix, ones, dtype)
         matrix = matrix.to(dtype)

@@ -38,11 +38,11 @@ def can_sync(device: torch.device) -> bool:
     Raises:
         ValueError: the environment variable is neither ``now`` nor ``later``.
     """
+    if device.type not in DEVICES:
+        return True
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "later")
     if setting not in ("now", "later"):
         raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE}: got {setting!r}, expected 'now' or 'later'")
-    if device.type not in DEVICES:
-        return True
     # While a graph is captured, values cannot be read with any setting.
     return setting == "now" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 

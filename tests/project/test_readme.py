@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, block after block, given a model and rows."""
+"""The Python of the README and of the pages runs as it stands, block after block, given a model and samples."""
 
 import re
 import sys
@@ -13,44 +13,67 @@ from models import CLASSES, MLP, rows
 import gradmix
 from gradmix.training.models import build_model
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def blocks(language: str = "python") -> list[str]:
+def blocks(page: str, language: str = "python") -> list[str]:
     """The blocks of a language, without the indentation they have inside a list."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README.read_text(encoding="utf-8"), re.M | re.S)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.M | re.S)
     return ["\n".join(line.removeprefix(indent) for line in code.splitlines()) for indent, code in found]
 
 
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def names_of_a_loop() -> dict:
     x, y = rows(12, 1)
-    tasks = [
-        SimpleNamespace(loader=[(x[k::3], y[k::3] % 2 + 2 * task) for k in range(3)], rows=(x, y % 2 + 2 * task))
-        for task in range(2)
+    return {"gradmix": gradmix, "F": F, "torch": torch, "model": MLP(), "x": x, "y": y, "buffer": rows(6, 2)}
+
+
+def test_the_quick_start_is_the_example() -> None:
+    (code,) = blocks("README.md")
+    assert (ROOT / "examples/quickstart.py").read_text(encoding="utf-8").split("\n\n", 1)[1].strip() == code.strip()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_the_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = example.read_text(encoding="utf-8").replace("SEEDS = 3", "SEEDS = 1")
+    exec(compile(code, str(example), "exec"), {"__name__": "__main__"})
+    accuracies = [float(value) for value in re.findall(r"\b[01]\.\d+", capsys.readouterr().out)]
+    # All ten classes: guessing gives 0.1, and the last task alone 0.2.
+    assert accuracies and accuracies[-1] > 0.5
+
+
+def test_the_loops_run() -> None:
+    names = names_of_a_loop()
+    x, y = names["x"], names["y"]
+    names["tasks"] = [
+        SimpleNamespace(loader=[(x[k::3], y[k::3] % 2 + 2 * task) for k in range(3)]) for task in range(2)
     ]
-    names = {"gradmix": gradmix, "F": F, "torch": torch, "model": MLP(), "tasks": tasks, "x": x, "y": y}
-    names["buffer"] = rows(6, 2)
-    code = blocks()
-    assert len(code) == 6
-    exec(code[0], names)
-    assert names["loss"].requires_grad and names["y"].shape == (12, CLASSES)
-    exec(code[1], names)
+    loop, marked, captured, tokens = blocks("docs/own-loop.md")
+    exec(loop, names)
     assert names["buffer"].classes == (0, 1, 2, 3) and names["mixup"].refreshes == 6
     names.update(x=x, y=y)
-    exec(code[2], names)
-    assert names["logits"].requires_grad and len(names["pairs"]) == 12
+    exec(marked, names)
+    assert names["mixed_x"].shape == x.shape and len(names["pairs"]) == 12
+    exec(captured, names)
+    assert names["loss"].requires_grad and names["mixed_y"].shape == (12, CLASSES)
 
-    tokens = torch.randint(1, 20, (12, 5))
+    ids = torch.randint(1, 20, (12, 5))
     model = build_model("text-transformer", (5,), CLASSES, vocabulary=20)
-    names.update(model=model, buffer=(tokens[:4], y[:4]), tokens=tokens, y=y)
-    exec(code[3], names)
+    names.update(model=model, buffer=(ids[:4], y[:4]), tokens=ids, y=y)
+    exec(tokens, names)
     assert names["logits"].shape == (12, CLASSES) and names["loss"].requires_grad
 
-    names.update(model=MLP(), buffer=rows(6, 2), x=x, y=y)
-    exec(code[4], names)
-    assert names["per_class"].cosine().shape == (names["per_class"].classes.numel(),) * 2
-    assert len(names["per_row"]) == 12 and int(names["merged"].counts.sum()) == 18
 
+def test_the_gradients_page_runs() -> None:
+    names = names_of_a_loop()
+    (code,) = blocks("docs/gradients.md")
+    exec(code, names)
+    assert names["per_class"].cosine().shape == (names["per_class"].classes.numel(),) * 2
+    assert len(names["per_sample"]) == 12 and int(names["merged"].counts.sum()) == 18
+
+
+def test_a_data_set_of_one_s_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     network = ModuleType("mynets")
     network.build = lambda input_shape, num_classes: torch.nn.Sequential(
         torch.nn.Linear(*input_shape, 8), torch.nn.ReLU(), torch.nn.Linear(8, num_classes)
@@ -58,15 +81,16 @@ def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mynets", network)
     own = torch.randn(50, 4), torch.arange(50) % 10
     names = {"train_set": own, "test_set": own}
-    exec(code[5], names)
+    (code,) = blocks("docs/training.md")
+    exec(code, names)
     assert names["result"].status == "complete" and names["result"].tasks == 5
 
 
 def test_the_options_named_exist() -> None:
-    """Every value in the table of choices is accepted."""
-    text = README.read_text(encoding="utf-8")
+    """Every value in the table of options is accepted."""
+    text = (ROOT / "docs/choosing.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.M))
-    assert {"criterion", "estimator", "policy", "threshold", "refresh"} <= set(table)
+    assert {"criterion", "estimator", "policy", "threshold", "refresh", "alpha"} <= set(table)
     for option in ("criterion", "estimator", "policy"):
         for value in re.findall(r"`(\w+)`", table[option]):
             pairs = gradmix.select_pairs(MLP(), rows(6, 2), rows(4, 1), **{option: value})
@@ -76,6 +100,10 @@ def test_the_options_named_exist() -> None:
 def test_the_experiment_is_accepted() -> None:
     from gradmix.training.runs.experiments import from_yaml
 
-    (text,) = blocks("yaml")
+    (text,) = blocks("docs/training.md", "yaml")
     experiment = from_yaml(text, "mine")
     assert len(experiment.runs()) == 3 * 3 * 3 and len(experiment.differences) == 2
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 120

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradmix.ops.dtypes import exact_dtype, work_dtype
+from gradmix.ops.dtypes import exact_dtype, without_autocast, work_dtype
 from gradmix.ops.mixed_alignment.residuals import (
     UNDERFLOW,
     log_weight,
@@ -87,7 +87,7 @@ def mixed_alignment_torch(
     The products are as precise as torch's own setting has them; ``precision`` is the Triton body's.
     """
     dtype = work_dtype(a.features.dtype)
-    with torch.autocast(a.features.device.type, enabled=False):
+    with without_autocast(a.features.device):
         h_a, h_b, grad_reference, units = in_range(a.features, b.features, reference, dtype)
         split_a, split_b = split_labels(a.labels, b.labels, a.logits.shape[1], dtype)
         left = _side(h_a, a.logits, *split_a, grad_reference)

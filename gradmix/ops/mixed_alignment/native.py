@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmix import _extension
 from gradmix.ops import _triton
 from gradmix.ops.capsules import as_capsules
-from gradmix.ops.dtypes import work_dtype
+from gradmix.ops.dtypes import without_autocast, work_dtype
 from gradmix.ops.labels import dense_labels
 from gradmix.ops.mixed_alignment.residuals import products_beside, split_labels
 from gradmix.ops.mixed_alignment.scaling import in_range
@@ -28,7 +28,7 @@ def mixed_alignment_cpp(
     extension: Any = _extension.load()
     dtype = work_dtype(a.features.dtype)
     same = a.is_same(b)
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(a.features.device):
         h_a, z_a, grad_reference = (_plain(x, dtype) for x in (a.features, a.logits, reference))
         h_b, z_b = (h_a, z_a) if same else (_plain(x, dtype) for x in (b.features, b.logits))
         (y_a, _, t_a), (y_b, _, t_b) = split_labels(a.labels.detach(), b.labels.detach(), z_a.shape[1], dtype)
@@ -75,7 +75,7 @@ def mixed_alignment_triton(
     """The factorised form in one kernel, after U by torch. Arguments and result as the operator's."""
     from gradmix.kernels import mixed_alignment as kernel
 
-    with torch.autocast(a.features.device.type, enabled=False):
+    with without_autocast(a.features.device):
         grad_reference = reference.float()
         bias = has_bias(a.features, reference)
         u_a = project(a.features.float(), grad_reference)

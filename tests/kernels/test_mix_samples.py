@@ -1,0 +1,101 @@
+"""The operator mix_samples: the same bits from every body, and torch's own calls where autograd records."""
+
+import math
+
+import pytest
+import torch
+
+from gradmix import _extension
+from gradmix.ops.capsules import as_capsules
+from gradmix.ops.mix_samples import OPERATOR, mix_samples
+
+BODIES = [body.name for body in OPERATOR.backends if body.available() is None]
+
+
+def make(n=5, m=None, shape=(3, 4), dtype=torch.float32, seed=0):
+    """Samples, candidates (themselves without ``m``), partners and weights, of which some are 0 and 1."""
+    g = torch.Generator().manual_seed(seed)
+    own = torch.randn(n, *shape, generator=g).to(dtype)
+    other = own if m is None else torch.randn(m, *shape, generator=g).to(dtype)
+    lam = torch.rand(n, generator=g, dtype=torch.float64)
+    lam[::3], lam[1::3] = 1.0, lam[1::3].round()
+    return own, other, torch.randint(len(other), (n,), generator=g), lam
+
+
+CASES = {
+    "plain": {},
+    "other candidates": {"m": 9},
+    "one sample": {"n": 1},
+    "numbers": {"shape": ()},
+    "no values": {"shape": (0,)},
+    "no samples": {"n": 0, "m": 2},
+    "wide": {"n": 3, "shape": (40_001,)},
+    "many": {"n": 70_001, "shape": (1,)},
+    "images": {"n": 64, "shape": (3, 16, 16)},
+}
+
+
+def bits(x):
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_body_gives_the_same_bits(case, dtype):
+    arguments = make(**CASES[case], dtype=dtype)
+    expected = mix_samples(*arguments, backend="torch")
+    assert expected.shape == arguments[0].shape and expected.dtype == dtype
+    bodies = [name for name in BODIES if name != "reference" or len(expected) < 100]
+    for name in bodies:
+        if name == "cpp" and expected.numel() == 0:
+            continue  # there is nothing to mix, and it says that it cannot run
+        assert torch.equal(bits(mix_samples(*arguments, backend=name)), bits(expected)), name
+
+
+@pytest.mark.parametrize("backend", BODIES)
+def test_values_beyond_the_usual(backend):
+    own = torch.tensor([[1.0, math.inf, 1e38, 1e-45], [0.0, 1.0, -1e38, -0.0]])
+    mixed = mix_samples(own, own, torch.tensor([1, 0]), torch.tensor([0.5, 1.0]), backend=backend)
+    expected = [[0.5, math.inf, 0.0, 0.0], [0.0, math.nan, -1e38, 0.0]]  # 0 times infinity is no number
+    torch.testing.assert_close(mixed, torch.tensor(expected), equal_nan=True, rtol=0, atol=1e-44)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_torch_s(dtype):
+    own, other, partner, lam = make(m=6, dtype=dtype)
+    weight = lam.to(dtype).view(-1, 1, 1)
+    mixed = mix_samples(own, other, partner, lam)
+    assert torch.equal(mixed, weight * own + (1 - weight) * other[partner])
+
+
+def test_candidates_of_another_dtype_and_layout():
+    own, other, partner, lam = make(m=6, shape=(3, 4, 4))
+    expected = mix_samples(own, other, partner, lam)
+    last = torch.channels_last
+    mixed = mix_samples(own.to(memory_format=last), other.to(memory_format=last), partner, lam)
+    assert torch.equal(mixed, expected) and mixed.is_contiguous(memory_format=last)
+    assert torch.equal(mix_samples(own, other.double(), partner, lam), expected)
+
+
+def test_autograd_records_it():
+    own, other, partner, lam = make(n=4, m=3, dtype=torch.float64)
+    inputs = own.requires_grad_(), other.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: mix_samples(a, b, partner, lam), inputs)
+    with torch.no_grad():
+        assert not mix_samples(*inputs, partner, lam).requires_grad
+
+
+def test_a_compiled_function_is_not_broken_by_it():
+    arguments = make()
+    compiled = torch.compile(lambda *a: 2 * mix_samples(*a), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*arguments), 2 * mix_samples(*arguments))
+
+
+@pytest.mark.skipif("cpp" not in BODIES, reason=f"no extension: {_extension.unavailable_reason()}")
+@pytest.mark.parametrize("index", [-1, 5])
+def test_the_extension_reads_no_partner_beyond_the_candidates(index):
+    own, _, partner, lam = make(shape=(2,))
+    partner[3] = index
+    tensors = as_capsules(own, own, partner, lam.float(), torch.empty_like(own))
+    with pytest.raises(ValueError, match=rf"partner: got {index} in row 3, expected an index in \[0, 5\)"):
+        _extension.load().mix_samples(*tensors)
