@@ -92,7 +92,17 @@ def cache_folder() -> Path:
     """Return the cache folder of gradmix: ``GRADMIX_CACHE_DIR``, or ``gradmix`` in the user's cache folder.
 
     That is ``XDG_CACHE_HOME`` or ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``.
+
+    Raises:
+        TableError: the user's home folder is needed, and is not known.
     """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:
+        raise TableError(f"environment variable {ENVIRONMENT_VARIABLE}: expected a folder, as {error}") from None
+
+
+def _cache_folder() -> Path:
     given = os.environ.get(ENVIRONMENT_VARIABLE)
     if given:
         return Path(given).expanduser()
@@ -183,7 +193,10 @@ def _replace(path: Path, text: str | None) -> None:
 
 def find(key: Key) -> Found:
     """Find the table that is valid for a key: the user's, or else one that comes with the package."""
-    path = path_of(key)
+    try:
+        path = path_of(key)
+    except TableError as error:
+        return _find_shipped(key) or Found(None, None, str(error))
     own = _try_read(path)
     if own.table is not None:
         reason = difference(own.table.key, key)

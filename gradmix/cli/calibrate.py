@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from gradmix.calibration.table import Table
+    from gradmix.calibration.verdicts import Measurement
 
 FAULTY = 1
 """Exit status if a kernel is wrong or crashes on the device."""
@@ -57,12 +59,22 @@ def main(args: list[str]) -> int:
         check_writable(file)
     print(f"{key['device']}: {'a dozen' if options.quick else 'all'} calls", flush=True)
 
+    done = 0
+
+    def on_result(_: Measurement) -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\r{done} calls ", end="", file=sys.stderr, flush=True)
+
     def on_operator(table: Table, pair: run.Implementation) -> None:
+        if sys.stderr.isatty():
+            print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
         _print_lines(table, pair)
         if options.json is not None:
             write(table, options.json)
 
-    table = run.calibrate(device, quick=options.quick, on_operator=on_operator)
+    table = run.calibrate(device, quick=options.quick, on_result=on_result, on_operator=on_operator)
     _print_faults(table)
     _save(table, path)
     return FAULTY if _is_faulty(table) else 0

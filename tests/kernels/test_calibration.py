@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from models import MLP
 
 from gradmix import doctor
 from gradmix.calibration import agreement, key, lookup, summary, table
+from gradmix.calibration.key import key_of
 from gradmix.calibration.lookup import CalibratedWorth
 from gradmix.calibration.table import TableError, find, path_of, read, write
 from gradmix.calibration.verdicts import Call, Measurement, Verdicts
@@ -272,6 +275,67 @@ def test_where_tables_lie(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.platform", platform)
     assert str(table.cache_folder()) == expected
+
+
+def test_without_a_home_the_folder_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRADMIX_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    problem = "environment variable GRADMIX_CACHE_DIR: expected a folder, as Could not determine home directory."
+    assert find(KEY) == (None, None, problem) and choose() == "torch"
+    with pytest.raises(TableError, match=problem):
+        path_of(KEY)
+
+
+# ------------------------------------------------------------------------------------------------------------------ key
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], Any]] = {
+    "device": lambda patch, _: patch.setitem(PROPERTIES, "name", "Other GPU"),
+    "capability": lambda patch, _: patch.setitem(PROPERTIES, "minor", 1),
+    "multiprocessors": lambda patch, _: patch.setitem(PROPERTIES, "multi_processor_count", 114),
+    "memory": lambda patch, _: patch.setitem(PROPERTIES, "total_memory", 1),
+    "driver": lambda patch, _: patch.setattr(key, "_driver", lambda: "999.1"),
+    "torch": lambda patch, _: patch.setattr(torch, "__version__", "9.9"),
+    "runtime": lambda patch, _: patch.setattr(torch.version, "cuda", "99.0"),
+    "triton": lambda patch, _: patch.setattr(key.importlib.metadata, "version", lambda name: "9.9"),
+    "gradmix": lambda patch, _: patch.setattr(key, "__version__", "9.9"),
+    "kernels": lambda _, folder: (folder / "ops" / "operator.py").write_text("x = 2"),
+    "build": lambda _, folder: (folder / "_C.so").write_bytes(b"other"),
+}
+PROPERTIES = {"name": "Big GPU", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 80 << 30}
+
+
+@pytest.mark.parametrize("component", key.COMPONENTS)
+def test_a_change_of_device_or_installation_changes_its_component_alone(
+    component: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "operator.py").write_text("x = 1")
+    (tmp_path / "_C.so").write_bytes(b"one")
+    monkeypatch.setattr(key._extension, "folders", lambda: [tmp_path])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**PROPERTIES))
+    key_of.cache_clear()
+    before = key_of(torch.device("cuda", 0))
+    assert list(before) == list(key.COMPONENTS) and before["capability"] == "9.0" and all(before.values())
+    CHANGES[component](monkeypatch, tmp_path)
+    assert key_of(torch.device("cuda", 0)) == before, "it is read once"
+    key_of.cache_clear()
+    after = key_of(torch.device("cuda", 0))
+    key_of.cache_clear()
+    assert [name for name in before if before[name] != after[name]] == [component]
+    assert key.digest(before) != key.digest(after)
+
+
+def test_a_report_of_another_build_is_another_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = set()
+    for report in (None, {"cuda": {"built": True}}, {"cuda": {"built": False}}):
+        monkeypatch.setattr(key._extension, "build_report", lambda report=report: report)
+        hashes.add(key._hash_of_build())
+    assert len(hashes) == 3
 
 
 # ------------------------------------------------------------------------------------------- tables that are shipped
