@@ -100,15 +100,15 @@ def triton_extent(features_a: Tensor, logits_a: Tensor, labels_a: Tensor, featur
 
     It is part of every call on a GPU, and reading an attribute of a tensor is most of its time: few are read.
     """
-    _, labels_b, _, lams, norms, *precision = rest
-    if labels_a.ndim > 1 or labels_b.ndim > 1:
+    labels_b, lams, norms = rest[1], rest[3], rest[4]
+    if labels_a.ndim > 1 or (labels_b is not labels_a and labels_b.ndim > 1):
         kind = "label vectors"  # with or without norms: they show where inner products have lost their digits
     else:
         kind = "class indices, norms" if norms else "class indices"
     if lams.numel() > 1:
         kind += ", several weights"
-    if precision and precision[0] != "tf32x3":
-        kind += f", {precision[0]}"
+    if len(rest) > 5 and rest[5] != "tf32x3":
+        kind += f", {rest[5]}"
     rows, width = features_a.shape
     partners = rows if features_b is features_a else features_b.shape[0]
     dtype = features_a.dtype
