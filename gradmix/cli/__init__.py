@@ -22,7 +22,7 @@ commands:
   train       train methods on a benchmark, and compare them over seeds
   experiment  run a table of methods, settings and seeds, and write its report
   compare     tabulate and plot runs that were saved before
-  calibrate   check and time the GPU kernels on this machine, for the backend auto
+  calibrate   check and time the GPU kernels here; auto then uses what is faster
   doctor      show versions, devices and backends, and why something is missing
 
 options:
