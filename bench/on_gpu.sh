@@ -2,13 +2,14 @@
 # Everything that needs a GPU, without a network: build, test, measure. Results go to the folder given.
 #
 #   bash bench/on_gpu.sh [FOLDER [STEP...]]      FOLDER: bench/results, or where $OUT is set one archive in that folder
-#   STEP: build, test, kernels, selection, step, tune, cifar10, growth, imagenet, operators, engine, sanitize (default:
+#   STEP: build, test, calibrate, kernels, selection, step, tune, cifar10, growth, imagenet, operators, engine, sanitize (default:
 #   all, in this order of worth)
 #   LIMIT=570 bash bench/on_gpu.sh ...           no longer than so many seconds; what is not done by then is cut off
 #
-# Where a machine is had for ten minutes at a time, these three fit (estimates in seconds, on an H100; not all measured):
+# Where a machine is had for ten minutes at a time, these fit (estimates in seconds, on an H100; not all measured):
 #
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build test kernels       90 + 180 + 240
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build test calibrate     90 + 180 + 180
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build kernels            90 + 240
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build selection          90 + 420
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build step tune          90 + 240 + 180
 #   LIMIT=570 bash bench/on_gpu.sh "$OUT" build cifar10            90 + 1500, in as many visits as it takes
@@ -55,7 +56,7 @@ try() {
   fi
   "${within[@]}" "$@" 2>&1 | tee -a "$log" || { failed=1; echo "FAILED: $*" | tee -a "$log"; }
 }
-wanted() { [[ " ${steps:-build test kernels selection step tune cifar10 growth imagenet operators engine sanitize} " == *" $1 "* ]]; }
+wanted() { [[ " ${steps:-build test calibrate kernels selection step tune cifar10 growth imagenet operators engine sanitize} " == *" $1 "* ]]; }
 
 if wanted build; then
   # A build without the CUDA part would be an error here, not a reason to fall back on torch.
@@ -67,6 +68,13 @@ if wanted test; then
   mapfile -t files < <(grep -lE 'mark\.gpu|"cuda"' tests/*/test_*.py)
   try pytest -q -m gpu "${files[@]}"
   try gradmix doctor
+fi
+if wanted calibrate; then
+  # In a cache folder of its own: the measurements that follow meet the defaults of a new user.
+  cache=$(mktemp -d)
+  GRADMIX_CACHE_DIR=$cache try gradmix calibrate --json "$out/calibration_$device.json"
+  GRADMIX_CACHE_DIR=$cache try gradmix doctor
+  rm -rf "$cache"
 fi
 if wanted kernels; then
   try python3 bench/alignment_kernels.py --device cuda --seconds 2 --json "$out/alignment_kernels_$device.json"

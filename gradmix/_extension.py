@@ -36,7 +36,7 @@ def build_report() -> dict[str, Any] | None:
 
     There is no report if the package was never installed, as in a bare checkout.
     """
-    for folder in _folders():
+    for folder in folders():
         try:
             report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -68,7 +68,7 @@ def _why_missing() -> str:
     if isinstance(part, dict) and not part.get("built") and part.get("reason"):
         return f"it was not built: {part['reason']}"
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    for folder in _folders():
+    for folder in folders():
         for file in sorted(folder.glob(f"{_NAME}.*")):
             if file.suffix in (".so", ".pyd") and file.name.removeprefix(_NAME) not in suffixes:
                 return f"it was built for another Python: {file.name} is there, this Python needs {_NAME}{suffixes[0]}"
@@ -77,7 +77,7 @@ def _why_missing() -> str:
     return f"{_NAME}{suffixes[0]} is missing from the installed package: install it again"
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
     """Return the folders of the package; an editable install has two."""
     package = sys.modules.get("gradmix")
     paths = list(getattr(package, "__path__", [])) or [str(Path(__file__).parent)]

@@ -19,12 +19,16 @@ import torch
 
 from gradmix import _extension
 from gradmix._version import __version__
+from gradmix.calibration.key import with_index
+from gradmix.calibration.lookup import CalibratedWorth, state_of
+from gradmix.calibration.summary import lines_of, origin_of
 from gradmix.ops import (
     class_pairs,
     class_sketch,
     cosine_alignment,
     draw_partners,
     last_layer_gradient,
+    mix_samples,
     mixed_alignment,
     sketch_project,
 )
@@ -35,6 +39,7 @@ OPERATORS: tuple[Operator, ...] = (
     class_pairs.OPERATOR,
     last_layer_gradient.OPERATOR,
     draw_partners.OPERATOR,
+    mix_samples.OPERATOR,
     cosine_alignment.OPERATOR,
     cosine_alignment.MIXED_OPERATOR,
     class_sketch.OPERATOR,
@@ -64,8 +69,9 @@ def report() -> dict[str, Any]:
     """Return everything that :func:`format_report` prints, as plain values that JSON can hold.
 
     Returns:
-        Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend`` and
-        ``extras``. Where something is not available, a ``reason`` says why; it is None where all is well.
+        Keys ``versions``, ``machine``, ``devices``, ``extension``, ``triton``, ``operators``, ``backend``,
+        ``calibration`` and ``extras``. Where something is not available, a ``reason`` says why; it is None where all
+        is well.
     """
     return {
         "versions": _versions(),
@@ -75,6 +81,7 @@ def report() -> dict[str, Any]:
         "triton": _triton_state(),
         "operators": [_operator(operator) for operator in OPERATORS],
         "backend": _backend(),
+        "calibration": _calibration(),
         "extras": _extras(),
     }
 
@@ -99,6 +106,7 @@ def format_report(report: dict[str, Any]) -> str:
     text.heading("triton")
     text.entry("usable", _yes_no(triton["reason"] is None, triton["reason"], triton["detail"]))
     _add_operators(text, report["operators"], report["backend"])
+    _add_calibration(text, report["calibration"])
     text.heading("extras")
     for extra in report["extras"]:
         missing = f"missing {', '.join(extra['missing'])}: {extra['install']}"
@@ -162,6 +170,16 @@ def _add_operators(text: _Text, operators: list[dict[str, Any]], backend: dict[s
             text.entry(operator["name"], f"{body['backend']:<10} {answer}{mark}")
     text.entry("preference", backend["reason"] or f"{backend['preferred']} ({backend['source']})")
     text.lines.append("  auto still looks at each call's device, dtype and size.")
+
+
+def _add_calibration(text: _Text, calibration: dict[str, Any]) -> None:
+    text.heading("calibration")
+    if calibration["reason"]:
+        text.entry("kernels", calibration["reason"])
+    for device in calibration["devices"]:
+        text.entry(device["device"], device["origin"])
+        for line in device["verdicts"]:
+            text.entry(line["operator"], f"{line['backend']:<10} {line['dtype']}: {line['text']}")
 
 
 def _yes_no(yes: bool, reason: str | None, detail: str | None = None) -> str:
@@ -279,8 +297,28 @@ def _operator(operator: Operator) -> dict[str, Any]:
     return {
         "name": operator.name,
         "bodies": [{"backend": name, "reason": reason} for name, reason in bodies],
-        "auto": next((name for name, reason in bodies if reason is None), None),
+        "auto": next((name for name, reason in bodies if reason is None and name not in _off(operator)), None),
     }
+
+
+def _off(operator: Operator) -> set[str]:
+    """Return the implementations that ``auto`` uses at no size on the current device."""
+    judged = {body.name for body in operator.backends if isinstance(body.worth, CalibratedWorth)}
+    if not judged or not torch.cuda.is_available():
+        return judged
+    table = state_of(with_index(torch.device("cuda"))).table
+    lines = lines_of(table) if table is not None else []
+    return judged - {line.backend for line in lines if line.operator == operator.name and line.on}
+
+
+def _calibration() -> dict[str, Any]:
+    reason = None if torch.cuda.is_available() else "nothing to calibrate without a device"
+    devices = []
+    for index in range(torch.cuda.device_count() if reason is None else 0):
+        state = state_of(torch.device("cuda", index))
+        verdicts = [line._asdict() for line in lines_of(state.table)] if state.table is not None else []
+        devices.append({"device": f"cuda:{index}", "origin": origin_of(state), "verdicts": verdicts})
+    return {"reason": reason, "devices": devices}
 
 
 def _backend() -> dict[str, Any]:

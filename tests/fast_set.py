@@ -16,6 +16,7 @@ FAST = frozenset(
         "test_alignment",
         "test_backends",
         "test_buffers",
+        "test_calibration",
         "test_draw_partners",
         "test_estimators",
         "test_gradmix",

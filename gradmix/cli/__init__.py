@@ -1,7 +1,7 @@
-"""The command line: ``gradmix train``, ``experiment``, ``compare`` and ``doctor``.
+"""The command line: ``gradmix train``, ``experiment``, ``compare``, ``calibrate`` and ``doctor``.
 
-Every command has a module of its own, imported when it is called. Only torch and numpy are needed for ``doctor`` and
-``--version``; the rest is imported when a command needs it.
+Every command has a module of its own, imported when it is called. Only torch and numpy are needed for ``calibrate``,
+``doctor`` and ``--version``; the rest is imported when a command needs it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ commands:
   train       train methods on a benchmark, and compare them over seeds
   experiment  run a table of methods, settings and seeds, and write its report
   compare     tabulate and plot runs that were saved before
+  calibrate   check and time the GPU kernels here; auto then uses what is faster
   doctor      show versions, devices and backends, and why something is missing
 
 options:
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("rich", *_TABLES),
     "experiment": ("rich", *_TABLES),
     "compare": _TABLES,
+    "calibrate": (),
     "doctor": (),
 }
 """The modules that each command needs. It is a module of this package, with a function ``main(args) -> status``."""
@@ -49,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None: those of the process.
 
     Returns:
-        Exit status: 0; 1 if runs have diverged, or some of an experiment are missing; 2 after an error that the user
-        can mend; 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0; 1 if runs have diverged, some of an experiment are missing, or a kernel is faulty; 2 after an
+        error that the user can mend; 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):

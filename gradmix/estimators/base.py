@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Generic, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradmix.calibration.agreement import agree
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
 from gradmix.labelled_samples import AnySamples, LabelledSamples
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.inputs import InputTree
-from gradmix.model.unchanged import disable_autograd, leave_unchanged, require_finite
+from gradmix.model.unchanged import device_of, disable_autograd, leave_unchanged, require_finite
 from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
@@ -205,7 +206,9 @@ class Estimator(Scorer[AnySamples]):
         Args:
             passes: whether the model may be called; if not, nothing of it has to be restored.
         """
-        model = self.network.model
+        model, group = self.network.model, self.network.group
+        if group is not None:
+            agree(group, device_of(model))
         checks = nullcontext() if self.full_network else defer_checks(model)
         with checks, leave_unchanged(model) if passes else disable_autograd():
             yield

@@ -56,11 +56,6 @@ def sketch_project_can_run(x: Tensor, rank: int, key: int, ones: bool, entries: 
     return _device_reason(x.device)
 
 
-def not_measured(*_args: Any) -> str | None:
-    """The answer to ``worth`` until a benchmark on a GPU has been run."""
-    return "it has not been measured on a GPU yet"
-
-
 @lru_cache(maxsize=64)
 def _device_reason(device: torch.device) -> str | None:
     if device.type != "cuda":

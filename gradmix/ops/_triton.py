@@ -44,8 +44,3 @@ def interpreted() -> bool:
     from gradmix import kernels
 
     return kernels.interpreted()
-
-
-def not_measured(*_args: object, **_kwargs: object) -> str | None:
-    """The answer to ``worth`` until a benchmark on a GPU has been run."""
-    return "it has not been measured on a GPU yet"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import without_autocast, work_dtype
@@ -173,6 +174,17 @@ def _triton_can_run(features: Tensor, logits: Tensor, *_rest: object) -> str | N
     return _triton.can_run(features, logits)
 
 
+TRITON_AXES = ("samples", "classes", "features", "weights")
+
+
+def _triton_extent(features: Tensor, logits: Tensor, labels: Tensor, *rest: Any) -> Extent:
+    kind = "label vectors" if labels.is_floating_point() else "class indices"
+    if logits.dtype is not features.dtype:
+        kind += f", logits in {logits.dtype}"
+    rows, width = features.shape
+    return features.device, features.dtype, kind, rows, logits.shape[1], width, rest[3].numel()
+
+
 OPERATOR = Operator(
     "class_pair_alignment",
     (
@@ -180,7 +192,7 @@ OPERATOR = Operator(
             "triton",
             class_pairs_triton,
             can_run=_triton_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("class_pair_alignment", "triton", TRITON_AXES, _triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("cpp", class_pairs_cpp, can_run=cpp_can_run, available=_extension.unavailable_reason),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
@@ -142,6 +143,14 @@ def _checked(labels: Tensor, num_classes: int) -> Tensor:
     return labels
 
 
+CUDA_AXES = ("samples", "positions", "rank", "rank", "classes")
+
+
+def _cuda_extent(deltas: Tensor, activations: Tensor, _labels: Tensor, num_classes: int) -> Extent:
+    samples, positions, rows = deltas.shape
+    return deltas.device, deltas.dtype, "", samples, positions, rows, activations.shape[2], num_classes
+
+
 # --------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -151,7 +160,7 @@ OPERATOR = Operator(
             "cuda",
             _cuda.class_sketch_cuda,
             can_run=_cuda.class_sketch_can_run,
-            worth=_cuda.not_measured,
+            worth=CalibratedWorth("class_sketch", "cuda", CUDA_AXES, _cuda_extent),
             available=_cuda.unavailable_reason,
         ),
         Backend(

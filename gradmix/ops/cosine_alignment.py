@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import without_autocast, work_dtype
@@ -140,6 +141,15 @@ def _mixed_can_run(x: Tensor, y: Tensor, reference: Tensor, *_rest: object) -> s
     return _triton.can_run(x, y, reference)
 
 
+TRITON_AXES = ("layers", "samples", "samples", "entries")
+
+
+def _triton_extent(x: Tensor, y: Tensor, *rest: object) -> Extent:
+    precision = rest[-1] if rest else "tf32x3"
+    layers, rows, entries = x.shape
+    return x.device, x.dtype, "" if precision == "tf32x3" else precision, layers, rows, y.shape[1], entries
+
+
 # -------------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -149,7 +159,7 @@ OPERATOR = Operator(
             "triton",
             cosine_alignment_triton,
             can_run=_cosine_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("cosine_alignment", "triton", TRITON_AXES, _triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("torch", cosine_alignment_torch),
@@ -164,7 +174,7 @@ MIXED_OPERATOR = Operator(
             "triton",
             mixed_gram_alignment_triton,
             can_run=_mixed_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("mixed_gram_alignment", "triton", TRITON_AXES, _triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("torch", mixed_gram_alignment_torch),

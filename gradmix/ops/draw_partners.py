@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
@@ -164,6 +165,18 @@ def _triton_can_run(allowed: Tensor | None, drawn: Tensor, *_args: Any) -> str |
     return _triton.device_reason(drawn.device)
 
 
+TRITON_AXES = ("samples", "samples")
+
+
+def _triton_extent(
+    allowed: Tensor | None, drawn: Tensor, score: Tensor | None, partners: int, policy: str, _own_rows: bool
+) -> Extent:
+    ranks = policy == "best" and score is not None
+    dtype = score.dtype if ranks and score is not None else torch.float32
+    kind = policy if allowed is not None else f"{policy}, all allowed"
+    return drawn.device, dtype, kind, drawn.shape[0], partners
+
+
 # -------------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -173,7 +186,7 @@ OPERATOR = Operator(
             "triton",
             draw_partners_triton,
             can_run=_triton_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("draw_partners", "triton", TRITON_AXES, _triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("cpp", draw_partners_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
@@ -131,6 +132,19 @@ def _triton_can_run(out: Tensor, features: Tensor, logits: Tensor, *_rest: objec
     return _triton.can_run(out, features, logits)
 
 
+TRITON_AXES = ("samples", "classes", "features")
+
+
+def _triton_extent(_out: Tensor, features: Tensor, logits: Tensor, labels: Tensor, precision: str = "tf32x3") -> Extent:
+    kind = "label vectors" if labels.is_floating_point() else "class indices"
+    if precision != "tf32x3":
+        kind += f", {precision}"
+    if logits.dtype is not features.dtype:
+        kind += f", logits in {logits.dtype}"
+    rows, width = features.shape
+    return features.device, features.dtype, kind, rows, logits.shape[1], width
+
+
 # -------------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -140,7 +154,7 @@ OPERATOR = Operator(
             "triton",
             last_layer_gradient_triton,
             can_run=_triton_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("last_layer_gradient", "triton", TRITON_AXES, _triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("cpp", last_layer_gradient_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _cuda
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
@@ -228,6 +229,14 @@ def _convolution(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.conv2d(image, weight.reshape(*weight.shape, 1, 1), bias, dilation=2)
 
 
+CUDA_AXES = ("samples", "positions", "entries", "rank")
+
+
+def _cuda_extent(x: Tensor, rank: int, _key: int, _ones: bool, _entries: str = "rademacher") -> Extent:
+    samples, positions, entries = x.shape
+    return x.device, x.dtype, layout(x) or "strided", samples, positions, entries, rank
+
+
 # --------------------------------------------------------------------------------------- dispatch and registration
 
 OPERATOR = Operator(
@@ -237,7 +246,7 @@ OPERATOR = Operator(
             "cuda",
             _cuda.sketch_project_cuda,
             can_run=_cuda.sketch_project_can_run,
-            worth=_cuda.not_measured,
+            worth=CalibratedWorth("sketch_project", "cuda", CUDA_AXES, _cuda_extent),
             available=_cuda.unavailable_reason,
         ),
         Backend(

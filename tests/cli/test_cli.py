@@ -161,7 +161,7 @@ def test_taken_output_is_refused_before_training(trained: Calls, capsys: pytest.
         (["train", "--output", "bad.yaml"], ["bad.yaml", "not a folder"]),
         (["compare"], ["compare", "run folder"]),
         (["compare", "nowhere"], ["nowhere"]),
-        (["trian"], ["trian", "train, experiment, compare, doctor"]),
+        (["trian"], ["trian", "train, experiment, compare, calibrate, doctor"]),
     ],
     ids=" ".join,
 )
@@ -302,7 +302,7 @@ def test_compare_refuses_two_benchmarks(saved: Path, capsys: pytest.CaptureFixtu
 # --------------------------------------------------------------------------------------------- help, version, doctor
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["experiment"], ["compare"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["experiment"], ["compare"], ["calibrate"], ["doctor"]])
 def test_help_is_complete_and_fits(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +311,7 @@ def test_help_is_complete_and_fits(
     text = capsys.readouterr().out
     flat = " ".join(text.replace("│", " ").split())
     expected = {
-        (): ["train", "experiment", "compare", "doctor", "--version"],
+        (): ["train", "experiment", "compare", "calibrate", "doctor", "--version"],
         ("train",): [
             "--config",
             "--resume",
@@ -324,6 +324,7 @@ def test_help_is_complete_and_fits(
         ],
         ("experiment",): ["NAME_OR_FILE", "--jobs", "--report-only", "--dry-run", "--list", "results.json"],
         ("compare",): ["RUN", "--output", "--format"],
+        ("calibrate",): ["--device", "--quick", "--json"],
         ("doctor",): ["--json"],
     }[tuple(command)]
     for part in expected:

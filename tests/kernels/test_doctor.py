@@ -17,12 +17,14 @@ def without_extension(monkeypatch):
     monkeypatch.setattr(_extension, "_load", lambda: (None, "it was not built: no compiler"))
 
 
+KEYS = ("versions", "machine", "devices", "extension", "triton", "operators", "backend", "calibration", "extras")
 OPERATORS = {
     "mixed_alignment",
     "class_pair_alignment",
     "last_layer_gradient",
     "draw_partners",
     "cosine_alignment",
+    "mix_samples",
     "mixed_gram_alignment",
     "class_sketch",
     "sketch_project",
@@ -37,7 +39,7 @@ def bodies(report, name):
 def test_the_report_is_json_and_complete():
     report = doctor.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"versions", "machine", "devices", "extension", "triton", "operators", "backend", "extras"}
+    assert set(report) == set(KEYS)
     assert report["versions"]["gradmix"].startswith(gradmix.__version__)
     assert report["versions"]["torch"] == torch.__version__
     assert report["devices"]["threads"] == torch.get_num_threads()
@@ -125,7 +127,7 @@ def test_a_bad_preference_does_not_stop_the_doctor(monkeypatch):
 def test_the_text_is_plain_and_has_every_heading():
     text = doctor.format_report(doctor.report())
     headings = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    assert headings == ["versions", "machine", "devices", "extension gradmix._C", "triton", "operators", "extras"]
+    assert headings == [{"extension": "extension gradmix._C"}.get(key, key) for key in KEYS if key != "backend"]
     assert "\x1b" not in text and text.endswith("\n")
 
 

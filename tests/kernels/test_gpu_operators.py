@@ -239,6 +239,6 @@ def test_auto_leaves_the_cuda_bodies_alone_and_says_why() -> None:
 
     arguments = on_gpu(make((6, 2, 4, 5, 3)))
     assert class_sketch_module.OPERATOR.choose("auto", *arguments).name == "torch"
-    assert "measured" in _cuda.not_measured(*arguments)
+    assert "measured" in class_sketch_module.OPERATOR.backends[0].worth(*arguments)
     x = torch.randn(3, 8, 12, device="cuda")
     assert sketch_project_module.OPERATOR.choose("auto", x, 4, 1, False, "rademacher").name == "torch"

@@ -15,6 +15,7 @@ from torch import nn
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.samples import TensorSamples
+from gradmix.training.loop import run
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.environment import pick_device
 from gradmix.training.loop.evaluation import evaluate
@@ -543,6 +544,16 @@ def test_channels_last_reaches_the_model(stream, monkeypatch: pytest.MonkeyPatch
     optim = OptimConfig(epochs=1, channels_last=True, augment="crop-flip")
     result = train_one(replace(SHORT, optim=optim), "gradmix-sample", 0, stream=stream)
     assert result.status == "complete" and formats and all(formats)
+
+
+def test_processes_agree_about_kernels_before_these_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(run, "agree", lambda group, device: order.append((group, device)))
+    monkeypatch.setattr(run, "describe_environment", lambda device: order.append("record") or {"kernels": "none"})
+    data = DataConfig(tasks=1, rows_per_class=4)
+    config = replace(SHORT, data=data, optim=OptimConfig(epochs=1))
+    result = train_one(config, "finetune", 0, stream=make_stream("split-digits", tasks=1, rows_per_class=4))
+    assert order == [(None, torch.device("cpu")), "record"] and result.environment["kernels"] == "none"
 
 
 def test_time_and_memory_are_accounted_for(results) -> None:

@@ -41,12 +41,20 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_labels
 from gradmix.ops.mixed_alignment.factorised import mixed_alignment_torch
-from gradmix.ops.mixed_alignment.native import cpp_can_run, mixed_alignment_cpp, mixed_alignment_triton, triton_can_run
+from gradmix.ops.mixed_alignment.native import (
+    TRITON_AXES,
+    cpp_can_run,
+    mixed_alignment_cpp,
+    mixed_alignment_triton,
+    triton_can_run,
+    triton_extent,
+)
 from gradmix.ops.mixed_alignment.reference import mixed_alignment_reference, run_reference
 from gradmix.ops.mixed_alignment.residuals import beside_one_hot, mixed_residual
 from gradmix.ops.mixed_alignment.scaling import in_range, unit_of
@@ -103,7 +111,7 @@ OPERATOR = Operator(
             "triton",
             on_sides(mixed_alignment_triton),
             can_run=triton_can_run,
-            worth=_triton.not_measured,
+            worth=CalibratedWorth("mixed_alignment", "triton", TRITON_AXES, triton_extent),
             available=_triton.unavailable_reason,
         ),
         Backend("cpp", on_sides(mixed_alignment_cpp), can_run=cpp_can_run, available=_extension.unavailable_reason),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import Extent
 from gradmix.ops import _triton
 from gradmix.ops.capsules import as_capsules
 from gradmix.ops.dtypes import without_autocast, work_dtype
@@ -89,3 +90,28 @@ def mixed_alignment_triton(
 def triton_can_run(features_a: Tensor, logits_a: Tensor, *_rest: object) -> str | None:
     """None, or why the Triton body cannot take these features and logits."""
     return _triton.can_run(features_a, logits_a)
+
+
+TRITON_AXES = ("samples", "samples", "classes", "features")
+
+
+def triton_extent(features_a: Tensor, logits_a: Tensor, labels_a: Tensor, features_b: Tensor, *rest: Any) -> Extent:
+    """Return the extent of a call, by which its measurement is found; arguments are the operator's.
+
+    It is part of every call on a GPU, and reading an attribute of a tensor is most of its time: few are read.
+    """
+    labels_b, lams, norms = rest[1], rest[3], rest[4]
+    if labels_a.ndim > 1 or (labels_b is not labels_a and labels_b.ndim > 1):
+        kind = "label vectors"  # with or without norms: they show where inner products have lost their digits
+    else:
+        kind = "class indices, norms" if norms else "class indices"
+    if lams.numel() > 1:
+        kind += ", several weights"
+    if len(rest) > 5 and rest[5] != "tf32x3":
+        kind += f", {rest[5]}"
+    rows, width = features_a.shape
+    partners = rows if features_b is features_a else features_b.shape[0]
+    dtype = features_a.dtype
+    if logits_a.dtype is not dtype:
+        kind += f", logits in {logits_a.dtype}"
+    return features_a.device, dtype, kind, rows, partners, logits_a.shape[1], width

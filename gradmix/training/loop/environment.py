@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import gradmix
+from gradmix.calibration.summary import record_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,7 +35,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads and date, as plain values."""
+    """Versions, device, threads and date, as plain values; on a GPU also the kernels that are used."""
+    kernels = record_of(device)
     return {
         "gradmix": gradmix.__version__,
         "python": platform.python_version(),
@@ -42,6 +44,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **({} if kernels is None else {"kernels": kernels}),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gradmix.calibration.agreement import agree
 from gradmix.model.head import resolve_head
 from gradmix.model.unchanged import ModelNotFiniteError
 from gradmix.replay.buffer import ReplayBuffer
@@ -178,6 +179,7 @@ class Run:
         """Run to the end, or until it is interrupted or has diverged."""
         self.start = self.checkpoint_time = time.perf_counter()
         start_peak_memory(self.device)
+        agree(self.group, self.device)  # before it is recorded which kernels are used
         environment = describe_environment(self.device) | distributed.environment(self.config.optim.batch, self.group)
         status: Any = "complete"
         try:
