@@ -18,7 +18,7 @@ import pytest
 import torch
 from forked import run_code
 from patience import PATIENCE
-from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same
+from resuming import StopAt, assert_same_result, goes_on_to_the_bit, interrupted_run, same, undisturbed_run
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.data.image_files import DamagedImageError
@@ -141,7 +141,7 @@ def test_workers_change_nothing(case: str, folder: Path, tmp_path: Path) -> None
     ends = []
     for workers in (0, 2):
         config, method, stream = case_of(case, folder, workers)
-        ends.append(interrupted_run(config, method, stream, tmp_path / f"{workers}.pt", [steps_of(case)]))
+        ends.append(undisturbed_run(config, method, stream, tmp_path / f"{workers}.pt", steps_of(case)))
     (alone, state), (helped, other_state) = ends
     assert_same_result(helped, alone)
     same(other_state, state, "state")
@@ -169,7 +169,7 @@ def test_reading_is_as_having_read(case: str, folder: Path, tmp_path: Path) -> N
     for in_memory in (True, False):
         own = class_incremental(*images, in_memory=in_memory, **options)
         assert own.is_read is not in_memory and own.class_names == stream.class_names
-        states.append(interrupted_run(config, method, own, tmp_path / f"{in_memory}.pt", [steps_of(case)])[1])
+        states.append(undisturbed_run(config, method, own, tmp_path / f"{in_memory}.pt", steps_of(case))[1])
     same(states[1]["model"], states[0]["model"], "model")
     same(states[1]["generators"], states[0]["generators"], "generators")
     assert torch.equal(states[1]["buffer"]["y"], states[0]["buffer"]["y"])
@@ -299,13 +299,12 @@ def test_it_makes_no_difference_where_kept_rows_lie(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config, method, stream = case_of(case, folder, 0)
     kept = replace(config, replay=replace(config.replay, storage=storage))
-    expected = train_one(config, method, 1, stream=stream)
+    expected, other = undisturbed_run(config, method, stream, tmp_path / "numbers.pt", STEPS)
     assert_same_result(train_one(kept, method, 1, stream=stream), expected)
-    assert os.listdir(tmp_path) == [], "what lay there for the run's time"
+    assert os.listdir(tmp_path) == ["numbers.pt"], "what lay there for the run's time"
     # With a checkpoint, which the rows lie beside.
     stops = [2, STEPS_PER_TASK, STEPS_PER_TASK + 2, STEPS]
     result, state = interrupted_run(kept, method, stream, tmp_path / "kept.pt", stops)
-    _, other = interrupted_run(config, method, stream, tmp_path / "numbers.pt", [STEPS])
     assert_same_result(result, expected)
     same(state["model"], other["model"], "model")
     same(state["optimiser"], other["optimiser"], "optimiser")
