@@ -105,9 +105,8 @@ def test_a_killed_process_ends_the_other_and_resuming_is_exact(
     assert "Traceback" not in first.stderr
     assert list(runs_of(folder / "killed")) == [0] and "Run folder: killed" in first.stdout
     assert [p.name for p in (folder / "killed/.checkpoints").iterdir()] == ["gradmix-sample-seed-1.pt"]
-    words = (*TORCHRUN, "-m", "gradmix.cli", "train", "--resume", "killed")
-    again = Started(words, folder, environment()).wait()
-    assert again.returncode == 0, again.stderr
+    first, second = (process.wait() for process in by_two(folder, "train", "--resume", "killed"))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     runs = runs_of(folder / "killed")
     assert runs[1].status == "complete" and all(same(runs[seed], whole[1][seed]) for seed in (0, 1))
     assert not (folder / "killed/.checkpoints").exists()
