@@ -1,6 +1,7 @@
 """class_pair_alignment: all bodies against means of float64 pairs."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def truth(arguments: list[Tensor], index: Tensor, classes: int, lam: float) -> t
     return found[0], found[1]
 
 
+@cache
+def arguments_and_truths(
+    case: str, dtype: torch.dtype, soft: bool, scale: float
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Rows, and what a body is to give for each mixing weight: a loop over pairs that takes longer than a body."""
+    members, classes = CASES[case]
+    arguments = rows(len(members), dtype, soft, scale)
+    if dtype == torch.bfloat16:  # label vectors rounded to 8 bits need not sum to 1
+        arguments[2] = arguments[2].float() if soft else arguments[2]
+    return arguments, [truth(arguments, torch.tensor(members), classes, lam) for lam in LAMS.tolist()]
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize(
     "dtype, scale",  # huge logits are float32 before anything is done with them
@@ -55,15 +68,13 @@ def test_values(backend: str, case: str, dtype: torch.dtype, soft: bool, scale: 
         pytest.skip(str(kernels.unavailable_reason()))
     members, classes = CASES[case]
     index = torch.tensor(members)
-    arguments = rows(len(index), dtype, soft, scale)
-    if dtype == torch.bfloat16:  # label vectors rounded to 8 bits need not sum to 1
-        arguments[2] = arguments[2].float() if soft else arguments[2]
+    arguments, truths = arguments_and_truths(case, dtype, soft, scale)
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     h, z, y, reference = (t.to(device) for t in arguments)
     result = class_pair_alignment(h, z, y, index.to(device), classes, reference, LAMS.to(device), backend=backend)
     unit = 1e-11 if dtype == torch.float64 else 1e-5
-    for k, lam in enumerate(LAMS.tolist()):
-        for value, exact in zip((result.inner[k], result.norm[k]), truth(arguments, index, classes, lam), strict=True):
+    for k, expected in enumerate(truths):
+        for value, exact in zip((result.inner[k], result.norm[k]), expected, strict=True):
             assert torch.equal(value.cpu().isnan(), exact.isnan())
             largest = exact.nan_to_num().abs().max().clamp(min=1e-3)
             assert (value.cpu().double() - exact).nan_to_num().abs().max() <= unit * largest
