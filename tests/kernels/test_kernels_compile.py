@@ -13,7 +13,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 from patience import PATIENCE
@@ -28,7 +28,7 @@ NOT_KERNELS = {"compiling"}
 MODULES = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name not in NOT_KERNELS)
 
 PROGRAM = """
-import importlib, json, os, sys
+import importlib, itertools, json, os, sys
 from gradmix.kernels.compiling import compiled_figures
 
 def traits(variant):
@@ -42,14 +42,15 @@ def cover(variants):
         left -= traits(chosen[-1])
     return chosen
 
-capability = int(sys.argv[1])
-for name in sys.argv[2:]:
+capabilities, modules = json.loads(sys.argv[1])
+for capability, name in itertools.product(capabilities, modules):
     variants = list(importlib.import_module(f"gradmix.kernels.{name}").variants())
     if "GRADMIX_ALL_VARIANTS" not in os.environ:
         variants = cover(variants)[int(capability == 80)::2]
     for variant in variants:
         limits = [variant.max_registers, variant.max_shared, variant.max_spills]
-        print(json.dumps([variant.name, limits, compiled_figures(variant, capability)._asdict()]), flush=True)
+        figures = compiled_figures(variant, capability)._asdict()
+        print(json.dumps([capability, variant.name, limits, figures]), flush=True)
 """
 
 
@@ -57,17 +58,26 @@ def test_there_are_kernels() -> None:
     assert "mixed_alignment" in MODULES
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_variants_keep_their_limits(capability: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, list[int], dict[str, Any]]]:
+    """Capability, name, limits and figures of what is compiled: all in one process, which imports torch and Triton."""
     # A process of its own: the interpreter must be off when a kernel's module is imported. It does not run in the
     # checkout, whose gradmix/ would be imported.
+    folder = tmp_path_factory.mktemp("compiled")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(capability), *MODULES], cwd=tmp_path,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE,
+        [sys.executable, "-c", PROGRAM, json.dumps([CAPABILITIES, MODULES])], cwd=folder,
+        env=environment | {"TRITON_CACHE_DIR": str(folder)}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_variants_keep_their_limits(
+    capability: int, compiled: list[tuple[int, str, list[int], dict[str, Any]]]
+) -> None:
+    lines = [line[1:] for line in compiled if line[0] == capability]
     assert len({name for name, _, _ in lines}) == len(lines) >= len(MODULES)
     print(f"\nsm_{capability}: registers, shared bytes, spilt bytes, spills in loops of products, matrix instructions")
     for name, _, taken in lines:
