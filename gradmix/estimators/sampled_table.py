@@ -7,14 +7,14 @@ lam i + (1 - lam) j, which is S(j, i; 1 - lam), the entry of the classes a and b
     table[lam, a, b] = table[1 - lam, b, a]                                       for lam > 1/2,
     table[1, a, b] = table[0, b, a] = mean of S(i, i; 1) over i in A_a and B_a.
 
-A half has at most :data:`HALF` samples, or one of each class if there are more classes, so that with P classes and
-C outputs the products cost 16 max(HALF, P)^2 C flops, whatever the number of samples. A class that comes later adds its
-row and its column (:func:`add_classes`); nothing else is computed again, and no sample is forwarded again.
+The only sample of a class is in both halves. A half has at most :data:`HALF` samples, or one of each class if there are
+more classes, so that with P classes and C outputs the products cost 16 max(HALF, P)^2 C flops, whatever the number of
+samples. A class that comes later adds its row and its column (:func:`add_classes`); nothing else is computed again, and
+no sample is forwarded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ from gradmix.references import ClassQuota
 HALF = 512
 """Most samples of one half, over all classes."""
 
-INNER = TABLE_LAMS[1:-1]
-"""Mixing weights at which pairs are scored; at 0 and 1 a mixture is one of its samples."""
+LOWER, UPPER = slice(1, len(TABLE_LAMS) // 2 + 1), slice(len(TABLE_LAMS) // 2 + 1, -1)
+"""Mixing weights above 0 up to 1/2, at which pairs are scored, and those above it up to 1."""
 
 
 def sampled_table(
@@ -75,30 +75,25 @@ def add_classes(table: ClassTable, samples: HeadSamples, gradient: Tensor, backe
 
 
 def _add(table: ClassTable, found: Tensor, samples: HeadSamples, gradient: Tensor, backend: str) -> ClassTable:
-    """Return the table with the classes ``found``, made of ``samples``, which are of all its classes."""
+    """Return the table with the classes ``found``; ``samples`` are of all its classes."""
     classes = torch.cat([table.classes, found]).sort().values
     old, new = (torch.searchsorted(classes, part) for part in (table.classes, found))
     first, second = _halves(class_index(classes, class_of(samples.y)), len(classes))
-    # A known class with a new one needs the weights above 1/2, too: the roles of the halves are fixed.
-    lams = INNER if len(old) else INNER[: len(INNER) // 2 + 1]
-    rows = _mean_scores(samples, first[new], second, gradient, lams, backend)
+    rows = _mean_scores(samples, first[new], second, gradient, backend)
+    columns = _mean_scores(samples, first[old], second[new], gradient, backend)
     own = _own_scores(samples, classes, gradient, backend)
-    # A class of one sample has no pair of two.
-    alone = (first[:, 0] == second[:, 0]).nonzero()[:, 0]
 
-    def join(known: Tensor, row: Tensor, one: Tensor) -> Tensor:
+    def join(known: Tensor, row: Tensor, column: Tensor, one: Tensor) -> Tensor:
         whole = row.new_empty(len(TABLE_LAMS), len(classes), len(classes))
         whole[:, old[:, None], old] = known
-        if len(old):
-            whole[1:-1, :, new] = row.flip(0).mT
-        whole[1 : len(row) + 1, new] = row
-        for place in range(1, len(TABLE_LAMS) // 2):
-            whole[-1 - place] = whole[place].mT
+        whole[LOWER, new] = row
+        whole[LOWER, old[:, None], new] = column
+        whole[UPPER] = whole[LOWER].flip(0).mT[1:]
         whole[-1], whole[0] = one[:, None], one
-        whole[:, alone, alone] = torch.nan
         return whole
 
-    inner, norm = join(table.inner, rows.inner, own.inner), join(table.norm, rows.norm, own.norm)
+    parts = zip((table.inner, table.norm), rows, columns, own, strict=True)
+    inner, norm = (join(*part) for part in parts)
     return ClassTable(TABLE_LAMS, inner, norm, table.reference_norm, classes, samples.without_inputs())
 
 
@@ -129,24 +124,24 @@ def _halves(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _mean_scores(
-    samples: HeadSamples, own: Tensor, partners: Tensor, gradient: Tensor, lams: Sequence[float], backend: str
-) -> _Scores:
-    """Return mean scores (L, P, Q) of the samples ``own`` (P, n), as indices, with ``partners`` (Q, m)."""
+def _mean_scores(samples: HeadSamples, own: Tensor, partners: Tensor, gradient: Tensor, backend: str) -> _Scores:
+    """Return mean scores (L, P, Q) of the samples ``own`` (P, n), as indices, with ``partners`` (Q, m).
+
+    They are those at the weights :data:`LOWER`.
+    """
     sides, shares = [], []
     for index in (own, partners):
         # What pads a row is a copy of a sample, and counts for nothing.
         part = samples.take(index.clamp(min=0).flatten())
         sides += [part.features, part.logits, part.y]
         shares.append((index >= 0) / (index >= 0).sum(1, keepdim=True))
-    weights = as_lams(torch.tensor(lams, dtype=torch.float64, device="cpu"), gradient.device)
+    weights = as_lams(torch.tensor(TABLE_LAMS[LOWER], dtype=torch.float64, device="cpu"), gradient.device)
     scores = mixed_alignment_op(*sides, gradient, weights, True, "tf32x3", backend)
     left, right = (share.to(scores[0].dtype) for share in shares)
-    means = []
-    for value in scores:
-        by_class = torch.einsum("lpnq,pn->lpq", value.view(len(lams), *own.shape, -1), left)
-        means.append(torch.einsum("lpqm,qm->lpq", by_class.view(*by_class.shape[:2], *partners.shape), right))
-    return _Scores(*means)
+    shape = (len(weights), *own.shape, *partners.shape)
+    # One axis after the other: a sum over both at once takes several times as long.
+    halves = (torch.einsum("lpnk,pn->lpk", value.view(*shape[:3], partners.numel()), left) for value in scores)
+    return _Scores(*(torch.einsum("lpqm,qm->lpq", value.view(*shape[:2], *shape[3:]), right) for value in halves))
 
 
 def _own_scores(samples: HeadSamples, classes: Tensor, gradient: Tensor, backend: str) -> _Scores:

@@ -186,13 +186,24 @@ class SelectiveMixup(LinearMixing):
             for name, expected in (("inner", shape), ("norm", shape), ("reference_norm", ())):
                 require_tensor(table[name], dtype, expected, f"method.table.{name}")
             if "samples" in table:
-                samples, many = table["samples"], (len(table["samples"]["y"]),)
-                soft = getattr(samples["y"], "ndim", 1) == 2
-                labels_dtype = samples["y"].dtype if soft else torch.int64
-                require_tensor(samples["y"], labels_dtype, (*many, None) if soft else many, "method.table.samples.y")
-                for name in ("features", "logits"):
-                    kind = getattr(samples[name], "dtype", dtype)
-                    require_tensor(samples[name], kind, (*many, None), f"method.table.samples.{name}")
+                self._check_samples(table["samples"], state["reference"].shape)
+
+    def _check_samples(self, samples: Mapping[str, Any], reference: torch.Size) -> None:
+        """Refuse samples of a class table that do not fit the reference gradient."""
+        classes, width = reference
+        key, y, bias = "method.table.samples", samples["y"], samples["appends_one"]
+        if type(bias) is not bool:
+            raise ValueError(f"{key}.appends_one: got {type(bias).__name__}, expected a bool")
+        soft = getattr(y, "ndim", 1) == 2
+        dtype = getattr(y, "dtype", torch.float32) if soft else torch.int64
+        require_tensor(y, dtype, (None, classes) if soft else (None,), f"{key}.y")
+        if not soft and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"{key}.y: got labels that are none of {classes} classes")
+        for name, columns in (("features", width - bias), ("logits", classes)):
+            kind = getattr(samples[name], "dtype", torch.float32)
+            require_tensor(samples[name], kind, (len(y), columns), f"{key}.{name}")
+            if not kind.is_floating_point:
+                raise ValueError(f"{key}.{name}: got {kind}, expected floats")
 
     def _check_reference(self, reference: Any) -> None:
         """Refuse a reference gradient that does not fit: of all parameters, or of the head that the model has."""
