@@ -39,6 +39,11 @@ class TableTensors(NamedTuple):
     reference_norm: Tensor
     classes: Tensor
 
+    def take(self, index: Tensor) -> TableTensors:
+        """Return the table of the classes at ``index`` (K,) int64, ascending."""
+        inner, norm = (value.index_select(1, index).index_select(2, index) for value in (self.inner, self.norm))
+        return TableTensors(inner, norm, self.reference_norm, self.classes[index])
+
 
 @dataclass(frozen=True)
 class ClassTable:

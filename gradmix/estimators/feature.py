@@ -49,10 +49,10 @@ class Feature(LastLayerEstimator):
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
         """The table of up to ``per_class`` samples of each class: of all pairs, or of many classes of some."""
-        samples = mixtures.batch.take(ClassQuota(per_class).admit(mixtures.batch.y))
-        reference_norm = self.reference_norm(gradient)
-        if len(samples) > TABLE_SAMPLES:
-            return sampled_table(samples, gradient, reference_norm, per_class, self.network.backend), None
+        reference_norm, admitted = self.reference_norm(gradient), ClassQuota(per_class).admit(mixtures.batch.y)
+        if len(admitted) > TABLE_SAMPLES:
+            return sampled_table(mixtures.batch, gradient, reference_norm, per_class, self.network.backend), None
+        samples = mixtures.batch.take(admitted)
         classes = torch.unique(class_of(samples.y))
         inner, norm = class_pair_alignment(
             samples.features,

@@ -76,20 +76,22 @@ def add_classes(table: ClassTable, samples: HeadSamples, gradient: Tensor, backe
 
 def _add(table: ClassTable, found: Tensor, samples: HeadSamples, gradient: Tensor, backend: str) -> ClassTable:
     """Return the table with the classes ``found``; ``samples`` are of all its classes."""
-    classes = torch.cat([table.classes, found]).sort().values
-    old, new = (torch.searchsorted(classes, part) for part in (table.classes, found))
+    classes, order = torch.cat([table.classes, found]).sort()
+    given = torch.argsort(order)  # the known classes, then the new ones, by their places in the table
+    old, new = given.split([len(table.classes), len(found)])
     first, second = _halves(class_index(classes, class_of(samples.y)), len(classes))
     rows = _mean_scores(samples, first[new], second, gradient, backend)
     columns = _mean_scores(samples, first[old], second[new], gradient, backend)
-    own = _own_scores(samples, classes, gradient, backend)
+    own = _own_scores(samples, found, gradient, backend)
 
     def join(known: Tensor, row: Tensor, column: Tensor, one: Tensor) -> Tensor:
         whole = row.new_empty(len(TABLE_LAMS), len(classes), len(classes))
-        whole[:, old[:, None], old] = known
-        whole[LOWER, new] = row
-        whole[LOWER, old[:, None], new] = column
+        # Whole rows and columns are moved: to write the known block in its places takes several times as long.
+        lower = torch.cat([torch.cat([known[LOWER], column], 2), row.index_select(2, given)], 1)
+        whole[LOWER] = lower.index_select(1, order).index_select(2, order)
         whole[UPPER] = whole[LOWER].flip(0).mT[1:]
-        whole[-1], whole[0] = one[:, None], one
+        ends = torch.cat([known[-1].diagonal(), one])[order]
+        whole[-1], whole[0] = ends[:, None], ends
         return whole
 
     parts = zip((table.inner, table.norm), rows, columns, own, strict=True)
@@ -145,7 +147,8 @@ def _mean_scores(samples: HeadSamples, own: Tensor, partners: Tensor, gradient: 
 
 
 def _own_scores(samples: HeadSamples, classes: Tensor, gradient: Tensor, backend: str) -> _Scores:
-    """Return the mean scores (P,) of the samples of each class, not mixed."""
+    """Return the mean scores (P,) of the samples of each of these classes, not mixed."""
+    samples = samples.take((class_index(classes, class_of(samples.y)) >= 0).nonzero()[:, 0])
     one = samples.take(torch.zeros(1, dtype=torch.int64, device=samples.y.device))
     sides = [value for side in (samples, one) for value in (side.features, side.logits, side.y)]
     scores = mixed_alignment_op(*sides, gradient, as_lams(1.0, gradient.device), True, "tf32x3", backend)
