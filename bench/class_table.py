@@ -92,7 +92,7 @@ class TimedGradMix(GradMix):
         self.spent: list[float] = []
 
     @contextmanager
-    def _timed(self, device: torch.device) -> Iterator[None]:
+    def _time(self, device: torch.device) -> Iterator[None]:
         synchronize(device)
         start = time.perf_counter()
         yield
@@ -100,11 +100,11 @@ class TimedGradMix(GradMix):
         self.spent.append(time.perf_counter() - start)
 
     def _refresh_kept(self, request: Any) -> None:
-        with self._timed(request.batch.y.device):
+        with self._time(request.batch.y.device):
             super()._refresh_kept(request)
 
     def _extend_table(self, request: Any) -> None:
-        with self._timed(request.batch.y.device):
+        with self._time(request.batch.y.device):
             super()._extend_table(request)
 
 

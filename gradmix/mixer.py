@@ -307,12 +307,12 @@ class GradMix:
         """Add the unknown classes of the batch and the candidates to the class table."""
         mixtures = self._estimator.prepare(request, 1.0)
         assert self.table is not None and self.reference is not None
-        everything = concatenate_samples(self._gathered(mixtures), mixtures.num_classes)
+        everything = concatenate_samples(self._gather(mixtures), mixtures.num_classes)
         table = self._estimator.extend_table(self.table, everything, self.reference)
         self.table = table.of_first_process(self._estimator.network.group)
         self._incomplete = False
 
-    def _gathered(self, mixtures: Mixtures[Any]) -> list[Any]:
+    def _gather(self, mixtures: Mixtures[Any]) -> list[Any]:
         """Return the samples of the batches, and of the candidates, of all processes."""
         given = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
         if not self._estimator.mixes_inputs:
@@ -324,7 +324,7 @@ class GradMix:
     ) -> tuple[ClassTable, Screening | None]:
         """Return the class table of the buffer's ``samples`` and of the mixtures', the same in all processes."""
         estimator, network = self._estimator, self._estimator.network
-        everything = concatenate_samples([*samples, *self._gathered(mixtures)], mixtures.num_classes)
+        everything = concatenate_samples([*samples, *self._gather(mixtures)], mixtures.num_classes)
         table, screening = estimator.class_table(
             replace(mixtures, batch=everything, candidates=None),
             reference.gradient,

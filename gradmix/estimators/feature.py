@@ -16,7 +16,7 @@ from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES, ClassTable
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Screening
 from gradmix.estimators.last_layer import LastLayerEstimator
-from gradmix.estimators.sampled_table import add_classes, sampled_table
+from gradmix.estimators.sampled_table import add_classes, make_sampled_table
 from gradmix.labelled_samples import HeadSamples
 from gradmix.mixtures import Mixtures
 from gradmix.ops.class_pairs import class_pair_alignment
@@ -51,7 +51,7 @@ class Feature(LastLayerEstimator):
         """The table of up to ``per_class`` samples of each class: of all pairs, or of many classes of some."""
         reference_norm, admitted = self.reference_norm(gradient), ClassQuota(per_class).admit(mixtures.batch.y)
         if len(admitted) > TABLE_SAMPLES:
-            return sampled_table(mixtures.batch, gradient, reference_norm, per_class, self.network.backend), None
+            return make_sampled_table(mixtures.batch, gradient, reference_norm, per_class, self.network.backend), None
         samples = mixtures.batch.take(admitted)
         classes = torch.unique(class_of(samples.y))
         inner, norm = class_pair_alignment(

@@ -34,7 +34,7 @@ LOWER, UPPER = slice(1, len(TABLE_LAMS) // 2 + 1), slice(len(TABLE_LAMS) // 2 + 
 """Mixing weights above 0 up to 1/2, at which pairs are scored, and those above it up to 1."""
 
 
-def sampled_table(
+def make_sampled_table(
     samples: HeadSamples, gradient: Tensor, reference_norm: Tensor, per_class: int, backend: str
 ) -> ClassTable:
     """Return the table of all classes of ``samples``, with the samples that it was made of.
@@ -57,10 +57,10 @@ def add_classes(table: ClassTable, samples: HeadSamples, gradient: Tensor, backe
     """Return the table with those classes of ``samples`` that it does not contain.
 
     Args:
-        table: of :func:`sampled_table`.
+        table: of :func:`make_sampled_table`.
         samples: other samples of the same model.
         gradient: the table's reference.
-        backend: as :func:`sampled_table`.
+        backend: as :func:`make_sampled_table`.
     """
     assert table.samples is not None
     labels = class_of(samples.y)

@@ -36,7 +36,7 @@ def gradient_of(bias: bool = True) -> Tensor:
 
 
 def table_of(samples: HeadSamples, gradient: Tensor, per_class: int = 32) -> ClassTable:
-    return sampled_table.sampled_table(samples, gradient, gradient.norm(), per_class, "reference")
+    return sampled_table.make_sampled_table(samples, gradient, gradient.norm(), per_class, "reference")
 
 
 def score(samples: HeadSamples, i: int, j: int, lam: float, gradient: Tensor) -> tuple[float, float]:
@@ -127,11 +127,11 @@ def test_the_pairs_scored_are_bounded(monkeypatch: pytest.MonkeyPatch, classes: 
     g, y = generator(), torch.arange(classes).repeat(32)
     samples = HeadSamples(None, y, torch.randn(len(y), 3, generator=g), torch.randn(len(y), classes, generator=g))
     gradient = torch.randn(classes, 4, generator=g)
-    table = sampled_table.sampled_table(samples, gradient, gradient.norm(), 32, "auto")
+    table = sampled_table.make_sampled_table(samples, gradient, gradient.norm(), 32, "auto")
     assert sum(scored) <= 2 * max(sampled_table.HALF, classes) ** 2 + 2 * max(sampled_table.HALF, classes)
     assert not table.inner.isnan().any()
     scored.clear()
-    start = sampled_table.sampled_table(samples.take(y > 1), gradient, gradient.norm(), 32, "auto")
+    start = sampled_table.make_sampled_table(samples.take(y > 1), gradient, gradient.norm(), 32, "auto")
     scored.clear()
     sampled_table.add_classes(start, samples.take(y <= 1), gradient, "auto")
     assert sum(scored) <= 4 * 32 * max(sampled_table.HALF, classes) + 2 * max(sampled_table.HALF, classes)
