@@ -43,7 +43,7 @@ from gradmix.mixer import GradMix
 
 CLASSES = {10: 5000, 100: 500, 200: 500, 1000: 1300}
 """Numbers of classes, each with samples of a class, as CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet have them."""
-STEPS = 100
+STEPS = 50
 """Steps timed of an epoch, whose first ones hold all of its tables; the rest is proportional."""
 DISTINCT = 50
 """Samples of a class that are kept in memory; the others are copies of them."""
@@ -51,9 +51,8 @@ ROUNDS = 3
 """Rounds made in any case."""
 FORMER_SAMPLES = 2048
 """Most samples of a table in feature space before tables were sampled; all their pairs were taken, at five weights."""
-MIXTURES = 5
-"""Mixed inputs for each pair of classes that are timed, of the 30 that ``class_samples=32`` makes: the rest is
-proportional."""
+SOME = 20
+"""Classes of which a table of mixed inputs is timed: of all it is proportional to their square."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,12 @@ class Loop:
                 torch.cat([self.y[new], self.buffer[1][replayed]]),
             )
 
+    def old_steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the buffer alone."""
+        while True:
+            index = torch.randint(len(self.buffer[1]), (2 * self.case.batch,), generator=self.generator)
+            yield self.buffer[0][index], self.buffer[1][index]
+
     def mixup(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The samples mixed by plain Mixup (Zhang et al. 2018): one weight, one permutation."""
         lam = float(torch.rand((), generator=self.generator))
@@ -194,10 +199,25 @@ class Loop:
             pairs = self.one_table(self.selective(class_samples=limit))
         finally:
             vars(feature)["TABLE_SAMPLES"] = TABLE_SAMPLES
-        # Reading the buffer is in both, and is not multiplied.
+        # Reading the buffer is in all of them, and is not multiplied.
         buffer = self.one_table(self.selective(class_samples=1))
-        few = self.one_table(self.selective("mixed", MIXTURES))
-        return {"feature": pairs, "mixed": buffer + max(0.0, few - buffer) * (32 // 5) * 5 / MIXTURES}
+        whole, some = self.buffer, min(SOME, self.case.classes - self.case.new)
+        try:
+            of_some = self.buffer[1] < some
+            self.buffer = (whole[0][of_some], whole[1][of_some])
+            few = self.selective("mixed")
+            batch = next(self.old_steps())
+            few(*batch)
+            few.start_epoch()
+            few(*batch)
+            reading = self.selective(class_samples=1)
+            reading(*batch)
+            reading.start_epoch()
+            reading(*batch)
+        finally:
+            self.buffer = whole
+        forwards = few.spent[-1] - reading.spent[-1]
+        return {"feature": pairs, "mixed": buffer + forwards * (self.case.classes / some) ** 2}
 
 
 def measure(case: Case, device: torch.device, seed: int, repeats: int, seconds: float) -> dict[str, Any]:
@@ -290,7 +310,7 @@ def print_report(result: dict[str, Any]) -> None:
         [
             "now: seconds of all tables made or extended in an epoch of GradMix, over Mixup's epoch of the same round",
             "before: one table as it was made, times the tables of an epoch, as every unknown class had it made anew; "
-            f"of mixed inputs {MIXTURES} of 30 for each pair of classes are timed",
+            f"of mixed inputs that of at most {SOME} classes is timed, times the square of how many more there are",
             "epoch / Mixup's: the whole epoch of GradMix over that of Mixup, of the same round",
             f"the first {STEPS} steps of an epoch are timed, which hold all tables; the others are taken to be alike",
             "median (20 to 80 %)",
