@@ -41,5 +41,5 @@ def docs(session: nox.Session) -> None:
 def bench_smoke(session: nox.Session) -> None:
     """The benchmarks at small sizes: that they run and check their answers. Their times mean nothing."""
     session.install(*CONSTRAINTS, ".[bench]")
-    for script in ("selection_throughput", "class_sketch", "sketch_project"):
+    for script in ("selection_throughput", "class_sketch", "sketch_project", "class_table"):
         session.run("python", f"bench/{script}.py", "--quick")

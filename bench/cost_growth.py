@@ -49,12 +49,10 @@ from torch import Tensor, nn
 from training_step import Case, Loop
 
 import gradmix
-from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES
-from gradmix.estimators import Network, resolve
-from gradmix.labelled_samples import HeadSamples
+from gradmix.class_table import TABLE_LAMS
 from gradmix.mixer import GradMix
-from gradmix.mixtures import Mixtures
 from gradmix.model.head import HeadOutput
+from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import mixed_alignment
 from gradmix.pairs import Pairs
@@ -64,6 +62,9 @@ INTERVAL = 20
 
 CLASS_SAMPLES = 32
 """Samples of each class behind a class table, fewer where there are many classes."""
+
+TABLE_SAMPLES = 2048
+"""Most samples of which all pairs are taken here; a class table takes some of the pairs from fewer samples on."""
 
 CHUNK = 256
 """Samples of the buffer whose gradient is added at a time."""
@@ -254,14 +255,12 @@ def _summing(problem: Problem, rows: int) -> Call:
 
 
 def _tabulating(problem: Problem, classes: int) -> Call:
-    """The class table of so many classes, from samples whose labels go round."""
+    """The class table of so many classes, of all pairs of samples whose labels go round."""
     rows = table_rows(classes)
     labels = torch.arange(rows, device=problem.labels_a.device) % classes
-    given = HeadSamples(None, labels, problem.features_a[:rows], problem.logits_a[:rows])
-    # The estimator asks neither the model nor the head for anything.
-    estimator = resolve("feature", Network(nn.Identity(), None, None, CHUNK, "auto"))
-    mixtures = Mixtures(given, None, LAM, given.logits.shape[1], CHUNK)
-    return lambda: estimator.class_table(mixtures, problem.reference, CLASS_SAMPLES, 0.0, torch.Generator())[0]
+    side = problem.features_a[:rows], problem.logits_a[:rows], labels, labels
+    lams = torch.tensor(TABLE_LAMS, dtype=torch.float64)
+    return lambda: class_pair_alignment(*side, classes, problem.reference, lams)
 
 
 def points_of(axis: str, values: Sequence[int], base: Sizes, device: torch.device, seed: int) -> list[_Point]:

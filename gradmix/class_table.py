@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradmix.criteria import Alignment, ClassMeans, PairScores
+from gradmix.labelled_samples import HeadSamples
 from gradmix.mixing_weight import beta_quadrature
 from gradmix.ops.labels import class_of
 from gradmix.ops.mixed_alignment import Weight, cosine
@@ -25,8 +26,9 @@ One decision for all weights, by their mean, is worse on MNIST (REPRODUCIBILITY.
 AVERAGE_NODES = 8
 """Quadrature nodes of a class table's average over Beta(alpha, alpha), for display."""
 
-TABLE_SAMPLES = 2048
-"""Largest number of samples for a class table; with many classes there are fewer of each."""
+TABLE_SAMPLES = 512
+"""Most samples of which a class table takes all pairs; of more it takes some, as
+:mod:`gradmix.estimators.sampled_table` says."""
 
 
 class TableTensors(NamedTuple):
@@ -36,6 +38,11 @@ class TableTensors(NamedTuple):
     norm: Tensor
     reference_norm: Tensor
     classes: Tensor
+
+    def take(self, index: Tensor) -> TableTensors:
+        """Return the table of the classes at ``index`` (K,) int64, ascending."""
+        inner, norm = (value.index_select(1, index).index_select(2, index) for value in (self.inner, self.norm))
+        return TableTensors(inner, norm, self.reference_norm, self.classes[index])
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class ClassTable:
         reference_norm: scalar tensor, the reference gradient's norm.
         classes: (P,) int64, ascending; entry (a, b) is a sample of ``classes[a]`` with weight lam and a partner of
             ``classes[b]``.
+        samples: the samples that the table was made of, with which classes that come later are scored; None: the table
+            is made anew for them.
     """
 
     lams: tuple[float, ...]
@@ -56,6 +65,7 @@ class ClassTable:
     norm: Tensor
     reference_norm: Tensor
     classes: Tensor
+    samples: HeadSamples | None = None
 
     def at(self, lam: Weight) -> Alignment:
         """The alignment at one mixing weight, (P, P), interpolated linearly between the weights evaluated."""
@@ -74,6 +84,20 @@ class ClassTable:
     def tensors(self) -> TableTensors:
         """The table without its weights."""
         return TableTensors(self.inner, self.norm, self.reference_norm, self.classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the table as plain values and tensors, from which :meth:`from_state` makes it."""
+        state = {name: value for name, value in vars(self).items() if value is not None}
+        if self.samples is not None:
+            state["samples"] = {name: value for name, value in vars(self.samples).items() if value is not None}
+        return state | {"lams": list(self.lams)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ClassTable:
+        """Make the table of a :meth:`state_dict`."""
+        samples = state.get("samples")
+        made = None if samples is None else HeadSamples(x=None, **samples)
+        return cls(**{**state, "lams": tuple(state["lams"]), "samples": made})
 
     def of_first_process(self, group: Group) -> ClassTable:
         """Return the table of a group's first process; the others' tables differ by their draws and by rounding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any, Literal, TypeAlias
 
@@ -55,14 +56,16 @@ class GradMix:
     - when the buffer has been filled for the first time;
     - when a parameter of the model is new, gone, or of another shape, as in a classifier that grows (for estimators
       over all parameters: also when one has been frozen or unfrozen);
-    - with the criterion ``class``, when a batch holds a class that the table does not contain.
+    - with the criterion ``class``, when a batch holds a class that the table does not contain, and the table is of all
+      pairs of its samples. One that takes some pairs of each pair of classes, as of many classes the estimator
+      ``feature`` does, gets a row and a column for the class instead.
 
     The class table is computed from samples of the buffer and of the present batch. It holds the alignment as a
     function of lam, because it is used in steps with different lam.
 
     On a GPU no call waits for the device (estimators ``feature`` and ``mixed``, between refreshes). The next call
     raises the errors that a check finds (:mod:`gradmix.runtime.deferred_checks`). Samples of a class that the table
-    does not contain stay unmixed in that step, and the next step computes the table anew. Reading a buffer on the host,
+    does not contain stay unmixed in that step, and the next step completes the table. Reading a buffer on the host,
     and computing a class table, do wait.
 
     Call it in the training loop, not in a ``collate_fn`` or a data set that worker processes run: their copy of the
@@ -150,6 +153,7 @@ class GradMix:
         self.refreshes = 0
         self._age = 0
         self._stale = True
+        self._incomplete = False
         self._shapes: Shapes | None = None
 
     @property
@@ -207,6 +211,8 @@ class GradMix:
             if not once:
                 if self._is_due(request):
                     self._refresh_kept(request)
+                elif self._incomplete:
+                    self._extend_table(request)
                 request = replace(request, marked=None)
             lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
             selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
@@ -236,14 +242,25 @@ class GradMix:
         if self._shapes != self._shapes_now():
             return True
         if self.reference is None:
-            return has_samples(self._buffer) if request.marked is None else self._any_set(request.marked)
+            if request.marked is None:
+                return has_samples(self._buffer)
+            return self._any_set(request.marked, GradMix.start_epoch)
         if self.table is None:
             return False
         labels = [class_of(samples.y) for samples in (request.batch, request.candidates) if samples is not None]
-        return self._any_set(torch.cat([class_index(self.table.classes, label) < 0 for label in labels]))
+        unknown = torch.cat([class_index(self.table.classes, label) < 0 for label in labels])
+        if self.table.samples is None:
+            return self._any_set(unknown, GradMix.start_epoch)
+        if not self._incomplete and self._any_set(unknown, GradMix._require_classes):
+            self._require_classes()
+        return False
 
-    def _any_set(self, flags: Tensor) -> bool:
-        """Whether any of ``flags`` (K,) is set in any process; where the host may not wait, False and a check."""
+    def _require_classes(self) -> None:
+        """Make this call, or the next, add the unknown classes of its samples to the class table."""
+        self._incomplete = True
+
+    def _any_set(self, flags: Tensor, then: Callable[[GradMix], None]) -> bool:
+        """Whether any of ``flags`` (K,) is set in any process; where the host may not wait, False; ``then`` follows."""
         group = self._estimator.network.group
         if group is not None:
             flags = any_rank(flags, group)
@@ -252,12 +269,12 @@ class GradMix:
         # By a weak reference: a pending check must not keep this object alive.
         reference = weakref.ref(self)
 
-        def mark_stale(_sample: int) -> None:
+        def act(_sample: int) -> None:
             mixup = reference()
             if mixup is not None:
-                mixup.start_epoch()
+                then(mixup)
 
-        check_samples(flags, mark_stale)
+        check_samples(flags, act)
         return False
 
     def _shapes_now(self) -> Shapes:
@@ -283,19 +300,31 @@ class GradMix:
                 table, screening = self._class_table(mixtures, samples, reference)
         self.reference = None if reference is None else reference.gradient
         self.table, self.screening = table, screening
-        self._age, self._stale, self._shapes = 0, False, self._shapes_now()
+        self._age, self._stale, self._incomplete, self._shapes = 0, False, False, self._shapes_now()
         self.refreshes += 1
+
+    def _extend_table(self, request: Request) -> None:
+        """Add the unknown classes of the batch and the candidates to the class table."""
+        mixtures = self._estimator.prepare(request, 1.0)
+        assert self.table is not None and self.reference is not None
+        everything = concatenate_samples(self._gather(mixtures), mixtures.num_classes)
+        table = self._estimator.extend_table(self.table, everything, self.reference)
+        self.table = table.of_first_process(self._estimator.network.group)
+        self._incomplete = False
+
+    def _gather(self, mixtures: Mixtures[Any]) -> list[Any]:
+        """Return the samples of the batches, and of the candidates, of all processes."""
+        given = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
+        if not self._estimator.mixes_inputs:
+            given = [part.without_inputs() for part in given]
+        return [part.gather(self._estimator.network.batch_group) for part in given]
 
     def _class_table(
         self, mixtures: Mixtures[Any], samples: list[Any], reference: Reference
     ) -> tuple[ClassTable, Screening | None]:
         """Return the class table of the buffer's ``samples`` and of the mixtures', the same in all processes."""
         estimator, network = self._estimator, self._estimator.network
-        given = [mixtures.batch] if mixtures.candidates is None else [mixtures.batch, mixtures.candidates]
-        if not estimator.mixes_inputs:
-            given = [part.without_inputs() for part in given]
-        parts = [*samples, *(part.gather(network.batch_group) for part in given)]
-        everything = concatenate_samples(parts, mixtures.num_classes)
+        everything = concatenate_samples([*samples, *self._gather(mixtures)], mixtures.num_classes)
         table, screening = estimator.class_table(
             replace(mixtures, batch=everything, candidates=None),
             reference.gradient,
@@ -316,16 +345,15 @@ class GradMix:
         """
         # Whether the table must be computed anew may still be pending on the GPU.
         raise_deferred(self._model)
-        table = self.table
         return {
             "reference": self.reference,
-            "table": None if table is None else vars(table) | {"lams": list(table.lams)},
+            "table": None if self.table is None else self.table.state_dict(),
             "age": self._age,
             "stale": self._stale,
             "shapes": self._shapes,
             "refreshes": self.refreshes,
             "generator": self._source.get_state(),
-        }
+        } | ({"incomplete": True} if self._incomplete else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of :meth:`state_dict`.
@@ -334,12 +362,12 @@ class GradMix:
             ValueError: a key is missing or unknown; the object is then unchanged.
         """
         expected = {"reference", "table", "age", "stale", "refreshes", "generator", "shapes"}
-        if {"shapes", *state} != expected:
+        if {"shapes", *state} - {"incomplete"} != expected:
             raise ValueError(f"state: got the keys {sorted(state)}, expected {sorted(expected)}")
-        table = state["table"]
-        made = None if table is None else ClassTable(**(table | {"lams": tuple(table["lams"])}))
+        made = None if state["table"] is None else ClassTable.from_state(state["table"])
         self._source.set_state(state["generator"])
         self.reference, self.table = state["reference"], made
         self._age, self._stale, self.refreshes = state["age"], state["stale"], state["refreshes"]
+        self._incomplete = state.get("incomplete", False)
         # A state of an earlier version has no shapes, and is assumed to be of a model with the present ones.
         self._shapes = state.get("shapes", self._shapes_now())

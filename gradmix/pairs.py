@@ -32,7 +32,8 @@ class Pairs:
         alignment: cosines of the mixtures' gradients with the reference gradient: (N, M), or (P, P) by class; NaN where
             a mixture was not evaluated, 0 throughout while the buffer is empty. Where no decision needed them they are
             computed when they are first read, from the features and logits of the selection.
-        classes: None, or (P,) int64 class labels of ``alignment``.
+        classes: None, or (P,) int64 class labels of ``alignment``: those of the samples; or of a kept class table, if
+            it has no more classes than there are samples.
         num_classes: length of a mixed label vector.
         screening: None, or for the estimator ``sketch`` how many pairs were scored by sketches, how many of them again
             by forwarded mixtures, and how many are in doubt (:class:`gradmix.estimators.Screening`).

@@ -226,10 +226,14 @@ class ClassQuota:
 
     def admit(self, labels: Tensor) -> Tensor:
         """Return the indices (K,) int64 of this call's samples that are within the quota, ascending."""
-        admitted = []
-        for index, label in enumerate(class_of(labels).tolist()):
-            count = self._count.get(label, 0)
-            if count < self._limit:
-                self._count[label] = count + 1
-                admitted.append(index)
-        return torch.tensor(admitted, dtype=torch.int64, device=labels.device)
+        labels = class_of(labels)
+        order = torch.argsort(labels, stable=True)
+        classes, counts = torch.unique_consecutive(labels[order], return_counts=True)
+        found = classes.tolist()
+        before = [self._count.get(label, 0) for label in found]
+        for label, known, more in zip(found, before, counts.tolist(), strict=True):
+            self._count[label] = known + more
+        # The place of each sample among all of its class.
+        first = torch.tensor(before, dtype=torch.int64, device=labels.device) + counts - counts.cumsum(0)
+        place = torch.arange(len(labels), device=labels.device) + first.repeat_interleave(counts)
+        return order[place < self._limit].sort().values

@@ -260,3 +260,13 @@ class Estimator(Scorer[AnySamples]):
             threshold: the cosine that decides.
             generator: draws the mixtures.
         """
+
+    def extend_table(self, table: ClassTable, samples: AnySamples, gradient: Any) -> ClassTable:
+        """Return a table that has its ``samples`` with those classes of other samples that it does not contain.
+
+        Args:
+            table: of :meth:`class_table`.
+            samples: some of unknown classes.
+            gradient: the table's reference.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes tables anew")

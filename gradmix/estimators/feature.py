@@ -16,6 +16,7 @@ from gradmix.class_table import TABLE_LAMS, TABLE_SAMPLES, ClassTable
 from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Screening
 from gradmix.estimators.last_layer import LastLayerEstimator
+from gradmix.estimators.sampled_table import add_classes, make_sampled_table
 from gradmix.labelled_samples import HeadSamples
 from gradmix.mixtures import Mixtures
 from gradmix.ops.class_pairs import class_pair_alignment
@@ -47,11 +48,12 @@ class Feature(LastLayerEstimator):
         threshold: float,
         generator: torch.Generator,
     ) -> tuple[ClassTable, Screening | None]:
-        """The table of all pairs of up to ``per_class`` samples of each class."""
-        samples = mixtures.batch
+        """The table of up to ``per_class`` samples of each class: of all pairs, or of many classes of some."""
+        reference_norm, admitted = self.reference_norm(gradient), ClassQuota(per_class).admit(mixtures.batch.y)
+        if len(admitted) > TABLE_SAMPLES:
+            return make_sampled_table(mixtures.batch, gradient, reference_norm, per_class, self.network.backend), None
+        samples = mixtures.batch.take(admitted)
         classes = torch.unique(class_of(samples.y))
-        limit = max(1, min(per_class, TABLE_SAMPLES // len(classes)))
-        samples = samples.take(ClassQuota(limit).admit(samples.y))
         inner, norm = class_pair_alignment(
             samples.features,
             samples.logits,
@@ -62,7 +64,11 @@ class Feature(LastLayerEstimator):
             torch.tensor(TABLE_LAMS, dtype=torch.float64, device="cpu"),
             backend=self.network.backend,
         )
-        return ClassTable(TABLE_LAMS, inner, norm, self.reference_norm(gradient), classes), None
+        return ClassTable(TABLE_LAMS, inner, norm, reference_norm, classes), None
+
+    def extend_table(self, table: ClassTable, samples: HeadSamples, gradient: Tensor) -> ClassTable:
+        """The table with the samples' classes, which are scored with the samples that it was made of."""
+        return add_classes(table, samples, gradient, self.network.backend)
 
 
 def feature_scores(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gradmix.class_table import TableTensors, interpolate
-from gradmix.criteria import PairScores
+from gradmix.criteria import PairScores, class_index
 from gradmix.estimators.base import Estimator, PassSizes, Scorer
 from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.inputs import InputTree
+from gradmix.ops.labels import class_of
+from gradmix.runtime.deferred_checks import can_sync
 
 
 class TableLookup(Scorer[LabelledSamples]):
@@ -50,5 +53,12 @@ class TableLookup(Scorer[LabelledSamples]):
     def class_scores(
         self, mixtures: Mixtures[LabelledSamples], gradient: TableTensors, pairs: Tensor | None
     ) -> PairScores:
-        """The scores of the table at the mixing weight."""
+        """The scores of the table at the mixing weight.
+
+        Of more classes than samples, they are of the samples' classes alone, if the host may look at these.
+        """
+        labels = [class_of(mixtures.batch.y)] + ([] if mixtures.own else [class_of(mixtures.partners.y)])
+        if len(gradient.classes) > sum(map(len, labels)) and can_sync(labels[0].device):
+            present = class_index(gradient.classes, torch.unique(torch.cat(labels)))
+            gradient = gradient.take(present[present >= 0])
         return interpolate(self._lams, gradient, mixtures.lam)

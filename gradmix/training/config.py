@@ -165,11 +165,11 @@ class MixConfig:
     originals: bool = False
     """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass (but not a
     compiled one's)."""
-    estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
+    estimator: Literal["auto", "feature", "mixed", "jvp", "sketch"] | None = "auto"
     """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
     inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
-    decisions in doubt checked by jvp. None: the method's own: mixed for gradmix-class (which judges once per epoch),
-    feature for gradmix-sample."""
+    decisions in doubt checked by jvp. auto: feature. Nothing (null) is the default of earlier versions: mixed for
+    gradmix-class, feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
     """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
     threshold: float = 0.0
@@ -198,9 +198,11 @@ class MixConfig:
     as many pairs, by the norm of the mixture's gradient."""
     control_rate: float | None = None
     """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
-    reference: Literal["buffer", "replayed"] | None = None
+    reference: Literal["auto", "buffer", "replayed"] | None = "auto"
     """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed rows, which
-    costs no pass over the buffer. None: replayed where rows are read from files, else buffer."""
+    costs no pass over the buffer. auto: replayed where rows are read from files, and for gradmix-sample with
+    mix.refresh 1 and replay.stream dual; else buffer. Nothing (null) is the default of earlier versions:
+    replayed where rows are read from files, else buffer."""
     space: Literal["embedding", "feature"] | None = None
     """Where rows are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input of
     its classifier. None: the inputs are mixed, unless they are texts."""

@@ -288,7 +288,9 @@ def test_resolve_fills_every_open_field(name):
         policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch
     )
     assert resolved.data == dataclasses.replace(open_config.data, normalise=protocol.normalise)
-    assert resolved.mix == dataclasses.replace(open_config.mix, space=protocol.space, reference=protocol.reference)
+    assert resolved.mix == dataclasses.replace(
+        open_config.mix, space=protocol.space, reference=protocol.reference or "auto"
+    )
     assert resolved.seeds == open_config.seeds
     assert resolve(resolved) == resolved
     assert open_config.optim.lr is None

@@ -108,7 +108,7 @@ def test_a_hash_stays_what_it_is() -> None:
             "replay": {"policy": "class", "size": 4, "batch": 16, "tau": 1.0, "stream": "dual"},
             "mix": {
                 "alpha": 1.0, "originals": False, "policy": "uniform", "threshold": 0.0, "candidates": "batch",
-                "class_samples": 32,
+                "class_samples": 32, "estimator": None, "reference": None,
             },
         }
     )  # fmt: skip

@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_layers_of_a_composition() -> None:
     assert method.needs.second_batch and method.needs.extras and method.needs.whole_step and method.needs.replayed
     assert not METHODS["finetune"].needs.replayed and METHODS["manifold-mixup"].needs.one_process
     config = method.resolved_config(TrainConfig())
-    assert (config.replay.distillation, config.mix.estimator) == (0.5, "mixed"), "each layer's own"
+    assert (config.replay.distillation, config.mix.estimator) == (0.5, "feature"), "each layer's own"
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
@@ -199,10 +200,47 @@ HASHES = {
 }
 """Hashes of :data:`TINY` as version 0.2 computed them, under the former names."""
 
+DEFAULTS_OF_BEFORE = from_yaml("mix: {estimator: null, reference: null}", saved=True).mix
+"""What a configuration saved by version 0.2 says of settings that were left to the method."""
+
+
+@pytest.mark.parametrize(
+    ("name", "now", "before"),
+    [
+        ("gradmix-class", ("feature", None), ("mixed", None)),
+        ("gradmix-sample", ("feature", "replayed"), ("feature", None)),
+        ("er", (None, None), (None, None)),
+    ],
+)
+def test_a_saved_run_goes_on_with_the_defaults_it_was_started_with(name: str, now: Any, before: Any) -> None:
+    for mix, expected in ((MixConfig(), now), (DEFAULTS_OF_BEFORE, before)):
+        saved = from_yaml(to_yaml(replace(TINY, mix=mix)), saved=True)
+        found = resolved_config(saved, name, 0)
+        assert (found.mix.estimator, found.mix.reference) == expected
+        assert resolved_config(found, name, 0) == found, "what is resolved stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mix: {refresh: 1}", "replayed"),
+        ("data: {online: true}", "replayed"),
+        ("mix: {refresh: 5}", None),
+        ("mix: {refresh: 0}", None),
+        ("replay: {stream: shuffled}", None),
+        ("mix: {reference: buffer}", "buffer"),
+        ("{mix: {reference: replayed, refresh: 5}, replay: {stream: shuffled}}", "replayed"),
+    ],
+)
+def test_the_reference_is_that_of_the_replayed_samples_where_every_step_has_some(text: str, expected: Any) -> None:
+    assert resolved_config(from_yaml(text), "gradmix-sample", 0).mix.reference == expected
+    by_class = None if expected == "replayed" and "reference" not in text else expected
+    assert resolved_config(from_yaml(text), "gradmix-class", 0).mix.reference == by_class
+
 
 @pytest.mark.parametrize(("name", "expected"), HASHES.items())
 def test_hashes_and_folders_are_those_of_before(name: str, expected: str) -> None:
-    config = resolved_config(TINY, name, 3)
+    config = resolved_config(replace(TINY, mix=DEFAULTS_OF_BEFORE), name, 3)
     former = {current: former for former, current in FORMER.items()}.get(name, name)
     assert content_hash(config) == expected
     assert Run("arm", {}, config).folder == Path(f"split-digits-{former}-{expected}/seed-3")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -175,9 +176,12 @@ def test_balanced_candidates_train(stream, method: str) -> None:
     assert train_one(config, method, 0, stream=stream).status == "complete"
 
 
+@pytest.mark.parametrize("reference", ["auto", "buffer"])
 @pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample"])
 @pytest.mark.parametrize("originals", [False, True])
-def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, method: str, originals: bool) -> None:
+def test_forward_passes_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, stream, method: str, originals: bool, reference: Literal["auto", "buffer"]
+) -> None:
     calls: list[int] = []
 
     def build(*args: object, **kwargs: object) -> nn.Module:
@@ -192,17 +196,17 @@ def test_forward_passes_of_a_step(monkeypatch: pytest.MonkeyPatch, stream, metho
         per_step.append(list(calls))
         calls.clear()
 
-    config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals))
+    config = replace(SHORT, optim=OptimConfig(epochs=1), mix=MixConfig(originals=originals, reference=reference))
     train_one(config, method, 0, stream=stream, on_step=on_step)
     second_task = per_step[len(stream.tasks[0].train.y) // 16 + 2 :][:10]
-    held = 2 * 8
+    held = [2 * 8] if reference == "buffer" else []
     expected = {
         ("mixup", False): [32],
         ("mixup", True): [32, 32],
         ("gradmix-class", False): [32],
         ("gradmix-class", True): [32, 32],
-        ("gradmix-sample", False): [held, 32, 32],  # the buffer, the rows, the mixed rows
-        ("gradmix-sample", True): [32, held, 32],  # no forward pass of the rows but the one trained on
+        ("gradmix-sample", False): [*held, 32, 32],  # the buffer if asked for, the rows, the mixed rows
+        ("gradmix-sample", True): [32, *held, 32],  # no forward pass of the rows but the one trained on
     }[method, originals]
     assert second_task == [expected] * 10
 
@@ -289,9 +293,13 @@ def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
 
 
 def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
-    left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5))
-    assert METHODS["gradmix-class"].resolved_config(left_open).mix == MixConfig(estimator="mixed", refresh=0)
-    assert METHODS["gradmix-sample"].resolved_config(left_open).mix == MixConfig(estimator="feature", refresh=1)
+    left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5, reference="buffer"))
+    assert METHODS["gradmix-class"].resolved_config(left_open).mix == MixConfig(
+        estimator="feature", refresh=0, reference=None
+    )
+    assert METHODS["gradmix-sample"].resolved_config(left_open).mix == MixConfig(
+        estimator="feature", refresh=1, reference="replayed"
+    )
     assert METHODS["gradmix-class"].resolved_config(given) == given
     assert METHODS["er"].resolved_config(left_open) == left_open
 

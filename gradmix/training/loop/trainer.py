@@ -46,7 +46,12 @@ def resolved_config(config: TrainConfig, method: str, seed: int, stream: TaskStr
     """
     found = find_method(method)
     method = current_name(method, warn=False)
-    return found.resolved_config(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
+    filled = found.resolved_config(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
+    # What the method does not read is nothing, as in runs of earlier versions, so that those are found again.
+    mix = filled.mix
+    estimator = None if mix.estimator == "auto" else mix.estimator
+    reference = None if mix.reference == "auto" else mix.reference
+    return replace(filled, mix=replace(mix, estimator=estimator, reference=reference))
 
 
 def train_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,19 +32,27 @@ class SelectiveMixup(LinearMixing):
 
     If samples are not mixed at the input, the estimator is ``feature``: all others need mixed inputs.
 
+    Attributes:
+        criterion: by which pairs are judged.
+        former_estimator: the default of earlier versions, with which their runs go on.
+        default_reference: where it is computed anew in every step, and every step holds samples from the buffer.
+        default_refresh: steps between two refreshes; 0: once per epoch.
+        online_refresh: the same in a single pass.
+
     Raises:
         ValueError: the settings name another estimator there.
     """
 
     criterion: Criterion
-    default_estimator: EstimatorName
+    former_estimator: EstimatorName
+    default_reference: Literal["replayed"] | None
     default_refresh: int
     online_refresh: int
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        mix = self.resolved_config(TrainConfig(mix=context.mix)).mix
-        assert mix.estimator is not None
+        mix = self.resolved_config(TrainConfig(mix=context.mix, replay=context.replay)).mix
+        assert mix.estimator is not None and mix.estimator != "auto"
         self._mixup = GradMix(
             context.model,
             context.buffer if context.source is None else context.source,
@@ -61,29 +69,28 @@ class SelectiveMixup(LinearMixing):
             shared_batch=True,
         )
         self._of_all_parameters = mix.estimator in ("jvp", "sketch")
+        self._by_replayed = mix.reference == "replayed"
         self._pairs: Pairs | None = None
 
     @classmethod
     def resolved_config(cls, config: TrainConfig) -> TrainConfig:
         mix = config.mix
-        default = cls.default_estimator
-        refresh = cls.online_refresh if config.data.online else cls.default_refresh
         space = mix_space(mix)
-        if space != "input":
-            default = "feature"
-            if mix.estimator not in (None, "feature"):
-                raise ValueError(
-                    f"mix.estimator: got {mix.estimator!r}, which judges mixed inputs, expected 'feature' with "
-                    f"mix.space: {space}"
-                )
-        return replace(
-            config,
-            mix=replace(
-                mix,
-                estimator=mix.estimator or default,
-                refresh=refresh if mix.refresh is None else mix.refresh,
-            ),
-        )
+        estimator, reference, refresh = mix.estimator, mix.reference, mix.refresh
+        if space != "input" and estimator not in (None, "auto", "feature"):
+            raise ValueError(
+                f"mix.estimator: got {estimator!r}, which judges mixed inputs, expected 'feature' with "
+                f"mix.space: {space}"
+            )
+        if estimator in (None, "auto"):
+            estimator = cls.former_estimator if estimator is None and space == "input" else "feature"
+        if refresh is None:
+            refresh = cls.online_refresh if config.data.online else cls.default_refresh
+        if reference == "auto":
+            # One shuffled stream holds too few replayed samples in a step.
+            every_step = refresh == 1 and config.replay.stream == "dual"
+            reference = cls.default_reference if every_step else None
+        return replace(config, mix=replace(mix, estimator=estimator, reference=reference, refresh=refresh))
 
     def start_epoch(self) -> None:
         self._mixup.start_epoch()
@@ -112,7 +119,7 @@ class SelectiveMixup(LinearMixing):
         with context.clock("selection"):
             if rows.share is not None:
                 outputs = self._gathered(rows.x, rows.share, outputs)
-            replayed = rows.replayed if context.mix.reference == "replayed" else None
+            replayed = rows.replayed if self._by_replayed else None
             pairs = self._mixup.select(rows.x, rows.y, candidates=rows.candidates, outputs=outputs, replayed=replayed)
             if context.mix.control != "none" and self._is_selected(replayed):
                 pairs = controlled(pairs, context.model, context.mix, context.generator, context.buffer.y)
@@ -178,6 +185,25 @@ class SelectiveMixup(LinearMixing):
             dtype = getattr(table["inner"], "dtype", torch.float32)
             for name, expected in (("inner", shape), ("norm", shape), ("reference_norm", ())):
                 require_tensor(table[name], dtype, expected, f"method.table.{name}")
+            if "samples" in table:
+                self._check_samples(table["samples"], state["reference"].shape)
+
+    def _check_samples(self, samples: Mapping[str, Any], reference: torch.Size) -> None:
+        """Refuse samples of a class table that do not fit the reference gradient."""
+        classes, width = reference
+        key, y, bias = "method.table.samples", samples["y"], samples["appends_one"]
+        if type(bias) is not bool:
+            raise ValueError(f"{key}.appends_one: got {type(bias).__name__}, expected a bool")
+        soft = getattr(y, "ndim", 1) == 2
+        dtype = getattr(y, "dtype", torch.float32) if soft else torch.int64
+        require_tensor(y, dtype, (None, classes) if soft else (None,), f"{key}.y")
+        if not soft and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"{key}.y: got labels that are none of {classes} classes")
+        for name, columns in (("features", width - bias), ("logits", classes)):
+            kind = getattr(samples[name], "dtype", torch.float32)
+            require_tensor(samples[name], kind, (len(y), columns), f"{key}.{name}")
+            if not kind.is_floating_point:
+                raise ValueError(f"{key}.{name}: got {kind}, expected floats")
 
     def _check_reference(self, reference: Any) -> None:
         """Refuse a reference gradient that does not fit: of all parameters, or of the head that the model has."""
@@ -218,7 +244,9 @@ class GradMixClass(SelectiveMixup):
     """GradMix with the paper's criterion: one decision per pair of classes, once per epoch."""
 
     criterion = "class"
-    default_estimator = "mixed"
+    former_estimator = "mixed"
+    # One step's samples are too few for the decisions of an epoch.
+    default_reference = None
     default_refresh = 0
     # A single pass has no epochs. Twenty steps hold about as many samples as a table of ten classes needs.
     online_refresh = 20
@@ -228,7 +256,8 @@ class GradMixSample(SelectiveMixup):
     """GradMix with one decision per pair of samples, against a reference gradient of every step."""
 
     criterion = "sample"
-    default_estimator = "feature"
+    former_estimator = "feature"
+    default_reference = "replayed"
     default_refresh = online_refresh = 1
 
     def class_table(self, rows: StepRows) -> Alignment | None:

@@ -400,7 +400,9 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
         size = max(1, size // classes) if by_class else size * classes
     replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
     data = _filled(config.data, normalise=protocol.normalise)
-    mix = _filled(config.mix, space=protocol.space, reference=protocol.reference)
+    mix = _filled(config.mix, space=protocol.space)
+    if mix.reference in (None, "auto"):
+        mix = replace(mix, reference=protocol.reference or mix.reference)
     most = None if stream is not None or data.classes_per_task is not None else protocol.tasks
     if most is not None and data.tasks is not None and data.tasks > most:
         raise ValueError(f"data.tasks: got {data.tasks}, expected at most {most}, the tasks of {name}")
