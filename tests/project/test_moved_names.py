@@ -42,12 +42,12 @@ def test_an_import_statement_finds_a_former_module() -> None:
     with pytest.warns(DeprecationWarning, match=r"gradmix\.training\.trainer\.train_one has moved to"):
         from gradmix.training.trainer import train_one
     from gradmix.training import trainer
-    from gradmix.training.loop.trainer import resolved_config
+    from gradmix.training.loop.evaluation import evaluate
     from gradmix.training.loop.trainer import train_one as now
 
     assert train_one is now
-    with pytest.warns(DeprecationWarning, match=r"trainer\.settled has moved to .*trainer\.resolved_config"):
-        assert trainer.settled is resolved_config
+    with pytest.warns(DeprecationWarning, match=r"trainer\.evaluate has moved to .*evaluation\.evaluate"):
+        assert trainer.evaluate is evaluate
     assert not hasattr(trainer, "__file__")
 
 

@@ -34,12 +34,10 @@ from gradmix.training.method_names import (
     recorded_name,
 )
 from gradmix.training.methods import (
-    ER,
     METHODS,
     Context,
     DarkReplay,
     GradMixClass,
-    Needs,
     StepRows,
     TrivialAugment,
     composition,
@@ -127,18 +125,6 @@ def test_every_composition_makes_a_step(name: str) -> None:
     assert loss.isfinite() and gradients and all(g.isfinite().all() for g in gradients)
 
 
-def test_former_class_flags_are_understood_with_a_warning() -> None:
-    with pytest.warns(
-        DeprecationWarning, match=r"Own: got the class attributes keeps_more, joins, expected needs = Needs"
-    ):
-
-        class Own(ER):
-            keeps_more = True
-            joins = False
-
-    assert Own.needs == Needs(extras=True, one_process=True) and ER.needs == Needs()
-
-
 def test_an_unknown_name_is_refused_with_all_that_there_are() -> None:
     for refused in (
         lambda: find_method("gem"),
@@ -177,15 +163,6 @@ def test_only_the_end_of_a_name_is_a_former_name() -> None:
     ]  # fmt: skip
     assert {recorded_name(name) for name in FORMER.values()} == set(FORMER)
     assert recorded_name("gradmix-sample") == "gradmix-sample"
-
-
-def test_former_classes_are_served_with_a_warning() -> None:
-    from gradmix.training import methods
-
-    with pytest.warns(DeprecationWarning, match=r"DarkGradMixClass is now METHODS\['der\+\+-gradmix-class'\]"):
-        assert methods.DarkGradMixClass is METHODS["der++-gradmix-class"]
-    with pytest.raises(AttributeError, match="has no attribute 'LightER'"):
-        _ = methods.LightER
 
 
 # ------------------------------------------------------------------------------------------------- runs of before

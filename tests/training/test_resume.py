@@ -245,16 +245,15 @@ def test_a_full_disk_ends_the_run_and_the_previous_checkpoint_goes_on(
     stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.pt"
-    write = os.write
+    write = Path.write_bytes
 
-    def until_full(descriptor: int, data: memoryview) -> int:
-        # Each checkpoint is written in one piece as long as there is room.
+    def until_full(path: Path, data: bytes) -> int:
         if not room.pop():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
+        return write(path, data)
 
     room = [False, *[True] * 9]
-    monkeypatch.setattr(os, "write", until_full)
+    monkeypatch.setattr(Path, "write_bytes", until_full)
     with pytest.raises(
         CheckpointError, match=r"run\.pt: .*\(No space left on device\); the previous checkpoint is int"
     ):

@@ -41,17 +41,16 @@ _NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it
 
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """A data set of rows as read: raw values, and what standardises them.
+class Table:
+    """A table as read, standardised: the training samples' mean is subtracted from a numeric column, and what is left
+    divided by their standard deviation. Columns of zeros and ones stay as they are.
 
     Args:
-        train_x: Training rows ``(N, F)`` float32.
+        train_x: Training samples ``(N, F)`` float32.
         train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
-        test_x: Test rows ``(M, F)`` float32.
+        test_x: Test samples ``(M, F)`` float32.
         test_y: Their labels ``(M,)``.
         class_names: Name of every label.
-        mean: ``(F,)`` float32 to subtract: the training rows' mean of a numeric column, 0 of one of zeros and ones.
-        std: ``(F,)`` float32 to divide by after that: likewise the standard deviation, or 1.
     """
 
     train_x: Tensor
@@ -59,21 +58,9 @@ class LabelledRows:
     test_x: Tensor
     test_y: Tensor
     class_names: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
-
-    def to_float(self, x: Tensor) -> Tensor:
-        """The model's input made of raw rows ``x (..., F)``: ``(x - mean) / std``, a new float32 tensor.
-
-        Raises:
-            ValueError: ``x`` does not have F columns.
-        """
-        if x.shape[-1:] != self.mean.shape:
-            raise ValueError(f"x: got rows of shape {tuple(x.shape)}, expected {len(self.mean)} columns")
-        return (x.to(torch.float32) - self.mean.to(x.device)) / self.std.to(x.device)
 
 
-def covertype(root: str | Path) -> LabelledRows:
+def covertype(root: str | Path) -> Table:
     """Read Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
 
     The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
@@ -108,7 +95,7 @@ def covertype(root: str | Path) -> LabelledRows:
     return _standardised(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
 
 
-def wine() -> LabelledRows:
+def wine() -> Table:
     """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
 
     They come without a test set: of every class, in the order of the data set, each fifth row is a test row: 144
@@ -123,17 +110,16 @@ def wine() -> LabelledRows:
     return _standardised(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
 
 
-def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> LabelledRows:
-    """Split by class, each fifth row to the test rows, with the training rows' statistics of the leading columns."""
+def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> Table:
+    """Split by class, each fifth sample to the test samples, and standardise the leading columns."""
     test = rank_in_class(y) % 5 == 4
-    train_x = x[~test]
-    mean, std = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    train_x, test_x = x[~test], x[test]
     for column in range(numeric):  # one at a time: float64 copies of all would be the most memory taken
         values = train_x[:, column].double()
-        mean[column] = values.mean()
-        spread = values.std(unbiased=False)
-        std[column] = spread if spread > 0 else 1.0
-    return LabelledRows(train_x, y[~test], x[test], y[test], names, mean, std)
+        mean, std = values.mean().float(), values.std(unbiased=False).float()
+        for part in (train_x, test_x):
+            part[:, column].sub_(mean).div_(std if std > 0 else 1.0)
+    return Table(train_x, y[~test], test_x, y[test], names)
 
 
 def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:

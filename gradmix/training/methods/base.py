@@ -7,11 +7,10 @@ its own samples. A mixed sample has the weight of the sample it was made from.
 from __future__ import annotations
 
 import operator
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -136,24 +135,8 @@ class Needs:
     one_process: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            replayed=self.replayed and other.replayed,
-            balanced=self.balanced or other.balanced,
-            second_batch=self.second_batch or other.second_batch,
-            whole_step=self.whole_step or other.whole_step,
-            extras=self.extras or other.extras,
-            one_process=self.one_process or other.one_process,
-        )
-
-
-_FORMER_FLAGS = {
-    "replays": "replayed",
-    "wants_balanced": "balanced",
-    "draws_more": "second_batch",
-    "gathers": "whole_step",
-    "keeps_more": "extras",
-    "joins": "one_process",
-}
+        either = {name: value or getattr(other, name) for name, value in vars(self).items()}
+        return Needs(**either | {"replayed": self.replayed and other.replayed})
 
 
 class Method(ABC):
@@ -164,21 +147,6 @@ class Method(ABC):
     """
 
     needs: Needs = Needs()
-
-    def __init_subclass__(cls, **others: Any) -> None:
-        """Understand the class flags that :class:`Needs` has replaced, with a warning."""
-        super().__init_subclass__(**others)
-        former = {name: cls.__dict__[name] for name in _FORMER_FLAGS if name in cls.__dict__}
-        if former:
-            warnings.warn(
-                f"{cls.__name__}: got the class attributes {', '.join(former)}, expected needs = Needs(...)",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            values = {_FORMER_FLAGS[name]: bool(value) for name, value in former.items()}
-            if "one_process" in values:
-                values["one_process"] = not values["one_process"]
-            cls.needs = replace(cls.needs, **values)
 
     def __init__(self, context: Context) -> None:
         self.context = context

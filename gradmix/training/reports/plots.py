@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradmix._moved import moved
 from gradmix.runtime import names
 from gradmix.training.reports import cells
 from gradmix.training.reports.figures import DPI, as_text
@@ -25,10 +24,6 @@ from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_val
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_FORMER = {name: name for name in ("NOT_DRAWN", "draw", "not_drawn", "save", "to_svg")}
-_FORMER["seen_accuracy"] = "gradmix.training.runs.metrics:seen_accuracy"
-__getattr__ = moved(__name__, "gradmix.training.reports.figures", _FORMER)
 
 BANDS_UP_TO = 4
 """Number of lines up to which bands are drawn; those of more hide one another."""

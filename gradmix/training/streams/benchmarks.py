@@ -24,7 +24,7 @@ from gradmix.training.data.image_arrays import (
 )
 from gradmix.training.data.image_layouts import image_folder, imagenet, tiny_imagenet
 from gradmix.training.data.samples import TensorSamples
-from gradmix.training.data.tabular import LabelledRows, covertype, wine
+from gradmix.training.data.tabular import Table, covertype, wine
 from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
 from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
 from gradmix.training.streams.protocols import Protocol
@@ -60,15 +60,11 @@ class Benchmark:
     """A data set and its protocol.
 
     Args:
-        name: The name users give.
-        title: What it is, in a few words.
         read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
             (``None``: as the benchmark has it); test rows too, or the training rows alone.
         protocol: The settings.
     """
 
-    name: str
-    title: str
     read: Callable[[Path, int | None, bool], Source]
     protocol: Protocol
 
@@ -122,15 +118,10 @@ def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int |
     )
 
 
-def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None, _test: bool) -> Source:
+def _table(read: Callable[[Path], Table], data_dir: Path, _size: int | None, _test: bool) -> Source:
     """Standardised rows of numbers; test rows are of the same file."""
     data = read(data_dir)
-    return Source(
-        (data.train_x, data.train_y),
-        (data.test_x, data.test_y),
-        data.class_names,
-        lambda x, _mean, _std: data.to_float(x),
-    )
+    return Source((data.train_x, data.train_y), (data.test_x, data.test_y), data.class_names)
 
 
 _FOLDER_PROTOCOL = Protocol(
@@ -162,82 +153,36 @@ _MNIST_PROTOCOL = Protocol(
 )
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            "split-digits",
-            "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
-            partial(_images, "digits"),
-            _DIGITS_PROTOCOL,
-        ),
-        Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
-        Benchmark(
-            "split-fashion-mnist",
-            "Fashion-MNIST, 5 tasks of 2 classes",
-            partial(_images, "fashion-mnist"),
-            _MNIST_PROTOCOL,
-        ),
-        Benchmark(
-            "split-cifar10",
-            "CIFAR-10, 5 tasks of 2 classes",
-            partial(_images, "cifar10"),
-            replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256),
-        ),
-        Benchmark(
-            "split-cifar100",
-            "CIFAR-100 (fine labels), 10 tasks of 10 classes",
-            partial(_images, "cifar100"),
-            _CIFAR100_PROTOCOL,
-        ),
-        Benchmark(
-            "split-tiny-imagenet",
-            "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
-            _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False),
-            _TINY_IMAGENET_PROTOCOL,
-        ),
-        Benchmark(
-            "split-imagenet",
-            "ImageNet-1K, read from its files, 10 tasks of 100 classes",
-            _Files(imagenet, 224, IMAGENET_MEAN, IMAGENET_STD),
-            replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
-        ),
-        Benchmark(
-            "image-folder",
-            "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
-            _Files(image_folder, 224, IMAGENET_MEAN, IMAGENET_STD),
-            _FOLDER_PROTOCOL,
-        ),
-        Benchmark(
-            "split-20newsgroups",
-            "20 Newsgroups, 10 tasks of 2 classes",
-            partial(_texts, newsgroups20, 256),
-            replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2),
-        ),
-        Benchmark(
-            "text-folder",
-            "any texts in folders train/CLASS and test/CLASS, cut into 5 tasks or fewer",
-            partial(_texts, text_folder, 256),
-            _TEXT_PROTOCOL,
-        ),
-        Benchmark(
-            "split-descriptions",
-            "244 passages of the descriptions of scikit-learn's data sets, 6 tasks of 2 classes",
-            partial(_texts, lambda _data_dir, test: descriptions(), 16),
-            replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
-        ),
-        Benchmark(
-            "split-covertype",
-            "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
-            partial(_table, covertype),
-            replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
-        ),
-        Benchmark(
-            "split-wine",
-            "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
-            partial(_table, lambda _data_dir: wine()),
-            replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1),
-        ),
-    )
+    "split-digits": Benchmark(partial(_images, "digits"), _DIGITS_PROTOCOL),
+    "split-mnist": Benchmark(partial(_images, "mnist"), _MNIST_PROTOCOL),
+    "split-fashion-mnist": Benchmark(partial(_images, "fashion-mnist"), _MNIST_PROTOCOL),
+    "split-cifar10": Benchmark(
+        partial(_images, "cifar10"), replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256)
+    ),
+    "split-cifar100": Benchmark(partial(_images, "cifar100"), _CIFAR100_PROTOCOL),
+    "split-tiny-imagenet": Benchmark(
+        _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False), _TINY_IMAGENET_PROTOCOL
+    ),
+    "split-imagenet": Benchmark(
+        _Files(imagenet, 224, IMAGENET_MEAN, IMAGENET_STD),
+        replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
+    ),
+    "image-folder": Benchmark(_Files(image_folder, 224, IMAGENET_MEAN, IMAGENET_STD), _FOLDER_PROTOCOL),
+    "split-20newsgroups": Benchmark(
+        partial(_texts, newsgroups20, 256), replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2)
+    ),
+    "text-folder": Benchmark(partial(_texts, text_folder, 256), _TEXT_PROTOCOL),
+    "split-descriptions": Benchmark(
+        partial(_texts, lambda _data_dir, test: descriptions(), 16),
+        replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
+    ),
+    "split-covertype": Benchmark(
+        partial(_table, covertype),
+        replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
+    ),
+    "split-wine": Benchmark(
+        partial(_table, lambda _data_dir: wine()), replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1)
+    ),
 }
 """All benchmarks by name."""
 
