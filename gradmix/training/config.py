@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name
 
 MethodName: TypeAlias = str
@@ -343,7 +344,8 @@ def check(config: TrainConfig) -> None:
         ("optim.model", config.optim.model, MODEL_NAMES, "package.module:callable"),
     ):
         if name is not None and ":" not in name and name not in names:
-            raise ValueError(f"{key}: got {_show(name)}, expected one of {', '.join(names)}; or {other}")
+            expected = f"expected one of {', '.join(names)}; or {other}"
+            raise ValueError(f"{key}: got {_show(name)}, {expected}{did_you_mean(name, names)}")
     if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
         raise ValueError(
             "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
@@ -433,7 +435,7 @@ def _method_names(names: Sequence[Any], *, warn: bool) -> list[Any]:
     current = [current_name(name, warn=warn, stacklevel=4) if isinstance(name, str) else name for name in names]
     for index, name in enumerate(current):
         if name not in COMPOSITIONS:
-            raise ValueError(f"methods[{index}]: got {_show(name)}, expected one of {choices()}")
+            raise ValueError(f"methods[{index}]: got {_show(name)}, {choices(name)}")
     return current
 
 
@@ -444,7 +446,9 @@ def _build(cls: type[_T], values: Any, key: str) -> _T:
     prefix = f"{key}." if key else ""
     for name in values:
         if name not in hints:
-            raise ValueError(f"{prefix}{name}: unknown key, expected one of {_names(cls)}")
+            nested = (f"{s}.{n}" for s, kind in hints.items() if is_dataclass(kind) for n in get_type_hints(kind))
+            near = did_you_mean(name, [*hints, *nested])
+            raise ValueError(f"{prefix}{name}: unknown key, expected one of {_names(cls)}{near}")
     return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
@@ -464,7 +468,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         if not (isinstance(value, str) and value in args):
-            raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}")
+            raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}{did_you_mean(value, args)}")
         return value
     if kind is float:
         if isinstance(value, str) and _EXPONENT.fullmatch(value):

@@ -17,9 +17,8 @@ step. So the first one's state is all that a checkpoint needs to hold, and any n
 from __future__ import annotations
 
 import inspect
-import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.runtime.collectives import Group, all_reduce_sum, any_rank, broadcast_object, rank_of, size_of
+from gradmix.runtime.collectives import Group, all_reduce_sum, size_of
 
 AGREE_EVERY = 8
 """Steps between two questions whether a process wants to stop."""
-
-_T = TypeVar("_T")
 
 
 def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
@@ -78,40 +75,7 @@ def environment(batch: int | None, group: Group) -> dict[str, Any]:
     return {"processes": size_of(group), "batch_per_process": (batch or 0) / size_of(group)}
 
 
-def any_wants(flag: bool, device: torch.device, group: Group) -> bool:
-    """Whether any process does."""
-    return bool(any_rank(torch.tensor([flag], device=device), group))
-
-
 def mean(value: Tensor, group: Group) -> Tensor:
     """The mean of a number over the processes."""
     (total,) = all_reduce_sum([value], group)
     return total / size_of(group)
-
-
-def of_the_first(make: Callable[[], _T], group: Group) -> _T:
-    """What the first process makes, in all of them; only that one need be able to.
-
-    Raises:
-        ValueError, OSError: as ``make`` raises them, in every process.
-    """
-    if group is None:
-        return make()
-    made: _T | None = None
-    failure: Exception | None = None
-    if rank_of(group) == 0:
-        try:
-            made = make()
-        except (ValueError, OSError) as error:
-            failure = error if _travels(error) else ValueError(str(error))
-    made, failure = broadcast_object((made, failure), group)
-    if failure is not None:
-        raise failure
-    return cast(_T, made)
-
-
-def _travels(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
-        return False

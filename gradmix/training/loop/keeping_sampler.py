@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.data.batch_reader import BatchReader, ReadBatch
+from gradmix.training.data.batch_reader import ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
-from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import ResidentSampler
 from gradmix.training.loop.sharding import Share
 from gradmix.training.methods import StepRows
@@ -26,21 +24,12 @@ class KeepingSampler(ResidentSampler):
     The buffer may change from step to step, as it does online: what it is asked for is not drawn ahead, but read by a
     thread while the step before is computed, where it lies on disk and does not change.
 
-    Args:
-        args, named: as :class:`gradmix.training.loop.sampler.StepSampler`.
-        reading: how rows are read.
-
     Raises:
         ValueError: a task is turned to with class-balanced candidates or one shuffled stream, which need the task's
             rows at hand.
     """
 
-    def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self._reading = reading
-        self._train: StoredSamples | None = None
-        self._reader: BatchReader | None = None
-        self._batches_read: Iterator[ReadBatch] = iter(())
+    _train: StoredSamples
 
     def _turn_to(self, train: Samples) -> None:
         assert isinstance(train, StoredSamples)
@@ -56,12 +45,8 @@ class KeepingSampler(ResidentSampler):
         self._train = train
 
     def start_epoch(self, order: Tensor, done: int) -> None:
-        assert self._train is not None
-        self.close()
         self._batches, self._done = order.split(self._batch), done
-        to_read = [self._train.at[self._read_here(index)] for index in self._batches[done:]]
-        self._reader = self._reading.reader(self._train.items, to_read)
-        self._batches_read = iter(self._reader)
+        self._read(self._train.items, [self._train.at[self._read_here(index)] for index in self._batches[done:]])
 
     def _read_here(self, rows: Tensor) -> Tensor:
         """Those of a step's or part's rows that this process is to read."""
@@ -71,7 +56,6 @@ class KeepingSampler(ResidentSampler):
         return Share.of([count], self._group, torch.device("cpu"))
 
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._train is not None
         x, y = self._gathered(next(self._batches_read), self._train.y[index])
         return x.to(self._device, non_blocking=True), to_device_async(y, self._device)
 
@@ -93,16 +77,9 @@ class KeepingSampler(ResidentSampler):
         return made
 
     def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
-        assert self._train is not None
         self.close()
         batches = torch.arange(len(self._train)).split(SHOWN_ROWS)
         to_read = [self._train.at[self._read_here(part)] for part in batches]
         with self._reading.reader(self._train.items, to_read) as reader:
             for part, read in zip(batches, reader, strict=True):
                 yield self._gathered(read, self._train.y[part])
-
-    def close(self) -> None:
-        """Stop the worker processes, if there are any."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None

@@ -92,28 +92,22 @@ class Reading:
                 yield number, x, y if kept is None else y[kept]
 
 
+KEPT_AT_A_TIME = 256
+"""Samples of a buffer that are made ready at a time."""
+
+
 class KeptRows(IterableDataset):  # type: ignore[type-arg]
     """The rows of a buffer made ready for the model, batch by batch; where it holds items' numbers, they are read.
 
     Args:
         buffer: A buffer of rows as they were read, or of items' numbers.
         preparation: Makes rows the model's input.
-        items: The data set whose items they are; ``None``: the buffer holds the rows.
         reading: How items are read.
-        size: Rows of a batch.
+        items: The data set whose items they are; ``None``: the buffer holds the rows.
     """
 
-    def __init__(
-        self,
-        buffer: ReplayBuffer,
-        preparation: Preparation,
-        *,
-        items: Any = None,
-        reading: Reading | None = None,
-        size: int = 256,
-    ) -> None:
+    def __init__(self, buffer: ReplayBuffer, preparation: Preparation, reading: Reading, items: Any = None) -> None:
         self._buffer, self._preparation, self._items, self._reading = buffer, preparation, items, reading
-        self._size = size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in self._batches():
@@ -121,14 +115,14 @@ class KeptRows(IterableDataset):  # type: ignore[type-arg]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         held = len(self._buffer)
-        if self._reading is not None and held:
+        if self._items is not None and held:
             rows = StoredSamples(self._items, self._buffer.y, self._buffer.x)
-            for x, y in self._reading.batches(rows, self._size):
+            for x, y in self._reading.batches(rows, KEPT_AT_A_TIME):
                 # As bytes, from page-locked memory: made floats on the host they would be four times as much.
                 yield x.to(self._reading.device, non_blocking=True), y
         elif held:
-            for start in range(0, held, self._size):
-                yield self._buffer.part(start, min(start + self._size, held))
+            for start in range(0, held, KEPT_AT_A_TIME):
+                yield self._buffer.part(start, min(start + KEPT_AT_A_TIME, held))
 
     def as_source(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """What :class:`gradmix.GradMix` takes for a buffer."""

@@ -13,9 +13,7 @@ from torch import Tensor
 from gradmix.replay.buffer import BufferSamples
 from gradmix.runtime.collectives import all_gather_samples
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
-from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import StepSampler
 from gradmix.training.loop.sharding import Share
 from gradmix.training.loop.state_checks import require_like, require_number, require_tensor
@@ -47,23 +45,16 @@ class ReadingSampler(StepSampler):
     What a step is made of is drawn before it is wanted, so that it can be read meanwhile. The draws are those that
     would have been made then, because the buffer changes between tasks only; a run that is left takes those not yet
     used with it, and which items it has found damaged, for these are not shown to the buffer.
-
-    Args:
-        args, named: as :class:`StepSampler`.
-        reading: how rows are read.
     """
 
-    def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
+    _train: StoredSamples
+
+    def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._reading = reading
-        self._train: StoredSamples | None = None
         self._everything = self._everything_y = torch.empty(0, dtype=torch.int64)
         self._pending: deque[_Plan] = deque()
-        self._batches: tuple[Tensor, ...] = ()
         self._drawn = 0
         self._damaged: dict[int, str] = {}
-        self._reader: BatchReader | None = None
-        self._batches_read: Iterator[ReadBatch] = iter(())
         self._extra: BufferSamples | None = None
 
     def _turn_to(self, train: Samples) -> None:
@@ -78,14 +69,12 @@ class ReadingSampler(StepSampler):
             self._everything_y = torch.cat([self._everything_y, self._buffer.y])
 
     def start_epoch(self, order: Tensor, done: int) -> None:
-        assert self._train is not None
         self.close()
         self._learn_of_damage()
         self._batches = order.split(self._batch)
         # What was drawn ahead when the run was left is not drawn again.
         self._drawn = done + len(self._pending)
-        self._reader = self._reading.reader(self._train.items, self._plans())
-        self._batches_read = iter(self._reader)
+        self._read(self._train.items, self._plans())
 
     def _learn_of_damage(self) -> None:
         """Know what other processes found too: the buffer is to be shown the same rows everywhere."""
@@ -111,7 +100,6 @@ class ReadingSampler(StepSampler):
         return Share.of(list(plan.sizes), self._group, torch.device("cpu"))
 
     def _draw(self, index: Tensor) -> _Plan:
-        assert self._train is not None
         empty = torch.empty(0, dtype=torch.int64)
         items, labels = [self._everything[index]], [self._everything_y[index]]
         if self._replays and len(self._buffer) and not self._shuffled:
@@ -195,7 +183,6 @@ class ReadingSampler(StepSampler):
         return self._preparation.for_training(x, self.generators[purpose], among)
 
     def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
-        assert self._train is not None
         self._learn_of_damage()
         damaged = torch.tensor(sorted(self._damaged), dtype=torch.int64)
         places = (~torch.isin(self._train.at, damaged)).nonzero().squeeze(1)
@@ -207,12 +194,6 @@ class ReadingSampler(StepSampler):
     def replayed(self) -> BufferSamples | None:
         extra, self._extra = self._extra, None
         return extra
-
-    def close(self) -> None:
-        """Stop the worker processes, if there are any."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
 
     def state_dict(self) -> dict[str, Any]:
         pending = [vars(plan) | {"sizes": list(plan.sizes)} for plan in self._pending]

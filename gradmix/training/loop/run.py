@@ -17,7 +17,7 @@ from gradmix.model.head import resolve_head
 from gradmix.model.unchanged import ModelNotFiniteError
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.replay.sources import SampleSource
-from gradmix.runtime.collectives import Group, rank_of
+from gradmix.runtime.collectives import Group, any_rank, broadcast_object, rank_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.data.samples import StoredSamples
 from gradmix.training.loop import checkpoint as checkpoints
@@ -132,21 +132,15 @@ class Run:
 
     def _make_sampler(self) -> SampleSource | None:
         """Make the sampler of steps; return what the reference gradient reads, if that is not the buffer itself."""
-        stream = self.stream
-        drawn_for = self.config, self.seed, self.buffer, self.clock, self.device, self.preparation, self.group
-        source = None
-        if self.keeps_numbers:
-            items = cast(StoredSamples, stream.tasks[0].train).items
-            self.sampler: StepSampler = ReadingSampler(*drawn_for, reading=self.reading)
-            source = KeptRows(self.buffer, self.preparation, items=items, reading=self.reading).as_source()
-        elif stream.is_read:
-            self.sampler = KeepingSampler(*drawn_for, reading=self.reading)
-            source = KeptRows(self.buffer, self.preparation).as_source()
-        else:
-            self.sampler = ResidentSampler(*drawn_for)
-            if self.preparation.changes(stream.tasks[0].train):
-                source = KeptRows(self.buffer, self.preparation).as_source()
-        return source
+        kind: type[StepSampler] = ResidentSampler
+        if self.stream.is_read:
+            kind = ReadingSampler if self.keeps_numbers else KeepingSampler
+        self.sampler = kind(self.config, self.buffer, self.clock, self.preparation, self.reading, self.group)
+        train = self.stream.tasks[0].train
+        if not self.stream.is_read and not self.preparation.changes(train):
+            return None
+        items = cast(StoredSamples, train).items if self.keeps_numbers else None
+        return KeptRows(self.buffer, self.preparation, self.reading, items).as_source()
 
     def _context(self, source: SampleSource | None) -> Context:
         """Return what the method is built from."""
@@ -355,8 +349,8 @@ class Run:
             self.wants_to_stop = True
         # Several processes stop at the same step, which they have to agree on.
         if self.group is not None and self.position.steps % distributed.AGREE_EVERY == 0:
-            self.wants_to_stop = distributed.any_wants(self.wants_to_stop, self.device, self.group)
-            self.all_stop = self.wants_to_stop
+            wanted = torch.tensor([self.wants_to_stop], device=self.device)
+            self.wants_to_stop = self.all_stop = bool(any_rank(wanted, self.group))
         if self.wants_to_stop and (self.group is None or self.all_stop):
             self.save()
             raise KeyboardInterrupt
@@ -455,10 +449,17 @@ class Run:
         self.checkpoint, self.checkpoint_seconds = path, seconds
         self.description = json.dumps(identity(self.config), indent=1)
 
-        def there() -> dict[str, Any] | None:
-            return checkpoints.load(path, run=self.description) if path.is_file() else None
-
-        state = distributed.of_the_first(there, self.group)
+        state: dict[str, Any] | None = None
+        failure = ""
+        try:
+            # Of several processes only the first one need find it.
+            if rank_of(self.group) == 0 and path.is_file():
+                state = checkpoints.load(path, run=self.description)
+        except checkpoints.CheckpointError as error:
+            failure = str(error)
+        state, failure = broadcast_object((state, failure), self.group)
+        if failure:
+            raise checkpoints.CheckpointError(failure)
         if state is not None:
             try:
                 run_state.load_state_dict(self, state)

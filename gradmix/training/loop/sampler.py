@@ -6,7 +6,7 @@ Indices are drawn on the CPU and sent to the device without waiting for it, so t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.runtime.collectives import Group, size_of
 from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import TrainConfig
+from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, TensorSamples
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.preparation import Preparation
+from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sharding import Share
 from gradmix.training.methods import Method, StepRows
 from gradmix.training.seeds import generator_for
@@ -37,11 +39,10 @@ class StepSampler(ABC):
 
     Args:
         config: the complete configuration of the run.
-        seed: the training seed.
         buffer: the replay buffer; its own generator draws the replayed rows of a step.
         clock: times extra replayed rows as part of ``data``.
-        device: where rows go.
         preparation: makes rows as the model is to see them.
+        reading: says how rows are read from files, where they are, and where they go.
         group: the processes that make every step together; None: this one alone.
 
     Attributes:
@@ -51,23 +52,25 @@ class StepSampler(ABC):
     def __init__(
         self,
         config: TrainConfig,
-        seed: int,
         buffer: ReplayBuffer,
         clock: Clock,
-        device: torch.device,
         preparation: Preparation,
+        reading: Reading,
         group: Group = None,
     ) -> None:
         replay, optim = config.replay, config.optim
         assert optim.batch and replay.batch
-        self.generators = {purpose: generator_for(seed, purpose) for purpose in PURPOSES}
+        self.generators = {purpose: generator_for(config.seeds[0], purpose) for purpose in PURPOSES}
         self._batch, self._replay_batch, self._tau = optim.batch, replay.batch, replay.tau
         self._shuffled = replay.stream == "shuffled"
         self._from_replayed = config.mix.candidates == "replayed"
         # Where tasks pass over into each other in one pass, the order is the stream's own.
         self._in_order, self._online = config.data.online and config.data.blur is not None, config.data.online
-        self._buffer, self._clock, self._device, self._preparation = buffer, clock, device, preparation
-        self._group = group
+        self._buffer, self._clock, self._preparation = buffer, clock, preparation
+        self._reading, self._device, self._group = reading, reading.device, group
+        self._reader: BatchReader | None = None
+        self._batches_read: Iterator[ReadBatch] = iter(())
+        self._batches: tuple[Tensor, ...] = ()
         self._replays = self._balanced = self._more = self._gathers = False
         self._rows = 0
         self._members: list[Tensor] = []
@@ -133,8 +136,17 @@ class StepSampler(ABC):
     def replayed(self) -> BufferSamples | None:
         """Replayed rows besides the step's own, by generators of their own; None while the buffer is empty."""
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of what reads rows."""
+    def _read(self, items: Any, plans: Iterable[Tensor]) -> None:
+        """Have the planned batches of items read ahead, in place of those of before."""
+        self.close()
+        self._reader = self._reading.reader(items, plans)
+        self._batches_read = iter(self._reader)
+
+    def close(self) -> None:
+        """Stop the processes that read rows, if there are any."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the rest of the run depends on, besides the generators."""
@@ -176,7 +188,6 @@ class ResidentSampler(StepSampler):
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._own = self._last = self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
-        self._batches: tuple[Tensor, ...] = ()
         self._done = 0
 
     def _turn_to(self, train: Samples) -> None:

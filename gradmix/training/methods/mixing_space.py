@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradmix.model.mixed_forward import mixed_forward
 from gradmix.model.unchanged import unwrap
+from gradmix.runtime.validation import check_choice
 from gradmix.training.config import MixConfig
 
 MixSpace = Literal["input", "embedding", "feature"]
@@ -22,8 +23,7 @@ def mix_space(mix: MixConfig) -> MixSpace:
         ValueError: an unknown name.
     """
     space: MixSpace = mix.space or "input"
-    if space not in get_args(MixSpace):
-        raise ValueError(f"mix.space: got {space!r}, expected one of {', '.join(map(repr, get_args(MixSpace)))}")
+    check_choice("mix.space", space, get_args(MixSpace))
     return space
 
 

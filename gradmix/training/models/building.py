@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradmix.model.unchanged import preserve_rng
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import MODEL_NAMES
 from gradmix.training.models.imported import checked, find_builder, is_import_path
 from gradmix.training.models.perceptron import MLP
@@ -51,7 +52,7 @@ def build_model(
     if name not in MODELS and not is_import_path(name):
         raise ValueError(
             f"name: got {name!r}, expected one of {', '.join(map(repr, MODELS))}, or an import path such as "
-            "'package.module:callable', 'torchvision:resnet50' or 'timm:resnet10t'"
+            f"'package.module:callable', 'torchvision:resnet50' or 'timm:resnet10t'{did_you_mean(name, MODELS)}"
         )
     if len(input_shape) == 0 or any(size < 1 for size in input_shape):
         raise ValueError(f"input_shape: got {tuple(input_shape)}, expected positive sizes of one row")

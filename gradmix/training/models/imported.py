@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -55,13 +56,23 @@ def find_builder(
     source, _, rest = name.partition(":")
     if not source or not rest:
         raise ValueError(f"name: got {name!r}, expected an import path such as 'package.module:callable'")
+    make: Callable[[], object]
+    call = ""
     if source not in LIBRARIES:
-        return _from_import_path(name, source, rest, input_shape, num_classes, vocabulary)
-    if source != "transformers":
-        if vocabulary is not None:
-            raise ValueError(f"vocabulary: got {vocabulary}, expected None: {name} is a model of images")
-        _require_image(name, input_shape)
-    return LIBRARIES[source](name, rest, input_shape, num_classes, vocabulary)
+        make = _from_import_path(name, source, rest, input_shape, num_classes, vocabulary)
+        call = f"({', '.join([*map(repr, make.args), *(f'{k}={v!r}' for k, v in make.keywords.items())])})"
+    else:
+        if source != "transformers":
+            if vocabulary is not None:
+                raise ValueError(f"vocabulary: got {vocabulary}, expected None: {name} is a model of images")
+            _require_image(name, input_shape)
+        make = LIBRARIES[source](name, rest, input_shape, num_classes, vocabulary)
+
+    def build() -> object:
+        with _errors_of(name, call):
+            return make()
+
+    return build
 
 
 def checked(
@@ -127,7 +138,7 @@ class TextLogits(Logits):
 
 def _from_import_path(
     name: str, source: str, rest: str, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
-) -> Callable[[], object]:
+) -> partial[object]:
     module = _module(name, source)
     try:
         found: Any = attrgetter(rest)(module)
@@ -143,13 +154,7 @@ def _from_import_path(
     taken = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     named = {key: value for key, value in offered.items() if key in taken}
     first = () if "num_classes" in named else (num_classes,)
-    call = ", ".join([*map(repr, first), *(f"{key}={value!r}" for key, value in named.items())])
-
-    def build() -> object:
-        with _errors_of(name, f"({call})"):
-            return found(*first, **named)
-
-    return build
+    return partial(found, *first, **named)
 
 
 def _from_torchvision(
@@ -167,11 +172,7 @@ def _from_torchvision(
         # Their second outputs, in training only, are for a loss of their own.
         more |= {"aux_logits": False, "init_weights": True}
 
-    def build() -> object:
-        with _errors_of(name):
-            return models.get_model(rest, weights=None, num_classes=num_classes, **more)
-
-    return build
+    return partial(models.get_model, rest, weights=None, num_classes=num_classes, **more)
 
 
 def _from_timm(
@@ -185,11 +186,7 @@ def _from_timm(
     if getattr(configuration, "fixed_input_size", False):
         more["img_size"] = tuple(input_shape[1:])
 
-    def build() -> object:
-        with _errors_of(name):
-            return timm.create_model(rest, pretrained=False, **more)
-
-    return build
+    return partial(timm.create_model, rest, pretrained=False, **more)
 
 
 def _from_transformers(
@@ -232,13 +229,12 @@ def _from_transformers(
         setattr(configuration, key, value)
 
     def build() -> object:
-        with _errors_of(name):
-            if weights:
-                model = family.from_pretrained(
-                    folder, config=configuration, local_files_only=True, ignore_mismatched_sizes=True
-                ).float()
-            else:
-                model = family.from_config(configuration)
+        if weights:
+            model = family.from_pretrained(
+                folder, config=configuration, local_files_only=True, ignore_mismatched_sizes=True
+            ).float()
+        else:
+            model = family.from_config(configuration)
         return Logits(model) if vocabulary is None else TextLogits(model)
 
     return build

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradmix.runtime import names
+from gradmix.runtime.validation import check_choice
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
@@ -132,8 +133,7 @@ class RunResult:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise ValueError(f"status: expected one of {', '.join(map(repr, get_args(Status)))}, got {self.status!r}")
+        check_choice("status", self.status, get_args(Status))
         accuracy = np.array(self.accuracy, dtype=np.float64)
         tasks = len(self.task_classes)
         if accuracy.shape != (tasks, tasks):
@@ -148,14 +148,7 @@ class RunResult:
         return len(self.task_classes)
 
 
-METRIC_LABELS: dict[str, str] = {
-    "average_accuracy": "average accuracy",
-    "final_accuracy": "final accuracy",
-    "forgetting": "forgetting",
-    "learning_accuracy": "learning accuracy",
-    "backward_transfer": "backward transfer",
-    "forward_transfer": "forward transfer",
-}
+METRIC_LABELS: dict[str, str] = {name: name.replace("_", " ") for name in metrics.FORMULAS}
 """Names of the metrics in tables and plots, in the order in which they are reported."""
 
 R_MEANING = "R[i,j] = accuracy on task j after training task i; tasks counted from 0, T of them"
@@ -170,8 +163,7 @@ _FILES = ("config.yaml", "metrics.json", "accuracy_matrix.csv")
 def metric_values(result: RunResult) -> dict[str, float]:
     """Compute all of :data:`METRIC_LABELS`; of a run that is not complete, over the tasks reached."""
     chance = 1.0 / max(1, sum(len(classes) for classes in result.task_classes))
-    values = metrics.summary(result.accuracy, chance)
-    return {name: float(values[name]) for name in METRIC_LABELS}
+    return metrics.summary(result.accuracy, chance)
 
 
 def task_names(result: RunResult) -> tuple[str, ...]:
@@ -356,7 +348,7 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         status=values["status"],
         class_names=tuple(str(n) for n in values["class_names"]),
         task_classes=tuple(tuple(int(c) for c in classes) for classes in values["task_classes"]),
-        accuracy=_array(values["accuracy"]),
+        accuracy=values["accuracy"],
         timing=Timing(
             steps=int(timing["steps"]),
             **{
@@ -368,16 +360,7 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         ),
         config=config,
         mixed_share=tuple(number(v) for v in values["mixed_share"]),
-        alignments=tuple(
-            AlignmentRecord(
-                task=int(record["task"]),
-                classes=np.asarray(record["classes"], dtype=np.int64),
-                cosine=_array(record["cosine"]),
-                helpful=np.asarray(record["helpful"], dtype=np.bool_),
-                threshold=number(record["threshold"]),
-            )
-            for record in values["alignments"]
-        ),
+        alignments=tuple(AlignmentRecord(**record) for record in values["alignments"]),
         environment=dict(values["environment"]),
     )
 
@@ -386,10 +369,6 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     if not isinstance(values[key], str):
         raise ValueError(f"{key}: got {values[key]!r}, expected a string")
     return str(values[key])
-
-
-def _array(rows: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    return np.array([[number(v) for v in row] for row in rows], dtype=np.float64).reshape(len(rows), -1)
 
 
 def _accuracy_csv(result: RunResult) -> str:

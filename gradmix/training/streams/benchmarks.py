@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import DataConfig, TrainConfig, check
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import (
@@ -215,12 +216,12 @@ def stream_of(data: DataConfig) -> TaskStream:
     if name.startswith(GIVEN):
         raise ValueError(
             f"data.benchmark: got {name!r}, which stands for a stream that was given to train_one, expected that "
-            f"stream, or {_names()}"
+            f"stream, or {_names(name)}"
         )
     if ":" in name:
         return _made_by(_imported(name), data)
     if name not in BENCHMARKS:
-        raise ValueError(f"name: got {name!r}, expected {_names()}")
+        raise ValueError(f"name: got {name!r}, expected {_names(name)}")
     if not 0.0 <= data.validation < 1.0:  # before anything is read
         raise ValueError(f"validation: got {data.validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
@@ -302,8 +303,8 @@ def _imported(path: str) -> Callable[[DataConfig], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _names() -> str:
-    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function"
+def _names(name: str) -> str:
+    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function{did_you_mean(name, BENCHMARKS)}"
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -329,7 +330,7 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     elif stream is not None and ":" not in name and name != stream.name:
         config = replace(config, data=replace(config.data, benchmark=GIVEN + stream.name))
     if stream is None and name not in BENCHMARKS:
-        raise ValueError(f"data.benchmark: got {name!r}, expected {_names()}")
+        raise ValueError(f"data.benchmark: got {name!r}, expected {_names(name)}")
     protocol = BENCHMARKS[name].protocol if stream is None else stream.protocol
     names = ("model", "lr", "momentum", "weight_decay", "lr_milestones", "epochs", "batch", "augment")
     defaults = {name: getattr(protocol, name) for name in names}
