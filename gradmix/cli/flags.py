@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -33,6 +34,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     """
     from gradmix.training.config import TrainConfig, load_config
 
+    args = [_current_flag(flag) for flag in args]
     file = _config_file(args)
     base = TrainConfig() if file is None else load_config(file)
     parsed: Any = tyro.cli(
@@ -43,6 +45,20 @@ def parse_train(args: list[str]) -> TrainConfig:
         config=(tyro.conf.DisallowNone,),
     )
     return _from_flags(base, parsed)
+
+
+def _current_flag(flag: str) -> str:
+    """Return a flag under its present name, with a warning if it was given by a former one."""
+    from gradmix.training.config import FORMER_KEYS
+    from gradmix.training.method_names import FormerNameWarning
+
+    name, equals, value = flag.partition("=")
+    current = FORMER_KEYS.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if current is None:
+        return flag
+    current = f"--{current.replace('_', '-')}"
+    warnings.warn(f"{name} is now called {current}", FormerNameWarning, stacklevel=2)
+    return current + equals + value
 
 
 def _config_file(args: list[str]) -> str | None:

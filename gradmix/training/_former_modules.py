@@ -25,6 +25,7 @@ FORMER_MODULES = {
 
 _ELSEWHERE = {
     "LOSS_EVERY": "gradmix.training.loop.run:LOSS_EVERY",
+    "EVALUATION_ROWS": "gradmix.training.loop.evaluation:EVALUATION_SAMPLES",
     "evaluate": "gradmix.training.loop.evaluation:evaluate",
     "describe_environment": "gradmix.training.loop.environment:describe_environment",
     "save_run": "gradmix.training.reports.saving:save_run",

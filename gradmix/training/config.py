@@ -14,14 +14,19 @@ import math
 import re
 import textwrap
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gradmix._moved import alias_argument, alias_attribute
 from gradmix.runtime.validation import did_you_mean
-from gradmix.training.method_names import COMPOSITIONS, choices, current_name
+from gradmix.training.method_names import COMPOSITIONS, FormerNameWarning, choices, current_name
+
+FORMER_KEYS = {"rows_per_class": "samples_per_class"}
+"""Former names of settings. Hashes and checkpoints have them still, so that saved runs are found again."""
 
 MethodName: TypeAlias = str
 """A method's name, a key of :data:`gradmix.training.method_names.COMPOSITIONS`."""
@@ -70,29 +75,35 @@ class DataConfig:
     class_order_seed: int | None = None
     """Shuffles the order in which classes arrive; None: in the order of their labels. Apart from the training seeds."""
     validation: float = 0.0
-    """Share of each class's training rows held out and scored in place of the test set, for choosing settings."""
+    """Share of each class's training samples held out and scored in place of the test set, for choosing settings."""
     tasks: int | None = None
     """Stop after this many tasks; the classes of later ones are left out. None: all of them."""
     normalise: bool | None = None
     """Subtract the data set's mean pixel and divide by its standard deviation, by channel; otherwise pixels are in
     [0, 1]. None: the benchmark's own: yes for CIFAR."""
-    rows_per_class: int | None = None
-    """Keep this many training rows of each class, the first ones. None: all of them."""
+    samples_per_class: int | None = None
+    """Keep this many training samples of each class, the first ones. None: all of them."""
     classes_per_task: int | None = None
     """New classes in each task; the last may have fewer. None: the benchmark's."""
     online: bool = False
-    """One pass over a stream without known boundaries: the buffer takes in each step's rows after the step, and nothing
-    but the scoring knows where a task ends."""
+    """One pass over a stream without known boundaries: the buffer takes in each step's samples after the step, and
+    nothing but the scoring knows where a task ends."""
     blur: float | None = None
-    """Standard deviation, in tasks, by which rows stray from the place of their task in the stream, so that tasks pass
-    over into each other. None: not at all."""
+    """Standard deviation, in tasks, by which samples stray from the place of their task in the stream, so that tasks
+    pass over into each other. None: not at all."""
     image_size: int | None = None
     """Side in pixels of the images that the model sees, where they are read from files. None: the benchmark's."""
     workers: int | None = None
-    """Processes that read rows from files; 0: none but the training's own. None: one for each processor but one, at
+    """Processes that read samples from files; 0: none but the training's own. None: one for each processor but one, at
     most 16, shared by the run's processes on one machine."""
     skip_damaged: bool = False
     """Leave out files that cannot be decoded, and name them; otherwise the first one ends the run."""
+
+    rows_per_class = alias_attribute("DataConfig", "rows_per_class", "samples_per_class")
+
+
+_accept_former = alias_argument("DataConfig", "rows_per_class", "samples_per_class")
+DataConfig.__init__ = _accept_former(DataConfig.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -115,10 +126,10 @@ class OptimConfig:
     epochs: int | None = None
     """Epochs per task; with data.online there is one."""
     batch: int | None = None
-    """Rows of the current task in a step, over all processes if there are several."""
+    """Samples of the current task in a step, over all processes if there are several."""
     augment: Literal["none", "crop-flip", "resized-crop-flip"] | None = None
-    """crop-flip: padded random crop and horizontal flip of every training row; resized-crop-flip: a random part of the
-    image, scaled to the model's size, and a flip."""
+    """crop-flip: padded random crop and horizontal flip of every training sample; resized-crop-flip: a random part of
+    the image, scaled to the model's size, and a flip."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Automatic mixed precision of the forward passes; fp16 with a loss scale that adapts itself."""
     channels_last: bool = False
@@ -126,8 +137,8 @@ class OptimConfig:
     compile: bool = False
     """Compile the model by torch.compile."""
     accumulate: int | None = None
-    """Forward and backward passes a step is made in, each of a part of its rows, to save memory; pairs are chosen among
-    all of them. None: one pass."""
+    """Forward and backward passes a step is made in, each of a part of its samples, to save memory; pairs are chosen
+    among all of them. None: one pass."""
     growing_head: bool = False
     """Begin with a classifier for the first task's classes, which grows as classes arrive; otherwise it has an output
     for every class from the start."""
@@ -141,36 +152,37 @@ class ReplayConfig:
     """class: a fixed number per class; balanced: a fixed total, shared equally by the classes seen; reservoir: a
     uniform sample of everything seen."""
     size: int | None = None
-    """Rows kept: per class for policy class, in total otherwise."""
+    """Samples kept: per class for policy class, in total otherwise."""
     batch: int | None = None
-    """Replayed rows in a step, over all processes if there are several."""
+    """Replayed samples in a step, over all processes if there are several."""
     tau: float = 1.0
-    """Weight of the replayed rows' loss: loss = CE(current) + tau * CE(replayed)."""
+    """Weight of the replayed samples' loss: loss = CE(current) + tau * CE(replayed)."""
     stream: Literal["dual", "shuffled"] = "dual"
-    """dual: every step holds current and replayed rows, in fixed numbers; shuffled: the current task's rows and the
-    buffer's are shuffled into one stream, of which a step takes the next rows, all of one weight."""
+    """dual: every step holds current and replayed samples, in fixed numbers; shuffled: the current task's samples and
+    the buffer's are shuffled into one stream, of which a step takes the next samples, all of one weight."""
     distillation: float | None = None
-    """Weight of DER++'s squared error between the logits of replayed rows and those kept with them. None: the method's
+    """Weight of DER++'s squared error between the logits of replayed samples and those kept with them. None: the
+    method's
     own: 0.5 for der++ and what builds on it, nothing for others."""
     storage: Literal["memory", "disk"] | None = None
-    """Where the buffer's rows lie: memory; or disk, beside the run's checkpoint. None: in memory; of rows that are read
-    from files, which they are, to be read again (online: the rows)."""
+    """Where the buffer's samples lie: memory; or disk, beside the run's checkpoint. None: in memory; of samples that
+    are read from files, which they are, to be read again (online: the samples)."""
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How rows are mixed, and how pairs are selected."""
+    """How samples are mixed, and how pairs are selected."""
 
     alpha: float = 1.0
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
     originals: bool = False
-    """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass (but not a
+    """Train on the unmixed samples too, half the weight each; the selection then reuses their forward pass (but not a
     compiled one's)."""
     estimator: Literal["feature", "mixed", "jvp", "sketch"] | None = None
     """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
-    inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
-    decisions in doubt checked by jvp. None: the method's own: mixed for gradmix-class (which judges once per epoch),
-    feature for gradmix-sample."""
+    inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the
+    samples, decisions in doubt checked by jvp. None: the method's own: mixed for gradmix-class (which judges once per
+    epoch), feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
     """How a partner is chosen: uniform over the helpful ones; permute: one at random, kept if helpful; best aligned."""
     threshold: float = 0.0
@@ -179,10 +191,10 @@ class MixConfig:
     """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
     own: 0 for gradmix-class (20 with data.online), 1 for gradmix-sample."""
     candidates: Literal["batch", "balanced", "replayed"] = "batch"
-    """Where partners come from: batch: the step's own rows; balanced: a class-balanced draw from the current task and
-    the buffer; replayed: the step's replayed rows."""
+    """Where partners come from: batch: the step's own samples; balanced: a class-balanced draw from the current task
+    and the buffer; replayed: the step's replayed samples."""
     class_samples: int = 32
-    """Rows per class behind a class-pair decision."""
+    """Samples per class behind a class-pair decision."""
     control: Literal[
         "none",
         "random",
@@ -193,18 +205,18 @@ class MixConfig:
         "small-gradient",
         "large-gradient",
     ] = "none"
-    """What a selective method is held against: random: as many rows as it would mix, any rows, with any partners;
-    random-partner: the same rows with any partners; partner-class: with any of the class of the partner chosen;
+    """What a selective method is held against: random: as many samples as it would mix, any samples, with any partners;
+    random-partner: the same samples with any partners; partner-class: with any of the class of the partner chosen;
     replayed-partner: with any of the buffer's classes; anti: detrimental partners only; small-gradient, large-gradient:
     as many pairs, by the norm of the mixture's gradient."""
     control_rate: float | None = None
-    """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
+    """Share of a step's samples that the control random mixes. None: as many as would be in that very step."""
     reference: Literal["buffer", "replayed"] | None = None
-    """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed rows, which
-    costs no pass over the buffer. None: replayed where rows are read from files, else buffer."""
+    """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed samples, which
+    costs no pass over the buffer. None: replayed where samples are read from files, else buffer."""
     space: Literal["embedding", "feature"] | None = None
-    """Where rows are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input of
-    its classifier. None: the inputs are mixed, unless they are texts."""
+    """Where samples are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input
+    of its classifier. None: the inputs are mixed, unless they are texts."""
 
 
 @dataclass(frozen=True)
@@ -249,17 +261,40 @@ def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
 
     Args:
         values: the dictionaries.
-        saved: whether they are the record of a run, in which former names of methods are no reason for a warning.
+        saved: whether they are the record of a run, in which former names are no reason for a warning.
 
     Raises:
         ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, what
             came and what is expected.
     """
+    values = current_keys(values, warn=not saved)
     if isinstance(values, Mapping) and isinstance(values.get("methods"), (list, tuple)):
         values = {**values, "methods": _method_names(values["methods"], warn=not saved)}
     config = _build(TrainConfig, values, "")
     check(config)
     return config
+
+
+def current_keys(values: Any, *, warn: bool = True) -> Any:
+    """Return nested dictionaries and lists with :data:`FORMER_KEYS` under their present names.
+
+    Args:
+        values: what YAML or JSON gives.
+        warn: whether a former key is worth a :class:`~gradmix.training.method_names.FormerNameWarning`.
+    """
+    if isinstance(values, list):
+        return [current_keys(value, warn=warn) for value in values]
+    if not isinstance(values, Mapping):
+        return values
+    found = {}
+    for key, value in values.items():
+        section, dot, name = str(key).rpartition(".")
+        if name in FORMER_KEYS:
+            key = section + dot + FORMER_KEYS[name]
+            if warn:
+                warnings.warn(f"{name} is now called {FORMER_KEYS[name]}", FormerNameWarning, stacklevel=2)
+        found[key] = current_keys(value, warn=warn)
+    return found
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -349,15 +384,15 @@ def check(config: TrainConfig) -> None:
     if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
         raise ValueError(
             "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
-            "rows are not told apart in one stream"
+            "samples are not told apart in one stream"
         )
     if config.data.online and config.optim.epochs not in (None, 1):
         raise ValueError(
-            f"optim.epochs: got {_show(config.optim.epochs)} with data.online, expected 1 or nothing: rows come once"
+            f"optim.epochs: got {_show(config.optim.epochs)} with data.online, expected 1 or nothing: samples come once"
         )
     if config.data.online and config.replay.stream == "shuffled":
         raise ValueError(
-            "replay.stream: got 'shuffled' with data.online, expected 'dual': the rows to come are not known"
+            "replay.stream: got 'shuffled' with data.online, expected 'dual': the samples to come are not known"
         )
     if config.mix.control_rate is not None and config.mix.control != "random":
         raise ValueError(
@@ -398,7 +433,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.class_order_seed", "an integer of at least 0", lambda v: v >= 0),
     ("data.validation", "a share from 0 to less than 1", lambda v: 0 <= v < 1),
     ("data.tasks", "an integer of at least 1", lambda v: v >= 1),
-    ("data.rows_per_class", "an integer of at least 1", lambda v: v >= 1),
+    ("data.samples_per_class", "an integer of at least 1", lambda v: v >= 1),
     ("data.classes_per_task", "an integer of at least 1", lambda v: v >= 1),
     ("data.image_size", "an integer of at least 8", lambda v: v >= 8),
     ("data.workers", "an integer of at least 0", lambda v: v >= 0),

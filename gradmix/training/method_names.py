@@ -75,7 +75,7 @@ COMPOSITIONS: dict[str, Axes] = PRESETS | {
 
 
 class FormerNameWarning(DeprecationWarning):
-    """A method is called by its former name."""
+    """A method or a setting is called by its former name."""
 
 
 def current_name(name: str, *, warn: bool = True, stacklevel: int = 2) -> str:

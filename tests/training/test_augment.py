@@ -122,7 +122,7 @@ LARGE = {
     "square": (6, 3, 32, 32),
     "oblong": (9, 2, 21, 40),
     "upright": (9, 1, 37, 16),
-    "one row of pixels": (5, 3, 1, 50),
+    "one sample of pixels": (5, 3, 1, 50),
     "one column of pixels": (5, 3, 50, 1),
     "one pixel": (4, 3, 1, 1),
     "one image": (1, 3, 9, 9),

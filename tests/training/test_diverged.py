@@ -71,7 +71,7 @@ def test_a_model_without_finite_outputs_has_no_accuracy(value: float) -> None:
     model = nn.Linear(12, 4)
     with torch.no_grad():
         model.bias.fill_(value)
-    with pytest.raises(DivergedError, match="outputs for 20 test rows are not finite"):
+    with pytest.raises(DivergedError, match="outputs for 20 test samples are not finite"):
         evaluate(model, stream(rows=20), torch.device("cpu"))
 
 
@@ -152,8 +152,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a stream of its own."""
     (tmp_path / "own_for_diverged.py").write_text(
         "import torch\nfrom gradmix.training.streams import class_incremental\n\ndef stream(_data):\n"
-        "    y = torch.arange(40) % 4\n    rows = torch.randn(40, 12) + y[:, None], y\n"
-        "    return class_incremental(rows, rows, tasks=2)\n"
+        "    y = torch.arange(40) % 4\n    samples = torch.randn(40, 12) + y[:, None], y\n"
+        "    return class_incremental(samples, samples, tasks=2)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

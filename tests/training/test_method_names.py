@@ -38,7 +38,7 @@ from gradmix.training.methods import (
     Context,
     DarkReplay,
     GradMixClass,
-    StepRows,
+    StepSamples,
     TrivialAugment,
     composition,
     find_method,
@@ -58,7 +58,7 @@ FORMER = {
     "trivialaugment-gradmix": "trivialaugment-gradmix-class",
 }
 TINY = TrainConfig(
-    data=DataConfig("split-digits", tasks=2, rows_per_class=40),
+    data=DataConfig("split-digits", tasks=2, samples_per_class=40),
     optim=OptimConfig(epochs=1, batch=16, lr=0.05, model="resnet8"),
     replay=ReplayConfig(size=6, batch=8),
     device="cpu",
@@ -120,7 +120,7 @@ def test_every_composition_makes_a_step(name: str) -> None:
     )
     method = find_method(name)(context)
     buffer.add(x, y, **method.extras(x, y))
-    loss = method.backward(StepRows(x, y, torch.full((12,), 1 / 12), candidates=(x.flip(0), y.flip(0))))
+    loss = method.backward(StepSamples(x, y, torch.full((12,), 1 / 12), candidates=(x.flip(0), y.flip(0))))
     gradients = [p.grad for p in context.model.parameters() if p.grad is not None]
     assert loss.isfinite() and gradients and all(g.isfinite().all() for g in gradients)
 
@@ -233,7 +233,7 @@ def test_an_experiment_of_before_is_found_and_reported(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-FEW = ("--seeds", "0", "1", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20", "--threads", "1")
+FEW = ("--seeds", "0", "1", "--epochs", "1", "--tasks", "2", "--samples-per-class", "20", "--threads", "1")
 
 
 @pytest.fixture

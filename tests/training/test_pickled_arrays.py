@@ -29,7 +29,7 @@ ARRAYS = {
     "axes exchanged": np.arange(24, dtype=np.int16).reshape(2, 3, 4).transpose(1, 0, 2),
     "every second": np.arange(10)[::2],
     "one number": np.array(7),
-    "no rows": np.zeros((0, 5), dtype=np.float32),
+    "no samples": np.zeros((0, 5), dtype=np.float32),
 }
 
 

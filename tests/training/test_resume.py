@@ -34,13 +34,13 @@ STEPS_PER_TASK = EPOCHS * STEPS_PER_EPOCH
 STEPS = TASKS * STEPS_PER_TASK
 OPTIM = OptimConfig(epochs=EPOCHS, batch=BATCH, lr=0.05, momentum=0.9, weight_decay=1e-4, lr_milestones=(0.5,))
 BASE = TrainConfig(
-    data=DataConfig(tasks=TASKS, rows_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
+    data=DataConfig(tasks=TASKS, samples_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
 )
 
 
 @pytest.fixture(scope="module")
 def stream() -> TaskStream:
-    return make_stream("split-digits", tasks=TASKS, rows_per_class=ROWS)
+    return make_stream("split-digits", tasks=TASKS, samples_per_class=ROWS)
 
 
 def assert_goes_on_to_the_bit(

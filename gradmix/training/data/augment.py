@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gradmix.runtime.transfer import to_device_async
 
 Among = tuple[int, Tensor]
-"""Of how many rows some are, and the places ``(N,)`` int64 of these on the CPU: what is drawn is drawn for all."""
+"""Of how many images some are, and the places ``(N,)`` int64 of these on the CPU: what is drawn is drawn for all."""
 
 
 def random_crop_flip(

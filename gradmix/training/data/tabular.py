@@ -1,4 +1,4 @@
-"""Labelled rows of numbers from the files in which their data sets are published, checked while they are read.
+"""Labelled samples of numbers from the files in which their data sets are published, checked while they are read.
 
 A file that is missing raises :class:`FileNotFoundError` with the path expected; a damaged one raises
 :class:`gradmix.training.data.image_arrays.DataError`.
@@ -35,7 +35,7 @@ COVERTYPES = (
 """The cover types of Covertype, in the order of their labels: 1 to 7 in the file, 0 to 6 here."""
 
 _COLUMNS = 55  # of covtype.data, the label last
-_ROWS = 581_012
+_LINES = 581_012
 _LONGEST = 20  # characters of a column: an integer of 32 bits has 11
 _NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it is
 
@@ -66,9 +66,9 @@ def covertype(root: str | Path) -> Table:
     The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
     44 say by 0 or 1 in which wilderness area and on which type of soil a patch lies.
 
-    The first 15,120 rows, which the data set's authors trained and validated on, hold as many of each type and leave
-    test rows of very unequal numbers. For class-incremental learning, which is about unequal numbers, all rows are
-    split alike: of every type, in the order of the file, each fifth row is a test row, a fifth of all rows.
+    The first 15,120 samples, which the data set's authors trained and validated on, hold as many of each type and leave
+    test samples of very unequal numbers. For class-incremental learning, which is about unequal numbers, all samples
+    are split alike: of every type, in the order of the file, each fifth is a test sample.
 
     Args:
         root: The data directory.
@@ -86,20 +86,20 @@ def covertype(root: str | Path) -> Table:
             f"https://archive.ics.uci.edu/dataset/31/covertype: put it there, packed or unpacked, and give {root} as "
             "the data directory"
         )
-    values = read_integers(path, _COLUMNS, _ROWS)
+    values = read_integers(path, _COLUMNS, _LINES)
     y = torch.from_numpy(values[:, -1].astype(np.int64)) - 1
     wrong = ((y < 0) | (y >= len(COVERTYPES))).nonzero().flatten()
     if len(wrong):
-        row = int(wrong[0])
-        raise DataError(f"{path}: line {row + 1} has the label {int(y[row]) + 1}, expected 1 to {len(COVERTYPES)}")
+        line = int(wrong[0])
+        raise DataError(f"{path}: line {line + 1} has the label {int(y[line]) + 1}, expected 1 to {len(COVERTYPES)}")
     return _standardised(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
 
 
 def wine() -> Table:
     """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
 
-    They come without a test set: of every class, in the order of the data set, each fifth row is a test row: 144
-    training and 34 test rows.
+    They come without a test set: of every class, in the order of the data set, each fifth is a test sample: 144
+    training and 34 test samples.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -122,7 +122,7 @@ def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) ->
     return Table(train_x, y[~test], test_x, y[test], names)
 
 
-def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:
+def read_integers(path: str | Path, columns: int, most_lines: int | None = None) -> npt.NDArray[np.int32]:
     """Read lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
 
     Parsed by :func:`numpy.loadtxt` as 32-bit integers, which takes it half the time of floating-point numbers: about a
@@ -131,7 +131,7 @@ def read_integers(path: str | Path, columns: int, most_rows: int | None = None) 
     Args:
         path: The file.
         columns: Integers in every line, of 20 characters at most with what is between them.
-        most_rows: Lines at most; None: as many as there are.
+        most_lines: Lines at most; None: as many as there are.
 
     Returns:
         ``(N, columns)`` int32.
@@ -145,7 +145,7 @@ def read_integers(path: str | Path, columns: int, most_rows: int | None = None) 
         warnings.simplefilter("error")  # of an empty file, and of fractions that old releases cut off
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_rows)
+                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_lines)
                 values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error

@@ -121,11 +121,11 @@ def remove(path: str | Path) -> None:
     path = Path(path)
     path.unlink(missing_ok=True)
     hidden(path).unlink(missing_ok=True)
-    shutil.rmtree(rows_beside(path), ignore_errors=True)
+    shutil.rmtree(samples_beside(path), ignore_errors=True)
 
 
-def rows_beside(path: str | Path) -> Path:
-    """The folder for rows that belong to a checkpoint and are too many to be part of it."""
+def samples_beside(path: str | Path) -> Path:
+    """The folder for samples that belong to a checkpoint and are too many to be part of it."""
     path = Path(path)
     return path.with_name(f"{path.name}.rows")
 

@@ -1,14 +1,14 @@
 """What training by several processes adds to training by one.
 
 Every process draws the same random numbers, so all know what a step is made of. Each reads and forwards its share of
-the current and of the replayed rows, and gradients are averaged by ``DistributedDataParallel``. Methods that mix need
-all rows of a step: those read from files are gathered, as bytes. For selection every process forwards its share, what
-the head saw and said is gathered, and all take the same decisions; a reference gradient over the buffer is the sum of
-what each process found in its share. The buffer is the same everywhere, because it is shown the same labels.
+the current and of the replayed samples, and gradients are averaged by ``DistributedDataParallel``. Methods that mix
+need all samples of a step: those read from files are gathered, as bytes. For selection every process forwards its
+share, what the head saw and said is gathered, and all take the same decisions; a reference gradient over the buffer is
+the sum of what each process found in its share. The buffer is the same everywhere, because it is shown the same labels.
 
 Metrics are those of one process that makes the same steps, up to the order in which sums are taken, but for dropout,
-which every process draws for its own rows, and for batch normalisation on the CPU, where every process normalises its
-own rows: on GPUs its statistics are shared.
+which every process draws for its own samples, and for batch normalisation on the CPU, where every process normalises
+its own samples: on GPUs its statistics are shared.
 
 After every step the processes' states are the same but for torch's global generators, which are seeded anew in every
 step. So the first one's state is all that a checkpoint needs to hold, and any number of processes can go on from it.
@@ -33,7 +33,7 @@ AGREE_EVERY = 8
 
 
 def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch normalisation over the rows of all processes, where that exists: on GPUs."""
+    """The model with batch normalisation over the samples of all processes, where that exists: on GPUs."""
     if device.type == "cuda" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     return model
@@ -69,7 +69,7 @@ def share_buffers(buffers: Sequence[Tensor], group: Group) -> None:
 
 
 def environment(batch: int | None, group: Group) -> dict[str, Any]:
-    """What stands on record about the processes, if there are several: how many, and a step's rows for each."""
+    """What stands on record about the processes, if there are several: how many, and a step's samples for each."""
     if group is None:
         return {}
     return {"processes": size_of(group), "batch_per_process": (batch or 0) / size_of(group)}

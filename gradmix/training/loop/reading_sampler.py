@@ -1,4 +1,4 @@
-"""Steps of rows that are read from files: drawn ahead, decoded by worker processes while the device computes."""
+"""Steps of samples that are read from files: drawn ahead, decoded by worker processes while the device computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradmix.training.data.samples import Samples, StoredSamples
 from gradmix.training.loop.sampler import StepSampler
 from gradmix.training.loop.sharding import Share
 from gradmix.training.loop.state_checks import require_like, require_number, require_tensor
-from gradmix.training.methods import StepRows
+from gradmix.training.methods import StepSamples
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class _Plan:
     Attributes:
         items: ``(n,)`` int64.
         y: ``(n,)`` int64.
-        sizes: Items of each part: current rows, replayed ones, candidates, and more replayed ones.
-        replayed: ``(n,)`` bool, the rows that come from the buffer, of current and replayed ones.
+        sizes: Items of each part: current samples, replayed ones, candidates, and more replayed ones.
+        replayed: ``(n,)`` bool, the samples that come from the buffer, of current and replayed ones.
         extras: What was kept in the buffer with the last part.
     """
 
@@ -77,7 +77,7 @@ class ReadingSampler(StepSampler):
         self._read(self._train.items, self._plans())
 
     def _learn_of_damage(self) -> None:
-        """Know what other processes found too: the buffer is to be shown the same rows everywhere."""
+        """Know what other processes found too: the buffer is to be shown the same samples everywhere."""
         if self._group is not None and self._reading.skips_damaged:
             mine = torch.tensor(sorted(self._damaged), dtype=torch.int64)
             for item in all_gather_samples(mine.to(self._device), self._group).tolist():
@@ -128,10 +128,10 @@ class ReadingSampler(StepSampler):
         labels.append(y)
         return _Plan(torch.cat(items), torch.cat(labels), tuple(map(len, labels)), from_buffer, extras)
 
-    def rows(self) -> StepRows:
+    def samples(self) -> StepSamples:
         read = next(self._batches_read)
         plan = self._pending.popleft()
-        x, kept = read.rows.to(self._device, non_blocking=True), read.kept
+        x, kept = read.samples.to(self._device, non_blocking=True), read.kept
         places = torch.arange(len(plan.y))
         share = None
         if self._group is not None:
@@ -145,8 +145,8 @@ class ReadingSampler(StepSampler):
             places = places[kept]
         return self._make_step(plan, x, places, share is not None)
 
-    def _make_step(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepRows:
-        """The step of those rows of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""
+    def _make_step(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepSamples:
+        """The step of those samples of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""
         starts = torch.tensor([0, *plan.sizes]).cumsum(0).tolist()
         part_of = torch.bucketize(places, torch.tensor(starts[1:]), right=True)
         sizes = torch.bincount(part_of, minlength=4).tolist()
@@ -170,25 +170,27 @@ class ReadingSampler(StepSampler):
             candidates = step_x[sizes[0] :], ys[1]
         replayed = to_device_async(plan.replayed[step], self._device)
         if not shared:
-            return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed)
+            return StepSamples(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed)
         if self._gathers:
             share = Share.of(sizes[:2], self._group, self._device)
-            return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed, share)
+            return StepSamples(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed, share)
         weight = self._weights(plan.sizes[0], plan.sizes[1])[to_device_async(step, self._device)]
-        return StepRows(step_x, step_y, weight, candidates, replayed)
+        return StepSamples(step_x, step_y, weight, candidates, replayed)
 
     def _as_seen(self, x: Tensor, purpose: str, count: int, places: Tensor) -> Tensor:
-        """Rows at ``places (n,)`` of ``count`` as the model is to see them; what is drawn is drawn for all of these."""
+        """Samples at ``places (n,)`` of ``count`` as the model is to see them; what is drawn is drawn for all of
+        these.
+        """
         among = None if len(places) == count else (count, places)
         return self._preparation.for_training(x, self.generators[purpose], among)
 
-    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
         self._learn_of_damage()
         damaged = torch.tensor(sorted(self._damaged), dtype=torch.int64)
         places = (~torch.isin(self._train.at, damaged)).nonzero().squeeze(1)
         return [(self._train.at[places], self._train.y[places])]
 
-    def step_rows(self) -> tuple[Tensor, Tensor]:
+    def step_samples(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("a buffer of items' numbers does not change between the steps of a task")
 
     def replayed(self) -> BufferSamples | None:
@@ -204,14 +206,14 @@ class ReadingSampler(StepSampler):
             require_number(item, 0, 2**63, "sampler.damaged")
             require_like(fault, "", "sampler.damaged")
         for plan in state["pending"]:
-            rows = len(require_tensor(plan["items"], torch.int64, (None,), "sampler.pending.items"))
-            require_tensor(plan["y"], torch.int64, (rows,), "sampler.pending.y")
+            samples = len(require_tensor(plan["items"], torch.int64, (None,), "sampler.pending.items"))
+            require_tensor(plan["y"], torch.int64, (samples,), "sampler.pending.y")
             require_like(plan["sizes"], [0] * 4, "sampler.pending.sizes")
             require_tensor(plan["replayed"], torch.bool, (sum(plan["sizes"][:2]),), "sampler.pending.replayed")
-            if min(plan["sizes"]) < 0 or sum(plan["sizes"]) != rows or int(min(plan["y"], default=0)) < 0:
-                raise ValueError("sampler.pending: got parts that do not make up its rows")
+            if min(plan["sizes"]) < 0 or sum(plan["sizes"]) != samples or int(min(plan["y"], default=0)) < 0:
+                raise ValueError("sampler.pending: got parts that do not make up its samples")
             for kept in plan["extras"].values():
                 if len(kept) != plan["sizes"][3]:
-                    raise ValueError("sampler.pending.extras: got another number of rows than are replayed")
+                    raise ValueError("sampler.pending.extras: got another number of samples than are replayed")
         self._pending = deque(_Plan(**(plan | {"sizes": tuple(plan["sizes"])})) for plan in state["pending"])
         self._damaged = dict(state["damaged"])

@@ -4,6 +4,7 @@ Each loss is a class with the interface of :class:`~gradmix.training.methods.bas
 :mod:`~gradmix.training.methods.composition` makes the methods of them, by name.
 """
 
+from gradmix._moved import moved
 from gradmix.training.methods.a_gem import AGEM
 from gradmix.training.methods.balanced_mixup import BalancedMixup
 from gradmix.training.methods.base import (
@@ -14,7 +15,7 @@ from gradmix.training.methods.base import (
     Needs,
     Passes,
     Pixels,
-    StepRows,
+    StepSamples,
     Wrapping,
     weighted_cross_entropy,
 )
@@ -26,6 +27,8 @@ from gradmix.training.methods.mixup import Mixing, Mixup
 from gradmix.training.methods.policies import AutoAugment, RandAugment, TrivialAugment
 from gradmix.training.methods.remix import Remix
 from gradmix.training.methods.selective import GradMixClass, GradMixSample, SelectiveMixup
+
+__getattr__ = moved(__name__, "gradmix.training.methods.base", {"StepRows": "StepSamples"})
 
 __all__ = [
     "AGEM",
@@ -51,7 +54,7 @@ __all__ = [
     "RandAugment",
     "Remix",
     "SelectiveMixup",
-    "StepRows",
+    "StepSamples",
     "TrivialAugment",
     "Wrapping",
     "find_method",

@@ -41,7 +41,7 @@ def find_builder(
 
     Args:
         name: ``SOURCE:NAME``.
-        input_shape: Shape of one row.
+        input_shape: Shape of one sample.
         num_classes: Width of the output.
         vocabulary: Number of token ids, for a model of texts.
 
@@ -49,7 +49,7 @@ def find_builder(
         A callable without arguments.
 
     Raises:
-        ValueError: There is no such model, or the row's shape does not suit it.
+        ValueError: There is no such model, or the sample's shape does not suit it.
         ModuleNotFoundError: The module is not installed.
         ImportError: The module is there and cannot be imported.
     """
@@ -78,7 +78,7 @@ def find_builder(
 def checked(
     name: str, model: object, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
 ) -> nn.Module:
-    """The model, in training mode, if a forward pass of two rows of zeros (of ones, for token ids) gives its logits.
+    """The model, in training mode, if a forward pass of two samples of zeros (of ones, for token ids) gives its logits.
 
     A model that returns an object with ``logits`` is put into :class:`Logits`.
 
@@ -87,14 +87,14 @@ def checked(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"name: {name} made {_described(model)}, expected an nn.Module")
-    rows = torch.zeros(2, *input_shape) if vocabulary is None else torch.ones(2, *input_shape, dtype=torch.int64)
+    samples = torch.zeros(2, *input_shape) if vocabulary is None else torch.ones(2, *input_shape, dtype=torch.int64)
     model.eval()
     try:
         with torch.no_grad():
-            output = model(rows)
+            output = model(samples)
     except Exception as error:
         raise ValueError(
-            f"name: {name} failed on rows {tuple(rows.shape)} of {rows.dtype}: {type(error).__name__}: {error}"
+            f"name: {name} failed on samples {tuple(samples.shape)} of {samples.dtype}: {type(error).__name__}: {error}"
         ) from error
     try:
         logits = logits_of(output)
@@ -104,7 +104,7 @@ def checked(
         ) from None
     if tuple(logits.shape) != (2, num_classes) or not logits.is_floating_point():
         raise ValueError(
-            f"name: {name} returned {logits.dtype} {tuple(logits.shape)} for 2 rows, expected float logits "
+            f"name: {name} returned {logits.dtype} {tuple(logits.shape)} for 2 samples, expected float logits "
             f"{(2, num_classes)}"
         )
     if not isinstance(output, Tensor):
@@ -124,7 +124,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of rows ``x (N, ...)``."""
+        """Logits ``(N, num_classes)`` of samples ``x (N, ...)``."""
         return logits_of(self.model(x))
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradmix.training.config import to_dict
+from gradmix.training.config import current_keys, to_dict
 from gradmix.training.method_names import current_name
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
@@ -42,8 +42,8 @@ class ArmRow(Row):
 
     @property
     def mixed_share(self) -> float:
-        """Mean share of rows mixed, from 0 to 1; NaN where nothing is selected."""
-        # In the first task there is nothing to select by, and every row is mixed.
+        """Mean share of samples mixed, from 0 to 1; NaN where nothing is selected."""
+        # In the first task there is nothing to select by, and every sample is mixed.
         shares = (run["mixed_share"] for run in self.runs)
         return known_mean([known_mean([number(v) for v in (share[1:] or share)]) for share in shares])
 
@@ -173,7 +173,7 @@ def from_results(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = current_keys(json.loads(path.read_text(encoding="utf-8")), warn=False)
     except ValueError as error:
         raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
     absent = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)

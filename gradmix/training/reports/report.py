@@ -186,7 +186,7 @@ def _tables(
         for arm in values["arms"]
     ]
     return {
-        "results": Table(["arm", *vary, *shown, "rows mixed", "seeds"], results, 1 + len(vary)),
+        "results": Table(["arm", *vary, *shown, "samples mixed", "seeds"], results, 1 + len(vary)),
         "references": _references(values, rows),
         "comparison": Table(["difference", *vary, *shown, "p", "p, Holm", "seeds"], comparison, 1 + len(vary)),
         "costs": _costs(rows),

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gradmix.runtime.validation import did_you_mean
-from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
+from gradmix.training.config import MethodName, TrainConfig, current_keys, from_dict, parse_yaml
 from gradmix.training.loop.trainer import resolved_config
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
 from gradmix.training.reports.cells import setting
-from gradmix.training.runs.settings import distinguishing
+from gradmix.training.runs.settings import distinguishing, flatten, identity
 
 SECTIONS = ("data", "optim", "replay", "mix")
 """Parts of a configuration that an arm may set."""
@@ -234,8 +234,7 @@ def content_hash(config: TrainConfig) -> str:
     hashes as they are, and runs made under a former default keep their hash when the default changes. A method counts
     by its :func:`~gradmix.training.method_names.recorded_name`.
     """
-    told = {k: v for k, v in distinguishing(config).items() if not (v is None or v is False or v == "none")}
-    told["method"] = recorded_name(config.methods[0])
+    told = {k: v for k, v in flatten(identity(config)) if k != "seed" and not (v is None or v is False or v == "none")}
     text = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -298,7 +297,7 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
     Raises:
         ValueError: Naming the key, what came and what is expected.
     """
-    values = parse_yaml(text)
+    values = current_keys(parse_yaml(text))
     _mapping(values, "the top", _KEYS)
     if name in ("", "runs") or name.startswith("."):
         raise ValueError(f"name: got {name!r}, expected one that can be a folder beside 'runs'")

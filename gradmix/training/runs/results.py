@@ -38,9 +38,9 @@ class Timing:
     seconds_selection: float
     """The part of the steps spent on choosing pairs, refreshes of the reference gradient included."""
     seconds_evaluation: float
-    """Scoring the test rows after each task."""
+    """Scoring the test samples after each task."""
     seconds_data: float = math.nan
-    """The part of the steps spent on drawing and augmenting their rows; NaN if it was not measured."""
+    """The part of the steps spent on drawing and augmenting their samples; NaN if it was not measured."""
     peak_memory_bytes: int = 0
     """On a GPU the most that tensors took up, elsewhere the process's peak resident size; 0 where unknown."""
 
@@ -61,9 +61,10 @@ class Timing:
 
     @property
     def data_share(self) -> float:
-        """Share of the training steps' time spent on their rows, waiting for those that are read included, from 0 to 1.
+        """Share of the training steps' time spent on their samples, from 0 to 1; waiting for those that are read
+        counts.
 
-        On a GPU it is the device's time: rows that are read while it computes take none of it.
+        On a GPU it is the device's time: samples that are read while it computes take none of it.
         """
         return self.seconds_data / self.seconds_step if self.seconds_step > 0 else math.nan
 
@@ -76,7 +77,7 @@ class AlignmentRecord:
         task: The task being learnt, counted from 0.
         classes: ``(P,)`` int64, the classes of the rows and columns.
         cosine: ``(P, P)`` float64, cosine of a mixed pair's gradient with the reference gradient; NaN where a pair had
-            no rows.
+            no samples.
         helpful: ``(P, P)`` bool, whether the pair may be mixed.
         threshold: The cosine from which a pair is helpful.
     """
@@ -110,11 +111,11 @@ class RunResult:
             the loss was not finite. Only complete runs are to be compared.
         class_names: Names of all classes, indexed by label.
         task_classes: The labels each task brings, in order of arrival; its length is T.
-        accuracy: ``(T, T)`` float64, ``accuracy[i, j]`` is the share of task j's test rows classified correctly after
-            training task i, in [0, 1]; NaN where training did not get there.
+        accuracy: ``(T, T)`` float64, ``accuracy[i, j]`` is the share of task j's test samples classified correctly
+            after training task i, in [0, 1]; NaN where training did not get there.
         timing: Where the time went.
         config: The configuration with nothing left to a default, narrowed to this method and seed.
-        mixed_share: ``(T,)`` share of each task's rows that found a helpful partner; NaN where nothing is selected.
+        mixed_share: ``(T,)`` share of each task's samples that found a helpful partner; NaN where nothing is selected.
         alignments: The class-pair alignment at the last refresh of each task that had one.
         environment: Versions, device, threads and date, as plain values.
     """

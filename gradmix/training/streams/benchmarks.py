@@ -36,13 +36,13 @@ class Source:
     """A data set as a benchmark reads it.
 
     Args:
-        train: Training rows, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
-        test: Test rows, likewise.
-        class_names: Name of every label; ``None``: the training rows say.
+        train: Training samples, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
+        test: Test samples, likewise.
+        class_names: Name of every label; ``None``: the training samples say.
         to_float: What makes the model's input of raw values ``(..., C, H, W)``; ``None``: they are used as they are.
         mean: By channel, of pixels in [0, 1], or ``None``.
         std: By channel, likewise.
-        input_shape: Shape of one row as the model sees it; ``None``: as it is read.
+        input_shape: Shape of one sample as the model sees it; ``None``: as it is read.
         vocabulary: Number of different tokens; ``None``: no text.
     """
 
@@ -62,7 +62,7 @@ class Benchmark:
 
     Args:
         read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
-            (``None``: as the benchmark has it); test rows too, or the training rows alone.
+            (``None``: as the benchmark has it); test samples too, or the training samples alone.
         protocol: The settings.
     """
 
@@ -120,7 +120,7 @@ def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int |
 
 
 def _table(read: Callable[[Path], Table], data_dir: Path, _size: int | None, _test: bool) -> Source:
-    """Standardised rows of numbers; test rows are of the same file."""
+    """Standardised samples of numbers; test samples are of the same file."""
     data = read(data_dir)
     return Source((data.train_x, data.train_y), (data.test_x, data.test_y), data.class_names)
 
@@ -196,18 +196,18 @@ def stream_of(data: DataConfig) -> TaskStream:
     """Read a benchmark's data and cut them into its tasks.
 
     Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
-    Held-out rows (``validation``) are spread evenly over the order of the data set, the same rows each time. They take
-    the place of the test rows, which are then not read and need not be there.
+    Held-out samples (``validation``) are spread evenly over the order of the data set, the same samples each time. They
+    take the place of the test samples, which are then not read and need not be there.
 
     Args:
         data: The data section of a configuration; its fields say what they mean.
 
     Returns:
-        The stream; rows within a task stand in the order of the data set.
+        The stream; samples within a task stand in the order of the data set.
 
     Raises:
         ValueError: The name is unknown, ``validation`` is outside [0, 1), a number is out of range, or a class is left
-            without training or test rows.
+            without training or test samples.
         TypeError: The function does not return a stream.
         FileNotFoundError: A data file is missing.
         DataError: A data file is damaged.
@@ -243,7 +243,7 @@ def stream_of(data: DataConfig) -> TaskStream:
         name=name,
         protocol=protocol,
         validation=data.validation,
-        rows_per_class=data.rows_per_class,
+        samples_per_class=data.samples_per_class,
         input_shape=source.input_shape,
         mean=mean,
         std=std,
@@ -251,7 +251,7 @@ def stream_of(data: DataConfig) -> TaskStream:
     )
     if source.class_names is not None and stream.num_classes < len(source.class_names):
         absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
-        raise ValueError(f"{name}: no rows of class {', '.join(absent)}")
+        raise ValueError(f"{name}: no samples of class {', '.join(absent)}")
     stream = first_tasks(stream, data.tasks)
     to_float = source.to_float
     return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
@@ -273,7 +273,7 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
 
     def convert_task(task: Task) -> Task:
         assert isinstance(task.train, TensorSamples) and isinstance(task.test, TensorSamples)
-        train, test = (TensorSamples(convert(rows.x), rows.y) for rows in (task.train, task.test))
+        train, test = (TensorSamples(convert(samples.x), samples.y) for samples in (task.train, task.test))
         return replace(task, train=train, test=test)
 
     return replace(stream, tasks=tuple(convert_task(task) for task in stream.tasks))
@@ -281,7 +281,7 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
 
 @lru_cache(maxsize=1)
 def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
-    """What the function returns, which may have read much: asked for its protocol and then for its rows, once."""
+    """What the function returns, which may have read much: asked for its protocol and then for its samples, once."""
     stream = function(data)
     if not isinstance(stream, TaskStream):
         raise TypeError(
@@ -362,8 +362,8 @@ def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream 
     tasks = data.tasks or protocol.tasks
     if per_task is None or tasks is None:
         raise ValueError(
-            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of rows: how "
-            f"many classes {data.benchmark} has is known only when it is read"
+            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of samples: "
+            f"how many classes {data.benchmark} has is known only when it is read"
         )
     return tasks * per_task
 
