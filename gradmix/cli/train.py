@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradmix.cli.errors import UsageError
 from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
-from gradmix.cli.import_paths import find_named
+from gradmix.cli.import_paths import search_for
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.runtime.names import shell, shown
@@ -102,7 +102,7 @@ def _planned(
     resumed = _resumed(args)
     with print_former_names():
         config = parse_train(args) if resumed is None else resumed
-    find_named("train --benchmark", config.data.benchmark, config.optim.model)
+    search_for(config.data.benchmark, config.optim.model)
 
     from gradmix.training.config import check
     from gradmix.training.loop.environment import pick_device
@@ -329,23 +329,14 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     if (folder / _METRICS).is_file():
         raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
     config = load_config(folder / _CONFIG, saved=True)
-    changed = replace(config, output=folder)
-    if given.data_dir is not None:
-        changed = replace(changed, data=replace(config.data, data_dir=given.data_dir))
-    if given.device is not None:
-        changed = replace(changed, device=given.device)
-    if given.threads is not None:
-        changed = replace(changed, threads=given.threads)
+    own = {"data-dir": config.data.data_dir, "device": config.device, "threads": config.threads}
+    now = {name: getattr(given, name.replace("-", "_")) for name in own}
+    now = {name: own[name] if value is None else value for name, value in now.items()}
+    data = replace(config.data, data_dir=now["data-dir"])
+    changed = replace(config, output=folder, data=data, device=now["device"], threads=now["threads"])
     check(changed)
-    differing = [
-        f"{name} {before} -> {now}"
-        for name, before, now in (
-            ("data-dir", config.data.data_dir, changed.data.data_dir),
-            ("device", config.device, changed.device),
-            ("threads", config.threads or "torch's own", changed.threads or "torch's own"),
-        )
-        if before != now
-    ]
+    unset = "torch's own"
+    differing = [f"{k} {own[k] or unset} -> {now[k] or unset}" for k in own if own[k] != now[k]]
     if differing:
         print(f"gradmix: changed: {shown(', '.join(differing))}; the same bits are no longer promised", file=sys.stderr)
     return changed

@@ -7,14 +7,10 @@ which it has a meaning of its own.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import math
 import re
-import textwrap
 import types
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
@@ -23,10 +19,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from gradmix._moved import alias_argument, alias_attribute
 from gradmix.runtime.validation import did_you_mean
-from gradmix.training.method_names import COMPOSITIONS, FormerNameWarning, choices, current_name
-
-FORMER_KEYS = {"rows_per_class": "samples_per_class"}
-"""Former names of settings. Hashes and checkpoints have them still, so that saved runs are found again."""
+from gradmix.training.former_keys import current_keys
+from gradmix.training.method_names import COMPOSITIONS, choices, current_name
 
 MethodName: TypeAlias = str
 """A method's name, a key of :data:`gradmix.training.method_names.COMPOSITIONS`."""
@@ -275,28 +269,6 @@ def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
     return config
 
 
-def current_keys(values: Any, *, warn: bool = True) -> Any:
-    """Return nested dictionaries and lists with :data:`FORMER_KEYS` under their present names.
-
-    Args:
-        values: what YAML or JSON gives.
-        warn: whether a former key is worth a :class:`~gradmix.training.method_names.FormerNameWarning`.
-    """
-    if isinstance(values, list):
-        return [current_keys(value, warn=warn) for value in values]
-    if not isinstance(values, Mapping):
-        return values
-    found = {}
-    for key, value in values.items():
-        section, dot, name = str(key).rpartition(".")
-        if name in FORMER_KEYS:
-            key = section + dot + FORMER_KEYS[name]
-            if warn:
-                warnings.warn(f"{name} is now called {FORMER_KEYS[name]}", FormerNameWarning, stacklevel=2)
-        found[key] = current_keys(value, warn=warn)
-    return found
-
-
 def to_yaml(config: TrainConfig) -> str:
     """Render a configuration as YAML, every field written out."""
     import yaml
@@ -401,23 +373,6 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Collect the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, following in pairwise(body.body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            docs[statement.target.id] = " ".join(following.value.value.split())
-    return docs
-
-
 def _increasing(values: tuple[float, ...]) -> bool:
     return all(0 < v < 1 for v in values) and all(a < b for a, b in pairwise(values))
 
@@ -505,23 +460,23 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         if not (isinstance(value, str) and value in args):
             raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}{did_you_mean(value, args)}")
         return value
-    if kind is float:
-        if isinstance(value, str) and _EXPONENT.fullmatch(value):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
-        return float(value)
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key}: got {_show(value)}, expected an integer")
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{key}: got {_show(value)}, expected true or false")
-        return value
-    if not isinstance(value, (str, Path)):
-        raise ValueError(f"{key}: got {_show(value)}, expected {'a path' if kind is Path else 'a string'}")
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    accepted, expected = _SCALARS[kind]
+    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key}: got {_show(value)}, expected {expected}")
     return kind(value)
+
+
+_SCALARS: dict[Any, tuple[Any, str]] = {
+    float: ((int, float), "a finite number"),
+    int: (int, "an integer"),
+    bool: (bool, "true or false"),
+    Path: ((str, Path), "a path"),
+    str: ((str, Path), "a string"),
+}
+"""What a value of each type may be in YAML, and how an error calls it."""
 
 
 def _show(value: Any) -> str:

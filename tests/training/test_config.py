@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradmix import ReplayBuffer, select_pairs
+from gradmix.cli.flags import field_docs
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -16,7 +17,6 @@ from gradmix.training.config import (
     ReplayConfig,
     TrainConfig,
     check,
-    field_docs,
     from_dict,
     from_yaml,
     load_config,

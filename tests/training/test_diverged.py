@@ -23,7 +23,8 @@ from gradmix.training.loop.evaluation import evaluate
 from gradmix.training.loop.run import LOSS_EVERY
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS
-from gradmix.training.reports import plots, report, tables
+from gradmix.training.reports import arms as of_arms
+from gradmix.training.reports import plots, tables
 from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs.experiments import from_yaml
 from gradmix.training.runs.results import load_run
@@ -175,7 +176,7 @@ def test_in_an_experiment_the_others_go_on(own: Path, capsys: pytest.CaptureFixt
     for name in ("report.md", "report.html"):
         text = Path("out/e", name).read_text(encoding="utf-8")
         assert "fast: 2 of 2 seeds diverged (0, 1)" in text and "2 of 6 runs diverged" in text
-    assert report.from_results("out/e/results.json")["missing"] == values["missing"]
+    assert of_arms.from_results("out/e/results.json")["missing"] == values["missing"]
     runs = from_yaml(SPECIFICATION, "e").runs()
     folder = Path("out/runs")
     assert [state_of(run, folder) for run in runs].count("diverged") == 2

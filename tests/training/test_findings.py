@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training.reports import findings, report
+from gradmix.training.reports import arms as of_arms
+from gradmix.training.reports import findings
 from gradmix.training.reports.saving import save_run
 from gradmix.training.runs.experiments import from_yaml
 
@@ -40,7 +41,7 @@ def values_of(levels: dict[str, tuple[float, ...]], folder: Path, text: str = TE
             share = (1.0, mixed if run.arm == "at random" else 0.75) if run.method != "mixup" else result.mixed_share
             made = replace(result, accuracy=accuracy, mixed_share=share, config=run.config)
             save_run(made, folder / run.folder, pictures=False)
-    return report.collect(experiment, runs, folder)
+    return of_arms.collect(experiment, runs, folder)
 
 
 def around(level: float, *, times: float = 1.0) -> tuple[float, ...]:
@@ -52,7 +53,7 @@ def flat(level: float) -> tuple[float, ...]:
 
 
 def said(values: Any) -> dict[str, list[str]]:
-    return findings.comparisons(report.summarise(values)[1])
+    return findings.comparisons(of_arms.summarise(values)[1])
 
 
 AMONG = "Told apart from 0, also as one of the 3 comparisons (Holm's p below 0.05):"
@@ -84,7 +85,7 @@ def test_by_itself_only(tmp_path: Path) -> None:
         },
         tmp_path,
     )
-    _, differences = report.summarise(values)
+    _, differences = of_arms.summarise(values)
     assert differences[0].p < 0.05 < differences[0].holm
     found = said(values)
     (line,) = found[ALONE]
@@ -96,7 +97,7 @@ def test_by_itself_only(tmp_path: Path) -> None:
 def test_one_seed_tells_nothing(tmp_path: Path) -> None:
     values = values_of({"mixup": (0.8,), "sample, plain": (0.9,)}, tmp_path)
     assert said(values) == {NOT: ["“sample, plain” and mixup: +0.100 with one seed, which tells nothing."]}
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert findings.controls(values, rows, differences) == []
     assert any("From one seed nothing can be told" in line for line in findings.caveats(values, rows))
 
@@ -117,7 +118,7 @@ def test_varied_values_are_named(tmp_path: Path) -> None:
 
 
 def controls_of(values: Any) -> list[str]:
-    return findings.controls(values, *report.summarise(values))
+    return findings.controls(values, *of_arms.summarise(values))
 
 
 def test_what_a_control_keeps(tmp_path: Path) -> None:
@@ -166,10 +167,10 @@ def test_only_seeds_that_all_three_have(tmp_path: Path) -> None:
 )
 def test_caveats(levels: dict[str, tuple[float, ...]], part: str, tmp_path: Path) -> None:
     values = values_of(levels, tmp_path / "a")
-    assert part in " ".join(findings.caveats(values, report.summarise(values)[0]))
+    assert part in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))
 
 
 def test_validation_rows_are_no_test_rows(tmp_path: Path) -> None:
     text = TEXT.replace("split-digits}", "split-digits, validation: 0.2}")
     values = values_of({"mixup": flat(0.8)}, tmp_path, text)
-    assert "test rows" not in " ".join(findings.caveats(values, report.summarise(values)[0]))
+    assert "test rows" not in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))

@@ -44,6 +44,7 @@ from gradmix.training.methods import (
     find_method,
 )
 from gradmix.training.models import build_model
+from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import report
 from gradmix.training.reports.saving import save_run
 from gradmix.training.runs import experiments
@@ -216,15 +217,15 @@ def test_an_experiment_of_before_is_found_and_reported(tmp_path: Path) -> None:
             as_before(folder)
         assert state_of(run, tmp_path) == "complete"
         assert checkpoint_of(run, tmp_path).name == f"{folder.parent.name}-seed-{run.seed}.pt"
-    values = report.collect(experiment, experiment.runs(), tmp_path)
+    values = of_arms.collect(experiment, experiment.runs(), tmp_path)
     assert not values["missing"]
     assert [entry["method"] for entry in values["runs"]] == ["er", "gradmix-class"] * 2
 
     saved = report.write(values, tmp_path / "report") / "results.json"
-    report.write(report.from_results(saved), saved.parent)
+    report.write(of_arms.from_results(saved), saved.parent)
     text = saved.read_text(encoding="utf-8")
     saved.write_text(text.replace('"gradmix-class"', '"gradmix"'), encoding="utf-8")
-    again = report.from_results(saved)
+    again = of_arms.from_results(saved)
     assert [arm["method"] for arm in again["arms"]] == ["er", "gradmix-class"]
     report.write(again, saved.parent)
     assert saved.read_text(encoding="utf-8") == text

@@ -36,6 +36,10 @@ _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+_IDX_SETS = {
+    "MNIST": (_DIGIT_NAMES, MNIST_MEAN, MNIST_STD),
+    "FashionMNIST": (_FASHION_NAMES, FASHION_MEAN, FASHION_STD),
+}
 
 
 class DataError(ValueError):
@@ -153,9 +157,15 @@ def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") 
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    if name == "MNIST":
-        return _load_idx(Path(data_dir), name, _DIGIT_NAMES, MNIST_MEAN, MNIST_STD, test)
-    return _load_idx(Path(data_dir), name, _FASHION_NAMES, FASHION_MEAN, FASHION_STD, test)
+    names, mean, std = _IDX_SETS[name]
+    folder = Path(data_dir) / name / "raw"
+    parts = ("train", "t10k") if test else ("train",)
+    stems = [f"{part}-{kind}" for part in parts for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
+    _require(paths, name, name, suffix="[.gz]")
+    train = _idx_samples(paths[0], paths[1], len(names))
+    held_out = _idx_samples(paths[2], paths[3], len(names)) if test else _none_of(train)
+    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
 
 
 load_fashion_mnist = partial(load_mnist, name="FashionMNIST")
@@ -283,24 +293,6 @@ def up_to(file: IO[bytes], count: int) -> bytearray:
             break
         found += part
     return found
-
-
-def _load_idx(
-    data_dir: Path,
-    folder_name: str,
-    names: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    test: bool,
-) -> LabelledImages:
-    folder = data_dir / folder_name / "raw"
-    parts = ("train", "t10k") if test else ("train",)
-    stems = [f"{part}-{kind}" for part in parts for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
-    _require(paths, folder_name, folder_name, suffix="[.gz]")
-    train = _idx_samples(paths[0], paths[1], len(names))
-    held_out = _idx_samples(paths[2], paths[3], len(names)) if test else _none_of(train)
-    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
 
 
 def _idx_samples(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix._version import __version__
-from gradmix.training.runs.whole_files import hidden, make_folder, replacing
+from gradmix.training.runs.whole_files import draft_of, make_folder, replacing
 
 FORMAT = 1
 """Version of what a checkpoint holds. A reader refuses a later one."""
@@ -120,7 +120,7 @@ def remove(path: str | Path) -> None:
     """
     path = Path(path)
     path.unlink(missing_ok=True)
-    hidden(path).unlink(missing_ok=True)
+    draft_of(path).unlink(missing_ok=True)
     shutil.rmtree(samples_beside(path), ignore_errors=True)
 
 

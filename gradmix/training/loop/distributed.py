@@ -73,9 +73,3 @@ def environment(batch: int | None, group: Group) -> dict[str, Any]:
     if group is None:
         return {}
     return {"processes": size_of(group), "batch_per_process": (batch or 0) / size_of(group)}
-
-
-def mean(value: Tensor, group: Group) -> Tensor:
-    """The mean of a number over the processes."""
-    (total,) = all_reduce_sum([value], group)
-    return total / size_of(group)

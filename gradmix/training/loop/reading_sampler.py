@@ -100,32 +100,25 @@ class ReadingSampler(StepSampler):
         return Share.of(list(plan.sizes), self._group, torch.device("cpu"))
 
     def _draw(self, index: Tensor) -> _Plan:
-        empty = torch.empty(0, dtype=torch.int64)
-        items, labels = [self._everything[index]], [self._everything_y[index]]
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        replayed, candidates, more, extras = nothing, nothing, nothing, dict[str, Tensor]()
         if self._replays and len(self._buffer) and not self._shuffled:
-            x, y = self._buffer.sample(self._replay_batch)
-        else:
-            x, y = empty, empty
-        items.append(x)
-        labels.append(y)
-        step = len(index) + len(x)
+            replayed = self._buffer.sample(self._replay_batch)
+        step = len(index) + len(replayed[1])
         from_buffer = torch.arange(step) >= len(index)
         from_buffer[: len(index)] = index >= len(self._train)
-        x, y = empty, empty
         if self._balanced:
             places, count = self._draw_places(step)
             x, y = self._train.at[places], self._train.y[places]
             if count:
                 drawn = self._buffer.draw_balanced(count, self.generators["candidates"])
                 x, y = torch.cat([x, drawn[0]]), torch.cat([y, drawn[1]])
-        items.append(x)
-        labels.append(y)
-        extras: dict[str, Tensor] = {}
-        x, y = empty, empty
+            candidates = x, y
         if self._more and len(self._buffer):
             x, y, extras = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
-        items.append(x)
-        labels.append(y)
+            more = x, y
+        current = self._everything[index], self._everything_y[index]
+        items, labels = zip(current, replayed, candidates, more, strict=True)
         return _Plan(torch.cat(items), torch.cat(labels), tuple(map(len, labels)), from_buffer, extras)
 
     def samples(self) -> StepSamples:
@@ -166,7 +159,7 @@ class ReadingSampler(StepSampler):
         candidates = None
         if plan.sizes[2]:
             candidates = self._as_seen(xs[2], "candidate augmentation", plan.sizes[2], at[2] - starts[2]), ys[2]
-        elif self._from_replayed and sizes[1]:
+        elif self._candidates == "replayed" and sizes[1]:
             candidates = step_x[sizes[0] :], ys[1]
         replayed = to_device_async(plan.replayed[step], self._device)
         if not shared:

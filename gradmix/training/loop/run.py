@@ -17,7 +17,7 @@ from gradmix.model.head import resolve_head
 from gradmix.model.unchanged import ModelNotFiniteError
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.replay.sources import SampleSource
-from gradmix.runtime.collectives import Group, any_rank, broadcast_object, rank_of
+from gradmix.runtime.collectives import Group, all_reduce_sum, any_rank, broadcast_object, rank_of, size_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.data.samples import StoredSamples
 from gradmix.training.loop import checkpoint as checkpoints
@@ -222,8 +222,7 @@ class Run:
     def learn(self, task: Task) -> None:
         """Train on one task, or on what is left of it, then show it to the buffer; online, that step by step."""
         position = self.position
-        balanced = self.config.mix.candidates == "balanced" or self.method.needs.balanced
-        self.sampler.start_task(task, self.method, balanced=balanced)
+        self.sampler.start_task(task, self.method)
         self.count_classes(task.train.y)
         if position.order is None:
             if not self.online:
@@ -360,7 +359,8 @@ class Run:
     def report(self, task: Task, loss: Tensor) -> None:
         """Call ``on_step``; the loss, a mean over the processes, only in every :data:`LOSS_EVERY`-th step."""
         if self.position.steps % LOSS_EVERY == 0 and self.group is not None:
-            loss = distributed.mean(loss, self.group)
+            (total,) = all_reduce_sum([loss], self.group)
+            loss = total / size_of(self.group)
         if self.on_step is None:
             return
         shown = float(loss) if self.position.steps % LOSS_EVERY == 0 else None

@@ -63,7 +63,7 @@ class StepSampler(ABC):
         self.generators = {purpose: generator_for(config.seeds[0], purpose) for purpose in PURPOSES}
         self._batch, self._replay_batch, self._tau = optim.batch, replay.batch, replay.tau
         self._shuffled = replay.stream == "shuffled"
-        self._from_replayed = config.mix.candidates == "replayed"
+        self._candidates = config.mix.candidates
         # Where tasks pass over into each other in one pass, the order is the stream's own.
         self._in_order, self._online = config.data.online and config.data.blur is not None, config.data.online
         self._buffer, self._clock, self._preparation = buffer, clock, preparation
@@ -75,7 +75,7 @@ class StepSampler(ABC):
         self._samples = 0
         self._members: list[Tensor] = []
 
-    def start_task(self, task: Task, method: Method, *, balanced: bool) -> None:
+    def start_task(self, task: Task, method: Method) -> None:
         """Turn to a task's samples, for a method.
 
         Args:
@@ -83,10 +83,10 @@ class StepSampler(ABC):
             method: says whether a step holds replayed samples (besides the task's own, or shuffled into one stream with
                 them), whether :meth:`replayed` will be called in every step, and whether every process needs all
                 samples.
-            balanced: whether a step holds class-balanced candidates.
         """
         train = task.train
-        self._replays, self._balanced, self._more = method.needs.replayed, balanced, method.needs.second_batch
+        self._replays, self._more = method.needs.replayed, method.needs.second_batch
+        self._balanced = self._candidates == "balanced" or method.needs.balanced
         self._gathers = method.needs.whole_step
         self._samples = len(train)
         if self._mingles:
@@ -214,7 +214,7 @@ class ResidentSampler(StepSampler):
         candidates = None
         if self._balanced:
             candidates = self._draw_candidates(len(y))
-        elif self._from_replayed and len(y) > current:
+        elif self._candidates == "replayed" and len(y) > current:
             candidates = x[current:], y[current:]
         weight = self._weights(current, len(y) - current)
         if self._group is None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gradmix.runtime.validation import did_you_mean
-from gradmix.training.config import MethodName, TrainConfig, current_keys, from_dict, parse_yaml
+from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
+from gradmix.training.former_keys import current_keys
 from gradmix.training.loop.trainer import resolved_config
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
 from gradmix.training.reports.cells import setting

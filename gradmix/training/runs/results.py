@@ -7,7 +7,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -234,10 +235,21 @@ def load_run(folder: str | Path) -> RunResult:
     for name in _FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run folder: {name} is missing")
-    path = folder / "metrics.json"
     config = load_config(folder / "config.yaml", saved=True)
-    try:
+    path = folder / "metrics.json"
+    with name_damage(path):
         return _from_dict(json.loads(path.read_text(encoding="utf-8")), config)
+
+
+@contextmanager
+def name_damage(path: Path) -> Iterator[None]:
+    """Name the file in errors of a block that reads its values, and finds them damaged.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
@@ -250,10 +262,8 @@ def status_of(folder: str | Path) -> str:
         OSError, ValueError: ``metrics.json`` is missing or damaged; the message names it.
     """
     path = Path(folder) / "metrics.json"
-    try:
+    with name_damage(path):
         return _text(json.loads(path.read_text(encoding="utf-8")), "status")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
 
 
 def load_runs(folder: str | Path) -> dict[Path, RunResult]:

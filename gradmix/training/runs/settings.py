@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradmix.training.config import FORMER_KEYS, TrainConfig, to_dict
+from gradmix.training.config import TrainConfig, to_dict
+from gradmix.training.former_keys import restore_keys
 from gradmix.training.method_names import recorded_name
 
 RUNTIME_FIELDS = (
@@ -26,17 +27,11 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
     The method stands under its :func:`~gradmix.training.method_names.recorded_name`.
     """
-    plain = _recorded(to_dict(config))
+    plain = restore_keys(to_dict(config))
     for key in RUNTIME_FIELDS:
         section, _, name = key.rpartition(".")
         del (plain[section] if section else plain)[name]
     return {"method": recorded_name(config.methods[0]), "seed": config.seeds[0], **plain}
-
-
-def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries with the keys that the first saved runs have, in the same order."""
-    former = {current: old for old, current in FORMER_KEYS.items()}
-    return {former.get(k, k): _recorded(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 def distinguishing(config: TrainConfig) -> dict[str, Any]:

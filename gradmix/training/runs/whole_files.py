@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def hidden(path: Path) -> Path:
+def draft_of(path: Path) -> Path:
     """The name beside ``path`` that a file has while it is written."""
     return path.with_name(f".{path.name}")
 
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The system's, with ``path`` as its file.
     """
-    staging = hidden(path)
+    staging = draft_of(path)
     with naming(path):
         try:
             yield staging
