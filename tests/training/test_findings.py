@@ -125,11 +125,11 @@ def test_what_a_control_keeps(tmp_path: Path) -> None:
     levels = {"mixup": flat(0.8), "sample, plain": around(0.84), "at random": flat(0.81)}
     (line,) = controls_of(values_of(levels, tmp_path / "a", mixed=0.5))
     assert line.startswith("at random keeps 25 % (95 %: 24 % to 26 %) of “sample, plain”'s +0.040 ± 0.001 over mixup")
-    assert line.endswith("(4 seeds). It mixed 50.0 % of the rows, not 75.0 %."), "the other refresh is another method"
+    assert line.endswith("(4 seeds). It mixed 50.0 % of the samples, not 75.0 %."), "the other refresh is another method"
     (line,) = controls_of(values_of(levels, tmp_path / "b"))
-    assert line.endswith(" Both mixed 75.0 % of the rows.")
+    assert line.endswith(" Both mixed 75.0 % of the samples.")
     (line,) = controls_of(values_of(levels, tmp_path / "c", mixed=0.745))
-    assert line.endswith(" It mixed 74.5 % of the rows, as good as 75.0 %.")
+    assert line.endswith(" It mixed 74.5 % of the samples, as good as 75.0 %.")
 
 
 def test_the_gain_is_over_mixup_of_the_same_settings(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_only_seeds_that_all_three_have(tmp_path: Path) -> None:
     [
         ({"mixup": flat(0.8), "sample, plain": around(0.9)}, "with 4 of them a 95 % interval reaches 3.2 standard"),
         ({"mixup": flat(0.8), "sample, plain": around(0.9), "at random": flat(0.7)}, "that of “sample, plain”, 0.9"),
-        ({"mixup": flat(0.8)}, "Accuracies are of test rows"),
+        ({"mixup": flat(0.8)}, "Accuracies are of test samples"),
     ],
-    ids=["few seeds", "the highest", "test rows"],
+    ids=["few seeds", "the highest", "test samples"],
 )
 def test_caveats(levels: dict[str, tuple[float, ...]], part: str, tmp_path: Path) -> None:
     values = values_of(levels, tmp_path / "a")
@@ -173,4 +173,4 @@ def test_caveats(levels: dict[str, tuple[float, ...]], part: str, tmp_path: Path
 def test_validation_rows_are_no_test_rows(tmp_path: Path) -> None:
     text = TEXT.replace("split-digits}", "split-digits, validation: 0.2}")
     values = values_of({"mixup": flat(0.8)}, tmp_path, text)
-    assert "test rows" not in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))
+    assert "test samples" not in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))

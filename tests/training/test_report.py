@@ -156,7 +156,7 @@ def test_both_renderings_have_the_same_tables(values: dict[str, Any], html: str)
     plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if not row[0].startswith("---")]
     assert plain == [row for table in page.tables for row in table]
     header, first = page.tables[0][:2]
-    assert header == ["arm", *(METRIC_LABELS[name] for name in report.SHOWN), "rows mixed", "seeds"]
+    assert header == ["arm", *(METRIC_LABELS[name] for name in report.SHOWN), "samples mixed", "seeds"]
     mean, std, half = mean_interval([r["metrics"]["average_accuracy"] for r in values["runs"] if r["arm"] == "mixup"])
     assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} [{mean - half:.3f}, {mean + half:.3f}]"] and first[-2:] == [
         "-",
