@@ -125,7 +125,9 @@ def test_what_a_control_keeps(tmp_path: Path) -> None:
     levels = {"mixup": flat(0.8), "sample, plain": around(0.84), "at random": flat(0.81)}
     (line,) = controls_of(values_of(levels, tmp_path / "a", mixed=0.5))
     assert line.startswith("at random keeps 25 % (95 %: 24 % to 26 %) of “sample, plain”'s +0.040 ± 0.001 over mixup")
-    assert line.endswith("(4 seeds). It mixed 50.0 % of the samples, not 75.0 %."), "the other refresh is another method"
+    assert line.endswith("(4 seeds). It mixed 50.0 % of the samples, not 75.0 %."), (
+        "the other refresh is another method"
+    )
     (line,) = controls_of(values_of(levels, tmp_path / "b"))
     assert line.endswith(" Both mixed 75.0 % of the samples.")
     (line,) = controls_of(values_of(levels, tmp_path / "c", mixed=0.745))
