@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from gradmix.cli.errors import UsageError
 from gradmix.cli.former_names import print_former_names
-from gradmix.cli.import_paths import search_here
+from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
 from gradmix.runtime.names import shell, shown
@@ -91,6 +91,7 @@ def main(args: list[str]) -> int:
         # One thread for each core in each of several processes would oversubscribe the machine.
         changes["threads"] = 1
     runs = experiment.runs(**changes)
+    find_named("experiment on", runs[0].config.data.benchmark)
     output = _DEFAULT_OUTPUT if options.output is None else options.output
     if options.dry_run:
         return _plan(runs, output / _RUNS)

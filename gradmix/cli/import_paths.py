@@ -1,14 +1,29 @@
-"""Modules in the current folder, which the name of a benchmark, a model or an experiment may ask for."""
+"""What a benchmark's or a model's name asks for: packages, and modules in the current folder."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from gradmix.cli.errors import require
 
-def search_for(*names: str | None) -> None:
-    """Make modules of the current folder importable if one of the names is an import path, ``package.module:name``."""
-    if any(name is not None and ":" in name for name in names):
+_FROM_SCIKIT_LEARN = ("split-digits", "split-descriptions", "split-wine")
+
+
+def find_named(command: str, benchmark: str, model: str | None = None) -> None:
+    """See to it that what a benchmark and a model are named by can be found.
+
+    Args:
+        command: As the user gave it, for the error.
+        benchmark: The benchmark's name.
+        model: The model's; None: the benchmark's own.
+
+    Raises:
+        UsageError: The benchmark comes with a package that is not installed.
+    """
+    if benchmark in _FROM_SCIKIT_LEARN:
+        require(f"{command} {benchmark}", "sklearn")
+    if any(name is not None and ":" in name for name in (benchmark, model)):
         search_here()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradmix.cli.errors import UsageError
 from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
-from gradmix.cli.import_paths import search_for
+from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.runtime.names import shell, shown
@@ -102,7 +102,7 @@ def _planned(
     resumed = _resumed(args)
     with print_former_names():
         config = parse_train(args) if resumed is None else resumed
-    search_for(config.data.benchmark, config.optim.model)
+    find_named("train --benchmark", config.data.benchmark, config.optim.model)
 
     from gradmix.training.config import check
     from gradmix.training.loop.environment import pick_device

@@ -173,7 +173,7 @@ def test_damaged_rows_are_left_out_and_named_once(workers):
     assert Path(caught[0].filename).name == "test_batch_reader.py"
 
 
-@pytest.mark.filterwarnings("ignore:row")
+@pytest.mark.filterwarnings("ignore:sample")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_first_batch_without_any_row_has_no_shape(workers):
     reader = BatchReader(Items(damaged=(1, 2)), plans([1, 2], [3]), workers=workers, on_damage="skip")
