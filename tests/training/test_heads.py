@@ -116,7 +116,7 @@ def test_new_rows_are_those_of_torchs_layer():
     assert abs(drawn.mean().item()) < 1e-3
 
 
-def test_new_rows_follow_the_seed():
+def test_new_rows_follow_the_seed_and_the_generator():
     def grown(**how):
         torch.manual_seed(0)
         model = plain()
@@ -124,6 +124,8 @@ def test_new_rows_follow_the_seed():
         return grow_head(model, 5, head="3", **how).weight
 
     assert torch.equal(grown(seed=1), grown(seed=1, elsewhere=3)) and not torch.equal(grown(seed=1), grown(seed=2))
+    first, again = (grown(generator=torch.Generator().manual_seed(4), seed=seed) for seed in (0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, grown())
 
 
 def test_growing_twice_with_one_seed_draws_other_rows():

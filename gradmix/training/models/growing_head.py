@@ -15,7 +15,13 @@ from gradmix.training.seeds import generator_for
 
 
 def grow_head(
-    model: nn.Module, num_classes: int, *, seed: int = 0, head: nn.Module | str | None = None
+    model: nn.Module,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    head: nn.Module | str | None = None,
+    example: Tensor | None = None,
 ) -> nn.Linear | nn.Conv2d:
     """Replace a model's classifier by one of more classes that gives the old classes the same logits.
 
@@ -28,10 +34,11 @@ def grow_head(
         model: The model, which is changed; of a wrapped one, the module inside.
         num_classes: Classes from now on, at least as many as before; if as many, nothing changes.
         seed: Seeds the new weights, together with the number of old classes, so that one seed serves a whole stream.
-            The global generators are never used.
+        generator: Draws the new weights in place of ``seed``. The global generators are never used.
         head: The classifier, an ``nn.Linear`` or 1x1 ``nn.Conv2d`` of the model, or its name. ``None``: it is found,
-            as by :func:`gradmix.select_pairs`, in a model that was looked into before, or one of
-            :mod:`gradmix.training.models`, whose classifier is called ``head``.
+            as by :func:`gradmix.select_pairs`; a model that was never looked into before needs ``example``, but one of
+            :mod:`gradmix.training.models`, whose classifier is called ``head``, does not.
+        example: One or more input samples, to find the classifier with.
 
     Returns:
         The new classifier, in the old one's place, or the old one if it has as many classes.
@@ -45,9 +52,9 @@ def grow_head(
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes: got {type(num_classes).__name__}, expected an int")
     inner = unwrap(model)
-    if head is None and type(inner).__module__.startswith("gradmix.training.models."):
+    if head is None and example is None and type(inner).__module__.startswith("gradmix.training.models."):
         head = getattr(inner, "head", None)
-    found = resolve_head(inner, head, None)
+    found = resolve_head(inner, head, example)
     old, before = found.module, found.num_classes
     if num_classes < before:
         raise ValueError(f"num_classes: got {num_classes}, expected at least the {before} that the head has")
@@ -55,7 +62,8 @@ def grow_head(
         return old  # type: ignore[return-value]
     _require_plain(inner, old)
     assert isinstance(old, (nn.Linear, nn.Conv2d))
-    generator = generator_for(seed, f"head/{before}")
+    if generator is None:
+        generator = generator_for(seed, f"head/{before}")
     bound = 1 / math.sqrt(old.weight[0].numel())
     new = _without_parameters(old, num_classes)
     for name, parameter in old.named_parameters():
