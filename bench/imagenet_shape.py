@@ -42,7 +42,7 @@ from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.memory import peak_memory, start_peak_memory
 from gradmix.training.loop.reading import MOST_WORKERS, Reading
 from gradmix.training.loop.trainer import Progress, train_one
-from gradmix.training.methods import METHODS, Context, Method, StepRows
+from gradmix.training.methods import METHODS, Context, Method, StepSamples
 from gradmix.training.streams import TaskStream
 from gradmix.training.streams.benchmarks import stream_of
 
@@ -276,11 +276,11 @@ class InTurn(Method):
             if way.method is not None
         }
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, rows: StepSamples) -> Iterator[Tensor]:
         """Those of the course's way."""
         return self._methods[self._course.way].losses(rows)
 
-    def backward(self, rows: StepRows) -> Tensor:
+    def backward(self, rows: StepSamples) -> Tensor:
         """Leave the gradients of the course's way, and inform the course of the step."""
         way = self._course.way
         # Without gradients the optimiser leaves the network as it is.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -124,13 +123,12 @@ class Training:
         """Step of the checkpoint that is there; None if there is none. A damaged one is an error."""
         return int(checkpoint.load(self.checkpoint)["steps"]) if self.checkpoint.is_file() else None
 
-    def temporaries(self) -> set[str]:
-        """Names of checkpoints half written."""
+    def temporaries(self) -> set[int]:
+        """Times of change of a checkpoint half written, if there is one."""
         try:
-            names = os.listdir(self.checkpoint.parent)
+            return {self.checkpoint.with_name(f".{self.checkpoint.name}").stat().st_mtime_ns}
         except FileNotFoundError:
             return set()
-        return {name for name in names if name.startswith(f".{self.checkpoint.name}.")}
 
     def killed(self, run: int, kind: Kind, delay: float) -> Kill | None:
         """Start the process and kill it; None if it came to its end before that.

@@ -22,7 +22,7 @@ ROWS = 28
 """Of a class; a task has two classes."""
 
 BASE = TrainConfig(
-    data=DataConfig(tasks=3, rows_per_class=ROWS, workers=0),
+    data=DataConfig(tasks=3, samples_per_class=ROWS, workers=0),
     optim=OptimConfig(epochs=2, lr=0.05, batch=15),
     replay=ReplayConfig(batch=9, size=5),
     threads=1,
@@ -142,7 +142,7 @@ class Digits:
 
 @cache
 def resident() -> TaskStream:
-    return make_stream("split-digits", tasks=3, rows_per_class=ROWS)
+    return make_stream("split-digits", tasks=3, samples_per_class=ROWS)
 
 
 def read(name: str) -> TaskStream:

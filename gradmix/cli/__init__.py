@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from gradmix._version import __version__
 from gradmix.cli.errors import ERROR, UsageError, report_error, require
+from gradmix.runtime.validation import did_you_mean
 
 _USAGE = """\
 usage: gradmix [-h] [--version] COMMAND ...
@@ -77,6 +78,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"gradmix {__version__}")
         return 0
     if command not in COMMANDS:
-        raise UsageError(f"got command {command!r}, expected one of {', '.join(COMMANDS)} (see gradmix --help)")
+        known = f"expected one of {', '.join(COMMANDS)} (see gradmix --help)"
+        raise UsageError(f"got command {command!r}, {known}{did_you_mean(command, COMMANDS)}")
     require(command, *COMMANDS[command])
     return int(importlib.import_module(f"gradmix.cli.{command}").main(rest))

@@ -224,20 +224,20 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 def _write(
     experiment: Experiment, runs: Sequence[Run], output: Path, command: str, failed: Sequence[tuple[Run, str]]
 ) -> dict[str, Any]:
-    from gradmix.training.reports import report
+    from gradmix.training.reports import arms, report
 
-    values = report.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
+    values = arms.collect(experiment, runs, output / _RUNS, command=command, failed=failed)
     folder = report.write(values, output / experiment.folder)
     _say(values, folder)
     return values
 
 
 def _say(values: dict[str, Any], folder: Path) -> None:
-    from gradmix.training.reports import report
+    from gradmix.training.reports import arms, report
     from gradmix.training.reports.cells import difference, interval, probability
     from gradmix.training.reports.tables import SHOWN
 
-    rows, differences = report.summarise(values)
+    rows, differences = arms.summarise(values)
     print()
     if rows:
         width = max(len(shown(row.label)) for row in rows)
@@ -255,20 +255,20 @@ def _say(values: dict[str, Any], folder: Path) -> None:
             apart = difference(d.metrics["average_accuracy"])
             print(f"{shown(d.label):<{width}}  {apart:<18}{probability(d.holm):<10}{len(d.seeds)}")
         print("* where the 95 % t-interval leaves out 0")
-    lacking = sum(not run.get(report.DIVERGED) for run in values["missing"])
+    lacking = sum(not run.get(arms.DIVERGED) for run in values["missing"])
     if lacking:
         print(f"{lacking} of {len(values['missing']) + len(values['runs'])} runs are missing")
     print(f"Report: {shown(str(folder / 'report.html'))}")
 
 
 def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, command: str) -> int:
-    from gradmix.training.reports import report
+    from gradmix.training.reports import arms, report
     from gradmix.training.runs import running
 
     saved = output / experiment.folder / "results.json"
     if saved.is_file() and all(running.state_of(run, output / _RUNS) == "absent" for run in runs):
         # The runs are gone, but their figures are in this file.
-        values = report.from_results(saved)
+        values = arms.from_results(saved)
         _say(values, report.write(values, saved.parent))
     else:
         values = _write(experiment, runs, output, command, ())
@@ -277,13 +277,13 @@ def _report_only(experiment: Experiment, runs: Sequence[Run], output: Path, comm
 
 def _again(file: Path, options: _Flags) -> int:
     """Write the report on a ``results.json``, beside it or in the folder given."""
-    from gradmix.training.reports import report
+    from gradmix.training.reports import arms, report
 
     if options.seeds or options.arms or options.dry_run:
         raise UsageError("got --seeds, --arms or --dry-run with a results.json, expected --report-only and --output")
     if not options.report_only:
         raise UsageError(f"got {file}, from which nothing can be run, expected --report-only with it")
-    values = report.from_results(file)
+    values = arms.from_results(file)
     _say(values, report.write(values, file.parent if options.output is None else options.output))
     return 0
 

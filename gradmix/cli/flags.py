@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import re
+import textwrap
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -33,6 +38,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     """
     from gradmix.training.config import TrainConfig, load_config
 
+    args = [_current_flag(flag) for flag in args]
     file = _config_file(args)
     base = TrainConfig() if file is None else load_config(file)
     parsed: Any = tyro.cli(
@@ -43,6 +49,20 @@ def parse_train(args: list[str]) -> TrainConfig:
         config=(tyro.conf.DisallowNone,),
     )
     return _from_flags(base, parsed)
+
+
+def _current_flag(flag: str) -> str:
+    """Return a flag under its present name, with a warning if it was given by a former one."""
+    from gradmix.training.former_keys import FORMER_KEYS
+    from gradmix.training.method_names import FormerNameWarning
+
+    name, equals, value = flag.partition("=")
+    current = FORMER_KEYS.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if current is None:
+        return flag
+    current = f"--{current.replace('_', '-')}"
+    warnings.warn(f"{name} is now called {current}", FormerNameWarning, stacklevel=2)
+    return current + equals + value
 
 
 def _config_file(args: list[str]) -> str | None:
@@ -81,8 +101,6 @@ def _flags_of(base: TrainConfig) -> type:
 
 def _members(section: Any, prefix: str) -> list[tuple[str, Any, Any]]:
     """The fields of a section of the configuration, each with its flag and its help."""
-    from gradmix.training.config import field_docs
-
     docs, hints = field_docs(type(section)), get_type_hints(type(section))
     members = []
     for item in fields(section):
@@ -120,3 +138,20 @@ def _split_help(doc: str) -> tuple[str, str | None]:
         return doc, None
     rest = doc[found.end() :].strip()
     return f"{doc[: found.start()]}. {rest}".strip(), found[1]
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Collect the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in pairwise(body.body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs

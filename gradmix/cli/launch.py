@@ -98,10 +98,11 @@ class Processes:
         """Return whether ``flag`` is set in any of the processes."""
         if self.group is None:
             return flag
-        told: list[Any] = [None] * self.size
-        distributed: Any = _distributed()
-        distributed.all_gather_object(told, flag, group=self.group)
-        return True in told
+        import torch
+
+        from gradmix.runtime.collectives import any_rank
+
+        return bool(any_rank(torch.tensor(flag), self.group))
 
     def device(self, name: str) -> str:
         """Return this process's device; ``name`` is the one the user gave for all processes.

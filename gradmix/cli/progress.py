@@ -51,7 +51,7 @@ class Reporter:
                 refresh_per_second=4,
                 expand=False,
             )
-            self.row = self.bar.add_task("", total=None)
+            self.bar_task = self.bar.add_task("", total=None)
 
     def __enter__(self) -> Reporter:
         if self.bar is not None:
@@ -68,7 +68,7 @@ class Reporter:
         self.task, self.shown, self.loss = 0, 0.0, None
         self.name = f"{shown(name):<{self.width}}  seed {seed}"
         if self.bar is not None:
-            self.bar.reset(self.row, total=None, description=f"[{self.run}/{self.runs}] {self.name}")
+            self.bar.reset(self.bar_task, total=None, description=f"[{self.run}/{self.runs}] {self.name}")
 
     def step(self, progress: Progress) -> None:
         """Take note of a training step."""
@@ -85,7 +85,7 @@ class Reporter:
         text = f"[{self.run}/{self.runs}] {self.name}  task {progress.task}/{progress.tasks}"
         if self.loss is not None:
             text += f"  loss {self.loss:.3f}"
-        self.bar.update(self.row, completed=progress.step, total=progress.steps_total, description=text)
+        self.bar.update(self.bar_task, completed=progress.step, total=progress.steps_total, description=text)
 
     def finish(self, result: RunResult, note: str = "") -> None:
         """Show a run's figures in a line that stays."""
@@ -95,7 +95,7 @@ class Reporter:
         """Show how many runs are over and how many are going on, where their steps are other processes'."""
         if self.bar is not None:
             self.bar.update(
-                self.row,
+                self.bar_task,
                 completed=done,
                 total=self.runs,
                 description=f"{done} of {self.runs} runs, {running} at a time",

@@ -329,23 +329,14 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     if (folder / _METRICS).is_file():
         raise ValueError(f"{folder} is the folder of one run, expected the one in which its training was started")
     config = load_config(folder / _CONFIG, saved=True)
-    changed = replace(config, output=folder)
-    if given.data_dir is not None:
-        changed = replace(changed, data=replace(config.data, data_dir=given.data_dir))
-    if given.device is not None:
-        changed = replace(changed, device=given.device)
-    if given.threads is not None:
-        changed = replace(changed, threads=given.threads)
+    own = {"data-dir": config.data.data_dir, "device": config.device, "threads": config.threads}
+    now = {name: getattr(given, name.replace("-", "_")) for name in own}
+    now = {name: own[name] if value is None else value for name, value in now.items()}
+    data = replace(config.data, data_dir=now["data-dir"])
+    changed = replace(config, output=folder, data=data, device=now["device"], threads=now["threads"])
     check(changed)
-    differing = [
-        f"{name} {before} -> {now}"
-        for name, before, now in (
-            ("data-dir", config.data.data_dir, changed.data.data_dir),
-            ("device", config.device, changed.device),
-            ("threads", config.threads or "torch's own", changed.threads or "torch's own"),
-        )
-        if before != now
-    ]
+    unset = "torch's own"
+    differing = [f"{k} {own[k] or unset} -> {now[k] or unset}" for k in own if own[k] != now[k]]
     if differing:
         print(f"gradmix: changed: {shown(', '.join(differing))}; the same bits are no longer promised", file=sys.stderr)
     return changed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradmix.gradients.layers import Layer
 from gradmix.gradients.projection import Projection
 from gradmix.gradients.sketches import KINDS, Identity, Sketch
+from gradmix.runtime.validation import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def layer_vectors(vectors: Tensor, layout: Sequence[LayerSketch], name: str) -> 
     for layer in layout:
         if layer.name == name:
             return vectors[:, layer.start : layer.stop].reshape(-1, layer.rows, layer.columns)
-    raise KeyError(f"layer: got {name!r}, expected one of {', '.join(repr(layer.name) for layer in layout)}")
+    names = [layer.name for layer in layout]
+    raise KeyError(f"layer: got {name!r}, expected one of {', '.join(map(repr, names))}{did_you_mean(name, names)}")
 
 
 class Projections:

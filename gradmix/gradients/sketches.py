@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.counter_random import random_columns, random_matrix, sketch_key
+from gradmix.runtime.validation import did_you_mean
 
 
 class Sketch(ABC):
@@ -181,5 +182,6 @@ def as_sketch(sketch: str | Sketch, rank: int | Mapping[str, int], seed: int) ->
     if not isinstance(sketch, str):
         raise TypeError(f"sketch: got {type(sketch).__name__}, expected a gradmix.gradients.Sketch or its kind's name")
     if sketch not in KINDS:
-        raise ValueError(f"sketch: got {sketch!r}, expected one of {', '.join(map(repr, KINDS))} or a Sketch")
+        expected = f"expected one of {', '.join(map(repr, KINDS))} or a Sketch"
+        raise ValueError(f"sketch: got {sketch!r}, {expected}{did_you_mean(sketch, KINDS)}")
     return KINDS[sketch](rank, seed)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gradmix.runtime.validation import did_you_mean
+
 BACKENDS = ("reference", "torch", "cpp", "cuda", "triton")
 ENVIRONMENT_VARIABLE = "GRADMIX_BACKEND"
 
@@ -94,7 +96,8 @@ _preferred: str | None = None
 def check_backend(name: str) -> None:
     """Raise ValueError unless ``name`` is ``"auto"`` or one of :data:`BACKENDS`."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(BACKENDS)}")
+        expected = f"expected 'auto' or one of {', '.join(BACKENDS)}"
+        raise ValueError(f"backend: got {name!r}, {expected}{did_you_mean(name, ('auto', *BACKENDS))}")
 
 
 def set_backend(name: str) -> None:

@@ -24,6 +24,7 @@ from gradmix.replay.memory_store import MemoryStore
 from gradmix.replay.prefetch import Prefetch
 from gradmix.replay.state import read_state, write_state
 from gradmix.replay.store import Columns, Store
+from gradmix.runtime.validation import check_choice
 
 
 class BufferSamples(NamedTuple):
@@ -112,8 +113,7 @@ class ReplayBuffer:
     ) -> None:
         _check_int("capacity", capacity, minimum=1)
         _check_int("seed", seed)
-        if policy not in get_args(BufferPolicy):
-            raise ValueError(f"policy: got {policy!r}, expected one of {', '.join(map(repr, get_args(BufferPolicy)))}")
+        check_choice("policy", policy, get_args(BufferPolicy))
         if folder is not None and not isinstance(folder, (str, Path)):
             raise TypeError(f"folder: got {type(folder).__name__}, expected a path or None")
         where = None if device is None else torch.device(device)

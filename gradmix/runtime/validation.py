@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless ``value`` is an integer of at least ``least``.
@@ -19,4 +22,18 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        expected = f"expected one of {', '.join(map(repr, allowed))}"
+        raise ValueError(f"{name}: got {value!r}, {expected}{did_you_mean(value, allowed)}")
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the known one that is nearest, or nothing if none is near.
+
+    Example:
+        >>> did_you_mean("batchs", ["batch", "epochs"])
+        "; did you mean 'batch'?"
+        >>> did_you_mean("lr", ["batch", "epochs"])
+        ''
+    """
+    found = get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -7,12 +7,9 @@ which it has a meaning of its own.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import math
 import re
-import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -20,6 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gradmix._moved import alias_argument, alias_attribute
+from gradmix.runtime.validation import did_you_mean
+from gradmix.training.former_keys import current_keys
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name
 
 MethodName: TypeAlias = str
@@ -69,29 +69,35 @@ class DataConfig:
     class_order_seed: int | None = None
     """Shuffles the order in which classes arrive; None: in the order of their labels. Apart from the training seeds."""
     validation: float = 0.0
-    """Share of each class's training rows held out and scored in place of the test set, for choosing settings."""
+    """Share of each class's training samples held out and scored in place of the test set, for choosing settings."""
     tasks: int | None = None
     """Stop after this many tasks; the classes of later ones are left out. None: all of them."""
     normalise: bool | None = None
     """Subtract the data set's mean pixel and divide by its standard deviation, by channel; otherwise pixels are in
     [0, 1]. None: the benchmark's own: yes for CIFAR."""
-    rows_per_class: int | None = None
-    """Keep this many training rows of each class, the first ones. None: all of them."""
+    samples_per_class: int | None = None
+    """Keep this many training samples of each class, the first ones. None: all of them."""
     classes_per_task: int | None = None
     """New classes in each task; the last may have fewer. None: the benchmark's."""
     online: bool = False
-    """One pass over a stream without known boundaries: the buffer takes in each step's rows after the step, and nothing
-    but the scoring knows where a task ends."""
+    """One pass over a stream without known boundaries: the buffer takes in each step's samples after the step, and
+    nothing but the scoring knows where a task ends."""
     blur: float | None = None
-    """Standard deviation, in tasks, by which rows stray from the place of their task in the stream, so that tasks pass
-    over into each other. None: not at all."""
+    """Standard deviation, in tasks, by which samples stray from the place of their task in the stream, so that tasks
+    pass over into each other. None: not at all."""
     image_size: int | None = None
     """Side in pixels of the images that the model sees, where they are read from files. None: the benchmark's."""
     workers: int | None = None
-    """Processes that read rows from files; 0: none but the training's own. None: one for each processor but one, at
+    """Processes that read samples from files; 0: none but the training's own. None: one for each processor but one, at
     most 16, shared by the run's processes on one machine."""
     skip_damaged: bool = False
     """Leave out files that cannot be decoded, and name them; otherwise the first one ends the run."""
+
+    rows_per_class = alias_attribute("DataConfig", "rows_per_class", "samples_per_class")
+
+
+_accept_former = alias_argument("DataConfig", "rows_per_class", "samples_per_class")
+DataConfig.__init__ = _accept_former(DataConfig.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,10 @@ class OptimConfig:
     epochs: int | None = None
     """Epochs per task; with data.online there is one."""
     batch: int | None = None
-    """Rows of the current task in a step, over all processes if there are several."""
+    """Samples of the current task in a step, over all processes if there are several."""
     augment: Literal["none", "crop-flip", "resized-crop-flip"] | None = None
-    """crop-flip: padded random crop and horizontal flip of every training row; resized-crop-flip: a random part of the
-    image, scaled to the model's size, and a flip."""
+    """crop-flip: padded random crop and horizontal flip of every training sample; resized-crop-flip: a random part of
+    the image, scaled to the model's size, and a flip."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Automatic mixed precision of the forward passes; fp16 with a loss scale that adapts itself."""
     channels_last: bool = False
@@ -125,8 +131,8 @@ class OptimConfig:
     compile: bool = False
     """Compile the model by torch.compile."""
     accumulate: int | None = None
-    """Forward and backward passes a step is made in, each of a part of its rows, to save memory; pairs are chosen among
-    all of them. None: one pass."""
+    """Forward and backward passes a step is made in, each of a part of its samples, to save memory; pairs are chosen
+    among all of them. None: one pass."""
     growing_head: bool = False
     """Begin with a classifier for the first task's classes, which grows as classes arrive; otherwise it has an output
     for every class from the start."""
@@ -140,34 +146,35 @@ class ReplayConfig:
     """class: a fixed number per class; balanced: a fixed total, shared equally by the classes seen; reservoir: a
     uniform sample of everything seen."""
     size: int | None = None
-    """Rows kept: per class for policy class, in total otherwise."""
+    """Samples kept: per class for policy class, in total otherwise."""
     batch: int | None = None
-    """Replayed rows in a step, over all processes if there are several."""
+    """Replayed samples in a step, over all processes if there are several."""
     tau: float = 1.0
-    """Weight of the replayed rows' loss: loss = CE(current) + tau * CE(replayed)."""
+    """Weight of the replayed samples' loss: loss = CE(current) + tau * CE(replayed)."""
     stream: Literal["dual", "shuffled"] = "dual"
-    """dual: every step holds current and replayed rows, in fixed numbers; shuffled: the current task's rows and the
-    buffer's are shuffled into one stream, of which a step takes the next rows, all of one weight."""
+    """dual: every step holds current and replayed samples, in fixed numbers; shuffled: the current task's samples and
+    the buffer's are shuffled into one stream, of which a step takes the next samples, all of one weight."""
     distillation: float | None = None
-    """Weight of DER++'s squared error between the logits of replayed rows and those kept with them. None: the method's
+    """Weight of DER++'s squared error between the logits of replayed samples and those kept with them. None: the
+    method's
     own: 0.5 for der++ and what builds on it, nothing for others."""
     storage: Literal["memory", "disk"] | None = None
-    """Where the buffer's rows lie: memory; or disk, beside the run's checkpoint. None: in memory; of rows that are read
-    from files, which they are, to be read again (online: the rows)."""
+    """Where the buffer's samples lie: memory; or disk, beside the run's checkpoint. None: in memory; of samples that
+    are read from files, which they are, to be read again (online: the samples)."""
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How rows are mixed, and how pairs are selected."""
+    """How samples are mixed, and how pairs are selected."""
 
     alpha: float = 1.0
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
     originals: bool = False
-    """Train on the unmixed rows too, half the weight each; the selection then reuses their forward pass (but not a
+    """Train on the unmixed samples too, half the weight each; the selection then reuses their forward pass (but not a
     compiled one's)."""
     estimator: Literal["auto", "feature", "mixed", "jvp", "sketch"] | None = "auto"
     """For the last layer's gradient feature: mixed in feature space, no forward pass of its own; mixed: real mixed
-    inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of the rows,
+    inputs are forwarded. For all parameters' jvp: real mixed inputs, exactly; sketch: sketched gradients of samples,
     decisions in doubt checked by jvp. auto: feature. Nothing (null) is the default of earlier versions: mixed for
     gradmix-class, feature for gradmix-sample."""
     policy: Literal["uniform", "permute", "best"] = "uniform"
@@ -178,10 +185,10 @@ class MixConfig:
     """Steps between two computations of the reference gradient (and class table); 0: once per epoch. None: the method's
     own: 0 for gradmix-class (20 with data.online), 1 for gradmix-sample."""
     candidates: Literal["batch", "balanced", "replayed"] = "batch"
-    """Where partners come from: batch: the step's own rows; balanced: a class-balanced draw from the current task and
-    the buffer; replayed: the step's replayed rows."""
+    """Where partners come from: batch: the step's own samples; balanced: a class-balanced draw from the current task
+    and the buffer; replayed: the step's replayed samples."""
     class_samples: int = 32
-    """Rows per class behind a class-pair decision."""
+    """Samples per class behind a class-pair decision."""
     control: Literal[
         "none",
         "random",
@@ -192,20 +199,20 @@ class MixConfig:
         "small-gradient",
         "large-gradient",
     ] = "none"
-    """What a selective method is held against: random: as many rows as it would mix, any rows, with any partners;
-    random-partner: the same rows with any partners; partner-class: with any of the class of the partner chosen;
+    """What a selective method is held against: random: as many samples as it would mix, any samples, with any partners;
+    random-partner: the same samples with any partners; partner-class: with any of the class of the partner chosen;
     replayed-partner: with any of the buffer's classes; anti: detrimental partners only; small-gradient, large-gradient:
     as many pairs, by the norm of the mixture's gradient."""
     control_rate: float | None = None
-    """Share of a step's rows that the control random mixes. None: as many as would be in that very step."""
+    """Share of a step's samples that the control random mixes. None: as many as would be in that very step."""
     reference: Literal["auto", "buffer", "replayed"] | None = "auto"
-    """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed rows, which
-    costs no pass over the buffer. auto: replayed where rows are read from files, and for gradmix-sample with
+    """buffer: the reference gradient is that of the whole buffer; replayed: that of the step's replayed samples, which
+    costs no pass over the buffer. auto: replayed where samples are read from files, and for gradmix-sample with
     mix.refresh 1 and replay.stream dual; else buffer. Nothing (null) is the default of earlier versions:
-    replayed where rows are read from files, else buffer."""
+    replayed where samples are read from files, else buffer."""
     space: Literal["embedding", "feature"] | None = None
-    """Where rows are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input of
-    its classifier. None: the inputs are mixed, unless they are texts."""
+    """Where samples are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input
+    of its classifier. None: the inputs are mixed, unless they are texts."""
 
 
 @dataclass(frozen=True)
@@ -250,12 +257,13 @@ def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
 
     Args:
         values: the dictionaries.
-        saved: whether they are the record of a run, in which former names of methods are no reason for a warning.
+        saved: whether they are the record of a run, in which former names are no reason for a warning.
 
     Raises:
         ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, what
             came and what is expected.
     """
+    values = current_keys(values, warn=not saved)
     if isinstance(values, Mapping) and isinstance(values.get("methods"), (list, tuple)):
         values = {**values, "methods": _method_names(values["methods"], warn=not saved)}
     config = _build(TrainConfig, values, "")
@@ -345,42 +353,26 @@ def check(config: TrainConfig) -> None:
         ("optim.model", config.optim.model, MODEL_NAMES, "package.module:callable"),
     ):
         if name is not None and ":" not in name and name not in names:
-            raise ValueError(f"{key}: got {_show(name)}, expected one of {', '.join(names)}; or {other}")
+            expected = f"expected one of {', '.join(names)}; or {other}"
+            raise ValueError(f"{key}: got {_show(name)}, {expected}{did_you_mean(name, names)}")
     if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
         raise ValueError(
             "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
-            "rows are not told apart in one stream"
+            "samples are not told apart in one stream"
         )
     if config.data.online and config.optim.epochs not in (None, 1):
         raise ValueError(
-            f"optim.epochs: got {_show(config.optim.epochs)} with data.online, expected 1 or nothing: rows come once"
+            f"optim.epochs: got {_show(config.optim.epochs)} with data.online, expected 1 or nothing: samples come once"
         )
     if config.data.online and config.replay.stream == "shuffled":
         raise ValueError(
-            "replay.stream: got 'shuffled' with data.online, expected 'dual': the rows to come are not known"
+            "replay.stream: got 'shuffled' with data.online, expected 'dual': the samples to come are not known"
         )
     if config.mix.control_rate is not None and config.mix.control != "random":
         raise ValueError(
             f"mix.control_rate: got {_show(config.mix.control_rate)} with mix.control {config.mix.control!r}, expected "
             "nothing, or the control 'random', which alone is given a rate"
         )
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Collect the docstrings that stand under a dataclass's fields, one line each; a field without one is left out."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, following in pairwise(body.body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            docs[statement.target.id] = " ".join(following.value.value.split())
-    return docs
 
 
 def _increasing(values: tuple[float, ...]) -> bool:
@@ -398,7 +390,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.class_order_seed", "an integer of at least 0", lambda v: v >= 0),
     ("data.validation", "a share from 0 to less than 1", lambda v: 0 <= v < 1),
     ("data.tasks", "an integer of at least 1", lambda v: v >= 1),
-    ("data.rows_per_class", "an integer of at least 1", lambda v: v >= 1),
+    ("data.samples_per_class", "an integer of at least 1", lambda v: v >= 1),
     ("data.classes_per_task", "an integer of at least 1", lambda v: v >= 1),
     ("data.image_size", "an integer of at least 8", lambda v: v >= 8),
     ("data.workers", "an integer of at least 0", lambda v: v >= 0),
@@ -435,7 +427,7 @@ def _method_names(names: Sequence[Any], *, warn: bool) -> list[Any]:
     current = [current_name(name, warn=warn, stacklevel=4) if isinstance(name, str) else name for name in names]
     for index, name in enumerate(current):
         if name not in COMPOSITIONS:
-            raise ValueError(f"methods[{index}]: got {_show(name)}, expected one of {choices()}")
+            raise ValueError(f"methods[{index}]: got {_show(name)}, {choices(name)}")
     return current
 
 
@@ -446,7 +438,9 @@ def _build(cls: type[_T], values: Any, key: str) -> _T:
     prefix = f"{key}." if key else ""
     for name in values:
         if name not in hints:
-            raise ValueError(f"{prefix}{name}: unknown key, expected one of {_names(cls)}")
+            nested = (f"{s}.{n}" for s, kind in hints.items() if is_dataclass(kind) for n in get_type_hints(kind))
+            near = did_you_mean(name, [*hints, *nested])
+            raise ValueError(f"{prefix}{name}: unknown key, expected one of {_names(cls)}{near}")
     return cls(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
@@ -466,25 +460,25 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         if not (isinstance(value, str) and value in args):
-            raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}")
+            raise ValueError(f"{key}: got {_show(value)}, expected one of {', '.join(args)}{did_you_mean(value, args)}")
         return value
-    if kind is float:
-        if isinstance(value, str) and _EXPONENT.fullmatch(value):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{key}: got {_show(value)}, expected a finite number")
-        return float(value)
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key}: got {_show(value)}, expected an integer")
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{key}: got {_show(value)}, expected true or false")
-        return value
-    if not isinstance(value, (str, Path)):
-        raise ValueError(f"{key}: got {_show(value)}, expected {'a path' if kind is Path else 'a string'}")
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    accepted, expected = _SCALARS[kind]
+    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key}: got {_show(value)}, expected {expected}")
     return kind(value)
+
+
+_SCALARS: dict[Any, tuple[Any, str]] = {
+    float: ((int, float), "a finite number"),
+    int: (int, "an integer"),
+    bool: (bool, "true or false"),
+    Path: ((str, Path), "a path"),
+    str: ((str, Path), "a string"),
+}
+"""What a value of each type may be in YAML, and how an error calls it."""
 
 
 def _show(value: Any) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
+from gradmix.runtime.validation import did_you_mean
+
 REPLAY = ("er", "finetune", "a-gem", "der++")
 """How samples are replayed: in every step; not at all; as a constraint on the gradient; with their former logits."""
 AUGMENTATION = ("none", "autoaugment", "randaugment", "trivialaugment")
@@ -73,7 +75,7 @@ COMPOSITIONS: dict[str, Axes] = PRESETS | {
 
 
 class FormerNameWarning(DeprecationWarning):
-    """A method is called by its former name."""
+    """A method or a setting is called by its former name."""
 
 
 def current_name(name: str, *, warn: bool = True, stacklevel: int = 2) -> str:
@@ -114,10 +116,10 @@ def recorded_name(name: str) -> str:
     return name.removesuffix("-class") if name.endswith("gradmix-class") else name
 
 
-def choices() -> str:
-    """Return what a method may be called, in words, for an error message."""
+def choices(name: object) -> str:
+    """Return what a method may be called, in words, for an error about another ``name``."""
     replay, augmentation, mixing = COMPOSABLE_REPLAY[1], ", ".join(AUGMENTATION[1:]), ", ".join(MIXING[1:])
     return (
-        f"{', '.join(PRESETS)}; or a composition such as der++-trivialaugment-mixup, of {replay}, one of "
-        f"{augmentation}, and one of {mixing}"
+        f"expected one of {', '.join(PRESETS)}; or a composition such as der++-trivialaugment-mixup, of {replay}, one "
+        f"of {augmentation}, and one of {mixing}{did_you_mean(name, COMPOSITIONS)}"
     )

@@ -82,7 +82,7 @@ def test_train_writes_runs_and_table(trained: Calls, tmp_path: Path, capsys: pyt
 def test_flags_reach_the_configuration(trained: Calls) -> None:
     flags = (
         "--methods mixup --seeds 3 --benchmark split-digits --data-dir d --class-order-seed 5 --validation 0.2 "
-        "--tasks 3 --no-normalise --rows-per-class 9 --amp bf16 --channels-last --checkpoint 0 --mix-control anti "
+        "--tasks 3 --no-normalise --samples-per-class 9 --amp bf16 --channels-last --checkpoint 0 --mix-control anti "
         "--model mlp --lr 1e-3 --momentum 0.5 --weight-decay 0.1 --lr-milestones 0.5 0.75 --epochs 2 --batch 7 "
         "--augment none --replay-policy reservoir --replay-size 50 --replay-batch 9 --replay-tau 2 --mix-alpha 0.4 "
         "--mix-originals --mix-estimator mixed --mix-policy best --mix-threshold -0.5 --mix-refresh 3 "
@@ -94,7 +94,7 @@ def test_flags_reach_the_configuration(trained: Calls) -> None:
         methods: [mixup]
         seeds: [3]
         data: {benchmark: split-digits, data_dir: d, class_order_seed: 5, validation: 0.2, tasks: 3, normalise: false,
-               rows_per_class: 9}
+               samples_per_class: 9}
         optim: {model: mlp, lr: 1e-3, momentum: 0.5, weight_decay: 0.1, lr_milestones: [0.5, 0.75], epochs: 2,
                 batch: 7, augment: none, amp: bf16, channels_last: true}
         replay: {policy: reservoir, size: 50, batch: 9, tau: 2}

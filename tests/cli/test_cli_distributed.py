@@ -24,7 +24,7 @@ from gradmix.training.runs.results import RunResult, load_runs
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SCRIPT = Path(__file__).parents[1] / "one_of_several.py"
-SHORT = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "60", "--threads", "1")
+SHORT = ("--epochs", "1", "--tasks", "2", "--samples-per-class", "60", "--threads", "1")
 TRAIN = ("train", "--methods", "gradmix-sample", "--seeds", "0", "1", *SHORT, "--checkpoint", "0.001")
 
 
@@ -147,7 +147,7 @@ def test_an_error_in_one_process_and_an_error_of_all(tmp_path: Path) -> None:
     of_all = by_two(tmp_path, *TRAIN, "--output", "all", "--device", "nonsense")
     first, second = (process.wait() for process in of_one)
     assert (first.returncode, second.returncode) == (2, 2)
-    assert "gradmix: error: process 1 of 2: row 7 is damaged" in second.stderr
+    assert "gradmix: error: process 1 of 2: sample 7 is damaged" in second.stderr
     assert "gradmix: error: process 0 of 2: another process has ended" in first.stderr
     assert "Traceback" not in first.stderr + second.stderr
     first, second = (process.wait() for process in of_all)

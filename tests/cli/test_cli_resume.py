@@ -16,7 +16,7 @@ from gradmix.training.config import load_config
 from gradmix.training.loop import trainer
 from gradmix.training.runs.results import RunResult, load_run, load_runs
 
-FEW = ("--epochs", "1", "--tasks", "2", "--rows-per-class", "40", "--threads", "1")
+FEW = ("--epochs", "1", "--tasks", "2", "--samples-per-class", "40", "--threads", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -170,8 +170,8 @@ def test_help_says_what_is_off_and_whose_default_it_is(
         "--mix-refresh INT Steps between two computations of the reference gradient (and class table); 0: once per "
         "epoch. (default: the method's own: 0 for gradmix-class (20 with data.online), 1 for gradmix-sample)",
         "(default: the method's own: 0.5 for der++ and what builds on it, nothing for others)",
-        "--blur FLOAT Standard deviation, in tasks, by which rows stray from the place of their task in the stream, so "
-        "that tasks pass over into each other. (default: not at all)",
+        "--blur FLOAT Standard deviation, in tasks, by which samples stray from the place of their task in the stream, "
+        "so that tasks pass over into each other. (default: not at all)",
         "pairs are chosen among all of them. (default: one pass)",
         "--online, --no-online One pass over a stream without known boundaries",
         "Or package.module:function, which is called with this section and returns the stream. (default: split-digits)",

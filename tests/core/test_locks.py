@@ -136,4 +136,4 @@ def test_a_file_system_without_locks_is_no_obstacle(here: Path, monkeypatch: pyt
     # With a checkpoint after every step.
     assert cli.main(["train", *FEW, "--checkpoint", "1e-9", "--output", "out"]) == 0
     assert [result.status for result in load_runs(here / "out").values()] == ["complete"]
-    assert not any(path.suffix == ".tmp" for path in here.rglob("*"))
+    assert not any(path.name.endswith(".pt") for path in here.rglob("*"))

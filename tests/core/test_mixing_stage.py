@@ -18,7 +18,7 @@ from gradmix.model.head import resolve_head
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.config import MixConfig, TrainConfig
 from gradmix.training.loop.clock import Clock
-from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.methods import METHODS, Context, StepSamples
 from gradmix.training.methods import mixup as mixup_module
 from gradmix.training.methods.mixing_space import stage_of
 
@@ -257,7 +257,7 @@ REFUSED = {
     "a model that raises": (Raises(), {}, RuntimeError, "broken"),
     "a tuple": (Layered(Pairwise(WORDS, 2)), {"stage": "stage"}, TypeError, "stage: stage gives tuple, expected a fl"),
     "integers": (Layered(Ids()), {"stage": "stage"}, TypeError, "stage: stage gives a tensor of dtype torch.int64"),
-    "other rows": (
+    "other samples": (
         Layered(Flat(WORDS, 2)),
         {"stage": "stage"},
         ValueError,
@@ -273,7 +273,7 @@ REFUSED = {
     "a foreign module": (TokenModel(), {"stage": nn.Linear(1, 1)}, ValueError, "stage: the Linear given is not a mod"),
     "no stage": (TokenModel(), {"stage": 3}, TypeError, "stage: got int, expected a module of the model"),
     "lam too large": (TokenModel(), {"lam": 1.5}, ValueError, "lam: got 1.5"),
-    "lam for other rows": (
+    "lam for other samples": (
         TokenModel(),
         {"lam": torch.ones(2)},
         ValueError,
@@ -432,10 +432,10 @@ def make_context(space: str | None, model: nn.Module | None = None, held: int = 
     )
 
 
-def make_rows(n: int, candidates: int = 0) -> StepRows:
+def make_rows(n: int, candidates: int = 0) -> StepSamples:
     x, y = tokens(n)
     weight = torch.rand(n, generator=torch.Generator().manual_seed(1))
-    return StepRows(x, y, weight, tokens(candidates, 4) if candidates else None)
+    return StepSamples(x, y, weight, tokens(candidates, 4) if candidates else None)
 
 
 LINEAR = ["mixup", "remix", "balanced-mixup", "gradmix-class", "gradmix-sample"]
@@ -480,7 +480,7 @@ def test_the_same_rows_meet_whatever_the_place(monkeypatch, lam: float) -> None:
 def test_token_ids_are_not_mixed_as_inputs(name: str, space: str | None) -> None:
     method = METHODS[name](make_context(space))
     for _ in range(4):  # whichever layer is drawn
-        with pytest.raises(TypeError, match="x: got rows of dtype torch.int64, .* or mix.space: embedding or feature"):
+        with pytest.raises(TypeError, match="x: got samples of dtype torch.int64, .* mix.space: embedding or feature"):
             method.loss(make_rows(4, 4))
 
 
@@ -546,14 +546,14 @@ def test_steps_on_token_ids_learn(name: str, space: str) -> None:
     optimiser = torch.optim.SGD(context.model.parameters(), lr=0.5)
     x, y = tokens(32)
     x[:, 0] = y  # one word tells the class
-    rows = StepRows(x, y, torch.full((32,), 1 / 32))
+    rows = StepSamples(x, y, torch.full((32,), 1 / 32))
     before = F.cross_entropy(context.model(x), y).item()
     for _ in range(40):
         optimiser.zero_grad()
         method.backward(rows)
         optimiser.step()
     assert F.cross_entropy(context.model(x), y).item() < 0.8 * before
-    assert method.mixed_rows() is None or int(method.mixed_rows()) > 0
+    assert method.mixed_samples() is None or int(method.mixed_samples()) > 0
 
 
 def test_controls_on_token_ids() -> None:

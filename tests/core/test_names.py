@@ -20,6 +20,7 @@ from gradmix import cli
 from gradmix.cli.progress import Reporter
 from gradmix.runtime import names
 from gradmix.training.loop.trainer import Progress
+from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import document, figures, plots, report, tables
 from gradmix.training.reports.document import Table
 from gradmix.training.reports.saving import save_run, save_summary
@@ -75,7 +76,7 @@ def test_an_experiment_with_such_arms(tmp_path: Path) -> None:
     for run in runs:
         result = replace(make_result("mixup", run.seed), config=run.config)
         save_run(result, tmp_path / "runs" / run.folder, pictures=False)
-    collected = report.collect(experiment, runs, tmp_path / "runs", command="gradmix experiment `x`")
+    collected = of_arms.collect(experiment, runs, tmp_path / "runs", command="gradmix experiment `x`")
     folder = report.write(collected, tmp_path / "report")
     assert {p.name for p in folder.iterdir()} >= {
         "results.json",
@@ -84,7 +85,7 @@ def test_an_experiment_with_such_arms(tmp_path: Path) -> None:
         "varied.svg",
         "differences.svg",
     }
-    told = [arm["name"] for arm in report.from_results(folder / "results.json")["arms"]]
+    told = [arm["name"] for arm in of_arms.from_results(folder / "results.json")["arms"]]
     assert told == [arm.name for arm in experiment.arms] == [arm.strip() for arm in arms]
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -223,7 +224,7 @@ def test_a_report_without_one_of_its_pictures(where: str, tmp_path: Path, monkey
     runs = experiment.runs()
     for run in runs:
         save_run(replace(make_result(run.method), config=run.config), tmp_path / run.folder, pictures=False)
-    values = report.collect(experiment, runs, tmp_path)
+    values = of_arms.collect(experiment, runs, tmp_path)
     real = figures.to_svg
 
     def fail(*args: Any, **named: Any) -> str:

@@ -209,7 +209,7 @@ def test_mix_gives_the_convex_combination(dtype: torch.dtype, soft: bool) -> Non
         torch.testing.assert_close(mixed_y[i].double(), label, atol=1e-6, rtol=0)
 
 
-def test_unmixed_rows_come_back_bit_for_bit() -> None:
+def test_unmixed_samples_come_back_bit_for_bit() -> None:
     batch = rows(6, 1)
     pairs = select_pairs(MLP(), BUFFER, batch, criterion="sample", threshold=1.0)
     assert not pairs.helpful.any()

@@ -171,8 +171,8 @@ def test_the_host_runs_ahead_of_the_steps(method: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Run, "step", step)
     optim = OptimConfig(model="resnet8", epochs=2, amp="bf16", channels_last=True, augment="crop-flip")
-    config = TrainConfig(data=DataConfig(tasks=2, rows_per_class=40), optim=optim, device="cuda")
-    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, rows_per_class=40))
+    config = TrainConfig(data=DataConfig(tasks=2, samples_per_class=40), optim=optim, device="cuda")
+    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, samples_per_class=40))
     assert result.status == "complete" and len(watched) == result.timing.steps - 4
 
 

@@ -42,12 +42,12 @@ def test_an_import_statement_finds_a_former_module() -> None:
     with pytest.warns(DeprecationWarning, match=r"gradmix\.training\.trainer\.train_one has moved to"):
         from gradmix.training.trainer import train_one
     from gradmix.training import trainer
-    from gradmix.training.loop.trainer import resolved_config
+    from gradmix.training.loop.evaluation import evaluate
     from gradmix.training.loop.trainer import train_one as now
 
     assert train_one is now
-    with pytest.warns(DeprecationWarning, match=r"trainer\.settled has moved to .*trainer\.resolved_config"):
-        assert trainer.settled is resolved_config
+    with pytest.warns(DeprecationWarning, match=r"trainer\.evaluate has moved to .*evaluation\.evaluate"):
+        assert trainer.evaluate is evaluate
     assert not hasattr(trainer, "__file__")
 
 
@@ -113,3 +113,38 @@ def test_former_names_of_samples_are_served() -> None:
         capture._model(torch.rand(3, 2))
     with pytest.warns(DeprecationWarning, match=r"HeadCapture\.read_output"):
         assert capture.checked().logits.shape == (3, 2)
+
+
+def test_former_names_of_samples_in_training_are_served(capsys: pytest.CaptureFixture[str]) -> None:
+    from gradmix.cli.flags import parse_train
+    from gradmix.cli.former_names import print_former_names
+    from gradmix.training import methods
+    from gradmix.training.config import DataConfig, TrainConfig, from_dict, to_dict
+    from gradmix.training.method_names import FormerNameWarning
+    from gradmix.training.runs import experiments
+    from gradmix.training.runs.settings import identity
+    from gradmix.training.streams import class_incremental
+
+    with pytest.warns(DeprecationWarning, match=r"StepSamples"):
+        assert methods.StepRows is methods.StepSamples
+    with pytest.warns(DeprecationWarning, match=r"DataConfig\(samples_per_class=\)"):
+        data = DataConfig(rows_per_class=3)  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match=r"DataConfig\.samples_per_class"):
+        assert data.rows_per_class == data.samples_per_class == 3
+    with pytest.warns(DeprecationWarning, match=r"class_incremental\(samples_per_class=\)"):
+        stream = class_incremental(*[(torch.rand(8, 2), torch.arange(8) % 2)] * 2, rows_per_class=1)  # type: ignore[call-arg]
+    assert len(stream.tasks[0].train) == 2
+    config = TrainConfig(data=data)
+    saved = {"data": {"rows_per_class": 3}}
+    assert from_dict(saved, saved=True) == config and to_dict(config)["data"]["samples_per_class"] == 3
+    with pytest.warns(FormerNameWarning, match="rows_per_class is now called samples_per_class"):
+        assert from_dict(saved) == config
+    yaml = "title: t\nbase: {data: {rows_per_class: 3}}\narms: [{name: a, method: er}]"
+    with pytest.warns(FormerNameWarning, match="rows_per_class is now called samples_per_class"):
+        experiment = experiments.from_yaml(yaml, "t")
+    assert experiment == experiments.from_yaml(yaml.replace("rows_", "samples_"), "t")
+    assert list(identity(config)["data"])[5] == "rows_per_class", "by which checkpoints and folders of runs are found"
+    for flags in (["--rows-per-class", "3"], ["--rows-per-class=3"]):
+        with print_former_names():
+            assert parse_train(flags) == config
+        assert capsys.readouterr().err == "gradmix: --rows-per-class is now called --samples-per-class\n"

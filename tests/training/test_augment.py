@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gradmix.training.data import augment
 from gradmix.training.data.augment import (
     TRIES,
     as_floats,
@@ -121,7 +122,7 @@ LARGE = {
     "square": (6, 3, 32, 32),
     "oblong": (9, 2, 21, 40),
     "upright": (9, 1, 37, 16),
-    "one row of pixels": (5, 3, 1, 50),
+    "one sample of pixels": (5, 3, 1, 50),
     "one column of pixels": (5, 3, 50, 1),
     "one pixel": (4, 3, 1, 1),
     "one image": (1, 3, 9, 9),
@@ -174,20 +175,19 @@ def test_resized_crops_equal_the_loop(case, size, device):
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_boxes_equal_the_loop(case):
+def test_boxes_equal_the_loop(case, monkeypatch):
     height, width = LARGE[case][2:]
     for scale, ratio in (((0.08, 1.0), (3 / 4, 4 / 3)), ((0.5, 0.5), (1.0, 1.0)), ((0.9, 1.0), (0.2, 0.4))):
-        boxes = random_boxes(
-            200, height, width, scale=scale, ratio=ratio, generator=torch.Generator().manual_seed(2)
-        ).T.tolist()
+        monkeypatch.setattr(augment, "SCALE", scale)
+        monkeypatch.setattr(augment, "RATIO", ratio)
+        boxes = random_boxes(200, height, width, torch.Generator().manual_seed(2)).T.tolist()
         assert boxes == box_loop(200, height, width, scale, ratio, torch.Generator().manual_seed(2))
 
 
-def test_boxes_are_distributed_as_they_should():
+def test_boxes_are_distributed_as_they_should(monkeypatch):
     n, side = 40_000, 4000
-    top, left, height, width, mirrored = random_boxes(
-        n, side, side, scale=(0.1, 0.4), generator=torch.Generator().manual_seed(0)
-    ).double()
+    monkeypatch.setattr(augment, "SCALE", (0.1, 0.4))
+    top, left, height, width, mirrored = random_boxes(n, side, side, torch.Generator().manual_seed(0)).double()
     # At most 0.4 of a square with sides up to 4 : 3 fits always, so nothing is drawn twice.
     uniform = {
         "area": (height * width / side**2 - 0.1) / 0.3,
@@ -284,26 +284,6 @@ BAD_CALLS = {
         lambda: random_resized_crop_flip(FLOATS[:, :, :0], 2),
         ValueError,
         "height: got 0, expected at least 1",
-    ),
-    "scale of nothing": (
-        lambda: random_resized_crop_flip(FLOATS, 2, scale=(0.0, 1.0)),
-        ValueError,
-        r"scale: got \(0.0, 1.0\), expected two positive numbers in order, at most 1",
-    ),
-    "scale above one": (
-        lambda: random_resized_crop_flip(FLOATS, 2, scale=(0.5, 1.5)),
-        ValueError,
-        r"scale: got \(0.5, 1.5\), expected two positive numbers in order, at most 1",
-    ),
-    "ratio the wrong way round": (
-        lambda: random_resized_crop_flip(FLOATS, 2, ratio=(2.0, 1.0)),
-        ValueError,
-        r"ratio: got \(2.0, 1.0\), expected two positive numbers in order",
-    ),
-    "ratio without end": (
-        lambda: random_resized_crop_flip(FLOATS, 2, ratio=(1.0, math.inf)),
-        ValueError,
-        r"ratio: got \(1.0, inf\), expected two positive numbers in order",
     ),
     "centre of three dimensions": (lambda: centre_crop(FLOATS[0], 2), ValueError, r"x: got shape \(3, 4, 6\)"),
     "centre too large": (

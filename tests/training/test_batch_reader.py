@@ -53,7 +53,7 @@ def plans(*rows):
 
 
 def first_column(reader):
-    return [batch.rows[:, 0].tolist() for batch in reader]
+    return [batch.samples[:, 0].tolist() for batch in reader]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ PLANS = {
     "some": [[3, 1, 2], [0], [99, 98], [5, 5, 5], [7, 1], [2], [4, 6]],
     "one": [[1, 2, 3]],
     "none": [],
-    "one of no row after others": [[1], [], [2]],
+    "one of no sample after others": [[1], [], [2]],
 }
 
 
@@ -79,8 +79,8 @@ def test_batches_come_in_the_order_of_the_plans(case, workers):
     # The first rows take longest, so that a second worker is through before the first.
     reader = BatchReader(Items(slow=(3, 1)), plans(*PLANS[case]), workers=workers)
     batches = list(reader)
-    assert [batch.rows[:, 0].tolist() for batch in batches] == PLANS[case]
-    assert all(batch.rows.shape == (len(plan), 3) for batch, plan in zip(batches, PLANS[case], strict=True))
+    assert [batch.samples[:, 0].tolist() for batch in batches] == PLANS[case]
+    assert all(batch.samples.shape == (len(plan), 3) for batch, plan in zip(batches, PLANS[case], strict=True))
     assert all(batch.kept is None for batch in batches) and reader.damaged == {}
 
 
@@ -88,14 +88,14 @@ def test_batches_come_in_the_order_of_the_plans(case, workers):
 @pytest.mark.parametrize("items", [Items(shape=(3, 5, 4), dtype=torch.uint8), Items(shape=(), dtype=torch.float64)])
 def test_shapes_and_dtypes_are_the_rows_own(items, workers):
     (batch,) = BatchReader(items, plans([4, 2]), workers=workers)
-    assert torch.equal(batch.rows, torch.stack([items[4], items[2]])) and batch.rows.dtype == items.dtype
-    batch.rows.add_(1)  # the caller's own
+    assert torch.equal(batch.samples, torch.stack([items[4], items[2]])) and batch.samples.dtype == items.dtype
+    batch.samples.add_(1)  # the caller's own
 
 
 def test_a_tensor_is_a_data_set():
     x = torch.randn(10, 2)
     (batch,) = BatchReader(x, plans([9, 0]))
-    assert torch.equal(batch.rows, x[[9, 0]])
+    assert torch.equal(batch.samples, x[[9, 0]])
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
@@ -111,7 +111,7 @@ def test_plans_are_pulled_when_they_are_needed(workers, prefetch):
     reader = BatchReader(Items(), endless(), workers=workers, prefetch=prefetch)
     assert pulled == []
     for k, batch in enumerate(reader):
-        assert batch.rows[0, 0] == k
+        assert batch.samples[0, 0] == k
         assert len(pulled) <= k + 1 + workers * prefetch
         if k == 6:
             break
@@ -148,7 +148,7 @@ def test_damage_stops_the_reading_by_name(workers):
     seen = []
     with pytest.raises(DamagedImageError, match=r"^/images/5.jpg: cut short$"):
         for batch in reader:
-            seen += batch.rows[:, 0].tolist()
+            seen += batch.samples[:, 0].tolist()
     assert seen == [1, 2]
     with pytest.raises(DamagedImageError, match="5.jpg"):
         list(reader)
@@ -162,23 +162,23 @@ def test_damaged_rows_are_left_out_and_named_once(workers):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         batches = list(reader)
-    assert [batch.rows[:, 0].tolist() for batch in batches] == [[1, 2], [], [3], [4], [9]]
-    assert batches[1].rows.shape == (0, 2) and batches[1].rows.dtype == torch.float32
+    assert [batch.samples[:, 0].tolist() for batch in batches] == [[1, 2], [], [3], [4], [9]]
+    assert batches[1].samples.shape == (0, 2) and batches[1].samples.dtype == torch.float32
     kept = [None if batch.kept is None else batch.kept.tolist() for batch in batches]
     assert kept == [[True, False, True], [False] * 3, None, [False, True], [False, True]]
     assert reader.damaged == {k: f"/images/{k}.jpg: cut short" for k in (5, 6, 8)}
     assert [str(each.message) for each in caught] == [
-        f"row {k} is left out: /images/{k}.jpg: cut short" for k in (5, 6, 8)
+        f"sample {k} is left out: /images/{k}.jpg: cut short" for k in (5, 6, 8)
     ]
     assert Path(caught[0].filename).name == "test_batch_reader.py"
 
 
-@pytest.mark.filterwarnings("ignore:row")
+@pytest.mark.filterwarnings("ignore:sample")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_first_batch_without_any_row_has_no_shape(workers):
     reader = BatchReader(Items(damaged=(1, 2)), plans([1, 2], [3]), workers=workers, on_damage="skip")
     with pytest.raises(
-        DamagedImageError, match="the first batch has 2 rows, and none that can be read; the last one: .*2.jpg"
+        DamagedImageError, match="the first batch has 2 samples, and none that can be read; the last one: .*2.jpg"
     ):
         list(reader)
 
@@ -187,8 +187,8 @@ def test_a_first_batch_without_any_row_has_no_shape(workers):
 def test_a_first_batch_of_nothing_has_the_shape_of_a_row_that_can_be_read(workers):
     reader = BatchReader(Items(shape=(2,), damaged=(0, 1)), plans([], [3], []), workers=workers)
     batches = list(reader)
-    assert [batch.rows.tolist() for batch in batches] == [[], [[3, 3]], []]
-    assert all(batch.rows.shape[1:] == (2,) and batch.kept is None for batch in batches) and reader.damaged == {}
+    assert [batch.samples.tolist() for batch in batches] == [[], [[3, 3]], []]
+    assert all(batch.samples.shape[1:] == (2,) and batch.kept is None for batch in batches) and reader.damaged == {}
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -206,11 +206,15 @@ def test_images_of_an_image_folder(workers, tmp_path):
     train, _ = image_folder(tmp_path, 16)
     rows = [0, 5, 3], [6, 7, 1]
     reader = BatchReader(train, plans(*rows), workers=workers, on_damage="skip")
-    with pytest.warns(UserWarning, match=r"row 6 is left out: .*/train/b/2.jpg: (is no image|cannot be decoded)"):
+    with pytest.warns(UserWarning, match=r"sample 6 is left out: .*/train/b/2.jpg: (is no image|cannot be decoded)"):
         first, second = reader
-    assert first.rows.shape == (3, 3, 16, 16) and first.rows.dtype == torch.uint8
-    assert torch.equal(first.rows, torch.stack([train[k] for k in rows[0]])) and first.kept is None
-    assert torch.equal(second.rows, torch.stack([train[7], train[1]])) and second.kept.tolist() == [False, True, True]
+    assert first.samples.shape == (3, 3, 16, 16) and first.samples.dtype == torch.uint8
+    assert torch.equal(first.samples, torch.stack([train[k] for k in rows[0]])) and first.kept is None
+    assert torch.equal(second.samples, torch.stack([train[7], train[1]])) and second.kept.tolist() == [
+        False,
+        True,
+        True,
+    ]
     with pytest.raises(DamagedImageError, match="/train/b/2.jpg"):
         list(BatchReader(train, plans(*rows), workers=workers))
 
@@ -223,16 +227,16 @@ def test_the_next_iteration_goes_on_where_the_last_was_left(workers):
     reader = BatchReader(Items(), plans(*([k] for k in range(12))), workers=workers, prefetch=2)
     seen = []
     for batch in reader:
-        seen += batch.rows[:, 0].tolist()
+        seen += batch.samples[:, 0].tolist()
         if len(seen) == 2:
             break
     assert multiprocessing.active_children() == []
     batches = iter(reader)
-    seen += next(batches).rows[:, 0].tolist()
+    seen += next(batches).samples[:, 0].tolist()
     assert len(multiprocessing.active_children()) == workers
     again = iter(reader)  # closes the one before
     assert next(batches, None) is None
-    seen += next(again).rows[:, 0].tolist()
+    seen += next(again).samples[:, 0].tolist()
     reader.close()
     assert multiprocessing.active_children() == [] and next(again, None) is None
     seen += [value for column in first_column(reader) for value in column]
@@ -300,7 +304,7 @@ def test_bad_plans_are_told_in_their_turn(case, workers):
     seen = []
     with pytest.raises(error, match=message):
         for batch in BatchReader(Items(), iter([torch.tensor([3]), bad, torch.tensor([4])]), workers=workers):
-            seen += batch.rows[:, 0].tolist()
+            seen += batch.samples[:, 0].tolist()
     assert seen == [3]
 
 
@@ -311,18 +315,22 @@ def test_what_the_plans_raise_is_raised(workers):
         raise ZeroDivisionError("a plan's own")
 
     batches = iter(BatchReader(Items(), failing(), workers=workers))
-    assert next(batches).rows[0, 0] == 1
+    assert next(batches).samples[0, 0] == 1
     with pytest.raises(ZeroDivisionError, match="a plan's own"):
         next(batches)
 
 
 ODD_ROWS = {
-    "number": (7.0, TypeError, "items: got float as row 2, expected a tensor"),
-    "other shape": (torch.zeros(4), ValueError, r"items: got row 2 of shape \(4,\) and torch.float32, expected \(3,\)"),
+    "number": (7.0, TypeError, "items: got float as sample 2, expected a tensor"),
+    "other shape": (
+        torch.zeros(4),
+        ValueError,
+        r"items: got sample 2 of shape \(4,\) and torch.float32, expected \(3,\)",
+    ),
     "other dtype": (
         torch.zeros(3).long(),
         ValueError,
-        r"items: got row 2 of shape \(3,\) and torch.int64, expected \(3,\)",
+        r"items: got sample 2 of shape \(3,\) and torch.int64, expected \(3,\)",
     ),
 }
 
@@ -363,7 +371,7 @@ import multiprocessing, os, signal, torch
 from gradmix.training.data.batch_reader import BatchReader
 multiprocessing.set_start_method("spawn")
 batches = iter(BatchReader(torch.arange(9.0), (torch.tensor([3, 1]) for _ in range(100)), workers=1))
-print(next(batches).rows.tolist(), flush=True)
+print(next(batches).samples.tolist(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -425,7 +433,7 @@ batches = iter(BatchReader(torch.arange(9.0), (torch.tensor([3, 1]) for _ in ran
 next(batches)
 for number in (signal.SIGINT, signal.SIGTERM):
     os.killpg(0, number)
-print(sum(len(batch.rows) for batch in batches), len(arrived))
+print(sum(len(batch.samples) for batch in batches), len(arrived))
 """
 
 
@@ -450,7 +458,7 @@ def test_signals_to_all_processes_of_a_command_do_not_reach_the_workers(tmp_path
 @pytest.mark.parametrize("workers", [0, 1])
 def test_without_cuda_nothing_is_pinned(workers):
     (batch,) = BatchReader(Items(), plans([1]), workers=workers, pin_memory=True)
-    assert not batch.rows.is_pinned()
+    assert not batch.samples.is_pinned()
 
 
 @pytest.mark.gpu
@@ -458,8 +466,8 @@ def test_without_cuda_nothing_is_pinned(workers):
 def test_rows_are_pinned_beside_a_gpu_in_use(workers):
     on_device = torch.ones(1, device="cuda")
     items = Items(damaged=(2,), shape=(3, 8, 8), dtype=torch.uint8)
-    with pytest.warns(UserWarning, match="row 2 is left out"):
+    with pytest.warns(UserWarning, match="sample 2 is left out"):
         first, second = BatchReader(items, plans([1, 2], [3]), workers=workers, pin_memory=True, on_damage="skip")
-    assert first.rows.is_pinned() and second.rows.is_pinned()
+    assert first.samples.is_pinned() and second.samples.is_pinned()
     assert first.kept.tolist() == [True, False] and second.kept is None
-    assert (second.rows.to("cuda", non_blocking=True) * on_device).sum().item() == 3 * 3 * 64
+    assert (second.samples.to("cuda", non_blocking=True) * on_device).sum().item() == 3 * 3 * 64

@@ -56,7 +56,7 @@ def test_every_row_arrives_once_in_the_task_of_its_class(cut, class_order_seed):
             x, y = rows.x, rows.y
             assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (len(y), 1, 2, 2)
             rows = x[:, 0, 0, 0].long().tolist()
-            assert rows == sorted(rows), "rows stand in the order of the data set"
+            assert rows == sorted(rows), "samples stand in the order of the data set"
             for row, label in zip(rows, y.tolist(), strict=True):
                 assert label in task.classes
                 assert stream.class_order[label] == labels[row]
@@ -91,7 +91,7 @@ def test_validation_holds_out_a_share_of_every_class(cut, share):
             held = task.test.x[task.test.y == label][:, 0, 0, 0].long().tolist()
             left = task.train.x[task.train.y == label][:, 0, 0, 0].long().tolist()
             assert len(held) == int(np.floor(int(total[original]) * share + 0.5))
-            assert all(data.train_y[row] == original for row in held + left), "held-out rows are training rows"
+            assert all(data.train_y[row] == original for row in held + left), "held-out samples are training samples"
             # Evenly spread: no stretch of the data set goes without.
             ranks = sorted(sorted(held + left).index(row) for row in held)
             gap = len(held + left) / len(held)
@@ -142,7 +142,7 @@ def test_the_first_tasks_alone(cut, tasks: int):
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_the_first_rows_of_each_class_alone(cut, rows: int):
     data = labelled(SKEWED)
-    stream = cut(data, rows_per_class=rows)
+    stream = cut(data, samples_per_class=rows)
     for task in stream.tasks:
         for label in task.classes:
             mine = task.train.x[task.train.y == label][:, 0, 0, 0]
@@ -156,7 +156,7 @@ def test_the_first_rows_of_each_class_alone(cut, rows: int):
     [
         ({"tasks": 0}, "tasks: got 0, expected 1 to 5, the tasks of split-mnist"),
         ({"tasks": 6}, "tasks: got 6, expected 1 to 5"),
-        ({"rows_per_class": 0}, "rows_per_class: got 0, expected at least 1"),
+        ({"samples_per_class": 0}, "samples_per_class: got 0, expected at least 1"),
     ],
 )
 def test_parts_that_are_not_there_are_refused(cut, options, message: str):
@@ -165,10 +165,10 @@ def test_parts_that_are_not_there_are_refused(cut, options, message: str):
 
 
 ABSENT = {
-    "no training rows": ({"train_y": 3}, {}, "no training rows of class c3"),
-    "no test rows": ({"test_y": 0}, {}, "no test rows of class c0"),
-    "no validation rows": ({}, {"validation": 0.01}, "no validation rows of class c0, c1"),
-    "nothing left to train on": ({}, {"validation": 0.99}, "no training rows of class c0, c1"),
+    "no training samples": ({"train_y": 3}, {}, "no training samples of class c3"),
+    "no test samples": ({"test_y": 0}, {}, "no test samples of class c0"),
+    "no validation samples": ({}, {"validation": 0.01}, "no validation samples of class c0, c1"),
+    "nothing left to train on": ({}, {"validation": 0.99}, "no training samples of class c0, c1"),
 }
 
 
@@ -248,8 +248,7 @@ def test_protocols_as_published(name):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_is_complete(name):
     benchmark = BENCHMARKS[name]
-    assert isinstance(benchmark, Benchmark) and benchmark.name == name and benchmark.title
-    assert callable(benchmark.read)
+    assert isinstance(benchmark, Benchmark) and callable(benchmark.read)
     protocol = benchmark.protocol
     assert (protocol.tasks is None) is (protocol.classes_per_task is None), (
         "or classes are shared out as they are found"

@@ -248,15 +248,12 @@ def test_a_missing_file_and_a_folder_are_named(path: Path) -> None:
 
 
 def failing(error: BaseException, after: int):
-    """A writer that lets ``after`` bytes through, in small pieces, then fails."""
-    write, left = os.write, [after]
+    """A writer that lets ``after`` bytes through, then fails."""
+    write = Path.write_bytes
 
-    def limited(descriptor: int, data: memoryview) -> int:
-        if left[0] <= 0:
-            raise error
-        count = write(descriptor, data[: min(left[0], 1000)])
-        left[0] -= count
-        return count
+    def limited(path: Path, data: bytes) -> int:
+        write(path, data[:after])
+        raise error
 
     return limited
 
@@ -272,7 +269,7 @@ def test_a_failed_write_leaves_the_previous_one(
 ) -> None:
     if before:
         save({"x": torch.ones(3)}, path)
-    monkeypatch.setattr(os, "write", failing(error, after))
+    monkeypatch.setattr(Path, "write_bytes", failing(error, after))
     kept = "the previous checkpoint is intact" if before else "there is no earlier checkpoint"
     with pytest.raises(CheckpointError, match=rf"er-seed-0\.pt: .*could not be written \({error.strerror}\); {kept}"):
         save({"x": torch.zeros(5000)}, path)
@@ -302,7 +299,7 @@ def test_other_ends_pass_through_and_leave_the_previous_one(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     save({"a": 1}, path)
-    monkeypatch.setattr(os, "write", failing(error, 1000))
+    monkeypatch.setattr(Path, "write_bytes", failing(error, 1000))
     with pytest.raises(type(error)):
         save({"x": torch.zeros(5000)}, path)
     monkeypatch.undo()
@@ -355,18 +352,18 @@ from pathlib import Path
 from gradmix.training.loop import checkpoint
 path = Path({path!r})
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-real = {{name: getattr(os, name) for name in ("write", "fsync", "replace")}}
+write, replace = Path.write_bytes, os.replace
 places = {{
-    "first byte": ("write", die),
-    "middle": ("write", lambda d, b: real["write"](d, b[:1000]) if os.fstat(d).st_size < 1000 else die()),
-    "all written": ("fsync", die),
-    "before the name": ("replace", die),
-    "after the name": ("replace", lambda *a: die(real["replace"](*a))),
+    "first byte": (Path, "write_bytes", lambda path, _: die(path.touch())),
+    "middle": (Path, "write_bytes", lambda path, data: die(write(path, data[:1000]))),
+    "all written": (os, "fsync", die),
+    "before the name": (os, "replace", die),
+    "after the name": (os, "replace", lambda *a: die(replace(*a))),
 }}
-for place, (name, call) in places.items():
+for place, (where, name, call) in places.items():
     checkpoint.save({{"a": "before"}}, path)
     if (child := os.fork()) == 0:
-        setattr(os, name, call)
+        setattr(where, name, call)
         checkpoint.save({{"a": "after"}}, path)
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -414,20 +411,14 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(path: Path) -> 
     assert names(path.parent) == [path.name], "what the killed ones left is cleaned up"
 
 
-def test_a_leftover_is_removed_and_a_file_being_written_is_not(path: Path) -> None:
-    if checkpoint.fcntl is None:
-        pytest.skip("no advisory locks on this system")
+def test_a_leftover_is_removed_and_those_of_other_checkpoints_are_not(path: Path) -> None:
+    left, other = path.with_name(f".{path.name}"), path.with_name(".er-seed-01.pt")
     save({}, path)
-    left, written, other = (
-        path.with_name(f".{name}.tmp") for name in (f"{path.name}.0123", f"{path.name}.4567", "er-seed-01.pt.89ab")
-    )
-    left.write_bytes(b"half")
     other.write_bytes(b"of another checkpoint")
-    with open(written, "wb") as file:
-        checkpoint.fcntl.flock(file, checkpoint.fcntl.LOCK_EX)
-        save({"a": 1}, path)
-        assert names(path.parent) == sorted([path.name, written.name, other.name])
-    remove(path)
+    for clean in (lambda: save({"a": 1}, path), lambda: remove(path)):
+        left.write_bytes(b"half")
+        clean()
+        assert not left.exists()
     assert names(path.parent) == [other.name]
     remove(path)
     remove(path.parent / "never" / "there.pt")

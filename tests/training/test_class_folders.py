@@ -333,7 +333,7 @@ def test_a_benchmark_that_lacks_a_class_is_refused(tmp_path: Path) -> None:
     idx(tmp_path / "MNIST" / "raw")
     labels = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes().replace(b"\x03", b"\x04"))
-    with pytest.raises(ValueError, match="split-mnist: no rows of class 3$"):
+    with pytest.raises(ValueError, match="split-mnist: no samples of class 3$"):
         make_stream("split-mnist", tmp_path, validation=0.5)
 
 

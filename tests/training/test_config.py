@@ -6,7 +6,10 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from gradmix import ReplayBuffer, select_pairs
+from gradmix.cli.flags import field_docs
 from gradmix.training.config import (
     DataConfig,
     MixConfig,
@@ -14,13 +17,16 @@ from gradmix.training.config import (
     ReplayConfig,
     TrainConfig,
     check,
-    field_docs,
     from_dict,
     from_yaml,
     load_config,
     to_dict,
     to_yaml,
 )
+from gradmix.training.methods import find_method
+from gradmix.training.models import build_model
+from gradmix.training.runs import experiments
+from gradmix.training.streams.benchmarks import make_stream
 
 FULL = TrainConfig(
     methods=("gradmix-sample", "er"),
@@ -132,3 +138,39 @@ def test_check_refuses_what_yaml_did_not_bring(value: float) -> None:
 def test_every_setting_is_described(cls: type) -> None:
     sections = {"data", "optim", "replay", "mix"} if cls is TrainConfig else set()
     assert {f.name for f in fields(cls)} - sections == set(field_docs(cls))
+
+
+# A wrong name, where it is looked up, and the known one that is nearest.
+MISSPELT = {
+    "key": (lambda: from_dict({"mix": {"aplha": 1.0}}), "alpha"),
+    "key of a section": (lambda: from_dict({"epochs": 3}), "optim.epochs"),
+    "choice": (lambda: from_dict({"replay": {"policy": "reservior"}}), "reservoir"),
+    "method": (lambda: from_dict({"methods": ["gradmix-clas"]}), "gradmix-class"),
+    "method alone": (lambda: find_method("manifold_mixup"), "manifold-mixup"),
+    "benchmark": (lambda: from_dict({"data": {"benchmark": "split-cifar11"}}), "split-cifar10"),
+    "benchmark alone": (lambda: make_stream("split-digit"), "split-digits"),
+    "model": (lambda: from_dict({"optim": {"model": "resnet-20"}}), "resnet20"),
+    "model alone": (lambda: build_model("vit_tiny", (3, 8, 8), 2), "vit-tiny"),
+    "experiment": (lambda: experiments.load("digit"), "digits"),
+    "key of an experiment": (lambda: experiments.from_yaml("title: t\nseed: [0]", "t"), "seeds"),
+    "varied setting": (
+        lambda: experiments.from_yaml("title: t\narms: [{name: a, method: er}]\nvary: {mix.treshold: [0]}", "t"),
+        "mix.threshold",
+    ),
+    "policy": (lambda: ReplayBuffer(2, policy="balance"), "balanced"),
+    "estimator": (lambda: select_pairs(*SELECTION, estimator="sketched"), "sketch"),
+    "backend": (lambda: select_pairs(*SELECTION, backend="tritn"), "triton"),
+}
+SELECTION = torch.nn.Linear(2, 2), None, (torch.rand(2, 2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("case", MISSPELT)
+def test_an_unknown_name_comes_with_the_nearest_known_one(case: str) -> None:
+    look_up, nearest = MISSPELT[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"; did you mean '{nearest}'\?$"):
+        look_up()
+
+
+def test_a_name_that_is_far_from_all_comes_without() -> None:
+    with pytest.raises(ValueError, match=r"unknown key, expected one of [^;?]*$"):
+        from_dict({"xyzzy": 1})

@@ -15,7 +15,7 @@ from gradmix.model.forward import forward_all
 from gradmix.pairs import Pairs
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.trainer import train_one
-from gradmix.training.methods import METHODS, Context, StepRows, selective
+from gradmix.training.methods import METHODS, Context, StepSamples, selective
 from gradmix.training.methods.controls import controlled
 from gradmix.training.streams.benchmarks import make_stream, resolve
 
@@ -214,11 +214,11 @@ def test_the_norm_does_not_depend_on_the_reference() -> None:
 @pytest.mark.parametrize("name", CONTROLS)
 @pytest.mark.parametrize("method", ["gradmix-class", "gradmix-sample"])
 def test_a_run_under_control(name: str, method: str) -> None:
-    stream = make_stream("split-digits", tasks=2, rows_per_class=40)
+    stream = make_stream("split-digits", tasks=2, samples_per_class=40)
     config = TrainConfig(
         optim=OptimConfig(epochs=1), replay=ReplayConfig(size=8), mix=MixConfig(control=name), threads=1
     )
-    config = replace(config, data=replace(config.data, tasks=2, rows_per_class=40))
+    config = replace(config, data=replace(config.data, tasks=2, samples_per_class=40))
     first, second = (train_one(config, method, 0, stream=stream) for _ in range(2))
     assert first.status == "complete" and (first.accuracy == second.accuracy).all()
     plain = train_one(replace(config, mix=MixConfig()), method, 0, stream=stream)
@@ -240,13 +240,13 @@ def test_a_control_takes_the_place_of_every_selection(
 
     monkeypatch.setattr(selective, "controlled", count)
     config = TrainConfig(
-        data=DataConfig(tasks=2, rows_per_class=40),
+        data=DataConfig(tasks=2, samples_per_class=40),
         optim=OptimConfig(epochs=1),
         replay=ReplayConfig(size=8),
         mix=MixConfig(control="random", reference=reference),
         threads=1,
     )
-    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, rows_per_class=40))
+    result = train_one(config, method, 0, stream=make_stream("split-digits", tasks=2, samples_per_class=40))
     # In the first task's steps there is nothing to select by.
     assert 0 < len(calls) == result.timing.steps // 2
 
@@ -267,7 +267,7 @@ def test_an_unhelpful_step_still_has_a_weight_for_its_control() -> None:
     assert found.helpful.all() and ((found.lam > 0) & (found.lam < 1)).all() and len(found.lam.unique()) == 1
 
 
-def test_methods_know_their_mixed_rows() -> None:
+def test_methods_know_their_mixed_samples() -> None:
     model, _ = problem()
     buffer = gradmix.ReplayBuffer(3)
     buffer.add(torch.randn(12, 5), torch.arange(12) % 4)
@@ -282,6 +282,6 @@ def test_methods_know_their_mixed_rows() -> None:
         Clock(torch.device("cpu")),
     )
     method = METHODS["gradmix-sample"](context)
-    assert method.mixed_rows() is None
-    method.loss(StepRows(torch.randn(10, 5), torch.arange(10) % 4, torch.full((10,), 0.1))).backward()
-    assert int(method.mixed_rows()) == 5
+    assert method.mixed_samples() is None
+    method.loss(StepSamples(torch.randn(10, 5), torch.arange(10) % 4, torch.full((10,), 0.1))).backward()
+    assert int(method.mixed_samples()) == 5

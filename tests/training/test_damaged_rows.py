@@ -16,7 +16,7 @@ from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.streams import TaskStream, class_incremental
 
-pytestmark = pytest.mark.filterwarnings("ignore:row .* is left out")
+pytestmark = pytest.mark.filterwarnings("ignore:sample .* is left out")
 
 CLASSES, PER_CLASS = 4, 12
 ROWS = CLASSES * PER_CLASS
@@ -55,8 +55,8 @@ def config_of(epochs: int = 1, workers: int = 0, **replay: Any) -> TrainConfig:
 
 CASES: dict[str, tuple[set[int], set[int], set[int]]] = {
     "none": (set(), set(), set(range(ROWS))),
-    "training rows": ({3, 20, 41}, set(), set(range(ROWS)) - {3, 20, 41}),
-    "test rows of the same numbers": (set(), {3, 20, 41}, set(range(ROWS))),
+    "training samples": ({3, 20, 41}, set(), set(range(ROWS)) - {3, 20, 41}),
+    "test samples of the same numbers": (set(), {3, 20, 41}, set(range(ROWS))),
     "some of both": ({3, 22}, {22, 41}, set(range(ROWS)) - {3, 22}),
 }
 

@@ -138,7 +138,7 @@ IDX_ARRAYS = {
     "int32": (np.array([2**30, -5], dtype=np.int32), 0x0C),
     "float32": (np.array([1.5, -2.25], dtype=np.float32), 0x0D),
     "float64": (np.array([[1e300], [-0.0]]), 0x0E),
-    "no rows": (np.zeros((0, 5), dtype=np.uint8), 0x08),
+    "no samples": (np.zeros((0, 5), dtype=np.uint8), 0x08),
     "a single number": (np.array(9, dtype=np.uint8), 0x08),
 }
 
@@ -329,7 +329,7 @@ DAMAGED_PICKLES = {
         pickle.dumps({"data": np.zeros((1, 784), np.uint8), "labels": [1]}), r"'data' is uint8 of shape \(1, 784\)",
     ),
     "data of another type": (pickle.dumps({"data": np.zeros((1, 3072)), "labels": [1]}), "'data' is float64"),
-    "no rows": (pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}), r"shape \(0, 3072\)"),
+    "no samples": (pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}), r"shape \(0, 3072\)"),
     "too few labels": (
         pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), r"shape \(1,\), expected 2 integers",
     ),
@@ -426,7 +426,7 @@ def test_to_float_copies_and_takes_single_images():
 BAD_CONSTANTS = {
     "maximum 0": ((torch.ones(1, 1, 1), 0.0), "maximum: got 0.0"),
     "two means, three channels": ((torch.ones(1, 3, 2, 2), 1.0, (0.0, 0.0)), "mean: got 2 values for x of shape"),
-    "std for flat rows": ((torch.ones(4, 3), 1.0, None, (1.0,)), "std: got 1 values"),
+    "std for flat samples": ((torch.ones(4, 3), 1.0, None, (1.0,)), "std: got 1 values"),
 }
 
 

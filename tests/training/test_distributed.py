@@ -26,7 +26,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:row .* is left out")
+@pytest.mark.filterwarnings("ignore:sample .* is left out")
 @pytest.mark.parametrize("name", [*CASES, *(f"read: {name}" for name in READ_CASES)])
 def test_two_processes_make_the_steps_of_one(told: list[dict[str, Any]], name: str) -> None:
     first, second = (outcomes[name] for outcomes in told)

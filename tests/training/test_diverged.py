@@ -23,7 +23,8 @@ from gradmix.training.loop.evaluation import evaluate
 from gradmix.training.loop.run import LOSS_EVERY
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS
-from gradmix.training.reports import plots, report, tables
+from gradmix.training.reports import arms as of_arms
+from gradmix.training.reports import plots, tables
 from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs.experiments import from_yaml
 from gradmix.training.runs.results import load_run
@@ -71,7 +72,7 @@ def test_a_model_without_finite_outputs_has_no_accuracy(value: float) -> None:
     model = nn.Linear(12, 4)
     with torch.no_grad():
         model.bias.fill_(value)
-    with pytest.raises(DivergedError, match="outputs for 20 test rows are not finite"):
+    with pytest.raises(DivergedError, match="outputs for 20 test samples are not finite"):
         evaluate(model, stream(rows=20), torch.device("cpu"))
 
 
@@ -152,8 +153,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a stream of its own."""
     (tmp_path / "own_for_diverged.py").write_text(
         "import torch\nfrom gradmix.training.streams import class_incremental\n\ndef stream(_data):\n"
-        "    y = torch.arange(40) % 4\n    rows = torch.randn(40, 12) + y[:, None], y\n"
-        "    return class_incremental(rows, rows, tasks=2)\n"
+        "    y = torch.arange(40) % 4\n    samples = torch.randn(40, 12) + y[:, None], y\n"
+        "    return class_incremental(samples, samples, tasks=2)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -175,7 +176,7 @@ def test_in_an_experiment_the_others_go_on(own: Path, capsys: pytest.CaptureFixt
     for name in ("report.md", "report.html"):
         text = Path("out/e", name).read_text(encoding="utf-8")
         assert "fast: 2 of 2 seeds diverged (0, 1)" in text and "2 of 6 runs diverged" in text
-    assert report.from_results("out/e/results.json")["missing"] == values["missing"]
+    assert of_arms.from_results("out/e/results.json")["missing"] == values["missing"]
     runs = from_yaml(SPECIFICATION, "e").runs()
     folder = Path("out/runs")
     assert [state_of(run, folder) for run in runs].count("diverged") == 2

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from synthetic_runs import make_result
 
-from gradmix.training.reports import findings, report
+from gradmix.training.reports import arms as of_arms
+from gradmix.training.reports import findings
 from gradmix.training.reports.saving import save_run
 from gradmix.training.runs.experiments import from_yaml
 
@@ -40,7 +41,7 @@ def values_of(levels: dict[str, tuple[float, ...]], folder: Path, text: str = TE
             share = (1.0, mixed if run.arm == "at random" else 0.75) if run.method != "mixup" else result.mixed_share
             made = replace(result, accuracy=accuracy, mixed_share=share, config=run.config)
             save_run(made, folder / run.folder, pictures=False)
-    return report.collect(experiment, runs, folder)
+    return of_arms.collect(experiment, runs, folder)
 
 
 def around(level: float, *, times: float = 1.0) -> tuple[float, ...]:
@@ -52,7 +53,7 @@ def flat(level: float) -> tuple[float, ...]:
 
 
 def said(values: Any) -> dict[str, list[str]]:
-    return findings.comparisons(report.summarise(values)[1])
+    return findings.comparisons(of_arms.summarise(values)[1])
 
 
 AMONG = "Told apart from 0, also as one of the 3 comparisons (Holm's p below 0.05):"
@@ -84,7 +85,7 @@ def test_by_itself_only(tmp_path: Path) -> None:
         },
         tmp_path,
     )
-    _, differences = report.summarise(values)
+    _, differences = of_arms.summarise(values)
     assert differences[0].p < 0.05 < differences[0].holm
     found = said(values)
     (line,) = found[ALONE]
@@ -96,7 +97,7 @@ def test_by_itself_only(tmp_path: Path) -> None:
 def test_one_seed_tells_nothing(tmp_path: Path) -> None:
     values = values_of({"mixup": (0.8,), "sample, plain": (0.9,)}, tmp_path)
     assert said(values) == {NOT: ["“sample, plain” and mixup: +0.100 with one seed, which tells nothing."]}
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert findings.controls(values, rows, differences) == []
     assert any("From one seed nothing can be told" in line for line in findings.caveats(values, rows))
 
@@ -117,18 +118,20 @@ def test_varied_values_are_named(tmp_path: Path) -> None:
 
 
 def controls_of(values: Any) -> list[str]:
-    return findings.controls(values, *report.summarise(values))
+    return findings.controls(values, *of_arms.summarise(values))
 
 
 def test_what_a_control_keeps(tmp_path: Path) -> None:
     levels = {"mixup": flat(0.8), "sample, plain": around(0.84), "at random": flat(0.81)}
     (line,) = controls_of(values_of(levels, tmp_path / "a", mixed=0.5))
     assert line.startswith("at random keeps 25 % (95 %: 24 % to 26 %) of “sample, plain”'s +0.040 ± 0.001 over mixup")
-    assert line.endswith("(4 seeds). It mixed 50.0 % of the rows, not 75.0 %."), "the other refresh is another method"
+    assert line.endswith("(4 seeds). It mixed 50.0 % of the samples, not 75.0 %."), (
+        "the other refresh is another method"
+    )
     (line,) = controls_of(values_of(levels, tmp_path / "b"))
-    assert line.endswith(" Both mixed 75.0 % of the rows.")
+    assert line.endswith(" Both mixed 75.0 % of the samples.")
     (line,) = controls_of(values_of(levels, tmp_path / "c", mixed=0.745))
-    assert line.endswith(" It mixed 74.5 % of the rows, as good as 75.0 %.")
+    assert line.endswith(" It mixed 74.5 % of the samples, as good as 75.0 %.")
 
 
 def test_the_gain_is_over_mixup_of_the_same_settings(tmp_path: Path) -> None:
@@ -160,16 +163,16 @@ def test_only_seeds_that_all_three_have(tmp_path: Path) -> None:
     [
         ({"mixup": flat(0.8), "sample, plain": around(0.9)}, "with 4 of them a 95 % interval reaches 3.2 standard"),
         ({"mixup": flat(0.8), "sample, plain": around(0.9), "at random": flat(0.7)}, "that of “sample, plain”, 0.9"),
-        ({"mixup": flat(0.8)}, "Accuracies are of test rows"),
+        ({"mixup": flat(0.8)}, "Accuracies are of test samples"),
     ],
-    ids=["few seeds", "the highest", "test rows"],
+    ids=["few seeds", "the highest", "test samples"],
 )
 def test_caveats(levels: dict[str, tuple[float, ...]], part: str, tmp_path: Path) -> None:
     values = values_of(levels, tmp_path / "a")
-    assert part in " ".join(findings.caveats(values, report.summarise(values)[0]))
+    assert part in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))
 
 
 def test_validation_rows_are_no_test_rows(tmp_path: Path) -> None:
     text = TEXT.replace("split-digits}", "split-digits, validation: 0.2}")
     values = values_of({"mixup": flat(0.8)}, tmp_path, text)
-    assert "test rows" not in " ".join(findings.caveats(values, report.summarise(values)[0]))
+    assert "test samples" not in " ".join(findings.caveats(values, of_arms.summarise(values)[0]))

@@ -489,7 +489,7 @@ BAD_IMAGENET = {
         r"got columns \['a', 'b'\], expected ImageId and PredictionString",
     ),
     "empty table": (TRAIN | FLAT | {"LOC_val_solution.csv": ""}, DataError, "got columns None, expected ImageId"),
-    "row without a class": (
+    "sample without a class": (
         TRAIN | FLAT | {"LOC_val_solution.csv": CSV + f"{VAL}5\n"},
         DataError,
         f"image '{VAL}5' has no class",
@@ -499,7 +499,7 @@ BAD_IMAGENET = {
         DataError,
         f"nothing said of files in .*/val: '{VAL}5.JPEG'",
     ),
-    "row without a file": (
+    "sample without a file": (
         TRAIN | FLAT | {"LOC_val_solution.csv": CSV + f"{VAL}5,n01\n"},
         DataError,
         f"of files that are not in .*/val: '{VAL}5.JPEG'",

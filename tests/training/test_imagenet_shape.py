@@ -16,7 +16,7 @@ from gradmix import ReplayBuffer
 from gradmix.training.config import MixConfig
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.reading import Reading
-from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.methods import METHODS, Context, StepSamples
 from gradmix.training.streams import class_incremental
 
 pytest.importorskip("PIL", reason="the images are written and read by Pillow")
@@ -123,7 +123,7 @@ def context_of(seed: int = 0) -> Context:
     return Context(model, buffer, 3, mix, generator, Clock(CPU))
 
 
-ROWS = StepRows(
+ROWS = StepSamples(
     torch.randn(6, 5, generator=torch.Generator().manual_seed(1)),
     torch.tensor([0, 1, 2, 0, 1, 2]),
     torch.full((6,), 1 / 3),
@@ -189,7 +189,7 @@ def test_what_is_changed_for_the_run_is_put_back(shape: ModuleType, raises: bool
         with shape.readers_made() as made, shape.in_turn(shape.Course([], CPU, [])) as name:
             assert name in METHODS and name not in names
             reader = Reading(0, skip_damaged=False, device=CPU).reader(torch.arange(3.0), [torch.tensor([1])])
-            assert made == [reader] and [b.rows.tolist() for b in reader] == [[1.0]]
+            assert made == [reader] and [b.samples.tolist() for b in reader] == [[1.0]]
             if raises:
                 raise RuntimeError("out of memory")
     except RuntimeError:

@@ -199,19 +199,24 @@ BAD = {
         ValueError,
         r"needing\(num_classes=5\) failed: TypeError: .*colour",
     ),
-    "too wide": ("workshop.nets:two_more", (12,), ValueError, r"returned torch.float32 \(2, 7\) for 2 rows, expected"),
+    "too wide": (
+        "workshop.nets:two_more",
+        (12,),
+        ValueError,
+        r"returned torch.float32 \(2, 7\) for 2 samples, expected",
+    ),
     "integers": (
         "workshop.nets:labels",
         (12,),
         ValueError,
-        r"returned torch.int64 \(2, 5\) for 2 rows, expected float",
+        r"returned torch.int64 \(2, 5\) for 2 samples, expected float",
     ),
     "a list": ("workshop.nets:Listing", (12,), ValueError, r"returned a list, expected logits \(N, 5\)"),
-    "other rows": (
+    "other samples": (
         "workshop.nets:narrow",
         (12,),
         ValueError,
-        r"failed on rows \(2, 12\) of torch.float32: RuntimeError",
+        r"failed on samples \(2, 12\) of torch.float32: RuntimeError",
     ),
     "no attribute": ("workshop.nets:", (12,), ValueError, "got 'workshop.nets:', expected an import path"),
     "no source": (":Net", (12,), ValueError, "got ':Net', expected an import path"),
@@ -345,7 +350,11 @@ def test_weights_come_from_the_users_folder_alone(tmp_path):
 UNKNOWN = {
     "torchvision": ("torchvision:resnet51", {}, "torchvision.models has no classifier resnet51"),
     "torchvision, detector": ("torchvision:fasterrcnn_resnet50_fpn", {}, "torchvision.models has no classifier"),
-    "torchvision, channels": ("torchvision:resnet18", {"input_shape": (1, 32, 32)}, r"failed on rows \(2, 1, 32, 32\)"),
+    "torchvision, channels": (
+        "torchvision:resnet18",
+        {"input_shape": (1, 32, 32)},
+        r"failed on samples \(2, 1, 32, 32\)",
+    ),
     "torchvision, ViT": ("torchvision:vit_b_32", {"input_shape": (3, 64, 32)}, "expected square images"),
     "timm": ("timm:resnet51", {}, "timm has no model resnet51"),
     "timm, hub": ("timm:hf-hub:somebody/something", {}, "timm has no model hf-hub:somebody/something"),

@@ -140,11 +140,11 @@ def test_a_damaged_item_leaves_what_the_attribute_says() -> None:
     class Damaged(Kept):
         def __getitem__(self, index: int) -> Any:
             if index in (0, 2):
-                raise DamagedImageError(f"row {index} is damaged")
+                raise DamagedImageError(f"sample {index} is damaged")
             return super().__getitem__(index)
 
     assert samples_of("data", Damaged(RAW)).y.tolist() == RAW
-    with pytest.raises(DamagedImageError, match="row 0 is damaged"):
+    with pytest.raises(DamagedImageError, match="sample 0 is damaged"):
         samples_of("data", Damaged(HALVED, target_transform=halve))
 
 
@@ -209,7 +209,7 @@ REFUSED = {
     "labels of several lengths": (lambda: Samples(lambda i: (picture(i), [0] * i)), "got labels that are not numbers"),
     "inputs that are dictionaries": (
         lambda: Samples(lambda i: ({"a": 1}, i)),
-        "row 0: got an input of type dict, expected",
+        "sample 0: got an input of type dict, expected",
     ),
 }
 
@@ -270,9 +270,9 @@ def test_a_name_without_rows_is_no_class(order: int | None) -> None:
 
 def test_a_class_on_one_side_alone_is_still_refused() -> None:
     train, test = (torch.zeros(4, 1), torch.tensor([1, 1, 2, 2])), (torch.zeros(3, 1), torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="no training rows of class d"):
+    with pytest.raises(ValueError, match="no training samples of class d"):
         class_incremental(train, test, class_names="abcd")
-    with pytest.raises(ValueError, match="no test rows of class d"):
+    with pytest.raises(ValueError, match="no test samples of class d"):
         class_incremental(test, train, class_names="abcd")
 
 
@@ -311,5 +311,5 @@ def test_validation_needs_no_test_rows() -> None:
     for one, other in zip(alone.tasks, both.tasks, strict=True):
         assert torch.equal(one.train.read(torch.arange(2)), other.train.read(torch.arange(2)))
         assert torch.equal(one.test.y, other.test.y)
-    with pytest.raises(TypeError, match="test: got None, expected test rows, or validation"):
+    with pytest.raises(TypeError, match="test: got None, expected test samples, or validation"):
         class_incremental((x, y))

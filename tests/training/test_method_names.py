@@ -35,18 +35,17 @@ from gradmix.training.method_names import (
     recorded_name,
 )
 from gradmix.training.methods import (
-    ER,
     METHODS,
     Context,
     DarkReplay,
     GradMixClass,
-    Needs,
-    StepRows,
+    StepSamples,
     TrivialAugment,
     composition,
     find_method,
 )
 from gradmix.training.models import build_model
+from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import report
 from gradmix.training.reports.saving import save_run
 from gradmix.training.runs import experiments
@@ -61,7 +60,7 @@ FORMER = {
     "trivialaugment-gradmix": "trivialaugment-gradmix-class",
 }
 TINY = TrainConfig(
-    data=DataConfig("split-digits", tasks=2, rows_per_class=40),
+    data=DataConfig("split-digits", tasks=2, samples_per_class=40),
     optim=OptimConfig(epochs=1, batch=16, lr=0.05, model="resnet8"),
     replay=ReplayConfig(size=6, batch=8),
     device="cpu",
@@ -123,21 +122,9 @@ def test_every_composition_makes_a_step(name: str) -> None:
     )
     method = find_method(name)(context)
     buffer.add(x, y, **method.extras(x, y))
-    loss = method.backward(StepRows(x, y, torch.full((12,), 1 / 12), candidates=(x.flip(0), y.flip(0))))
+    loss = method.backward(StepSamples(x, y, torch.full((12,), 1 / 12), candidates=(x.flip(0), y.flip(0))))
     gradients = [p.grad for p in context.model.parameters() if p.grad is not None]
     assert loss.isfinite() and gradients and all(g.isfinite().all() for g in gradients)
-
-
-def test_former_class_flags_are_understood_with_a_warning() -> None:
-    with pytest.warns(
-        DeprecationWarning, match=r"Own: got the class attributes keeps_more, joins, expected needs = Needs"
-    ):
-
-        class Own(ER):
-            keeps_more = True
-            joins = False
-
-    assert Own.needs == Needs(extras=True, one_process=True) and ER.needs == Needs()
 
 
 def test_an_unknown_name_is_refused_with_all_that_there_are() -> None:
@@ -178,15 +165,6 @@ def test_only_the_end_of_a_name_is_a_former_name() -> None:
     ]  # fmt: skip
     assert {recorded_name(name) for name in FORMER.values()} == set(FORMER)
     assert recorded_name("gradmix-sample") == "gradmix-sample"
-
-
-def test_former_classes_are_served_with_a_warning() -> None:
-    from gradmix.training import methods
-
-    with pytest.warns(DeprecationWarning, match=r"DarkGradMixClass is now METHODS\['der\+\+-gradmix-class'\]"):
-        assert methods.DarkGradMixClass is METHODS["der++-gradmix-class"]
-    with pytest.raises(AttributeError, match="has no attribute 'LightER'"):
-        _ = methods.LightER
 
 
 # ------------------------------------------------------------------------------------------------- runs of before
@@ -277,15 +255,15 @@ def test_an_experiment_of_before_is_found_and_reported(tmp_path: Path) -> None:
             as_before(folder)
         assert state_of(run, tmp_path) == "complete"
         assert checkpoint_of(run, tmp_path).name == f"{folder.parent.name}-seed-{run.seed}.pt"
-    values = report.collect(experiment, experiment.runs(), tmp_path)
+    values = of_arms.collect(experiment, experiment.runs(), tmp_path)
     assert not values["missing"]
     assert [entry["method"] for entry in values["runs"]] == ["er", "gradmix-class"] * 2
 
     saved = report.write(values, tmp_path / "report") / "results.json"
-    report.write(report.from_results(saved), saved.parent)
+    report.write(of_arms.from_results(saved), saved.parent)
     text = saved.read_text(encoding="utf-8")
     saved.write_text(text.replace('"gradmix-class"', '"gradmix"'), encoding="utf-8")
-    again = report.from_results(saved)
+    again = of_arms.from_results(saved)
     assert [arm["method"] for arm in again["arms"]] == ["er", "gradmix-class"]
     report.write(again, saved.parent)
     assert saved.read_text(encoding="utf-8") == text
@@ -294,7 +272,7 @@ def test_an_experiment_of_before_is_found_and_reported(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-FEW = ("--seeds", "0", "1", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20", "--threads", "1")
+FEW = ("--seeds", "0", "1", "--epochs", "1", "--tasks", "2", "--samples-per-class", "20", "--threads", "1")
 
 
 @pytest.fixture

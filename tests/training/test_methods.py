@@ -28,7 +28,7 @@ from gradmix.training.methods import (
     Mixup,
     Passes,
     Pixels,
-    StepRows,
+    StepSamples,
     a_gem,
     balanced_mixup,
     composition,
@@ -45,7 +45,7 @@ CLASSES = 5
 IMAGE = (1, 6, 5)
 
 
-def make_rows(n: int, shape: tuple[int, ...] = IMAGE, seed: int = 0, candidates: int = 0) -> StepRows:
+def make_rows(n: int, shape: tuple[int, ...] = IMAGE, seed: int = 0, candidates: int = 0) -> StepSamples:
     g = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def make_rows(n: int, shape: tuple[int, ...] = IMAGE, seed: int = 0, candidates:
 
     x, y = draw(n)
     weight = torch.rand(n, generator=g)
-    return StepRows(x, y, weight, draw(candidates) if candidates else None)
+    return StepSamples(x, y, weight, draw(candidates) if candidates else None)
 
 
 def make_context(shape: tuple[int, ...] = IMAGE, name: str = "mlp", **changes) -> Context:
@@ -77,7 +77,7 @@ def one_hot(label: int) -> list[float]:
     return [float(c == label) for c in range(CLASSES)]
 
 
-def partners_of(method: Mixup, rows: StepRows) -> tuple[Tensor, Tensor]:
+def partners_of(method: Mixup, rows: StepSamples) -> tuple[Tensor, Tensor]:
     """The partners that ``method`` would draw next, without drawing them."""
     state = method.context.generator.get_state()
     partners = method.drawn_partners(rows)
@@ -109,7 +109,7 @@ def by_stage(model: nn.Module, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
 @pytest.mark.parametrize("lam", LAMS.values(), ids=LAMS)
 @pytest.mark.parametrize("n", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("candidates", [0, 9], ids=["own rows", "candidates"])
+@pytest.mark.parametrize("candidates", [0, 9], ids=["own samples", "candidates"])
 def test_manifold_mixup_mixes_at_one_layer(monkeypatch, lam: float, n: int, layer: int, candidates: int) -> None:
     rows = make_rows(n, candidates=candidates)
     context = make_context()
@@ -216,12 +216,12 @@ class Odd(nn.Module):
         h = self.first(x)
         if self.way == "never":
             return h
-        return self.second(h[:-1]) if self.way == "fewer rows" else self.second(self.second(h))
+        return self.second(h[:-1]) if self.way == "fewer samples" else self.second(self.second(h))
 
 
 ODD = {
-    "fewer rows": r"second was called with a tensor \(5, 4\), expected a tensor of 6 rows",
-    "twice": r"second was called with a tensor \(3, 4\), expected a tensor of 6 rows",
+    "fewer samples": r"second was called with a tensor \(5, 4\), expected a tensor of 6 samples",
+    "twice": r"second was called with a tensor \(3, 4\), expected a tensor of 6 samples",
     "never": "second was called 0 times in a forward pass, expected once",
 }
 
@@ -282,7 +282,9 @@ def test_boxes_have_their_area_and_centres_everywhere() -> None:
 
 
 def test_cutmix_refuses_rows_that_are_no_images() -> None:
-    with pytest.raises(ValueError, match=r"x: got rows of shape \(3, 7\), expected images \(N, C, H, W\) for cutmix"):
+    with pytest.raises(
+        ValueError, match=r"x: got samples of shape \(3, 7\), expected images \(N, C, H, W\) for cutmix"
+    ):
         METHODS["cutmix"](make_context((7,))).loss(make_rows(3, (7,)))
 
 
@@ -355,7 +357,9 @@ def test_balanced_mixup_draws_from_beta_alpha_1() -> None:
 
 @pytest.mark.parametrize(("candidates", "got"), [(0, "none"), (2, "2")])
 def test_balanced_mixup_needs_balanced_rows(candidates: int, got: str) -> None:
-    with pytest.raises(ValueError, match=f"candidates: got {got}, expected 3 class-balanced rows for balanced-mixup"):
+    with pytest.raises(
+        ValueError, match=f"candidates: got {got}, expected 3 class-balanced samples for balanced-mixup"
+    ):
         METHODS["balanced-mixup"](make_context()).loss(make_rows(3, candidates=candidates))
 
 
@@ -473,7 +477,7 @@ def test_dark_replay_adds_the_squared_error(name: str, distillation: float | Non
     assert loss.item() == pytest.approx(expected.item() + weight * squares.sum().item() / (3 * CLASSES), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None for p in dark.model.parameters())
-    counts = method.mixed_rows(), inner.mixed_rows()
+    counts = method.mixed_samples(), inner.mixed_samples()
     assert (counts[0] is None) == (counts[1] is None) and (counts[0] is None or int(counts[0]) == int(counts[1]))
     table, inner_table = method.class_table(rows), inner.class_table(rows)
     assert (table is None) == (inner_table is None)
@@ -525,7 +529,7 @@ def test_dark_replay_without_a_buffer_and_without_logits() -> None:
     rows, context = make_rows(5), make_context()
     torch.testing.assert_close(METHODS["der++"](context).loss(rows), METHODS["er"](context).loss(rows))
     bare = replace(context, draw_replayed=lambda: BufferSamples(rows.x, rows.y, {}))
-    with pytest.raises(ValueError, match="draw_replayed: got rows without 'logits'"):
+    with pytest.raises(ValueError, match="draw_replayed: got samples without 'logits'"):
         METHODS["der++"](bare).loss(rows)
 
 
@@ -658,10 +662,10 @@ def test_policies_draw_for_every_image_by_the_generator_alone(name: str, shape: 
 def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch, candidates: bool) -> None:
     """The method inside sees augmented rows, augmented candidates, and the labels and weights as they were."""
     pytest.importorskip("kornia")
-    seen: list[StepRows] = []
+    seen: list[StepSamples] = []
 
     class Inner(Mixup):
-        def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
+        def losses(self, rows: StepSamples) -> Iterator[torch.Tensor]:
             seen.append(rows)
             return super().losses(rows)
 
@@ -669,7 +673,7 @@ def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch
     x, y, weight = torch.rand(12, *COLOUR), torch.arange(12) % 4, torch.rand(12)
     other = (torch.rand(5, *COLOUR), torch.arange(5) % 4) if candidates else None
     context = make_context(COLOUR)
-    METHODS["trivialaugment-mixup"](context).loss(StepRows(x, y, weight, other)).backward()
+    METHODS["trivialaugment-mixup"](context).loss(StepSamples(x, y, weight, other)).backward()
     (rows,) = seen
     assert rows.x.shape == x.shape and not torch.equal(rows.x, x)
     assert torch.equal(rows.y, y) and torch.equal(rows.weight, weight)
@@ -763,8 +767,8 @@ def test_policy_loss_is_replay_on_augmented_rows(name: str) -> None:
 
 
 BAD_ROWS = {
-    "flat": (torch.rand(3, 7), None, r"x: got rows of shape \(3, 7\), expected images"),
-    "two channels": (torch.rand(3, 2, 4, 4), None, r"x: got rows of shape \(3, 2, 4, 4\), expected images"),
+    "flat": (torch.rand(3, 7), None, r"x: got samples of shape \(3, 7\), expected images"),
+    "two channels": (torch.rand(3, 2, 4, 4), None, r"x: got samples of shape \(3, 2, 4, 4\), expected images"),
     "not pixels": (torch.randn(3, 1, 4, 4) - 2, None, r"x: got pixels from -.* to .*, expected \[0, 1\]"),
     "nan": (torch.full((3, 1, 4, 4), math.nan), None, "x: got pixels from nan to nan"),
     "wrong pixels": (torch.rand(3, 1, 4, 4), Pixels((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), "pixels: got 3 means"),

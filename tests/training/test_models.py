@@ -72,7 +72,7 @@ def test_parameter_count_of_the_text_transformer():
 
 FORWARDS = {
     "mlp": ("mlp", (1, 28, 28), 10, 5),
-    "mlp, flat rows": ("mlp", (7,), 3, 5),
+    "mlp, flat samples": ("mlp", (7,), 3, 5),
     "mlp, one row": ("mlp", (2, 3, 3), 1, 1),
     "resnet8, 8x8": ("resnet8", (3, 8, 8), 4, 3),
     "resnet20, odd size": ("resnet20", (1, 9, 7), 4, 2),
@@ -324,7 +324,7 @@ def test_gradients_of_rows_are_those_of_a_loop_for_every_parameter(case):
     torch.testing.assert_close(per_class, cosines(means, means))
 
 
-def test_jvp_of_a_vit_is_the_alignment_of_mixed_rows_in_a_loop():
+def test_jvp_of_a_vit_is_the_alignment_of_mixed_samples_in_a_loop():
     model = randomised(tiny_vit()).double()
     g = torch.Generator().manual_seed(1)
     x, old_x = (torch.randn(4, 3, 8, 12, generator=g, dtype=torch.float64) for _ in range(2))
@@ -500,13 +500,13 @@ BAD = {
     ),
     "no shape": (("mlp", (), 2), "input_shape: got"),
     "size 0": (("mlp", (3, 0), 2), r"input_shape: got \(3, 0\)"),
-    "flat rows for resnet": (("resnet18", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\)"),
-    "flat rows for resnet8": (("resnet8", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\) for resnet8"),
+    "flat samples for resnet": (("resnet18", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\)"),
+    "flat samples for resnet8": (("resnet8", (64,), 2), r"input_shape: got \(64,\), expected \(C, H, W\) for resnet8"),
     "no classes": (("mlp", (4,), 0), "num_classes: got 0"),
     "vit, odd sides": (("vit-tiny", (3, 30, 32), 2), r"input_shape: got \(3, 30, 32\), expected sides .* of 4"),
     "vit, large, odd": (("vit-tiny", (3, 130, 132), 2), r"got \(3, 130, 132\), expected sides .* of 16"),
     "vit-b16 too small": (("vit-b16", (3, 8, 8), 2), "expected sides that are multiples of 16"),
-    "flat rows for resnet50": (("resnet50", (64,), 2), r"expected \(C, H, W\) for resnet50"),
+    "flat samples for resnet50": (("resnet50", (64,), 2), r"expected \(C, H, W\) for resnet50"),
     "text, no vocabulary": (("text-transformer", (8,), 2), "vocabulary: got None, expected the number of token ids"),
     "text, images": (("text-transformer", (3, 8, 8), 2, 9), r"input_shape: got \(3, 8, 8\), expected \(T,\)"),
     "vocabulary of 1": (("text-transformer", (8,), 2, 1), "vocabulary: got 1, expected at least 2"),

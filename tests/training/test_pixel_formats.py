@@ -192,7 +192,7 @@ def test_values_of_unknown_range_are_refused_by_name(case: str, tmp_path: Path) 
     path = saved(tmp_path / "1.tif", image)
     with pytest.raises(DamagedImageError, match=rf"1.tif: cannot be decoded: holds {message}.* 8 or 16 unsigned bits"):
         decode(path, SIDE)
-    with pytest.raises(DamagedImageError, match=f"row 1: the image holds {message}"):
+    with pytest.raises(DamagedImageError, match=f"sample 1: the image holds {message}"):
         Inputs([(grey(GREY, np.uint8), 0), (image, 0)])[1]
     # What the message advises.
     values = np.asarray(image, np.float64)
@@ -219,7 +219,7 @@ def test_signed_values_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_integer_images_of_unknown_range_are_refused_and_numbers_of_tokens_are_not() -> None:
     for dtype in (np.int8, np.int16, np.int32, np.int64, np.uint32):
-        with pytest.raises(TypeError, match="row 0: got an image of .*expected uint8, uint16, bool, or floats"):
+        with pytest.raises(TypeError, match="sample 0: got an image of .*expected uint8, uint16, bool, or floats"):
             Inputs([(np.zeros((1, 4, 4), dtype), 0)])[0]
         with pytest.raises(TypeError, match="train: got an image of"):
             class_incremental((np.zeros((4, 1, 4, 4), dtype), torch.arange(4)), None, validation=0.5)
@@ -258,10 +258,10 @@ def test_a_reader_names_or_skips_what_is_refused(tmp_path: Path) -> None:
     plans = [torch.tensor([0, 1, 2])]
     with pytest.raises(DamagedImageError, match="2.tif"):
         list(Reading(0, skip_damaged=False, device=torch.device("cpu")).reader(train, plans))
-    with pytest.warns(UserWarning, match="row 1 is left out: .*2.tif"):
+    with pytest.warns(UserWarning, match="sample 1 is left out: .*2.tif"):
         (batch,) = Reading(0, skip_damaged=True, device=torch.device("cpu")).reader(train, plans)
     assert batch.kept is not None and batch.kept.tolist() == [True, False, True]
-    assert torch.equal(batch.rows[0], batch.rows[1]) and np.array_equal(batch.rows[0, 0].numpy(), GREY)
+    assert torch.equal(batch.samples[0], batch.samples[1]) and np.array_equal(batch.samples[0, 0].numpy(), GREY)
 
 
 def test_an_image_of_an_unknown_mode_is_refused() -> None:

@@ -83,7 +83,7 @@ def test_alignment_marks_decisions_not_signs() -> None:
     for part in (
         "helpful (cosine ≥ 0.1)",
         "detrimental (cosine < 0.1)",
-        "no rows of this pair",
+        "no samples of this pair",
         "digit 1",
         "gradmix-class",
     ):
@@ -106,7 +106,7 @@ def test_alignment_without_spread(cosine: np.ndarray, tmp_path: Path) -> None:
 
 
 def test_key_names_only_what_is_there() -> None:
-    assert "no rows" not in texts(plots.alignment(with_table(np.array([[0.1, -0.1], [0.2, 0.3]]))))
+    assert "no samples" not in texts(plots.alignment(with_table(np.array([[0.1, -0.1], [0.2, 0.3]]))))
 
 
 def test_alignment_needs_a_table() -> None:

@@ -320,7 +320,7 @@ def test_it_makes_no_difference_where_kept_rows_lie(
 def test_kept_rows_leave_out_what_needs_all_rows_at_hand(changes: dict[str, Any], folder: Path) -> None:
     config = config_of(folder, **changes)
     config = replace(config, replay=replace(config.replay, storage="memory"))
-    with pytest.raises(ValueError, match="replay.storage: got rows that are read from files and kept, with"):
+    with pytest.raises(ValueError, match="replay.storage: got samples that are read from files and kept, with"):
         train_one(config, "er", 0)
 
 

@@ -18,6 +18,7 @@ from matplotlib.collections import PathCollection
 from small_pictures import draw_small_pictures
 from synthetic_runs import make_result
 
+from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import figures, plots, report
 from gradmix.training.reports.saving import save_run
 from gradmix.training.reports.significance import holm
@@ -49,7 +50,7 @@ def made(text: str, folder: Path, skip: tuple[tuple[str, int], ...] = (), seeds:
         if (run.arm, run.seed) not in skip:
             result = make_result(run.method, run.seed, level=levels.get(run.method, 0.7) + 0.001 * (number % 7))
             save_run(replace(result, config=run.config), folder / run.folder, pictures=False)
-    return report.collect(experiment, runs, folder)
+    return of_arms.collect(experiment, runs, folder)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ class Page(HTMLParser):
 
 
 def test_figures(values: dict[str, Any]) -> None:
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert [row.arm for row in rows] == ["mixup", "er", "gradmix"], "as the specification has them"
     by_arm = {row.arm: row for row in rows}
     for name in METRIC_LABELS:
@@ -138,11 +139,13 @@ def test_a_file_older_than_a_metric_is_read(values: dict[str, Any], tmp_path: Pa
         del run["metrics"]["learning_accuracy"]
     file = tmp_path / "results.json"
     file.write_text(json.dumps(old))
-    read = report.from_results(file)
-    rows, differences = report.summarise(read)
+    read = of_arms.from_results(file)
+    rows, differences = of_arms.summarise(read)
     assert all(math.isnan(row.metrics["learning_accuracy"].mean) for row in rows)
-    assert [row.metrics["forgetting"] for row in rows] == [r.metrics["forgetting"] for r in report.summarise(values)[0]]
-    assert [d.p for d in differences] == [d.p for d in report.summarise(values)[1]]
+    assert [row.metrics["forgetting"] for row in rows] == [
+        r.metrics["forgetting"] for r in of_arms.summarise(values)[0]
+    ]
+    assert [d.p for d in differences] == [d.p for d in of_arms.summarise(values)[1]]
     report.to_html(read)
 
 
@@ -153,7 +156,7 @@ def test_both_renderings_have_the_same_tables(values: dict[str, Any], html: str)
     plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells if not row[0].startswith("---")]
     assert plain == [row for table in page.tables for row in table]
     header, first = page.tables[0][:2]
-    assert header == ["arm", *(METRIC_LABELS[name] for name in report.SHOWN), "rows mixed", "seeds"]
+    assert header == ["arm", *(METRIC_LABELS[name] for name in report.SHOWN), "samples mixed", "seeds"]
     mean, std, half = mean_interval([r["metrics"]["average_accuracy"] for r in values["runs"] if r["arm"] == "mixup"])
     assert first[:2] == ["mixup", f"{mean:.3f} ± {std:.3f} [{mean - half:.3f}, {mean + half:.3f}]"] and first[-2:] == [
         "-",
@@ -198,8 +201,8 @@ def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path)
         environment = {"device": device, RUNS_AT_A_TIME: 2}
         made = replace(result, config=run.config, timing=timing, environment=environment)
         save_run(made, tmp_path / run.folder, pictures=False)
-    values = report.collect(experiment, runs, tmp_path)
-    ((row,), _) = report.summarise(values)
+    values = of_arms.collect(experiment, runs, tmp_path)
+    ((row,), _) = of_arms.summarise(values)
     assert row.step_ms == pytest.approx(3.0), "one disturbed run moves a mean, not the median"
     assert row.step_range == pytest.approx((1.0, 90.0)) and row.shares["data"] == pytest.approx(1 / 3)
     assert row.peak_memory == memory * 2**20
@@ -223,7 +226,7 @@ def test_the_findings_come_first(values: dict[str, Any]) -> None:
     text = report.to_markdown(values)
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert heads[:2] == ["## What the figures say", "## Results"]
-    _, differences = report.summarise(values)
+    _, differences = of_arms.summarise(values)
     told = sum(d.holm < 0.05 for d in differences)
     assert told and len(re.findall(r"^- \w+ is (?:above|below) ", text, re.M)) >= told
 
@@ -256,7 +259,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
     page = Page(report.to_html(values))
     assert "4 of 9 runs are missing" in page.text
     assert "er, seed 1: not begun" in page.text and "mixup, seed 2: not begun" in page.text
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert [(row.arm, len(row.runs)) for row in rows] == [("er", 2), ("gradmix", 3)]
     assert [(d.label, d.seeds) for d in differences] == [("gradmix − er", (0, 2))], "paired over the seeds they share"
 
@@ -264,7 +267,7 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
 def test_failures_are_told(tmp_path: Path) -> None:
     experiment = from_yaml(TEXT, "table")
     runs = experiment.runs()
-    values = report.collect(experiment, runs, tmp_path, failed=[(runs[1], "out of memory")], command="make it")
+    values = of_arms.collect(experiment, runs, tmp_path, failed=[(runs[1], "out of memory")], command="make it")
     text = report.to_markdown(values)
     assert "er, seed 0: failed: out of memory" in text and "No run is complete" in text and "make it" in text
     Page(report.to_html(values))
@@ -294,7 +297,7 @@ def test_varied_settings(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         draw_small_pictures(monkeypatch)
     values = made(text, tmp_path, skip=(("er", 0),))
     experiment = from_yaml(text, "table")
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert len(rows) == 3 * len(experiment.points) and len(differences) == len(rows)
     assert all(len(d.seeds) == (2 if "er" in (d.arm, d.minus) else 3) for d in differences)
     page = Page(report.to_html(values))
@@ -312,15 +315,15 @@ def test_thirty_arms_stay_readable(tmp_path: Path) -> None:
     values = made(text, tmp_path)
     page = Page(report.to_html(values))
     assert len(page.tables[0]) == 31
-    figures = {p.name: p.drawing() for p in report.pictures(values, *report.summarise(values))}
+    figures = {p.name: p.drawing() for p in report.pictures(values, *of_arms.summarise(values))}
     assert float(figures["average_accuracy"].get_figheight()) > 8
     lines = {line.get_label() for line in figures["after_tasks"].axes[0].lines}
     assert lines == {f"arm number {k}" for k in range(4)}, "only those that are compared"
     shown = [t.get_text() for t in figures["after_tasks"].axes[0].texts]
     assert len(shown) == 4 and all(re.fullmatch(r"arm number \d  0\.\d{3}", text) for text in shown)
     many = ", ".join(f"[arm number {2 * k}, arm number {2 * k + 1}]" for k in range(6))
-    values = report.collect(from_yaml(text.replace(pairs, many), "table"), (), tmp_path) | {"runs": values["runs"]}
-    rows, _ = report.summarise(values)
+    values = of_arms.collect(from_yaml(text.replace(pairs, many), "table"), (), tmp_path) | {"runs": values["runs"]}
+    rows, _ = of_arms.summarise(values)
     assert list(report._lines(values, rows)) == [f"arm number {k}" for k in range(8)], "the first eight, not none"
 
 
@@ -331,11 +334,11 @@ def test_written_and_made_again(values: dict[str, Any], tmp_path: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert all(f"({name})" in text for name in names if name.endswith(".svg"))
     stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows, differences = report.summarise(values)
+    rows, differences = of_arms.summarise(values)
     assert stored["summary"]["rows"][0]["metrics"]["forgetting"]["mean"] == rows[0].metrics["forgetting"].mean
     assert stored["summary"]["differences"][0]["p_holm"] == differences[0].holm
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    again = report.write(report.from_results(folder / "results.json"), tmp_path / "again")
+    again = report.write(of_arms.from_results(folder / "results.json"), tmp_path / "again")
     assert {p.name: p.read_bytes() for p in again.iterdir()} == before, "from the JSON alone, to the byte"
     (folder / "varied.svg").write_text("an earlier report's")
     report.write(values, folder)
@@ -359,10 +362,10 @@ def test_damaged_results(damage: Any, said: str, values: dict[str, Any], tmp_pat
     path = tmp_path / "results.json"
     path.write_text(found if isinstance(found, str) else json.dumps(found))
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        report.from_results(path)
+        of_arms.from_results(path)
     assert str(caught.value).startswith(str(path))
     with pytest.raises(FileNotFoundError, match="absent"):
-        report.from_results(tmp_path / "absent.json")
+        of_arms.from_results(tmp_path / "absent.json")
 
 
 @pytest.mark.usefixtures("small_pictures")
@@ -373,7 +376,7 @@ def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
         result = make_result(run.method, run.seed, tasks=1)
         assert math.isnan(metric_values(result)["forgetting"])
         save_run(replace(result, config=run.config), tmp_path / run.folder, pictures=False)
-    page = Page(report.to_html(report.collect(experiment, runs, tmp_path)))
+    page = Page(report.to_html(of_arms.collect(experiment, runs, tmp_path)))
     assert [row[3] for row in page.tables[0][1:]] == ["-", "-"]
 
 
@@ -406,7 +409,7 @@ def test_svg_is_the_same_each_time() -> None:
 
 
 def test_published_figures_are_starred(values: dict[str, Any]) -> None:
-    figure = next(report.pictures(values, *report.summarise(values))).drawing()
+    figure = next(report.pictures(values, *of_arms.summarise(values))).drawing()
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     stars = [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets()) == 1]
     assert [tuple(np.asarray(star.get_offsets())[0]) for star in stars] == [(0.896, labels.index("mixup"))]

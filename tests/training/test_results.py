@@ -208,7 +208,7 @@ def test_json(value: Any, text: str) -> None:
     ("changes", "expected"),
     [
         ({"accuracy": np.zeros((2, 3))}, "accuracy: expected shape"),
-        ({"status": "done"}, "status: expected"),
+        ({"status": "done"}, "status: got 'done', expected"),
         ({"mixed_share": (0.5,)}, "mixed_share: expected one value"),
     ],
 )

@@ -34,13 +34,13 @@ STEPS_PER_TASK = EPOCHS * STEPS_PER_EPOCH
 STEPS = TASKS * STEPS_PER_TASK
 OPTIM = OptimConfig(epochs=EPOCHS, batch=BATCH, lr=0.05, momentum=0.9, weight_decay=1e-4, lr_milestones=(0.5,))
 BASE = TrainConfig(
-    data=DataConfig(tasks=TASKS, rows_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
+    data=DataConfig(tasks=TASKS, samples_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
 )
 
 
 @pytest.fixture(scope="module")
 def stream() -> TaskStream:
-    return make_stream("split-digits", tasks=TASKS, rows_per_class=ROWS)
+    return make_stream("split-digits", tasks=TASKS, samples_per_class=ROWS)
 
 
 def assert_goes_on_to_the_bit(
@@ -245,16 +245,15 @@ def test_a_full_disk_ends_the_run_and_the_previous_checkpoint_goes_on(
     stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.pt"
-    write = os.write
+    write = Path.write_bytes
 
-    def until_full(descriptor: int, data: memoryview) -> int:
-        # Each checkpoint is written in one piece as long as there is room.
+    def until_full(path: Path, data: bytes) -> int:
         if not room.pop():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
+        return write(path, data)
 
     room = [False, *[True] * 9]
-    monkeypatch.setattr(os, "write", until_full)
+    monkeypatch.setattr(Path, "write_bytes", until_full)
     with pytest.raises(
         CheckpointError, match=r"run\.pt: .*\(No space left on device\); the previous checkpoint is int"
     ):

@@ -41,13 +41,13 @@ def with_a_fault(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_at_hand_is_named(side: str, value: float) -> None:
     rows: dict[str, Any] = {"train": (X, Y), "test": (X, Y)} | {side: (with_a_fault(value), Y)}
-    with pytest.raises(ValueError, match=rf"^{side}: row 17 holds NaN, an infinity or .* expected finite numbers$"):
+    with pytest.raises(ValueError, match=rf"^{side}: sample 17 holds NaN, an infinity or .* expected finite numbers$"):
         class_incremental(**rows)
 
 
 @pytest.mark.parametrize("value", [1e39, -1e300])
 def test_numbers_that_the_model_would_see_as_infinite(value: float) -> None:
-    with pytest.raises(ValueError, match="train: row 17 holds .* a number beyond float32"):
+    with pytest.raises(ValueError, match="train: sample 17 holds .* a number beyond float32"):
         class_incremental((with_a_fault(value, torch.float64).numpy(), Y), (X, Y))
 
 
@@ -56,14 +56,14 @@ def test_numbers_that_the_model_would_see_as_infinite(value: float) -> None:
 def test_an_item_is_named_when_it_is_read(side: str, method: str) -> None:
     rows: dict[str, Any] = {"train": Items(X, Y), "test": Items(X, Y)} | {side: Items(with_a_fault(float("nan")), Y)}
     stream = class_incremental(**rows)
-    with pytest.raises(DamagedImageError, match="row 17: holds NaN, an infinity or"):
+    with pytest.raises(DamagedImageError, match="sample 17: holds NaN, an infinity or"):
         train_one(CONFIG, method, 0, stream=stream)
 
 
 def test_an_item_may_be_left_out() -> None:
     stream = class_incremental(Items(with_a_fault(float("nan")), Y), Items(X, Y))
     config = replace(CONFIG, data=replace(CONFIG.data, skip_damaged=True))
-    with pytest.warns(UserWarning, match="row 17: holds NaN"):
+    with pytest.warns(UserWarning, match="sample 17: holds NaN"):
         assert train_one(config, "er", 0, stream=stream).status == "complete"
 
 

@@ -26,7 +26,7 @@ TINY = """
 title: Tiny
 seeds: [0, 1]
 base:
-  data: {benchmark: split-digits, tasks: 2, rows_per_class: 30}
+  data: {benchmark: split-digits, tasks: 2, samples_per_class: 30}
   optim: {epochs: 1}
   threads: 1
 arms: [{name: er, method: er}, {name: mixup, method: mixup}]

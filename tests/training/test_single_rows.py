@@ -14,7 +14,7 @@ from torch import nn
 
 from gradmix.training.config import DataConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.trainer import Progress, train_one
-from gradmix.training.models.single_sample import serve_single_rows
+from gradmix.training.models.single_sample import serve_single_samples
 from gradmix.training.streams import TaskStream, class_incremental
 
 
@@ -109,7 +109,7 @@ def test_a_run_left_before_its_single_row_goes_on_to_the_bit(tmp_path: Path) -> 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d])
 def test_a_single_row_is_normalised_by_the_running_statistics(layer: Any) -> None:
     model = layer(3)
-    serve_single_rows(model)
+    serve_single_samples(model)
     shape = (1, 3) if layer is nn.BatchNorm1d else (1, 3, 1, 1)
     model(torch.randn(8, *shape[1:], generator=torch.Generator().manual_seed(0)) * 3 + 1)
     mean, variance = model.running_mean.clone(), model.running_var.clone()
@@ -125,7 +125,7 @@ def test_a_single_row_is_normalised_by_the_running_statistics(layer: Any) -> Non
 
 def test_without_running_statistics_the_bias_is_left() -> None:
     model = nn.BatchNorm1d(3, track_running_stats=False)
-    serve_single_rows(model)
+    serve_single_samples(model)
     with torch.no_grad():
         model.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
     for training in (True, False):
@@ -148,14 +148,14 @@ def test_no_other_pass_changes(layer: nn.Module, x: torch.Tensor) -> None:
     state = {name: value.clone() for name, value in layer.state_dict().items()}
     for module in layer.modules():
         module.reset_running_stats()  # type: ignore[operator]
-    serve_single_rows(layer)
+    serve_single_samples(layer)
     assert torch.equal(layer(x), expected)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
 
 
 def test_an_error_leaves_the_layer_in_training() -> None:
     model = nn.BatchNorm1d(3)
-    serve_single_rows(model)
+    serve_single_samples(model)
     with pytest.raises(RuntimeError):
         model(torch.ones(1, 4))
     assert model.training

@@ -36,7 +36,7 @@ from gradmix.training.loop import sampler
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.run import Run
 from gradmix.training.loop.trainer import Progress, resolved_config, train_one
-from gradmix.training.methods import METHODS, Context, Passes, StepRows
+from gradmix.training.methods import METHODS, Context, Passes, StepSamples
 from gradmix.training.models import build_model
 from gradmix.training.runs.experiments import content_hash
 from gradmix.training.streams import TaskStream, class_incremental
@@ -273,13 +273,13 @@ def test_a_given_stream_fills_what_is_left_open(stream: TaskStream) -> None:
     with pytest.raises(ValueError, match="data.benchmark: got 'stream:mine', which stands for a stream that was given"):
         stream_of(resolved.data)
     # A benchmark's own stream is still the benchmark's.
-    digits = make_stream("split-digits", rows_per_class=3, tasks=2)
+    digits = make_stream("split-digits", samples_per_class=3, tasks=2)
     assert resolve(TrainConfig(), digits).data.benchmark == "split-digits"
 
 
 FIELDS = {
     "data": {
-        "rows_per_class": 3, "classes_per_task": 2, "online": True, "blur": 0.25, "image_size": 32, "workers": 0,
+        "samples_per_class": 3, "classes_per_task": 2, "online": True, "blur": 0.25, "image_size": 32, "workers": 0,
         "skip_damaged": True, "tasks": 2,
     },
     "optim": {"compile": True, "accumulate": 2, "growing_head": True, "model": "own.things:Net", "amp": "fp16"},
@@ -347,23 +347,23 @@ def test_what_is_off_has_no_part_in_the_hash_of_a_run() -> None:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[StepRows]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[StepSamples]:
     """The rows of every step."""
-    steps: list[StepRows] = []
-    rows = sampler.ResidentSampler.rows
+    steps: list[StepSamples] = []
+    rows = sampler.ResidentSampler.samples
 
-    def note(self: Any) -> StepRows:
+    def note(self: Any) -> StepSamples:
         steps.append(rows(self))
         return steps[-1]
 
-    monkeypatch.setattr(sampler.ResidentSampler, "rows", note)
+    monkeypatch.setattr(sampler.ResidentSampler, "samples", note)
     return steps
 
 
 @pytest.mark.parametrize("blur", [None, 0.3])
 @pytest.mark.parametrize("method", ["er", "gradmix-sample", "der++"])
 def test_online_every_row_is_seen_once_and_then_kept(
-    method: str, blur: float | None, stream: TaskStream, made: list[Any], drawn: list[StepRows]
+    method: str, blur: float | None, stream: TaskStream, made: list[Any], drawn: list[StepSamples]
 ) -> None:
     seen: list[int] = []
     config = replace(ONLINE, data=DataConfig(online=True, blur=blur))
@@ -385,7 +385,7 @@ def test_online_every_row_is_seen_once_and_then_kept(
     assert sorted(made[0].buffer.classes) == labels
 
 
-def test_online_in_the_order_of_a_blurred_stream(stream: TaskStream, drawn: list[StepRows]) -> None:
+def test_online_in_the_order_of_a_blurred_stream(stream: TaskStream, drawn: list[StepSamples]) -> None:
     from gradmix.training.streams import blurred
 
     train_one(ONLINE, "er", 2, stream=stream)
@@ -394,7 +394,7 @@ def test_online_in_the_order_of_a_blurred_stream(stream: TaskStream, drawn: list
 
 
 def test_online_the_head_grows_inside_a_task_and_the_optimiser_goes_on(
-    stream: TaskStream, made: list[Any], drawn: list[StepRows]
+    stream: TaskStream, made: list[Any], drawn: list[StepSamples]
 ) -> None:
     widths, optimisers, moments = [], [], []
 
@@ -441,7 +441,7 @@ def test_online_the_reference_gradient_follows_the_stream(stream: TaskStream, ma
     whole = replace(one_head, mix=MixConfig(reference="buffer"))
     by_sample = refreshes("gradmix-sample", whole, stream, made)
     assert np.diff(by_sample).tolist() == [1] * (len(by_sample) - 1)
-    assert set(refreshes("gradmix-sample", one_head, stream, made)) == {0}, "made of the step's own rows"
+    assert set(refreshes("gradmix-sample", one_head, stream, made)) == {0}, "made of the step's own samples"
     often = refreshes("gradmix-class", replace(one_head, mix=MixConfig(refresh=3)), stream, made)
     assert all(later > earlier for earlier, later in zip(often, often[3:], strict=False))
 
@@ -480,12 +480,12 @@ def test_a_blurred_stream_in_epochs_goes_on_to_the_bit(stream: TaskStream, tmp_p
 # ------------------------------------------------------------------------------------------------- several passes
 
 
-def step_of(n: int = 11, replayed: int = 4, seed: int = 0) -> StepRows:
+def step_of(n: int = 11, replayed: int = 4, seed: int = 0) -> StepSamples:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, WIDTH, generator=generator, dtype=torch.float64)
     y = torch.randint(CLASSES, (n,), generator=generator)
     weight = torch.rand(n, generator=generator, dtype=torch.float64)
-    return StepRows(x, y, weight, replayed=torch.arange(n) >= n - replayed)
+    return StepSamples(x, y, weight, replayed=torch.arange(n) >= n - replayed)
 
 
 def context_of(accumulate: int, mix: MixConfig) -> Context:
@@ -552,7 +552,7 @@ def test_runs_of_several_passes_are_complete(method: str, stream: TaskStream) ->
     config = replace(BASE, optim=replace(OPTIM, accumulate=3))
     one, three = train_one(BASE, method, 0, stream=stream), train_one(config, method, 0, stream=stream)
     assert one.timing.steps == three.timing.steps
-    np.testing.assert_allclose(one.accuracy, three.accuracy, atol=0.051, err_msg="one row of twenty may fall otherwise")
+    np.testing.assert_allclose(one.accuracy, three.accuracy, atol=0.051, err_msg="one of twenty may fall otherwise")
 
 
 # --------------------------------------------------------------------------------- the reference of replayed rows
@@ -656,7 +656,7 @@ def test_what_cannot_be_mixed_so_is_refused(case: str) -> None:
 def test_texts_given_as_they_are_cannot_be_mixed_at_the_input(texts: TaskStream) -> None:
     stream = replace(texts, protocol=replace(texts.protocol, space=None), name="own texts")
     for method in ("mixup", "gradmix-sample", "manifold-mixup"):
-        with pytest.raises(TypeError, match=r"x: got rows of dtype torch.int64, .* or mix.space: embedding or feature"):
+        with pytest.raises(TypeError, match=r"x: got samples of dtype torch.int64, .* mix.space: embedding or feature"):
             train_one(replace(BASE, optim=OptimConfig(epochs=1)), method, 0, stream=stream)
 
 

@@ -174,8 +174,8 @@ REFUSED_ROWS = {
     "label vectors": ((torch.zeros(2, 1), torch.zeros(2, 3).long()), None, ValueError, "shape (2, 3), expected (2,)"),
     "too few labels": ((torch.zeros(2, 1), torch.zeros(1).long()), None, ValueError, "shape (1,), expected (2,)"),
     "a negative label": ((torch.zeros(2, 1), torch.tensor([0, -1])), None, ValueError, "got the label -1, expected"),
-    "no rows": ((torch.zeros(0, 1), torch.zeros(0).long()), None, ValueError, "data: got no rows"),
-    "no items": (Items([], []), None, ValueError, "data: got no rows"),
+    "no samples": ((torch.zeros(0, 1), torch.zeros(0).long()), None, ValueError, "data: got no samples"),
+    "no items": (Items([], []), None, ValueError, "data: got no samples"),
     "names for labels": (Items([1.0, 2.0], ["cat", "dog"]), None, TypeError, "data: got labels of dtype"),
     "given labels too few": (Items([1.0, 2.0], None), [1], ValueError, "shape (1,), expected (2,)"),
 }
@@ -189,7 +189,7 @@ def test_what_is_no_data_set_is_refused(case: str) -> None:
 
 
 def test_an_input_of_another_kind_is_refused_when_it_is_read() -> None:
-    with pytest.raises(TypeError, match="row 1: got an input of type str, expected a tensor, an array or a Pillow"):
+    with pytest.raises(TypeError, match="sample 1: got an input of type str, expected a tensor, an array or a Pillow"):
         Inputs([(torch.zeros(1), 0), ("text", 1)])[1]
 
 
@@ -241,7 +241,7 @@ REFUSED_GROUPS = {
     "an empty task": ({"classes_per_task": [5, 0]}, "classes_per_task: got [5, 0], expected positive numbers"),
     "no numbers": ({"classes_per_task": []}, "classes_per_task: got [], expected positive numbers"),
     "validation": ({"validation": 1.0}, "validation: got 1.0, expected a share in [0, 1)"),
-    "rows": ({"rows_per_class": 0}, "rows_per_class: got 0, expected at least 1"),
+    "rows": ({"samples_per_class": 0}, "samples_per_class: got 0, expected at least 1"),
     "names": ({"class_names": ["a"] * 40}, "class_names: got 40 names, expected one for each label up to 40"),
 }
 
@@ -275,25 +275,25 @@ def test_names_are_found_in_the_data_set(attribute: str) -> None:
 
 
 def test_classes_that_are_on_one_side_only_are_named() -> None:
-    with pytest.raises(ValueError, match=re.escape("test rows of label 41, of which there are no training rows")):
+    with pytest.raises(ValueError, match=re.escape("test samples of label 41, of which there are no training samples")):
         class_incremental(TRAIN, rows(torch.tensor([*ORIGINALS, 41])))
-    with pytest.raises(ValueError, match=re.escape("test rows of label 8, of which there are no training rows")):
+    with pytest.raises(ValueError, match=re.escape("test samples of label 8, of which there are no training samples")):
         class_incremental(TRAIN, rows(torch.tensor([*ORIGINALS, 8])))
-    with pytest.raises(ValueError, match=re.escape("custom: no test rows of class 7, 40")):
+    with pytest.raises(ValueError, match=re.escape("custom: no test samples of class 7, 40")):
         class_incremental(TRAIN, rows(torch.tensor([3, 11, 20])))
 
 
 def test_validation_takes_the_place_of_the_test_rows() -> None:
-    stream = class_incremental(TRAIN, rows(torch.tensor([99])), validation=0.5, rows_per_class=1)
+    stream = class_incremental(TRAIN, rows(torch.tensor([99])), validation=0.5, samples_per_class=1)
     held, kept = whole(stream, "test"), whole(stream, "train")
-    assert not set(held[0]) & set(kept[0]) and max(held[0]) < len(LABELS), "the test rows are not used"
-    assert sorted(kept[1]) == ORIGINALS, "one row of each class"
+    assert not set(held[0]) & set(kept[0]) and max(held[0]) < len(LABELS), "the test samples are not used"
+    assert sorted(kept[1]) == ORIGINALS, "one sample of each class"
     total = torch.bincount(LABELS)
     assert torch.bincount(torch.tensor(held[1])).tolist() == torch.floor(total * 0.5 + 0.5).long().tolist()
     for number, label in zip(*kept, strict=True):
         left = [row for row in range(len(LABELS)) if LABELS[row] == label and row not in held[0]]
         assert number == left[0], "the first one that is left"
-    with pytest.raises(ValueError, match="no validation rows of class 11, 40"):
+    with pytest.raises(ValueError, match="no validation samples of class 11, 40"):
         class_incremental(TRAIN, TEST, validation=0.2)
 
 
@@ -369,7 +369,7 @@ def test_every_row_arrives_once_where_boundaries_are_blurred(stored: bool) -> No
     assert numbers == whole(blurred(sharp, 0.7, 5))[0] != whole(blurred(sharp, 0.7, 6))[0]
     assert numbers != whole(blurred(sharp, 0.1, 5))[0]
     other = blurred(class_incremental(TRAIN, TEST, tasks=3, class_order_seed=1), 0.7, 5)
-    assert numbers == whole(other)[0], "rows that are read stand where rows in memory do"
+    assert numbers == whole(other)[0], "samples that are read stand where samples in memory do"
 
 
 def test_how_many_rows_stray(large: TaskStream) -> None:

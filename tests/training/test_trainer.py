@@ -22,7 +22,7 @@ from gradmix.training.loop.environment import pick_device
 from gradmix.training.loop.evaluation import evaluate
 from gradmix.training.loop.optimiser import make_optimiser, make_schedule
 from gradmix.training.loop.trainer import Progress, train_one
-from gradmix.training.methods import METHODS, Context, Method, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods import METHODS, Context, Method, Needs, StepSamples, weighted_cross_entropy
 from gradmix.training.models import build_model
 from gradmix.training.runs.metrics import average_accuracy
 from gradmix.training.runs.results import RunResult
@@ -103,13 +103,13 @@ def test_a_run_leaves_random_state_and_threads_alone(stream) -> None:
 class Spy(Method):
     """Notes the rows of every step and learns nothing."""
 
-    seen: list[StepRows]
+    seen: list[StepSamples]
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.parameter = next(context.model.parameters())
 
-    def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
+    def losses(self, rows: StepSamples) -> Iterator[torch.Tensor]:
         type(self).seen.append(rows)
         yield 0 * self.parameter.sum()
 
@@ -255,9 +255,9 @@ def method_context(mix: MixConfig, model: nn.Module, classes: int = 4) -> Contex
 
 
 @pytest.mark.parametrize("method", ["mixup", "gradmix-class", "gradmix-sample"])
-def test_originals_and_mixed_rows_have_half_the_weight_each(method: str) -> None:
+def test_originals_and_mixed_samples_have_half_the_weight_each(method: str) -> None:
     model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
-    rows = StepRows(x, y, torch.full((6,), 1 / 6))
+    rows = StepSamples(x, y, torch.full((6,), 1 / 6))
     both = METHODS[method](method_context(MixConfig(originals=True), model)).loss(rows)
     mixed = METHODS[method](method_context(MixConfig(), model)).loss(rows)
     torch.testing.assert_close(both, 0.5 * mixed + 0.5 * F.cross_entropy(model(x), y))
@@ -270,7 +270,7 @@ def test_originals_train_through_a_compiled_model(method: str) -> None:
     model = build_model("mlp", (1, 8, 8), 4)
     compiled = torch.compile(model, backend="eager")
     x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
-    rows = StepRows(x, y, torch.full((6,), 1 / 6))
+    rows = StepSamples(x, y, torch.full((6,), 1 / 6))
     losses = []
     for network in (model, compiled):
         context = method_context(MixConfig(originals=True), network)
@@ -283,7 +283,7 @@ def test_originals_train_through_a_compiled_model(method: str) -> None:
 def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
     x, y = torch.eye(5), torch.arange(5) % 4
     method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
-    mixed, labels = method.mixed(StepRows(x, y, torch.ones(5)), None)
+    mixed, labels = method.mixed(StepSamples(x, y, torch.ones(5)), None)
     lam = mixed.diagonal().min()
     partner = (mixed - lam * x).argmax(1)
     assert sorted(partner.tolist()) == list(range(5))
@@ -446,7 +446,7 @@ def test_methods_mix_with_fewer_candidates_than_rows(stream, method: str) -> Non
 def test_partners_from_fewer_candidates_are_drawn_one_by_one() -> None:
     method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
     candidates = 10 + torch.arange(3.0)[:, None].expand(3, 5), torch.tensor([3, 1, 2])
-    rows = StepRows(torch.zeros(300, 5), torch.zeros(300, dtype=torch.int64), torch.ones(300), candidates)
+    rows = StepSamples(torch.zeros(300, 5), torch.zeros(300, dtype=torch.int64), torch.ones(300), candidates)
     x, y = method.drawn_partners(rows)
     assert torch.equal(y, candidates[1][(x[:, 0] - 10).long()])
     counts = torch.bincount((x[:, 0] - 10).long(), minlength=3)
@@ -456,7 +456,7 @@ def test_partners_from_fewer_candidates_are_drawn_one_by_one() -> None:
 class Counting(Spy):
     """Notes the class counts and extra replayed rows that a method is given, and keeps something with the rows."""
 
-    def losses(self, rows: StepRows) -> Iterator[torch.Tensor]:
+    def losses(self, rows: StepSamples) -> Iterator[torch.Tensor]:
         replayed = self.context.draw_replayed()
         type(self).seen.append((self.context.counts.clone(), replayed, rows))
         yield 0 * self.parameter.sum()

@@ -132,7 +132,7 @@ def test_a_run_that_cannot_be_saved_keeps_its_checkpoint(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--rows-per-class", "20")
+    flags = ("--methods", "er", "--seeds", "0", "--epochs", "1", "--tasks", "2", "--samples-per-class", "20")
     real, full = getattr(os, step), []
 
     def fail(*args: Any) -> None:

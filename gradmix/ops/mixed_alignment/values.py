@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.dtypes import exact_dtype
+from gradmix.runtime.validation import check_choice
 
 Precision = Literal["ieee", "tf32x3", "tf32"]
 """Of the products in the Triton body: float32, or TF32 on the matrix units, in three products or one."""
@@ -75,8 +76,7 @@ def has_bias(features: Tensor, reference: Tensor) -> bool:
 
 def check_precision(precision: str) -> None:
     """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
+    check_choice("precision", precision, PRECISIONS)
 
 
 def check_features_and_logits(features: Tensor, logits: Tensor, suffix: str = "") -> None:

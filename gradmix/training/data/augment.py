@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gradmix.runtime.transfer import to_device_async
 
 Among = tuple[int, Tensor]
-"""Of how many rows some are, and the places ``(N,)`` int64 of these on the CPU: what is drawn is drawn for all."""
+"""Of how many images some are, and the places ``(N,)`` int64 of these on the CPU: what is drawn is drawn for all."""
 
 
 def random_crop_flip(
@@ -58,14 +58,14 @@ def random_crop_flip(
 
 TRIES = 10
 """Boxes drawn for every image, of which the first that fits is taken."""
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Least and greatest share of an image's area that a box has, and its least and greatest width over height."""
 
 
 def random_resized_crop_flip(
     x: Tensor,
     size: int,
     *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: torch.Generator | None = None,
     among: Among | None = None,
 ) -> Tensor:
@@ -79,8 +79,6 @@ def random_resized_crop_flip(
     Args:
         x: Images ``(N, C, H, W)`` of a floating dtype, on any device.
         size: Side of the result, in pixels, at least 1.
-        scale: Least and greatest share of the image's area.
-        ratio: Least and greatest width over height.
         generator: Source of randomness, on any device; ``None``: torch's global one on the CPU.
         among: As :func:`random_crop_flip`.
 
@@ -90,8 +88,7 @@ def random_resized_crop_flip(
 
     Raises:
         TypeError: ``x`` is not of a floating dtype.
-        ValueError: ``x`` does not have four dimensions or has images without pixels, ``size`` is less than 1, or
-            ``scale`` or ``ratio`` is not an interval of positive numbers (up to 1, for ``scale``).
+        ValueError: ``x`` does not have four dimensions or has images without pixels, or ``size`` is less than 1.
     """
     _check_images(x)
     if not x.is_floating_point():
@@ -100,7 +97,7 @@ def random_resized_crop_flip(
         raise ValueError(f"size: got {size}, expected at least 1")
     n, channels, height, width = x.shape
     total = n if among is None else among[0]
-    boxes = random_boxes(total, height, width, scale=scale, ratio=ratio, generator=generator)
+    boxes = random_boxes(total, height, width, generator)
     boxes = to_device_async(boxes if among is None else boxes[:, among[1]], x.device)
     if n == 0 or channels == 0:  # which grid_sample refuses
         return x.new_empty((n, channels, size, size))
@@ -117,55 +114,40 @@ def random_resized_crop_flip(
     return result.to(x.dtype)
 
 
-def random_boxes(
-    n: int,
-    height: int,
-    width: int,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def random_boxes(n: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
     """Boxes within an image, by a share of its area and a ratio of sides.
 
-    Area uniform in ``scale``, the ratio's logarithm uniform, sides rounded to whole pixels, and then a uniform place. A
-    box whose sides do not fit into the image is drawn again, up to ten times in all (:data:`TRIES`; all are drawn at
-    once for all rows, and the first that fits is taken). For a row without any, which occurs in oblong images, it is
-    the largest box in the middle whose ratio is within bounds. So does torchvision; the stream of random numbers is
-    another. On a generator of one kind of device the boxes are the same wherever the images lie.
+    Area uniform in :data:`SCALE`, the logarithm of the :data:`RATIO` uniform, sides rounded to whole pixels, and then a
+    uniform place. A box whose sides do not fit into the image is drawn again, up to ten times in all (:data:`TRIES`;
+    all are drawn at once for all samples, and the first that fits is taken). For a sample without any, which occurs in
+    oblong images, it is the largest box in the middle whose ratio is within bounds. So does torchvision; the stream of
+    random numbers is another. On a generator of one kind of device the boxes are the same wherever the images lie.
 
     Args:
         n: Number of boxes.
         height: Height of the image, in pixels, at least 1.
         width: Its width.
-        scale: Least and greatest share of the image's area.
-        ratio: Least and greatest width over height.
         generator: Source of randomness, on any device; ``None``: torch's global one on the CPU.
 
     Returns:
         ``(5, n)`` int64 on the generator's device: top, left, height, width, and whether to mirror (0 or 1).
 
     Raises:
-        ValueError: ``height`` or ``width`` is less than 1, or ``scale`` or ``ratio`` is no interval of positive numbers
-            (up to 1, for ``scale``).
+        ValueError: ``height`` or ``width`` is less than 1.
     """
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 1:
             raise ValueError(f"{name}: got {pixels}, expected at least 1")
-    for name, (low, high), most in (("scale", scale, 1.0), ("ratio", ratio, math.inf)):
-        if not (0 < low <= high <= most and math.isfinite(high)):
-            bound = ", at most 1" if most == 1 else ""
-            raise ValueError(f"{name}: got ({low}, {high}), expected two positive numbers in order{bound}")
     source = torch.device("cpu") if generator is None else generator.device
     draws = torch.rand(2 * TRIES + 3, n, generator=generator, device=source, dtype=torch.float64)
-    area = (scale[0] + draws[:TRIES] * (scale[1] - scale[0])) * (height * width)
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (SCALE[0] + draws[:TRIES] * (SCALE[1] - SCALE[0])) * (height * width)
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
     root = torch.exp((low + draws[TRIES : 2 * TRIES] * (high - low)) / 2)  # of the ratio
     rows, columns = (area.sqrt() / root).round().long(), (area.sqrt() * root).round().long()
     fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
     first = fits.int().argmax(0, keepdim=True)
     rows, columns, fits = (table.gather(0, first).squeeze(0) for table in (rows, columns, fits))
-    whole = min(max(width / height, ratio[0]), ratio[1])
+    whole = min(max(width / height, RATIO[0]), RATIO[1])
     largest = (min(height, max(1, round(width / whole))), min(width, max(1, round(height * whole))))
     rows, columns = torch.where(fits, rows, largest[0]), torch.where(fits, columns, largest[1])
     above, before, mirrored = draws[2 * TRIES :]

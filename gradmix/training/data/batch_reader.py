@@ -1,4 +1,4 @@
-"""Batches read by worker processes, in the order planned: rows are decoded while the device computes."""
+"""Batches read by worker processes, in the order planned: samples are decoded while the device computes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Tensor:
-        """The row, ``(...)``; :class:`~gradmix.training.data.image_files.DamagedImageError` if it cannot be had."""
+        """The sample, ``(...)``; :class:`~gradmix.training.data.image_files.DamagedImageError` if it cannot be had."""
         ...
 
 
 class ReadBatch(NamedTuple):
-    """The rows of one plan.
+    """The samples of one plan.
 
     Args:
-        rows: ``(m, ...)``, in the plan's order; ``m`` is the plan's length ``n`` unless damaged rows were left out.
+        samples: ``(m, ...)``, in the plan's order; ``m`` is the plan's length ``n`` unless damaged samples were left
+            out.
         kept: ``(n,)`` bool, which places of the plan came; None: all.
     """
 
-    rows: Tensor
+    samples: Tensor
     kept: Tensor | None
 
 
 class BatchReader:
-    """Reads the rows of one plan after the other, ahead of their use, in worker processes.
+    """Reads the samples of one plan after the other, ahead of their use, in worker processes.
 
     Batches come strictly in the order of the plans and are the same whatever ``workers`` is. Plans are pulled from
     their iterator in this process, when a worker is about to need them: up to ``workers * prefetch`` lie ahead of the
@@ -57,17 +58,17 @@ class BatchReader:
     They end with this process, within seconds also if that is killed.
 
     >>> reader = BatchReader(torch.arange(6.0), [torch.tensor([5, 0]), torch.tensor([2])])
-    >>> [batch.rows.tolist() for batch in reader]
+    >>> [batch.samples.tolist() for batch in reader]
     [[5.0, 0.0], [2.0]]
 
     Args:
-        items: A map-style data set whose rows are tensors; picklable if processes are not forked.
-        plans: The rows of each batch, 1-D int64 tensors of indices into ``items``, finite or not.
-        workers: Worker processes; 0: rows are read in this process, when they are asked for.
-        pin_memory: Whether rows lie in page-locked memory, from which copies to a GPU need not be waited for. Without
-            CUDA they never do.
+        items: A map-style data set whose samples are tensors; picklable if processes are not forked.
+        plans: The samples of each batch, 1-D int64 tensors of indices into ``items``, finite or not.
+        workers: Worker processes; 0: samples are read in this process, when they are asked for.
+        pin_memory: Whether samples lie in page-locked memory, from which copies to a GPU need not be waited for.
+            Without CUDA they never do.
         on_damage: What a :class:`~gradmix.training.data.image_files.DamagedImageError` does: ``stop`` the reading, or
-            ``skip`` the row, which is then named in a warning when it first occurs, and in :attr:`damaged`.
+            ``skip`` the sample, which is then named in a warning when it first occurs, and in :attr:`damaged`.
         prefetch: Batches in the making for each worker, at least 1.
 
     Raises:
@@ -93,16 +94,16 @@ class BatchReader:
         if not hasattr(items, "__len__"):
             raise TypeError(f"items: got {type(items).__name__}, expected a map-style data set, with a length")
         self.damaged: dict[int, str] = {}
-        """Index and fault of every row left out so far."""
+        """Index and fault of every sample left out so far."""
         self.seconds_waiting = 0.0
         """Seconds for which a batch was waited for, summed over all batches, the start of the workers included."""
-        self._rows = _Rows(items, skip=on_damage == "skip")
+        self._samples = _Samples(items, skip=on_damage == "skip")
         self._plans = iter(plans)
         self._ahead: deque[list[int]] = deque()  # plans pulled whose batches have not been yielded
         self._failure: Exception | None = None  # of the plans, to be raised in its turn
         self._workers, self._prefetch = workers, prefetch
         self._pin = pin_memory and torch.cuda.is_available()
-        self._like: Tensor | None = None  # no rows, of the shape and dtype of those that came last
+        self._like: Tensor | None = None  # no samples, of the shape and dtype of those that came last
         # Weak, so that a loop's end, however it comes about, drops the one reference and so stops the workers.
         self._reading: weakref.ref[Generator[ReadBatch, None, None]] | None = None
 
@@ -110,10 +111,11 @@ class BatchReader:
         """The batches from the first that was not yielded; an earlier iteration is closed.
 
         Raises:
-            DamagedImageError: A row is damaged, and ``on_damage`` is ``stop``; or all rows of the very first batch are.
+            DamagedImageError: A sample is damaged, and ``on_damage`` is ``stop``; or all samples of the very first
+                batch are.
             RuntimeError: A worker process died.
-            TypeError: A plan is no int64 tensor, or a row is no tensor.
-            ValueError: A plan is not 1-D or has an index out of range, or rows differ in shape.
+            TypeError: A plan is no int64 tensor, or a sample is no tensor.
+            ValueError: A plan is not 1-D or has an index out of range, or samples differ in shape.
         """
         self.close()
         reading = self._read()
@@ -139,7 +141,7 @@ class BatchReader:
         started = time.perf_counter()
         loader: Any = iter(
             DataLoader(
-                cast(Any, self._rows),  # a Dataset in all but name
+                cast(Any, self._samples),  # a Dataset in all but name
                 batch_sampler=cast(Any, self._handed_out()),  # without a length, which is not asked for
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch if self._workers else None,
@@ -165,7 +167,7 @@ class BatchReader:
                 except RuntimeError as error:
                     if str(error).startswith("DataLoader worker (pid"):
                         raise RuntimeError(
-                            f"a worker process that reads rows died ({str(error).strip().rstrip('.')}). If it was "
+                            f"a worker process that reads samples died ({str(error).strip().rstrip('.')}). If it was "
                             f"killed, the system may have run out of memory: try fewer workers (now {self._workers}) "
                             f"or a smaller prefetch (now {self._prefetch})"
                         ) from error
@@ -201,42 +203,42 @@ class BatchReader:
         if plan.dim() != 1:
             raise ValueError(f"plans: got a tensor of shape {tuple(plan.shape)}, expected one dimension")
         indices: list[int] = plan.tolist()  # a tensor would be sent by way of shared memory
-        wrong = [index for index in indices if not 0 <= index < len(self._rows)]
+        wrong = [index for index in indices if not 0 <= index < len(self._samples)]
         if wrong:
-            raise ValueError(f"plans: got index {wrong[0]}, expected 0 to {len(self._rows) - 1}")
+            raise ValueError(f"plans: got index {wrong[0]}, expected 0 to {len(self._samples) - 1}")
         return indices
 
     def _batch(self, part: _Part, plan: list[int]) -> ReadBatch:
         for index, fault in part.faults:
-            if not self._rows.skip:
+            if not self._samples.skip:
                 raise DamagedImageError(fault)
             if index not in self.damaged:
                 self.damaged[index] = fault
-                warnings.warn(f"row {index} is left out: {fault}", stacklevel=3)
-        rows = part.rows
-        if rows is None:
+                warnings.warn(f"sample {index} is left out: {fault}", stacklevel=3)
+        samples = part.samples
+        if samples is None:
             if self._like is None and not plan:
-                # Nothing was asked for: what a row is like is told by the first that can be read.
-                parts = (self._rows.__getitems__([index]) for index in range(len(self._rows)))
-                self._like = next((part.rows[:0] for part in parts if part.rows is not None), None)
+                # Nothing was asked for: what a sample is like is told by the first that can be read.
+                parts = (self._samples.__getitems__([index]) for index in range(len(self._samples)))
+                self._like = next((part.samples[:0] for part in parts if part.samples is not None), None)
             if self._like is None:
                 why = f"; the last one: {part.faults[-1][1]}" if part.faults else ""
-                raise DamagedImageError(f"the first batch has {len(plan)} rows, and none that can be read{why}")
-            rows = self._like.clone()
+                raise DamagedImageError(f"the first batch has {len(plan)} samples, and none that can be read{why}")
+            samples = self._like.clone()
         elif self._like is None:
-            self._like = rows.new_empty((0, *rows.shape[1:]))
-        return ReadBatch(rows, part.kept)
+            self._like = samples.new_empty((0, *samples.shape[1:]))
+        return ReadBatch(samples, part.kept)
 
 
 class _Part(NamedTuple):
-    """What a worker sends: the rows that came, if any did, and what was wrong with others."""
+    """What a worker sends: the samples that came, if any did, and what was wrong with others."""
 
-    rows: Tensor | None
+    samples: Tensor | None
     kept: Tensor | None
     faults: tuple[tuple[int, str], ...]
 
 
-class _Rows:
+class _Samples:
     """The items as a data loader takes them: many at a time, with faults as values.
 
     An exception raised in a worker would come with the worker's traceback as its message.
@@ -249,31 +251,31 @@ class _Rows:
         return len(self.items)
 
     def __getitems__(self, indices: list[int]) -> _Part:
-        rows: Tensor | None = None
+        samples: Tensor | None = None
         kept = torch.ones(len(indices), dtype=torch.bool)
         faults: list[tuple[int, str]] = []
         count = 0
         for place, index in enumerate(indices):
             try:
-                row = self.items[index]
+                sample = self.items[index]
             except DamagedImageError as error:
                 faults.append((index, str(error)))
                 if not self.skip:
                     break
                 kept[place] = False
                 continue
-            if not isinstance(row, Tensor):
-                raise TypeError(f"items: got {type(row).__name__} as row {index}, expected a tensor")
-            if rows is None:
-                rows = row.new_empty((len(indices), *row.shape))
-            elif row.shape != rows.shape[1:] or row.dtype != rows.dtype:
+            if not isinstance(sample, Tensor):
+                raise TypeError(f"items: got {type(sample).__name__} as sample {index}, expected a tensor")
+            if samples is None:
+                samples = sample.new_empty((len(indices), *sample.shape))
+            elif sample.shape != samples.shape[1:] or sample.dtype != samples.dtype:
                 raise ValueError(
-                    f"items: got row {index} of shape {tuple(row.shape)} and {row.dtype}, expected "
-                    f"{tuple(rows.shape[1:])} and {rows.dtype} as the batch's first row has"
+                    f"items: got sample {index} of shape {tuple(sample.shape)} and {sample.dtype}, expected "
+                    f"{tuple(samples.shape[1:])} and {samples.dtype} as the batch's first sample has"
                 )
-            rows[count] = row
+            samples[count] = sample
             count += 1
-        return _Part(None if rows is None else rows[:count], kept if faults else None, tuple(faults))
+        return _Part(None if samples is None else samples[:count], kept if faults else None, tuple(faults))
 
 
 def _as_it_is(part: _Part) -> _Part:
@@ -283,7 +285,7 @@ def _as_it_is(part: _Part) -> _Part:
 def _apart(parent: int, _worker: int) -> None:
     """Take a worker out of reach of signals to all processes of a command, as Ctrl-C and torchrun send them.
 
-    What becomes of a run is its own process's to say, which may need a few more rows to come to a place to stop. If
+    What becomes of a run is its own process's to say, which may need a few more samples to come to a place to stop. If
     that has ended by now, so does the worker: torch's watchdog looks only from now on whether the parent changes.
     """
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:

@@ -36,6 +36,10 @@ _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+_IDX_SETS = {
+    "MNIST": (_DIGIT_NAMES, MNIST_MEAN, MNIST_STD),
+    "FashionMNIST": (_FASHION_NAMES, FASHION_MEAN, FASHION_STD),
+}
 
 
 class DataError(ValueError):
@@ -109,8 +113,10 @@ def to_float(
 def load_digits() -> LabelledImages:
     """Read the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; values 0 to 16.
 
-    They come without a test set. Of every class, in the order of the data set, each fifth row (the 5th, 10th, ...) is a
-    test row: 1,442 training and 355 test rows. The rows of one writer stand together there, so writers occur in both.
+    They come without a test set. Of every class, in the order of the data set, each fifth (the 5th, 10th, ...) is a
+    test
+    sample: 1,442 training and 355 test samples. The samples of one writer stand together there, so writers occur in
+        both.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -151,9 +157,15 @@ def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") 
         FileNotFoundError: A file is missing.
         DataError: A file is damaged.
     """
-    if name == "MNIST":
-        return _load_idx(Path(data_dir), name, _DIGIT_NAMES, MNIST_MEAN, MNIST_STD, test)
-    return _load_idx(Path(data_dir), name, _FASHION_NAMES, FASHION_MEAN, FASHION_STD, test)
+    names, mean, std = _IDX_SETS[name]
+    folder = Path(data_dir) / name / "raw"
+    parts = ("train", "t10k") if test else ("train",)
+    stems = [f"{part}-{kind}" for part in parts for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
+    _require(paths, name, name, suffix="[.gz]")
+    train = _idx_samples(paths[0], paths[1], len(names))
+    held_out = _idx_samples(paths[2], paths[3], len(names)) if test else _none_of(train)
+    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
 
 
 load_fashion_mnist = partial(load_mnist, name="FashionMNIST")
@@ -192,7 +204,7 @@ DATASETS: dict[str, Callable[..., LabelledImages]] = {
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
-    """Place of every row among the rows of its own class, counted from 0 in the order given.
+    """Place of every sample among those of its own class, counted from 0 in the order given.
 
     Args:
         labels: ``(N,)`` integers.
@@ -283,25 +295,7 @@ def up_to(file: IO[bytes], count: int) -> bytearray:
     return found
 
 
-def _load_idx(
-    data_dir: Path,
-    folder_name: str,
-    names: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    test: bool,
-) -> LabelledImages:
-    folder = data_dir / folder_name / "raw"
-    parts = ("train", "t10k") if test else ("train",)
-    stems = [f"{part}-{kind}" for part in parts for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    paths = [next((p for p in (folder / s, folder / f"{s}.gz") if p.is_file()), folder / s) for s in stems]
-    _require(paths, folder_name, folder_name, suffix="[.gz]")
-    train = _idx_rows(paths[0], paths[1], len(names))
-    held_out = _idx_rows(paths[2], paths[3], len(names)) if test else _none_of(train)
-    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
-
-
-def _idx_rows(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:
+def _idx_samples(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tensor]:
     x, y = read_idx(x_path), read_idx(y_path)
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28) or len(x) == 0:
         raise DataError(f"{x_path}: holds {x.dtype} of shape {x.shape}, expected uint8 images (N, 28, 28)")
@@ -349,14 +343,14 @@ def _load_cifar(
     _require([*train, *([] if test is None else [test]), meta], f"CIFAR-{classes}", f"CIFAR{classes}")
     label_key, name_key = keys
     names = _class_names(meta, name_key, int(classes))
-    parts = [_cifar_rows(path, label_key, len(names)) for path in train]
+    parts = [_cifar_samples(path, label_key, len(names)) for path in train]
     train_x, train_y = (torch.cat(columns) for columns in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-    held_out = _none_of(parts[0]) if test is None else _cifar_rows(test, label_key, len(names))
+    held_out = _none_of(parts[0]) if test is None else _cifar_samples(test, label_key, len(names))
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if classes == "10" else (CIFAR100_MEAN, CIFAR100_STD)
     return LabelledImages(train_x, train_y, *held_out, class_names=names, mean=mean, std=std)
 
 
-def _cifar_rows(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tensor]:
+def _cifar_samples(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tensor]:
     content = read_pickle(path)
     for key in ("data", label_key):
         if key not in content:
@@ -382,9 +376,9 @@ def _cifar_rows(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tenso
     return images, _checked_labels(path, y, classes)
 
 
-def _none_of(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """No rows, of the shape and dtype of these."""
-    x, y = rows
+def _none_of(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """No samples, of the shape and dtype of these."""
+    x, y = samples
     return x[:0].clone(), y[:0].clone()
 
 

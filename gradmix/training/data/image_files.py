@@ -15,16 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmix._moved import moved
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import DataError
 from gradmix.training.data.pixels import eight_bits, pillow
-
-__getattr__ = moved(
-    __name__,
-    "gradmix.training.data.image_layouts",
-    {name: name for name in ("EXTENSIONS", "TINY_IMAGENET", "image_folder", "imagenet", "tiny_imagenet")},
-)
 
 _FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
 # What is decoded, whatever a file's name ends in. Pillow knows more: EPS it has run as a program, by Ghostscript.

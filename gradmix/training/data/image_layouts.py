@@ -289,12 +289,7 @@ def _walk(base: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
 
 def _images(folder: Path) -> list[str]:
     """Names of the images that lie in ``folder`` itself, in order."""
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-        )
+    return next(_walk(folder, ""))[1]
 
 
 def _labelled(base: Path, classes: Sequence[_Class], names: Sequence[str], size: int) -> ImageFiles:

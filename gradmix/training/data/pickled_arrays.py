@@ -2,21 +2,20 @@
 
 A pickle is a program: it names functions and has them called. Python's own reader, also one that admits numpy's
 functions alone, hands a file live objects: an array of objects over bytes of the file's choice ends the process. This
-one knows the few instructions that dictionaries, lists and plain arrays are written with. What a file names becomes a
-word out of a list of seven, which nothing calls; an array is made here, of a plain dtype, a shape and bytes that are
-at hand. Time and memory grow with the file's length: every array and text costs its bytes once, numbers are short, and
-lists and dictionaries few.
+one takes the instructions as :mod:`pickletools` reads them, and follows the few that dictionaries, lists and plain
+arrays are written with. What a file names becomes a word out of a list of seven, which nothing calls; an array is made
+here, of a plain dtype, a shape and bytes that are at hand. Time and memory grow with the file's length: every array and
+text costs its bytes once, numbers are short, and lists and dictionaries few.
 """
 
 from __future__ import annotations
 
-import codecs
 import math
 import pickle
+import pickletools
 import re
-import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy.typing as npt
 MOST_CONTAINERS = 1000
 """Lists and dictionaries in one file: a batch of CIFAR has five."""
 
-_LONGEST_NUMBER = 64  # bytes: no label is longer, and work on long ones grows faster than they do
+_LONGEST_NUMBER = 512  # bits: no label is longer, and work on long ones grows faster than they do
 _DEEPEST_MARK = 100
 _MOST_DIMENSIONS = 32
 _PLAIN = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
@@ -92,51 +91,28 @@ def loads(content: bytes) -> Any:
     Raises:
         pickle.UnpicklingError, ValueError, IndexError, KeyError, TypeError: It is damaged, or asks for something else.
     """
-    return _Machine(content).run()
+    machine = _Machine(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at escapes that are none
+        for instruction, argument, _ in pickletools.genops(content):
+            if instruction.name not in _OPERATIONS:
+                raise pickle.UnpicklingError(f"the instruction {instruction.name} is not admitted")
+            if isinstance(argument, int) and argument.bit_length() > _LONGEST_NUMBER:
+                raise pickle.UnpicklingError("a number is too long")
+            _OPERATIONS[instruction.name](machine, argument)
+    return machine.value()
 
 
 class _Machine:
     """Pickle's stack machine, with the instructions admitted."""
 
     def __init__(self, content: bytes) -> None:
-        self._content, self._at = content, 0
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # stacks of the marks that are open
         self._memo: dict[int, Any] = {}
         self._containers = 0
         # Once for the bytes of a text, once for the array that is made of them.
         self._bytes_left = 2 * len(content)
-
-    def run(self) -> Any:
-        while True:
-            code = self.take(1)[0]
-            if code == ord("."):
-                return self.value()
-            operation = _OPERATIONS.get(code)
-            if operation is None:
-                raise pickle.UnpicklingError(f"the instruction {bytes([code])!r} is not admitted")
-            operation(self)
-
-    # ------------------------------------------------------------------------------------------------------- the file
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._content) - self._at:
-            raise pickle.UnpicklingError(f"it ends where {count} more bytes are expected")
-        self._at += count
-        return self._content[self._at - count : self._at]
-
-    def line(self, longest: int | None = None) -> bytes:
-        end = self._content.find(b"\n", self._at, None if longest is None else self._at + longest + 1)
-        if end < 0:
-            raise pickle.UnpicklingError("a line is too long, or does not end")
-        line = self.take(end - self._at)
-        self._at += 1
-        return line
-
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    # ------------------------------------------------------------------------------------------------------ the stack
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
@@ -159,8 +135,9 @@ class _Machine:
         found, self._stack = self._stack, self._below.pop()
         return found
 
-    def memoise(self, place: int) -> None:
+    def memoise(self, place: int | None) -> None:
         value = self._stack[-1]
+        place = len(self._memo) if place is None else place
         self._memo[place] = value
         if isinstance(value, _Unbuilt):
             value.memoised.append(place)
@@ -170,11 +147,18 @@ class _Machine:
 
     # --------------------------------------------------------------------------------------------- what is made of it
 
-    def container(self, made: Any) -> None:
+    def container(self, made: Any, fill: Callable[[list[Any]], None] | None = None) -> None:
+        """Push a list or dictionary, filled with what was pushed since the last mark if there is ``fill``."""
+        items = [] if fill is None else self.pop_to_mark()
         self._containers += 1
         if self._containers > MOST_CONTAINERS:
             raise pickle.UnpicklingError(f"more than {MOST_CONTAINERS} lists and dictionaries")
         self.push(made)
+        if fill is not None:
+            fill(items)
+
+    def tuple_of_last(self, count: int) -> None:
+        self.tuple_of([self.pop() for _ in range(count)][::-1])
 
     def tuple_of(self, items: list[Any]) -> None:
         if all(isinstance(item, _SCALARS) for item in items):
@@ -194,12 +178,13 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise pickle.UnpicklingError(f"{len(items)} keys and values for a {type(target).__name__}")
-        for key, value in _pairs(items):
+        for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, bytes)):
                 raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}, expected a text")
             target[key] = _checked(value)
 
     def name(self, module: Any, name: Any) -> None:
+        """Push the word for what a file names."""
         word = _NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if word is None:
             raise pickle.UnpicklingError(f"it names {_show(module)}.{_show(name)}, which is not admitted")
@@ -285,124 +270,43 @@ def _dtype(code: str | bytes) -> _Dtype:
     return _Dtype(found[1], text[0] if text != found[1] else "=")
 
 
-def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)
-
-
 def _show(name: Any) -> str:
     return ascii(name[:60])[1:-1] if isinstance(name, str) else f"a {type(name).__name__}"
 
 
-# ------------------------------------------------------------------------------------------------------- instructions
-
-
-def _quoted(line: bytes) -> str:
-    """A byte string of protocol 0, as Python 2 wrote it."""
-    line = line.strip()
-    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
-        raise pickle.UnpicklingError("a text without quotes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at escapes that are none
-        return codecs.escape_decode(line[1:-1])[0].decode("latin1")
-
-
-def _integer(line: bytes) -> int:
-    if line in (b"00", b"01"):
-        return line == b"01"
-    return int(line.removesuffix(b"L"), 0)
-
-
-def _long(raw: bytes) -> int:
-    if len(raw) > _LONGEST_NUMBER:
-        raise pickle.UnpicklingError("a number is too long")
-    return int.from_bytes(raw, "little", signed=True)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-def _push_global(machine: _Machine) -> None:
-    module = machine.line(200).decode("latin1")
-    machine.name(module, machine.line(200).decode("latin1"))
-
-
-def _named_by_stack(machine: _Machine) -> None:
-    name, module = machine.pop(), machine.pop()
-    machine.name(module, name)
-
-
-def _item(machine: _Machine) -> None:
-    value = machine.pop()
-    machine.update([machine.pop(), value])
-
-
-def _fill(machine: _Machine, made: Any, fill: Callable[[list[Any]], None]) -> None:
-    items = machine.pop_to_mark()
-    machine.container(made)
-    fill(items)
-
-
-def _last(machine: _Machine, count: int) -> None:
-    items = [machine.pop() for _ in range(count)][::-1]
-    machine.tuple_of(items)
-
-
-_OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
-    # frames and the number of the protocol: of no meaning to who has the whole file
-    pickle.PROTO[0]: lambda m: m.number("<B"),
-    pickle.FRAME[0]: lambda m: m.number("<Q"),
-    # numbers
-    pickle.NONE[0]: lambda m: m.push(None),
-    pickle.NEWTRUE[0]: lambda m: m.push(True),
-    pickle.NEWFALSE[0]: lambda m: m.push(False),
-    pickle.INT[0]: lambda m: m.push(_integer(m.line(_LONGEST_NUMBER))),
-    pickle.LONG[0]: lambda m: m.push(_integer(m.line(_LONGEST_NUMBER))),
-    pickle.BININT[0]: lambda m: m.push(m.number("<i")),
-    pickle.BININT1[0]: lambda m: m.push(m.number("<B")),
-    pickle.BININT2[0]: lambda m: m.push(m.number("<H")),
-    pickle.LONG1[0]: lambda m: m.push(_long(m.take(m.number("<B")))),
-    pickle.LONG4[0]: lambda m: m.push(_long(m.take(m.number("<I")))),
-    pickle.FLOAT[0]: lambda m: m.push(float(m.line(_LONGEST_NUMBER))),
-    pickle.BINFLOAT[0]: lambda m: m.push(m.number(">d")),
-    # texts and bytes
-    pickle.STRING[0]: lambda m: m.push(_quoted(m.line())),
-    pickle.BINSTRING[0]: lambda m: m.push(m.take(m.number("<I")).decode("latin1")),
-    pickle.SHORT_BINSTRING[0]: lambda m: m.push(m.take(m.number("<B")).decode("latin1")),
-    pickle.UNICODE[0]: lambda m: m.push(m.line().decode("raw-unicode-escape")),
-    pickle.BINUNICODE[0]: lambda m: m.push(_text(m.take(m.number("<I")))),
-    pickle.SHORT_BINUNICODE[0]: lambda m: m.push(_text(m.take(m.number("<B")))),
-    pickle.BINUNICODE8[0]: lambda m: m.push(_text(m.take(m.number("<Q")))),
-    pickle.BINBYTES[0]: lambda m: m.push(m.take(m.number("<I"))),
-    pickle.SHORT_BINBYTES[0]: lambda m: m.push(m.take(m.number("<B"))),
-    pickle.BINBYTES8[0]: lambda m: m.push(m.take(m.number("<Q"))),
-    pickle.BYTEARRAY8[0]: lambda m: m.push(m.take(m.number("<Q"))),
-    # containers
-    pickle.MARK[0]: _Machine.mark,
-    pickle.EMPTY_LIST[0]: lambda m: m.container([]),
-    pickle.LIST[0]: lambda m: _fill(m, [], m.extend),
-    pickle.APPEND[0]: lambda m: m.extend([m.pop()]),
-    pickle.APPENDS[0]: lambda m: m.extend(m.pop_to_mark()),
-    pickle.EMPTY_DICT[0]: lambda m: m.container({}),
-    pickle.DICT[0]: lambda m: _fill(m, {}, m.update),
-    pickle.SETITEM[0]: _item,
-    pickle.SETITEMS[0]: lambda m: m.update(m.pop_to_mark()),
-    pickle.EMPTY_TUPLE[0]: lambda m: m.push(()),
-    pickle.TUPLE1[0]: lambda m: _last(m, 1),
-    pickle.TUPLE2[0]: lambda m: _last(m, 2),
-    pickle.TUPLE3[0]: lambda m: _last(m, 3),
-    pickle.TUPLE[0]: lambda m: m.tuple_of(m.pop_to_mark()),
-    # what was there before
-    pickle.PUT[0]: lambda m: m.memoise(_integer(m.line(_LONGEST_NUMBER))),
-    pickle.BINPUT[0]: lambda m: m.memoise(m.number("<B")),
-    pickle.LONG_BINPUT[0]: lambda m: m.memoise(m.number("<I")),
-    pickle.MEMOIZE[0]: lambda m: m.memoise(len(m._memo)),
-    pickle.GET[0]: lambda m: m.recall(_integer(m.line(_LONGEST_NUMBER))),
-    pickle.BINGET[0]: lambda m: m.recall(m.number("<B")),
-    pickle.LONG_BINGET[0]: lambda m: m.recall(m.number("<I")),
-    # what numpy writes
-    pickle.GLOBAL[0]: _push_global,
-    pickle.STACK_GLOBAL[0]: _named_by_stack,
-    pickle.REDUCE[0]: _Machine.call,
-    pickle.BUILD[0]: _Machine.build,
+_PUSHED = (
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+)
+_OPERATIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(_PUSHED.split(), _Machine.push),
+    "BYTEARRAY8": lambda m, content: m.push(bytes(content)),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    # Containers.
+    "MARK": lambda m, _: m.mark(),
+    "EMPTY_LIST": lambda m, _: m.container([]),
+    "LIST": lambda m, _: m.container([], m.extend),
+    "APPEND": lambda m, _: m.extend([m.pop()]),
+    "APPENDS": lambda m, _: m.extend(m.pop_to_mark()),
+    "EMPTY_DICT": lambda m, _: m.container({}),
+    "DICT": lambda m, _: m.container({}, m.update),
+    "SETITEM": lambda m, _: m.update([m.pop(), m.pop()][::-1]),
+    "SETITEMS": lambda m, _: m.update(m.pop_to_mark()),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "TUPLE1": lambda m, _: m.tuple_of_last(1),
+    "TUPLE2": lambda m, _: m.tuple_of_last(2),
+    "TUPLE3": lambda m, _: m.tuple_of_last(3),
+    "TUPLE": lambda m, _: m.tuple_of(m.pop_to_mark()),
+    # What was there before.
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.memoise),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+    # What numpy writes.
+    "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.name(*[m.pop(), m.pop()][::-1]),
+    "REDUCE": lambda m, _: m.call(),
+    "BUILD": lambda m, _: m.build(),
+    # Of no meaning to who has the whole file.
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda *_: None),
 }

@@ -1,4 +1,6 @@
-"""Labelled rows that are read by their places: tensors at hand, or items of a data set, read when they are wanted."""
+"""Labelled samples that are read by their places: tensors at hand, or items of a data set, read when they are
+wanted.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from gradmix.training.data.pixels import eight_bits
 
 
 class Samples(ABC):
-    """Labelled rows in a fixed order.
+    """Labelled samples in a fixed order.
 
     Attributes:
         y: Their labels ``(N,)`` int64, on the CPU.
@@ -33,19 +35,19 @@ class Samples(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of one row as it is read."""
+        """Shape of one sample as it is read."""
 
     @abstractmethod
     def read(self, places: Tensor) -> Tensor:
-        """The rows at ``places (n,)`` int64: ``(n, ...)``, on the CPU."""
+        """The samples at ``places (n,)`` int64: ``(n, ...)``, on the CPU."""
 
     @abstractmethod
     def take(self, places: Tensor, y: Tensor | None = None) -> Samples:
-        """The rows at ``places (n,)`` as rows of their own, with the labels ``y (n,)``; None: those they have."""
+        """The samples at ``places (n,)`` as samples of their own, with the labels ``y (n,)``; None: those they have."""
 
 
 class TensorSamples(Samples):
-    """Rows at hand in one tensor.
+    """Samples at hand in one tensor.
 
     Args:
         x: Inputs ``(N, ...)``.
@@ -54,7 +56,7 @@ class TensorSamples(Samples):
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         if len(x) != len(y):
-            raise ValueError(f"x: got {len(x)} rows, expected {len(y)} as there are labels")
+            raise ValueError(f"x: got {len(x)} samples, expected {len(y)} as there are labels")
         self.x, self.y = x, y
 
     @property
@@ -69,10 +71,11 @@ class TensorSamples(Samples):
 
 
 class StoredSamples(Samples):
-    """Rows that are items of a data set, each read (from a file, say) when it is wanted.
+    """Samples that are items of a data set, each read (from a file, say) when it is wanted.
 
     Args:
-        items: A map-style data set: ``items[i]`` is a tensor, all of one shape and dtype, uint8 images or float rows.
+        items: A map-style data set: ``items[i]`` is a tensor, all of one shape and dtype, uint8 images or float
+            samples.
         y: Labels ``(N,)`` int64.
         at: Which items they are ``(N,)`` int64; None: all of them, in order.
         shape: Shape of an item, where it is known already; None: that of the first, which is read for it.
@@ -96,7 +99,7 @@ class StoredSamples(Samples):
 
 
 def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False) -> Samples:
-    """Rows of whatever holds inputs and labels.
+    """Samples of whatever holds inputs and labels.
 
     Args:
         name: What to call ``data`` in errors.
@@ -112,10 +115,10 @@ def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False
 
     Raises:
         TypeError: ``data`` is nothing of the kind, its items are none, or a label is no integer.
-        ValueError: No rows, a negative label, labels and rows differ in number, an image has its channels last, or rows
-            at hand hold numbers that are not finite; of items it is found when they are read.
+        ValueError: No samples, a negative label, labels and samples differ in number, an image has its channels last,
+            or samples at hand hold numbers that are not finite; of items it is found when they are read.
     """
-    # Only where items are the tensors' rows: a class derived from it may make others of them.
+    # Only where items are the tensors' samples: a class derived from it may make others of them.
     plain = isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__
     if plain and len(data.tensors) == 2:
         data = data.tensors
@@ -125,8 +128,8 @@ def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False
         x = _readable(name, x, x.ndim - 1, tokens)
         at = _not_finite(x)
         if at is not None:
-            raise ValueError(f"{name}: row {at} holds {_NOT_FINITE}")
-        rows: Samples = TensorSamples(x, _labels(name, y if labels is None else labels, len(x)))
+            raise ValueError(f"{name}: sample {at} holds {_NOT_FINITE}")
+        samples: Samples = TensorSamples(x, _labels(name, y if labels is None else labels, len(x)))
     elif (
         hasattr(data, "__getitem__")
         and hasattr(data, "__len__")
@@ -135,15 +138,15 @@ def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False
         inputs = Inputs(data, tokens=tokens)
         first = None if len(data) == 0 or type(data) is ImageFiles else _first(name, data)
         y = _labels_of(name, data, labels, first)
-        rows = StoredSamples(inputs, y, shape=None if first is None else inputs.shape_of(0, first.input))
+        samples = StoredSamples(inputs, y, shape=None if first is None else inputs.shape_of(0, first.input))
     else:
         raise TypeError(
             f"{name}: got {type(data).__name__}, expected an (x, y) pair of tensors, or a data set with a length whose "
             "items are (input, label)"
         )
-    if len(rows) == 0:
-        raise ValueError(f"{name}: got no rows, expected at least one")
-    return rows
+    if len(samples) == 0:
+        raise ValueError(f"{name}: got no samples, expected at least one")
+    return samples
 
 
 class Inputs:
@@ -172,7 +175,7 @@ class Inputs:
             TypeError: It is of another kind, or the item is none.
             ValueError: It is an image whose channels come last.
         """
-        return self._tensor(index, _item(f"row {index}", self.data[index]).input)
+        return self._tensor(index, _item(f"sample {index}", self.data[index]).input)
 
     def shape_of(self, index: int, value: Any) -> tuple[int, ...] | None:
         """Shape of an input, ``value`` as it was read; None: it is a damaged one."""
@@ -182,7 +185,7 @@ class Inputs:
             return None
 
     def _tensor(self, index: int, value: Any) -> Tensor:
-        name = f"row {index}"
+        name = f"sample {index}"
         if isinstance(value, np.ndarray):
             value = _tensor_of(name, value)
         elif hasattr(value, "getbands"):
@@ -206,7 +209,9 @@ _NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numb
 
 
 def _not_finite(x: Tensor) -> int | None:
-    """The first row of ``x (N, ...)`` that holds something else than finite numbers of float32; None: there is none."""
+    """The first sample of ``x (N, ...)`` that holds something else than finite numbers of float32; None: there is
+    none.
+    """
     if not x.is_floating_point() or x.numel() == 0:
         return None
     most = torch.finfo(torch.float32).max
@@ -215,7 +220,7 @@ def _not_finite(x: Tensor) -> int | None:
         # Both are NaN where one value is; nothing as large as the values is made.
         return all(-most <= float(end) <= most for end in torch.aminmax(values))
 
-    return None if finite(x) else next(row for row, values in enumerate(x) if not finite(values))
+    return None if finite(x) else next(sample for sample, values in enumerate(x) if not finite(values))
 
 
 def _readable(name: str, x: Tensor, dimensions: int, tokens: bool) -> Tensor:
@@ -318,7 +323,7 @@ def _labels_of(name: str, data: Any, labels: Any, first: _Item | None) -> Tensor
 
 
 def _of_several_labels(labels: Tensor) -> list[int]:
-    """Places of the first rows of some labels, spread over all of them."""
+    """Places of the first samples of some labels, spread over all of them."""
     different = torch.unique(labels)
     spread = torch.linspace(0, len(different) - 1, min(_ASKED, len(different))).round().long()
     return [int((labels == label).nonzero()[0]) for label in different[spread]]
@@ -361,7 +366,7 @@ def _labels(name: str, labels: Any, count: int) -> Tensor:
     if y.ndim == 2 and y.shape[1] == 1:  # a column
         y = y.squeeze(1)
     if y.ndim != 1 or len(y) != count:
-        raise ValueError(f"{name}: got labels of shape {tuple(y.shape)}, expected ({count},), one for each row")
+        raise ValueError(f"{name}: got labels of shape {tuple(y.shape)}, expected ({count},), one for each sample")
     if not integers:
         raise TypeError(f"{name}: got labels of dtype {found}, expected integers")
     y = y.to(torch.int64)

@@ -1,4 +1,4 @@
-"""Labelled rows of numbers from the files in which their data sets are published, checked while they are read.
+"""Labelled samples of numbers from the files in which their data sets are published, checked while they are read.
 
 A file that is missing raises :class:`FileNotFoundError` with the path expected; a damaged one raises
 :class:`gradmix.training.data.image_arrays.DataError`.
@@ -35,23 +35,22 @@ COVERTYPES = (
 """The cover types of Covertype, in the order of their labels: 1 to 7 in the file, 0 to 6 here."""
 
 _COLUMNS = 55  # of covtype.data, the label last
-_ROWS = 581_012
+_LINES = 581_012
 _LONGEST = 20  # characters of a column: an integer of 32 bits has 11
 _NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it is
 
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """A data set of rows as read: raw values, and what standardises them.
+class Table:
+    """A table as read, standardised: the training samples' mean is subtracted from a numeric column, and what is left
+    divided by their standard deviation. Columns of zeros and ones stay as they are.
 
     Args:
-        train_x: Training rows ``(N, F)`` float32.
+        train_x: Training samples ``(N, F)`` float32.
         train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
-        test_x: Test rows ``(M, F)`` float32.
+        test_x: Test samples ``(M, F)`` float32.
         test_y: Their labels ``(M,)``.
         class_names: Name of every label.
-        mean: ``(F,)`` float32 to subtract: the training rows' mean of a numeric column, 0 of one of zeros and ones.
-        std: ``(F,)`` float32 to divide by after that: likewise the standard deviation, or 1.
     """
 
     train_x: Tensor
@@ -59,29 +58,17 @@ class LabelledRows:
     test_x: Tensor
     test_y: Tensor
     class_names: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
-
-    def to_float(self, x: Tensor) -> Tensor:
-        """The model's input made of raw rows ``x (..., F)``: ``(x - mean) / std``, a new float32 tensor.
-
-        Raises:
-            ValueError: ``x`` does not have F columns.
-        """
-        if x.shape[-1:] != self.mean.shape:
-            raise ValueError(f"x: got rows of shape {tuple(x.shape)}, expected {len(self.mean)} columns")
-        return (x.to(torch.float32) - self.mean.to(x.device)) / self.std.to(x.device)
 
 
-def covertype(root: str | Path) -> LabelledRows:
+def covertype(root: str | Path) -> Table:
     """Read Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
 
     The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
     44 say by 0 or 1 in which wilderness area and on which type of soil a patch lies.
 
-    The first 15,120 rows, which the data set's authors trained and validated on, hold as many of each type and leave
-    test rows of very unequal numbers. For class-incremental learning, which is about unequal numbers, all rows are
-    split alike: of every type, in the order of the file, each fifth row is a test row, a fifth of all rows.
+    The first 15,120 samples, which the data set's authors trained and validated on, hold as many of each type and leave
+    test samples of very unequal numbers. For class-incremental learning, which is about unequal numbers, all samples
+    are split alike: of every type, in the order of the file, each fifth is a test sample.
 
     Args:
         root: The data directory.
@@ -99,20 +86,20 @@ def covertype(root: str | Path) -> LabelledRows:
             f"https://archive.ics.uci.edu/dataset/31/covertype: put it there, packed or unpacked, and give {root} as "
             "the data directory"
         )
-    values = read_integers(path, _COLUMNS, _ROWS)
+    values = read_integers(path, _COLUMNS, _LINES)
     y = torch.from_numpy(values[:, -1].astype(np.int64)) - 1
     wrong = ((y < 0) | (y >= len(COVERTYPES))).nonzero().flatten()
     if len(wrong):
-        row = int(wrong[0])
-        raise DataError(f"{path}: line {row + 1} has the label {int(y[row]) + 1}, expected 1 to {len(COVERTYPES)}")
+        line = int(wrong[0])
+        raise DataError(f"{path}: line {line + 1} has the label {int(y[line]) + 1}, expected 1 to {len(COVERTYPES)}")
     return _standardised(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
 
 
-def wine() -> LabelledRows:
+def wine() -> Table:
     """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
 
-    They come without a test set: of every class, in the order of the data set, each fifth row is a test row: 144
-    training and 34 test rows.
+    They come without a test set: of every class, in the order of the data set, each fifth is a test sample: 144
+    training and 34 test samples.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -123,20 +110,19 @@ def wine() -> LabelledRows:
     return _standardised(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
 
 
-def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> LabelledRows:
-    """Split by class, each fifth row to the test rows, with the training rows' statistics of the leading columns."""
+def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> Table:
+    """Split by class, each fifth sample to the test samples, and standardise the leading columns."""
     test = rank_in_class(y) % 5 == 4
-    train_x = x[~test]
-    mean, std = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    train_x, test_x = x[~test], x[test]
     for column in range(numeric):  # one at a time: float64 copies of all would be the most memory taken
         values = train_x[:, column].double()
-        mean[column] = values.mean()
-        spread = values.std(unbiased=False)
-        std[column] = spread if spread > 0 else 1.0
-    return LabelledRows(train_x, y[~test], x[test], y[test], names, mean, std)
+        mean, std = values.mean().float(), values.std(unbiased=False).float()
+        for part in (train_x, test_x):
+            part[:, column].sub_(mean).div_(std if std > 0 else 1.0)
+    return Table(train_x, y[~test], test_x, y[test], names)
 
 
-def read_integers(path: str | Path, columns: int, most_rows: int | None = None) -> npt.NDArray[np.int32]:
+def read_integers(path: str | Path, columns: int, most_lines: int | None = None) -> npt.NDArray[np.int32]:
     """Read lines of integers set apart by commas, compressed with gzip if the name ends in ``.gz``.
 
     Parsed by :func:`numpy.loadtxt` as 32-bit integers, which takes it half the time of floating-point numbers: about a
@@ -145,7 +131,7 @@ def read_integers(path: str | Path, columns: int, most_rows: int | None = None) 
     Args:
         path: The file.
         columns: Integers in every line, of 20 characters at most with what is between them.
-        most_rows: Lines at most; None: as many as there are.
+        most_lines: Lines at most; None: as many as there are.
 
     Returns:
         ``(N, columns)`` int32.
@@ -159,7 +145,7 @@ def read_integers(path: str | Path, columns: int, most_rows: int | None = None) 
         warnings.simplefilter("error")  # of an empty file, and of fractions that old releases cut off
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_rows)
+                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_lines)
                 values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error

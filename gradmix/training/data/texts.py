@@ -126,14 +126,14 @@ class HashedVocabulary:
             raise TypeError("texts: got str, expected a sequence of texts")
         known: dict[str, int] = {}
         ids = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in enumerate(texts):
+        for place, text in enumerate(texts):
             found = []
             for word in islice(words(text), length):
                 number = known.get(word)
                 if number is None:
                     number = known[word] = self.id_of(word)
                 found.append(number)
-            ids[row, : len(found)] = found
+            ids[place, : len(found)] = found
         return torch.from_numpy(ids)
 
 

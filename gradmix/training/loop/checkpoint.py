@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import secrets
 import shutil
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix._version import __version__
-from gradmix.training.runs.whole_files import make_folder, sync
-
-try:
-    import fcntl
-except ImportError:  # A system without advisory locks: temporaries of processes that were killed stay.
-    fcntl = None  # type: ignore[assignment]
+from gradmix.training.runs.whole_files import draft_of, make_folder, replacing
 
 FORMAT = 1
 """Version of what a checkpoint holds. A reader refuses a later one."""
@@ -44,9 +36,9 @@ class CheckpointError(ValueError):
 def save(state: dict[str, Any], path: str | Path, *, run: str | None = None) -> None:
     """Write a checkpoint, whole or not at all: a file of that name stays as it is until the new one is complete.
 
-    The bytes go to a temporary file in the same folder, which is flushed to the disk and then takes the name. So it is
-    whatever ends the process in between, a full disk, Ctrl-C or SIGKILL alike; a temporary that a killed process left
-    behind is removed by the next call for the same ``path``.
+    The bytes go to a hidden file in the same folder, which is flushed to the disk and then takes the name. So it is
+    whatever ends the process in between, a full disk, Ctrl-C or SIGKILL alike. One process at a time may write to
+    ``path``.
 
     Args:
         state: tensors, str, int, float, bool, None, and lists, tuples and dicts of them, nested at will; keys of dicts
@@ -68,8 +60,8 @@ def save(state: dict[str, Any], path: str | Path, *, run: str | None = None) -> 
     torch.save(content, archive)
     try:
         make_folder(path.parent)
-        _remove_stale(path)
-        _write(_sealed(archive.getvalue()), path)
+        with replacing(path) as staging:
+            staging.write_bytes(_sealed(archive.getvalue()))
     except OSError as error:
         kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier checkpoint"
         raise CheckpointError(
@@ -122,64 +114,20 @@ def load(path: str | Path, *, run: str | None = None, map_location: torch.device
 
 
 def remove(path: str | Path) -> None:
-    """Remove a checkpoint, what killed processes left of attempts to write it, and the rows that lie beside it.
+    """Remove a checkpoint, what a killed process left of an attempt to write it, and the samples that lie beside it.
 
     No error if there is none.
     """
     path = Path(path)
     path.unlink(missing_ok=True)
-    _remove_stale(path)
-    shutil.rmtree(rows_beside(path), ignore_errors=True)
+    draft_of(path).unlink(missing_ok=True)
+    shutil.rmtree(samples_beside(path), ignore_errors=True)
 
 
-def rows_beside(path: str | Path) -> Path:
-    """The folder for rows that belong to a checkpoint and are too many to be part of it."""
+def samples_beside(path: str | Path) -> Path:
+    """The folder for samples that belong to a checkpoint and are too many to be part of it."""
     path = Path(path)
     return path.with_name(f"{path.name}.rows")
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove temporary files of ``path`` whose writers are gone: the lock of a process ends with it."""
-    if fcntl is None or not path.parent.is_dir():
-        return
-    for left in path.parent.iterdir():
-        if not (left.name.startswith(_temporary_prefix(path)) and left.name.endswith(".tmp")):
-            continue
-        try:
-            with open(left, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink(missing_ok=True)
-        except OSError:
-            continue  # It is being written, or was completed or removed meanwhile.
-
-
-def _temporary_prefix(path: Path) -> str:
-    return f".{path.name}."
-
-
-def _write(data: bytes, path: Path) -> None:
-    """Put ``data`` in the place of ``path`` in one step."""
-    staging = path.with_name(f"{_temporary_prefix(path)}{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        try:
-            if fcntl is not None:
-                # A file system without locks: there nobody can tell that this is a leftover.
-                with suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            # Otherwise the name could reach the disk before the bytes do.
-            os.fsync(descriptor)
-            # Still locked: nobody takes it for a leftover.
-            os.replace(staging, path)
-        finally:
-            os.close(descriptor)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def _sealed(archive: bytes) -> bytes:

@@ -1,14 +1,14 @@
 """What training by several processes adds to training by one.
 
 Every process draws the same random numbers, so all know what a step is made of. Each reads and forwards its share of
-the current and of the replayed rows, and gradients are averaged by ``DistributedDataParallel``. Methods that mix need
-all rows of a step: those read from files are gathered, as bytes. For selection every process forwards its share, what
-the head saw and said is gathered, and all take the same decisions; a reference gradient over the buffer is the sum of
-what each process found in its share. The buffer is the same everywhere, because it is shown the same labels.
+the current and of the replayed samples, and gradients are averaged by ``DistributedDataParallel``. Methods that mix
+need all samples of a step: those read from files are gathered, as bytes. For selection every process forwards its
+share, what the head saw and said is gathered, and all take the same decisions; a reference gradient over the buffer is
+the sum of what each process found in its share. The buffer is the same everywhere, because it is shown the same labels.
 
 Metrics are those of one process that makes the same steps, up to the order in which sums are taken, but for dropout,
-which every process draws for its own rows, and for batch normalisation on the CPU, where every process normalises its
-own rows: on GPUs its statistics are shared.
+which every process draws for its own samples, and for batch normalisation on the CPU, where every process normalises
+its own samples: on GPUs its statistics are shared.
 
 After every step the processes' states are the same but for torch's global generators, which are seeded anew in every
 step. So the first one's state is all that a checkpoint needs to hold, and any number of processes can go on from it.
@@ -17,9 +17,8 @@ step. So the first one's state is all that a checkpoint needs to hold, and any n
 from __future__ import annotations
 
 import inspect
-import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +26,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.runtime.collectives import Group, all_reduce_sum, any_rank, broadcast_object, rank_of, size_of
+from gradmix.runtime.collectives import Group, all_reduce_sum, size_of
 
 AGREE_EVERY = 8
 """Steps between two questions whether a process wants to stop."""
 
-_T = TypeVar("_T")
-
 
 def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch normalisation over the rows of all processes, where that exists: on GPUs."""
+    """The model with batch normalisation over the samples of all processes, where that exists: on GPUs."""
     if device.type == "cuda" and any(isinstance(module, _BatchNorm) for module in model.modules()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     return model
@@ -72,46 +69,7 @@ def share_buffers(buffers: Sequence[Tensor], group: Group) -> None:
 
 
 def environment(batch: int | None, group: Group) -> dict[str, Any]:
-    """What stands on record about the processes, if there are several: how many, and a step's rows for each."""
+    """What stands on record about the processes, if there are several: how many, and a step's samples for each."""
     if group is None:
         return {}
     return {"processes": size_of(group), "batch_per_process": (batch or 0) / size_of(group)}
-
-
-def any_wants(flag: bool, device: torch.device, group: Group) -> bool:
-    """Whether any process does."""
-    return bool(any_rank(torch.tensor([flag], device=device), group))
-
-
-def mean(value: Tensor, group: Group) -> Tensor:
-    """The mean of a number over the processes."""
-    (total,) = all_reduce_sum([value], group)
-    return total / size_of(group)
-
-
-def of_the_first(make: Callable[[], _T], group: Group) -> _T:
-    """What the first process makes, in all of them; only that one need be able to.
-
-    Raises:
-        ValueError, OSError: as ``make`` raises them, in every process.
-    """
-    if group is None:
-        return make()
-    made: _T | None = None
-    failure: Exception | None = None
-    if rank_of(group) == 0:
-        try:
-            made = make()
-        except (ValueError, OSError) as error:
-            failure = error if _travels(error) else ValueError(str(error))
-    made, failure = broadcast_object((made, failure), group)
-    if failure is not None:
-        raise failure
-    return cast(_T, made)
-
-
-def _travels(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
-        return False

@@ -1,4 +1,4 @@
-"""Scoring a model on the test rows of a stream's tasks."""
+"""Scoring a model on the test samples of a stream's tasks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from gradmix.training.loop.divergence import DivergedError
 from gradmix.training.loop.reading import Reading
 from gradmix.training.streams import TaskStream
 
-EVALUATION_ROWS = 1024
-"""Rows forwarded at a time when scoring; a quarter of it where they are read from files, which may be large images."""
+EVALUATION_SAMPLES = 1024
+"""Samples forwarded at a time when scoring; a quarter of it where they are read from files, which may be large
+images.
+"""
 
 
 def evaluate(
@@ -29,29 +31,30 @@ def evaluate(
     reading: Reading | None = None,
     group: Group = None,
 ) -> list[float]:
-    """Accuracy on the test rows of every task, future ones included, among all classes; each in [0, 1].
+    """Accuracy on the test samples of every task, future ones included, among all classes; each in [0, 1].
 
     Args:
         model: the classifier.
         stream: the stream.
         device: where the model is.
         autocast: makes the context of forward passes.
-        prepared: makes rows as they are kept, on the device, into the model's input.
-        reading: how rows are read from files; None: by this process. Damaged ones that are left out count as wrong.
-        group: processes that forward a share of the rows each; all get the same accuracies.
+        prepared: makes samples as they are kept, on the device, into the model's input.
+        reading: how samples are read from files; None: by this process. Damaged ones that are left out count as wrong.
+        group: processes that forward a share of the samples each; all get the same accuracies.
 
     Raises:
-        DivergedError: the largest output for a row is a NaN or an infinity.
+        DivergedError: the largest output for a sample is a NaN or an infinity.
     """
     reading = reading or Reading(0, skip_damaged=False, device=device)
-    rows = EVALUATION_ROWS // 4 if stream.is_read else EVALUATION_ROWS
-    # The last entry counts the rows of which nothing can be told. Classes that a model masks by -inf are none of them.
+    samples = EVALUATION_SAMPLES // 4 if stream.is_read else EVALUATION_SAMPLES
+    # The last entry counts the samples of which nothing can be told. Classes that a model masks by -inf are none of
+    # them.
     correct = torch.zeros(len(stream.tasks) + 1, dtype=torch.int64, device=device)
     tests = [task.test for task in stream.tasks]
     if group is not None:
         tests = [test.take(torch.tensor(local_share(len(test), group), dtype=torch.int64)) for test in tests]
     with leave_unchanged(model), autocast():
-        for task, x, y in reading.batches_of(tests, rows):
+        for task, x, y in reading.batches_of(tests, samples):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = logits_of(model(prepared(x)))
             predicted = logits.argmax(1, keepdim=True)
@@ -60,5 +63,5 @@ def evaluate(
     (total,) = all_reduce_sum([correct], group)
     *right, unclear = total.tolist()
     if unclear:
-        raise DivergedError(f"the model's outputs for {unclear} test rows are not finite")
+        raise DivergedError(f"the model's outputs for {unclear} test samples are not finite")
     return [count / len(task.test) for count, task in zip(right, stream.tasks, strict=True)]

@@ -1,46 +1,35 @@
-"""Steps of rows that are read from files, with a buffer that keeps the replayed ones as they were read."""
+"""Steps of samples that are read from files, with a buffer that keeps the replayed ones as they were read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.data.batch_reader import BatchReader, ReadBatch
+from gradmix.training.data.batch_reader import ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
-from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import ResidentSampler
 from gradmix.training.loop.sharding import Share
-from gradmix.training.methods import StepRows
+from gradmix.training.methods import StepSamples
 
-SHOWN_ROWS = 256
-"""Rows that the buffer is shown at a time at the end of a task."""
+SHOWN_SAMPLES = 256
+"""Samples that the buffer is shown at a time at the end of a task."""
 
 
 class KeepingSampler(ResidentSampler):
-    """Draws steps whose current rows are read ahead by worker processes, and whose replayed ones lie in the buffer.
+    """Draws steps whose current samples are read ahead by worker processes, and whose replayed ones lie in the buffer.
 
     The buffer may change from step to step, as it does online: what it is asked for is not drawn ahead, but read by a
     thread while the step before is computed, where it lies on disk and does not change.
 
-    Args:
-        args, named: as :class:`gradmix.training.loop.sampler.StepSampler`.
-        reading: how rows are read.
-
     Raises:
         ValueError: a task is turned to with class-balanced candidates or one shuffled stream, which need the task's
-            rows at hand.
+            samples at hand.
     """
 
-    def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self._reading = reading
-        self._train: StoredSamples | None = None
-        self._reader: BatchReader | None = None
-        self._batches_read: Iterator[ReadBatch] = iter(())
+    _train: StoredSamples
 
     def _turn_to(self, train: Samples) -> None:
         assert isinstance(train, StoredSamples)
@@ -50,33 +39,30 @@ class KeepingSampler(ResidentSampler):
         ):
             if asked:
                 raise ValueError(
-                    f"replay.storage: got rows that are read from files and kept, with {what}, expected nothing: the "
-                    "buffer then holds which rows they are"
+                    f"replay.storage: got samples that are read from files and kept, with {what}, expected nothing: "
+                    "the buffer then holds which samples they are"
                 )
         self._train = train
 
     def start_epoch(self, order: Tensor, done: int) -> None:
-        assert self._train is not None
-        self.close()
         self._batches, self._done = order.split(self._batch), done
-        to_read = [self._train.at[self._read_here(index)] for index in self._batches[done:]]
-        self._reader = self._reading.reader(self._train.items, to_read)
-        self._batches_read = iter(self._reader)
+        self._read(self._train.items, [self._train.at[self._read_here(index)] for index in self._batches[done:]])
 
-    def _read_here(self, rows: Tensor) -> Tensor:
-        """Those of a step's or part's rows that this process is to read."""
-        return rows if self._group is None else rows[self._share(len(rows)).mine]
+    def _read_here(self, samples: Tensor) -> Tensor:
+        """Those of a step's or part's samples that this process is to read."""
+        return samples if self._group is None else samples[self._share(len(samples)).mine]
 
     def _share(self, count: int) -> Share:
         return Share.of([count], self._group, torch.device("cpu"))
 
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._train is not None
         x, y = self._gathered(next(self._batches_read), self._train.y[index])
         return x.to(self._device, non_blocking=True), to_device_async(y, self._device)
 
     def _gathered(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that this process and the others read of a batch with labels ``y (n,)``, and the labels of those."""
+        """The samples that this process and the others read of a batch with labels ``y (n,)``, and the labels of
+        those.
+        """
         x, kept = read
         if self._group is None:
             return x, y if kept is None else y[kept]
@@ -86,23 +72,16 @@ class KeepingSampler(ResidentSampler):
         x, kept = share.gathered_of(x, kept)
         return x, y if kept is None else y[kept]
 
-    def rows(self) -> StepRows:
-        made = super().rows()
+    def samples(self) -> StepSamples:
+        made = super().samples()
         if self._replays and len(self._buffer) and not self._online:
             self._buffer.prefetch(self._replay_batch)
         return made
 
-    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
-        assert self._train is not None
+    def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
         self.close()
-        batches = torch.arange(len(self._train)).split(SHOWN_ROWS)
+        batches = torch.arange(len(self._train)).split(SHOWN_SAMPLES)
         to_read = [self._train.at[self._read_here(part)] for part in batches]
         with self._reading.reader(self._train.items, to_read) as reader:
             for part, read in zip(batches, reader, strict=True):
                 yield self._gathered(read, self._train.y[part])
-
-    def close(self) -> None:
-        """Stop the worker processes, if there are any."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None

@@ -1,4 +1,4 @@
-"""What is done to rows between where they lie and the model: made floats, augmented or cropped, laid out."""
+"""What is done to samples between where they lie and the model: made floats, augmented or cropped, laid out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradmix.training.streams import TaskStream
 
 
 class Preparation:
-    """Makes rows as they are kept into rows as the model is to see them.
+    """Makes samples as they are kept into samples as the model is to see them.
 
     Args:
         stream: The stream; images of it that are uint8 become floats in [0, 1], normalised by its mean and standard
@@ -35,12 +35,12 @@ class Preparation:
         self._augment, self._channels_last = augment or "none", channels_last
         if self._augment != "none" and len(stream.input_shape) != 3:
             raise ValueError(
-                f"optim.augment: got {augment!r} for rows of shape {stream.input_shape}, which are no images; expected "
-                "none"
+                f"optim.augment: got {augment!r} for samples of shape {stream.input_shape}, which are no images; "
+                "expected none"
             )
 
     def for_training(self, x: Tensor, generator: torch.Generator, among: Among | None = None) -> Tensor:
-        """Rows ``(N, ...)`` augmented, each by itself; ``among`` says which of a step's they are, if not all."""
+        """Samples ``(N, ...)`` augmented, each by itself; ``among`` says which of a step's they are, if not all."""
         x = self._floats(x)
         if self._augment == "resized-crop-flip":
             x = random_resized_crop_flip(x, self._shape[-1], generator=generator, among=among)
@@ -50,15 +50,15 @@ class Preparation:
                 x = random_crop_flip(x, padding=max(1, self._shape[-1] // 8), generator=generator, among=among)
         return self._laid_out(x)
 
-    def changes(self, rows: Samples) -> bool:
-        """Whether :meth:`for_testing` gives ``rows``, which lie in memory, other values than they have."""
-        if not isinstance(rows, TensorSamples):
+    def changes(self, samples: Samples) -> bool:
+        """Whether :meth:`for_testing` gives ``samples``, which lie in memory, other values than they have."""
+        if not isinstance(samples, TensorSamples):
             return False
-        other = rows.x.is_floating_point() and rows.x.dtype != self._dtype
-        return other or rows.x.dtype == torch.uint8 or rows.shape != self._shape
+        other = samples.x.is_floating_point() and samples.x.dtype != self._dtype
+        return other or samples.x.dtype == torch.uint8 or samples.shape != self._shape
 
     def for_testing(self, x: Tensor) -> Tensor:
-        """Rows ``(N, ...)`` as they are, images cropped in the middle to the model's size."""
+        """Samples ``(N, ...)`` as they are, images cropped in the middle to the model's size."""
         return self._laid_out(self._cropped(self._floats(x)))
 
     def _floats(self, x: Tensor) -> Tensor:

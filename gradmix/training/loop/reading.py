@@ -1,4 +1,4 @@
-"""How a run reads rows from files: by how many processes, what becomes of damaged ones, and which those were."""
+"""How a run reads samples from files: by how many processes, what becomes of damaged ones, and which those were."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Reading:
 
     Args:
         workers: Processes that read; 0: this one does. ``None``: :func:`default_workers`.
-        skip_damaged: Whether rows that cannot be decoded are left out; otherwise the first one ends the run.
-        device: Where rows go.
+        skip_damaged: Whether samples that cannot be decoded are left out; otherwise the first one ends the run.
+        device: Where samples go.
     """
 
     def __init__(self, workers: int | None, *, skip_damaged: bool, device: torch.device) -> None:
@@ -61,13 +61,13 @@ class Reading:
             pin_memory=self.device.type == "cuda",
             on_damage="skip" if self.skips_damaged else "stop",
         )
-        # One record for all readers of these items: a row is named once.
+        # One record for all readers of these items: a sample is named once.
         reader.damaged = self.damaged(items)
         return reader
 
-    def batches(self, rows: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows ``(n, ...)`` with their labels ``(n,)``, in their order, at most ``size`` at a time."""
-        for _, x, y in self.batches_of([rows], size):
+    def batches(self, samples: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples ``(n, ...)`` with their labels ``(n,)``, in their order, at most ``size`` at a time."""
+        for _, x, y in self.batches_of([samples], size):
             yield x, y
 
     def batches_of(self, parts: Sequence[Samples], size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -92,28 +92,22 @@ class Reading:
                 yield number, x, y if kept is None else y[kept]
 
 
-class KeptRows(IterableDataset):  # type: ignore[type-arg]
-    """The rows of a buffer made ready for the model, batch by batch; where it holds items' numbers, they are read.
+KEPT_AT_A_TIME = 256
+"""Samples of a buffer that are made ready at a time."""
+
+
+class KeptSamples(IterableDataset):  # type: ignore[type-arg]
+    """The samples of a buffer made ready for the model, batch by batch; where it holds items' numbers, they are read.
 
     Args:
-        buffer: A buffer of rows as they were read, or of items' numbers.
-        preparation: Makes rows the model's input.
-        items: The data set whose items they are; ``None``: the buffer holds the rows.
+        buffer: A buffer of samples as they were read, or of items' numbers.
+        preparation: Makes samples the model's input.
         reading: How items are read.
-        size: Rows of a batch.
+        items: The data set whose items they are; ``None``: the buffer holds the samples.
     """
 
-    def __init__(
-        self,
-        buffer: ReplayBuffer,
-        preparation: Preparation,
-        *,
-        items: Any = None,
-        reading: Reading | None = None,
-        size: int = 256,
-    ) -> None:
+    def __init__(self, buffer: ReplayBuffer, preparation: Preparation, reading: Reading, items: Any = None) -> None:
         self._buffer, self._preparation, self._items, self._reading = buffer, preparation, items, reading
-        self._size = size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in self._batches():
@@ -121,14 +115,14 @@ class KeptRows(IterableDataset):  # type: ignore[type-arg]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         held = len(self._buffer)
-        if self._reading is not None and held:
-            rows = StoredSamples(self._items, self._buffer.y, self._buffer.x)
-            for x, y in self._reading.batches(rows, self._size):
+        if self._items is not None and held:
+            samples = StoredSamples(self._items, self._buffer.y, self._buffer.x)
+            for x, y in self._reading.batches(samples, KEPT_AT_A_TIME):
                 # As bytes, from page-locked memory: made floats on the host they would be four times as much.
                 yield x.to(self._reading.device, non_blocking=True), y
         elif held:
-            for start in range(0, held, self._size):
-                yield self._buffer.part(start, min(start + self._size, held))
+            for start in range(0, held, KEPT_AT_A_TIME):
+                yield self._buffer.part(start, min(start + KEPT_AT_A_TIME, held))
 
     def as_source(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """What :class:`gradmix.GradMix` takes for a buffer."""

@@ -1,4 +1,4 @@
-"""Steps of rows that are read from files: drawn ahead, decoded by worker processes while the device computes."""
+"""Steps of samples that are read from files: drawn ahead, decoded by worker processes while the device computes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch import Tensor
 from gradmix.replay.buffer import BufferSamples
 from gradmix.runtime.collectives import all_gather_samples
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, StoredSamples
-from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sampler import StepSampler
 from gradmix.training.loop.sharding import Share
 from gradmix.training.loop.state_checks import require_like, require_number, require_tensor
-from gradmix.training.methods import StepRows
+from gradmix.training.methods import StepSamples
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class _Plan:
     Attributes:
         items: ``(n,)`` int64.
         y: ``(n,)`` int64.
-        sizes: Items of each part: current rows, replayed ones, candidates, and more replayed ones.
-        replayed: ``(n,)`` bool, the rows that come from the buffer, of current and replayed ones.
+        sizes: Items of each part: current samples, replayed ones, candidates, and more replayed ones.
+        replayed: ``(n,)`` bool, the samples that come from the buffer, of current and replayed ones.
         extras: What was kept in the buffer with the last part.
     """
 
@@ -47,23 +45,16 @@ class ReadingSampler(StepSampler):
     What a step is made of is drawn before it is wanted, so that it can be read meanwhile. The draws are those that
     would have been made then, because the buffer changes between tasks only; a run that is left takes those not yet
     used with it, and which items it has found damaged, for these are not shown to the buffer.
-
-    Args:
-        args, named: as :class:`StepSampler`.
-        reading: how rows are read.
     """
 
-    def __init__(self, *args: Any, reading: Reading, **named: Any) -> None:
+    _train: StoredSamples
+
+    def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._reading = reading
-        self._train: StoredSamples | None = None
         self._everything = self._everything_y = torch.empty(0, dtype=torch.int64)
         self._pending: deque[_Plan] = deque()
-        self._batches: tuple[Tensor, ...] = ()
         self._drawn = 0
         self._damaged: dict[int, str] = {}
-        self._reader: BatchReader | None = None
-        self._batches_read: Iterator[ReadBatch] = iter(())
         self._extra: BufferSamples | None = None
 
     def _turn_to(self, train: Samples) -> None:
@@ -78,17 +69,15 @@ class ReadingSampler(StepSampler):
             self._everything_y = torch.cat([self._everything_y, self._buffer.y])
 
     def start_epoch(self, order: Tensor, done: int) -> None:
-        assert self._train is not None
         self.close()
         self._learn_of_damage()
         self._batches = order.split(self._batch)
         # What was drawn ahead when the run was left is not drawn again.
         self._drawn = done + len(self._pending)
-        self._reader = self._reading.reader(self._train.items, self._plans())
-        self._batches_read = iter(self._reader)
+        self._read(self._train.items, self._plans())
 
     def _learn_of_damage(self) -> None:
-        """Know what other processes found too: the buffer is to be shown the same rows everywhere."""
+        """Know what other processes found too: the buffer is to be shown the same samples everywhere."""
         if self._group is not None and self._reading.skips_damaged:
             mine = torch.tensor(sorted(self._damaged), dtype=torch.int64)
             for item in all_gather_samples(mine.to(self._device), self._group).tolist():
@@ -111,39 +100,31 @@ class ReadingSampler(StepSampler):
         return Share.of(list(plan.sizes), self._group, torch.device("cpu"))
 
     def _draw(self, index: Tensor) -> _Plan:
-        assert self._train is not None
-        empty = torch.empty(0, dtype=torch.int64)
-        items, labels = [self._everything[index]], [self._everything_y[index]]
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        replayed, candidates, more, extras = nothing, nothing, nothing, dict[str, Tensor]()
         if self._replays and len(self._buffer) and not self._shuffled:
-            x, y = self._buffer.sample(self._replay_batch)
-        else:
-            x, y = empty, empty
-        items.append(x)
-        labels.append(y)
-        step = len(index) + len(x)
+            replayed = self._buffer.sample(self._replay_batch)
+        step = len(index) + len(replayed[1])
         from_buffer = torch.arange(step) >= len(index)
         from_buffer[: len(index)] = index >= len(self._train)
-        x, y = empty, empty
         if self._balanced:
             places, count = self._draw_places(step)
             x, y = self._train.at[places], self._train.y[places]
             if count:
                 drawn = self._buffer.draw_balanced(count, self.generators["candidates"])
                 x, y = torch.cat([x, drawn[0]]), torch.cat([y, drawn[1]])
-        items.append(x)
-        labels.append(y)
-        extras: dict[str, Tensor] = {}
-        x, y = empty, empty
+            candidates = x, y
         if self._more and len(self._buffer):
             x, y, extras = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
-        items.append(x)
-        labels.append(y)
+            more = x, y
+        current = self._everything[index], self._everything_y[index]
+        items, labels = zip(current, replayed, candidates, more, strict=True)
         return _Plan(torch.cat(items), torch.cat(labels), tuple(map(len, labels)), from_buffer, extras)
 
-    def rows(self) -> StepRows:
+    def samples(self) -> StepSamples:
         read = next(self._batches_read)
         plan = self._pending.popleft()
-        x, kept = read.rows.to(self._device, non_blocking=True), read.kept
+        x, kept = read.samples.to(self._device, non_blocking=True), read.kept
         places = torch.arange(len(plan.y))
         share = None
         if self._group is not None:
@@ -157,8 +138,8 @@ class ReadingSampler(StepSampler):
             places = places[kept]
         return self._make_step(plan, x, places, share is not None)
 
-    def _make_step(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepRows:
-        """The step of those rows of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""
+    def _make_step(self, plan: _Plan, x: Tensor, places: Tensor, shared: bool) -> StepSamples:
+        """The step of those samples of a plan that were read, ``x (n, ...)`` at ``places (n,)``."""
         starts = torch.tensor([0, *plan.sizes]).cumsum(0).tolist()
         part_of = torch.bucketize(places, torch.tensor(starts[1:]), right=True)
         sizes = torch.bincount(part_of, minlength=4).tolist()
@@ -178,41 +159,36 @@ class ReadingSampler(StepSampler):
         candidates = None
         if plan.sizes[2]:
             candidates = self._as_seen(xs[2], "candidate augmentation", plan.sizes[2], at[2] - starts[2]), ys[2]
-        elif self._from_replayed and sizes[1]:
+        elif self._candidates == "replayed" and sizes[1]:
             candidates = step_x[sizes[0] :], ys[1]
         replayed = to_device_async(plan.replayed[step], self._device)
         if not shared:
-            return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed)
+            return StepSamples(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed)
         if self._gathers:
             share = Share.of(sizes[:2], self._group, self._device)
-            return StepRows(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed, share)
+            return StepSamples(step_x, step_y, self._weights(sizes[0], sizes[1]), candidates, replayed, share)
         weight = self._weights(plan.sizes[0], plan.sizes[1])[to_device_async(step, self._device)]
-        return StepRows(step_x, step_y, weight, candidates, replayed)
+        return StepSamples(step_x, step_y, weight, candidates, replayed)
 
     def _as_seen(self, x: Tensor, purpose: str, count: int, places: Tensor) -> Tensor:
-        """Rows at ``places (n,)`` of ``count`` as the model is to see them; what is drawn is drawn for all of these."""
+        """Samples at ``places (n,)`` of ``count`` as the model is to see them; what is drawn is drawn for all of
+        these.
+        """
         among = None if len(places) == count else (count, places)
         return self._preparation.for_training(x, self.generators[purpose], among)
 
-    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
-        assert self._train is not None
+    def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
         self._learn_of_damage()
         damaged = torch.tensor(sorted(self._damaged), dtype=torch.int64)
         places = (~torch.isin(self._train.at, damaged)).nonzero().squeeze(1)
         return [(self._train.at[places], self._train.y[places])]
 
-    def step_rows(self) -> tuple[Tensor, Tensor]:
+    def step_samples(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("a buffer of items' numbers does not change between the steps of a task")
 
     def replayed(self) -> BufferSamples | None:
         extra, self._extra = self._extra, None
         return extra
-
-    def close(self) -> None:
-        """Stop the worker processes, if there are any."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
 
     def state_dict(self) -> dict[str, Any]:
         pending = [vars(plan) | {"sizes": list(plan.sizes)} for plan in self._pending]
@@ -223,14 +199,14 @@ class ReadingSampler(StepSampler):
             require_number(item, 0, 2**63, "sampler.damaged")
             require_like(fault, "", "sampler.damaged")
         for plan in state["pending"]:
-            rows = len(require_tensor(plan["items"], torch.int64, (None,), "sampler.pending.items"))
-            require_tensor(plan["y"], torch.int64, (rows,), "sampler.pending.y")
+            samples = len(require_tensor(plan["items"], torch.int64, (None,), "sampler.pending.items"))
+            require_tensor(plan["y"], torch.int64, (samples,), "sampler.pending.y")
             require_like(plan["sizes"], [0] * 4, "sampler.pending.sizes")
             require_tensor(plan["replayed"], torch.bool, (sum(plan["sizes"][:2]),), "sampler.pending.replayed")
-            if min(plan["sizes"]) < 0 or sum(plan["sizes"]) != rows or int(min(plan["y"], default=0)) < 0:
-                raise ValueError("sampler.pending: got parts that do not make up its rows")
+            if min(plan["sizes"]) < 0 or sum(plan["sizes"]) != samples or int(min(plan["y"], default=0)) < 0:
+                raise ValueError("sampler.pending: got parts that do not make up its samples")
             for kept in plan["extras"].values():
                 if len(kept) != plan["sizes"][3]:
-                    raise ValueError("sampler.pending.extras: got another number of rows than are replayed")
+                    raise ValueError("sampler.pending.extras: got another number of samples than are replayed")
         self._pending = deque(_Plan(**(plan | {"sizes": tuple(plan["sizes"])})) for plan in state["pending"])
         self._damaged = dict(state["damaged"])

@@ -18,7 +18,7 @@ from gradmix.model.head import resolve_head
 from gradmix.model.unchanged import ModelNotFiniteError
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.replay.sources import SampleSource
-from gradmix.runtime.collectives import Group, rank_of
+from gradmix.runtime.collectives import Group, all_reduce_sum, any_rank, broadcast_object, rank_of, size_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.data.samples import StoredSamples
 from gradmix.training.loop import checkpoint as checkpoints
@@ -31,14 +31,14 @@ from gradmix.training.loop.keeping_sampler import KeepingSampler
 from gradmix.training.loop.memory import peak_memory, start_peak_memory
 from gradmix.training.loop.optimiser import make_optimiser, make_schedule
 from gradmix.training.loop.preparation import Preparation
-from gradmix.training.loop.reading import KeptRows, Reading
+from gradmix.training.loop.reading import KeptSamples, Reading
 from gradmix.training.loop.reading_sampler import ReadingSampler
 from gradmix.training.loop.run_parts import Position, Records
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
-from gradmix.training.methods import Context, Method, Passes, Pixels, StepRows, find_method
+from gradmix.training.methods import Context, Method, Passes, Pixels, StepSamples, find_method
 from gradmix.training.models import build_model
 from gradmix.training.models.growing_head import grow_head, grown_state
-from gradmix.training.models.single_sample import serve_single_rows
+from gradmix.training.models.single_sample import serve_single_samples
 from gradmix.training.runs.results import AlignmentRecord, RunResult, Timing
 from gradmix.training.runs.settings import identity
 from gradmix.training.seeds import derived_seed, generator_for
@@ -98,7 +98,7 @@ class Run:
             # torch's annotation lacks the overload without a device.
             self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.width = width
-        # Of rows that are read from files the buffer holds the numbers, which are looked up on the host.
+        # Of samples that are read from files the buffer holds the numbers, which are looked up on the host.
         self.keeps_numbers = stream.is_read and replay.storage is None and not config.data.online
         self.buffer = ReplayBuffer(
             replay.size,
@@ -117,12 +117,12 @@ class Run:
         self.counts = torch.zeros(stream.num_classes, dtype=torch.int64, device=device)
         if group is not None:
             self.model = distributed.with_shared_statistics(self.model, device)
-        serve_single_rows(self.model)
+        serve_single_samples(self.model)
         self.differing = [] if group is None else distributed.differing_buffers(self.model)
         self.method: Method = find_method(self.method_name)(self._context(source))
         self.records = Records(len(stream.tasks))
         self.position = Position(mixed=torch.zeros((), dtype=torch.int64, device=device))
-        self.steps_total = sum(self.epochs * -(-rows // optim.batch) for rows in self.rows_per_epoch())
+        self.steps_total = sum(self.epochs * -(-samples // optim.batch) for samples in self.samples_per_epoch())
         self.seconds_before, self.peak_before = 0.0, 0
         self.losses = LossWatch(device, group)
         self.optimiser: torch.optim.SGD | None = None
@@ -133,21 +133,15 @@ class Run:
 
     def _make_sampler(self) -> SampleSource | None:
         """Make the sampler of steps; return what the reference gradient reads, if that is not the buffer itself."""
-        stream = self.stream
-        drawn_for = self.config, self.seed, self.buffer, self.clock, self.device, self.preparation, self.group
-        source = None
-        if self.keeps_numbers:
-            items = cast(StoredSamples, stream.tasks[0].train).items
-            self.sampler: StepSampler = ReadingSampler(*drawn_for, reading=self.reading)
-            source = KeptRows(self.buffer, self.preparation, items=items, reading=self.reading).as_source()
-        elif stream.is_read:
-            self.sampler = KeepingSampler(*drawn_for, reading=self.reading)
-            source = KeptRows(self.buffer, self.preparation).as_source()
-        else:
-            self.sampler = ResidentSampler(*drawn_for)
-            if self.preparation.changes(stream.tasks[0].train):
-                source = KeptRows(self.buffer, self.preparation).as_source()
-        return source
+        kind: type[StepSampler] = ResidentSampler
+        if self.stream.is_read:
+            kind = ReadingSampler if self.keeps_numbers else KeepingSampler
+        self.sampler = kind(self.config, self.buffer, self.clock, self.preparation, self.reading, self.group)
+        train = self.stream.tasks[0].train
+        if not self.stream.is_read and not self.preparation.changes(train):
+            return None
+        items = cast(StoredSamples, train).items if self.keeps_numbers else None
+        return KeptSamples(self.buffer, self.preparation, self.reading, items).as_source()
 
     def _context(self, source: SampleSource | None) -> Context:
         """Return what the method is built from."""
@@ -230,12 +224,11 @@ class Run:
     def learn(self, task: Task) -> None:
         """Train on one task, or on what is left of it, then show it to the buffer; online, that step by step."""
         position = self.position
-        balanced = self.config.mix.candidates == "balanced" or self.method.needs.balanced
-        self.sampler.start_task(task, self.method, balanced=balanced)
+        self.sampler.start_task(task, self.method)
         self.count_classes(task.train.y)
         if position.order is None:
             if not self.online:
-                # Online, the head grows with the first row of a class.
+                # Online, the head grows with the first sample of a class.
                 self.grow(task.train.y)
             if self.optimiser is None or not self.online:
                 self.start_optimiser()
@@ -250,12 +243,12 @@ class Run:
             steps = self.sampler.steps_of(position.order)
             self.sampler.start_epoch(position.order, position.batches_done)
             while position.batches_done < steps:
-                rows, loss = self.step()
+                samples, loss = self.step()
                 position.batches_done += 1
                 position.steps += 1
                 self.losses.note(loss)
                 if self.online:
-                    self.show(*self.sampler.step_rows())
+                    self.show(*self.sampler.step_samples())
                     self.schedule.step()
                 if position.batches_done == steps or position.steps % LOSS_EVERY == 0:
                     self.losses.look()
@@ -266,64 +259,64 @@ class Run:
                         self.records.mixed_share[task.index] = (
                             int(position.mixed) / position.seen if position.seen else float("nan")
                         )
-                        self.record_table(task, rows)
+                        self.record_table(task, samples)
                 # The last thing in a step: here a run may be left, and nothing is to be done twice or left out.
                 self.after_step(task, loss)
             position.epoch, position.batches_done, position.order = position.epoch + 1, 0, None
         if not self.online:
-            for x, y in self.sampler.own_rows():
+            for x, y in self.sampler.own_samples():
                 self.show(x, y)
         position.epoch = 0
 
-    def step(self) -> tuple[StepRows, Tensor]:
-        """One step of the optimiser on the next rows; returns them and their loss, detached."""
+    def step(self) -> tuple[StepSamples, Tensor]:
+        """One step of the optimiser on the next samples; returns them and their loss, detached."""
         if self.group is not None:
             # Other numbers in every process, for dropout, that follow from where the run is.
             torch.manual_seed(derived_seed(self.seed, f"global/{rank_of(self.group)}/{self.position.steps}"))
         with self.clock("step"):
             with self.clock("data"):
-                rows = self.sampler.rows()
+                samples = self.sampler.samples()
             if self.online:
-                # By all current rows: of a step that several processes share, this one may have some only.
-                _, y = self.sampler.step_rows()
+                # By all current samples: of a step that several processes share, this one may have some only.
+                _, y = self.sampler.step_samples()
                 self.grow(y)
                 self.counts += torch.bincount(y, minlength=len(self.counts))
             assert self.optimiser is not None
             self.optimiser.zero_grad(set_to_none=True)
-            if self.is_empty(rows):
-                return rows, torch.zeros((), device=self.device)
-            loss = self.method.backward(rows)
+            if self.is_empty(samples):
+                return samples, torch.zeros((), device=self.device)
+            loss = self.method.backward(samples)
             self.scaler.step(self.optimiser)
             self.scaler.update()
             if self.differing:
                 distributed.share_buffers(self.differing, self.group)
-        count = self.method.mixed_rows()
+        count = self.method.mixed_samples()
         if count is not None:
             self.position.mixed += count
-            self.position.seen += len(rows.y)
-        return rows, loss
+            self.position.seen += len(samples.y)
+        return samples, loss
 
-    def is_empty(self, rows: StepRows) -> bool:
-        """Whether a step has no rows at all, as where all of them were damaged: then nothing is learnt in it.
+    def is_empty(self, samples: StepSamples) -> bool:
+        """Whether a step has no samples at all, as where all of them were damaged: then nothing is learnt in it.
 
         Of several processes that are given their shares alone none knows it of the others.
         """
-        return not len(rows.y) and (self.group is None or self.method.needs.whole_step)
+        return not len(samples.y) and (self.group is None or self.method.needs.whole_step)
 
     def show(self, x: Tensor, y: Tensor) -> None:
-        """Show rows to the buffer, with what the method wants to keep with them."""
+        """Show samples to the buffer, with what the method wants to keep with them."""
         self.buffer.add(x, y, **self.extras(x, y))
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What the method wants to keep with rows, or with those that are to be read from files."""
+        """What the method wants to keep with samples, or with those that are to be read from files."""
         if not self.method.needs.extras:
             return {}
         if not self.keeps_numbers:
             return self.method.extras(self.preparation.for_testing(x.to(self.device)), y.to(self.device))
-        rows = StoredSamples(cast(StoredSamples, self.stream.tasks[0].train).items, y, x)
+        samples = StoredSamples(cast(StoredSamples, self.stream.tasks[0].train).items, y, x)
         parts = [
             self.method.extras(self.preparation.for_testing(read.to(self.device)), labels.to(self.device))
-            for read, labels in self.reading.batches(rows, 256)
+            for read, labels in self.reading.batches(samples, 256)
         ]
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
@@ -337,8 +330,8 @@ class Run:
 
     def grow_to(self, width: int) -> None:
         """Replace the head by one of ``width`` outputs, with the optimiser's state and the method's model."""
-        row = self.stream.tasks[0].train.read(torch.zeros(1, dtype=torch.int64)).to(self.device)
-        old = resolve_head(self.model, None, self.preparation.for_testing(row)).module
+        sample = self.stream.tasks[0].train.read(torch.zeros(1, dtype=torch.int64)).to(self.device)
+        old = resolve_head(self.model, None, self.preparation.for_testing(sample)).module
         new = grow_head(self.model, width, seed=self.seed, head=old)
         self.width = width
         if self.optimiser is not None:
@@ -357,8 +350,8 @@ class Run:
             self.wants_to_stop = True
         # Several processes stop at the same step, which they have to agree on.
         if self.group is not None and self.position.steps % distributed.AGREE_EVERY == 0:
-            self.wants_to_stop = distributed.any_wants(self.wants_to_stop, self.device, self.group)
-            self.all_stop = self.wants_to_stop
+            wanted = torch.tensor([self.wants_to_stop], device=self.device)
+            self.wants_to_stop = self.all_stop = bool(any_rank(wanted, self.group))
         if self.wants_to_stop and (self.group is None or self.all_stop):
             self.save()
             raise KeyboardInterrupt
@@ -368,7 +361,8 @@ class Run:
     def report(self, task: Task, loss: Tensor) -> None:
         """Call ``on_step``; the loss, a mean over the processes, only in every :data:`LOSS_EVERY`-th step."""
         if self.position.steps % LOSS_EVERY == 0 and self.group is not None:
-            loss = distributed.mean(loss, self.group)
+            (total,) = all_reduce_sum([loss], self.group)
+            loss = total / size_of(self.group)
         if self.on_step is None:
             return
         shown = float(loss) if self.position.steps % LOSS_EVERY == 0 else None
@@ -389,7 +383,7 @@ class Run:
     # ---------------------------------------------------------------------------------------- what a step is made of
 
     def count_classes(self, own_y: Tensor) -> None:
-        """Bring the rows of each class that training draws from up to date; online, those that have come so far."""
+        """Bring the samples of each class that training draws from up to date; online, those that have come so far."""
         if self.online:
             for label, count in self.buffer.seen_per_class.items():
                 self.counts[label] = count
@@ -398,19 +392,19 @@ class Run:
         labels = torch.cat([own_y, self.buffer.y.cpu()]) if replays else own_y
         self.counts.copy_(torch.bincount(labels, minlength=len(self.counts)))
 
-    def rows_per_epoch(self) -> list[int]:
-        """Rows of one epoch, by task."""
+    def samples_per_epoch(self) -> list[int]:
+        """Samples of one epoch, by task."""
         own = [len(task.train) for task in self.stream.tasks]
         if self.config.replay.stream != "shuffled" or not self.method.needs.replayed:
             return own
         # What the buffer will hold depends on nothing but the labels, so a buffer of labels tells.
         assert self.config.replay.size is not None and self.config.replay.policy is not None
         labels = ReplayBuffer(self.config.replay.size, policy=self.config.replay.policy)
-        rows = []
+        samples = []
         for task, count in zip(self.stream.tasks, own, strict=True):
-            rows.append(count + len(labels))
+            samples.append(count + len(labels))
             labels.add(task.train.y.float(), task.train.y)
-        return rows
+        return samples
 
     def start_optimiser(self) -> None:
         """Make the optimiser and the schedule of its learning rate."""
@@ -423,12 +417,12 @@ class Run:
         dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.optim.amp]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
-    def record_table(self, task: Task, rows: StepRows) -> None:
-        """Keep the class-pair alignment in force at the end of a task, whose last step's rows these are."""
-        if self.is_empty(rows):
+    def record_table(self, task: Task, samples: StepSamples) -> None:
+        """Keep the class-pair alignment in force at the end of a task, whose last step's samples these are."""
+        if self.is_empty(samples):
             return
         with self.autocast():
-            table = self.method.class_table(rows)
+            table = self.method.class_table(samples)
         if table is None or table.classes is None:
             return
         threshold = self.config.mix.threshold
@@ -457,10 +451,17 @@ class Run:
         self.checkpoint, self.checkpoint_seconds = path, seconds
         self.description = json.dumps(identity(self.config), indent=1)
 
-        def there() -> dict[str, Any] | None:
-            return checkpoints.load(path, run=self.description) if path.is_file() else None
-
-        state = distributed.of_the_first(there, self.group)
+        state: dict[str, Any] | None = None
+        failure = ""
+        try:
+            # Of several processes only the first one need find it.
+            if rank_of(self.group) == 0 and path.is_file():
+                state = checkpoints.load(path, run=self.description)
+        except checkpoints.CheckpointError as error:
+            failure = str(error)
+        state, failure = broadcast_object((state, failure), self.group)
+        if failure:
+            raise checkpoints.CheckpointError(failure)
         if state is not None:
             try:
                 run_state.load_state_dict(self, state)

@@ -41,15 +41,7 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values and tensors."""
-        return {
-            "task": self.task,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "order": self.order,
-            "steps": self.steps,
-            "mixed": int(self.mixed),
-            "seen": self.seen,
-        }
+        return {**vars(self), "mixed": int(self.mixed)}
 
     def check(self, state: Mapping[str, Any], *, tasks: int, epochs: int) -> None:
         """Refuse a state that is no position in a run of so many tasks and epochs; the order is checked elsewhere.
@@ -64,8 +56,8 @@ class Position:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state of :meth:`state_dict`."""
-        self.task, self.epoch, self.batches_done = state["task"], state["epoch"], state["batches_done"]
-        self.order, self.steps, self.seen = state["order"], state["steps"], state["seen"]
+        for name in vars(self).keys() - {"mixed"}:
+            setattr(self, name, state[name])
         self.mixed.fill_(state["mixed"])
 
 

@@ -82,20 +82,20 @@ def _check_optimiser(run: Run, state: Mapping[str, Any]) -> None:
 
 
 def _check_buffer(run: Run) -> None:
-    """The same of the buffer that has been loaded, and of what counts its rows: the order of an epoch."""
+    """The same of the buffer that has been loaded, and of what counts its samples: the order of an epoch."""
     train, num_classes = run.stream.tasks[run.position.task].train, run.stream.num_classes
     held = len(run.buffer)
     if held:
-        rows, labels = run.buffer.part(0, 1)[0], run.buffer.y
+        samples, labels = run.buffer.part(0, 1)[0], run.buffer.y
         if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
             raise ValueError(f"buffer: got labels that are none of the stream's {num_classes} classes")
         if run.keeps_numbers:
-            require_tensor(rows, torch.int64, (1,), "buffer.x")
+            require_tensor(samples, torch.int64, (1,), "buffer.x")
             highest = len(cast(StoredSamples, train).items) - 1
             if int(run.buffer.x.min()) < 0 or int(run.buffer.x.max()) > highest:
-                raise ValueError("buffer.x: got rows that the data set does not have")
+                raise ValueError("buffer.x: got samples that the data set does not have")
         elif isinstance(train, TensorSamples):
-            require_tensor(rows, train.x.dtype, (1, *train.shape), "buffer.x")
+            require_tensor(samples, train.x.dtype, (1, *train.shape), "buffer.x")
         if run.method.needs.extras:
             for name, like in run.extras(*run.buffer.part(0, 1)).items():
                 shape = (held, *like.shape[1:])

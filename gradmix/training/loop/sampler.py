@@ -1,4 +1,4 @@
-"""The rows of a training step: current, replayed, class-balanced, each drawn by a generator of its own purpose.
+"""The samples of a training step: current, replayed, class-balanced, each drawn by a generator of its own purpose.
 
 Indices are drawn on the CPU and sent to the device without waiting for it, so that the host runs ahead of a GPU.
 """
@@ -6,7 +6,7 @@ Indices are drawn on the CPU and sent to the device without waiting for it, so t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,32 +16,33 @@ from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.runtime.collectives import Group, size_of
 from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import TrainConfig
+from gradmix.training.data.batch_reader import BatchReader, ReadBatch
 from gradmix.training.data.samples import Samples, TensorSamples
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.preparation import Preparation
+from gradmix.training.loop.reading import Reading
 from gradmix.training.loop.sharding import Share
-from gradmix.training.methods import Method, StepRows
+from gradmix.training.methods import Method, StepSamples
 from gradmix.training.seeds import generator_for
 from gradmix.training.streams import Task
 
 PURPOSES = ("batches", "augmentation", "candidates", "candidate augmentation", "replay", "replay augmentation")
-"""What rows are drawn for. A method that draws more for one leaves the others as they are.
+"""What samples are drawn for. A method that draws more for one leaves the others as they are.
 
-Rows that are read are drawn ahead, by as many steps as there are workers for: what is drawn when they are there has
+Samples that are read are drawn ahead, by as many steps as there are workers for: what is drawn when they are there has
 generators apart from those. Candidates in memory are augmented by the generator that draws them.
 """
 
 
 class StepSampler(ABC):
-    """Draws the rows of one run's steps, task by task.
+    """Draws the samples of one run's steps, task by task.
 
     Args:
         config: the complete configuration of the run.
-        seed: the training seed.
-        buffer: the replay buffer; its own generator draws the replayed rows of a step.
-        clock: times extra replayed rows as part of ``data``.
-        device: where rows go.
-        preparation: makes rows as the model is to see them.
+        buffer: the replay buffer; its own generator draws the replayed samples of a step.
+        clock: times extra replayed samples as part of ``data``.
+        preparation: makes samples as the model is to see them.
+        reading: says how samples are read from files, where they are, and where they go.
         group: the processes that make every step together; None: this one alone.
 
     Attributes:
@@ -51,43 +52,46 @@ class StepSampler(ABC):
     def __init__(
         self,
         config: TrainConfig,
-        seed: int,
         buffer: ReplayBuffer,
         clock: Clock,
-        device: torch.device,
         preparation: Preparation,
+        reading: Reading,
         group: Group = None,
     ) -> None:
         replay, optim = config.replay, config.optim
         assert optim.batch and replay.batch
-        self.generators = {purpose: generator_for(seed, purpose) for purpose in PURPOSES}
+        self.generators = {purpose: generator_for(config.seeds[0], purpose) for purpose in PURPOSES}
         self._batch, self._replay_batch, self._tau = optim.batch, replay.batch, replay.tau
         self._shuffled = replay.stream == "shuffled"
-        self._from_replayed = config.mix.candidates == "replayed"
+        self._candidates = config.mix.candidates
         # Where tasks pass over into each other in one pass, the order is the stream's own.
         self._in_order, self._online = config.data.online and config.data.blur is not None, config.data.online
-        self._buffer, self._clock, self._device, self._preparation = buffer, clock, device, preparation
-        self._group = group
+        self._buffer, self._clock, self._preparation = buffer, clock, preparation
+        self._reading, self._device, self._group = reading, reading.device, group
+        self._reader: BatchReader | None = None
+        self._batches_read: Iterator[ReadBatch] = iter(())
+        self._batches: tuple[Tensor, ...] = ()
         self._replays = self._balanced = self._more = self._gathers = False
-        self._rows = 0
+        self._samples = 0
         self._members: list[Tensor] = []
 
-    def start_task(self, task: Task, method: Method, *, balanced: bool) -> None:
-        """Turn to a task's rows, for a method.
+    def start_task(self, task: Task, method: Method) -> None:
+        """Turn to a task's samples, for a method.
 
         Args:
             task: the task.
-            method: says whether a step holds replayed rows (besides the task's own, or shuffled into one stream with
-                them), whether :meth:`replayed` will be called in every step, and whether every process needs all rows.
-            balanced: whether a step holds class-balanced candidates.
+            method: says whether a step holds replayed samples (besides the task's own, or shuffled into one stream with
+                them), whether :meth:`replayed` will be called in every step, and whether every process needs all
+                samples.
         """
         train = task.train
-        self._replays, self._balanced, self._more = method.needs.replayed, balanced, method.needs.second_batch
+        self._replays, self._more = method.needs.replayed, method.needs.second_batch
+        self._balanced = self._candidates == "balanced" or method.needs.balanced
         self._gathers = method.needs.whole_step
-        self._rows = len(train)
+        self._samples = len(train)
         if self._mingles:
-            self._rows += len(self._buffer)
-        # On the CPU, where indices are drawn. The task's own rows come first, whatever is shuffled in with them.
+            self._samples += len(self._buffer)
+        # On the CPU, where indices are drawn. The task's own samples come first, whatever is shuffled in with them.
         held = self._buffer.classes if self._replays else ()
         self._members = [
             (train.y == label).nonzero().squeeze(1) for label in torch.unique(train.y).tolist() if label not in held
@@ -96,18 +100,18 @@ class StepSampler(ABC):
 
     @abstractmethod
     def _turn_to(self, train: Samples) -> None:
-        """Make a task's rows the ones that steps are drawn from."""
+        """Make a task's samples the ones that steps are drawn from."""
 
     @property
     def _mingles(self) -> bool:
-        """Whether the buffer's rows are shuffled in with the task's own."""
+        """Whether the buffer's samples are shuffled in with the task's own."""
         return self._shuffled and self._replays and len(self._buffer) > 0
 
     def epoch_order(self) -> Tensor:
-        """The order of the rows of one epoch, on the CPU: random, or that of a stream without boundaries."""
+        """The order of the samples of one epoch, on the CPU: random, or that of a stream without boundaries."""
         if self._in_order:
-            return torch.arange(self._rows)
-        return torch.randperm(self._rows, generator=self.generators["batches"])
+            return torch.arange(self._samples)
+        return torch.randperm(self._samples, generator=self.generators["batches"])
 
     def steps_of(self, order: Tensor) -> int:
         """Number of steps of an epoch in the given order."""
@@ -115,26 +119,35 @@ class StepSampler(ABC):
 
     @abstractmethod
     def start_epoch(self, order: Tensor, done: int) -> None:
-        """Turn to an epoch whose rows come in the given order, of which ``done`` steps are done."""
+        """Turn to an epoch whose samples come in the given order, of which ``done`` steps are done."""
 
     @abstractmethod
-    def rows(self) -> StepRows:
-        """The next step's current rows, then its replayed ones, with the weights of their losses."""
+    def samples(self) -> StepSamples:
+        """The next step's current samples, then its replayed ones, with the weights of their losses."""
 
     @abstractmethod
-    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
         """What the buffer is to be shown of the task: ``x (N, ...)`` and ``y (N,)``, all at once or part by part."""
 
     @abstractmethod
-    def step_rows(self) -> tuple[Tensor, Tensor]:
-        """What the buffer is to be shown of the last step's current rows."""
+    def step_samples(self) -> tuple[Tensor, Tensor]:
+        """What the buffer is to be shown of the last step's current samples."""
 
     @abstractmethod
     def replayed(self) -> BufferSamples | None:
-        """Replayed rows besides the step's own, by generators of their own; None while the buffer is empty."""
+        """Replayed samples besides the step's own, by generators of their own; None while the buffer is empty."""
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of what reads rows."""
+    def _read(self, items: Any, plans: Iterable[Tensor]) -> None:
+        """Have the planned batches of items read ahead, in place of those of before."""
+        self.close()
+        self._reader = self._reading.reader(items, plans)
+        self._batches_read = iter(self._reader)
+
+    def close(self) -> None:
+        """Stop the processes that read samples, if there are any."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the rest of the run depends on, besides the generators."""
@@ -144,8 +157,8 @@ class StepSampler(ABC):
         """Take up a state of :meth:`state_dict`."""
 
     def _weights(self, current: int, replayed: int) -> Tensor:
-        """Weights of the rows' losses: CE(current) + tau CE(replayed), each a mean."""
-        # Gradients are averaged over the processes, each of which sees its own rows alone.
+        """Weights of the samples' losses: CE(current) + tau CE(replayed), each a mean."""
+        # Gradients are averaged over the processes, each of which sees its own samples alone.
         times = size_of(self._group)
         weight = torch.full((current,), times / max(1, current), device=self._device)
         if not replayed:
@@ -153,10 +166,10 @@ class StepSampler(ABC):
         return torch.cat([weight, torch.full((replayed,), times * self._tau / replayed, device=self._device)])
 
     def _draw_places(self, count: int) -> tuple[Tensor, int]:
-        """Class-balanced candidates: places among the task's own rows, and a number of rows from the buffer.
+        """Class-balanced candidates: places among the task's own samples, and a number of samples from the buffer.
 
-        Each of the ``count`` rows is of a class drawn uniformly from those seen; old classes' rows come from the
-        buffer. Online, all do: which rows are still to come is not known.
+        Each of the ``count`` samples is of a class drawn uniformly from those seen; old classes' samples come from the
+        buffer. Online, all do: which samples are still to come is not known.
         """
         if self._online:
             return torch.empty(0, dtype=torch.int64), count if len(self._buffer) else 0
@@ -171,12 +184,11 @@ class StepSampler(ABC):
 
 
 class ResidentSampler(StepSampler):
-    """Draws steps from rows that lie in tensors, all of a task's on the device."""
+    """Draws steps from samples that lie in tensors, all of a task's on the device."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._own = self._last = self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
-        self._batches: tuple[Tensor, ...] = ()
         self._done = 0
 
     def _turn_to(self, train: Samples) -> None:
@@ -189,7 +201,7 @@ class ResidentSampler(StepSampler):
     def start_epoch(self, order: Tensor, done: int) -> None:
         self._batches, self._done = to_device_async(order, self._device).split(self._batch), done
 
-    def rows(self) -> StepRows:
+    def samples(self) -> StepSamples:
         index = self._batches[self._done]
         self._done += 1
         x, y = self._last = self._current(index)
@@ -202,37 +214,39 @@ class ResidentSampler(StepSampler):
         candidates = None
         if self._balanced:
             candidates = self._draw_candidates(len(y))
-        elif self._from_replayed and len(y) > current:
+        elif self._candidates == "replayed" and len(y) > current:
             candidates = x[current:], y[current:]
         weight = self._weights(current, len(y) - current)
         if self._group is None:
-            return StepRows(x, y, weight, candidates, replayed)
+            return StepSamples(x, y, weight, candidates, replayed)
         share = Share.of([current, len(y) - current], self._group, self._device)
         if self._gathers:
-            return StepRows(x, y, weight, candidates, replayed, share)
+            return StepSamples(x, y, weight, candidates, replayed, share)
         mine = share.mine
-        return StepRows(x[mine], y[mine], weight[mine], candidates, replayed[mine])
+        return StepSamples(x[mine], y[mine], weight[mine], candidates, replayed[mine])
 
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's current rows, at ``index`` of the epoch's."""
+        """The step's current samples, at ``index`` of the epoch's."""
         return self._x[index], self._y[index]
 
-    def own_rows(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
         return [self._own]
 
-    def step_rows(self) -> tuple[Tensor, Tensor]:
+    def step_samples(self) -> tuple[Tensor, Tensor]:
         return self._last
 
     def replayed(self) -> BufferSamples | None:
         if not len(self._buffer):
             return None
         with self._clock("data"):
-            rows = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
-            rows = rows._replace(x=self._as_seen(rows.x, "replay augmentation"))
+            samples = self._buffer.sample_with_extras(self._replay_batch, self.generators["replay"])
+            samples = samples._replace(x=self._as_seen(samples.x, "replay augmentation"))
             if self._group is None:
-                return rows
-            mine = Share.of([len(rows.y)], self._group, self._device).mine
-            return BufferSamples(rows.x[mine], rows.y[mine], {name: kept[mine] for name, kept in rows.extras.items()})
+                return samples
+            mine = Share.of([len(samples.y)], self._group, self._device).mine
+            return BufferSamples(
+                samples.x[mine], samples.y[mine], {name: kept[mine] for name, kept in samples.extras.items()}
+            )
 
     def _draw_candidates(self, count: int) -> tuple[Tensor, Tensor] | None:
         places, from_buffer = self._draw_places(count)
@@ -243,7 +257,7 @@ class ResidentSampler(StepSampler):
         if from_buffer:
             buffer_x, buffer_y = self._buffer.draw_balanced(from_buffer, self.generators["candidates"])
             x, y = torch.cat([x, buffer_x]), torch.cat([y, buffer_y])
-        # Augmented by their own generator too: the step's rows are those of methods without candidates.
+        # Augmented by their own generator too: the step's samples are those of methods without candidates.
         return self._as_seen(x, "candidates"), y
 
     def _as_seen(self, x: Tensor, purpose: str) -> Tensor:

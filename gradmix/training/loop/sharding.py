@@ -1,4 +1,4 @@
-"""How the rows of a step are shared out to several processes, and put together again."""
+"""How the samples of a step are shared out to several processes, and put together again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gradmix.runtime.transfer import to_device_async
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rows of a step that several processes take together.
+    """This process's samples of a step that several processes take together.
 
-    Every part of a step (current rows, replayed ones) is shared out by itself, as evenly as can be.
+    Every part of a step (current samples, replayed ones) is shared out by itself, as evenly as can be.
 
     Attributes:
-        mine: ``(n,)`` int64, the places of this process's rows among the step's N.
-        everyone: ``(N,)`` int64, the places of all processes' rows, one process after the other.
-        counts: Rows of each process.
+        mine: ``(n,)`` int64, the places of this process's samples among the step's N.
+        everyone: ``(N,)`` int64, the places of all processes' samples, one process after the other.
+        counts: Samples of each process.
         group: The processes.
     """
 
@@ -31,7 +31,7 @@ class Share:
 
     @staticmethod
     def of(sizes: list[int], group: Group, device: torch.device) -> Share:
-        """The share in a step of so many rows of each part."""
+        """The share in a step of so many samples of each part."""
         count = size_of(group)
         places: list[list[int]] = [[] for _ in range(count)]
         start = 0
@@ -43,27 +43,27 @@ class Share:
         mine = torch.tensor(places[rank_of(group)], dtype=torch.int64)
         return Share(to_device_async(mine, device), to_device_async(everyone, device), tuple(map(len, places)), group)
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """All N rows ``(N, ...)`` in their order, of this process's ``(n, ...)`` and the others'."""
-        received = all_gather_samples(rows, self.group, self.counts)
+    def gathered(self, samples: Tensor) -> Tensor:
+        """All N samples ``(N, ...)`` in their order, of this process's ``(n, ...)`` and the others'."""
+        received = all_gather_samples(samples, self.group, self.counts)
         ordered = torch.empty_like(received)
         ordered[to_device_async(self.everyone, received.device)] = received
         return ordered
 
-    def gathered_of(self, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The same of rows of which some may be missing, in any process.
+    def gathered_of(self, samples: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same of samples of which some may be missing, in any process.
 
         Args:
-            rows: ``(k, ...)``, those of this process's n that it has.
+            samples: ``(k, ...)``, those of this process's n that it has.
             kept: ``(n,)`` bool on the CPU, which these are; None: all.
 
         Returns:
-            The rows that any process has, in their order, and ``(N,)`` bool on the CPU, which these are; None: all.
+            The samples that any process has, in their order, and ``(N,)`` bool on the CPU, which these are; None: all.
         """
         mine = torch.ones(len(self.mine), dtype=torch.bool) if kept is None else kept
-        # Rows that are missing travel as zeros, so that the others keep their places.
-        whole = rows.new_zeros(len(mine), *rows.shape[1:])
-        whole[mine.to(rows.device)] = rows
-        came = self.gathered(mine.to(rows.device)).cpu()
+        # Samples that are missing travel as zeros, so that the others keep their places.
+        whole = samples.new_zeros(len(mine), *samples.shape[1:])
+        whole[mine.to(samples.device)] = samples
+        came = self.gathered(mine.to(samples.device)).cpu()
         everything = self.gathered(whole)
-        return (everything, None) if bool(came.all()) else (everything[came.to(rows.device)], came)
+        return (everything, None) if bool(came.all()) else (everything[came.to(samples.device)], came)

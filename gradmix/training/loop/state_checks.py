@@ -73,15 +73,15 @@ def require_number(value: Any, low: float, high: float, key: str) -> None:
         raise ValueError(f"{key}: got {value!r:.80}, expected an integer from {low} to {high}")
 
 
-def require_order(value: Any, rows: int, key: str) -> None:
-    """Refuse anything but an order of so many rows.
+def require_order(value: Any, samples: int, key: str) -> None:
+    """Refuse anything but an order of so many samples.
 
     Raises:
         ValueError: It is something else.
     """
-    order = require_tensor(value, torch.int64, (rows,), key)
-    if not torch.equal(order.sort().values, torch.arange(rows)):
-        raise ValueError(f"{key}: got another tensor than an order of {rows} rows")
+    order = require_tensor(value, torch.int64, (samples,), key)
+    if not torch.equal(order.sort().values, torch.arange(samples)):
+        raise ValueError(f"{key}: got another tensor than an order of {samples} samples")
 
 
 def _listed(keys: Any) -> str:

@@ -81,8 +81,8 @@ def train_one(
             ``checkpoint_seconds``, and when ``on_step`` raises KeyboardInterrupt; it is the caller's to remove.
         checkpoint_seconds: seconds between two checkpoints, at least; 0: after every step.
         group: a process group of ``torch.distributed`` whose processes make every step together, each on its share of
-            the rows (:mod:`gradmix.training.loop.distributed`). All call this with the same arguments. ``on_step`` is
-            called and the result returned in each; the first one keeps the checkpoint.
+            the samples (:mod:`gradmix.training.loop.distributed`). All call this with the same arguments. ``on_step``
+            is called and the result returned in each; the first one keeps the checkpoint.
 
     Returns:
         The result; of status ``interrupted``, with what was reached, if a KeyboardInterrupt came; of status
@@ -124,16 +124,16 @@ def _buffer_folder(config: TrainConfig, checkpoint: str | Path | None, group: Gr
     if config.replay.storage != "disk":
         yield None
     elif checkpoint is not None and group is not None:
-        # Only the first process's rows would be those that the checkpoint speaks of.
+        # Only the first process's samples would be those that the checkpoint speaks of.
         raise ValueError(
             "replay.storage: got 'disk' with several processes and a checkpoint, expected 'memory' or nothing, or "
             "checkpoint 0: no checkpoint is kept"
         )
     elif checkpoint is None:
         with tempfile.TemporaryDirectory(prefix="gradmix-buffer-") as temporary:
-            yield Path(temporary) / "rows"
+            yield Path(temporary) / "samples"
     else:
-        folder = checkpoints.rows_beside(checkpoint) / str(rank_of(group))
+        folder = checkpoints.samples_beside(checkpoint) / str(rank_of(group))
         if not Path(checkpoint).is_file():
             # What a run left that never came to its first checkpoint.
             shutil.rmtree(folder, ignore_errors=True)

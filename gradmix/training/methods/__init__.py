@@ -4,8 +4,7 @@ Each loss is a class with the interface of :class:`~gradmix.training.methods.bas
 :mod:`~gradmix.training.methods.composition` makes the methods of them, by name.
 """
 
-from typing import Any
-
+from gradmix._moved import moved
 from gradmix.training.methods.a_gem import AGEM
 from gradmix.training.methods.balanced_mixup import BalancedMixup
 from gradmix.training.methods.base import (
@@ -16,7 +15,7 @@ from gradmix.training.methods.base import (
     Needs,
     Passes,
     Pixels,
-    StepRows,
+    StepSamples,
     Wrapping,
     weighted_cross_entropy,
 )
@@ -29,26 +28,7 @@ from gradmix.training.methods.policies import AutoAugment, RandAugment, TrivialA
 from gradmix.training.methods.remix import Remix
 from gradmix.training.methods.selective import GradMixClass, GradMixSample, SelectiveMixup
 
-_FORMER_CLASSES = {
-    "DarkER": "der++",
-    "DarkMixup": "der++-mixup",
-    "DarkGradMixClass": "der++-gradmix-class",
-    "DarkGradMixSample": "der++-gradmix-sample",
-    "TrivialAugmentMixup": "trivialaugment-mixup",
-    "TrivialAugmentGradMixClass": "trivialaugment-gradmix-class",
-    "TrivialAugmentGradMixSample": "trivialaugment-gradmix-sample",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FORMER_CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import warnings
-
-    method = _FORMER_CLASSES[name]
-    warnings.warn(f"{__name__}.{name} is now METHODS[{method!r}]", DeprecationWarning, stacklevel=2)
-    return METHODS[method]
-
+__getattr__ = moved(__name__, "gradmix.training.methods.base", {"StepRows": "StepSamples"})
 
 __all__ = [
     "AGEM",
@@ -74,7 +54,7 @@ __all__ = [
     "RandAugment",
     "Remix",
     "SelectiveMixup",
-    "StepRows",
+    "StepSamples",
     "TrivialAugment",
     "Wrapping",
     "find_method",

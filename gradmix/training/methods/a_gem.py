@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmix.model.head import logits_of
 from gradmix.model.unchanged import unwrap
 from gradmix.runtime.collectives import all_reduce_sum
-from gradmix.training.methods.base import Finetune, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Finetune, Needs, StepSamples, weighted_cross_entropy
 
 
 class AGEM(Finetune):
@@ -23,11 +23,11 @@ class AGEM(Finetune):
 
     needs = Needs(replayed=False, second_batch=True)
 
-    def backward(self, rows: StepRows) -> Tensor:
+    def backward(self, samples: StepSamples) -> Tensor:
         context = self.context
         replayed = context.draw_replayed()
         if replayed is None:
-            return super().backward(rows)
+            return super().backward(samples)
         parameters = [p for p in context.model.parameters() if p.requires_grad]
         # Not through a data-parallel wrapper: the backward pass below does not go through it.
         model = context.model if context.passes.group is None else unwrap(context.model)
@@ -44,7 +44,7 @@ class AGEM(Finetune):
             *totals, counted = all_reduce_sum([*(r * count for r in known), count], context.passes.group)
             averaged = iter([total / counted for total in totals])
             reference = tuple(None if r is None else next(averaged) for r in reference)
-        loss = super().backward(rows)
+        loss = super().backward(samples)
         project(parameters, reference)
         return loss
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gradmix.model.head import HeadOutput
-from gradmix.training.methods.base import Needs, StepRows
+from gradmix.training.methods.base import Needs, StepSamples
 from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
 
@@ -19,28 +19,30 @@ _SEED_LIMIT = 1 << 62
 class BalancedMixup(LinearMixing):
     """Balanced-MixUp (Galdran et al. 2021): x~ = (1 - lam) x + lam x', one lam ~ Beta(alpha, 1) a step.
 
-    x is a row of the step, x' one of a class-balanced draw from the current task and the buffer; labels likewise. The
-    weight falls on the row with 1 / (1 + alpha) on average, so alpha has another meaning than Mixup's: it is
-    :data:`ALPHA`, not ``mix.alpha``. Departing from the paper, whose first stream is a plain data set, a step's rows
+    x is a sample of the step, x' one of a class-balanced draw from the current task and the buffer; labels likewise.
+    The weight falls on the sample with 1 / (1 + alpha) on average, so alpha has another meaning than Mixup's: it is
+    :data:`ALPHA`, not ``mix.alpha``. Departing from the paper, whose first stream is a plain data set, a step's samples
     are current and replayed ones.
 
     Raises:
-        ValueError: a step brings no balanced rows, or fewer than rows.
+        ValueError: a step brings no balanced samples, or fewer than its own.
     """
 
     needs = Needs(balanced=True, whole_step=True)
 
-    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
-        if rows.candidates is None or len(rows.candidates[1]) < len(rows.y):
-            got = "none" if rows.candidates is None else len(rows.candidates[1])
-            raise ValueError(f"candidates: got {got}, expected {len(rows.y)} class-balanced rows for balanced-mixup")
+    def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
+        if samples.candidates is None or len(samples.candidates[1]) < len(samples.y):
+            got = "none" if samples.candidates is None else len(samples.candidates[1])
+            raise ValueError(
+                f"candidates: got {got}, expected {len(samples.y)} class-balanced samples for balanced-mixup"
+            )
         lam = draw_balanced_lam(ALPHA, self.context.generator)
-        other_x, index, other_y = self.drawn(rows)
-        y = (1 - lam) * self.one_hot(rows.y) + lam * self.one_hot(other_y)
+        other_x, index, other_y = self.drawn(samples)
+        y = (1 - lam) * self.one_hot(samples.y) + lam * self.one_hot(other_y)
         return Mixture(other_x, index, 1 - lam, y)
 
 
 def draw_balanced_lam(alpha: float, generator: torch.Generator) -> float:
-    """One weight of the balanced row from Beta(alpha, 1), drawn as :func:`gradmix.mixing_weight.draw_lam` draws."""
+    """One weight of the balanced sample from Beta(alpha, 1), drawn as :func:`gradmix.mixing_weight.draw_lam` draws."""
     seed = int(torch.randint(_SEED_LIMIT, (1,), generator=generator, device=generator.device))
     return float(np.random.default_rng(seed).beta(alpha, 1.0))

@@ -7,11 +7,10 @@ its own samples. A mixed sample has the weight of the sample it was made from.
 from __future__ import annotations
 
 import operator
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradmix._moved import alias_attribute
 from gradmix.criteria import Alignment
 from gradmix.replay.buffer import BufferSamples, ReplayBuffer
 from gradmix.replay.sources import SampleSource
@@ -33,7 +33,7 @@ Part: TypeAlias = "slice | Tensor"
 
 
 @dataclass(frozen=True)
-class StepRows:
+class StepSamples:
     """The samples of one step.
 
     Attributes:
@@ -88,7 +88,7 @@ class Context:
         num_classes: number of classes of the whole stream.
         mix: the mixing settings.
         generator: source of the method's randomness.
-        clock: times the sections ``selection`` and, where a method draws or augments rows itself, ``data``.
+        clock: times the sections ``selection`` and, where a method draws or augments samples itself, ``data``.
         replay: the replay settings.
         counts: (num_classes,) int64, the number of samples of each class that the current task's training draws from:
             all samples of current classes, the buffer's of old ones. The trainer keeps it up to date.
@@ -136,24 +136,8 @@ class Needs:
     one_process: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            replayed=self.replayed and other.replayed,
-            balanced=self.balanced or other.balanced,
-            second_batch=self.second_batch or other.second_batch,
-            whole_step=self.whole_step or other.whole_step,
-            extras=self.extras or other.extras,
-            one_process=self.one_process or other.one_process,
-        )
-
-
-_FORMER_FLAGS = {
-    "replays": "replayed",
-    "wants_balanced": "balanced",
-    "draws_more": "second_batch",
-    "gathers": "whole_step",
-    "keeps_more": "extras",
-    "joins": "one_process",
-}
+        either = {name: value or getattr(other, name) for name, value in vars(self).items()}
+        return Needs(**either | {"replayed": self.replayed and other.replayed})
 
 
 class Method(ABC):
@@ -165,33 +149,18 @@ class Method(ABC):
 
     needs: Needs = Needs()
 
-    def __init_subclass__(cls, **others: Any) -> None:
-        """Understand the class flags that :class:`Needs` has replaced, with a warning."""
-        super().__init_subclass__(**others)
-        former = {name: cls.__dict__[name] for name in _FORMER_FLAGS if name in cls.__dict__}
-        if former:
-            warnings.warn(
-                f"{cls.__name__}: got the class attributes {', '.join(former)}, expected needs = Needs(...)",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            values = {_FORMER_FLAGS[name]: bool(value) for name, value in former.items()}
-            if "one_process" in values:
-                values["one_process"] = not values["one_process"]
-            cls.needs = replace(cls.needs, **values)
-
     def __init__(self, context: Context) -> None:
         self.context = context
 
     @abstractmethod
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         """Yield the terms of the step's loss: scalars with graphs that share no activations."""
 
-    def loss(self, rows: StepRows) -> Tensor:
+    def loss(self, samples: StepSamples) -> Tensor:
         """Return the step's loss, a scalar with a graph."""
-        return reduce(operator.add, self.losses(rows))
+        return reduce(operator.add, self.losses(samples))
 
-    def backward(self, rows: StepRows) -> Tensor:
+    def backward(self, samples: StepSamples) -> Tensor:
         """Compute the step's gradients, scaled by the context's scaler, into the parameters' empty ``.grad``.
 
         Returns:
@@ -200,10 +169,10 @@ class Method(ABC):
         context = self.context
         if context.passes.accumulate == 1:
             with context.passes.autocast():
-                loss = self.loss(rows)
+                loss = self.loss(samples)
             context.passes.scaler.scale(loss).backward()
             return loss.detach()
-        parts, total = iter(self.losses(rows)), torch.zeros((), device=rows.weight.device)
+        parts, total = iter(self.losses(samples)), torch.zeros((), device=samples.weight.device)
         part: Tensor | None
         model = context.model
         shared = model if isinstance(model, DistributedDataParallel) else None
@@ -220,19 +189,19 @@ class Method(ABC):
             average_gradients(shared, context.passes.group)
         return total
 
-    def parts(self, rows: StepRows) -> list[Part]:
+    def parts(self, samples: StepSamples) -> list[Part]:
         """Return the parts of this process's samples, ``context.passes.accumulate`` of them."""
-        count = len(rows.y) if rows.share is None else len(rows.share.mine)
+        count = len(samples.y) if samples.share is None else len(samples.share.mine)
         size = max(1, -(-count // self.context.passes.accumulate))
-        if rows.share is not None:
-            return list(rows.share.mine.split(size))
+        if samples.share is not None:
+            return list(samples.share.mine.split(size))
         # At least one part: a process without samples also has gradients to be averaged with the others'.
         return [slice(start, start + size) for start in range(0, max(1, count), size)]
 
-    def cross_entropies(self, rows: StepRows) -> Iterator[Tensor]:
+    def cross_entropies(self, samples: StepSamples) -> Iterator[Tensor]:
         """Yield the weighted cross-entropy of the model on the samples, part by part."""
-        for part in self.parts(rows):
-            yield weighted_cross_entropy(self.context.model(rows.x[part]), rows.y[part], rows.weight[part])
+        for part in self.parts(samples):
+            yield weighted_cross_entropy(self.context.model(samples.x[part]), samples.y[part], samples.weight[part])
 
     def start_epoch(self) -> None:  # noqa: B027 - most methods have nothing to do here
         """Prepare for an epoch; called before each."""
@@ -250,11 +219,13 @@ class Method(ABC):
         """Return ``config`` with the method's own values in the fields that are left to the method."""
         return config
 
-    def mixed_rows(self) -> Tensor | None:
+    def mixed_samples(self) -> Tensor | None:
         """Return the number of samples of the last step with a helpful partner; None if nothing is selected."""
         return None
 
-    def class_table(self, rows: StepRows) -> Alignment | None:
+    mixed_rows = alias_attribute("Method", "mixed_rows", "mixed_samples")
+
+    def class_table(self, samples: StepSamples) -> Alignment | None:
         """Return the current alignment of class pairs; None if nothing is selected or the buffer is empty."""
         return None
 
@@ -290,9 +261,9 @@ def weighted_cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 class ER(Method):
     """Experience replay: cross-entropy on the current and the replayed samples."""
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         """CE(current) + tau CE(replayed)."""
-        return self.cross_entropies(rows)
+        return self.cross_entropies(samples)
 
 
 class Finetune(ER):
@@ -317,17 +288,17 @@ class Wrapping(Method):
         self._inner = ER(context) if inner is None else inner
         self.needs = type(self).needs | self._inner.needs
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
-        return self._inner.losses(rows)
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
+        return self._inner.losses(samples)
 
     def start_epoch(self) -> None:
         self._inner.start_epoch()
 
-    def mixed_rows(self) -> Tensor | None:
-        return self._inner.mixed_rows()
+    def mixed_samples(self) -> Tensor | None:
+        return self._inner.mixed_samples()
 
-    def class_table(self, rows: StepRows) -> Alignment | None:
-        return self._inner.class_table(rows)
+    def class_table(self, samples: StepSamples) -> Alignment | None:
+        return self._inner.class_table(samples)
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return self._inner.extras(x, y)

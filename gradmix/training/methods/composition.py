@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias
 
 from gradmix.training.config import TrainConfig
@@ -46,16 +48,11 @@ class Composition:
     """A method by its place on the axes, made when it is called with a context.
 
     Example:
-        >>> Composition(Axes(replay="der++", mixing="gradmix-class")).name
-        'der++-gradmix-class'
+        >>> Composition(Axes(replay="der++", mixing="gradmix-class")).core.__name__
+        'GradMixClass'
     """
 
     axes: Axes
-
-    @property
-    def name(self) -> str:
-        """The method's name."""
-        return self.axes.name
 
     @property
     def core(self) -> type[Method]:
@@ -73,10 +70,7 @@ class Composition:
     @property
     def needs(self) -> Needs:
         """What the method needs of the training loop."""
-        needs = self.core.needs
-        for wrapper in self.wrappers:
-            needs = wrapper.needs | needs
-        return needs
+        return reduce(operator.or_, (layer.needs for layer in self._layers()))
 
     def __call__(self, context: Context) -> Method:
         """Make the method for one run."""
@@ -119,5 +113,5 @@ def find_method(name: str) -> MethodFactory:
     if name in METHODS:
         return METHODS[name]
     if name not in COMPOSITIONS:
-        raise ValueError(f"method: got {name!r}, expected one of {choices()}")
+        raise ValueError(f"method: got {name!r}, {choices(name)}")
     return Composition(COMPOSITIONS[name])

@@ -28,16 +28,18 @@ def controlled(
 ) -> Pairs:
     """The pairs of the control ``mix.control`` in place of those GradMix chose.
 
-    - ``random``: as many rows are mixed, any rows, with any partners; or a fixed share, ``mix.control_rate``. As many
+    - ``random``: as many samples are mixed, any samples, with any partners; or a fixed share, ``mix.control_rate``. As
+    many
       as GradMix would mix in this step of a model that the control has trained: a run of GradMix may have another rate.
-    - ``random-partner``: the same rows are mixed, with any partners.
-    - ``partner-class``: the same rows are mixed, each with any row of the class its partner had. What is left of the
+    - ``random-partner``: the same samples are mixed, with any partners.
+    - ``partner-class``: the same samples are mixed, each with any sample of the class its partner had. What is left of
+    the
       criterion is which classes meet.
-    - ``replayed-partner``: the same rows are mixed, with any partners of the buffer's classes. What is left of the
-      criterion is that it favours replayed rows.
-    - ``anti``: a row is mixed with a detrimental partner, where it has one; the rate is its own.
+    - ``replayed-partner``: the same samples are mixed, with any partners of the buffer's classes. What is left of the
+      criterion is that it favours replayed samples.
+    - ``anti``: a sample is mixed with a detrimental partner, where it has one; the rate is its own.
     - ``small-gradient``, ``large-gradient``: as many pairs are allowed, those with the smallest or the largest norm of
-      the mixture's last-layer gradient, mixed in feature space; how many rows that leaves a partner is their own.
+      the mixture's last-layer gradient, mixed in feature space; how many samples that leaves a partner is their own.
 
     Partners are drawn uniformly from those a control allows, whatever ``mix.policy``.
 
@@ -46,7 +48,7 @@ def controlled(
         model: the network in training; left as it was.
         mix: the settings.
         generator: source of the draws.
-        replayed: (K,) int64 labels of the buffer's rows, for ``replayed-partner``.
+        replayed: (K,) int64 labels of the buffer's samples, for ``replayed-partner``.
 
     Raises:
         ValueError: ``replayed`` is missing.
@@ -68,7 +70,7 @@ def controlled(
         if mix.control == "partner-class":
             fitting = other_class[pairs.partner].unsqueeze(1) == other_class
         elif replayed is None:
-            raise ValueError("replayed: got None, expected the labels of the buffer's rows for replayed-partner")
+            raise ValueError("replayed: got None, expected the labels of the buffer's samples for replayed-partner")
         else:
             fitting = torch.isin(other_class, replayed.to(device)).expand(count, -1)
         allowed = fitting & pairs.helpful.unsqueeze(1)
@@ -80,7 +82,7 @@ def controlled(
         else:
             allowed = _as_many_by_norm(pairs, model, helpful, largest=mix.control == "large-gradient")
         partner, found = draw_partners(allowed, drawn, policy="uniform", score=None, own_rows=own)
-    # lam is 1 where a row stays as it is; the step's own weight is that of any row GradMix mixed.
+    # lam is 1 where a sample stays as it is; the step's own weight is that of any sample GradMix mixed.
     lam = pairs.lam.min() if bool(pairs.helpful.any()) else draw_lam(mix.alpha, generator)
     return replace(pairs, partner=partner, helpful=found, lam=torch.where(found, lam, torch.ones_like(pairs.lam)))
 
@@ -97,7 +99,7 @@ def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest
         norm = feature_scores(batch, partners, nothing, lam).norm
         assert norm is not None
     if own:
-        # A row is not its own partner: such pairs are neither counted nor taken.
+        # A sample is not its own partner: such pairs are neither counted nor taken.
         helpful = helpful.clone().fill_diagonal_(False)
         norm = norm.clone().fill_diagonal_(-torch.inf if largest else torch.inf)
     ranked = norm.flatten().argsort(descending=largest, stable=True)

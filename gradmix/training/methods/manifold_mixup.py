@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradmix.mixing_weight import draw_lam
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.methods.base import Context, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Context, Needs, StepSamples, weighted_cross_entropy
 from gradmix.training.methods.mixing_space import require_mixable
 from gradmix.training.methods.mixup import Mixup
 
@@ -18,14 +18,14 @@ from gradmix.training.methods.mixup import Mixup
 class ManifoldMixup(Mixup):
     """Manifold Mixup (Verma et al. 2019): one layer, one lam ~ Beta(alpha, alpha) and one permutation a step.
 
-    The layer is the input or the input of one of :func:`hidden_stages`, all equally likely. There the rows' states are
-    mixed, lam h_n + (1 - lam) h_m, and the rest of the network sees the mixtures alone; labels are mixed likewise.
+    The layer is the input or the input of one of :func:`hidden_stages`, all equally likely. There the samples' states
+    are mixed, lam h_n + (1 - lam) h_m, and the rest of the network sees the mixtures alone; labels are mixed likewise.
 
-    Where rows are not mixed at the input (``mix.space``), the place they are mixed at takes the input's part.
+    Where samples are not mixed at the input (``mix.space``), the place they are mixed at takes the input's part.
 
     Departing from the paper, partners may come from a step's ``candidates``. Those drawn go through the stages below
-    the layer together with the rows, so batch normalisation sees both there. A pass that mixes at a hidden layer runs
-    the module inside ``torch.compile``, uncompiled: compiled code may skip the hook.
+    the layer together with the samples, so batch normalisation sees both there. A pass that mixes at a hidden layer
+    runs the module inside ``torch.compile``, uncompiled: compiled code may skip the hook.
 
     Raises:
         ValueError: the model has no hidden stages.
@@ -44,32 +44,32 @@ class ManifoldMixup(Mixup):
         self._model = inner if isinstance(inner, nn.Module) else context.model
         self._stages = hidden_stages(self._model)
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         context = self.context
         generator = context.generator
         if self._space == "input":
-            require_mixable(rows.x)
+            require_mixable(samples.x)
         layer = int(torch.randint(1 + len(self._stages), (1,), generator=generator, device=generator.device))
         if layer == 0:
-            yield from super().losses(rows)
+            yield from super().losses(samples)
             return
         lam = draw_lam(context.mix.alpha, generator)
-        if rows.candidates is None:
-            x = rows.x
+        if samples.candidates is None:
+            x = samples.x
             partner = to_device_async(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
-            other_y = rows.y[partner]
+            other_y = samples.y[partner]
         else:
-            other_x, other_y = self.drawn_partners(rows)
-            x = torch.cat([rows.x, other_x])
-            partner = torch.arange(len(rows.x), len(x), device=x.device)
+            other_x, other_y = self.drawn_partners(samples)
+            x = torch.cat([samples.x, other_x])
+            partner = torch.arange(len(samples.x), len(x), device=x.device)
         logits = mixed_forward(self._model, self._stages[layer - 1], x, partner, lam)
-        y = lam * self.one_hot(rows.y) + (1 - lam) * self.one_hot(other_y)
-        loss = weighted_cross_entropy(logits, y, rows.weight)
+        y = lam * self.one_hot(samples.y) + (1 - lam) * self.one_hot(other_y)
+        loss = weighted_cross_entropy(logits, y, samples.weight)
         if not context.mix.originals:
             yield loss
             return
         yield 0.5 * loss
-        for loss in self.cross_entropies(rows):
+        for loss in self.cross_entropies(samples):
             yield 0.5 * loss
 
 
@@ -91,20 +91,20 @@ def hidden_stages(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def mixed_forward(model: nn.Module, stage: nn.Module, x: Tensor, partner: Tensor, lam: float) -> Tensor:
-    """Logits of rows mixed at the input of ``stage``.
+    """Logits of samples mixed at the input of ``stage``.
 
     Args:
         model: the network.
         stage: one of its modules, called once in a forward pass, with a tensor (N + M, ...) first.
-        x: (N + M, ...) the rows, then rows that are partners only; M may be 0.
-        partner: (N,) where each row's partner is in ``x``.
-        lam: the weight of the row itself.
+        x: (N + M, ...) the samples, then samples that are partners only; M may be 0.
+        partner: (N,) where each sample's partner is in ``x``.
+        lam: the weight of the sample itself.
 
     Returns:
         (N, C) logits.
 
     Raises:
-        ValueError: the stage was not called once, or what it was called with is not a tensor of N + M rows.
+        ValueError: the stage was not called once, or what it was called with is not a tensor of N + M samples.
     """
     calls = 0
 
@@ -114,7 +114,7 @@ def mixed_forward(model: nn.Module, stage: nn.Module, x: Tensor, partner: Tensor
         h = inputs[0] if inputs else None
         if not isinstance(h, Tensor) or h.shape[:1] != x.shape[:1]:
             got = f"a tensor {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(f"model: {name} was called with {got}, expected a tensor of {len(x)} rows")
+            raise ValueError(f"model: {name} was called with {got}, expected a tensor of {len(x)} samples")
         return (lam * h[: len(partner)] + (1 - lam) * h[partner], *inputs[1:])
 
     name = next(name for name, module in model.named_modules() if module is stage)

@@ -1,4 +1,4 @@
-"""Where a method mixes rows: at the model's input, at its embedding, or at the classifier's input."""
+"""Where a method mixes samples: at the model's input, at its embedding, or at the classifier's input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradmix.model.mixed_forward import mixed_forward
 from gradmix.model.unchanged import unwrap
+from gradmix.runtime.validation import check_choice
 from gradmix.training.config import MixConfig
 
 MixSpace = Literal["input", "embedding", "feature"]
@@ -22,13 +23,12 @@ def mix_space(mix: MixConfig) -> MixSpace:
         ValueError: an unknown name.
     """
     space: MixSpace = mix.space or "input"
-    if space not in get_args(MixSpace):
-        raise ValueError(f"mix.space: got {space!r}, expected one of {', '.join(map(repr, get_args(MixSpace)))}")
+    check_choice("mix.space", space, get_args(MixSpace))
     return space
 
 
 def stage_of(model: nn.Module, space: MixSpace) -> nn.Module | Literal["feature"]:
-    """The stage of the model at which rows are mixed, as :func:`gradmix.mixed_forward` takes it.
+    """The stage of the model at which samples are mixed, as :func:`gradmix.mixed_forward` takes it.
 
     Raises:
         ValueError: ``space`` is the input, or the model names no ``mixing_stage``.
@@ -48,12 +48,12 @@ def stage_of(model: nn.Module, space: MixSpace) -> nn.Module | Literal["feature"
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which rows meet, with which weight, and what label that gives; the rows themselves are not mixed yet.
+    """Which samples meet, with which weight, and what label that gives; the samples themselves are not mixed yet.
 
     Attributes:
-        other_x: (M, ...) where the partners are; None: among the rows themselves.
-        partner: (N,) int64, index of each row's partner there.
-        lam: the weight of the row itself, a number or (N,).
+        other_x: (M, ...) where the partners are; None: among the samples themselves.
+        partner: (N,) int64, index of each sample's partner there.
+        lam: the weight of the sample itself, a number or (N,).
         y: (N, C) label vectors of the mixtures.
     """
 
@@ -63,10 +63,10 @@ class Mixture:
     y: Tensor
 
     def of_inputs(self, x: Tensor) -> Tensor:
-        """The rows ``x`` (N, ...) mixed as they are: lam x_i + (1 - lam) x_partner.
+        """The samples ``x`` (N, ...) mixed as they are: lam x_i + (1 - lam) x_partner.
 
         Raises:
-            TypeError: rows of integers.
+            TypeError: samples of integers.
         """
         require_mixable(x)
         other = (x if self.other_x is None else self.other_x)[self.partner]
@@ -76,7 +76,7 @@ class Mixture:
         return lam * x + (1 - lam) * other
 
     def logits(self, model: nn.Module, space: MixSpace, x: Tensor, part: slice | Tensor = slice(None)) -> Tensor:
-        """(n, C) logits of a part of the rows ``x`` mixed inside the model, by :func:`gradmix.mixed_forward`."""
+        """(n, C) logits of a part of the samples ``x`` mixed inside the model, by :func:`gradmix.mixed_forward`."""
         other_x, lam = self.other_x, self.lam
         partner: Tensor | None = self.partner[part]
         if isinstance(lam, Tensor):
@@ -89,9 +89,9 @@ class Mixture:
 
 
 def require_mixable(x: Tensor) -> None:
-    """Raise a TypeError for rows that cannot be mixed as they are."""
+    """Raise a TypeError for samples that cannot be mixed as they are."""
     if not x.is_floating_point():
         raise TypeError(
-            f"x: got rows of dtype {x.dtype}, which cannot be mixed, expected a floating-point dtype, or mix.space: "
+            f"x: got samples of dtype {x.dtype}, which cannot be mixed, expected a floating-point dtype, or mix.space: "
             "embedding or feature"
         )

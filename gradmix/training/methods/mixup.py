@@ -13,7 +13,7 @@ from gradmix.mixing_weight import draw_lam
 from gradmix.model.head import HeadOutput
 from gradmix.ops.labels import dense_labels
 from gradmix.runtime.transfer import to_device_async
-from gradmix.training.methods.base import Context, Method, Needs, StepRows, weighted_cross_entropy
+from gradmix.training.methods.base import Context, Method, Needs, StepSamples, weighted_cross_entropy
 from gradmix.training.methods.mixing_space import MixSpace, Mixture, mix_space, stage_of
 
 
@@ -39,52 +39,52 @@ class Mixing(Method):
         if self._space != "input":
             stage_of(context.model, self._space)
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         if not self.context.mix.originals:
-            yield from self.mixed_losses(rows, None)
+            yield from self.mixed_losses(samples, None)
             return
         seen = []
-        for part in self.parts(rows):
-            logits, output = self.originals(rows.x[part])
+        for part in self.parts(samples):
+            logits, output = self.originals(samples.x[part])
             seen.append(output)
-            yield 0.5 * weighted_cross_entropy(logits, rows.y[part], rows.weight[part])
+            yield 0.5 * weighted_cross_entropy(logits, samples.y[part], samples.weight[part])
         known = [output for output in seen if output is not None]
         outputs = HeadOutput(*map(torch.cat, zip(*known, strict=True))) if len(known) == len(seen) else None
-        for loss in self.mixed_losses(rows, outputs):
+        for loss in self.mixed_losses(samples, outputs):
             yield 0.5 * loss
 
-    def mixed_losses(self, rows: StepRows, outputs: HeadOutput | None) -> Iterator[Tensor]:
+    def mixed_losses(self, samples: StepSamples, outputs: HeadOutput | None) -> Iterator[Tensor]:
         """Yield the loss on the mixed samples, part by part; ``outputs`` as returned by :meth:`originals`."""
-        x, y = self.mixed(rows, outputs)
-        for part in self.parts(rows):
-            yield weighted_cross_entropy(self.context.model(x[part]), y[part], rows.weight[part])
+        x, y = self.mixed(samples, outputs)
+        for part in self.parts(samples):
+            yield weighted_cross_entropy(self.context.model(x[part]), y[part], samples.weight[part])
 
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
         """Return the logits of the original samples, and the part of their forward pass that :meth:`mixed` can use."""
         return self.context.model(x), None
 
     @abstractmethod
-    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         """Return mixed inputs and label vectors; ``outputs`` as returned by :meth:`originals`."""
 
-    def drawn_partners(self, rows: StepRows) -> tuple[Tensor, Tensor]:
+    def drawn_partners(self, samples: StepSamples) -> tuple[Tensor, Tensor]:
         """Draw a random partner for every sample, ``x (N, ...)`` and ``y (N,)``, by :meth:`drawn_index`."""
-        x, y = (rows.x, rows.y) if rows.candidates is None else rows.candidates
-        index = self.drawn_index(rows)
+        x, y = (samples.x, samples.y) if samples.candidates is None else samples.candidates
+        index = self.drawn_index(samples)
         return x[index], y[index]
 
-    def drawn_index(self, rows: StepRows) -> Tensor:
+    def drawn_index(self, samples: StepSamples) -> Tensor:
         """Draw the (N,) indices of random partners: a permutation of the samples or candidates.
 
         If there are fewer candidates than samples, each sample draws one independently.
         """
         generator = self.context.generator
-        y = rows.y if rows.candidates is None else rows.candidates[1]
-        if len(y) >= len(rows.y):
-            drawn = torch.randperm(len(y), generator=generator, device=generator.device)[: len(rows.y)]
+        y = samples.y if samples.candidates is None else samples.candidates[1]
+        if len(y) >= len(samples.y):
+            drawn = torch.randperm(len(y), generator=generator, device=generator.device)[: len(samples.y)]
         else:
-            drawn = torch.randint(len(y), (len(rows.y),), generator=generator, device=generator.device)
-        return to_device_async(drawn, rows.x.device)
+            drawn = torch.randint(len(y), (len(samples.y),), generator=generator, device=generator.device)
+        return to_device_async(drawn, samples.x.device)
 
     def one_hot(self, y: Tensor) -> Tensor:
         """Return label vectors (N, C) float32 of class indices (N,)."""
@@ -97,33 +97,33 @@ class LinearMixing(Mixing):
     spaces = ("input", "embedding", "feature")
 
     @abstractmethod
-    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
+    def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         """Choose partners, weights and labels; ``outputs`` as returned by :meth:`originals`."""
 
-    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
-        mixture = self.mixture(rows, outputs)
-        return mixture.of_inputs(rows.x), mixture.y
+    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+        mixture = self.mixture(samples, outputs)
+        return mixture.of_inputs(samples.x), mixture.y
 
-    def mixed_losses(self, rows: StepRows, outputs: HeadOutput | None) -> Iterator[Tensor]:
+    def mixed_losses(self, samples: StepSamples, outputs: HeadOutput | None) -> Iterator[Tensor]:
         if self._space == "input":
-            yield from super().mixed_losses(rows, outputs)
+            yield from super().mixed_losses(samples, outputs)
             return
-        mixture = self.mixture(rows, outputs)
-        for part in self.parts(rows):
-            logits = mixture.logits(self.context.model, self._space, rows.x, part)
-            yield weighted_cross_entropy(logits, mixture.y[part], rows.weight[part])
+        mixture = self.mixture(samples, outputs)
+        for part in self.parts(samples):
+            logits = mixture.logits(self.context.model, self._space, samples.x, part)
+            yield weighted_cross_entropy(logits, mixture.y[part], samples.weight[part])
 
-    def drawn(self, rows: StepRows) -> tuple[Tensor | None, Tensor, Tensor]:
+    def drawn(self, samples: StepSamples) -> tuple[Tensor | None, Tensor, Tensor]:
         """Draw random partners: the candidates' inputs or None, each partner's index (N,), and its label (N,)."""
-        index = self.drawn_index(rows)
-        other_x, other_y = (None, rows.y) if rows.candidates is None else rows.candidates
+        index = self.drawn_index(samples)
+        other_x, other_y = (None, samples.y) if samples.candidates is None else samples.candidates
         return other_x, index, other_y[index]
 
 
 class Mixup(LinearMixing):
     """Mixup (Zhang et al. 2018): each sample is mixed with a random one, with one lam ~ Beta(alpha, alpha) per step."""
 
-    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
+    def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, index, other_y = self.drawn(rows)
-        return Mixture(other_x, index, lam, lam * self.one_hot(rows.y) + (1 - lam) * self.one_hot(other_y))
+        other_x, index, other_y = self.drawn(samples)
+        return Mixture(other_x, index, lam, lam * self.one_hot(samples.y) + (1 - lam) * self.one_hot(other_y))

@@ -1,8 +1,8 @@
 """Augmentation policies: AutoAugment, RandAugment and TrivialAugment, every image by itself.
 
-The papers' policies are drawn here, row by row, from the method's generator; what they do to pixels is kornia's. Its
-own policy classes are not used: they draw one policy a batch, and from torch's global generator. Rows that share an
-operation go through it together, each with its own strength, and all geometric operations through one warp.
+The papers' policies are drawn here, sample by sample, from the method's generator; what they do to pixels is kornia's.
+Its own policy classes are not used: they draw one policy a batch, and from torch's global generator. Samples that share
+an operation go through it together, each with its own strength, and all geometric operations through one warp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradmix.runtime.transfer import to_device_async
 from gradmix.training.extras import import_extra
-from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepRows, Wrapping
+from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepSamples, Wrapping
 
 
 class Strength(NamedTuple):
@@ -70,13 +70,13 @@ WIDE: dict[str, Strength] = {
 
 
 class Drawn(NamedTuple):
-    """Operations drawn for N rows, in K rounds.
+    """Operations drawn for N samples, in K rounds.
 
     Attributes:
         operation: (N, K) int64, indices of a table's operations.
         strength: (N, K) float64 in [0, 1].
         sign: (N, K) float64, 1 or -1.
-        applied: (N, K) bool; where not, the row stays as it is.
+        applied: (N, K) bool; where not, the sample stays as it is.
     """
 
     operation: Tensor
@@ -86,7 +86,7 @@ class Drawn(NamedTuple):
 
 
 class PolicyAugmented(Wrapping):
-    """Any method, experience replay if nothing is said, on rows augmented by a policy.
+    """Any method, experience replay if nothing is said, on samples augmented by a policy.
 
     Crops and flips of the protocol come before it, mixing after it; candidates from elsewhere are augmented too.
 
@@ -95,7 +95,7 @@ class PolicyAugmented(Wrapping):
 
     Raises:
         ModuleNotFoundError: kornia is not installed; the extra ``policies`` brings it.
-        ValueError: the rows are no images of one or three channels, or not in the range that the context tells.
+        ValueError: the samples are no images of one or three channels, or not in the range that the context tells.
     """
 
     table = STANDARD
@@ -110,22 +110,22 @@ class PolicyAugmented(Wrapping):
     def check_installed(cls) -> None:
         require_kornia()
 
-    def losses(self, rows: StepRows) -> Iterator[Tensor]:
+    def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         with self.context.clock("data"):
-            rows = replace(rows, x=self.augmented(rows.x))
-            if rows.candidates is not None:
-                rows = replace(rows, candidates=(self.augmented(rows.candidates[0]), rows.candidates[1]))
-        return super().losses(rows)
+            samples = replace(samples, x=self.augmented(samples.x))
+            if samples.candidates is not None:
+                samples = replace(samples, candidates=(self.augmented(samples.candidates[0]), samples.candidates[1]))
+        return super().losses(samples)
 
     @abstractmethod
     def draw(self, count: int, channels: int) -> Drawn:
-        """A policy for each of ``count`` rows, drawn from the context's generator, on its device."""
+        """A policy for each of ``count`` samples, drawn from the context's generator, on its device."""
 
     @torch.no_grad()
     def augmented(self, x: Tensor) -> Tensor:
-        """New rows (N, C, H, W) of the dtype and on the device of ``x (N, C, H, W)``, normalised as they are."""
+        """New samples (N, C, H, W) of the dtype and on the device of ``x (N, C, H, W)``, normalised as they are."""
         if x.dim() != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(f"x: got rows of shape {tuple(x.shape)}, expected images (N, 1, H, W) or (N, 3, H, W)")
+            raise ValueError(f"x: got samples of shape {tuple(x.shape)}, expected images (N, 1, H, W) or (N, 3, H, W)")
         drawn = self.draw(len(x), x.shape[1])
         mean, std = _by_channel(self.context.pixels, x)
         with torch.autocast(x.device.type, enabled=False):
@@ -141,7 +141,8 @@ class PolicyAugmented(Wrapping):
 
 
 class AutoAugment(PolicyAugmented):
-    """AutoAugment (Cubuk et al. 2019): each row by one of 25 sub-policies, each of two operations with probabilities.
+    """AutoAugment (Cubuk et al. 2019): each sample by one of 25 sub-policies, each of two operations with
+    probabilities.
 
     Colour images have the policy found on CIFAR-10, grey ones that found on SVHN, which knows no colours. Levels 0 to 9
     are tenths of full strength. Departing from the paper there is no Cutout after it.
@@ -201,7 +202,7 @@ def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tens
     Args:
         image: (N, C, H, W) float32 in [0, 1], C being 1 or 3.
         table: the operations that ``drawn`` has indices of, and their ranges.
-        drawn: one round, on the CPU, so that which rows share an operation is known without waiting for a GPU.
+        drawn: one round, on the CPU, so that which samples share an operation is known without waiting for a GPU.
 
     Returns:
         A new tensor like ``image``.
@@ -210,19 +211,19 @@ def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tens
     operation, applied = drawn.operation[:, 0], drawn.applied[:, 0]
     values, moved, matrices = torch.zeros(len(image), dtype=torch.float64), [], []
     for index, (name, strength) in enumerate(table.items()):
-        rows = (applied & (operation == index)).nonzero().squeeze(1)
-        if len(rows) == 0 or name == "identity":
+        samples = (applied & (operation == index)).nonzero().squeeze(1)
+        if len(samples) == 0 or name == "identity":
             continue
-        values[rows] = strength.none + (strength.full - strength.none) * drawn.strength[rows, 0]
+        values[samples] = strength.none + (strength.full - strength.none) * drawn.strength[samples, 0]
         if strength.signed:
-            values[rows] *= drawn.sign[rows, 0]
+            values[samples] *= drawn.sign[samples, 0]
         if name in GEOMETRIC:
-            moved.append(rows)
-            matrices.append(_matrices(name, values[rows], image.shape[2], image.shape[3]))
+            moved.append(samples)
+            matrices.append(_matrices(name, values[samples], image.shape[2], image.shape[3]))
             continue
-        on_device = to_device_async(rows, image.device)
+        on_device = to_device_async(samples, image.device)
         result[on_device] = _PIXELWISE[name](
-            image[on_device], to_device_async(values[rows].to(image.dtype), image.device)
+            image[on_device], to_device_async(values[samples].to(image.dtype), image.device)
         )
     if moved:
         on_device = to_device_async(torch.cat(moved), image.device)

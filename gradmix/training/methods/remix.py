@@ -7,12 +7,12 @@ from torch import Tensor
 
 from gradmix.mixing_weight import draw_lam
 from gradmix.model.head import HeadOutput
-from gradmix.training.methods.base import StepRows
+from gradmix.training.methods.base import StepSamples
 from gradmix.training.methods.mixing_space import Mixture
 from gradmix.training.methods.mixup import LinearMixing
 
 KAPPA = 3.0
-"""How many times as many rows a class must have to give way to another: the paper's."""
+"""How many times as many samples a class must have to give way to another: the paper's."""
 TAU = 0.5
 """The weight below which the more frequent class's input may be ignored in the label: the paper's."""
 
@@ -20,35 +20,35 @@ TAU = 0.5
 class Remix(LinearMixing):
     """Remix (Chou et al. 2020): inputs as in Mixup, labels by :func:`label_weight`.
 
-    The class counts are those of what training draws from now: the current task's rows and the buffer's.
+    The class counts are those of what training draws from now: the current task's samples and the buffer's.
 
     Raises:
         ValueError: the context has no class counts.
     """
 
-    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
+    def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         counts = self.context.counts
         if counts.shape != (self.context.num_classes,):
             raise ValueError(
                 f"counts: got shape {tuple(counts.shape)}, expected ({self.context.num_classes},) for remix"
             )
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, index, other_y = self.drawn(rows)
-        counts = counts.to(rows.y.device)
-        weight = label_weight(lam, counts[rows.y], counts[other_y]).unsqueeze(1)
-        y = weight * self.one_hot(rows.y) + (1 - weight) * self.one_hot(other_y)
+        other_x, index, other_y = self.drawn(samples)
+        counts = counts.to(samples.y.device)
+        weight = label_weight(lam, counts[samples.y], counts[other_y]).unsqueeze(1)
+        y = weight * self.one_hot(samples.y) + (1 - weight) * self.one_hot(other_y)
         return Mixture(other_x, index, lam, y)
 
 
 def label_weight(lam: float, count: Tensor, other: Tensor) -> Tensor:
-    """The label weight of rows mixed with weight ``lam``.
+    """The label weight of samples mixed with weight ``lam``.
 
     0 where n_i / n_j >= kappa and lam < tau; 1 where n_i / n_j <= 1 / kappa and 1 - lam < tau; else lam.
 
     Args:
-        lam: the rows' weight in the mixed inputs.
-        count: (N,) rows n_i of each row's own class; a class without any is taken to have one.
-        other: (N,) rows n_j of its partner's class.
+        lam: the samples' weight in the mixed inputs.
+        count: (N,) samples n_i of each sample's own class; a class without any is taken to have one.
+        other: (N,) samples n_j of its partner's class.
 
     Returns:
         (N,) float32.

@@ -21,7 +21,7 @@ from gradmix.replay.sources import chunks_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.loop.sharding import Share
 from gradmix.training.loop.state_checks import require_like, require_tensor
-from gradmix.training.methods.base import Context, StepRows
+from gradmix.training.methods.base import Context, StepSamples
 from gradmix.training.methods.controls import controlled
 from gradmix.training.methods.mixing_space import Mixture, mix_space, require_mixable
 from gradmix.training.methods.mixup import LinearMixing
@@ -104,23 +104,25 @@ class SelectiveMixup(LinearMixing):
             logits = model(x)
         return logits, capture.output
 
-    def mixture(self, rows: StepRows, outputs: HeadOutput | None) -> Mixture:
-        pairs = self._select(rows, outputs)
-        other_x = None if rows.candidates is None else rows.candidates[0]
+    def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
+        pairs = self._select(samples, outputs)
+        other_x = None if samples.candidates is None else samples.candidates[0]
         return Mixture(other_x, pairs.partner, pairs.lam, pairs.mix_labels())
 
-    def mixed(self, rows: StepRows, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         # Pairs.mix keeps the inputs' dtype.
-        require_mixable(rows.x)
-        return self._select(rows, outputs).mix()
+        require_mixable(samples.x)
+        return self._select(samples, outputs).mix()
 
-    def _select(self, rows: StepRows, outputs: HeadOutput | None) -> Pairs:
+    def _select(self, samples: StepSamples, outputs: HeadOutput | None) -> Pairs:
         context = self.context
         with context.clock("selection"):
-            if rows.share is not None:
-                outputs = self._gathered(rows.x, rows.share, outputs)
-            replayed = rows.replayed if self._by_replayed else None
-            pairs = self._mixup.select(rows.x, rows.y, candidates=rows.candidates, outputs=outputs, replayed=replayed)
+            if samples.share is not None:
+                outputs = self._gathered(samples.x, samples.share, outputs)
+            replayed = samples.replayed if self._by_replayed else None
+            pairs = self._mixup.select(
+                samples.x, samples.y, candidates=samples.candidates, outputs=outputs, replayed=replayed
+            )
             if context.mix.control != "none" and self._is_selected(replayed):
                 pairs = controlled(pairs, context.model, context.mix, context.generator, context.buffer.y)
         self._pairs = pairs
@@ -143,10 +145,10 @@ class SelectiveMixup(LinearMixing):
             outputs = capture.output
         return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))
 
-    def mixed_rows(self) -> Tensor | None:
+    def mixed_samples(self) -> Tensor | None:
         return None if self._pairs is None else self._pairs.helpful.sum()
 
-    def class_table(self, rows: StepRows) -> Alignment | None:
+    def class_table(self, samples: StepSamples) -> Alignment | None:
         table = self._mixup.table
         return None if table is None else table.average(self.context.mix.alpha)
 
@@ -219,9 +221,9 @@ class SelectiveMixup(LinearMixing):
             raise ValueError(f"method.reference: got {type(reference).__name__}, expected a gradient of the head")
         source = self.context.buffer if self.context.source is None else self.context.source
         # One sample is enough to find the shape.
-        row = next(chunks_of("buffer", source, 1, device_of(model)))
+        sample = next(chunks_of("buffer", source, 1, device_of(model)))
         try:
-            head = reference_gradient(model, row)
+            head = reference_gradient(model, sample)
         except ModelNotFiniteError:
             # The run has diverged; its next step reports it.
             return
@@ -260,7 +262,7 @@ class GradMixSample(SelectiveMixup):
     default_reference = "replayed"
     default_refresh = online_refresh = 1
 
-    def class_table(self, rows: StepRows) -> Alignment | None:
+    def class_table(self, samples: StepSamples) -> Alignment | None:
         # No class table is kept, so one is made of the model in its present state.
         context = self.context
         by_class = GradMix(
@@ -271,5 +273,5 @@ class GradMixSample(SelectiveMixup):
             class_samples=context.mix.class_samples,
             generator=torch.Generator().manual_seed(0),
         )
-        by_class.select(rows.x, rows.y)
+        by_class.select(samples.x, samples.y)
         return None if by_class.table is None else by_class.table.average(context.mix.alpha)

@@ -1,4 +1,4 @@
-"""A model from its name, the shape of a row and the number of classes."""
+"""A model from its name, the shape of a sample and the number of classes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradmix.model.unchanged import preserve_rng
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import MODEL_NAMES
 from gradmix.training.models.imported import checked, find_builder, is_import_path
 from gradmix.training.models.perceptron import MLP
@@ -31,16 +32,16 @@ def build_model(
     Args:
         name: One of ``MODELS``; or ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME`` or the import path of a
             callable, ``package.module:callable``, as :mod:`gradmix.training.models.imported` describes.
-        input_shape: Shape of one row: anything for ``mlp``, ``(T,)`` for ``text-transformer``, ``(C, H, W)`` for the
+        input_shape: Shape of one sample: anything for ``mlp``, ``(T,)`` for ``text-transformer``, ``(C, H, W)`` for the
             others. ``vit-tiny`` takes patches of 16 if both sides are at least 128, else of 4.
         num_classes: Classes over the whole stream, the width of the output.
         seed: Seeds the initial weights.
         vocabulary: Number of token ids, 0 for padding among them, for ``text-transformer`` and imported models of
-            texts; then the rows are int64. ``None`` for all others.
+            texts; then the samples are int64. ``None`` for all others.
 
     Returns:
         The model, in training mode. One of ``MODELS`` is float32 on the CPU, and its classifier is the ``nn.Linear``
-        called ``head``. One from elsewhere was seen to return logits ``(2, num_classes)`` for two rows on the CPU.
+        called ``head``. One from elsewhere was seen to return logits ``(2, num_classes)`` for two samples on the CPU.
 
     Raises:
         ValueError: The name is unknown, or a size is not positive, or the shape does not suit the model; or a model
@@ -51,10 +52,10 @@ def build_model(
     if name not in MODELS and not is_import_path(name):
         raise ValueError(
             f"name: got {name!r}, expected one of {', '.join(map(repr, MODELS))}, or an import path such as "
-            "'package.module:callable', 'torchvision:resnet50' or 'timm:resnet10t'"
+            f"'package.module:callable', 'torchvision:resnet50' or 'timm:resnet10t'{did_you_mean(name, MODELS)}"
         )
     if len(input_shape) == 0 or any(size < 1 for size in input_shape):
-        raise ValueError(f"input_shape: got {tuple(input_shape)}, expected positive sizes of one row")
+        raise ValueError(f"input_shape: got {tuple(input_shape)}, expected positive sizes of one sample")
     if num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes}, expected at least 1")
     if vocabulary is not None and vocabulary < 2:

@@ -38,7 +38,7 @@ def grow_head(
         head: The classifier, an ``nn.Linear`` or 1x1 ``nn.Conv2d`` of the model, or its name. ``None``: it is found,
             as by :func:`gradmix.select_pairs`; a model that was never looked into before needs ``example``, but one of
             :mod:`gradmix.training.models`, whose classifier is called ``head``, does not.
-        example: One or more input rows, to find the classifier with.
+        example: One or more input samples, to find the classifier with.
 
     Returns:
         The new classifier, in the old one's place, or the old one if it has as many classes.

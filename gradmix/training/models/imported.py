@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,7 @@ def find_builder(
 
     Args:
         name: ``SOURCE:NAME``.
-        input_shape: Shape of one row.
+        input_shape: Shape of one sample.
         num_classes: Width of the output.
         vocabulary: Number of token ids, for a model of texts.
 
@@ -48,26 +49,36 @@ def find_builder(
         A callable without arguments.
 
     Raises:
-        ValueError: There is no such model, or the row's shape does not suit it.
+        ValueError: There is no such model, or the sample's shape does not suit it.
         ModuleNotFoundError: The module is not installed.
         ImportError: The module is there and cannot be imported.
     """
     source, _, rest = name.partition(":")
     if not source or not rest:
         raise ValueError(f"name: got {name!r}, expected an import path such as 'package.module:callable'")
+    make: Callable[[], object]
+    call = ""
     if source not in LIBRARIES:
-        return _from_import_path(name, source, rest, input_shape, num_classes, vocabulary)
-    if source != "transformers":
-        if vocabulary is not None:
-            raise ValueError(f"vocabulary: got {vocabulary}, expected None: {name} is a model of images")
-        _require_image(name, input_shape)
-    return LIBRARIES[source](name, rest, input_shape, num_classes, vocabulary)
+        make = _from_import_path(name, source, rest, input_shape, num_classes, vocabulary)
+        call = f"({', '.join([*map(repr, make.args), *(f'{k}={v!r}' for k, v in make.keywords.items())])})"
+    else:
+        if source != "transformers":
+            if vocabulary is not None:
+                raise ValueError(f"vocabulary: got {vocabulary}, expected None: {name} is a model of images")
+            _require_image(name, input_shape)
+        make = LIBRARIES[source](name, rest, input_shape, num_classes, vocabulary)
+
+    def build() -> object:
+        with _errors_of(name, call):
+            return make()
+
+    return build
 
 
 def checked(
     name: str, model: object, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
 ) -> nn.Module:
-    """The model, in training mode, if a forward pass of two rows of zeros (of ones, for token ids) gives its logits.
+    """The model, in training mode, if a forward pass of two samples of zeros (of ones, for token ids) gives its logits.
 
     A model that returns an object with ``logits`` is put into :class:`Logits`.
 
@@ -76,14 +87,14 @@ def checked(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"name: {name} made {_described(model)}, expected an nn.Module")
-    rows = torch.zeros(2, *input_shape) if vocabulary is None else torch.ones(2, *input_shape, dtype=torch.int64)
+    samples = torch.zeros(2, *input_shape) if vocabulary is None else torch.ones(2, *input_shape, dtype=torch.int64)
     model.eval()
     try:
         with torch.no_grad():
-            output = model(rows)
+            output = model(samples)
     except Exception as error:
         raise ValueError(
-            f"name: {name} failed on rows {tuple(rows.shape)} of {rows.dtype}: {type(error).__name__}: {error}"
+            f"name: {name} failed on samples {tuple(samples.shape)} of {samples.dtype}: {type(error).__name__}: {error}"
         ) from error
     try:
         logits = logits_of(output)
@@ -93,7 +104,7 @@ def checked(
         ) from None
     if tuple(logits.shape) != (2, num_classes) or not logits.is_floating_point():
         raise ValueError(
-            f"name: {name} returned {logits.dtype} {tuple(logits.shape)} for 2 rows, expected float logits "
+            f"name: {name} returned {logits.dtype} {tuple(logits.shape)} for 2 samples, expected float logits "
             f"{(2, num_classes)}"
         )
     if not isinstance(output, Tensor):
@@ -113,7 +124,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of rows ``x (N, ...)``."""
+        """Logits ``(N, num_classes)`` of samples ``x (N, ...)``."""
         return logits_of(self.model(x))
 
 
@@ -127,7 +138,7 @@ class TextLogits(Logits):
 
 def _from_import_path(
     name: str, source: str, rest: str, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
-) -> Callable[[], object]:
+) -> partial[object]:
     module = _module(name, source)
     try:
         found: Any = attrgetter(rest)(module)
@@ -143,13 +154,7 @@ def _from_import_path(
     taken = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     named = {key: value for key, value in offered.items() if key in taken}
     first = () if "num_classes" in named else (num_classes,)
-    call = ", ".join([*map(repr, first), *(f"{key}={value!r}" for key, value in named.items())])
-
-    def build() -> object:
-        with _errors_of(name, f"({call})"):
-            return found(*first, **named)
-
-    return build
+    return partial(found, *first, **named)
 
 
 def _from_torchvision(
@@ -167,11 +172,7 @@ def _from_torchvision(
         # Their second outputs, in training only, are for a loss of their own.
         more |= {"aux_logits": False, "init_weights": True}
 
-    def build() -> object:
-        with _errors_of(name):
-            return models.get_model(rest, weights=None, num_classes=num_classes, **more)
-
-    return build
+    return partial(models.get_model, rest, weights=None, num_classes=num_classes, **more)
 
 
 def _from_timm(
@@ -185,11 +186,7 @@ def _from_timm(
     if getattr(configuration, "fixed_input_size", False):
         more["img_size"] = tuple(input_shape[1:])
 
-    def build() -> object:
-        with _errors_of(name):
-            return timm.create_model(rest, pretrained=False, **more)
-
-    return build
+    return partial(timm.create_model, rest, pretrained=False, **more)
 
 
 def _from_transformers(
@@ -232,13 +229,12 @@ def _from_transformers(
         setattr(configuration, key, value)
 
     def build() -> object:
-        with _errors_of(name):
-            if weights:
-                model = family.from_pretrained(
-                    folder, config=configuration, local_files_only=True, ignore_mismatched_sizes=True
-                ).float()
-            else:
-                model = family.from_config(configuration)
+        if weights:
+            model = family.from_pretrained(
+                folder, config=configuration, local_files_only=True, ignore_mismatched_sizes=True
+            ).float()
+        else:
+            model = family.from_config(configuration)
         return Logits(model) if vocabulary is None else TextLogits(model)
 
     return build

@@ -1,4 +1,4 @@
-"""A perceptron for small grey images and for rows of plain numbers."""
+"""A perceptron for small grey images and for samples of plain numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MLP(nn.Module):
     Weights are torch's own initialisation of ``nn.Linear``. 784 inputs and 10 classes make 269,322 parameters.
 
     Args:
-        in_features: Values of one row.
+        in_features: Values of one sample.
         num_classes: Width of the output.
         hidden: Width of the hidden layers.
     """
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         return self.fc2, self.head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of rows ``x (N, ...)``."""
+        """Logits ``(N, num_classes)`` of samples ``x (N, ...)``."""
         h: Tensor = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.head(F.relu(self.fc2(h)))
         return logits

@@ -15,7 +15,7 @@ class TextTransformer(nn.Module):
     and, in the last channel, how far a token is there, its *presence* p in [0, 1]. Attention adds log p to the scores
     of a position, and the mean is sum p h / sum p. A position without a token has weight 0 everywhere, so padding does
     not change a text's logits. A linear mixture of two embedded texts is an embedded text of its own: where only one
-    has a token, the mixture has its token with the weight of that text. A row without any token has the classifier's
+    has a token, the mixture has its token with the weight of that text. A sample without any token has the classifier's
     bias as its logits.
 
     Linear layers start as normal numbers of deviation 0.02, embeddings and positions of deviation 1; no dropout.
@@ -114,8 +114,8 @@ class PresenceBlock(nn.Module):
         """``(N, T, width + 1)`` to the same shape."""
         presence = x[..., -1]
         here = presence > 0
-        # Half the lowest number in place of log 0: such a position's weight is exactly 0, and a row of none but these
-        # has no NaN. The inner where keeps the logarithm's gradient finite too.
+        # Half the lowest number in place of log 0: such a position's weight is exactly 0, and a sample of none but
+        # these has no NaN. The inner where keeps the logarithm's gradient finite too.
         lowest = torch.finfo(torch.float16).min / 2
         bias = torch.where(here, torch.where(here, presence, 1.0).log(), lowest)
         h = self.block(x[..., :-1], bias)

@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         """``(N, T, width)`` to the same shape.
 
         Args:
-            x: Positions of the rows.
+            x: Positions of the samples.
             bias: ``(N, T)``, added to the scores of a key for every head and query; ``None``: nothing.
         """
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from gradmix.training.config import to_dict
+from gradmix.training.former_keys import current_keys
 from gradmix.training.method_names import current_name
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
 from gradmix.training.runs.metrics import known_mean, seen_accuracy
-from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, number
+from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, name_damage, number
 from gradmix.training.runs.running import state_of
 from gradmix.training.runs.settings import flatten
 
@@ -42,8 +43,8 @@ class ArmRow(Row):
 
     @property
     def mixed_share(self) -> float:
-        """Mean share of rows mixed, from 0 to 1; NaN where nothing is selected."""
-        # In the first task there is nothing to select by, and every row is mixed.
+        """Mean share of samples mixed, from 0 to 1; NaN where nothing is selected."""
+        # In the first task there is nothing to select by, and every sample is mixed.
         shares = (run["mixed_share"] for run in self.runs)
         return known_mean([known_mean([number(v) for v in (share[1:] or share)]) for share in shares])
 
@@ -172,21 +173,16 @@ def from_results(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
-    absent = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
-    if absent:
-        raise ValueError(f"{path}: damaged, or not written by gradmix: {', '.join(absent)} missing")
+    with name_damage(path):
+        values: Any = current_keys(json.loads(path.read_text(encoding="utf-8")), warn=False)
+        absent = [key for key in KEYS if key not in values] if isinstance(values, dict) else list(KEYS)
+        if absent:
+            raise ValueError(f"{', '.join(absent)} missing")
     if values["format"] != FORMAT:
         raise ValueError(f"{path}: got format {values['format']}, expected {FORMAT}")
     # A run whose values were cut out would fail far from here.
-    try:
+    with name_damage(path):
         summary_of(*summarise(values))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
     _use_current_names(values)
     return dict(values)
 

@@ -19,7 +19,7 @@ _METRIC = "average_accuracy"
 _CONTROL = ("mix.control", "mix.control_rate")
 # What selection has and Mixup does not: Mixup of the same settings may differ in it.
 _SELECTION = {f"mix.{key}" for key in ("estimator", "policy", "threshold", "refresh", "class_samples", "reference")}
-# Shares of rows mixed that differ by less count as one rate.
+# Shares of samples mixed that differ by less count as one rate.
 _SAME_RATE = 0.01
 
 
@@ -108,7 +108,8 @@ def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
         )
     if values["protocol"].get("data.validation") == 0:
         found.append(
-            "Accuracies are of test rows; settings that were chosen by them would make them look better than they are."
+            "Accuracies are of test samples; settings that were chosen by them would make them look better than they "
+            "are."
         )
     return found
 
@@ -171,15 +172,15 @@ def _share_of_gain(control: str, gain: Difference, rows: Sequence[ArmRow]) -> li
 
 
 def _rates(control: ArmRow, method: ArmRow) -> str:
-    """How much either mixed: a control that mixes another share of the rows controls for less."""
+    """How much either mixed: a control that mixes another share of the samples controls for less."""
     if math.isnan(control.mixed_share) or math.isnan(method.mixed_share):
         return ""
     mixed, others = percent(control.mixed_share), percent(method.mixed_share)
     if mixed == others:
-        return f" Both mixed {mixed} of the rows."
+        return f" Both mixed {mixed} of the samples."
     if abs(control.mixed_share - method.mixed_share) < _SAME_RATE:
-        return f" It mixed {mixed} of the rows, as good as {others}."
-    return f" It mixed {mixed} of the rows, not {others}."
+        return f" It mixed {mixed} of the samples, as good as {others}."
+    return f" It mixed {mixed} of the samples, not {others}."
 
 
 def _share(value: float) -> str:

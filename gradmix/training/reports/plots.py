@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradmix._moved import moved
 from gradmix.runtime import names
 from gradmix.training.reports import cells
 from gradmix.training.reports.figures import DPI, as_text
@@ -25,10 +24,6 @@ from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_val
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_FORMER = {name: name for name in ("NOT_DRAWN", "draw", "not_drawn", "save", "to_svg")}
-_FORMER["seen_accuracy"] = "gradmix.training.runs.metrics:seen_accuracy"
-__getattr__ = moved(__name__, "gradmix.training.reports.figures", _FORMER)
 
 BANDS_UP_TO = 4
 """Number of lines up to which bands are drawn; those of more hide one another."""
@@ -141,8 +136,8 @@ def heatmap(result: RunResult) -> Figure:
 def alignment(result: RunResult) -> Figure:
     """Draw the class-pair alignment at the last refresh of each task, one panel a task.
 
-    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no rows. The colours meet in white
-    at the threshold.
+    Purple pairs are helpful, orange and crossed ones detrimental, hatched ones had no samples. The colours meet in
+    white at the threshold.
 
     Raises:
         ValueError: The run has no alignments.
@@ -178,7 +173,7 @@ def alignment(result: RunResult) -> Figure:
         name = names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}"
         axes.set_title(name, fontsize=9)
         if number % columns == 0:
-            axes.set_ylabel("class of the row", fontsize=9)
+            axes.set_ylabel("class of the sample", fontsize=9)
         if number + columns >= len(records):
             axes.set_xlabel("class of its partner", fontsize=9)
     for axes in list(grid.flat)[len(records) :]:
@@ -197,7 +192,7 @@ def alignment(result: RunResult) -> Figure:
     meanings = [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})"]
     if any(np.isnan(r.cosine).any() for r in records):
         handles.append(Patch(facecolor="white", edgecolor=_EMPTY, hatch="////"))
-        meanings.append("no rows of this pair")
+        meanings.append("no samples of this pair")
     key = {"ncols": 3, "frameon": False, "fontsize": 9, "handler_map": {tuple: HandlerTuple(ndivide=1)}}
     figure.legend(handles, meanings, loc="outside lower center", **key)
     note = "as decided at the last refresh in each task"

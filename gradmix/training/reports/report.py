@@ -20,8 +20,6 @@ from gradmix.training.reports.arms import (
     DIVERGED,
     KEYS,
     ArmRow,
-    collect,
-    from_results,
     place_of,
     summarise,
     summary_of,
@@ -34,18 +32,6 @@ from gradmix.training.runs.metrics import Interval
 from gradmix.training.runs.results import METRIC_LABELS, R_MEANING, to_json
 from gradmix.training.runs.running import RUNS_AT_A_TIME
 from gradmix.training.runs.whole_files import make_folder, write_text
-
-__all__ = [
-    "DIVERGED",
-    "SHOWN",
-    "collect",
-    "diverged_of",
-    "from_results",
-    "summarise",
-    "to_html",
-    "to_markdown",
-    "write",
-]
 
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting", "learning_accuracy")
 """The metrics of the report's tables. The last one says what less forgetting was paid for with."""
@@ -186,7 +172,7 @@ def _tables(
         for arm in values["arms"]
     ]
     return {
-        "results": Table(["arm", *vary, *shown, "rows mixed", "seeds"], results, 1 + len(vary)),
+        "results": Table(["arm", *vary, *shown, "samples mixed", "seeds"], results, 1 + len(vary)),
         "references": _references(values, rows),
         "comparison": Table(["difference", *vary, *shown, "p", "p, Holm", "seeds"], comparison, 1 + len(vary)),
         "costs": _costs(rows),

@@ -32,7 +32,7 @@ class MethodRow(Row):
         method: The method's name alone.
         step_ms: Mean time of a training step in milliseconds, selection included.
         selection_share: Share of that time spent on selection, from 0 to 1.
-        data_share: Share of it spent on drawing, reading and augmenting rows; NaN if it was not measured.
+        data_share: Share of it spent on drawing, reading and augmenting samples; NaN if it was not measured.
     """
 
     method: str = ""
@@ -59,7 +59,7 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
     no mean is taken over different settings.
 
     Raises:
-        ValueError: There is no run; the runs are of different benchmarks, or are scored on different rows; or a seed
+        ValueError: There is no run; the runs are of different benchmarks, or are scored on different samples; or a seed
             appears twice in a group.
     """
     if not results:
@@ -214,7 +214,7 @@ def _legend(summary: Summary, with_data: bool) -> list[str]:
         legend.append("Mean ± standard deviation over seeds; 95 %: half of the mean's t-interval (Student).")
         legend.append("ms/step: time of a training step; selection: the share of it spent on selecting pairs.")
         if with_data:
-            legend.append("data: the share of it spent on drawing, reading and augmenting rows.")
+            legend.append("data: the share of it spent on drawing, reading and augmenting samples.")
     else:
         legend.append("No run is complete, so there is no mean to show.")
     return [*legend, *summary.notes]

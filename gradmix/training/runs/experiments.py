@@ -17,11 +17,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
+from gradmix.training.former_keys import current_keys
 from gradmix.training.loop.trainer import resolved_config
 from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
 from gradmix.training.reports.cells import setting
-from gradmix.training.runs.settings import distinguishing
+from gradmix.training.runs.settings import distinguishing, flatten, identity
 
 SECTIONS = ("data", "optim", "replay", "mix")
 """Parts of a configuration that an arm may set."""
@@ -169,7 +171,8 @@ class Experiment:
             known = {arm.name: arm for arm in self.arms}
             for name in arms:
                 if name not in known:
-                    raise ValueError(f"arms: got {name!r}, expected some of {', '.join(map(repr, known))}")
+                    expected = f"expected some of {', '.join(map(repr, known))}"
+                    raise ValueError(f"arms: got {name!r}, {expected}{did_you_mean(name, known)}")
             if not arms or len(set(arms)) != len(arms):
                 raise ValueError(f"arms: got {list(arms)}, expected at least one, none of them twice")
             changed = replace(
@@ -232,8 +235,7 @@ def content_hash(config: TrainConfig) -> str:
     hashes as they are, and runs made under a former default keep their hash when the default changes. A method counts
     by its :func:`~gradmix.training.method_names.recorded_name`.
     """
-    told = {k: v for k, v in distinguishing(config).items() if not (v is None or v is False or v == "none")}
-    told["method"] = recorded_name(config.methods[0])
+    told = {k: v for k, v in flatten(identity(config)) if k != "seed" and not (v is None or v is False or v == "none")}
     text = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -264,9 +266,11 @@ def load(name_or_file: str | Path) -> Experiment:
     """
     given = str(name_or_file)
     if Path(given).name == given and "." not in given:
-        if given not in _shipped_names():
+        names = _shipped_names()
+        if given not in names:
             raise FileNotFoundError(
-                f"{given}: no such experiment, expected one of {', '.join(_shipped_names())}, or a YAML file"
+                f"{given}: no such experiment, expected one of {', '.join(names)}, or a YAML file"
+                f"{did_you_mean(given, names)}"
             )
         text, name = (resources.files("gradmix") / "experiments" / f"{given}.yaml").read_text(encoding="utf-8"), given
     else:
@@ -294,7 +298,7 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
     Raises:
         ValueError: Naming the key, what came and what is expected.
     """
-    values = parse_yaml(text)
+    values = current_keys(parse_yaml(text))
     _mapping(values, "the top", _KEYS)
     if name in ("", "runs") or name.startswith("."):
         raise ValueError(f"name: got {name!r}, expected one that can be a folder beside 'runs'")
@@ -378,7 +382,7 @@ def _arm(value: Any, key: str) -> Arm:
     method = value.get("method")
     method = current_name(method) if isinstance(method, str) else method
     if method not in COMPOSITIONS:
-        raise ValueError(f"{key}.method: got {method!r}, expected one of {choices()}")
+        raise ValueError(f"{key}.method: got {method!r}, {choices(method)}")
     _sections(value, key)
     if "benchmark" in value.get("data", {}):
         raise ValueError(f"{key}.data.benchmark: one experiment has one benchmark, expected it in base.data")
@@ -398,7 +402,9 @@ def _vary(value: Any) -> dict[str, tuple[Any, ...]]:
     for key, values in value.items():
         section, _, name = str(key).partition(".")
         if section not in SECTIONS or name not in {f.name for f in fields(hints[section])}:
-            raise ValueError(f"vary: got {key!r}, expected a setting such as replay.size or mix.threshold")
+            settings = [f"{section}.{f.name}" for section in SECTIONS for f in fields(hints[section])]
+            expected = "expected a setting such as replay.size or mix.threshold"
+            raise ValueError(f"vary: got {key!r}, {expected}{did_you_mean(key, settings)}")
         if key in ("data.benchmark", "data.data_dir"):
             raise ValueError(f"vary: got {key!r}, which cannot vary within one experiment")
         listed = _list(values, f"vary.{key}")
@@ -420,11 +426,12 @@ def _reference(value: Any, key: str, names: Sequence[str]) -> Reference:
     _mapping(value, key, _REFERENCE_KEYS)
     metric, figure, arm = value.get("metric"), value.get("value"), value.get("arm")
     if metric not in METRIC_LABELS:
-        raise ValueError(f"{key}.metric: got {metric!r}, expected one of {', '.join(METRIC_LABELS)}")
+        expected = f"expected one of {', '.join(METRIC_LABELS)}"
+        raise ValueError(f"{key}.metric: got {metric!r}, {expected}{did_you_mean(metric, METRIC_LABELS)}")
     if isinstance(figure, bool) or not isinstance(figure, (int, float)) or not -1 <= figure <= 1:
         raise ValueError(f"{key}.value: got {figure!r}, expected a number from -1 to 1")
     if arm is not None and arm not in names:
-        raise ValueError(f"{key}.arm: got {arm!r}, expected one of {', '.join(names)}")
+        raise ValueError(f"{key}.arm: got {arm!r}, expected one of {', '.join(names)}{did_you_mean(arm, names)}")
     label, source = (_string(value.get(name), f"{key}.{name}") for name in ("label", "source"))
     return Reference(label, metric, float(figure), source, str(value.get("differs", "")), arm)
 
@@ -441,7 +448,8 @@ def _mapping(value: Any, key: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{key}: got {value!r}, expected a mapping of {', '.join(allowed)}")
     for name in value:
         if name not in allowed:
-            raise ValueError(f"{key}: got the key {name!r}, expected some of {', '.join(allowed)}")
+            expected = f"expected some of {', '.join(allowed)}"
+            raise ValueError(f"{key}: got the key {name!r}, {expected}{did_you_mean(name, allowed)}")
 
 
 def _list(value: Any, key: str, empty: bool = False) -> list[Any]:

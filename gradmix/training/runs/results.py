@@ -7,7 +7,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradmix.runtime import names
+from gradmix.runtime.validation import check_choice
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
@@ -37,9 +39,9 @@ class Timing:
     seconds_selection: float
     """The part of the steps spent on choosing pairs, refreshes of the reference gradient included."""
     seconds_evaluation: float
-    """Scoring the test rows after each task."""
+    """Scoring the test samples after each task."""
     seconds_data: float = math.nan
-    """The part of the steps spent on drawing and augmenting their rows; NaN if it was not measured."""
+    """The part of the steps spent on drawing and augmenting their samples; NaN if it was not measured."""
     peak_memory_bytes: int = 0
     """On a GPU the most that tensors took up, elsewhere the process's peak resident size; 0 where unknown."""
 
@@ -60,9 +62,10 @@ class Timing:
 
     @property
     def data_share(self) -> float:
-        """Share of the training steps' time spent on their rows, waiting for those that are read included, from 0 to 1.
+        """Share of the training steps' time spent on their samples, from 0 to 1; waiting for those that are read
+        counts.
 
-        On a GPU it is the device's time: rows that are read while it computes take none of it.
+        On a GPU it is the device's time: samples that are read while it computes take none of it.
         """
         return self.seconds_data / self.seconds_step if self.seconds_step > 0 else math.nan
 
@@ -75,7 +78,7 @@ class AlignmentRecord:
         task: The task being learnt, counted from 0.
         classes: ``(P,)`` int64, the classes of the rows and columns.
         cosine: ``(P, P)`` float64, cosine of a mixed pair's gradient with the reference gradient; NaN where a pair had
-            no rows.
+            no samples.
         helpful: ``(P, P)`` bool, whether the pair may be mixed.
         threshold: The cosine from which a pair is helpful.
     """
@@ -109,11 +112,11 @@ class RunResult:
             the loss was not finite. Only complete runs are to be compared.
         class_names: Names of all classes, indexed by label.
         task_classes: The labels each task brings, in order of arrival; its length is T.
-        accuracy: ``(T, T)`` float64, ``accuracy[i, j]`` is the share of task j's test rows classified correctly after
-            training task i, in [0, 1]; NaN where training did not get there.
+        accuracy: ``(T, T)`` float64, ``accuracy[i, j]`` is the share of task j's test samples classified correctly
+            after training task i, in [0, 1]; NaN where training did not get there.
         timing: Where the time went.
         config: The configuration with nothing left to a default, narrowed to this method and seed.
-        mixed_share: ``(T,)`` share of each task's rows that found a helpful partner; NaN where nothing is selected.
+        mixed_share: ``(T,)`` share of each task's samples that found a helpful partner; NaN where nothing is selected.
         alignments: The class-pair alignment at the last refresh of each task that had one.
         environment: Versions, device, threads and date, as plain values.
     """
@@ -132,8 +135,7 @@ class RunResult:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise ValueError(f"status: expected one of {', '.join(map(repr, get_args(Status)))}, got {self.status!r}")
+        check_choice("status", self.status, get_args(Status))
         accuracy = np.array(self.accuracy, dtype=np.float64)
         tasks = len(self.task_classes)
         if accuracy.shape != (tasks, tasks):
@@ -148,14 +150,7 @@ class RunResult:
         return len(self.task_classes)
 
 
-METRIC_LABELS: dict[str, str] = {
-    "average_accuracy": "average accuracy",
-    "final_accuracy": "final accuracy",
-    "forgetting": "forgetting",
-    "learning_accuracy": "learning accuracy",
-    "backward_transfer": "backward transfer",
-    "forward_transfer": "forward transfer",
-}
+METRIC_LABELS: dict[str, str] = {name: name.replace("_", " ") for name in metrics.FORMULAS}
 """Names of the metrics in tables and plots, in the order in which they are reported."""
 
 R_MEANING = "R[i,j] = accuracy on task j after training task i; tasks counted from 0, T of them"
@@ -170,8 +165,7 @@ _FILES = ("config.yaml", "metrics.json", "accuracy_matrix.csv")
 def metric_values(result: RunResult) -> dict[str, float]:
     """Compute all of :data:`METRIC_LABELS`; of a run that is not complete, over the tasks reached."""
     chance = 1.0 / max(1, sum(len(classes) for classes in result.task_classes))
-    values = metrics.summary(result.accuracy, chance)
-    return {name: float(values[name]) for name in METRIC_LABELS}
+    return metrics.summary(result.accuracy, chance)
 
 
 def task_names(result: RunResult) -> tuple[str, ...]:
@@ -241,10 +235,21 @@ def load_run(folder: str | Path) -> RunResult:
     for name in _FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run folder: {name} is missing")
-    path = folder / "metrics.json"
     config = load_config(folder / "config.yaml", saved=True)
-    try:
+    path = folder / "metrics.json"
+    with name_damage(path):
         return _from_dict(json.loads(path.read_text(encoding="utf-8")), config)
+
+
+@contextmanager
+def name_damage(path: Path) -> Iterator[None]:
+    """Name the file in errors of a block that reads its values, and finds them damaged.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged, or not written by gradmix: {reason}") from error
@@ -257,10 +262,8 @@ def status_of(folder: str | Path) -> str:
         OSError, ValueError: ``metrics.json`` is missing or damaged; the message names it.
     """
     path = Path(folder) / "metrics.json"
-    try:
+    with name_damage(path):
         return _text(json.loads(path.read_text(encoding="utf-8")), "status")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or not written by gradmix: {error}") from error
 
 
 def load_runs(folder: str | Path) -> dict[Path, RunResult]:
@@ -356,7 +359,7 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         status=values["status"],
         class_names=tuple(str(n) for n in values["class_names"]),
         task_classes=tuple(tuple(int(c) for c in classes) for classes in values["task_classes"]),
-        accuracy=_array(values["accuracy"]),
+        accuracy=values["accuracy"],
         timing=Timing(
             steps=int(timing["steps"]),
             **{
@@ -368,16 +371,7 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         ),
         config=config,
         mixed_share=tuple(number(v) for v in values["mixed_share"]),
-        alignments=tuple(
-            AlignmentRecord(
-                task=int(record["task"]),
-                classes=np.asarray(record["classes"], dtype=np.int64),
-                cosine=_array(record["cosine"]),
-                helpful=np.asarray(record["helpful"], dtype=np.bool_),
-                threshold=number(record["threshold"]),
-            )
-            for record in values["alignments"]
-        ),
+        alignments=tuple(AlignmentRecord(**record) for record in values["alignments"]),
         environment=dict(values["environment"]),
     )
 
@@ -386,10 +380,6 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     if not isinstance(values[key], str):
         raise ValueError(f"{key}: got {values[key]!r}, expected a string")
     return str(values[key])
-
-
-def _array(rows: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    return np.array([[number(v) for v in row] for row in rows], dtype=np.float64).reshape(len(rows), -1)
 
 
 def _accuracy_csv(result: RunResult) -> str:

@@ -325,7 +325,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 @lru_cache(maxsize=4)
 def _stream(data: DataConfig) -> TaskStream:
-    """A benchmark's rows, kept for the next run; a few, as class orders may vary."""
+    """A benchmark's samples, kept for the next run; a few, as class orders may vary."""
     return stream_of(data)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradmix.training.config import TrainConfig, to_dict
+from gradmix.training.former_keys import restore_keys
 from gradmix.training.method_names import recorded_name
 
 RUNTIME_FIELDS = (
@@ -26,7 +27,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
     The method stands under its :func:`~gradmix.training.method_names.recorded_name`.
     """
-    plain = to_dict(config)
+    plain = restore_keys(to_dict(config))
     for key in RUNTIME_FIELDS:
         section, _, name = key.rpartition(".")
         del (plain[section] if section else plain)[name]

@@ -10,6 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def draft_of(path: Path) -> Path:
+    """The name beside ``path`` that a file has while it is written."""
+    return path.with_name(f".{path.name}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a hidden name beside ``path`` to write to; what is there when the block ends takes the place of ``path``.
@@ -19,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The system's, with ``path`` as its file.
     """
-    staging = path.with_name(f".{path.name}")
+    staging = draft_of(path)
     with naming(path):
         try:
             yield staging

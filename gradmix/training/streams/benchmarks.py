@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import DataConfig, TrainConfig, check
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import (
@@ -24,7 +25,7 @@ from gradmix.training.data.image_arrays import (
 )
 from gradmix.training.data.image_layouts import image_folder, imagenet, tiny_imagenet
 from gradmix.training.data.samples import TensorSamples
-from gradmix.training.data.tabular import LabelledRows, covertype, wine
+from gradmix.training.data.tabular import Table, covertype, wine
 from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
 from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
 from gradmix.training.streams.protocols import Protocol
@@ -35,13 +36,13 @@ class Source:
     """A data set as a benchmark reads it.
 
     Args:
-        train: Training rows, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
-        test: Test rows, likewise.
-        class_names: Name of every label; ``None``: the training rows say.
+        train: Training samples, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
+        test: Test samples, likewise.
+        class_names: Name of every label; ``None``: the training samples say.
         to_float: What makes the model's input of raw values ``(..., C, H, W)``; ``None``: they are used as they are.
         mean: By channel, of pixels in [0, 1], or ``None``.
         std: By channel, likewise.
-        input_shape: Shape of one row as the model sees it; ``None``: as it is read.
+        input_shape: Shape of one sample as the model sees it; ``None``: as it is read.
         vocabulary: Number of different tokens; ``None``: no text.
     """
 
@@ -60,15 +61,11 @@ class Benchmark:
     """A data set and its protocol.
 
     Args:
-        name: The name users give.
-        title: What it is, in a few words.
         read: Reads the data below a directory, images of files for a model that sees them at so many pixels a side
-            (``None``: as the benchmark has it); test rows too, or the training rows alone.
+            (``None``: as the benchmark has it); test samples too, or the training samples alone.
         protocol: The settings.
     """
 
-    name: str
-    title: str
     read: Callable[[Path, int | None, bool], Source]
     protocol: Protocol
 
@@ -122,15 +119,10 @@ def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int |
     )
 
 
-def _table(read: Callable[[Path], LabelledRows], data_dir: Path, _size: int | None, _test: bool) -> Source:
-    """Standardised rows of numbers; test rows are of the same file."""
+def _table(read: Callable[[Path], Table], data_dir: Path, _size: int | None, _test: bool) -> Source:
+    """Standardised samples of numbers; test samples are of the same file."""
     data = read(data_dir)
-    return Source(
-        (data.train_x, data.train_y),
-        (data.test_x, data.test_y),
-        data.class_names,
-        lambda x, _mean, _std: data.to_float(x),
-    )
+    return Source((data.train_x, data.train_y), (data.test_x, data.test_y), data.class_names)
 
 
 _FOLDER_PROTOCOL = Protocol(
@@ -162,82 +154,36 @@ _MNIST_PROTOCOL = Protocol(
 )
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            "split-digits",
-            "1,797 handwritten digits of 8x8 pixels (scikit-learn), 5 tasks of 2 classes",
-            partial(_images, "digits"),
-            _DIGITS_PROTOCOL,
-        ),
-        Benchmark("split-mnist", "MNIST, 5 tasks of 2 classes", partial(_images, "mnist"), _MNIST_PROTOCOL),
-        Benchmark(
-            "split-fashion-mnist",
-            "Fashion-MNIST, 5 tasks of 2 classes",
-            partial(_images, "fashion-mnist"),
-            _MNIST_PROTOCOL,
-        ),
-        Benchmark(
-            "split-cifar10",
-            "CIFAR-10, 5 tasks of 2 classes",
-            partial(_images, "cifar10"),
-            replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256),
-        ),
-        Benchmark(
-            "split-cifar100",
-            "CIFAR-100 (fine labels), 10 tasks of 10 classes",
-            partial(_images, "cifar100"),
-            _CIFAR100_PROTOCOL,
-        ),
-        Benchmark(
-            "split-tiny-imagenet",
-            "Tiny ImageNet, read from its files, 10 tasks of 20 classes",
-            _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False),
-            _TINY_IMAGENET_PROTOCOL,
-        ),
-        Benchmark(
-            "split-imagenet",
-            "ImageNet-1K, read from its files, 10 tasks of 100 classes",
-            _Files(imagenet, 224, IMAGENET_MEAN, IMAGENET_STD),
-            replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
-        ),
-        Benchmark(
-            "image-folder",
-            "any images in folders train/CLASS and val/CLASS, cut into 5 tasks or fewer",
-            _Files(image_folder, 224, IMAGENET_MEAN, IMAGENET_STD),
-            _FOLDER_PROTOCOL,
-        ),
-        Benchmark(
-            "split-20newsgroups",
-            "20 Newsgroups, 10 tasks of 2 classes",
-            partial(_texts, newsgroups20, 256),
-            replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2),
-        ),
-        Benchmark(
-            "text-folder",
-            "any texts in folders train/CLASS and test/CLASS, cut into 5 tasks or fewer",
-            partial(_texts, text_folder, 256),
-            _TEXT_PROTOCOL,
-        ),
-        Benchmark(
-            "split-descriptions",
-            "244 passages of the descriptions of scikit-learn's data sets, 6 tasks of 2 classes",
-            partial(_texts, lambda _data_dir, test: descriptions(), 16),
-            replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
-        ),
-        Benchmark(
-            "split-covertype",
-            "Covertype, a table of 54 columns, 4 tasks of 2 classes, the last of one",
-            partial(_table, covertype),
-            replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
-        ),
-        Benchmark(
-            "split-wine",
-            "178 wines by 13 measurements (scikit-learn), 3 tasks of one class",
-            partial(_table, lambda _data_dir: wine()),
-            replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1),
-        ),
-    )
+    "split-digits": Benchmark(partial(_images, "digits"), _DIGITS_PROTOCOL),
+    "split-mnist": Benchmark(partial(_images, "mnist"), _MNIST_PROTOCOL),
+    "split-fashion-mnist": Benchmark(partial(_images, "fashion-mnist"), _MNIST_PROTOCOL),
+    "split-cifar10": Benchmark(
+        partial(_images, "cifar10"), replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256)
+    ),
+    "split-cifar100": Benchmark(partial(_images, "cifar100"), _CIFAR100_PROTOCOL),
+    "split-tiny-imagenet": Benchmark(
+        _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False), _TINY_IMAGENET_PROTOCOL
+    ),
+    "split-imagenet": Benchmark(
+        _Files(imagenet, 224, IMAGENET_MEAN, IMAGENET_STD),
+        replace(_FOLDER_PROTOCOL, tasks=10, classes_per_task=100, model="resnet50", batch=256, replay_batch=256),
+    ),
+    "image-folder": Benchmark(_Files(image_folder, 224, IMAGENET_MEAN, IMAGENET_STD), _FOLDER_PROTOCOL),
+    "split-20newsgroups": Benchmark(
+        partial(_texts, newsgroups20, 256), replace(_TEXT_PROTOCOL, tasks=10, classes_per_task=2)
+    ),
+    "text-folder": Benchmark(partial(_texts, text_folder, 256), _TEXT_PROTOCOL),
+    "split-descriptions": Benchmark(
+        partial(_texts, lambda _data_dir, test: descriptions(), 16),
+        replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
+    ),
+    "split-covertype": Benchmark(
+        partial(_table, covertype),
+        replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
+    ),
+    "split-wine": Benchmark(
+        partial(_table, lambda _data_dir: wine()), replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1)
+    ),
 }
 """All benchmarks by name."""
 
@@ -250,18 +196,18 @@ def stream_of(data: DataConfig) -> TaskStream:
     """Read a benchmark's data and cut them into its tasks.
 
     Where ``benchmark`` is ``package.module:function``, the function is called with the section, and returns the stream.
-    Held-out rows (``validation``) are spread evenly over the order of the data set, the same rows each time. They take
-    the place of the test rows, which are then not read and need not be there.
+    Held-out samples (``validation``) are spread evenly over the order of the data set, the same samples each time. They
+    take the place of the test samples, which are then not read and need not be there.
 
     Args:
         data: The data section of a configuration; its fields say what they mean.
 
     Returns:
-        The stream; rows within a task stand in the order of the data set.
+        The stream; samples within a task stand in the order of the data set.
 
     Raises:
         ValueError: The name is unknown, ``validation`` is outside [0, 1), a number is out of range, or a class is left
-            without training or test rows.
+            without training or test samples.
         TypeError: The function does not return a stream.
         FileNotFoundError: A data file is missing.
         DataError: A data file is damaged.
@@ -270,12 +216,12 @@ def stream_of(data: DataConfig) -> TaskStream:
     if name.startswith(GIVEN):
         raise ValueError(
             f"data.benchmark: got {name!r}, which stands for a stream that was given to train_one, expected that "
-            f"stream, or {_names()}"
+            f"stream, or {_names(name)}"
         )
     if ":" in name:
         return _made_by(_imported(name), data)
     if name not in BENCHMARKS:
-        raise ValueError(f"name: got {name!r}, expected {_names()}")
+        raise ValueError(f"name: got {name!r}, expected {_names(name)}")
     if not 0.0 <= data.validation < 1.0:  # before anything is read
         raise ValueError(f"validation: got {data.validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
@@ -297,7 +243,7 @@ def stream_of(data: DataConfig) -> TaskStream:
         name=name,
         protocol=protocol,
         validation=data.validation,
-        rows_per_class=data.rows_per_class,
+        samples_per_class=data.samples_per_class,
         input_shape=source.input_shape,
         mean=mean,
         std=std,
@@ -305,7 +251,7 @@ def stream_of(data: DataConfig) -> TaskStream:
     )
     if source.class_names is not None and stream.num_classes < len(source.class_names):
         absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
-        raise ValueError(f"{name}: no rows of class {', '.join(absent)}")
+        raise ValueError(f"{name}: no samples of class {', '.join(absent)}")
     stream = first_tasks(stream, data.tasks)
     to_float = source.to_float
     return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
@@ -327,7 +273,7 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
 
     def convert_task(task: Task) -> Task:
         assert isinstance(task.train, TensorSamples) and isinstance(task.test, TensorSamples)
-        train, test = (TensorSamples(convert(rows.x), rows.y) for rows in (task.train, task.test))
+        train, test = (TensorSamples(convert(samples.x), samples.y) for samples in (task.train, task.test))
         return replace(task, train=train, test=test)
 
     return replace(stream, tasks=tuple(convert_task(task) for task in stream.tasks))
@@ -335,7 +281,7 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
 
 @lru_cache(maxsize=1)
 def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
-    """What the function returns, which may have read much: asked for its protocol and then for its rows, once."""
+    """What the function returns, which may have read much: asked for its protocol and then for its samples, once."""
     stream = function(data)
     if not isinstance(stream, TaskStream):
         raise TypeError(
@@ -357,8 +303,8 @@ def _imported(path: str) -> Callable[[DataConfig], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _names() -> str:
-    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function"
+def _names(name: str) -> str:
+    return f"one of {', '.join(map(repr, BENCHMARKS))}, or package.module:function{did_you_mean(name, BENCHMARKS)}"
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -384,7 +330,7 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     elif stream is not None and ":" not in name and name != stream.name:
         config = replace(config, data=replace(config.data, benchmark=GIVEN + stream.name))
     if stream is None and name not in BENCHMARKS:
-        raise ValueError(f"data.benchmark: got {name!r}, expected {_names()}")
+        raise ValueError(f"data.benchmark: got {name!r}, expected {_names(name)}")
     protocol = BENCHMARKS[name].protocol if stream is None else stream.protocol
     names = ("model", "lr", "momentum", "weight_decay", "lr_milestones", "epochs", "batch", "augment")
     defaults = {name: getattr(protocol, name) for name in names}
@@ -418,8 +364,8 @@ def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream 
     tasks = data.tasks or protocol.tasks
     if per_task is None or tasks is None:
         raise ValueError(
-            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of rows: how "
-            f"many classes {data.benchmark} has is known only when it is read"
+            "replay.size: got nothing with another replay.policy than the benchmark's, expected a number of samples: "
+            f"how many classes {data.benchmark} has is known only when it is read"
         )
     return tasks * per_task
 

@@ -19,16 +19,17 @@ class Protocol:
         weight_decay: L2 penalty of SGD.
         lr_milestones: Shares of a task's epochs after which the learning rate is divided by ten.
         epochs: Epochs per task.
-        batch: Rows of the current task in a step.
-        replay_batch: Replayed rows in a step.
+        batch: Samples of the current task in a step.
+        replay_batch: Replayed samples in a step.
         buffer_policy: Policy of the replay buffer.
-        buffer_size: Rows per class for policy ``class``, in total otherwise.
+        buffer_size: Samples per class for policy ``class``, in total otherwise.
         augment: ``none``; ``crop-flip``: a random crop after padding by an eighth of the width, and a random horizontal
             flip; ``resized-crop-flip``: a random part of the image, scaled to the model's size, and a flip.
         normalise: Whether pixels are normalised by the data set's mean and standard deviation, or stay in [0, 1].
-        space: Where rows are mixed: ``None`` for the input, ``embedding`` or ``feature`` where inputs cannot be mixed.
+        space: Where samples are mixed: ``None`` for the input, ``embedding`` or ``feature`` where inputs cannot be
+            mixed.
         reference: What the reference gradient is taken over: ``None`` for the whole buffer, ``replayed`` for those of
-            its rows that a step replays.
+            its samples that a step replays.
     """
 
     tasks: int | None
@@ -50,7 +51,7 @@ class Protocol:
 
     @staticmethod
     def common(dimensions: int, vocabulary: int | None = None) -> Protocol:
-        """Settings to begin with for rows of that many dimensions: 3 for images, 1 for vectors or texts."""
+        """Settings to begin with for samples of that many dimensions: 3 for images, 1 for vectors or texts."""
         text = vocabulary is not None
         return Protocol(
             tasks=None,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradmix._moved import alias_argument
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import rank_in_class
 from gradmix.training.data.samples import Samples, StoredSamples, TensorSamples, samples_of
@@ -25,8 +26,8 @@ class Task:
     Args:
         index: Place in the stream, from 0.
         classes: Its classes, by their new labels.
-        train: Training rows, of its own classes unless boundaries are blurred.
-        test: Test rows, of its own classes.
+        train: Training samples, of its own classes unless boundaries are blurred.
+        test: Test samples, of its own classes.
     """
 
     index: int
@@ -44,12 +45,12 @@ class TaskStream:
         tasks: The tasks in order.
         class_names: Name of every class, by new label.
         class_order: Label of every class in the data set, by new label.
-        input_shape: Shape of one row as the model sees it: ``(C, H, W)``, ``(features,)``, ``(tokens,)``.
+        input_shape: Shape of one sample as the model sees it: ``(C, H, W)``, ``(features,)``, ``(tokens,)``.
         protocol: The settings it is learnt with unless the user says otherwise.
         mean: By channel, what is subtracted from pixels in [0, 1]; ``None``: nothing.
         std: By channel, what they are divided by after that; ``None``: nothing.
-        vocabulary: Number of different tokens if rows are token ids ``(T,)`` int64, 0 being none; ``None``: they are no
-            text.
+        vocabulary: Number of different tokens if samples are token ids ``(T,)`` int64, 0 being none; ``None``: they are
+            no text.
     """
 
     name: str
@@ -69,10 +70,11 @@ class TaskStream:
 
     @property
     def is_read(self) -> bool:
-        """Whether rows are read as they are wanted; otherwise they are tensors at hand."""
+        """Whether samples are read as they are wanted; otherwise they are tensors at hand."""
         return isinstance(self.tasks[0].train, StoredSamples)
 
 
+@alias_argument("class_incremental", "rows_per_class", "samples_per_class")
 def class_incremental(
     train: Any,
     test: Any = None,
@@ -86,7 +88,7 @@ def class_incremental(
     protocol: Protocol | None = None,
     labels: tuple[Any, Any] | None = None,
     validation: float = 0.0,
-    rows_per_class: int | None = None,
+    samples_per_class: int | None = None,
     input_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -95,44 +97,47 @@ def class_incremental(
     """Cut a data set into a class-incremental stream, for :func:`gradmix.training.loop.trainer.train_one`.
 
     Args:
-        train: Training rows: an ``(x, y)`` pair of tensors or arrays, or any map-style data set of ``(input, label)``
-            with integer labels (:func:`gradmix.training.data.samples.samples_of` says what is understood).
-        test: Test rows, likewise; not looked at if ``validation`` is above 0.
+        train: Training samples: an ``(x, y)`` pair of tensors or arrays, or any map-style data set of ``(input,
+            label)`` with integer labels (:func:`gradmix.training.data.samples.samples_of` says what is understood).
+        test: Test samples, likewise; not looked at if ``validation`` is above 0.
         tasks: Number of tasks; classes are shared out as evenly as possible, earlier tasks taking one more. ``None``:
             5, or fewer so that each has two classes.
         classes_per_task: In place of that, new classes in each task: a number (the last task may have fewer), or one
             for each task.
         class_order_seed: Shuffles the order in which classes arrive; ``None``: the order of their labels.
         class_names: Name of every label, by label from 0; ``None``: the data set's attribute ``class_names`` or
-            ``classes``, else the labels. Names of labels that no row has, in training and test alike, are left out.
+            ``classes``, else the labels. Names of labels that no sample has, in training and test alike, are left out.
             Bytes in names that are no UTF-8, as names of folders may have them, become escapes.
         in_memory: Read every item of a data set once, now, and keep it; whatever it draws at random is then settled for
             good. Otherwise items are read when they are wanted, by worker processes.
         name: The stream's name in results.
         protocol: Settings it is learnt with where the configuration leaves them open; ``None``: common ones.
         labels: Labels ``(N,)`` and ``(M,)`` of the two data sets, in place of those found in them.
-        validation: If above 0, this share of every class's training rows is held out, evenly spread over the order of
-            the data set (the same rows each time), and takes the place of the test rows, which are then not used.
-        rows_per_class: Training rows kept of each class, the first ones after the held-out ones are gone; ``None``:
-            all of them.
-        input_shape: Shape of one row as the model is to see it: images read larger are cropped. ``None``: as read.
+        validation: If above 0, this share of every class's training samples is held out, evenly spread over the order
+            of the data set (the same samples each time), and takes the place of the test samples, which are then not
+            used.
+        samples_per_class: Training samples kept of each class, the first ones after the held-out ones are gone;
+            ``None``: all of them.
+        input_shape: Shape of one sample as the model is to see it: images read larger are cropped. ``None``: as read.
         mean: By channel, subtracted from pixels in [0, 1] of images that are uint8; ``None``: nothing.
         std: By channel, what they are divided by after that; ``None``: nothing.
-        vocabulary: Number of different tokens if rows are token ids ``(T,)``, 0 being none; ``None``: no text.
+        vocabulary: Number of different tokens if samples are token ids ``(T,)``, 0 being none; ``None``: no text.
 
     Returns:
-        The stream; rows within a task stand in the order of the data set. Labels need not be consecutive.
+        The stream; samples within a task stand in the order of the data set. Labels need not be consecutive.
 
     Raises:
-        ValueError: A number out of range, more tasks than classes, or a class without training or test rows.
+        ValueError: A number out of range, more tasks than classes, or a class without training or test samples.
         TypeError: ``train`` or ``test`` is no data set of the kind, or labels are no integers.
     """
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"validation: got {validation}, expected a share in [0, 1)")
-    if rows_per_class is not None and rows_per_class < 1:
-        raise ValueError(f"rows_per_class: got {rows_per_class}, expected at least 1")
+    if samples_per_class is not None and samples_per_class < 1:
+        raise ValueError(f"samples_per_class: got {samples_per_class}, expected at least 1")
     if validation == 0.0 and test is None:
-        raise TypeError("test: got None, expected test rows, or validation, the share of training rows in their place")
+        raise TypeError(
+            "test: got None, expected test samples, or validation, the share of training samples in their place"
+        )
     given = labels or (None, None)
     sides = {"train": samples_of("train", train, given[0], tokens=vocabulary is not None)}
     if validation == 0.0:
@@ -142,15 +147,17 @@ def class_incremental(
         if "test" in sides:
             _check_same_names(class_names, _names_of(test), sides["test"].y)
     if in_memory:
-        sides = {side: TensorSamples(rows.read(torch.arange(len(rows))), rows.y) for side, rows in sides.items()}
+        sides = {
+            side: TensorSamples(samples.read(torch.arange(len(samples))), samples.y) for side, samples in sides.items()
+        }
     known = torch.unique(sides["train"].y)
     if class_names is not None:
         if int(known[-1]) >= len(class_names):
             raise ValueError(
                 f"class_names: got {len(class_names)} names, expected one for each label up to {int(known[-1])}, those "
-                "without rows among them"
+                "without samples among them"
             )
-        known = torch.unique(torch.cat([rows.y for rows in sides.values()]))
+        known = torch.unique(torch.cat([samples.y for samples in sides.values()]))
         known = known[known < len(class_names)]
     count, originals = len(known), known.tolist()
     names = [printable(str(label if class_names is None else class_names[label])) for label in originals]
@@ -163,19 +170,21 @@ def class_incremental(
     if validation > 0.0:
         held_out = _spread(training.y, validation)
         testing, training = (training.take(part.nonzero().squeeze(1)) for part in (held_out, ~held_out))
-    if rows_per_class is not None:
-        training = training.take((rank_in_class(training.y) < rows_per_class).nonzero().squeeze(1))
+    if samples_per_class is not None:
+        training = training.take((rank_in_class(training.y) < samples_per_class).nonzero().squeeze(1))
     new_label = torch.from_numpy(np.argsort(order))  # by place in `known`
     renumbered = {}
-    for part, rows in (("training", training), ("test" if validation == 0.0 else "validation", testing)):
-        places = torch.searchsorted(known, rows.y).clamp(max=count - 1)
-        beyond = rows.y[known[places] != rows.y]
+    for part, samples in (("training", training), ("test" if validation == 0.0 else "validation", testing)):
+        places = torch.searchsorted(known, samples.y).clamp(max=count - 1)
+        beyond = samples.y[known[places] != samples.y]
         if len(beyond):
-            raise ValueError(f"{name}: {part} rows of label {int(beyond[0])}, of which there are no training rows")
+            raise ValueError(
+                f"{name}: {part} samples of label {int(beyond[0])}, of which there are no training samples"
+            )
         y = new_label[places]
         absent = (torch.bincount(y, minlength=count) == 0).nonzero().squeeze(1).tolist()
         if absent:
-            raise ValueError(f"{name}: no {part} rows of class {', '.join(names[order[label]] for label in absent)}")
+            raise ValueError(f"{name}: no {part} samples of class {', '.join(names[order[label]] for label in absent)}")
         renumbered[part] = y
     train_y, test_y = renumbered.values()
     groups = class_groups(count, tasks, classes_per_task)
@@ -183,7 +192,7 @@ def class_incremental(
         Task(index, classes, _of_classes(training, train_y, classes), _of_classes(testing, test_y, classes))
         for index, classes in enumerate(groups)
     )
-    # Only now, and once: it may take reading a row.
+    # Only now, and once: it may take reading a sample.
     shape = training.shape if input_shape is None else input_shape
     return TaskStream(
         name=name,
@@ -245,19 +254,20 @@ def first_tasks(stream: TaskStream, tasks: int | None) -> TaskStream:
 
 
 def blurred(stream: TaskStream, blur: float, seed: int) -> TaskStream:
-    """The stream with its training rows in an order in which tasks pass over into each other.
+    """The stream with its training samples in an order in which tasks pass over into each other.
 
-    A row of task t stands at t + u + blur z in the order, u uniform in [0, 1) and z standard normal, each row's own;
-    the order is cut into as many parts as there were tasks, each of as many rows as the task had. Test rows stay.
+    A sample of task t stands at t + u + blur z in the order, u uniform in [0, 1) and z standard normal, each sample's
+    own; the order is cut into as many parts as there were tasks, each of as many samples as the task had. Test samples
+    stay.
 
     Args:
         stream: Any stream.
-        blur: Standard deviation, in tasks, above 0. At 0.1 about a sixteenth of the rows of a task stand in another's
-            part; from about the number of tasks on there is hardly an order of classes left.
+        blur: Standard deviation, in tasks, above 0. At 0.1 about a sixteenth of the samples of a task stand in
+            another's part; from about the number of tasks on there is hardly an order of classes left.
         seed: Seeds the order.
 
     Returns:
-        A stream with the same tasks, whose training rows may be of any classes and stand in the order of arrival.
+        A stream with the same tasks, whose training samples may be of any classes and stand in the order of arrival.
     """
     if not blur > 0:
         raise ValueError(f"blur: got {blur}, expected a standard deviation above 0, in tasks")
@@ -274,7 +284,7 @@ def blurred(stream: TaskStream, blur: float, seed: int) -> TaskStream:
 
 
 def concatenated(parts: Sequence[Samples]) -> Samples:
-    """Rows one after the other; stored ones are of one data set."""
+    """Samples one after the other; stored ones are of one data set."""
     y = torch.cat([part.y for part in parts])
     if all(isinstance(part, TensorSamples) for part in parts):
         return TensorSamples(torch.cat([part.x for part in parts if isinstance(part, TensorSamples)]), y)
@@ -304,17 +314,17 @@ def _check_same_names(train: Sequence[str] | None, test: Sequence[str] | None, l
             )
 
 
-def _of_classes(rows: Samples, y: Tensor, classes: tuple[int, ...]) -> Samples:
+def _of_classes(samples: Samples, y: Tensor, classes: tuple[int, ...]) -> Samples:
     places = torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1)
-    return rows.take(places, y[places])
+    return samples.take(places, y[places])
 
 
 def _spread(labels: Tensor, share: float) -> Tensor:
-    """Mark a share of every class's rows, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
+    """Mark a share of every class's samples, evenly spread and rounded to the nearest whole number; ``(N,)`` bool."""
     rank = rank_in_class(labels)
     _, where, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     counts = counts[where]
     marked = torch.floor(counts.double() * share + 0.5).to(torch.int64)
-    # Row r of n is marked where r * marked / n passes a whole number: exactly `marked` times, evenly.
+    # Sample r of n is marked where r * marked / n passes a whole number: exactly `marked` times, evenly.
     steps = torch.div((rank + 1) * marked, counts, rounding_mode="floor")
     return steps > torch.div(rank * marked, counts, rounding_mode="floor")
