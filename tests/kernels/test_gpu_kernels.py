@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu import captured, no_waiting, on_other_streams, poison_free_memory
+from mixed_pairs import prepared
 from test_mixed_alignment import CASES, in_double, make
 from torch import Tensor
 from truth import assert_decisions_agree
 
-from gradmix.ops.labels import dense_labels
 from gradmix.ops.mixed_alignment import mixed_alignment_reference
 
 pytestmark = pytest.mark.gpu
@@ -30,26 +30,12 @@ def weights(*lams: float) -> Tensor:
     return torch.tensor(lams, dtype=torch.float64, device="cuda")
 
 
-def prepared(arguments: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """The kernel's arguments on the GPU, but for the mixing weights, from the operator's."""
-    h_a, z_a, y_a, h_b, z_b, y_b, reference = arguments
-    width = h_a.shape[1]
-    bias = reference.shape[1] > width
-    if y_a.is_floating_point() != y_b.is_floating_point():
-        y_a, y_b = (dense_labels(y, z_a.shape[1], torch.float32) for y in (y_a, y_b))
-    u_a, u_b = (
-        (h.double() @ reference[:, :width].double().T + (reference[:, width].double() if bias else 0)).float()
-        for h in (h_a, h_b)
-    )
-    return [t.cuda() for t in (h_a, z_a, y_a, u_a, h_b, z_b, y_b, u_b)], bias
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("precision", UNITS)
 @pytest.mark.parametrize("case", MODERATE)
 def test_equals_float64(case: str, precision: str, seed: int, kernel) -> None:
     arguments = make(**CASES[case], dtype=torch.float32, seed=seed)
-    parts, bias = prepared(arguments)
+    parts, bias = prepared(arguments, "cuda")
     poison_free_memory()
     result = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision)
     expected = mixed_alignment_reference(*in_double(arguments), 0.3)
@@ -61,7 +47,7 @@ def test_equals_float64(case: str, precision: str, seed: int, kernel) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 def test_what_underflows_is_recomputed(soft: bool, kernel) -> None:
     arguments = make(n=70, m=40, classes=50, scale=300.0, soft=(soft, soft), dtype=torch.float32)
-    parts, bias = prepared(arguments)
+    parts, bias = prepared(arguments, "cuda")
     result = kernel.mixed_alignment(*parts, weights(0.5), bias=bias)
     expected = mixed_alignment_reference(*in_double(arguments), 0.5)
     for part, exact in zip(result, expected, strict=True):
@@ -70,7 +56,7 @@ def test_what_underflows_is_recomputed(soft: bool, kernel) -> None:
 
 def test_a_large_problem_and_its_sums_over_groups(kernel) -> None:
     arguments = make(n=500, m=1, classes=1000, d=300, dtype=torch.float32)
-    side, bias = prepared([*arguments[:3], *arguments[:3], arguments[6]])
+    side, bias = prepared([*arguments[:3], *arguments[:3], arguments[6]], "cuda")
     inner, norm = kernel.mixed_alignment(*side[:4], *side[:4], weights(0.2, 0.5), bias=bias)
     rows = torch.arange(512, device="cuda").where(torch.arange(512, device="cuda") < 500, -1)
     sums = kernel.class_pair_sums(*side[:4], weights(0.2, 0.5), rows, 16, bias=bias)
@@ -81,7 +67,7 @@ def test_a_large_problem_and_its_sums_over_groups(kernel) -> None:
 
 
 def test_the_same_bits_back_to_back_and_on_other_streams(kernel) -> None:
-    parts, bias = prepared(make(n=300, m=200, classes=130, d=70, dtype=torch.float32))
+    parts, bias = prepared(make(n=300, m=200, classes=130, d=70, dtype=torch.float32), "cuda")
     lams = weights(0.3, 0.6)
     expected = kernel.mixed_alignment(*parts, lams, bias=bias)
     poison_free_memory()
@@ -90,7 +76,7 @@ def test_the_same_bits_back_to_back_and_on_other_streams(kernel) -> None:
 
 
 def test_a_graph_replayed_with_another_weight_gives_what_a_call_gives(kernel) -> None:
-    parts, bias = prepared(make(n=60, m=50, classes=40, d=30, dtype=torch.float32))
+    parts, bias = prepared(make(n=60, m=50, classes=40, d=30, dtype=torch.float32), "cuda")
     lams = weights(0.3)
     graph, kept = captured(lambda: kernel.mixed_alignment(*parts, lams, bias=bias))
     lams.fill_(0.7)
@@ -101,7 +87,7 @@ def test_a_graph_replayed_with_another_weight_gives_what_a_call_gives(kernel) ->
 
 
 def test_the_host_does_not_wait(kernel) -> None:
-    parts, bias = prepared(make(n=60, m=50, scale=300.0, dtype=torch.float32))
+    parts, bias = prepared(make(n=60, m=50, scale=300.0, dtype=torch.float32), "cuda")
     lams = weights(0.3)
     kernel.mixed_alignment(*parts, lams, bias=bias)
     with no_waiting():

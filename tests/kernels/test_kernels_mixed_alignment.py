@@ -12,13 +12,13 @@ from functools import cache
 
 import pytest
 import torch
-from test_mixed_alignment import CASES, in_double, largest_inner, make
+from mixed_pairs import grouped_truth, prepared, truth
+from test_mixed_alignment import CASES, largest_inner, make
 from torch import Tensor
 from truth import assert_decisions_agree
 
 from gradmix import kernels
-from gradmix.ops.labels import dense_labels
-from gradmix.ops.mixed_alignment import MixedAlignment, mixed_alignment_reference
+from gradmix.ops.mixed_alignment import MixedAlignment
 
 if kernels.unavailable_reason() is not None:
     pytest.skip(str(kernels.unavailable_reason()), allow_module_level=True)
@@ -34,30 +34,9 @@ def weights(*lams: float) -> Tensor:
     return torch.tensor(lams, dtype=torch.float64)
 
 
-def projected(features: Tensor, reference: Tensor) -> Tensor:
-    """U = [h; 1] G^T in float32."""
-    width = features.shape[1]
-    u = features.double() @ reference[:, :width].double().T
-    return (u + reference[:, width].double() if reference.shape[1] > width else u).float()
-
-
-def prepared(arguments: list[Tensor], device: str = "cpu") -> tuple[list[Tensor], bool]:
-    """The kernel's arguments, but for the mixing weights, from the operator's."""
-    h_a, z_a, y_a, h_b, z_b, y_b, reference = arguments
-    if y_a.is_floating_point() != y_b.is_floating_point():
-        y_a, y_b = (dense_labels(y, z_a.shape[1], torch.float32) for y in (y_a, y_b))
-    parts = [h_a, z_a, y_a, projected(h_a, reference), h_b, z_b, y_b, projected(h_b, reference)]
-    return [part.to(device) for part in parts], reference.shape[1] > h_a.shape[1]
-
-
 def run(arguments: list[Tensor], *lams: float) -> MixedAlignment:
     parts, bias = prepared(arguments)
     return MixedAlignment(*kernel.mixed_alignment(*parts, weights(*lams), bias=bias, precision="ieee"))
-
-
-def truth(arguments: list[Tensor], *lams: float) -> MixedAlignment:
-    results = [mixed_alignment_reference(*in_double(arguments), lam) for lam in lams]
-    return MixedAlignment(*(torch.stack(parts) for parts in zip(*results, strict=True)))
 
 
 def assert_close(result: MixedAlignment, expected: MixedAlignment, unit: float = 1e-5) -> None:
@@ -228,20 +207,6 @@ def test_a_nan_makes_its_row_nan_and_no_other(where: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- grouped sums
-
-
-def grouped_truth(arguments: list[Tensor], rows: Tensor, group: int, *lams: float) -> MixedAlignment:
-    pairs = truth(arguments, *lams)
-    filled = rows >= 0
-    counted = filled[:, None] & filled & (rows[:, None] != rows)
-    at = rows.clamp(min=0)
-    groups = len(rows) // group
-    return MixedAlignment(
-        *(
-            torch.where(counted, part[:, at][:, :, at], 0).view(len(lams), groups, group, groups, group).sum((2, 4))
-            for part in pairs
-        )
-    )
 
 
 @pytest.mark.parametrize(
