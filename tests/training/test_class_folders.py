@@ -298,7 +298,7 @@ TRAINING_FILES: dict[str, Callable[[Path], object]] = {
         root, {f"20news-bydate-train/{group}/{j}": "From: a\n\nwords\n" for group in NEWSGROUPS for j in range(4)}
     ),
 }  # fmt: skip
-WITHOUT_TEST_FILES = {"split-digits", "split-descriptions", "split-covertype", "split-wine"}
+WITHOUT_TEST_FILES = {"split-digits", "split-descriptions", "split-covertype", "split-wine", "arrays"}
 
 
 def test_every_benchmark_is_here_or_has_no_test_files() -> None:

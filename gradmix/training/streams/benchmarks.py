@@ -10,10 +10,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import DataConfig, TrainConfig, check
+from gradmix.training.data.arrays import read_arrays
 from gradmix.training.data.class_names import printable
 from gradmix.training.data.image_arrays import (
     DATASETS,
@@ -125,6 +127,17 @@ def _table(read: Callable[[Path], Table], data_dir: Path, _size: int | None, _te
     return Source((data.train_x, data.train_y), (data.test_x, data.test_y), data.class_names)
 
 
+def _arrays(data_dir: Path, _size: int | None, test: bool) -> Source:
+    """Samples of one file; pixels of 8 bits are brought to [0, 1], other numbers are used as they are."""
+    data = read_arrays(data_dir, test)
+    pixels = data.train[0].dtype == torch.uint8
+    return Source(data.train, data.test, data.class_names, _pixels_to_float if pixels else None)
+
+
+def _pixels_to_float(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    return to_float(x, 255.0, mean, std)
+
+
 _FOLDER_PROTOCOL = Protocol(
     tasks=None, classes_per_task=None, model="resnet18-imagenet", lr=0.1, weight_decay=1e-4, lr_milestones=(0.5, 0.75),
     epochs=30, batch=64, replay_batch=64, buffer_size=20, augment="resized-crop-flip", normalise=True,
@@ -177,6 +190,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         partial(_texts, lambda _data_dir, test: descriptions(), 16),
         replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
     ),
+    "arrays": Benchmark(_arrays, replace(_MNIST_PROTOCOL, tasks=None, classes_per_task=2)),
     "split-covertype": Benchmark(
         partial(_table, covertype),
         replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
