@@ -43,7 +43,7 @@ def happen(what: str, step: int) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "error":
-        raise ValueError("row 7 is damaged")
+        raise ValueError("sample 7 is damaged")
     elif what == "tell":
         Path("at_step").write_text(str(step))
         time.sleep(0.2)

@@ -513,7 +513,7 @@ def test_selection_is_by_features_where_inputs_are_not_mixed(name: str, space: s
         ):
             METHODS[name].resolved_config(TrainConfig(mix=SpacedMix(space=space, estimator=other)))
     plain = METHODS[name].resolved_config(TrainConfig(mix=SpacedMix())).mix.estimator
-    assert plain == ("feature" if name == "gradmix-sample" else "mixed")
+    assert plain == "feature"
 
 
 REFUSED_PLACES = {

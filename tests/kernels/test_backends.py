@@ -29,6 +29,7 @@ from gradmix.ops.cosine_alignment import cosine_alignment, mixed_gram_alignment
 from gradmix.ops.counter_random import random_matrix
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.ops.mix_samples import mix_samples
 from gradmix.ops.mixed_alignment import mixed_alignment
 
 BODIES = [(operator, body) for operator in doctor.OPERATORS for body in operator.backends]
@@ -151,11 +152,20 @@ def drawn(p: Problem, backend: str) -> tuple[Any, Any]:
     return draw_partners(p.allowed, p.drawn, backend=backend), (torch.tensor(partner), torch.tensor(found))
 
 
+def mixed_samples(p: Problem, backend: str) -> tuple[Any, Any]:
+    partner, lam = p.y_b[p.y % M], p.drawn.float()
+    weight = lam.double().cpu()[:, None]
+    h, h_b = p.h.double().cpu(), p.h_b.double().cpu()
+    expected = weight * h + (1 - weight) * h_b[partner.cpu()]
+    return (mix_samples(p.h, p.h_b, partner, lam, backend=backend),), (expected,)
+
+
 CALLS: dict[str, Callable[[Problem, str], tuple[Any, Any]]] = {
     "mixed_alignment": mixed,
     "class_pair_alignment": class_pairs,
     "last_layer_gradient": last_layer,
     "draw_partners": drawn,
+    "mix_samples": mixed_samples,
     "cosine_alignment": cosines,
     "mixed_gram_alignment": mixed_gram,
     "class_sketch": sketched_classes,

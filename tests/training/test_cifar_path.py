@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gradmix import cli
-from gradmix.training.reports.report import from_results
+from gradmix.training.reports.arms import from_results
 from gradmix.training.runs.experiments import load
 
 pytestmark = pytest.mark.slow

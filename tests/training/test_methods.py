@@ -511,7 +511,7 @@ def test_dark_replay_settles_its_weight_and_the_inner_settings(name: str) -> Non
 
 
 def test_dark_replay_keeps_logits_of_the_model_in_evaluation(monkeypatch) -> None:
-    monkeypatch.setattr(dark_replay, "_ROWS", 4)
+    monkeypatch.setattr(dark_replay, "_SAMPLES", 4)
     shape = (3, 8, 8)
     context = make_context(shape, "resnet8")
     rows = make_rows(9, shape)

@@ -12,7 +12,7 @@ from gradmix.estimators import feature
 from gradmix.replay.buffer import ReplayBuffer
 from gradmix.training.config import MixConfig
 from gradmix.training.loop.clock import Clock
-from gradmix.training.methods import METHODS, Context, StepRows
+from gradmix.training.methods import METHODS, Context, StepSamples
 from gradmix.training.models import build_model
 
 CLASSES = 6
@@ -27,7 +27,7 @@ def method_after_a_step() -> Any:
     model = build_model("mlp", (4,), CLASSES, seed=0)
     context = Context(model, buffer, CLASSES, MixConfig(), generator, Clock(torch.device("cpu")))
     method = METHODS["gradmix-class"](context)
-    method.backward(StepRows(x, y, torch.full((12,), 1 / 12)))
+    method.backward(StepSamples(x, y, torch.full((12,), 1 / 12)))
     return method
 
 
@@ -39,7 +39,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_goes_on_growing_after_a_resume() -> None:
     method, other = method_after_a_step(), method_after_a_step()
     other.load_state_dict(copy.deepcopy(method.state_dict()))
-    later = StepRows(torch.rand(4, 4), torch.tensor([5, 1, 5, 2]), torch.full((4,), 1 / 4))
+    later = StepSamples(torch.rand(4, 4), torch.tensor([5, 1, 5, 2]), torch.full((4,), 1 / 4))
     for one in (method, other):
         one.losses(later).__next__()
         assert one._mixup.table.classes.tolist() == [0, 1, 2, 5] and one._mixup.refreshes == 1

@@ -558,9 +558,9 @@ def test_processes_agree_about_kernels_before_these_are_recorded(monkeypatch: py
     order = []
     monkeypatch.setattr(run, "agree", lambda group, device: order.append((group, device)))
     monkeypatch.setattr(run, "describe_environment", lambda device: order.append("record") or {"kernels": "none"})
-    data = DataConfig(tasks=1, rows_per_class=4)
+    data = DataConfig(tasks=1, samples_per_class=4)
     config = replace(SHORT, data=data, optim=OptimConfig(epochs=1))
-    result = train_one(config, "finetune", 0, stream=make_stream("split-digits", tasks=1, rows_per_class=4))
+    result = train_one(config, "finetune", 0, stream=make_stream("split-digits", tasks=1, samples_per_class=4))
     assert order == [(None, torch.device("cpu")), "record"] and result.environment["kernels"] == "none"
 
 

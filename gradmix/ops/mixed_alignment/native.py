@@ -100,7 +100,7 @@ def triton_extent(features_a: Tensor, logits_a: Tensor, labels_a: Tensor, featur
 
     It is part of every call on a GPU, and reading an attribute of a tensor is most of its time: few are read.
     """
-    labels_b, lams, norms = rest[1], rest[3], rest[4]
+    labels_b, lams, norms = rest[1], rest[3], rest[4] if len(rest) > 4 else True
     if labels_a.ndim > 1 or (labels_b is not labels_a and labels_b.ndim > 1):
         kind = "label vectors"  # with or without norms: they show where inner products have lost their digits
     else:
