@@ -63,8 +63,8 @@ class DataConfig:
     benchmark: str = "split-digits"
     """The data set, cut into tasks that each bring new classes. Images: split-digits, split-mnist, split-fashion-mnist,
     split-cifar10, split-cifar100; read from files: split-tiny-imagenet, split-imagenet, image-folder. Texts:
-    split-20newsgroups, text-folder, split-descriptions. Tables: split-covertype, split-wine. One's
-    own: arrays, a file of x_train, y_train, x_test, y_test (.npz or .safetensors) given as data_dir; or
+    split-20newsgroups, text-folder, split-descriptions. Tables: split-covertype, split-wine.
+    One's own: arrays, a file of x_train, y_train, x_test, y_test (.npz or .safetensors) given as data_dir. Or
     package.module:function, which is called with this section and returns the stream."""
     data_dir: Path = Path("data")
     """Where the data lie, in their standard layout (what comes with scikit-learn needs none)."""

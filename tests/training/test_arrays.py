@@ -42,7 +42,9 @@ def test_features_are_learnt(tmp_path):
         held[f"x_{part}"][:, :4] += 6 * np.eye(4)[held[f"y_{part}"]]
     np.savez(tmp_path / "mine.npz", **held, class_names=["a", "b", "c", "d"])
     config = TrainConfig(
-        data=DataConfig("arrays", tmp_path / "mine.npz"), optim=OptimConfig(model="mlp", epochs=30, lr=0.05), threads=1
+        data=DataConfig("arrays", tmp_path / "mine.npz", classes_per_task=2),
+        optim=OptimConfig(model="mlp", epochs=30, lr=0.05),
+        threads=1,
     )
     result = train_one(config, "gradmix-sample", 0)
     assert result.status == "complete" and result.tasks == 2
@@ -53,7 +55,7 @@ def test_pixels_of_eight_bits_are_brought_to_one(tmp_path):
     held = arrays((1, 4, 4), np.uint8)
     held["x_train"][0] = 255
     np.savez(tmp_path / "arrays.npz", **held)
-    stream = make_stream("arrays", tmp_path)
+    stream = make_stream("arrays", tmp_path, classes_per_task=2)
     x = stream.tasks[0].train.read(torch.arange(3))
     assert x.dtype == torch.float32 and float(x.max()) == 1.0 and float(x.min()) >= 0.0
     assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3)]
@@ -62,7 +64,7 @@ def test_pixels_of_eight_bits_are_brought_to_one(tmp_path):
 def test_a_validation_needs_no_test_samples(tmp_path):
     held = {name: value for name, value in arrays().items() if "train" in name}
     np.savez(tmp_path / "arrays.npz", **held)
-    stream = make_stream("arrays", tmp_path, validation=0.2)
+    stream = make_stream("arrays", tmp_path, validation=0.2, classes_per_task=2)
     assert [len(task.test) for task in stream.tasks] == [4, 4]
     with pytest.raises(DataError, match="holds x_train, y_train, expected x_test, y_test too; --validation 0.2"):
         make_stream("arrays", tmp_path)

@@ -190,7 +190,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         partial(_texts, lambda _data_dir, test: descriptions(), 16),
         replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
     ),
-    "arrays": Benchmark(_arrays, replace(_MNIST_PROTOCOL, tasks=None, classes_per_task=2)),
+    "arrays": Benchmark(_arrays, replace(_MNIST_PROTOCOL, tasks=None, classes_per_task=None)),
     "split-covertype": Benchmark(
         partial(_table, covertype),
         replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
