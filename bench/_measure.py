@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import gradmix
+from gradmix.calibration.measuring import CudaTimer
 
 Call = Callable[[], object]
 
@@ -120,7 +121,7 @@ def seconds_of(call: Call, device: torch.device, calls: int = 1) -> float:
     the time a host needs to get the work queued counts.
     """
     if device.type == "cuda":
-        return _device_seconds(call, device, calls, ahead=0.0)
+        return CudaTimer(device).seconds(call, calls)
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -134,22 +135,7 @@ def queued_seconds(call: Call, device: torch.device) -> float:
 
     A call that waits for the device is shown with its waiting.
     """
-    return _device_seconds(call, device, 1, ahead=2 * seconds_of(call, device) + 1e-4)
-
-
-def _device_seconds(call: Call, device: torch.device, calls: int, ahead: float) -> float:
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        if ahead:
-            # No clock of today's devices is above 3 GHz, so the pause lasts at least so long.
-            torch.cuda._sleep(int(3e9 * ahead))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / calls
+    return CudaTimer(device).seconds_ahead(call, 1, ahead=2 * seconds_of(call, device) + 1e-4)
 
 
 def back_to_back(call: Call, device: torch.device) -> int:

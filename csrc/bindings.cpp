@@ -119,6 +119,14 @@ int thread_count(const py::object& num_threads) {
   return forked() ? 1 : threads;
 }
 
+// ValueError unless each entry (N,) is in [0, limit); `what` they are, for the message.
+void require_below(const TensorView& index, std::int64_t limit, const char* what) {
+  const std::int64_t bad = first_bad_label(index.as<std::int64_t>(), index.size(0), limit);
+  if (bad < 0) return;
+  throw py::value_error(std::string(index.argument()) + ": got " + std::to_string(index.as<std::int64_t>()[bad]) +
+                        " in row " + std::to_string(bad) + ", expected " + what + " in [0, " + std::to_string(limit) + ")");
+}
+
 void py_class_sketch(const py::object& deltas_object, const py::object& activations_object,
                      const py::object& labels_object, const py::object& sums_object,
                      const py::object& squares_object, const py::object& num_threads) {
@@ -141,21 +149,14 @@ void py_class_sketch(const py::object& deltas_object, const py::object& activati
     squares.require_apart(*input);
   }
   squares.require_apart(sums);
+  require_below(labels, sums.size(0), "labels");
   const int threads = thread_count(num_threads);
 
   const ClassSketch problem{deltas.dtype(), deltas.data(), activations.data(), labels.as<std::int64_t>(),
                             sums.mutable_data(), squares.mutable_data(), deltas.size(0), deltas.size(1),
                             deltas.size(2), activations.size(2), sums.size(0)};
-  std::int64_t bad = -1;
-  {
-    py::gil_scoped_release unlocked;
-    bad = first_bad_label(problem.labels, problem.samples, problem.classes);
-    if (bad < 0) class_sketch(problem, threads);
-  }
-  if (bad >= 0) {
-    throw py::value_error("labels: got " + std::to_string(problem.labels[bad]) + " in row " + std::to_string(bad) +
-                          ", expected labels in [0, " + std::to_string(problem.classes) + ")");
-  }
+  py::gil_scoped_release unlocked;
+  class_sketch(problem, threads);
 }
 
 void py_sketch_project(const py::object& x_object, std::int64_t key, bool ones, const py::object& out_object,
@@ -209,13 +210,6 @@ class SideViews {
             beside ? beside->data() : nullptr, features.size(0)};
   }
 
-  void require_labels(std::int64_t classes) const {
-    const std::int64_t bad = first_bad_label(labels.as<std::int64_t>(), labels.size(0), classes);
-    if (bad < 0) return;
-    throw py::value_error(names_[2] + ": got " + std::to_string(labels.as<std::int64_t>()[bad]) + " in row " +
-                          std::to_string(bad) + ", expected labels in [0, " + std::to_string(classes) + ")");
-  }
-
  private:
   const std::string names_[5];
 
@@ -263,8 +257,8 @@ bool py_mixed_alignment(const py::tuple& a_objects, const py::tuple& b_objects, 
     for (std::size_t axis = 0; axis < 3; ++axis) norm->require_size(axis, inner.size(axis), "as inner");
     norm->require_apart(inner);
   }
-  a.require_labels(classes);
-  b.require_labels(classes);
+  require_below(a.labels, classes, "labels");
+  require_below(b.labels, classes, "labels");
   const int threads = thread_count(num_threads);
 
   const auto data = [](const std::optional<TensorView>& view) { return view ? view->mutable_data() : nullptr; };
@@ -313,14 +307,6 @@ void py_draw_partners(const py::object& allowed_object, const py::object& score_
   draw_partners(problem);
 }
 
-// The rows of a matrix that an index names, or an error.
-void require_index(const TensorView& index, std::int64_t limit) {
-  const std::int64_t bad = first_bad_label(index.as<std::int64_t>(), index.size(0), limit);
-  if (bad < 0) return;
-  throw py::value_error(std::string(index.argument()) + ": got " + std::to_string(index.as<std::int64_t>()[bad]) +
-                        " in row " + std::to_string(bad) + ", expected an index in [0, " + std::to_string(limit) + ")");
-}
-
 void py_mix_samples(const py::object& own_object, const py::object& other_object, const py::object& partner_object,
                     const py::object& lam_object, const py::object& out_object, const py::object& num_threads) {
   const TensorView own(own_object, "own", {Dtype::kFloat32, Dtype::kFloat64}, "(N, K)", 2);
@@ -334,7 +320,7 @@ void py_mix_samples(const py::object& own_object, const py::object& other_object
   for (const TensorView* view : {&partner, &lam, &out}) view->require_size(0, own.size(0), "N of own");
   out.require_apart(own);
   out.require_apart(other);
-  require_index(partner, other.size(0));
+  require_below(partner, other.size(0), "an index");
   const int threads = thread_count(num_threads);
   const MixSamples problem{own.data(),         other.data(), partner.as<std::int64_t>(), lam.data(),
                            out.mutable_data(), dtype,        own.size(0),                own.size(1)};
@@ -351,7 +337,7 @@ void py_residuals(const py::object& logits_object, const py::object& labels_obje
   out.require_size(0, logits.size(0), "N of the logits");
   out.require_size(1, logits.size(1), "C of the logits");
   out.require_apart(logits);
-  require_index(labels, logits.size(1));
+  require_below(labels, logits.size(1), "labels");
   const int threads = thread_count(num_threads);
   const Residuals problem{logits.data(),  labels.as<std::int64_t>(), out.mutable_data(),
                           logits.dtype(), logits.size(0),            logits.size(1)};

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradmix import _extension
-from gradmix.ops.capsules import as_capsules
+from gradmix.ops.capsules import as_capsules, extension_for
 from gradmix.ops.dtypes import exact_dtype, without_autocast, work_dtype
-from gradmix.ops.registration import is_plain
 from gradmix.runtime.deferred_checks import can_sync
 
 MASK_GAP = 100.0
@@ -167,12 +165,9 @@ def _is_linear_natively(
         step: distance of the samples.
         tolerance: of a logit, relative to the sum of its terms' magnitudes.
     """
-    extension: Any = _extension.load()
     tensors = [None if v is None else v.detach() for v in (features, logits, weight, bias)]
-    given = [v for v in tensors if v is not None]
-    if extension is None or not is_plain(*given) or len(features) == 0:
-        return False
-    if not all(v.device.type == "cpu" and v.dtype == torch.float32 and v.is_contiguous() for v in given):
+    extension = extension_for((torch.float32,), *(v for v in tensors if v is not None))
+    if extension is None or len(features) == 0:
         return False
     return not extension.off_linear(*as_capsules(*tensors), step, tolerance)
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gradmix import _extension
-from gradmix.ops.capsules import as_capsules
-from gradmix.ops.registration import is_plain
+from gradmix.ops.capsules import as_capsules, extension_for
 from gradmix.runtime.deferred_checks import can_sync, check_samples
 
 SUM_TOLERANCE = 1e-2
@@ -113,14 +109,9 @@ def are_live(labels: Tensor, logits: Tensor, masked: float) -> bool:
         logits: (N, C).
         masked: the logit of a masked class.
     """
-    extension: Any = _extension.load()
     labels, logits = labels.detach(), logits.detach()
-    if extension is None or labels.dtype != torch.int64 or logits.dtype not in (torch.float32, torch.float64):
-        return False
-    if labels.device.type != "cpu" or logits.device.type != "cpu" or not is_plain(labels, logits):
-        return False
-    live: bool = extension.live_labels(*as_capsules(labels.contiguous(), logits.contiguous()), masked)
-    return live
+    extension = extension_for((torch.int64,), labels) and extension_for((torch.float32, torch.float64), logits)
+    return extension is not None and bool(extension.live_labels(*as_capsules(labels, logits), masked))
 
 
 def within_range(labels: Tensor, classes: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, n
 from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
 from gradmix.training.streams.protocols import Protocol
 
+ToFloat: TypeAlias = "Callable[[Tensor, tuple[float, ...] | None, tuple[float, ...] | None], Tensor]"
+"""Makes the model's input of raw values, given mean and standard deviation by channel or None."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -51,7 +54,7 @@ class Source:
     train: Any
     test: Any
     class_names: tuple[str, ...] | None = None
-    to_float: Callable[[Tensor, tuple[float, ...] | None, tuple[float, ...] | None], Tensor] | None = None
+    to_float: ToFloat | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     input_shape: tuple[int, ...] | None = None
@@ -79,7 +82,7 @@ def _images(dataset: str, data_dir: Path, _size: int | None, test: bool) -> Sour
         (data.train_x, data.train_y),
         (data.test_x, data.test_y),
         data.class_names,
-        lambda x, mean, std: to_float(x, data.maximum, mean, std),
+        _to_float_of(data.maximum),
         data.mean,
         data.std,
     )
@@ -131,11 +134,12 @@ def _arrays(data_dir: Path, _size: int | None, test: bool) -> Source:
     """Samples of one file; pixels of 8 bits are brought to [0, 1], other numbers are used as they are."""
     data = read_arrays(data_dir, test)
     pixels = data.train[0].dtype == torch.uint8
-    return Source(data.train, data.test, data.class_names, _pixels_to_float if pixels else None)
+    return Source(data.train, data.test, data.class_names, _to_float_of(255.0) if pixels else None)
 
 
-def _pixels_to_float(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
-    return to_float(x, 255.0, mean, std)
+def _to_float_of(maximum: float) -> ToFloat:
+    """Return the function that makes the model's input of raw values up to ``maximum``."""
+    return lambda x, mean, std: to_float(x, maximum, mean, std)
 
 
 _FOLDER_PROTOCOL = Protocol(
