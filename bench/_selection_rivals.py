@@ -467,7 +467,7 @@ def _backends(p: Problem, precisions: Iterable[str], of_torch: str) -> tuple[lis
         if body.name == "reference":
             continue
         reason = body.available() or body.can_run(*arguments)
-        if body.name == "triton" and kernels.interpreted():
+        if body.name == "triton" and kernels.is_interpreted():
             reason = INTERPRETED
         if reason:
             refused[f"backend {body.name}"] = reason

@@ -443,7 +443,7 @@ def measure(task: Task, device: torch.device, rates: Rates, repeats: int, second
     truth = on(torch.device("cpu"), task.truth(exact))
     refused = dict(task.refused)
     ways = task.ways
-    if _triton.interpreted():
+    if _triton.is_interpreted():
         for way in ways:
             if "triton" in way.name or "kernel" in way.name:
                 refused[way.name] = INTERPRETED

@@ -31,7 +31,7 @@ from _measure import (
 
 from gradmix import _extension
 from gradmix.ops.counter_random import random_matrix
-from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
+from gradmix.ops.sketch_project import OPERATOR, is_stored_quicker, project
 
 LAYERS = {
     # name: (N, T, D, layout)
@@ -83,7 +83,7 @@ def measure(
         "layer": name,
         "size": {"N": n, "T": t, "D": d, "rank": rank},
         "layout": layout,
-        "engine": "stored" if stored_is_quicker(x, rank) else OPERATOR.choose("auto", *arguments).name,
+        "engine": "stored" if is_stored_quicker(x, rank) else OPERATOR.choose("auto", *arguments).name,
         "rounds": len(samples["stored"]),
         "seconds": {body: quantiles(taken) for body, taken in samples.items()},
         "stored_over": {body: paired_ratio(samples["stored"], samples[body]) for body in bodies},

@@ -253,7 +253,7 @@ def compiled(capabilities: tuple[int, ...], only: str = "") -> list[dict[str, An
         module: Any = importlib.import_module(f"gradmix.kernels.{name}")
         for variant in (v for v in module.variants() if only in v.name):
             for capability in capabilities:
-                figures = compiling.compiled_figures(variant, capability)
+                figures = compiling.resource_usage(variant, capability)
                 rows.append({"variant": variant.name, "capability": capability, **figures._asdict()})
     return rows
 
@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the script; 2 if there is no kernel to time or to compile."""
     options = parse(arguments)
     device = torch.device(options.device)
-    if _triton.interpreted():
+    if _triton.is_interpreted():
         print("TRITON_INTERPRET is set: kernels are interpreted, neither compiled nor worth timing", file=sys.stderr)
         return 2
     described = machine(device)

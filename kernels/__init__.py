@@ -47,7 +47,7 @@ OLDEST = (3, 6)
 """The oldest Triton that the kernels were compiled with; 3.1 refuses them."""
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton's kernels are run by its interpreter, on the CPU: ``TRITON_INTERPRET=1`` is set."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -74,6 +74,6 @@ def unavailable_reason() -> str | None:
         version = None  # a build of one's own, without metadata
     if version is not None and _numbers(version) < OLDEST:
         return f"triton {version} is installed, {'.'.join(map(str, OLDEST))} or later is needed"
-    if not interpreted() and not torch.cuda.is_available():
+    if not is_interpreted() and not torch.cuda.is_available():
         return "no CUDA or ROCm device is visible to torch"
     return None

@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU, found by compiling it ahead of time: no GPU is needed."""
+"""The GPU resources of a kernel, found by compiling it ahead of time: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALIGNED = 16
 
 
 class Figures(NamedTuple):
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     Attributes:
         registers: of a thread.
@@ -34,7 +34,7 @@ class Figures(NamedTuple):
     matrix_instructions: str
 
 
-def compiled_figures(variant: Variant, capability: int) -> Figures:
+def resource_usage(variant: Variant, capability: int) -> Figures:
     """Compile a variant for a compute capability, and read what it takes from the machine code.
 
     Pointers are taken to be aligned as torch allocates, and no size or stride to be a multiple of anything.

@@ -108,7 +108,7 @@ def _pairs(
 
 
 class Configuration(NamedTuple):
-    """How the pairs are cut.
+    """The tiling of the pairs.
 
     Attributes:
         tile: rows, and columns, of a tile.

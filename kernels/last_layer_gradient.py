@@ -26,7 +26,7 @@ from torch import Tensor
 
 @triton.jit
 def _rows(logits, labels, stats, rows, classes, stride, BLOCK: tl.constexpr):
-    """Of each row the largest logit, 1 / sum exp(z - largest), and the residual of its label (3, N)."""
+    """Compute for each row the largest logit, 1 / sum exp(z - largest), and the residual of its label (3, N)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -120,7 +120,7 @@ def _tiles(
 
 
 class Configuration(NamedTuple):
-    """How a tile is cut.
+    """The sizes of a tile.
 
     Attributes:
         classes: classes of a tile.
@@ -159,7 +159,7 @@ def configuration(classes: int, width: int) -> Configuration:
 
 
 def splits(rows: int, classes: int, width: int, tiles: int) -> int:
-    """How many programs share the rows of each tile; from the sizes alone."""
+    """The number of programs that share the rows of each tile; from the sizes alone."""
     room = PARTIAL // (classes * (width + 1))
     return max(1, min(PROGRAMS // max(1, tiles), room, rows // (4 * ROWS)))
 

@@ -507,7 +507,7 @@ def _pair_kernel(
 
 
 class Configuration(NamedTuple):
-    """How the pairs are cut into tiles.
+    """The tiling of the pairs.
 
     A product in three TF32 parts has every warp compute 16 whole rows of a tile. So a tile is high and narrow: of a
     wide one with fewer rows than 16 a warp, warps repeat each other's work, and its numbers fill their registers.
@@ -574,15 +574,15 @@ class _Rows(NamedTuple):
 
 
 def _rows(features: Tensor, logits: Tensor, labels: Tensor, u: Tensor) -> _Rows:
-    def lined_up(x: Tensor) -> Tensor:
+    def with_unit_stride(x: Tensor) -> Tensor:
         return x if x.ndim < 2 or x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
 
-    u, t = lined_up(u), labels
+    u, t = with_unit_stride(u), labels
     if labels.is_floating_point():
         labels = labels.argmax(1)
         # What they lack to the one-hot vectors of their largest entries.
         t = torch.zeros_like(t, dtype=torch.float32).scatter_(1, labels[:, None], 1.0).sub_(t)
-    return _Rows(lined_up(features), lined_up(logits), labels, lined_up(t), u)
+    return _Rows(with_unit_stride(features), with_unit_stride(logits), labels, with_unit_stride(t), u)
 
 
 def _check_precision(precision: str) -> None:

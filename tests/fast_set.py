@@ -51,6 +51,7 @@ FAST = frozenset(
         "test_tabular_data",
         # the project
         "test_doctor",
+        "test_english",
         "test_fast_set",
         "test_kinds",
         "test_moved_names",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, TrainConfig
-from gradmix.training.method_names import recorded_name
+from gradmix.training.method_names import stable_name
 from gradmix.training.runs.results import AlignmentRecord, RunResult, Timing
 
 
@@ -25,7 +25,7 @@ def make_result(
     class_names: tuple[str, ...] | None = None,
 ) -> RunResult:
     """A run whose old tasks lose accuracy from ``level``; ``reached`` below ``tasks`` makes it an interrupted one."""
-    rng = np.random.default_rng(1000 * seed + len(recorded_name(method)))
+    rng = np.random.default_rng(1000 * seed + len(stable_name(method)))
     done = tasks if reached is None else reached
     accuracy = np.full((tasks, tasks), np.nan)
     for i in range(done):

@@ -34,7 +34,7 @@ def reason_not_to_measure(device: torch.device | None) -> str | None:
         return f"there is nothing to measure: the kernels are for GPUs, and {why}"
     if device is not None and device.type != "cuda":
         return f"there is nothing to measure on {device}: the kernels are for GPUs"
-    if _triton.interpreted():
+    if _triton.is_interpreted():
         return "there is nothing to measure: TRITON_INTERPRET is set, and kernels would be run by Triton's interpreter"
     if all(unavailable(pair) for pair in {(cell.operator, cell.backend) for cell in all_cells()}):
         reasons = dict.fromkeys(filter(None, (unavailable((c.operator, c.backend)) for c in all_cells())))

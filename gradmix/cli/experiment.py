@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
 
     options = tyro.cli(_Flags, prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
-        titles = experiments.shipped()
+        titles = experiments.builtin_titles()
         for name, title in titles.items():
             print(f"{name:<{max(map(len, titles))}}  {title}")
         return 0
@@ -120,7 +120,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
             for method in dict.fromkeys(run.method for run in todo):
                 find_method(method).check_installed()
             running.check_data(todo)
-            with interruption.deferred(), _shared(output):
+            with interruption.defer(), _lock_shared(output):
                 with Reporter(len(todo), max(len(shown(run.label)) for run in runs)) as reporter:
                     outcome = running.run_all(
                         runs,
@@ -154,7 +154,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
 
 
 @contextmanager
-def _shared(output: Path) -> Iterator[None]:
+def _lock_shared(output: Path) -> Iterator[None]:
     """Lock a folder against ``gradmix train``; several experiments may share its runs.
 
     Raises:
@@ -246,7 +246,7 @@ def _say(values: dict[str, Any], folder: Path) -> None:
             cells = (interval(row.metrics[name], "{mean:.3f} ± {half:.3f}") for name in SHOWN)
             print(f"{shown(row.label):<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
         print("mean ± half of its 95 % t-interval")
-    for line in report.diverged_of(values):
+    for line in report.divergence_notes(values):
         print(shown(line))
     if differences:
         width = max(len(shown(d.label)) for d in differences)

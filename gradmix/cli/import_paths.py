@@ -1,4 +1,4 @@
-"""What a benchmark's or a model's name asks for: packages, and modules in the current folder."""
+"""Imports that a benchmark's or a model's name asks for: packages, and modules in the current folder."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def join_processes() -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        yield _met(alone)
+        yield _connect(alone)
     except _SaidElsewhere as elsewhere:
         _stand_aside(elsewhere.status)
     except BaseException as error:
@@ -228,7 +228,7 @@ def explain_lost_process(go_on: Callable[[], str]) -> Iterator[None]:
 
 def _is_loss(error: RuntimeError) -> bool:
     # Those of gloo are plain RuntimeErrors, which name its source file.
-    return isinstance(error, _distributed().DistError) or "gloo" in str(error)
+    return isinstance(error, _torch_distributed().DistError) or "gloo" in str(error)
 
 
 def _first_sentence(error: RuntimeError) -> str:
@@ -237,7 +237,7 @@ def _first_sentence(error: RuntimeError) -> str:
     return reason.partition("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
 
 
-def _met(alone: Processes) -> Processes:
+def _connect(alone: Processes) -> Processes:
     text = os.environ.get("GRADMIX_TIMEOUT") or str(TIMEOUT)
     try:
         seconds = float(text)
@@ -247,7 +247,7 @@ def _met(alone: Processes) -> Processes:
         raise ValueError(f"GRADMIX_TIMEOUT: got {text!r} in the environment, expected a number of seconds above 0")
     import torch
 
-    distributed = _distributed()
+    distributed = _torch_distributed()
     # What lies on a GPU goes by NCCL, and the rest by gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     try:
@@ -261,7 +261,7 @@ def _met(alone: Processes) -> Processes:
     return Processes(alone.rank, alone.size, alone.local_rank, alone.local_size, distributed.group.WORLD)
 
 
-def _distributed() -> Any:
+def _torch_distributed() -> Any:
     import torch
 
     if not torch.distributed.is_available():
@@ -298,9 +298,9 @@ def _leave(error: BaseException, here: Processes) -> None:
 def finish(processes: Processes, status: int) -> int:
     """The exit status of a process that is done; one of several waits for the others and ends here."""
     if processes.group is not None:
-        # That another one left earlier, maybe with what they met at, is no failure.
+        # That another one left earlier, possibly with the store they met at, is no failure.
         with suppress(RuntimeError):
-            _distributed().barrier(processes.group)
+            _torch_distributed().barrier(processes.group)
         _end(status)
     return status
 

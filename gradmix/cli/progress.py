@@ -148,7 +148,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._arrived)
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,7 +161,7 @@ class Interruption:
             raise KeyboardInterrupt
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def defer(self) -> Iterator[None]:
         """Hold the first signal back within the block; :meth:`check` and the block's end raise it."""
         before, self._deferring = self._deferring, True
         try:
@@ -171,7 +171,7 @@ class Interruption:
         if not before:
             self.check()
 
-    def _arrived(self, number: int, _: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         if self.signal is not None:
             raise StopNow(number)
         self.signal = number

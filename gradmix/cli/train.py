@@ -20,7 +20,7 @@ from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
 from gradmix.runtime.names import shell, shown
-from gradmix.training.method_names import recorded_name
+from gradmix.training.method_names import stable_name
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -45,7 +45,7 @@ def main(args: list[str]) -> int:
 
 def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     results: dict[tuple[str, int], RunResult] = {}
-    config, todo, resumed = processes.by_the_first(lambda: _planned(args, processes, results, held))
+    config, todo, resumed = processes.by_the_first(lambda: _plan(args, processes, results, held))
     assert config.output is not None
     output = config.output
     stream = processes.by_each(lambda: _stream(config, processes)) if todo else None
@@ -58,17 +58,17 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     ):
         try:
             # Several processes all stop at the same step.
-            with nullcontext() if processes.group is None else interruption.deferred():
+            with nullcontext() if processes.group is None else interruption.defer():
                 _run_all(config, todo, stream, results, interruption, processes)
         except KeyboardInterrupt:
             interrupted = True
         except Exception:
             # The runs so far are summarised; the failure is what is reported.
-            with suppress(KeyboardInterrupt), interruption.deferred():
+            with suppress(KeyboardInterrupt), interruption.defer():
                 _report(config, results)
             raise
         try:
-            with interruption.deferred():
+            with interruption.defer():
                 processes.by_the_first(lambda: _report(config, results))
         except KeyboardInterrupt:
             interrupted = True
@@ -95,11 +95,11 @@ def _say_diverged(results: dict[tuple[str, int], RunResult]) -> int:
     return _DIVERGED
 
 
-def _planned(
+def _plan(
     args: list[str], processes: Processes, results: dict[tuple[str, int], RunResult], held: ExitStack | None = None
 ) -> tuple[TrainConfig, list[tuple[str, int]], bool]:
     """Return the configuration, the runs to make, and whether a folder is resumed; its results go to ``results``."""
-    resumed = _resumed(args)
+    resumed = _config_to_resume(args)
     with print_former_names():
         config = parse_train(args) if resumed is None else resumed
     find_named("train --benchmark", config.data.benchmark, config.optim.model)
@@ -126,7 +126,7 @@ def _planned(
         assert config.output is not None
         if held is not None:
             _occupy(config.output, held)
-        results.update(_ended(config))
+        results.update(_load_ended(config))
     todo = [run for run in _runs(config) if run not in results]
     if not todo:
         ended = "have ended" if any(r.status != "complete" for r in results.values()) else "are complete"
@@ -193,13 +193,13 @@ def _runs(config: TrainConfig) -> list[tuple[str, int]]:
 
 def _run_folder(output: Path, method: str, seed: int) -> Path:
     """The folder of one run: by the method's name, or by its former name in a folder that has it."""
-    former = output / recorded_name(method)
+    former = output / stable_name(method)
     return (former if former.is_dir() else output / method) / f"seed-{seed}"
 
 
 def _checkpoint_file(output: Path, method: str, seed: int) -> Path:
     """The checkpoint of one run; as :func:`_run_folder` one under the former name is gone on with."""
-    former = output / _CHECKPOINTS / f"{recorded_name(method)}-seed-{seed}.pt"
+    former = output / _CHECKPOINTS / f"{stable_name(method)}-seed-{seed}.pt"
     return former if former.is_file() else former.with_name(f"{method}-seed-{seed}.pt")
 
 
@@ -241,7 +241,7 @@ def _run_all(
             if reporter is not None:
                 reporter.start(method, seed)
             file = _checkpoint_file(output, method, seed)
-            with interruption.deferred():
+            with interruption.defer():
                 result = trainer.train_one(
                     own,
                     method,
@@ -260,7 +260,7 @@ def _run_all(
 def _save(result: RunResult, folder: Path) -> None:
     """Save a run; an interrupted one in the same folder stays until the new one is complete."""
     from gradmix.training.reports import saving
-    from gradmix.training.runs.whole_files import naming, sync
+    from gradmix.training.runs.whole_files import name_in_errors, sync
 
     if not folder.exists():
         saving.save_run(result, folder)
@@ -268,7 +268,7 @@ def _save(result: RunResult, folder: Path) -> None:
     new, old = (folder.with_name(f".{folder.name}-{which}") for which in ("new", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    with naming(folder):
+    with name_in_errors(folder):
         saving.save_run(result, new, pictures=False)
         os.replace(folder, old)
         os.replace(new, folder)
@@ -300,7 +300,7 @@ def _tidy(output: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- resuming
 
 
-def _resumed(args: list[str]) -> TrainConfig | None:
+def _config_to_resume(args: list[str]) -> TrainConfig | None:
     """Return the configuration of the folder given by ``--resume``; None without the flag.
 
     Raises:
@@ -342,7 +342,7 @@ def _resumed(args: list[str]) -> TrainConfig | None:
     return changed
 
 
-def _ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
+def _load_ended(config: TrainConfig) -> dict[tuple[str, int], RunResult]:
     """Return the runs of a folder that are complete or have diverged, by method and seed."""
     from gradmix.training.runs.results import load_run
 
@@ -385,7 +385,7 @@ def _new_output(config: TrainConfig, processes: Processes) -> Path:
             raise
         try:
             there = replace(load_config(file, saved=True), output=output)
-            unfinished = len(_runs(there)) - len(_ended(there))
+            unfinished = len(_runs(there)) - len(_load_ended(there))
         except (ValueError, OSError):
             raise error from None
         if not unfinished:

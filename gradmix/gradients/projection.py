@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmix.gradients.sketches import Sketch
 from gradmix.ops.backends import get_backend
 from gradmix.ops.dtypes import work_dtype
-from gradmix.ops.sketch_project import OPERATOR, project, stored_is_quicker
+from gradmix.ops.sketch_project import OPERATOR, is_stored_quicker, project
 
 
 class Projection:
@@ -74,7 +74,7 @@ class Projection:
 
     def _may_draw_entries(self, x: Tensor) -> bool:
         """Whether to draw the entries in the call: the user chose a backend, or the stored matrix is not faster."""
-        return self._backend != "auto" or get_backend() != "auto" or not stored_is_quicker(x, self.size)
+        return self._backend != "auto" or get_backend() != "auto" or not is_stored_quicker(x, self.size)
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return M e_i (N, T, size) for each index (N, T)."""

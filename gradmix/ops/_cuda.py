@@ -110,7 +110,7 @@ class _Known(NamedTuple):
 _known: _Known | None = None
 
 
-def _sorted(labels: Tensor, num_classes: int, stream: int) -> SortedLabels:
+def _sort_once(labels: Tensor, num_classes: int, stream: int) -> SortedLabels:
     """:func:`sort_by_class` of labels in range; what was last sorted is kept, as the layers of a model share it."""
     global _known
     if torch.cuda.is_current_stream_capturing():
@@ -167,7 +167,7 @@ def class_sketch_cuda(deltas: Tensor, activations: Tensor, labels: Tensor, num_c
     elements = extension.class_sketch_cuda_workspace(_name(deltas), samples, positions, rows, columns)
     with torch.cuda.device(deltas.device):
         stream = torch.cuda.current_stream().cuda_stream
-        ordered = _sorted(labels, num_classes, stream)
+        ordered = _sort_once(labels, num_classes, stream)
         sums = deltas.new_empty(num_classes, rows, columns, dtype=dtype)
         squares = deltas.new_empty(num_classes, dtype=dtype)
         workspace = deltas.new_empty(elements, dtype=dtype)

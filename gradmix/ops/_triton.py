@@ -33,14 +33,14 @@ def can_run(*tensors: Tensor) -> str | None:
 
 def device_reason(device: torch.device) -> str | None:
     """None, or why Triton kernels cannot take tensors on ``device``."""
-    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+    if device.type == "cuda" or (device.type == "cpu" and is_interpreted()):
         return None
     return f"it serves GPUs, and the tensors are on {device}"
 
 
 @lru_cache(maxsize=1)
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton's kernels are run by its interpreter, on the CPU."""
     from gradmix import kernels
 
-    return kernels.interpreted()
+    return kernels.is_interpreted()

@@ -43,7 +43,7 @@ class ClassSketch(NamedTuple):
 def class_sketch_reference(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> ClassSketch:
     """The formula, sample by sample and position by position. For arguments and result see :func:`class_sketch`."""
     sums, squares = _zeros(deltas, activations, num_classes)
-    for n, label in enumerate(_checked(labels, num_classes).tolist()):
+    for n, label in enumerate(_check_labels(labels, num_classes).tolist()):
         gradient = torch.zeros_like(sums[label])
         for t in range(deltas.shape[1]):
             gradient += torch.outer(deltas[n, t].to(sums.dtype), activations[n, t].to(sums.dtype))
@@ -58,7 +58,7 @@ def class_sketch_torch(deltas: Tensor, activations: Tensor, labels: Tensor, num_
     Two ways: one product per sample, added to its class; or, for one position a sample where the classes are well
     filled, the samples laid side by side by class and one product per class.
     """
-    labels = _checked(labels, num_classes)
+    labels = _check_labels(labels, num_classes)
     with without_autocast(deltas.device):
         sums, squares = _zeros(deltas, activations, num_classes)
         samples, positions, rows = deltas.shape
@@ -134,7 +134,7 @@ def _empty(deltas: Tensor, activations: Tensor, num_classes: int) -> ClassSketch
     return ClassSketch(sums, deltas.new_empty(num_classes, dtype=dtype))
 
 
-def _checked(labels: Tensor, num_classes: int) -> Tensor:
+def _check_labels(labels: Tensor, num_classes: int) -> Tensor:
     """The labels, all of them in [0, num_classes)."""
     bad = (labels < 0) | (labels >= num_classes)
     if bool(bad.any()):

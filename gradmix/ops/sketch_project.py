@@ -90,7 +90,7 @@ _STORED_ELEMENTS, _STORED_RANK = 800_000, 32
 """Rows of float32 with more elements, and a matrix of no more rows, are multiplied by a stored matrix sooner."""
 
 
-def stored_is_quicker(x: Tensor, rank: int) -> bool:
+def is_stored_quicker(x: Tensor, rank: int) -> bool:
     """Whether :func:`project` with a matrix that was made before is quicker than the native body, which draws it anew.
 
     From bench/sketch_project.py (bench/results/sketch_project_*_cpu.json; two threads, AVX-512), stored / native: large

@@ -30,9 +30,12 @@ _ELSEWHERE = {
     "describe_environment": "gradmix.training.loop.environment:describe_environment",
     "save_run": "gradmix.training.reports.saving:save_run",
     "save_summary": "gradmix.training.reports.saving:save_summary",
+    "resolved_config": "gradmix.training.loop.trainer:resolve_config",
     "save": "gradmix.training.reports.figures:save",
+    "known_mean": "gradmix.training.runs.metrics:mean_of_known",
+    "seen_accuracy": "gradmix.training.runs.metrics:accuracy_on_seen",
 }
-"""What is in another module now than its neighbours."""
+"""What is in another module now than its neighbours, or has another name."""
 
 
 class _Names(dict[str, str]):

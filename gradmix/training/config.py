@@ -58,7 +58,7 @@ MODEL_NAMES = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt, and in which order."""
+    """The data set, and the order in which its classes are learnt."""
 
     benchmark: str = "split-digits"
     """The data set, cut into tasks that each bring new classes. Images: split-digits, split-mnist, split-fashion-mnist,
@@ -167,7 +167,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How samples are mixed, and how pairs are selected."""
+    """The mixing of samples and the selection of pairs."""
 
     alpha: float = 1.0
     """The mixing weight is drawn from Beta(alpha, alpha), one per step."""
@@ -262,8 +262,8 @@ def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
         saved: whether they are the record of a run, in which former names are no reason for a warning.
 
     Raises:
-        ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, what
-            came and what is expected.
+        ValueError: A key is unknown, or a value has the wrong type or is out of range. The message names the key, the
+            value given and what is expected.
     """
     values = current_keys(values, warn=not saved)
     if isinstance(values, Mapping) and isinstance(values.get("methods"), (list, tuple)):
@@ -340,7 +340,7 @@ def check(config: TrainConfig) -> None:
     """Refuse values that no run can have.
 
     Raises:
-        ValueError: Naming the key, what came and what is expected.
+        ValueError: Naming the key, the value given and what is expected.
     """
     for key, expected, holds in _RANGES:
         value: Any = config
@@ -377,7 +377,7 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def _increasing(values: tuple[float, ...]) -> bool:
+def _is_increasing(values: tuple[float, ...]) -> bool:
     return all(0 < v < 1 for v in values) and all(a < b for a, b in pairwise(values))
 
 
@@ -401,7 +401,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("optim.lr", "a number above 0", lambda v: v > 0),
     ("optim.momentum", "a number from 0 to less than 1", lambda v: 0 <= v < 1),
     ("optim.weight_decay", "a number of at least 0", lambda v: v >= 0),
-    ("optim.lr_milestones", "increasing shares between 0 and 1", _increasing),
+    ("optim.lr_milestones", "increasing shares between 0 and 1", _is_increasing),
     ("optim.epochs", "an integer of at least 1", lambda v: v >= 1),
     ("optim.batch", "an integer of at least 1", lambda v: v >= 1),
     ("replay.size", "an integer of at least 1", lambda v: v >= 1),

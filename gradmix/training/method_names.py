@@ -6,7 +6,7 @@ configuration is checked without it; :mod:`gradmix.training.methods.composition`
 
 ``gradmix`` as the end of a name is the former name of ``gradmix-class``. It named another algorithm than
 :class:`gradmix.GradMix` with its defaults, which is ``gradmix-sample``. The former name is still understood
-(:func:`current_name`), and it stays in everything by which a saved run is found again (:func:`recorded_name`).
+(:func:`current_name`), and it stays in everything by which a saved run is found again (:func:`stable_name`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Axes(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What differs from plain experience replay, joined by hyphens; ``er`` if nothing does."""
+        """The differences from plain experience replay, joined by hyphens; ``er`` if there are none."""
         parts = [part for part, plain in zip(self, Axes(), strict=True) if part != plain]
         return "-".join(parts) or "er"
 
@@ -104,13 +104,13 @@ def current_name(name: str, *, warn: bool = True, stacklevel: int = 2) -> str:
     return current
 
 
-def recorded_name(name: str) -> str:
+def stable_name(name: str) -> str:
     """Return the name that stands for a method in settings hashes, in checkpoints and in folders of experiments' runs.
 
     It is the name that the method had when the first runs were saved, so that those are found again.
 
     Example:
-        >>> recorded_name("der++-gradmix-class")
+        >>> stable_name("der++-gradmix-class")
         'der++-gradmix'
     """
     return name.removesuffix("-class") if name.endswith("gradmix-class") else name

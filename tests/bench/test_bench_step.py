@@ -304,7 +304,7 @@ def test_kernels_of_no_such_title(bodies: ModuleType, capsys: pytest.CaptureFixt
 # -------------------------------------------------------------------------------------------------------------- tuning
 
 needs_interpreter = pytest.mark.skipif(
-    _triton.unavailable_reason() is not None or not _triton.interpreted(),
+    _triton.unavailable_reason() is not None or not _triton.is_interpreted(),
     reason="needs Triton's interpreter: triton installed, and TRITON_INTERPRET=1, which is set where there is no GPU",
 )
 

@@ -274,12 +274,12 @@ def test_processes_that_do_not_meet(
 
 
 def test_methods_for_one_process_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from gradmix.cli.train import _planned
+    from gradmix.cli.train import _plan
 
     monkeypatch.chdir(tmp_path)
     processes = Processes(0, 2, 0, 2, group=object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="methods: got manifold-mixup with 2 processes, expected one process"):
-        _planned(["--methods", "er", "manifold-mixup", "--output", "out"], processes, {})
+        _plan(["--methods", "er", "manifold-mixup", "--output", "out"], processes, {})
     assert not Path("out").exists()
 
 

@@ -19,7 +19,7 @@ from gradmix import cli
 from gradmix.cli.experiment import _watcher
 from gradmix.cli.progress import Reporter
 from gradmix.training.loop import trainer
-from gradmix.training.reports.cells import signed
+from gradmix.training.reports.cells import with_sign
 from gradmix.training.runs import experiments
 from gradmix.training.runs.results import RunResult
 
@@ -202,7 +202,7 @@ def test_differences_are_printed(trained: list[Any], capsys: pytest.CaptureFixtu
     stored = json.loads(Path("runs/experiments/mine/results.json").read_text(encoding="utf-8"))
     (difference,) = stored["summary"]["differences"]
     interval = difference["metrics"]["average_accuracy"]
-    assert f"{signed(interval['mean'])} ± {interval['half_width']:.3f}" in line and line.endswith(" 2")
+    assert f"{with_sign(interval['mean'])} ± {interval['half_width']:.3f}" in line and line.endswith(" 2")
     assert f"{difference['p_holm']:.3f}" in line
     assert (" * " in line) == (abs(interval["mean"]) > interval["half_width"])
 

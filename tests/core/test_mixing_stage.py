@@ -506,13 +506,13 @@ def test_manifold_mixup_has_the_place_for_an_input(monkeypatch, space: str) -> N
 def test_selection_is_by_features_where_inputs_are_not_mixed(name: str, space: str) -> None:
     for given in (None, "feature"):
         config = TrainConfig(mix=SpacedMix(space=space, estimator=given))
-        assert METHODS[name].resolved_config(config).mix.estimator == "feature"
+        assert METHODS[name].resolve_config(config).mix.estimator == "feature"
     for other in ("mixed", "jvp", "sketch"):
         with pytest.raises(
             ValueError, match=f"mix.estimator: got '{other}', .* expected 'feature' with mix.space: {space}"
         ):
-            METHODS[name].resolved_config(TrainConfig(mix=SpacedMix(space=space, estimator=other)))
-    plain = METHODS[name].resolved_config(TrainConfig(mix=SpacedMix())).mix.estimator
+            METHODS[name].resolve_config(TrainConfig(mix=SpacedMix(space=space, estimator=other)))
+    plain = METHODS[name].resolve_config(TrainConfig(mix=SpacedMix())).mix.estimator
     assert plain == "feature"
 
 

@@ -104,7 +104,7 @@ def test_names_are_drawn_letter_by_letter() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == labels
     assert not any(label.get_parse_math() for label in axes.get_yticklabels())
     intervals = [mean_interval([0.1, 0.2])] * 2
-    legend = plots.varied("replay.size", [1, 2], {"x": {"_under": intervals, "plain": intervals}}).legends[0]
+    legend = plots.sweep("replay.size", [1, 2], {"x": {"_under": intervals, "plain": intervals}}).legends[0]
     assert [text.get_text().strip() for text in legend.get_texts()] == ["_under", "plain"]
 
 

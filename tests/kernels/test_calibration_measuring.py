@@ -313,9 +313,9 @@ def test_why_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why.startswith("there is nothing to measure: the kernels are for GPUs, and ")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert run.reason_not_to_measure(CPU) == "there is nothing to measure on cpu: the kernels are for GPUs"
-    monkeypatch.setattr("gradmix.ops._triton.interpreted", lambda: True)
+    monkeypatch.setattr("gradmix.ops._triton.is_interpreted", lambda: True)
     assert "TRITON_INTERPRET" in str(run.reason_not_to_measure(torch.device("cuda")))
-    monkeypatch.setattr("gradmix.ops._triton.interpreted", lambda: False)
+    monkeypatch.setattr("gradmix.ops._triton.is_interpreted", lambda: False)
     monkeypatch.setattr(run, "unavailable", lambda pair: {"triton": "no triton"}.get(pair[1], "no CUDA part"))
     assert run.reason_not_to_measure(None) == "there is nothing to measure: no triton; no CUDA part"
     monkeypatch.setattr(run, "unavailable", lambda pair: None if pair[0] == "class_sketch" else "no")

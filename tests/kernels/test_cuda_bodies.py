@@ -444,17 +444,17 @@ def forgotten(monkeypatch):
 
 def test_sorted_labels_are_kept_for_the_same_tensor_only(forgotten):
     labels = torch.tensor([1, 0, 1])
-    first = _cuda._sorted(labels, 2, stream=0)
-    assert _cuda._sorted(labels, 2, stream=0) is first
+    first = _cuda._sort_once(labels, 2, stream=0)
+    assert _cuda._sort_once(labels, 2, stream=0) is first
     for other in (
-        _cuda._sorted(labels, 3, stream=0),
-        _cuda._sorted(labels, 2, stream=5),
-        _cuda._sorted(labels[:], 2, 0),
+        _cuda._sort_once(labels, 3, stream=0),
+        _cuda._sort_once(labels, 2, stream=5),
+        _cuda._sort_once(labels[:], 2, 0),
     ):
         assert other is not first
-    _cuda._sorted(labels, 2, stream=0)
+    _cuda._sort_once(labels, 2, stream=0)
     labels[0] = 0
-    assert _cuda._sorted(labels, 2, stream=0).starts.tolist() == [0, 2, 3]
+    assert _cuda._sort_once(labels, 2, stream=0).starts.tolist() == [0, 2, 3]
     del labels
     assert _cuda._known is None
 
@@ -462,17 +462,17 @@ def test_sorted_labels_are_kept_for_the_same_tensor_only(forgotten):
 def test_labels_of_inference_mode_are_sorted_each_time(forgotten):
     with torch.inference_mode():
         labels = torch.tensor([1, 0, 1])
-        _cuda._sorted(labels, 2, stream=0)
+        _cuda._sort_once(labels, 2, stream=0)
         labels[0] = 0
-        assert _cuda._sorted(labels, 2, stream=0).starts.tolist() == [0, 2, 3]
+        assert _cuda._sort_once(labels, 2, stream=0).starts.tolist() == [0, 2, 3]
 
 
 def test_labels_out_of_range_are_refused_by_row(forgotten, monkeypatch):
     labels = torch.tensor([0, 1, 3])
     with pytest.raises(ValueError, match=r"labels: got 3 in row 2, expected labels in \[0, 3\)"):
-        _cuda._sorted(labels, 3, stream=0)
+        _cuda._sort_once(labels, 3, stream=0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # where nothing may wait
-    assert _cuda._sorted(labels, 3, stream=0).starts.tolist() == [0, 1, 2, 2]
+    assert _cuda._sort_once(labels, 3, stream=0).starts.tolist() == [0, 1, 2, 2]
 
 
 @NEEDS_CUDA_PART

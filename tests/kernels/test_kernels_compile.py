@@ -29,7 +29,7 @@ MODULES = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if m.nam
 
 PROGRAM = """
 import importlib, itertools, json, os, sys
-from gradmix.kernels.compiling import compiled_figures
+from gradmix.kernels.compiling import resource_usage
 
 def traits(variant):
     values = {**variant.signature, **variant.constexprs, "warps": variant.num_warps, "stages": variant.num_stages}
@@ -49,7 +49,7 @@ for capability, name in itertools.product(capabilities, modules):
         variants = cover(variants)[int(capability == 80)::2]
     for variant in variants:
         limits = [variant.max_registers, variant.max_shared, variant.max_spills]
-        figures = compiled_figures(variant, capability)._asdict()
+        figures = resource_usage(variant, capability)._asdict()
         print(json.dumps([capability, variant.name, limits, figures]), flush=True)
 """
 
@@ -94,7 +94,7 @@ def test_the_interpreter_is_refused_by_name() -> None:
     from gradmix.kernels import compiling, draw_partners
 
     variant = next(draw_partners.variants())
-    if not kernels.interpreted():
+    if not kernels.is_interpreted():
         variant = variant._replace(function=len)  # what is defined for the interpreter is no JITFunction either
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET to compile it"):
-        compiling.compiled_figures(variant, 80)
+        compiling.resource_usage(variant, 80)

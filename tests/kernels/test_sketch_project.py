@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gradmix import _extension
 from gradmix.ops import sketch_project as module
 from gradmix.ops.counter_random import random_matrix
-from gradmix.ops.sketch_project import OPERATOR, project, sketch_project, stored_is_quicker
+from gradmix.ops.sketch_project import OPERATOR, is_stored_quicker, project, sketch_project
 
 NEEDS_EXTENSION = pytest.mark.skipif(
     _extension.load() is None, reason=f"no compiled extension: {_extension.unavailable_reason()}"
@@ -391,9 +391,9 @@ def test_where_a_stored_matrix_is_quicker():
     found = {}
     for size, dtype, layout in cases:
         x, rank = inputs(size, dtype, layout)
-        found[size, dtype, layout] = stored_is_quicker(x, rank)
+        found[size, dtype, layout] = is_stored_quicker(x, rank)
     assert found == cases
-    assert stored_is_quicker(torch.empty(2, 3, 4, device="meta"), 2)
+    assert is_stored_quicker(torch.empty(2, 3, 4, device="meta"), 2)
 
 
 def test_without_the_extension_torch_serves(monkeypatch):

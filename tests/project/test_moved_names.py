@@ -38,6 +38,23 @@ def test_former_modules_of_training_forward_to_their_rooms(old: str, new: str) -
         assert getattr(stub, name) is getattr(module, name)
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("streams", "blurred", "blur_boundaries"),
+        ("streams", "concatenated", "concatenate"),
+        ("loop.trainer", "resolved_config", "resolve_config"),
+        ("metrics", "known_mean", "runs.metrics:mean_of_known"),
+        ("metrics", "seen_accuracy", "runs.metrics:accuracy_on_seen"),
+    ],
+)
+def test_former_names_of_functions_of_training(module: str, old: str, new: str) -> None:
+    home, _, name = new.rpartition(":")
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{old} has moved to .*\.{name}; the old path is removed"):
+        found = getattr(importlib.import_module(f"gradmix.training.{module}"), old)
+    assert found is getattr(importlib.import_module(f"gradmix.training.{home or module}"), name)
+
+
 def test_an_import_statement_finds_a_former_module() -> None:
     with pytest.warns(DeprecationWarning, match=r"gradmix\.training\.trainer\.train_one has moved to"):
         from gradmix.training.trainer import train_one

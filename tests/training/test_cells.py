@@ -50,7 +50,7 @@ def test_difference(value: tuple[float, float, float], text: str) -> None:
 
 
 CASES: dict[str, tuple[Any, list[tuple[Any, str]]]] = {
-    "signed": (cells.signed, [(0.02, "+0.020"), (-0.0031, "−0.003"), (0.0, "+0.000")]),
+    "signed": (cells.with_sign, [(0.02, "+0.020"), (-0.0031, "−0.003"), (0.0, "+0.000")]),
     "probability": (
         cells.probability,
         [(0.0, "< 0.001"), (0.00099, "< 0.001"), (0.001, "0.001"), (0.0495, "0.050"), (1.0, "1.000"), (NAN, "-")],

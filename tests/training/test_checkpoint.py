@@ -230,7 +230,7 @@ def test_code_in_a_sealed_file_is_not_run(path: Path) -> None:
     archive = io.BytesIO()
     torch.save({"format": 1, "run": None, "state": {"a": Counter([1]), "b": print}}, archive)
     path.parent.mkdir()
-    path.write_bytes(checkpoint._sealed(archive.getvalue()))
+    path.write_bytes(checkpoint._add_seal(archive.getvalue()))
     with pytest.raises(CheckpointError, match="whole, but torch .* cannot read it"):
         load(path)
 

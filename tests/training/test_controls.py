@@ -16,7 +16,7 @@ from gradmix.pairs import Pairs
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
 from gradmix.training.loop.trainer import train_one
 from gradmix.training.methods import METHODS, Context, StepSamples, selective
-from gradmix.training.methods.controls import controlled
+from gradmix.training.methods.controls import apply_control
 from gradmix.training.streams.benchmarks import make_stream, resolve
 
 CONTROLS = (
@@ -52,7 +52,9 @@ def problem(rows: int = 23, candidates: int | None = None, **options: object) ->
 
 
 def control(name: str, model: nn.Module, pairs: Pairs, seed: int = 0, **mix: object) -> Pairs:
-    return controlled(pairs, model, MixConfig(control=name, **mix), torch.Generator().manual_seed(seed), BUFFER_CLASSES)
+    return apply_control(
+        pairs, model, MixConfig(control=name, **mix), torch.Generator().manual_seed(seed), BUFFER_CLASSES
+    )
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -140,7 +142,7 @@ def test_partners_of_the_same_classes_or_of_the_buffers(candidates: int | None) 
 def test_replayed_partners_need_the_buffers_labels() -> None:
     model, pairs = problem(criterion="sample")
     with pytest.raises(ValueError, match="replayed: got None, expected the labels"):
-        controlled(pairs, model, MixConfig(control="replayed-partner"), torch.Generator())
+        apply_control(pairs, model, MixConfig(control="replayed-partner"), torch.Generator())
 
 
 @pytest.mark.parametrize("criterion", ["sample", "class"])
@@ -238,7 +240,7 @@ def test_a_control_takes_the_place_of_every_selection(
         calls.append(len(pairs))
         return pairs
 
-    monkeypatch.setattr(selective, "controlled", count)
+    monkeypatch.setattr(selective, "apply_control", count)
     config = TrainConfig(
         data=DataConfig(tasks=2, samples_per_class=40),
         optim=OptimConfig(epochs=1),

@@ -11,8 +11,8 @@ import pytest
 
 import gradmix
 from gradmix.training.config import DataConfig, MixConfig, ReplayConfig, TrainConfig, from_dict
-from gradmix.training.loop.trainer import resolved_config
-from gradmix.training.runs.experiments import content_hash, from_yaml, load, protocol, shipped
+from gradmix.training.loop.trainer import resolve_config
+from gradmix.training.runs.experiments import builtin_titles, content_hash, from_yaml, load, protocol
 
 TEXT = """
 title: A table
@@ -71,7 +71,7 @@ def test_circumstances_are_taken_from_the_caller() -> None:
     assert run.folder == from_yaml(TEXT, "table").runs()[0].folder
 
 
-BASE = resolved_config(TrainConfig(), "gradmix-sample", 0)
+BASE = resolve_config(TrainConfig(), "gradmix-sample", 0)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ BASE = resolved_config(TrainConfig(), "gradmix-sample", 0)
         (replace(BASE, seeds=(7,)), True),
         (replace(BASE, device="cuda:0", threads=5, checkpoint=0.0, output=Path("x")), True),
         (replace(BASE, data=replace(BASE.data, data_dir=Path("elsewhere"))), True),
-        (resolved_config(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
-        (resolved_config(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
-        (resolved_config(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
-        (resolved_config(TrainConfig(), "gradmix-class", 0), False),
-        (resolved_config(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
-        (resolved_config(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
-        (resolved_config(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
+        (resolve_config(TrainConfig(mix=MixConfig(estimator="feature", refresh=1)), "gradmix-sample", 0), True),
+        (resolve_config(TrainConfig(replay=ReplayConfig(size=4)), "gradmix-sample", 0), True),
+        (resolve_config(TrainConfig(replay=ReplayConfig(size=5)), "gradmix-sample", 0), False),
+        (resolve_config(TrainConfig(), "gradmix-class", 0), False),
+        (resolve_config(TrainConfig(data=DataConfig(class_order_seed=0)), "gradmix-sample", 0), False),
+        (resolve_config(TrainConfig(mix=MixConfig(threshold=-0.0001)), "gradmix-sample", 0), False),
+        (resolve_config(TrainConfig(mix=MixConfig(originals=True)), "gradmix-sample", 0), False),
     ],
     ids=["seed", "circumstances", "data dir", "said again", "protocol's", "size", "method", "order", "small", "flag"],
 )
@@ -230,7 +230,7 @@ def test_parts_have_folders_of_their_own() -> None:
     assert all(len(folder.parts) == 2 and folder.name.isascii() for folder in folders)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", builtin_titles())
 def test_shipped_ones_can_be_run(name: str) -> None:
     experiment: Any = load(name)
     assert experiment.title and experiment.about and experiment.name == name
@@ -240,5 +240,5 @@ def test_shipped_ones_can_be_run(name: str) -> None:
 
 def test_shipped_ones_are_the_files_of_the_package() -> None:
     folder = Path(gradmix.__file__).parent / "experiments"
-    assert "digits" in shipped()
-    assert sorted(shipped()) == sorted(path.stem for path in folder.glob("*.yaml"))
+    assert "digits" in builtin_titles()
+    assert sorted(builtin_titles()) == sorted(path.stem for path in folder.glob("*.yaml"))

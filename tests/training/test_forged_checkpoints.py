@@ -124,7 +124,7 @@ def test_a_sealed_file_of_something_else_is_refused(content: Any, tmp_path: Path
     archive = io.BytesIO()
     torch.save(content, archive)
     path = tmp_path / "c.pt"
-    path.write_bytes(checkpoint._sealed(archive.getvalue()))
+    path.write_bytes(checkpoint._add_seal(archive.getvalue()))
     with pytest.raises(CheckpointError, match="holds something else than a checkpoint; remove the file"):
         checkpoint.load(path)
 

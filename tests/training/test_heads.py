@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import gradmix
 from gradmix.model.head import HeadNotFoundError
 from gradmix.training.models import build_model
-from gradmix.training.models.growing_head import grow_head, grown_state
+from gradmix.training.models.growing_head import extend_state, grow_head
 
 
 class Conv(nn.Module):
@@ -266,7 +266,7 @@ def test_the_optimisers_state_grows_with_the_head(name, stepped):
     old = model[3]
     before = copy.deepcopy(optimiser.state_dict())
     new = grow_head(model, 5, head="3")
-    grown_state(optimiser, old, new)
+    extend_state(optimiser, old, new)
     after = optimiser.state_dict()
     assert after["param_groups"] == before["param_groups"] and after["state"].keys() == before["state"].keys()
     assert [id(p) for g in optimiser.param_groups for p in g["params"]] == [id(p) for p in model.parameters()]
@@ -295,7 +295,7 @@ def test_a_grown_head_that_is_told_nothing_of_new_classes_trains_as_the_old_one(
     for n in range(6):
         if n == 3:
             old = models[1][3]
-            grown_state(optimisers[1], old, grow_head(models[1], 5, head="3"))
+            extend_state(optimisers[1], old, grow_head(models[1], 5, head="3"))
         for model, optimiser in zip(models, optimisers, strict=True):
             optimiser.zero_grad()
             F.cross_entropy(model(x)[:, :3], y).backward()
@@ -308,14 +308,14 @@ def test_parameters_that_the_optimiser_did_not_have_stay_out():
     optimiser = torch.optim.SGD([model[3].bias, model[1].weight], lr=0.1, momentum=0.9)
     old = model[3]
     new = grow_head(model, 5, head="3")
-    grown_state(optimiser, old, new)
+    extend_state(optimiser, old, new)
     assert [id(p) for p in optimiser.param_groups[0]["params"]] == [id(new.bias), id(model[1].weight)]
 
 
 def test_a_head_that_did_not_grow_changes_nothing():
     model = plain()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    grown_state(optimiser, model[3], grow_head(model, 3, head="3"))
+    extend_state(optimiser, model[3], grow_head(model, 3, head="3"))
     assert [id(p) for p in optimiser.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
 
 
@@ -362,6 +362,6 @@ def test_refused_states_leave_the_optimiser_as_it_was(case):
     old = model[3]
     new = grow_head(model, 5, head="3")
     with pytest.raises(ValueError, match=message):
-        grown_state(optimiser, old, replace(new))
+        extend_state(optimiser, old, replace(new))
     assert [id(p) for p in optimiser.param_groups[0]["params"]] == before
     assert {id(p): dict(values) for p, values in optimiser.state.items()}.keys() == states.keys()

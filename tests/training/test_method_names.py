@@ -25,14 +25,14 @@ from gradmix.training.config import (
     to_yaml,
 )
 from gradmix.training.loop.clock import Clock
-from gradmix.training.loop.trainer import resolved_config, train_one
+from gradmix.training.loop.trainer import resolve_config, train_one
 from gradmix.training.method_names import (
     COMPOSITIONS,
     PRESETS,
     Axes,
     FormerNameWarning,
     current_name,
-    recorded_name,
+    stable_name,
 )
 from gradmix.training.methods import (
     METHODS,
@@ -100,7 +100,7 @@ def test_the_layers_of_a_composition() -> None:
     assert (method.core, method.wrappers) == (GradMixClass, (TrivialAugment, DarkReplay))
     assert method.needs.second_batch and method.needs.extras and method.needs.whole_step and method.needs.replayed
     assert not METHODS["finetune"].needs.replayed and METHODS["manifold-mixup"].needs.one_process
-    config = method.resolved_config(TrainConfig())
+    config = method.resolve_config(TrainConfig())
     assert (config.replay.distillation, config.mix.estimator) == (0.5, "feature"), "each layer's own"
 
 
@@ -153,7 +153,7 @@ def test_a_former_name_warns_and_says_which_one_it_is(former: str, current: str)
     with pytest.warns(FormerNameWarning, match=said):
         assert from_dict({"methods": [former]}).methods == (current,)
     with pytest.warns(FormerNameWarning, match=said):
-        assert resolved_config(TINY, former, 0).methods == (current,)
+        assert resolve_config(TINY, former, 0).methods == (current,)
     with pytest.warns(FormerNameWarning, match=said):
         read = experiments.from_yaml(f"title: t\nbase: {{threads: 1}}\narms: [{{name: a, method: {former}}}]", "t")
     assert read.arms[0].method == current
@@ -163,8 +163,8 @@ def test_only_the_end_of_a_name_is_a_former_name() -> None:
     assert [current_name(name) for name in ("er", "gradmix-sample", "gradmix-class", "cutmix-gradmix")] == [
         "er", "gradmix-sample", "gradmix-class", "cutmix-gradmix",
     ]  # fmt: skip
-    assert {recorded_name(name) for name in FORMER.values()} == set(FORMER)
-    assert recorded_name("gradmix-sample") == "gradmix-sample"
+    assert {stable_name(name) for name in FORMER.values()} == set(FORMER)
+    assert stable_name("gradmix-sample") == "gradmix-sample"
 
 
 # ------------------------------------------------------------------------------------------------- runs of before
@@ -193,9 +193,9 @@ DEFAULTS_OF_BEFORE = from_yaml("mix: {estimator: null, reference: null}", saved=
 def test_a_saved_run_goes_on_with_the_defaults_it_was_started_with(name: str, now: Any, before: Any) -> None:
     for mix, expected in ((MixConfig(), now), (DEFAULTS_OF_BEFORE, before)):
         saved = from_yaml(to_yaml(replace(TINY, mix=mix)), saved=True)
-        found = resolved_config(saved, name, 0)
+        found = resolve_config(saved, name, 0)
         assert (found.mix.estimator, found.mix.reference) == expected
-        assert resolved_config(found, name, 0) == found, "what is resolved stays"
+        assert resolve_config(found, name, 0) == found, "what is resolved stays"
 
 
 @pytest.mark.parametrize(
@@ -211,14 +211,14 @@ def test_a_saved_run_goes_on_with_the_defaults_it_was_started_with(name: str, no
     ],
 )
 def test_the_reference_is_that_of_the_replayed_samples_where_every_step_has_some(text: str, expected: Any) -> None:
-    assert resolved_config(from_yaml(text), "gradmix-sample", 0).mix.reference == expected
+    assert resolve_config(from_yaml(text), "gradmix-sample", 0).mix.reference == expected
     by_class = None if expected == "replayed" and "reference" not in text else expected
-    assert resolved_config(from_yaml(text), "gradmix-class", 0).mix.reference == by_class
+    assert resolve_config(from_yaml(text), "gradmix-class", 0).mix.reference == by_class
 
 
 @pytest.mark.parametrize(("name", "expected"), HASHES.items())
 def test_hashes_and_folders_are_those_of_before(name: str, expected: str) -> None:
-    config = resolved_config(replace(TINY, mix=DEFAULTS_OF_BEFORE), name, 3)
+    config = resolve_config(replace(TINY, mix=DEFAULTS_OF_BEFORE), name, 3)
     former = {current: former for former, current in FORMER.items()}.get(name, name)
     assert content_hash(config) == expected
     assert Run("arm", {}, config).folder == Path(f"split-digits-{former}-{expected}/seed-3")

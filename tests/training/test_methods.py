@@ -80,7 +80,7 @@ def one_hot(label: int) -> list[float]:
 def partners_of(method: Mixup, rows: StepSamples) -> tuple[Tensor, Tensor]:
     """The partners that ``method`` would draw next, without drawing them."""
     state = method.context.generator.get_state()
-    partners = method.drawn_partners(rows)
+    partners = method.draw_partners(rows)
     method.context.generator.set_state(state)
     return partners
 
@@ -249,10 +249,10 @@ def test_cutmix_pastes_one_box_and_weighs_labels_by_it(monkeypatch, lam, n, shap
     draw = cutmix.draw_box
     monkeypatch.setattr(cutmix, "draw_box", lambda *a: boxes.append(draw(*a)) or boxes[-1])
     partners: list[tuple[Tensor, Tensor]] = []
-    drawn = method.drawn_partners
-    monkeypatch.setattr(method, "drawn_partners", lambda r: partners.append(drawn(r)) or partners[-1])
+    drawn = method.draw_partners
+    monkeypatch.setattr(method, "draw_partners", lambda r: partners.append(drawn(r)) or partners[-1])
     before = rows.x.clone()
-    x, y = method.mixed(rows, None)
+    x, y = method.mix(rows, None)
     assert torch.equal(rows.x, before)
     (top, bottom, left, right), (other_x, other_y) = boxes[0], partners[0]
     inside = 0
@@ -306,7 +306,7 @@ def test_remix_gives_the_label_to_the_rarer_class(monkeypatch, lam: float) -> No
     rows = make_rows(40)
     method = METHODS["remix"](context)
     other_x, other_y = partners_of(method, rows)
-    x, y = method.mixed(rows, None)
+    x, y = method.mix(rows, None)
     torch.testing.assert_close(x, lam * rows.x + (1 - lam) * other_x)
     counts = context.counts.tolist()
     weights = set()
@@ -339,7 +339,7 @@ def test_balanced_mixup_mixes_with_the_balanced_rows(monkeypatch, lam: float, n:
     method = METHODS["balanced-mixup"](make_context())
     other_x, other_y = partners_of(method, rows)
     assert sorted(other_y.tolist()) == sorted(rows.candidates[1].tolist())
-    x, y = method.mixed(rows, None)
+    x, y = method.mix(rows, None)
     for i in range(n):
         torch.testing.assert_close(x[i], (1 - lam) * rows.x[i] + lam * other_x[i])
         own, other = one_hot(int(rows.y[i])), one_hot(int(other_y[i]))
@@ -502,12 +502,12 @@ def test_dark_replay_state_is_the_inner_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", DARK)
 def test_dark_replay_settles_its_weight_and_the_inner_settings(name: str) -> None:
-    config = METHODS[name].resolved_config(TrainConfig())
+    config = METHODS[name].resolve_config(TrainConfig())
     assert config.replay.distillation == 0.5
-    assert config.mix == METHODS[DARK[name]].resolved_config(TrainConfig()).mix
+    assert config.mix == METHODS[DARK[name]].resolve_config(TrainConfig()).mix
     own = TrainConfig(replay=ReplayConfig(distillation=0.0))
-    assert METHODS[name].resolved_config(own).replay.distillation == 0.0
-    assert METHODS[DARK[name]].resolved_config(TrainConfig()).replay.distillation is None
+    assert METHODS[name].resolve_config(own).replay.distillation == 0.0
+    assert METHODS[DARK[name]].resolve_config(TrainConfig()).replay.distillation is None
 
 
 def test_dark_replay_keeps_logits_of_the_model_in_evaluation(monkeypatch) -> None:
@@ -648,8 +648,8 @@ def test_policies_draw_for_every_image_by_the_generator_alone(name: str, shape: 
     pytest.importorskip("kornia")
     x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(5)).expand(24, *shape)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    first, again = (METHODS[name](make_context(shape)).augmented(x) for _ in range(2))
-    other = METHODS[name](make_context(shape, generator=torch.Generator().manual_seed(4))).augmented(x)
+    first, again = (METHODS[name](make_context(shape)).augment(x) for _ in range(2))
+    other = METHODS[name](make_context(shape, generator=torch.Generator().manual_seed(4))).augment(x)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -681,7 +681,7 @@ def test_a_policy_comes_before_what_it_is_put_on(monkeypatch: pytest.MonkeyPatch
         assert rows.candidates is None
     else:
         assert not torch.equal(rows.candidates[0], other[0]) and torch.equal(rows.candidates[1], other[1])
-    alone = METHODS["trivialaugment"](make_context(COLOUR)).augmented(x)
+    alone = METHODS["trivialaugment"](make_context(COLOUR)).augment(x)
     assert torch.equal(rows.x, alone)
 
 
@@ -691,8 +691,8 @@ def test_normalised_rows_are_augmented_as_pixels(name: str) -> None:
     x = torch.rand(16, *COLOUR)
     pixels = Pixels((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (pixels.mean, pixels.std))
-    plain = METHODS[name](make_context(COLOUR)).augmented(x)
-    normalised = METHODS[name](make_context(COLOUR, pixels=pixels)).augmented((x - mean) / std)
+    plain = METHODS[name](make_context(COLOUR)).augment(x)
+    normalised = METHODS[name](make_context(COLOUR, pixels=pixels)).augment((x - mean) / std)
     # Rounding may take a pixel over a step of posterizing or equalizing, not more than a few of them.
     off = (normalised * std + mean - plain).abs() > 1e-5
     assert off.float().mean() < 0.01
@@ -707,7 +707,7 @@ def test_nothing_drawn_is_a_round_trip(monkeypatch, channels: int, normalised: b
     method = METHODS["randaugment"](make_context((channels, 6, 7), pixels=pixels))
     monkeypatch.setattr(method, "draw", lambda n, c: one_operation("identity", 1.0, n))
     rows = (x - 0.4) / 0.2 if normalised else x
-    got = method.augmented(rows)
+    got = method.augment(rows)
     torch.testing.assert_close(got, rows, rtol=0, atol=1e-6)
     assert got.stride() == rows.stride()
 
@@ -759,7 +759,7 @@ def test_augmenting_counts_as_drawing_the_rows(name: str) -> None:
 def test_policy_loss_is_replay_on_augmented_rows(name: str) -> None:
     pytest.importorskip("kornia")
     rows = make_rows(7)
-    augmented = METHODS[name](make_context()).augmented(rows.x)
+    augmented = METHODS[name](make_context()).augment(rows.x)
     context = make_context(passes=Passes(lambda: torch.autocast("cpu", dtype=torch.bfloat16)))
     loss = METHODS[name](make_context()).loss(rows)
     torch.testing.assert_close(loss, METHODS["er"](make_context()).loss(replace(rows, x=augmented)))
@@ -780,7 +780,7 @@ def test_policies_refuse_other_rows(case: str) -> None:
     pytest.importorskip("kornia")
     x, pixels, message = BAD_ROWS[case]
     with pytest.raises(ValueError, match=message):
-        METHODS["autoaugment"](make_context(pixels=pixels)).augmented(x)
+        METHODS["autoaugment"](make_context(pixels=pixels)).augment(x)
 
 
 @pytest.mark.parametrize("name", POLICIES)

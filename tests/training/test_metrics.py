@@ -168,5 +168,5 @@ def test_bad_values(case):
     [([0.5, NAN, 1.0], 0.75), ([0.0], 0.0), ([], NAN), ([NAN, NAN], NAN)],
     ids=["some known", "one", "none", "none known"],
 )
-def test_known_mean(values: list[float], expected: float) -> None:
-    assert metrics.known_mean(values) == pytest.approx(expected, nan_ok=True)
+def test_mean_of_known(values: list[float], expected: float) -> None:
+    assert metrics.mean_of_known(values) == pytest.approx(expected, nan_ok=True)

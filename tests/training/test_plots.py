@@ -13,7 +13,7 @@ from matplotlib.collections import PathCollection
 from synthetic_runs import make_result
 
 from gradmix.training.reports import figures, plots
-from gradmix.training.runs.metrics import seen_accuracy
+from gradmix.training.runs.metrics import accuracy_on_seen
 from gradmix.training.runs.results import AlignmentRecord, RunResult
 
 
@@ -127,7 +127,7 @@ def test_compare_draws_one_line_a_method_with_a_band() -> None:
     axes = plots.compare(results).axes[0]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes.lines}
     assert list(lines) == ["er", "mixup", "gradmix-class"]
-    expected = np.mean([seen_accuracy(r.accuracy) for r in results[:3]], axis=0)
+    expected = np.mean([accuracy_on_seen(r.accuracy) for r in results[:3]], axis=0)
     np.testing.assert_allclose(lines["er"], expected)
     assert len(axes.collections) == 2, "a band needs two seeds"
     assert len({line.get_marker() for line in axes.lines}) == 3

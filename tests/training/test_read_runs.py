@@ -399,7 +399,7 @@ def test_damaged_files_are_left_out_and_named_once(
     files = runs[0].stream.tasks[0].train.items.data
     held = [os.path.relpath(files.path(int(number)), tmp_path) for number in runs[0].buffer.x]
     assert len(held) == len(set(held)) == len(NAMES) * TRAIN_ROWS - 3 and not set(held) & set(damaged)
-    assert runs[0].reading.damaged(runs[0].stream.tasks[0].train.items).keys() == {
+    assert runs[0].reading.faults_of(runs[0].stream.tasks[0].train.items).keys() == {
         number for number in range(len(files)) if os.path.relpath(files.path(number), tmp_path) in damaged
     }
 

@@ -398,7 +398,7 @@ def test_forest_marks_what_leaves_out_0() -> None:
 )
 def test_varied_values_are_spaced(values: list[Any], scale: str) -> None:
     lines = {"er": [Interval(0.5 + 0.1 * k, 0.1, 0.1) for k in range(len(values))]}
-    axes = plots.varied("replay.size", values, {"average accuracy": lines}).axes[0]
+    axes = plots.sweep("replay.size", values, {"average accuracy": lines}).axes[0]
     assert axes.get_xscale() == scale
     assert [t.get_text() for t in axes.get_xticklabels()] == [str(v) for v in values]
 
@@ -438,7 +438,7 @@ def test_apart(places: list[float], expected: list[float]) -> None:
 
 def test_the_key_of_varied_settings_hides_no_line() -> None:
     lines = {f"arm {k}": [Interval(0.5 + 0.1 * k, 0.1, 0.1)] * 2 for k in range(3)}
-    figure = plots.varied("replay.size", [8, 16], {"average accuracy": lines, "final accuracy": lines})
+    figure = plots.sweep("replay.size", [8, 16], {"average accuracy": lines, "final accuracy": lines})
     figure.draw_without_rendering()
     (key,) = figure.legends
     assert [t.get_text() for t in key.get_texts()] == list(lines)

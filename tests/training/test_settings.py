@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradmix.training.config import MixConfig, OptimConfig, TrainConfig
-from gradmix.training.runs.settings import RUNTIME_FIELDS, distinguishing, flatten
+from gradmix.training.runs.settings import RUNTIME_FIELDS, flatten, settings_of
 
 BASE = TrainConfig()
 
@@ -44,10 +44,10 @@ CHANGED = {
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_circumstances_tell_nothing_apart(key: str) -> None:
-    found, base = distinguishing(CHANGED[key]), distinguishing(BASE)
+    found, base = settings_of(CHANGED[key]), settings_of(BASE)
     assert [k for k in base if found[k] != base[k]] == ([] if key in RUNTIME_FIELDS else [key])
 
 
 def test_every_circumstance_is_a_case_and_none_is_left_in() -> None:
     assert set(RUNTIME_FIELDS) <= set(CHANGED)
-    assert not set(RUNTIME_FIELDS) & set(distinguishing(BASE)) and "mix.alpha" in distinguishing(BASE)
+    assert not set(RUNTIME_FIELDS) & set(settings_of(BASE)) and "mix.alpha" in settings_of(BASE)

@@ -35,7 +35,7 @@ from gradmix.training.data.texts import NEWSGROUPS
 from gradmix.training.loop import sampler
 from gradmix.training.loop.clock import Clock
 from gradmix.training.loop.run import Run
-from gradmix.training.loop.trainer import Progress, resolved_config, train_one
+from gradmix.training.loop.trainer import Progress, resolve_config, train_one
 from gradmix.training.methods import METHODS, Context, Passes, StepSamples
 from gradmix.training.models import build_model
 from gradmix.training.runs.experiments import content_hash
@@ -329,9 +329,9 @@ def test_values_that_no_run_can_have_are_refused(case: str) -> None:
 
 def test_what_is_off_has_no_part_in_the_hash_of_a_run() -> None:
     # Runs made before there were these settings are found again.
-    base = resolved_config(TrainConfig(mix=MixConfig(estimator=None, reference=None)), "gradmix-class", 0)
+    base = resolve_config(TrainConfig(mix=MixConfig(estimator=None, reference=None)), "gradmix-class", 0)
     assert content_hash(base) == "64995f35fc45"
-    assert content_hash(resolved_config(TrainConfig(), "er", 3)) == "cc04f0c501cb"
+    assert content_hash(resolve_config(TrainConfig(), "er", 3)) == "cc04f0c501cb"
     assert content_hash(replace(base, data=replace(base.data, workers=3))) == content_hash(base)
     hashes = [content_hash(base)]
     for section in FIELDS:
@@ -386,10 +386,10 @@ def test_online_every_row_is_seen_once_and_then_kept(
 
 
 def test_online_in_the_order_of_a_blurred_stream(stream: TaskStream, drawn: list[StepSamples]) -> None:
-    from gradmix.training.streams import blurred
+    from gradmix.training.streams import blur_boundaries
 
     train_one(ONLINE, "er", 2, stream=stream)
-    expected = torch.cat([task.train.x for task in blurred(stream, 0.3, 2).tasks])
+    expected = torch.cat([task.train.x for task in blur_boundaries(stream, 0.3, 2).tasks])
     assert torch.equal(torch.cat([rows.x[~rows.replayed] for rows in drawn]), expected)
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from gradmix.training.data.samples import Inputs, StoredSamples, TensorSamples, samples_of
-from gradmix.training.streams import TaskStream, blurred, class_groups, class_incremental, concatenated, first_tasks
+from gradmix.training.streams import (
+    TaskStream,
+    blur_boundaries,
+    class_groups,
+    class_incremental,
+    concatenate,
+    first_tasks,
+)
 from gradmix.training.streams.protocols import Protocol
 
 # Not consecutive, not in order, and of unequal numbers.
@@ -359,16 +366,16 @@ def strays(stream: TaskStream) -> list[float]:
 def test_every_row_arrives_once_where_boundaries_are_blurred(stored: bool) -> None:
     data = Items(*TRAIN, targets=TRAIN[1]) if stored else TRAIN
     sharp = class_incremental(data, TEST, tasks=3, class_order_seed=1)
-    stream = blurred(sharp, 0.7, 5)
+    stream = blur_boundaries(sharp, 0.7, 5)
     assert stream.is_read is stored
     numbers, labels = whole(stream)
     assert sorted(numbers) == list(range(len(LABELS))) and numbers != sorted(numbers)
     assert labels == [int(LABELS[number]) for number in numbers]
     for task, before in zip(stream.tasks, sharp.tasks, strict=True):
         assert len(task.train) == len(before.train) and task.test is before.test and task.classes == before.classes
-    assert numbers == whole(blurred(sharp, 0.7, 5))[0] != whole(blurred(sharp, 0.7, 6))[0]
-    assert numbers != whole(blurred(sharp, 0.1, 5))[0]
-    other = blurred(class_incremental(TRAIN, TEST, tasks=3, class_order_seed=1), 0.7, 5)
+    assert numbers == whole(blur_boundaries(sharp, 0.7, 5))[0] != whole(blur_boundaries(sharp, 0.7, 6))[0]
+    assert numbers != whole(blur_boundaries(sharp, 0.1, 5))[0]
+    other = blur_boundaries(class_incremental(TRAIN, TEST, tasks=3, class_order_seed=1), 0.7, 5)
     assert numbers == whole(other)[0], "samples that are read stand where samples in memory do"
 
 
@@ -376,25 +383,25 @@ def test_how_many_rows_stray(large: TaskStream) -> None:
     assert strays(large) == [0, 0, 0, 0]
     # A part in the middle has two boundaries, over each of which half of E|z| blur rows pass, either way: at 0.1 a
     # twelfth, by either's standard deviation of a few in a thousand.
-    at_a_tenth = strays(blurred(large, 0.1, 0))[1]
+    at_a_tenth = strays(blur_boundaries(large, 0.1, 0))[1]
     assert at_a_tenth == pytest.approx(2 * 0.1 * (2 / np.pi) ** 0.5 / 2, abs=0.015)
-    tiny, small, wide, none_left = (strays(blurred(large, blur, 0))[1] for blur in (1e-9, 0.1, 0.5, 50.0))
+    tiny, small, wide, none_left = (strays(blur_boundaries(large, blur, 0))[1] for blur in (1e-9, 0.1, 0.5, 50.0))
     assert tiny == 0 < small < wide < none_left
     assert none_left == pytest.approx(1 - PER_TASK / (3 * PER_TASK + 300), abs=0.03), "hardly an order of classes"
     # Rows move within their task, too.
-    assert whole(blurred(large, 1e-9, 0))[0] != whole(large)[0]
+    assert whole(blur_boundaries(large, 1e-9, 0))[0] != whole(large)[0]
 
 
 @pytest.mark.parametrize("blur", [0.0, -1.0, float("nan")])
 def test_a_blur_that_is_none_is_refused(blur: float, large: TaskStream) -> None:
     with pytest.raises(ValueError, match="blur: got .*, expected a standard deviation above 0, in tasks"):
-        blurred(large, blur, 0)
+        blur_boundaries(large, blur, 0)
 
 
 def test_rows_of_several_parts_one_after_the_other() -> None:
     stored = StoredSamples(Inputs(TRAIN[0]), TRAIN[1])
     for source in (TensorSamples(*TRAIN), stored):
-        both = concatenated(
+        both = concatenate(
             [source.take(torch.tensor([3, 1])), source.take(torch.tensor([], dtype=torch.int64)), source]
         )
         assert len(both) == 2 + len(LABELS) and both.y[:3].tolist() == [20, 3, 7]

@@ -283,7 +283,7 @@ def test_originals_train_through_a_compiled_model(method: str) -> None:
 def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
     x, y = torch.eye(5), torch.arange(5) % 4
     method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
-    mixed, labels = method.mixed(StepSamples(x, y, torch.ones(5)), None)
+    mixed, labels = method.mix(StepSamples(x, y, torch.ones(5)), None)
     lam = mixed.diagonal().min()
     partner = (mixed - lam * x).argmax(1)
     assert sorted(partner.tolist()) == list(range(5))
@@ -294,14 +294,14 @@ def test_mixup_mixes_every_row_with_a_permutation_by_one_weight() -> None:
 
 def test_a_setting_left_to_the_method_is_settled_by_it() -> None:
     left_open, given = TrainConfig(), TrainConfig(mix=MixConfig(estimator="feature", refresh=5, reference="buffer"))
-    assert METHODS["gradmix-class"].resolved_config(left_open).mix == MixConfig(
+    assert METHODS["gradmix-class"].resolve_config(left_open).mix == MixConfig(
         estimator="feature", refresh=0, reference=None
     )
-    assert METHODS["gradmix-sample"].resolved_config(left_open).mix == MixConfig(
+    assert METHODS["gradmix-sample"].resolve_config(left_open).mix == MixConfig(
         estimator="feature", refresh=1, reference="replayed"
     )
-    assert METHODS["gradmix-class"].resolved_config(given) == given
-    assert METHODS["er"].resolved_config(left_open) == left_open
+    assert METHODS["gradmix-class"].resolve_config(given) == given
+    assert METHODS["er"].resolve_config(left_open) == left_open
 
 
 def test_the_learning_rate_falls_at_its_milestones() -> None:
@@ -447,7 +447,7 @@ def test_partners_from_fewer_candidates_are_drawn_one_by_one() -> None:
     method = METHODS["mixup"](method_context(MixConfig(), nn.Linear(5, 4)))
     candidates = 10 + torch.arange(3.0)[:, None].expand(3, 5), torch.tensor([3, 1, 2])
     rows = StepSamples(torch.zeros(300, 5), torch.zeros(300, dtype=torch.int64), torch.ones(300), candidates)
-    x, y = method.drawn_partners(rows)
+    x, y = method.draw_partners(rows)
     assert torch.equal(y, candidates[1][(x[:, 0] - 10).long()])
     counts = torch.bincount((x[:, 0] - 10).long(), minlength=3)
     assert ((counts - 100).abs() < 5 * (300 * 2 / 9) ** 0.5).all()

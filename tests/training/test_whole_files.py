@@ -17,7 +17,7 @@ from gradmix import cli
 from gradmix.training.reports import saving
 from gradmix.training.reports.saving import save_run
 from gradmix.training.runs.results import load_run
-from gradmix.training.runs.whole_files import replacing, write_text
+from gradmix.training.runs.whole_files import replace_file, write_text
 
 
 @pytest.mark.parametrize("before", [None, "old"], ids=["new", "replaced"])
@@ -37,7 +37,7 @@ def test_failed(error: BaseException, before: str | None, tmp_path: Path) -> Non
     file = tmp_path / "file"
     if before is not None:
         file.write_text(before)
-    with pytest.raises(type(error)), replacing(file) as staging:
+    with pytest.raises(type(error)), replace_file(file) as staging:
         staging.write_text("hal")
         raise error
     assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else ["old"])
@@ -45,7 +45,7 @@ def test_failed(error: BaseException, before: str | None, tmp_path: Path) -> Non
 
 def test_nothing_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), replace_file(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "old"
 
@@ -57,7 +57,7 @@ def test_text_that_cannot_be_encoded(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError) as found, replacing(tmp_path / "file"):
+    with pytest.raises(OSError) as found, replace_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert found.value.filename == str(tmp_path / "file") and found.value.errno == errno.ENOSPC
     (tmp_path / "taken").write_text("a file")

@@ -142,7 +142,7 @@ class BatchReader:
         loader: Any = iter(
             DataLoader(
                 cast(Any, self._samples),  # a Dataset in all but name
-                batch_sampler=cast(Any, self._handed_out()),  # without a length, which is not asked for
+                batch_sampler=cast(Any, self._index_batches()),  # without a length, which is not asked for
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch if self._workers else None,
                 collate_fn=cast(Any, _as_it_is),
@@ -183,7 +183,7 @@ class BatchReader:
             # Not left to the loader's end of life, which tracebacks put off. Without workers there is nothing to stop.
             getattr(loader, "_shutdown_workers", lambda: None)()
 
-    def _handed_out(self) -> Iterator[list[int]]:
+    def _index_batches(self) -> Iterator[list[int]]:
         yield from tuple(self._ahead)
         while True:
             try:
@@ -218,7 +218,7 @@ class BatchReader:
         samples = part.samples
         if samples is None:
             if self._like is None and not plan:
-                # Nothing was asked for: what a sample is like is told by the first that can be read.
+                # Nothing was asked for: the first sample that can be read shows their shape and dtype.
                 parts = (self._samples.__getitems__([index]) for index in range(len(self._samples)))
                 self._like = next((part.samples[:0] for part in parts if part.samples is not None), None)
             if self._like is None:
@@ -231,7 +231,7 @@ class BatchReader:
 
 
 class _Part(NamedTuple):
-    """What a worker sends: the samples that came, if any did, and what was wrong with others."""
+    """A worker's answer: the samples that could be read, if any, and the faults of the others."""
 
     samples: Tensor | None
     kept: Tensor | None

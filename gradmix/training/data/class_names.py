@@ -39,7 +39,7 @@ def same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
 
 
 def look_alikes(names: Iterable[str], others: Collection[str], where: str) -> str:
-    """What to add to an error about missing names: which there are in ``where`` that look alike, and how they differ.
+    """Name, for an error about missing names, those in ``where`` that look alike, and how they differ.
 
     >>> look_alikes(["cat", "dog"], ["Cat", "bird"], "val")
     "; val has 'Cat' for 'cat', which differs in case: rename one of them, or put both together"

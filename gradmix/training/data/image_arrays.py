@@ -301,7 +301,7 @@ def _idx_samples(x_path: Path, y_path: Path, classes: int) -> tuple[Tensor, Tens
         raise DataError(f"{x_path}: holds {x.dtype} of shape {x.shape}, expected uint8 images (N, 28, 28)")
     if y.dtype != np.uint8 or y.shape != x.shape[:1]:
         raise DataError(f"{y_path}: holds {y.dtype} of shape {y.shape}, expected uint8 labels ({len(x)},)")
-    return torch.from_numpy(x).unsqueeze(1), _checked_labels(y_path, y, classes)
+    return torch.from_numpy(x).unsqueeze(1), _label_tensor(y_path, y, classes)
 
 
 # -------------------------------------------------------------------------------------------------------------- CIFAR
@@ -373,7 +373,7 @@ def _cifar_samples(path: Path, label_key: str, classes: int) -> tuple[Tensor, Te
         found = f"{y.dtype} of shape {y.shape}" if isinstance(y, np.ndarray) else f"a {type(y).__name__}"
         raise DataError(f"{path}: {label_key!r} is {found}, expected {len(x)} integers")
     images = torch.from_numpy(np.array(x, order="C")).reshape(-1, 3, 32, 32)
-    return images, _checked_labels(path, y, classes)
+    return images, _label_tensor(path, y, classes)
 
 
 def _none_of(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -392,7 +392,7 @@ def _class_names(path: Path, key: str, count: int) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _checked_labels(path: Path, y: npt.NDArray[Any], classes: int) -> Tensor:
+def _label_tensor(path: Path, y: npt.NDArray[Any], classes: int) -> Tensor:
     lowest, highest = int(y.min()), int(y.max())
     if lowest < 0 or highest >= classes:
         wrong = lowest if lowest < 0 else highest

@@ -53,8 +53,8 @@ def image_folder(root: str | os.PathLike[str], size: int, *, test: bool = True) 
         train = _by_class(base, "train")
         names = [found.name for found in train]
         if not test:
-            return _labelled(base, train, names, size), _none(base, names, size)
-        part = _held_out(base)
+            return _image_files(base, train, names, size), _none(base, names, size)
+        part = _test_folder(base)
         held_out = _in_order(base, names, _by_class(base, part), part)
     except (DataError, FileNotFoundError) as error:
         if (base / "wnids.txt").is_file():
@@ -63,7 +63,7 @@ def image_folder(root: str | os.PathLike[str], size: int, *, test: bool = True) 
                 "in folders or not"
             ) from error
         raise
-    return _labelled(base, train, names, size), _labelled(base, held_out, names, size)
+    return _image_files(base, train, names, size), _image_files(base, held_out, names, size)
 
 
 def tiny_imagenet(root: str | os.PathLike[str], size: int = 64, *, test: bool = True) -> tuple[ImageFiles, ImageFiles]:
@@ -108,7 +108,7 @@ def tiny_imagenet(root: str | os.PathLike[str], size: int = 64, *, test: bool = 
         words = dict(line.rstrip("\n").split("\t", 1) for line in _lines(base / "words.txt", "") if "\t" in line)
         names = [words.get(wnid, wnid).strip() for wnid in wnids]
     held_out = _tiny_validation(base, wnids, names, size) if test else _none(base, names, size)
-    return _labelled(base, train, names, size), held_out
+    return _image_files(base, train, names, size), held_out
 
 
 def _tiny_validation(base: Path, wnids: Sequence[str], names: Sequence[str], size: int) -> ImageFiles:
@@ -123,7 +123,7 @@ def _tiny_validation(base: Path, wnids: Sequence[str], names: Sequence[str], siz
         )
     if places:
         found = [each for each in _by_class(base, places[0], beside=("images",)) if each.name != "images"]
-        return _labelled(base, _in_order(base, wnids, found, places[0]), names, size)
+        return _image_files(base, _in_order(base, wnids, found, places[0]), names, size)
     annotations = base / "val" / "val_annotations.txt"
     classes = {}
     for line in _lines(
@@ -192,7 +192,7 @@ def imagenet(
             "expected all in one way"
         )
     classes = _devkit_classes(source, flat) if source.is_dir() else _csv_classes(source, flat)
-    return _labelled(base, train, wnids, size), _flat(base, "val", classes, source, wnids, wnids, size)
+    return _image_files(base, train, wnids, size), _flat(base, "val", classes, source, wnids, wnids, size)
 
 
 def _val_labels(top: Path, given: str | os.PathLike[str] | None) -> Path:
@@ -292,7 +292,7 @@ def _images(folder: Path) -> list[str]:
     return next(_walk(folder, ""))[1]
 
 
-def _labelled(base: Path, classes: Sequence[_Class], names: Sequence[str], size: int) -> ImageFiles:
+def _image_files(base: Path, classes: Sequence[_Class], names: Sequence[str], size: int) -> ImageFiles:
     counts = [sum(len(files) for _, files in folders) for _, folders in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     return ImageFiles(base, (each for _, folders in classes for each in folders), labels, names, size)
@@ -327,7 +327,7 @@ def _flat(
     return ImageFiles(base, [(folder, files)], [label[classes[file]] for file in files], names, size)
 
 
-def _held_out(base: Path) -> str:
+def _test_folder(base: Path) -> str:
     for part in ("val", "test"):
         if (base / part).is_dir():
             return part

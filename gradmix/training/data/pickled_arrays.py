@@ -80,7 +80,7 @@ _VALUES = (*_SCALARS, list, dict, np.ndarray)
 
 
 def loads(content: bytes) -> Any:
-    """What a pickle of plain values holds: texts, numbers, lists, dictionaries by text, and arrays, read-only.
+    """Read a pickle of plain values: texts, numbers, lists, dictionaries by text, and arrays, read-only.
 
     Written by Python 2 or 3 in any protocol, with numpy 1 or 2. Byte strings of Python 2 are read as Latin-1; numpy's
     scalars become Python's numbers.
@@ -122,7 +122,7 @@ class _Machine:
 
     def value(self) -> Any:
         """The topmost value, if it is one that a dictionary may hold."""
-        return _checked(self._stack.pop())
+        return _check_value(self._stack.pop())
 
     def mark(self) -> None:
         if len(self._below) >= _DEEPEST_MARK:
@@ -131,7 +131,7 @@ class _Machine:
         self._stack = []
 
     def pop_to_mark(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pop the values pushed since the last mark."""
         found, self._stack = self._stack, self._below.pop()
         return found
 
@@ -172,7 +172,7 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not list:
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
-        target.extend(map(_checked, items))
+        target.extend(map(_check_value, items))
 
     def update(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -181,7 +181,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, bytes)):
                 raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}, expected a text")
-            target[key] = _checked(value)
+            target[key] = _check_value(value)
 
     def name(self, module: Any, name: Any) -> None:
         """Push the word for what a file names."""
@@ -191,7 +191,7 @@ class _Machine:
         self.push(_Name(word))
 
     def call(self) -> None:
-        """What a call would have made, where the function is one of :data:`_NAMES`."""
+        """Compute a call's result, where the function is one of :data:`_NAMES`."""
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError(f"a call of a {type(function).__name__.lstrip('_')}")
@@ -256,7 +256,7 @@ class _Machine:
             raise pickle.UnpicklingError("it makes more bytes than it has")
 
 
-def _checked(value: Any) -> Any:
+def _check_value(value: Any) -> Any:
     if type(value) is not tuple and not isinstance(value, _VALUES):
         raise pickle.UnpicklingError(f"a value that is a {type(value).__name__.lstrip('_')}")
     return value

@@ -92,7 +92,7 @@ def covertype(root: str | Path) -> Table:
     if len(wrong):
         line = int(wrong[0])
         raise DataError(f"{path}: line {line + 1} has the label {int(y[line]) + 1}, expected 1 to {len(COVERTYPES)}")
-    return _standardised(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
+    return _standardise(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
 
 
 def wine() -> Table:
@@ -107,10 +107,10 @@ def wine() -> Table:
     bunch = import_extra("sklearn.datasets", "wine needs scikit-learn, with which its data come").load_wine()
     x = torch.from_numpy(np.asarray(bunch.data, dtype=np.float32))
     y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
-    return _standardised(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
+    return _standardise(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
 
 
-def _standardised(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> Table:
+def _standardise(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> Table:
     """Split by class, each fifth sample to the test samples, and standardise the leading columns."""
     test = rank_in_class(y) % 5 == 4
     train_x, test_x = x[~test], x[test]

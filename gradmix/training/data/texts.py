@@ -280,7 +280,7 @@ _QUOTED = re.compile(r"writes in|writes:|wrote:|says:|said:|^(?:In article|Quote
 
 
 def without_header(text: str) -> str:
-    """What follows the first empty line of a post; nothing, if there is none."""
+    """The text after the first empty line of a post; empty, if there is none."""
     return text.partition("\n\n")[2]
 
 
@@ -363,7 +363,7 @@ def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True)
     columns: list[tuple[list[str], Tensor]] = []
     for part in parts:
         paths = [(label, path) for label, name in enumerate(names) for path in found[part].get(name, [])]
-        texts = [_decoded(path, encoding) for _, path in paths]
+        texts = [_decode(path, encoding) for _, path in paths]
         labels = torch.tensor([label for label, _ in paths], dtype=torch.int64)
         _need_words(str(root / part), texts, labels, shown)
         columns.append((texts, labels))
@@ -371,7 +371,7 @@ def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True)
     return Texts(train, train_y, held_out, held_out_y, class_names=shown)
 
 
-def _decoded(path: Path, encoding: str) -> str:
+def _decode(path: Path, encoding: str) -> str:
     try:
         text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:

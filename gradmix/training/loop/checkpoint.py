@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix._version import __version__
-from gradmix.training.runs.whole_files import draft_of, make_folder, replacing
+from gradmix.training.runs.whole_files import draft_of, make_folder, replace_file
 
 FORMAT = 1
 """Version of what a checkpoint holds. A reader refuses a later one."""
@@ -60,8 +60,8 @@ def save(state: dict[str, Any], path: str | Path, *, run: str | None = None) -> 
     torch.save(content, archive)
     try:
         make_folder(path.parent)
-        with replacing(path) as staging:
-            staging.write_bytes(_sealed(archive.getvalue()))
+        with replace_file(path) as staging:
+            staging.write_bytes(_add_seal(archive.getvalue()))
     except OSError as error:
         kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier checkpoint"
         raise CheckpointError(
@@ -130,7 +130,7 @@ def samples_beside(path: str | Path) -> Path:
     return path.with_name(f"{path.name}.rows")
 
 
-def _sealed(archive: bytes) -> bytes:
+def _add_seal(archive: bytes) -> bytes:
     """The zip archive with the digest of its bytes as its comment."""
     assert archive[-_END_RECORD_BYTES:].startswith(_END_RECORD), "torch.save wrote no zip archive without a comment"
     body = archive[:-2] + _SEAL_BYTES.to_bytes(2, "little")
@@ -199,10 +199,12 @@ def _differences(there: str, here: str) -> str:
         "the checkpoint": [line for line in before if line not in now],
         "this run": [line for line in now if line not in before],
     }
-    return "; ".join(f"{side} has {_listed(lines)}" for side, lines in sides.items() if lines) or "the lines' order"
+    return (
+        "; ".join(f"{side} has {_quote_lines(lines)}" for side, lines in sides.items() if lines) or "the lines' order"
+    )
 
 
-def _listed(lines: list[str]) -> str:
+def _quote_lines(lines: list[str]) -> str:
     more = f" and {len(lines) - _LINES_SHOWN} more" if len(lines) > _LINES_SHOWN else ""
     return ", ".join(f"'{line}'" for line in lines[:_LINES_SHOWN]) + more
 

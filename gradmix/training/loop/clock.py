@@ -1,4 +1,4 @@
-"""How long the parts of a training step take, without slowing a GPU down to find out."""
+"""The time that the parts of a training step take, measured without slowing a GPU down."""
 
 from __future__ import annotations
 

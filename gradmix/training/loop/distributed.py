@@ -1,4 +1,4 @@
-"""What training by several processes adds to training by one.
+"""The additions that training by several processes needs.
 
 Every process draws the same random numbers, so all know what a step is made of. Each reads and forwards its share of
 the current and of the replayed samples, and gradients are averaged by ``DistributedDataParallel``. Methods that mix
@@ -39,7 +39,7 @@ def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def wrapped(model: nn.Module, device: torch.device, group: Group) -> DistributedDataParallel:
+def wrap(model: nn.Module, device: torch.device, group: Group) -> DistributedDataParallel:
     """The model with gradients averaged over the processes."""
     # Buffers are shared where they are made, if at all: changing them between two passes of a step would not do. Newer
     # versions of torch have another name for it.
@@ -50,7 +50,7 @@ def wrapped(model: nn.Module, device: torch.device, group: Group) -> Distributed
     return DistributedDataParallel(model, device_ids=device_ids, process_group=group, **options)
 
 
-def differing_buffers(model: nn.Module) -> list[Tensor]:
+def local_buffers(model: nn.Module) -> list[Tensor]:
     """The buffers that become others in every process: the statistics of batch normalisation that is not shared."""
     return [
         buffer
@@ -69,7 +69,7 @@ def share_buffers(buffers: Sequence[Tensor], group: Group) -> None:
 
 
 def environment(batch: int | None, group: Group) -> dict[str, Any]:
-    """What stands on record about the processes, if there are several: how many, and a step's samples for each."""
+    """Record the processes, if there are several: their number, and a step's samples for each."""
     if group is None:
         return {}
     return {"processes": size_of(group), "batch_per_process": (batch or 0) / size_of(group)}

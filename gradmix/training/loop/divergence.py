@@ -10,14 +10,14 @@ from gradmix.runtime.deferred_checks import can_sync
 
 
 class DivergedError(ArithmeticError):
-    """The loss, or what the model makes of finite inputs, is not finite."""
+    """The loss, or the model's output for finite inputs, is not finite."""
 
 
 class LossWatch:
     """Remembers whether a loss was not finite.
 
     On the CPU the step in which that happens raises. On a GPU, where a look would hold up every step, it is found by
-    the next :meth:`look`. What a gradient scaler makes of infinite gradients does not count: it skips their step.
+    the next :meth:`look`. Infinite gradients under a gradient scaler do not count: it skips their step.
 
     Args:
         device: where losses are.

@@ -1,4 +1,4 @@
-"""Where a run is made: the device, and what stands on record about machine and versions."""
+"""The device of a run, and the record of machine and versions."""
 
 from __future__ import annotations
 

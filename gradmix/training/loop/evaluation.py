@@ -47,8 +47,7 @@ def evaluate(
     """
     reading = reading or Reading(0, skip_damaged=False, device=device)
     samples = EVALUATION_SAMPLES // 4 if stream.is_read else EVALUATION_SAMPLES
-    # The last entry counts the samples of which nothing can be told. Classes that a model masks by -inf are none of
-    # them.
+    # The last entry counts the samples without a finite prediction. Classes that a model masks by -inf do not count.
     correct = torch.zeros(len(stream.tasks) + 1, dtype=torch.int64, device=device)
     tests = [task.test for task in stream.tasks]
     if group is not None:

@@ -56,10 +56,10 @@ class KeepingSampler(ResidentSampler):
         return Share.of([count], self._group, torch.device("cpu"))
 
     def _current(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = self._gathered(next(self._batches_read), self._train.y[index])
+        x, y = self._gather(next(self._batches_read), self._train.y[index])
         return x.to(self._device, non_blocking=True), to_device_async(y, self._device)
 
-    def _gathered(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _gather(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
         """The samples that this process and the others read of a batch with labels ``y (n,)``, and the labels of
         those.
         """
@@ -68,8 +68,8 @@ class KeepingSampler(ResidentSampler):
             return x, y if kept is None else y[kept]
         share, x = self._share(len(y)), x.to(self._device, non_blocking=True)
         if not self._reading.skips_damaged:
-            return share.gathered(x), y
-        x, kept = share.gathered_of(x, kept)
+            return share.gather(x), y
+        x, kept = share.gather_partial(x, kept)
         return x, y if kept is None else y[kept]
 
     def samples(self) -> StepSamples:
@@ -84,4 +84,4 @@ class KeepingSampler(ResidentSampler):
         to_read = [self._train.at[self._read_here(part)] for part in batches]
         with self._reading.reader(self._train.items, to_read) as reader:
             for part, read in zip(batches, reader, strict=True):
-                yield self._gathered(read, self._train.y[part])
+                yield self._gather(read, self._train.y[part])

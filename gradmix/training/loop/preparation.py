@@ -1,4 +1,4 @@
-"""What is done to samples between where they lie and the model: made floats, augmented or cropped, laid out."""
+"""The preparation of stored samples for the model: conversion to floats, augmentation or crop, memory format."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Preparation:
         if self._augment == "resized-crop-flip":
             x = random_resized_crop_flip(x, self._shape[-1], generator=generator, among=among)
         else:
-            x = self._cropped(x)
+            x = self._crop(x)
             if self._augment == "crop-flip":
                 x = random_crop_flip(x, padding=max(1, self._shape[-1] // 8), generator=generator, among=among)
-        return self._laid_out(x)
+        return self._with_layout(x)
 
     def changes(self, samples: Samples) -> bool:
         """Whether :meth:`for_testing` gives ``samples``, which lie in memory, other values than they have."""
@@ -59,7 +59,7 @@ class Preparation:
 
     def for_testing(self, x: Tensor) -> Tensor:
         """Samples ``(N, ...)`` as they are, images cropped in the middle to the model's size."""
-        return self._laid_out(self._cropped(self._floats(x)))
+        return self._with_layout(self._crop(self._floats(x)))
 
     def _floats(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
@@ -67,10 +67,10 @@ class Preparation:
             x = as_floats(x, self._mean, self._std) if x.ndim == 4 else to_float(x, 255.0, self._mean, self._std)
         return x.to(self._dtype) if x.is_floating_point() else x
 
-    def _cropped(self, x: Tensor) -> Tensor:
+    def _crop(self, x: Tensor) -> Tensor:
         if x.ndim == 4 and x.shape[-2:] != self._shape[-2:]:
             return centre_crop(x, self._shape[-1])
         return x
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def _with_layout(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x

@@ -1,4 +1,4 @@
-"""How a run reads samples from files: by how many processes, what becomes of damaged ones, and which those were."""
+"""The reading of samples from files: the number of processes, and the treatment and record of damaged files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reading:
         self.device, self.skips_damaged = device, skip_damaged
         self._damaged: list[tuple[Any, dict[int, str]]] = []
 
-    def damaged(self, items: Any) -> dict[int, str]:
+    def faults_of(self, items: Any) -> dict[int, str]:
         """Number and fault of every one of ``items`` left out so far; training and test items count apart."""
         for known, found in self._damaged:
             if known is items:
@@ -62,7 +62,7 @@ class Reading:
             on_damage="skip" if self.skips_damaged else "stop",
         )
         # One record for all readers of these items: a sample is named once.
-        reader.damaged = self.damaged(items)
+        reader.damaged = self.faults_of(items)
         return reader
 
     def batches(self, samples: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,6 +125,6 @@ class KeptSamples(IterableDataset):  # type: ignore[type-arg]
                 yield self._buffer.part(start, min(start + KEPT_AT_A_TIME, held))
 
     def as_source(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """What :class:`gradmix.GradMix` takes for a buffer."""
+        """The buffer as :class:`gradmix.GradMix` takes it."""
         # A generator of its own: a loader draws from it each time, which is not to move torch's global one.
         return DataLoader(self, batch_size=None, generator=torch.Generator())

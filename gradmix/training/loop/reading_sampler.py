@@ -22,7 +22,7 @@ from gradmix.training.methods import StepSamples
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step is to be made of: items of the data set, part after part, with their labels.
+    """The plan of a step: items of the data set, part after part, with their labels.
 
     Attributes:
         items: ``(n,)`` int64.
@@ -60,7 +60,7 @@ class ReadingSampler(StepSampler):
     def _turn_to(self, train: Samples) -> None:
         assert isinstance(train, StoredSamples)
         self._train = train
-        found = self._reading.damaged(train.items)
+        found = self._reading.faults_of(train.items)
         found.update(self._damaged)
         self._damaged = found
         self._everything, self._everything_y = train.at, train.y
@@ -131,7 +131,7 @@ class ReadingSampler(StepSampler):
             share = self._share(plan)
             if self._gathers:
                 # Where none are left out there is nothing to be asked for, and to wait for.
-                x, kept = share.gathered_of(x, kept) if self._reading.skips_damaged else (share.gathered(x), None)
+                x, kept = share.gather_partial(x, kept) if self._reading.skips_damaged else (share.gather(x), None)
             else:
                 places = share.mine
         if kept is not None:
@@ -186,7 +186,7 @@ class ReadingSampler(StepSampler):
     def step_samples(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("a buffer of items' numbers does not change between the steps of a task")
 
-    def replayed(self) -> BufferSamples | None:
+    def draw_replayed(self) -> BufferSamples | None:
         extra, self._extra = self._extra, None
         return extra
 

@@ -37,11 +37,11 @@ from gradmix.training.loop.run_parts import Position, Records
 from gradmix.training.loop.sampler import ResidentSampler, StepSampler
 from gradmix.training.methods import Context, Method, Passes, Pixels, StepSamples, find_method
 from gradmix.training.models import build_model
-from gradmix.training.models.growing_head import grow_head, grown_state
+from gradmix.training.models.growing_head import extend_state, grow_head
 from gradmix.training.models.single_sample import serve_single_samples
 from gradmix.training.runs.results import AlignmentRecord, RunResult, Timing
 from gradmix.training.runs.settings import identity
-from gradmix.training.seeds import derived_seed, generator_for
+from gradmix.training.seeds import derive_seed, generator_for
 from gradmix.training.streams import Task, TaskStream
 
 LOSS_EVERY = 25
@@ -50,7 +50,7 @@ LOSS_EVERY = 25
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, after a step. ``loss`` is None but for every :data:`LOSS_EVERY`-th step; counts start at 1."""
+    """The position of a run after a step. ``loss`` is None but for every :data:`LOSS_EVERY`-th; counts start at 1."""
 
     method: str
     seed: int
@@ -118,7 +118,7 @@ class Run:
         if group is not None:
             self.model = distributed.with_shared_statistics(self.model, device)
         serve_single_samples(self.model)
-        self.differing = [] if group is None else distributed.differing_buffers(self.model)
+        self.differing = [] if group is None else distributed.local_buffers(self.model)
         self.method: Method = find_method(self.method_name)(self._context(source))
         self.records = Records(len(stream.tasks))
         self.position = Position(mixed=torch.zeros((), dtype=torch.int64, device=device))
@@ -147,7 +147,7 @@ class Run:
         """Return what the method is built from."""
         mean, std = self.stream.mean, self.stream.std
         return Context(
-            model=self.wrapped(),
+            model=self.wrap_model(),
             buffer=self.buffer,
             num_classes=self.stream.num_classes,
             mix=self.config.mix,
@@ -155,17 +155,17 @@ class Run:
             clock=self.clock,
             replay=self.config.replay,
             counts=self.counts,
-            draw_replayed=self.sampler.replayed,
+            draw_replayed=self.sampler.draw_replayed,
             pixels=None if mean is None or std is None else Pixels(mean, std),
             source=source,
             passes=Passes(self.autocast, self.scaler, self.config.optim.accumulate or 1, self.group),
             growing=self.config.optim.growing_head,
         )
 
-    def wrapped(self) -> nn.Module:
+    def wrap_model(self) -> nn.Module:
         """The model as the loss is to see it: compiled, and its gradients averaged over the processes."""
         model = cast(nn.Module, torch.compile(self.model)) if self.config.optim.compile else self.model
-        return model if self.group is None else distributed.wrapped(model, self.device, self.group)
+        return model if self.group is None else distributed.wrap(model, self.device, self.group)
 
     # ---------------------------------------------------------------------------------------------------- the course
 
@@ -272,7 +272,7 @@ class Run:
         """One step of the optimiser on the next samples; returns them and their loss, detached."""
         if self.group is not None:
             # Other numbers in every process, for dropout, that follow from where the run is.
-            torch.manual_seed(derived_seed(self.seed, f"global/{rank_of(self.group)}/{self.position.steps}"))
+            torch.manual_seed(derive_seed(self.seed, f"global/{rank_of(self.group)}/{self.position.steps}"))
         with self.clock("step"):
             with self.clock("data"):
                 samples = self.sampler.samples()
@@ -308,7 +308,7 @@ class Run:
         self.buffer.add(x, y, **self.extras(x, y))
 
     def extras(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What the method wants to keep with samples, or with those that are to be read from files."""
+        """The extras that the method keeps with samples, or with those that are to be read from files."""
         if not self.method.needs.extras:
             return {}
         if not self.keeps_numbers:
@@ -335,10 +335,10 @@ class Run:
         new = grow_head(self.model, width, seed=self.seed, head=old)
         self.width = width
         if self.optimiser is not None:
-            grown_state(self.optimiser, old, new)
+            extend_state(self.optimiser, old, new)
         if self.group is not None:
             # Its gradients are gathered for the parameters it was made with.
-            self.method.context.model = self.wrapped()
+            self.method.context.model = self.wrap_model()
         # What is kept of the head's gradient has the former width.
         self.method.start_epoch()
 

@@ -1,4 +1,4 @@
-"""What a run keeps between steps: its position in the stream, and its records. Both go into a checkpoint."""
+"""The state that a run keeps between steps: its position in the stream, and its records. Checkpoints hold both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST = torch.iinfo(torch.int64).max
 
 @dataclass
 class Position:
-    """Where a run is.
+    """The position of a run.
 
     Attributes:
         mixed: samples of the current task that found a helpful partner, a scalar on the run's device.
@@ -63,7 +63,7 @@ class Position:
 
 @dataclass
 class Records:
-    """What a run has measured.
+    """The measurements of a run.
 
     Attributes:
         tasks: number of tasks T.

@@ -127,14 +127,14 @@ class StepSampler(ABC):
 
     @abstractmethod
     def own_samples(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """What the buffer is to be shown of the task: ``x (N, ...)`` and ``y (N,)``, all at once or part by part."""
+        """Yield the task's samples for the buffer, ``x (N, ...)`` and ``y (N,)``: all at once or in parts."""
 
     @abstractmethod
     def step_samples(self) -> tuple[Tensor, Tensor]:
-        """What the buffer is to be shown of the last step's current samples."""
+        """Return those of the last step's current samples that the buffer is to be shown."""
 
     @abstractmethod
-    def replayed(self) -> BufferSamples | None:
+    def draw_replayed(self) -> BufferSamples | None:
         """Replayed samples besides the step's own, by generators of their own; None while the buffer is empty."""
 
     def _read(self, items: Any, plans: Iterable[Tensor]) -> None:
@@ -150,7 +150,7 @@ class StepSampler(ABC):
             self._reader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rest of the run depends on, besides the generators."""
+        """Return the state that the rest of the run depends on, besides the generators."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to take up
@@ -235,7 +235,7 @@ class ResidentSampler(StepSampler):
     def step_samples(self) -> tuple[Tensor, Tensor]:
         return self._last
 
-    def replayed(self) -> BufferSamples | None:
+    def draw_replayed(self) -> BufferSamples | None:
         if not len(self._buffer):
             return None
         with self._clock("data"):

@@ -1,4 +1,4 @@
-"""How the samples of a step are shared out to several processes, and put together again."""
+"""The split of a step's samples over several processes, and their gathering."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Share:
         mine = torch.tensor(places[rank_of(group)], dtype=torch.int64)
         return Share(to_device_async(mine, device), to_device_async(everyone, device), tuple(map(len, places)), group)
 
-    def gathered(self, samples: Tensor) -> Tensor:
+    def gather(self, samples: Tensor) -> Tensor:
         """All N samples ``(N, ...)`` in their order, of this process's ``(n, ...)`` and the others'."""
         received = all_gather_samples(samples, self.group, self.counts)
         ordered = torch.empty_like(received)
         ordered[to_device_async(self.everyone, received.device)] = received
         return ordered
 
-    def gathered_of(self, samples: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def gather_partial(self, samples: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same of samples of which some may be missing, in any process.
 
         Args:
@@ -64,6 +64,6 @@ class Share:
         # Samples that are missing travel as zeros, so that the others keep their places.
         whole = samples.new_zeros(len(mine), *samples.shape[1:])
         whole[mine.to(samples.device)] = samples
-        came = self.gathered(mine.to(samples.device)).cpu()
-        everything = self.gathered(whole)
+        came = self.gather(mine.to(samples.device)).cpu()
+        everything = self.gather(whole)
         return (everything, None) if bool(came.all()) else (everything[came.to(samples.device)], came)

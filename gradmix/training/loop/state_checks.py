@@ -1,4 +1,4 @@
-"""What a checkpoint tells of a run, checked before anything of it is taken up.
+"""Checks of the state in a checkpoint, before any of it is restored.
 
 A digest says that a file is as it was written, not by whom. So every part is held against what it is to take the place
 of: the same keys, types, shapes and dtypes, and numbers within their ranges.
@@ -33,7 +33,7 @@ def require_like(value: Any, like: Any, key: str) -> None:
             if name not in value:
                 raise KeyError(name)
         if len(value) != len(like):
-            raise ValueError(f"{key}: got the keys {_listed(value)}, expected {_listed(like)}")
+            raise ValueError(f"{key}: got the keys {_list_keys(value)}, expected {_list_keys(like)}")
         for name in like:
             require_like(value[name], like[name], f"{key}.{name}")
     elif isinstance(like, (list, tuple)):
@@ -84,5 +84,5 @@ def require_order(value: Any, samples: int, key: str) -> None:
         raise ValueError(f"{key}: got another tensor than an order of {samples} samples")
 
 
-def _listed(keys: Any) -> str:
+def _list_keys(keys: Any) -> str:
     return ", ".join(sorted(map(repr, keys)))[:200] or "none"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from gradmix._moved import moved
 from gradmix.model.unchanged import preserve_rng
 from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
@@ -25,14 +26,16 @@ from gradmix.training.loop.run import Progress, Run
 from gradmix.training.method_names import current_name
 from gradmix.training.methods import find_method
 from gradmix.training.runs.results import RunResult
-from gradmix.training.seeds import derived_seed
-from gradmix.training.streams import TaskStream, blurred
+from gradmix.training.seeds import derive_seed
+from gradmix.training.streams import TaskStream, blur_boundaries
 from gradmix.training.streams.benchmarks import resolve, stream_of
 
-__all__ = ["Progress", "resolved_config", "train_one"]
+__all__ = ["Progress", "resolve_config", "train_one"]
+
+__getattr__ = moved(__name__, __name__, {"resolved_config": "resolve_config"})
 
 
-def resolved_config(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
+def resolve_config(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
     """The complete configuration of one run: narrowed to it, and nothing left to the benchmark's or method's default.
 
     Args:
@@ -46,7 +49,7 @@ def resolved_config(config: TrainConfig, method: str, seed: int, stream: TaskStr
     """
     found = find_method(method)
     method = current_name(method, warn=False)
-    filled = found.resolved_config(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
+    filled = found.resolve_config(resolve(replace(config, methods=(method,), seeds=(seed,)), stream))
     # What the method does not read is nothing, as in runs of earlier versions, so that those are found again.
     mix = filled.mix
     estimator = None if mix.estimator == "auto" else mix.estimator
@@ -95,16 +98,16 @@ def train_one(
     """
     if stream is None:
         stream = stream_of(config.data)
-    config = resolved_config(config, method, seed, stream)
+    config = resolve_config(config, method, seed, stream)
     if config.data.blur is not None:
-        stream = blurred(stream, config.data.blur, seed)
+        stream = blur_boundaries(stream, config.data.blur, seed)
     device = pick_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
         with preserve_rng(device):
-            torch.manual_seed(derived_seed(seed, "global") + rank_of(group))
+            torch.manual_seed(derive_seed(seed, "global") + rank_of(group))
             with _buffer_folder(config, checkpoint, group) as folder:
                 run = Run(config, stream, device, on_step, group, folder)
                 try:
@@ -120,7 +123,7 @@ def train_one(
 
 @contextmanager
 def _buffer_folder(config: TrainConfig, checkpoint: str | Path | None, group: Group) -> Iterator[Path | None]:
-    """Where a buffer on disk lies: beside the checkpoint that it goes with, or for the run's time only."""
+    """Give the folder of a buffer on disk: beside the checkpoint that it belongs to, or for the run's time only."""
     if config.replay.storage != "disk":
         yield None
     elif checkpoint is not None and group is not None:

@@ -37,7 +37,7 @@ class BalancedMixup(LinearMixing):
                 f"candidates: got {got}, expected {len(samples.y)} class-balanced samples for balanced-mixup"
             )
         lam = draw_balanced_lam(ALPHA, self.context.generator)
-        other_x, index, other_y = self.drawn(samples)
+        other_x, index, other_y = self.draw(samples)
         y = (1 - lam) * self.one_hot(samples.y) + lam * self.one_hot(other_y)
         return Mixture(other_x, index, 1 - lam, y)
 

@@ -80,7 +80,7 @@ class Passes:
 
 @dataclass
 class Context:
-    """What a method is built from.
+    """The parts that a method is built from.
 
     Attributes:
         model: the network in training; replaced by another wrapper of the same network when its head has grown.
@@ -117,7 +117,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of the loop that makes its steps; ``a | b`` is what a method around another one needs.
+    """The needs of a method, which the training loop meets; ``a | b`` are those of a method around another one.
 
     Attributes:
         replayed: a step holds replayed samples.
@@ -215,7 +215,7 @@ class Method(ABC):
         """
 
     @classmethod
-    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
+    def resolve_config(cls, config: TrainConfig) -> TrainConfig:
         """Return ``config`` with the method's own values in the fields that are left to the method."""
         return config
 
@@ -275,7 +275,7 @@ class Finetune(ER):
 class Wrapping(Method):
     """A method around another one, which decides everything that is not overridden.
 
-    ``resolved_config`` and ``check_installed`` are of the wrapper alone; a
+    ``resolve_config`` and ``check_installed`` are of the wrapper alone; a
     :class:`~gradmix.training.methods.composition.Composition` asks each layer.
 
     Args:

@@ -69,7 +69,7 @@ class Composition:
 
     @property
     def needs(self) -> Needs:
-        """What the method needs of the training loop."""
+        """The needs of the method, which the training loop meets."""
         return reduce(operator.or_, (layer.needs for layer in self._layers()))
 
     def __call__(self, context: Context) -> Method:
@@ -79,10 +79,10 @@ class Composition:
             method = wrapper(context, method)
         return method
 
-    def resolved_config(self, config: TrainConfig) -> TrainConfig:
+    def resolve_config(self, config: TrainConfig) -> TrainConfig:
         """``config`` with the method's own values where it leaves them to the method."""
         for layer in self._layers():
-            config = layer.resolved_config(config)
+            config = layer.resolve_config(config)
         return config
 
     def check_installed(self) -> None:

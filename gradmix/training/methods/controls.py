@@ -23,7 +23,7 @@ from gradmix.runtime.transfer import to_device_async
 from gradmix.training.config import MixConfig
 
 
-def controlled(
+def apply_control(
     pairs: Pairs, model: nn.Module, mix: MixConfig, generator: torch.Generator, replayed: Tensor | None = None
 ) -> Pairs:
     """The pairs of the control ``mix.control`` in place of those GradMix chose.

@@ -24,7 +24,7 @@ class CutMix(Mixing):
         ValueError: the samples are no images (N, C, H, W).
     """
 
-    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mix(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         if samples.x.dim() != 4:
             raise ValueError(
                 f"x: got samples of shape {tuple(samples.x.shape)}, expected images (N, C, H, W) for cutmix"
@@ -33,7 +33,7 @@ class CutMix(Mixing):
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
         top, bottom, left, right = draw_box(height, width, lam, self.context.generator)
         kept = 1 - (bottom - top) * (right - left) / (height * width)
-        other_x, other_y = self.drawn_partners(samples)
+        other_x, other_y = self.draw_partners(samples)
         x = samples.x.clone()
         x[:, :, top:bottom, left:right] = other_x[:, :, top:bottom, left:right]
         return x, kept * self.one_hot(samples.y) + (1 - kept) * self.one_hot(other_y)

@@ -45,7 +45,7 @@ class DarkReplay(Wrapping):
         self._weight = self.weight if own is None else own
 
     @classmethod
-    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
+    def resolve_config(cls, config: TrainConfig) -> TrainConfig:
         own = config.replay.distillation
         replay = replace(config.replay, distillation=cls.weight if own is None else own)
         return replace(config, replay=replay)
@@ -67,7 +67,7 @@ class DarkReplay(Wrapping):
         kept = kept[:, : logits.shape[1]]
         known = torch.isfinite(kept)
         error = (logits.float() - kept.masked_fill(~known, 0.0)).square().masked_fill(~known, 0.0)
-        # Each process has its share, maybe none; the mean over processes must be the mean over all samples.
+        # Each process has its share, possibly none; the mean over processes must be the mean over all samples.
         (count,) = all_reduce_sum([known.sum()], group)
         yield self._weight * size_of(group) * error.sum() / count.clamp(min=1)
 

@@ -59,7 +59,7 @@ class ManifoldMixup(Mixup):
             partner = to_device_async(torch.randperm(len(x), generator=generator, device=generator.device), x.device)
             other_y = samples.y[partner]
         else:
-            other_x, other_y = self.drawn_partners(samples)
+            other_x, other_y = self.draw_partners(samples)
             x = torch.cat([samples.x, other_x])
             partner = torch.arange(len(samples.x), len(x), device=x.device)
         logits = mixed_forward(self._model, self._stages[layer - 1], x, partner, lam)

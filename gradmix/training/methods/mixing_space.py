@@ -1,4 +1,4 @@
-"""Where a method mixes samples: at the model's input, at its embedding, or at the classifier's input."""
+"""The place where a method mixes samples: the model's input, its embedding, or the classifier's input."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Mixing(Method):
 
     def mixed_losses(self, samples: StepSamples, outputs: HeadOutput | None) -> Iterator[Tensor]:
         """Yield the loss on the mixed samples, part by part; ``outputs`` as returned by :meth:`originals`."""
-        x, y = self.mixed(samples, outputs)
+        x, y = self.mix(samples, outputs)
         for part in self.parts(samples):
             yield weighted_cross_entropy(self.context.model(x[part]), y[part], samples.weight[part])
 
@@ -64,16 +64,16 @@ class Mixing(Method):
         return self.context.model(x), None
 
     @abstractmethod
-    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mix(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         """Return mixed inputs and label vectors; ``outputs`` as returned by :meth:`originals`."""
 
-    def drawn_partners(self, samples: StepSamples) -> tuple[Tensor, Tensor]:
-        """Draw a random partner for every sample, ``x (N, ...)`` and ``y (N,)``, by :meth:`drawn_index`."""
+    def draw_partners(self, samples: StepSamples) -> tuple[Tensor, Tensor]:
+        """Draw a random partner for every sample, ``x (N, ...)`` and ``y (N,)``, by :meth:`draw_index`."""
         x, y = (samples.x, samples.y) if samples.candidates is None else samples.candidates
-        index = self.drawn_index(samples)
+        index = self.draw_index(samples)
         return x[index], y[index]
 
-    def drawn_index(self, samples: StepSamples) -> Tensor:
+    def draw_index(self, samples: StepSamples) -> Tensor:
         """Draw the (N,) indices of random partners: a permutation of the samples or candidates.
 
         If there are fewer candidates than samples, each sample draws one independently.
@@ -92,7 +92,7 @@ class Mixing(Method):
 
 
 class LinearMixing(Mixing):
-    """A method whose mixtures are lam x_i + (1 - lam) x_j, of inputs or of what a stage of the model makes of them."""
+    """A method whose mixtures are lam x_i + (1 - lam) x_j, of inputs or of their values at a stage of the model."""
 
     spaces = ("input", "embedding", "feature")
 
@@ -100,7 +100,7 @@ class LinearMixing(Mixing):
     def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         """Choose partners, weights and labels; ``outputs`` as returned by :meth:`originals`."""
 
-    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mix(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         mixture = self.mixture(samples, outputs)
         return mixture.of_inputs(samples.x), mixture.y
 
@@ -113,9 +113,9 @@ class LinearMixing(Mixing):
             logits = mixture.logits(self.context.model, self._space, samples.x, part)
             yield weighted_cross_entropy(logits, mixture.y[part], samples.weight[part])
 
-    def drawn(self, samples: StepSamples) -> tuple[Tensor | None, Tensor, Tensor]:
+    def draw(self, samples: StepSamples) -> tuple[Tensor | None, Tensor, Tensor]:
         """Draw random partners: the candidates' inputs or None, each partner's index (N,), and its label (N,)."""
-        index = self.drawn_index(samples)
+        index = self.draw_index(samples)
         other_x, other_y = (None, samples.y) if samples.candidates is None else samples.candidates
         return other_x, index, other_y[index]
 
@@ -125,5 +125,5 @@ class Mixup(LinearMixing):
 
     def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, index, other_y = self.drawn(samples)
+        other_x, index, other_y = self.draw(samples)
         return Mixture(other_x, index, lam, lam * self.one_hot(samples.y) + (1 - lam) * self.one_hot(other_y))

@@ -22,7 +22,7 @@ from gradmix.training.methods.base import Context, Method, Needs, Pixels, StepSa
 
 
 class Strength(NamedTuple):
-    """What an operation is given at strength 0 and at 1, linear between. ``signed``: with either sign, at random."""
+    """The argument of an operation at strength 0 and at 1, linear between. ``signed``: with either sign, at random."""
 
     none: float
     full: float
@@ -112,9 +112,9 @@ class PolicyAugmented(Wrapping):
 
     def losses(self, samples: StepSamples) -> Iterator[Tensor]:
         with self.context.clock("data"):
-            samples = replace(samples, x=self.augmented(samples.x))
+            samples = replace(samples, x=self.augment(samples.x))
             if samples.candidates is not None:
-                samples = replace(samples, candidates=(self.augmented(samples.candidates[0]), samples.candidates[1]))
+                samples = replace(samples, candidates=(self.augment(samples.candidates[0]), samples.candidates[1]))
         return super().losses(samples)
 
     @abstractmethod
@@ -122,7 +122,7 @@ class PolicyAugmented(Wrapping):
         """A policy for each of ``count`` samples, drawn from the context's generator, on its device."""
 
     @torch.no_grad()
-    def augmented(self, x: Tensor) -> Tensor:
+    def augment(self, x: Tensor) -> Tensor:
         """New samples (N, C, H, W) of the dtype and on the device of ``x (N, C, H, W)``, normalised as they are."""
         if x.dim() != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"x: got samples of shape {tuple(x.shape)}, expected images (N, 1, H, W) or (N, 3, H, W)")

@@ -33,7 +33,7 @@ class Remix(LinearMixing):
                 f"counts: got shape {tuple(counts.shape)}, expected ({self.context.num_classes},) for remix"
             )
         lam = draw_lam(self.context.mix.alpha, self.context.generator)
-        other_x, index, other_y = self.drawn(samples)
+        other_x, index, other_y = self.draw(samples)
         counts = counts.to(samples.y.device)
         weight = label_weight(lam, counts[samples.y], counts[other_y]).unsqueeze(1)
         y = weight * self.one_hot(samples.y) + (1 - weight) * self.one_hot(other_y)

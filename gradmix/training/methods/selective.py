@@ -22,7 +22,7 @@ from gradmix.training.config import TrainConfig
 from gradmix.training.loop.sharding import Share
 from gradmix.training.loop.state_checks import require_like, require_tensor
 from gradmix.training.methods.base import Context, StepSamples
-from gradmix.training.methods.controls import controlled
+from gradmix.training.methods.controls import apply_control
 from gradmix.training.methods.mixing_space import Mixture, mix_space, require_mixable
 from gradmix.training.methods.mixup import LinearMixing
 
@@ -51,7 +51,7 @@ class SelectiveMixup(LinearMixing):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        mix = self.resolved_config(TrainConfig(mix=context.mix, replay=context.replay)).mix
+        mix = self.resolve_config(TrainConfig(mix=context.mix, replay=context.replay)).mix
         assert mix.estimator is not None and mix.estimator != "auto"
         self._mixup = GradMix(
             context.model,
@@ -73,7 +73,7 @@ class SelectiveMixup(LinearMixing):
         self._pairs: Pairs | None = None
 
     @classmethod
-    def resolved_config(cls, config: TrainConfig) -> TrainConfig:
+    def resolve_config(cls, config: TrainConfig) -> TrainConfig:
         mix = config.mix
         space = mix_space(mix)
         estimator, reference, refresh = mix.estimator, mix.reference, mix.refresh
@@ -109,7 +109,7 @@ class SelectiveMixup(LinearMixing):
         other_x = None if samples.candidates is None else samples.candidates[0]
         return Mixture(other_x, pairs.partner, pairs.lam, pairs.mix_labels())
 
-    def mixed(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
+    def mix(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         # Pairs.mix keeps the inputs' dtype.
         require_mixable(samples.x)
         return self._select(samples, outputs).mix()
@@ -118,13 +118,13 @@ class SelectiveMixup(LinearMixing):
         context = self.context
         with context.clock("selection"):
             if samples.share is not None:
-                outputs = self._gathered(samples.x, samples.share, outputs)
+                outputs = self._gather(samples.x, samples.share, outputs)
             replayed = samples.replayed if self._by_replayed else None
             pairs = self._mixup.select(
                 samples.x, samples.y, candidates=samples.candidates, outputs=outputs, replayed=replayed
             )
             if context.mix.control != "none" and self._is_selected(replayed):
-                pairs = controlled(pairs, context.model, context.mix, context.generator, context.buffer.y)
+                pairs = apply_control(pairs, context.model, context.mix, context.generator, context.buffer.y)
         self._pairs = pairs
         return pairs
 
@@ -135,7 +135,7 @@ class SelectiveMixup(LinearMixing):
             return bool(replayed.any())
         return self._mixup.reference is not None
 
-    def _gathered(self, x: Tensor, share: Share, outputs: HeadOutput | None) -> HeadOutput:
+    def _gather(self, x: Tensor, share: Share, outputs: HeadOutput | None) -> HeadOutput:
         """Return the head's inputs and logits for all samples, each process having forwarded its share."""
         if outputs is None:
             model = unwrap(self.context.model)
@@ -143,7 +143,7 @@ class SelectiveMixup(LinearMixing):
             with leave_unchanged(model), self.context.passes.autocast(), HeadCapture(model, example=x[:1]) as capture:
                 model(own)
             outputs = capture.output
-        return HeadOutput(share.gathered(outputs.features), share.gathered(outputs.logits))
+        return HeadOutput(share.gather(outputs.features), share.gather(outputs.logits))
 
     def mixed_samples(self) -> Tensor | None:
         return None if self._pairs is None else self._pairs.helpful.sum()

@@ -14,7 +14,7 @@ from torch import nn
 from gradmix.model.unchanged import preserve_rng
 from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import MODEL_NAMES
-from gradmix.training.models.imported import checked, find_builder, is_import_path
+from gradmix.training.models.imported import check_model, find_builder, is_import_path
 from gradmix.training.models.perceptron import MLP
 from gradmix.training.models.resnets import ImageNetResNet, NarrowResNet, ResNet18
 from gradmix.training.models.text_transformer import TextTransformer
@@ -68,7 +68,7 @@ def build_model(
             with _lent_generators(seed):
                 random.seed(seed)
                 np.random.seed(seed % 2**32)
-                return checked(name, build(), input_shape, num_classes, vocabulary)
+                return check_model(name, build(), input_shape, num_classes, vocabulary)
     if name == "text-transformer":
         if vocabulary is None:
             raise ValueError("vocabulary: got None, expected the number of token ids for text-transformer")

@@ -27,8 +27,8 @@ def grow_head(
 
     The old classes' weights and biases, and dtype, device, layout, ``requires_grad`` and training flag stay. The new
     classes' are uniform in ±1 / sqrt(in_features), as torch initialises a linear layer. Gradients (``.grad``) are not
-    kept. The parameters are new ones: hand them to the optimiser, by :func:`grown_state` with what it has gathered, and
-    wrap the model anew where it was wrapped for several processes.
+    kept. The parameters are new ones: hand them to the optimiser, by :func:`extend_state` with its state, and wrap the
+    model anew where it was wrapped for several processes.
 
     Args:
         model: The model, which is changed; of a wrapped one, the module inside.
@@ -67,7 +67,7 @@ def grow_head(
     bound = 1 / math.sqrt(old.weight[0].numel())
     new = _without_parameters(old, num_classes)
     for name, parameter in old.named_parameters():
-        grown = _widened(parameter.detach(), num_classes)
+        grown = _extend_rows(parameter.detach(), num_classes)
         drawn = torch.empty(num_classes - before, *parameter.shape[1:], device=generator.device)
         grown[before:] = drawn.uniform_(-bound, bound, generator=generator)
         new.register_parameter(name, nn.Parameter(grown, requires_grad=parameter.requires_grad))
@@ -77,7 +77,7 @@ def grow_head(
     return new
 
 
-def grown_state(optimiser: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
+def extend_state(optimiser: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
     """Put a grown classifier's parameters into an optimiser in the old ones' place, with their state.
 
     State of a parameter's shape, such as momentum or Adam's moments, keeps its rows, and the new classes' start at 0;
@@ -108,7 +108,7 @@ def grown_state(optimiser: torch.optim.Optimizer, old: nn.Module, new: nn.Module
             pairs[id(parameter)] = (name, parameter, other)
     if not pairs:
         raise ValueError("old: the optimiser has none of its parameters, expected the head that it was given")
-    states = {key: _grown_values(optimiser, *pair) for key, pair in pairs.items()}
+    states = {key: _extend_values(optimiser, *pair) for key, pair in pairs.items()}
     for group in optimiser.param_groups:
         group["params"] = [pairs[id(p)][2] if id(p) in pairs else p for p in group["params"]]
     for key, (_, before, after) in pairs.items():
@@ -118,7 +118,7 @@ def grown_state(optimiser: torch.optim.Optimizer, old: nn.Module, new: nn.Module
             optimiser.state[after] = state
 
 
-def _grown_values(optimiser: torch.optim.Optimizer, name: str, old: Tensor, new: Tensor) -> dict[str, object] | None:
+def _extend_values(optimiser: torch.optim.Optimizer, name: str, old: Tensor, new: Tensor) -> dict[str, object] | None:
     """The state of ``new``, or ``None`` where ``old`` has none."""
     if old not in optimiser.state:
         return None
@@ -180,7 +180,7 @@ def _without_parameters(old: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Line
     )
 
 
-def _widened(value: Tensor, rows: int) -> Tensor:
+def _extend_rows(value: Tensor, rows: int) -> Tensor:
     """A tensor of ``rows`` rows whose first ones are ``value``'s, its dimensions lying in memory in the same order."""
     order = sorted(range(value.ndim), key=value.stride, reverse=True)
     shape = (rows, *value.shape[1:])

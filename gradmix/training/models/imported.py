@@ -29,7 +29,7 @@ def is_import_path(name: str) -> bool:
 def find_builder(
     name: str, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
 ) -> Callable[[], object]:
-    """What makes the model called ``name``: everything is imported and checked that needs no random numbers.
+    """Find the function that builds the model ``name``: all is imported and checked that needs no random numbers.
 
     ``torchvision:NAME``, ``timm:NAME`` and ``transformers:NAME`` are those libraries' models. transformers' NAME is a
     type of model, such as ``resnet`` or ``bert``, in its standard configuration, or a folder that holds a
@@ -75,7 +75,7 @@ def find_builder(
     return build
 
 
-def checked(
+def check_model(
     name: str, model: object, input_shape: tuple[int, ...], num_classes: int, vocabulary: int | None
 ) -> nn.Module:
     """The model, in training mode, if a forward pass of two samples of zeros (of ones, for token ids) gives its logits.
@@ -86,7 +86,7 @@ def checked(
         ValueError: It is no module, fails, or returns something else than float logits ``(2, num_classes)``.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"name: {name} made {_described(model)}, expected an nn.Module")
+        raise ValueError(f"name: {name} made {_describe(model)}, expected an nn.Module")
     samples = torch.zeros(2, *input_shape) if vocabulary is None else torch.ones(2, *input_shape, dtype=torch.int64)
     model.eval()
     try:
@@ -100,7 +100,7 @@ def checked(
         logits = logits_of(output)
     except TypeError:
         raise ValueError(
-            f"name: {name} returned {_described(output)}, expected logits (N, {num_classes}) or an object with them"
+            f"name: {name} returned {_describe(output)}, expected logits (N, {num_classes}) or an object with them"
         ) from None
     if tuple(logits.shape) != (2, num_classes) or not logits.is_floating_point():
         raise ValueError(
@@ -145,7 +145,7 @@ def _from_import_path(
     except AttributeError:
         raise ValueError(f"name: got {name!r}, but {source} has no {rest}") from None
     if not callable(found):
-        raise ValueError(f"name: {name} is {_described(found)}, expected a callable that makes a model")
+        raise ValueError(f"name: {name} is {_describe(found)}, expected a callable that makes a model")
     offered = {"input_shape": input_shape, "num_classes": num_classes, "vocabulary": vocabulary}
     try:
         parameters = inspect.signature(found).parameters.values()
@@ -276,7 +276,7 @@ def _require_image(name: str, input_shape: tuple[int, ...]) -> None:
         raise ValueError(f"input_shape: got {tuple(input_shape)}, expected (C, H, W) for {name}")
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"{'an' if type(value).__name__[0].lower() in 'aeiou' else 'a'} {type(value).__name__}"

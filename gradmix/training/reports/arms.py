@@ -15,7 +15,7 @@ from gradmix.training.former_keys import current_keys
 from gradmix.training.method_names import current_name
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
-from gradmix.training.runs.metrics import known_mean, seen_accuracy
+from gradmix.training.runs.metrics import accuracy_on_seen, mean_of_known
 from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, name_damage, number
 from gradmix.training.runs.running import state_of
 from gradmix.training.runs.settings import flatten
@@ -46,7 +46,7 @@ class ArmRow(Row):
         """Mean share of samples mixed, from 0 to 1; NaN where nothing is selected."""
         # In the first task there is nothing to select by, and every sample is mixed.
         shares = (run["mixed_share"] for run in self.runs)
-        return known_mean([known_mean([number(v) for v in (share[1:] or share)]) for share in shares])
+        return mean_of_known([mean_of_known([number(v) for v in (share[1:] or share)]) for share in shares])
 
     @property
     def step_ms(self) -> float:
@@ -150,7 +150,7 @@ def _run_values(run: Run, result: RunResult) -> dict[str, Any]:
         "method": result.method,
         "seed": result.seed,
         "metrics": metric_values(result),
-        "seen_accuracy": seen_accuracy(result.accuracy).tolist(),
+        "seen_accuracy": accuracy_on_seen(result.accuracy).tolist(),
         "mixed_share": list(result.mixed_share),
         "timing": {
             "steps": timing.steps,

@@ -38,7 +38,7 @@ def difference(value: Interval) -> str:
     return interval(value, "{mean:+.3f} ± {half:.3f}{star}", "{mean:+.3f}", minus="−")
 
 
-def signed(value: float) -> str:
+def with_sign(value: float) -> str:
     """A figure with its sign and three decimals, as ``+0.020`` or ``−0.003``."""
     return f"{value:+.3f}".replace("-", "−")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from gradmix.runtime import names
-from gradmix.training.runs.whole_files import replacing, write_text
+from gradmix.training.runs.whole_files import replace_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    with replacing(Path(path)) as staging:
+    with replace_file(Path(path)) as staging:
         # Without the writer's name and version, the same run gives the same bytes.
         figure.savefig(staging, format="png", dpi=DPI, metadata={"Software": None})
 

@@ -1,4 +1,4 @@
-"""What an experiment's figures say in words: each sentence follows from an interval, and none goes beyond it."""
+"""The findings of an experiment in words: each sentence follows from an interval, and none goes beyond it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmix.training.reports.cells import percent, probability, signed
+from gradmix.training.reports.cells import percent, probability, with_sign
 from gradmix.training.reports.significance import Ratio, ratio_interval
 from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import mean_interval
@@ -23,11 +23,11 @@ _SELECTION = {f"mix.{key}" for key in ("estimator", "policy", "threshold", "refr
 _SAME_RATE = 0.01
 
 
-def diverged(seeds: Sequence[int], of: int) -> str:
+def divergence_note(seeds: Sequence[int], of: int) -> str:
     """Say that some of an arm's runs have diverged, and which.
 
     Example:
-        >>> diverged([3], 5)
+        >>> divergence_note([3], 5)
         '1 of 5 seeds diverged (3): the loss was not finite; in no mean, interval, difference or plot'
     """
     listed = ", ".join(map(str, seeds))
@@ -40,8 +40,8 @@ def diverged(seeds: Sequence[int], of: int) -> str:
 def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     """A sentence for each difference, under what can be said of it.
 
-    Those are, as far as there are any: that it is told apart from 0 as one of all the comparisons, by itself only, or
-    not.
+    Those are, as far as there are any: that it differs significantly from 0 as one of all the comparisons, by itself
+    only, or not.
     """
     tests = sum(not math.isnan(d.p) for d in differences)
     among = f"Told apart from 0, also as one of the {tests} comparisons (Holm's p below 0.05):"
@@ -83,7 +83,7 @@ def controls(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
 
 
 def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
-    """What a reader should keep in mind: what the intervals are over, how few seeds there are, and what was chosen."""
+    """The caveats of the figures: what the intervals are over, how few seeds there are, and what was chosen."""
     from scipy.special import stdtrit
 
     found = [
@@ -121,11 +121,11 @@ def _comparison(d: Difference, kind: str) -> str:
     if math.isnan(mean):
         return f"{first} and {second}{where}: no figure."
     if math.isnan(half):
-        return f"{first} and {second}{where}: {signed(mean)} with one seed, which tells nothing."
+        return f"{first} and {second}{where}: {with_sign(mean)} with one seed, which tells nothing."
     seeds = f"{len(d.seeds)} seeds"
     if kind == "not":
-        low, high = signed(mean - half), signed(mean + half)
-        return f"{first} and {second}{where}: {signed(mean)} ± {half:.3f} ({seeds}), anything from {low} to {high}."
+        low, high = with_sign(mean - half), with_sign(mean + half)
+        return f"{first} and {second}{where}: {with_sign(mean)} ± {half:.3f} ({seeds}), anything from {low} to {high}."
     # By itself only: so Holm's p is known, and 0.05 or above.
     p = f", Holm's p = {probability(d.holm)}" if kind == "alone" else ""
     return (
@@ -164,7 +164,9 @@ def _share_of_gain(control: str, gain: Difference, rows: Sequence[ArmRow]) -> li
     kept: Ratio = ratio_interval(part, whole)
     mean, _, half = mean_interval(whole)
     where = f", {_at(gain.values)}" if gain.values else ""
-    gained = f"{_quote(gain.arm)}'s {signed(mean)} ± {half:.3f} over {_quote(gain.minus)} ({len(seeds)} seeds{where})"
+    gained = (
+        f"{_quote(gain.arm)}'s {with_sign(mean)} ± {half:.3f} over {_quote(gain.minus)} ({len(seeds)} seeds{where})"
+    )
     if math.isnan(kept.ratio):
         return [f"{_quote(control)}: {gained} cannot be told from 0, so no share of it can be given."]
     share = f"{_share(kept.ratio)} (95 %: {_share(kept.low)} to {_share(kept.high)})"
@@ -172,7 +174,7 @@ def _share_of_gain(control: str, gain: Difference, rows: Sequence[ArmRow]) -> li
 
 
 def _rates(control: ArmRow, method: ArmRow) -> str:
-    """How much either mixed: a control that mixes another share of the samples controls for less."""
+    """State the share that either mixed: a control that mixes another share of the samples controls for less."""
     if math.isnan(control.mixed_share) or math.isnan(method.mixed_share):
         return ""
     mixed, others = percent(control.mixed_share), percent(method.mixed_share)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gradmix.runtime import names
 from gradmix.training.reports import cells
 from gradmix.training.reports.figures import DPI, as_text
-from gradmix.training.runs.metrics import Interval, mean_interval, seen_accuracy
+from gradmix.training.runs.metrics import Interval, accuracy_on_seen, mean_interval
 from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def curve(result: RunResult) -> Figure:
                 fontsize=7,
                 color="#6A6A6A",
             )
-    mean = seen_accuracy(result.accuracy)
+    mean = accuracy_on_seen(result.accuracy)
     axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
     axes.set_xlim(0.8, result.tasks + 0.2)
     axes.set_ylim(-0.02, 1.06)
@@ -87,7 +87,7 @@ def compare(results: Sequence[RunResult]) -> Figure:
     groups = group(chosen)
     figure, axes = _over_tasks(7.2, 4.6, "mean accuracy on the tasks seen")
     for index, (label, members) in enumerate(groups.items()):
-        lines = np.stack([seen_accuracy(r.accuracy) for r in members])
+        lines = np.stack([accuracy_on_seen(r.accuracy) for r in members])
         mean = lines.mean(axis=0)
         average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
         seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
@@ -278,7 +278,7 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
 
 
 @as_text
-def varied(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
+def sweep(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> Figure:
     """Draw a panel for each name: a line for each label over the values of a setting, with the 95 % t-interval.
 
     Args:

@@ -99,7 +99,7 @@ def _render(
         planned=len(values["runs"]) + len(values["missing"]),
         missing=len(values["missing"]),
         diverged=sum(bool(run.get(DIVERGED)) for run in values["missing"]),
-        diverged_arms=diverged_of(values),
+        diverged_arms=divergence_notes(values),
         pictures=places,
         starred=any(mark is not None for mark in _marks(values, rows)),
         lines=lines,
@@ -118,13 +118,13 @@ def _render(
     return text, svgs
 
 
-def diverged_of(values: Mapping[str, Any]) -> list[str]:
+def divergence_notes(values: Mapping[str, Any]) -> list[str]:
     """For each arm at some varied values of which runs have diverged, a line that says so."""
     arms: dict[str, list[int]] = {}
     for run in values["missing"]:
         if run.get(DIVERGED):
             arms.setdefault(label_of(run["arm"], run["values"]), []).append(run["seed"])
-    return [f"{arm}: {findings.diverged(seeds, len(values['seeds']))}" for arm, seeds in arms.items()]
+    return [f"{arm}: {findings.divergence_note(seeds, len(values['seeds']))}" for arm, seeds in arms.items()]
 
 
 def _environments(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -177,7 +177,7 @@ def _tables(
         "comparison": Table(["difference", *vary, *shown, "p", "p, Holm", "seeds"], comparison, 1 + len(vary)),
         "costs": _costs(rows),
         "arms": Table(["arm", "method", "settings"], arms, 3),
-        "shared": Table(["of", "settings", "unset"], _shared(values["protocol"]), 3),
+        "shared": Table(["of", "settings", "unset"], _common_settings(values["protocol"]), 3),
     }
 
 
@@ -217,7 +217,7 @@ def _costs(rows: Sequence[ArmRow]) -> Table:
     return Table(["arm", "ms/step", "lowest to highest", against, *parts, "peak MiB"], body)
 
 
-def _shared(common: Mapping[str, Any]) -> list[list[str]]:
+def _common_settings(common: Mapping[str, Any]) -> list[list[str]]:
     """A line for each section: what is set in it, and what is not."""
     sections: dict[str, tuple[list[str], list[str]]] = {}
     for key, value in common.items():
@@ -249,7 +249,7 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
     if rows and values["vary"]:
         key, panels = next(iter(values["vary"])), _panels(values, rows)
         alt = f"Lines over {key} for {', '.join(next(iter(panels.values())))}; the figures are in the table above."
-        yield Picture("varied", alt, partial(plots.varied, key, values["vary"][key], panels))
+        yield Picture("varied", alt, partial(plots.sweep, key, values["vary"][key], panels))
     if differences and len(differences) <= _DOTS_UP_TO:
         figure = partial(
             plots.forest,

@@ -1,4 +1,4 @@
-"""What paired differences over seeds allow to be said: p-values, their adjustment, and intervals of ratios."""
+"""Statistics of paired differences over seeds: p-values, their adjustment, and intervals of ratios."""
 
 from __future__ import annotations
 

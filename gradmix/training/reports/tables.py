@@ -15,7 +15,7 @@ from gradmix.training.reports.document import Table, render
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs import metrics
 from gradmix.training.runs.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
-from gradmix.training.runs.settings import distinguishing
+from gradmix.training.runs.settings import settings_of
 
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting")
 """The metrics that have a column."""
@@ -72,7 +72,7 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
         if len(set(found)) > 1:
             listed = ", ".join(map(str, dict.fromkeys(found)))
             raise ValueError(f"runs of different {name} cannot be compared: {listed}")
-    settings = [distinguishing(r.config) for r in results]
+    settings = [settings_of(r.config) for r in results]
     groups: dict[str, list[RunResult]] = {}
     for result, own in zip(results, settings, strict=True):
         others = [s for r, s in zip(results, settings, strict=True) if r.method == result.method]
@@ -95,18 +95,18 @@ def summarise(results: Sequence[RunResult]) -> Summary:
     notes: list[str] = []
     for label, members in groups.items():
         complete = [r for r in members if r.status == "complete"]
-        notes += [_interrupted(label, run) for run in members if run.status == "interrupted"]
+        notes += [_interruption_note(label, run) for run in members if run.status == "interrupted"]
         diverged = [r.seed for r in members if r.status == "diverged"]
         if diverged:
-            notes.append(f"{label}: {findings.diverged(diverged, len(members))}.")
+            notes.append(f"{label}: {findings.divergence_note(diverged, len(members))}.")
         if complete:
             row = MethodRow(
                 label,
                 {r.seed: metric_values(r) for r in complete},
                 method=complete[0].method,
-                step_ms=metrics.known_mean([r.timing.step_ms for r in complete]),
-                selection_share=metrics.known_mean([r.timing.selection_share for r in complete]),
-                data_share=metrics.known_mean([r.timing.data_share for r in complete]),
+                step_ms=metrics.mean_of_known([r.timing.step_ms for r in complete]),
+                selection_share=metrics.mean_of_known([r.timing.selection_share for r in complete]),
+                data_share=metrics.mean_of_known([r.timing.data_share for r in complete]),
             )
             rows.append(row)
     pairs = [(row, first) for first, row in combinations(rows, 2)]
@@ -184,7 +184,7 @@ def _results(summary: Summary, cell: str, with_data: bool = True, *, stacked: bo
     ]
     kept = [column for column, name in enumerate(header) if with_data or name != "data"]
     header, *body = [[row[column] for column in kept] for row in (header, *body)]
-    return Table(_stacked(header) if stacked else header, body)
+    return Table(_stack_words(header) if stacked else header, body)
 
 
 def _differences(summary: Summary, minus: str, *, stacked: bool = False) -> Table:
@@ -198,10 +198,10 @@ def _differences(summary: Summary, minus: str, *, stacked: bool = False) -> Tabl
         ]
         label = f"{shown(difference.arm)}{minus}{shown(difference.minus)}"
         body.append([label, *intervals, str(len(difference.seeds))])
-    return Table(_stacked(header) if stacked else header, body)
+    return Table(_stack_words(header) if stacked else header, body)
 
 
-def _stacked(header: list[str]) -> list[str]:
+def _stack_words(header: list[str]) -> list[str]:
     # Headings stand on two lines, so that columns stay as narrow as their figures and the table fits 80 columns.
     broken = {"ms/step": "ms/\nstep", "selection": "selec-\ntion"}
     return [broken.get(name, name.replace(" ", "\n")) for name in header]
@@ -220,7 +220,7 @@ def _legend(summary: Summary, with_data: bool) -> list[str]:
     return [*legend, *summary.notes]
 
 
-def _interrupted(label: str, run: RunResult) -> str:
+def _interruption_note(label: str, run: RunResult) -> str:
     reached = tasks_reached(run)
     note = f"{label}, seed {run.seed}: interrupted after {reached} of {run.tasks} tasks, in no mean"
     return f"{note} (average accuracy so far {metric_values(run)['average_accuracy']:.3f})." if reached else f"{note}."

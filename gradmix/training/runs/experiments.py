@@ -20,10 +20,10 @@ from typing import Any, get_type_hints
 from gradmix.runtime.validation import did_you_mean
 from gradmix.training.config import MethodName, TrainConfig, from_dict, parse_yaml
 from gradmix.training.former_keys import current_keys
-from gradmix.training.loop.trainer import resolved_config
-from gradmix.training.method_names import COMPOSITIONS, choices, current_name, recorded_name
+from gradmix.training.loop.trainer import resolve_config
+from gradmix.training.method_names import COMPOSITIONS, choices, current_name, stable_name
 from gradmix.training.reports.cells import setting
-from gradmix.training.runs.settings import distinguishing, flatten, identity
+from gradmix.training.runs.settings import flatten, identity, settings_of
 
 SECTIONS = ("data", "optim", "replay", "mix")
 """Parts of a configuration that an arm may set."""
@@ -103,12 +103,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the run lies, relative to the folder of all runs: ``BENCHMARK-METHOD-HASH/seed-K``.
+        """The run's folder, relative to the folder of all runs: ``BENCHMARK-METHOD-HASH/seed-K``.
 
-        Like the hash it has the method's :func:`~gradmix.training.method_names.recorded_name`, so a run that was made
+        Like the hash it has the method's :func:`~gradmix.training.method_names.stable_name`, so a run that was made
         before a method was renamed is found.
         """
-        benchmark, method = self.config.data.benchmark.replace(":", "-"), recorded_name(self.method)
+        benchmark, method = self.config.data.benchmark.replace(":", "-"), stable_name(self.method)
         return Path(f"{benchmark}-{method}-{content_hash(self.config)}") / f"seed-{self.seed}"
 
 
@@ -144,7 +144,7 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        """Where its report lies, beside the folder of all runs: ``NAME``, or of a part ``NAME/PART``.
+        """The folder of its report, beside the folder of all runs: ``NAME``, or of a part ``NAME/PART``.
 
         So the report on a few seeds or arms never takes the place of the one on all of them.
         """
@@ -192,7 +192,7 @@ class Experiment:
             circumstances: ``device``, ``threads``, ``checkpoint`` or ``data_dir``, in place of the base's.
 
         Raises:
-            ValueError: A setting is refused; the message names the arm, the key, what came and what is expected.
+            ValueError: A setting is refused; the message names the arm, the key, the value given and what is expected.
         """
         made = {
             (arm.name, position): _config(self, arm, point, position, circumstances)
@@ -233,7 +233,7 @@ def content_hash(config: TrainConfig) -> str:
     Every field of a resolved configuration counts, except the seed, the runtime fields (device, threads, folders) and
     what is off (null, false or ``none``). So a feature added later, which is off in all former runs, leaves their
     hashes as they are, and runs made under a former default keep their hash when the default changes. A method counts
-    by its :func:`~gradmix.training.method_names.recorded_name`.
+    by its :func:`~gradmix.training.method_names.stable_name`.
     """
     told = {k: v for k, v in flatten(identity(config)) if k != "seed" and not (v is None or v is False or v == "none")}
     text = json.dumps(told, sort_keys=True)
@@ -244,7 +244,7 @@ def protocol(runs: Iterable[Run]) -> dict[str, Any]:
     """The settings that all runs have in common, by key and as plain values; circumstances left out."""
     common: dict[str, Any] | None = None
     for run in runs:
-        flat = distinguishing(run.config)
+        flat = settings_of(run.config)
         common = flat if common is None else {k: v for k, v in common.items() if flat[k] == v}
     return common or {}
 
@@ -252,9 +252,9 @@ def protocol(runs: Iterable[Run]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def shipped() -> dict[str, str]:
+def builtin_titles() -> dict[str, str]:
     """The titles of the experiments that come with the package, by name."""
-    return {name: load(name).title for name in _shipped_names()}
+    return {name: load(name).title for name in _builtin_names()}
 
 
 def load(name_or_file: str | Path) -> Experiment:
@@ -266,7 +266,7 @@ def load(name_or_file: str | Path) -> Experiment:
     """
     given = str(name_or_file)
     if Path(given).name == given and "." not in given:
-        names = _shipped_names()
+        names = _builtin_names()
         if given not in names:
             raise FileNotFoundError(
                 f"{given}: no such experiment, expected one of {', '.join(names)}, or a YAML file"
@@ -296,7 +296,7 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
         source: What commands call it; empty: the name.
 
     Raises:
-        ValueError: Naming the key, what came and what is expected.
+        ValueError: Naming the key, the value given and what is expected.
     """
     values = current_keys(parse_yaml(text))
     _mapping(values, "the top", _KEYS)
@@ -337,7 +337,7 @@ def from_yaml(text: str, name: str, *, source: str = "") -> Experiment:
     return experiment
 
 
-def _shipped_names() -> list[str]:
+def _builtin_names() -> list[str]:
     files = (resources.files("gradmix") / "experiments").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
@@ -371,7 +371,7 @@ def _config(
         values.setdefault("data", {})["data_dir"] = str(others.pop("data_dir"))
     try:
         config = from_dict({**values, **others, "methods": [arm.method], "seeds": [experiment.seeds[0]]})
-        return resolved_config(config, arm.method, experiment.seeds[0])
+        return resolve_config(config, arm.method, experiment.seeds[0])
     except ValueError as error:
         raise ValueError(f"{label_of(arm.name, point)}: {error}") from error
 

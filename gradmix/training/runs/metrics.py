@@ -50,7 +50,7 @@ def average_accuracy(R: npt.ArrayLike) -> float:
         >>> average_accuracy([[1.0, 0.0], [float("nan"), float("nan")]])
         1.0
     """
-    matrix, reached = _reached(R)
+    matrix, reached = _rows_reached(R)
     return _mean([float(matrix[t, : t + 1].mean()) for t in range(reached)])
 
 
@@ -64,7 +64,7 @@ def final_accuracy(R: npt.ArrayLike) -> float:
         >>> final_accuracy([[1.0, 0.0], [0.5, 0.75]])
         0.625
     """
-    matrix, n = _reached(R)
+    matrix, n = _rows_reached(R)
     return _mean(matrix[n - 1, :n].tolist() if n else [])
 
 
@@ -80,7 +80,7 @@ def forgetting(R: npt.ArrayLike) -> float:
         >>> forgetting([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.75, 1.0]])  # ((1 - 0.25) + (1 - 0.75)) / 2
         0.5
     """
-    matrix, n = _reached(R)
+    matrix, n = _rows_reached(R)
     return _mean([float(np.nanmax(matrix[: n - 1, j]) - matrix[n - 1, j]) for j in range(n - 1)])
 
 
@@ -97,7 +97,7 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
         >>> learning_accuracy([[1.0, 0.0], [0.5, 0.75]])
         0.875
     """
-    matrix, n = _reached(R)
+    matrix, n = _rows_reached(R)
     return _mean([float(matrix[j, j]) for j in range(n)])
 
 
@@ -111,7 +111,7 @@ def backward_transfer(R: npt.ArrayLike) -> float:
         >>> backward_transfer([[1.0, 0.0, 0.0], [0.5, 0.75, 0.0], [0.25, 1.0, 1.0]])  # ((0.25 - 1) + (1 - 0.75)) / 2
         -0.25
     """
-    matrix, n = _reached(R)
+    matrix, n = _rows_reached(R)
     return _mean([float(matrix[n - 1, j] - matrix[j, j]) for j in range(n - 1)])
 
 
@@ -130,7 +130,7 @@ def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
         >>> forward_transfer([[1.0, 0.75, 0.0], [0.5, 1.0, 0.25], [0.0, 0.0, 1.0]], chance=0.25)
         0.25
     """
-    matrix, n = _reached(R)
+    matrix, n = _rows_reached(R)
     return _mean([float(matrix[i - 1, i]) for i in range(1, min(n + 1, len(matrix)))]) - chance
 
 
@@ -159,11 +159,11 @@ def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
     }
 
 
-def seen_accuracy(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def accuracy_on_seen(accuracy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Compute the mean accuracy on the tasks seen after each task: ``(T, T)`` to ``(T,)``, NaN where not reached.
 
     Example:
-        >>> seen_accuracy(np.array([[1.0, 0.0], [0.5, 0.75]]))
+        >>> accuracy_on_seen(np.array([[1.0, 0.0], [0.5, 0.75]]))
         array([1.   , 0.625])
     """
     return np.array([accuracy[t, : t + 1].mean() for t in range(len(accuracy))])
@@ -205,11 +205,11 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     return Interval(mean, std, float(stdtrit(n - 1, (1.0 + confidence) / 2.0)) * std / math.sqrt(n))
 
 
-def known_mean(values: Sequence[float]) -> float:
+def mean_of_known(values: Sequence[float]) -> float:
     """The mean of those values that are not NaN; NaN if there is none.
 
     Example:
-        >>> known_mean([0.5, math.nan, 1.0])
+        >>> mean_of_known([0.5, math.nan, 1.0])
         0.75
     """
     known = [v for v in values if not math.isnan(v)]
@@ -247,7 +247,7 @@ def paired_difference(
     return mean_interval(left - right, confidence)
 
 
-def _reached(R: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], int]:
+def _rows_reached(R: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], int]:
     """The matrix, checked, and the number of its rows reached."""
     matrix = np.asarray(R, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

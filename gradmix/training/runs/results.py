@@ -1,4 +1,4 @@
-"""What a run leaves behind: the result in memory, and the folder it is kept in."""
+"""The result of a run: in memory, and in the folder it is kept in."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gradmix.runtime.validation import check_choice
 from gradmix.training.config import TrainConfig, load_config, to_yaml
 from gradmix.training.method_names import COMPOSITIONS, current_name
 from gradmix.training.runs import metrics
-from gradmix.training.runs.whole_files import replacing_folder, write_text
+from gradmix.training.runs.whole_files import replace_folder, write_text
 
 Status = Literal["complete", "interrupted", "diverged"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where a run's time went, in seconds of wall clock."""
+    """The time of a run by its parts, in seconds of wall clock."""
 
     steps: int
     """Optimiser steps taken."""
@@ -217,7 +217,7 @@ def write_run(result: RunResult, folder: str | Path) -> Path:
         OSError: It could not be written; the error names it, and nothing is left of the attempt.
     """
     folder = refuse_occupied(folder)
-    with replacing_folder(folder) as staging:
+    with replace_folder(folder) as staging:
         (staging / "config.yaml").write_text(_config_text(result.config), encoding="utf-8")
         (staging / "metrics.json").write_text(to_json(_to_dict(result)), encoding="utf-8")
         (staging / "accuracy_matrix.csv").write_text(_accuracy_csv(result), encoding="utf-8")

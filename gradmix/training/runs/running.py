@@ -43,7 +43,7 @@ _AGAIN, _LOOK = 1.0, 0.1
 
 
 class Watcher:
-    """What is told of runs as they go on; this one does nothing with it."""
+    """The events of runs as they go on; this class ignores them."""
 
     def start(self, run: Run) -> None:
         """A run takes its first step, or the first one after its checkpoint, in this process."""
@@ -63,7 +63,7 @@ class Watcher:
 
 @dataclass
 class Outcome:
-    """How the runs ended.
+    """The outcome of the runs.
 
     Attributes:
         failed: Runs that failed, and why.
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def state_of(run: Run, root: str | Path) -> State:
-    """What there is of a run under ``root``."""
+    """The state of a run under ``root``."""
     root = Path(root)
     if (root / run.folder / "metrics.json").is_file():
         return "diverged" if results.status_of(root / run.folder) == "diverged" else "complete"
@@ -83,7 +83,7 @@ def state_of(run: Run, root: str | Path) -> State:
 
 
 def checkpoint_of(run: Run, root: str | Path) -> Path:
-    """Where the run's checkpoint is kept until the run is complete."""
+    """The file that holds the run's checkpoint until the run is complete."""
     return Path(root) / _CHECKPOINTS / f"{_flat(run)}.pt"
 
 
@@ -143,7 +143,7 @@ def run_all(
         runs: The runs; those that are complete already, or have diverged, are passed over.
         root: Folder of all runs.
         jobs: Number of runs at a time; more than one are made by spawned processes.
-        watcher: Is told what happens.
+        watcher: Is called on every event.
         stopping: Whether to stop: every run then ends after the step it is in, with a checkpoint.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Settings of runs by dotted key, and those of them that tell runs apart."""
+"""Settings of runs by dotted key, and those of them that distinguish runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from gradmix.training.config import TrainConfig, to_dict
 from gradmix.training.former_keys import restore_keys
-from gradmix.training.method_names import recorded_name
+from gradmix.training.method_names import stable_name
 
 RUNTIME_FIELDS = (
     "methods",
@@ -19,22 +19,22 @@ RUNTIME_FIELDS = (
     "data.data_dir",
     "data.workers",
 )
-"""Settings that do not tell one run from another: they change where and how it is made, not what is learnt."""
+"""Settings that do not distinguish runs: they change where and how a run is made, not what is learnt."""
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """Return what tells a run from others: method, seed and the resolved configuration without :data:`RUNTIME_FIELDS`.
+    """Return what distinguishes a run: method, seed and the resolved configuration without :data:`RUNTIME_FIELDS`.
 
-    The method stands under its :func:`~gradmix.training.method_names.recorded_name`.
+    The method stands under its :func:`~gradmix.training.method_names.stable_name`.
     """
     plain = restore_keys(to_dict(config))
     for key in RUNTIME_FIELDS:
         section, _, name = key.rpartition(".")
         del (plain[section] if section else plain)[name]
-    return {"method": recorded_name(config.methods[0]), "seed": config.seeds[0], **plain}
+    return {"method": stable_name(config.methods[0]), "seed": config.seeds[0], **plain}
 
 
-def distinguishing(config: TrainConfig) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what is learnt, as plain values by key: those of a configuration, but not
     :data:`RUNTIME_FIELDS`, which hold methods and seeds too.
     """

@@ -16,7 +16,7 @@ def draft_of(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Give a hidden name beside ``path`` to write to; what is there when the block ends takes the place of ``path``.
 
     When it has, it is on the disk. A block that fails leaves ``path`` as it was, and nothing else behind.
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: The system's, with ``path`` as its file.
     """
     staging = draft_of(path)
-    with naming(path):
+    with name_in_errors(path):
         try:
             yield staging
             # Otherwise the name could reach the disk before the bytes do.
@@ -38,9 +38,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which may be there if it is empty; its parents are made."""
-    with naming(folder):
+    with name_in_errors(folder):
         make_folder(folder.parent)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: The system's, with ``path`` as its file.
     """
-    with replacing(path) as staging:
+    with replace_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
@@ -99,7 +99,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Name ``path`` in errors of the system, which name a hidden file or, from a full disk, none."""
     try:
         yield

@@ -94,7 +94,7 @@ class _Files:
 
     Args:
         layout: Finds the files below a folder.
-        size: Side in pixels of what the model sees, unless the user says otherwise.
+        size: Side in pixels of what the model sees, unless the user sets it.
         mean: By channel, of pixels in [0, 1].
         std: By channel, likewise.
         spare: Whether they are read a little larger than the model sees them.
@@ -237,14 +237,14 @@ def stream_of(data: DataConfig) -> TaskStream:
             f"stream, or {_names(name)}"
         )
     if ":" in name:
-        return _made_by(_imported(name), data)
+        return _make_stream(_import_function(name), data)
     if name not in BENCHMARKS:
         raise ValueError(f"name: got {name!r}, expected {_names(name)}")
     if not 0.0 <= data.validation < 1.0:  # before anything is read
         raise ValueError(f"validation: got {data.validation}, expected a share in [0, 1)")
     benchmark = BENCHMARKS[name]
     protocol = benchmark.protocol
-    filled = _filled(data, normalise=protocol.normalise, classes_per_task=protocol.classes_per_task)
+    filled = _fill(data, normalise=protocol.normalise, classes_per_task=protocol.classes_per_task)
     most = None if data.classes_per_task is not None else protocol.tasks
     if most is not None and data.tasks is not None and data.tasks > most:
         raise ValueError(f"tasks: got {data.tasks}, expected 1 to {most}, the tasks of {name}")
@@ -298,8 +298,8 @@ def _as_floats(stream: TaskStream, convert: Callable[[Tensor], Tensor]) -> TaskS
 
 
 @lru_cache(maxsize=1)
-def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
-    """What the function returns, which may have read much: asked for its protocol and then for its samples, once."""
+def _make_stream(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStream:
+    """Call the function once, for the protocol and for the samples: it may read much."""
     stream = function(data)
     if not isinstance(stream, TaskStream):
         raise TypeError(
@@ -309,7 +309,7 @@ def _made_by(function: Callable[[DataConfig], Any], data: DataConfig) -> TaskStr
     return stream
 
 
-def _imported(path: str) -> Callable[[DataConfig], Any]:
+def _import_function(path: str) -> Callable[[DataConfig], Any]:
     """The function named ``package.module:function``."""
     module, _, name = path.partition(":")
     try:
@@ -354,7 +354,7 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     defaults = {name: getattr(protocol, name) for name in names}
     if config.data.online:
         defaults["epochs"] = 1
-    optim = _filled(config.optim, **defaults)
+    optim = _fill(config.optim, **defaults)
     # The protocol's size is meant for its own policy: a size per class says nothing about a total.
     size = protocol.buffer_size
     by_class = config.replay.policy == "class"
@@ -362,9 +362,9 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     if other and config.replay.size is None:
         classes = _number_of_classes(config.data, protocol, stream)
         size = max(1, size // classes) if by_class else size * classes
-    replay = _filled(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
-    data = _filled(config.data, normalise=protocol.normalise)
-    mix = _filled(config.mix, space=protocol.space)
+    replay = _fill(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
+    data = _fill(config.data, normalise=protocol.normalise)
+    mix = _fill(config.mix, space=protocol.space)
     if mix.reference in (None, "auto"):
         mix = replace(mix, reference=protocol.reference or mix.reference)
     most = None if stream is not None or data.classes_per_task is not None else protocol.tasks
@@ -388,5 +388,5 @@ def _number_of_classes(data: DataConfig, protocol: Protocol, stream: TaskStream 
     return tasks * per_task
 
 
-def _filled(section: Any, **defaults: Any) -> Any:
+def _fill(section: Any, **defaults: Any) -> Any:
     return replace(section, **{name: value for name, value in defaults.items() if getattr(section, name) is None})

@@ -1,4 +1,4 @@
-"""Protocols: the settings a stream is learnt with unless the user says otherwise."""
+"""Protocols: the settings a stream is learnt with where the user sets none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Protocol:
-    """The settings a stream is learnt with unless the user says otherwise.
+    """The settings a stream is learnt with where the user sets none.
 
     Args:
         tasks: Number of tasks; ``None``: as :func:`~gradmix.training.streams.class_groups` cuts the classes found.

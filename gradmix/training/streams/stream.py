@@ -46,7 +46,7 @@ class TaskStream:
         class_names: Name of every class, by new label.
         class_order: Label of every class in the data set, by new label.
         input_shape: Shape of one sample as the model sees it: ``(C, H, W)``, ``(features,)``, ``(tokens,)``.
-        protocol: The settings it is learnt with unless the user says otherwise.
+        protocol: The settings it is learnt with where the user sets none.
         mean: By channel, what is subtracted from pixels in [0, 1]; ``None``: nothing.
         std: By channel, what they are divided by after that; ``None``: nothing.
         vocabulary: Number of different tokens if samples are token ids ``(T,)`` int64, 0 being none; ``None``: they are
@@ -253,7 +253,7 @@ def first_tasks(stream: TaskStream, tasks: int | None) -> TaskStream:
     return replace(stream, tasks=kept, class_names=stream.class_names[:known], class_order=stream.class_order[:known])
 
 
-def blurred(stream: TaskStream, blur: float, seed: int) -> TaskStream:
+def blur_boundaries(stream: TaskStream, blur: float, seed: int) -> TaskStream:
     """The stream with its training samples in an order in which tasks pass over into each other.
 
     A sample of task t stands at t + u + blur z in the order, u uniform in [0, 1) and z standard normal, each sample's
@@ -277,13 +277,13 @@ def blurred(stream: TaskStream, blur: float, seed: int) -> TaskStream:
     count = len(task_of)
     at = torch.rand(count, generator=generator, dtype=torch.float64)
     at += task_of + blur * torch.randn(count, generator=generator, dtype=torch.float64)
-    everything = concatenated([task.train for task in stream.tasks])
+    everything = concatenate([task.train for task in stream.tasks])
     parts = torch.argsort(at, stable=True).split(sizes)
     tasks = tuple(replace(task, train=everything.take(part)) for task, part in zip(stream.tasks, parts, strict=True))
     return replace(stream, tasks=tasks)
 
 
-def concatenated(parts: Sequence[Samples]) -> Samples:
+def concatenate(parts: Sequence[Samples]) -> Samples:
     """Samples one after the other; stored ones are of one data set."""
     y = torch.cat([part.y for part in parts])
     if all(isinstance(part, TensorSamples) for part in parts):
