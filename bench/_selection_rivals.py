@@ -19,7 +19,7 @@ from _selection_problem import Alignments, Problem, as_float32, label_vectors, m
 from torch import Tensor
 
 from gradmix import kernels
-from gradmix.ops.mixed_alignment import OPERATOR, cosine, mixed_alignment, mixed_alignment_reference
+from gradmix.ops.mixed_alignment import OPERATOR, Side, cosine, mixed_alignment, mixed_alignment_reference
 
 INTERPRETED = "it would run in Triton's interpreter, which is for tests"
 
@@ -98,13 +98,16 @@ class Field:
 # ------------------------------------------------------------------------------------------------------ the ways of all
 
 
+def sides_of(p: Problem) -> tuple[Side, Side]:
+    """Both sides of the pairs, as the package's operator takes them."""
+    return Side(p.features_a, p.logits_a, p.labels_a), Side(p.features_b, p.logits_b, p.labels_b)
+
+
 def by_gradmix(problem: Problem, backend: str, precision: str) -> Alignments:
     """The package's operator."""
     p = problem
-    inner, norm = mixed_alignment(
-        p.features_a, p.logits_a, p.labels_a, p.features_b, p.logits_b, p.labels_b, p.reference, p.lam,
-        precision=precision, backend=backend,  # type: ignore[arg-type]
-    )  # fmt: skip
+    how: Any = {"precision": precision, "backend": backend}
+    inner, norm = mixed_alignment(*sides_of(p), p.reference, p.lam, **how)
     return inner, cosine(inner, norm, p.reference.norm())
 
 
@@ -164,9 +167,7 @@ def by_plain_numpy(problem: Problem) -> Alignments:
 def by_reference(problem: Problem) -> Alignments:
     """The package's reference: the formula, pair by pair."""
     p = as_float32(problem)
-    inner, norm = mixed_alignment_reference(
-        p.features_a, p.logits_a, p.labels_a, p.features_b, p.logits_b, p.labels_b, p.reference, p.lam
-    )
+    inner, norm = mixed_alignment_reference(*sides_of(p), p.reference, p.lam)
     return inner, cosine(inner, norm, p.reference.norm())
 
 

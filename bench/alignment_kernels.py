@@ -236,7 +236,8 @@ def mixed_alignment_task(n: int, classes: int, width: int, device: torch.device)
         ]
 
     def truth(inputs: Tensors) -> Tensors:
-        exact = mixed_alignment.mixed_alignment(*arguments(inputs[:5], "ieee")[:8], backend="torch")
+        side, (reference, lams) = mixed_alignment.Side(*inputs[:3]), inputs[3:5]
+        exact = mixed_alignment.mixed_alignment(side, side, reference, lams, backend="torch")
         return _inner_and_cosine(inputs, tuple(exact))
 
     def with_u(seed: int) -> Tensors:

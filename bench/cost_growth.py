@@ -54,7 +54,7 @@ from gradmix.mixer import GradMix
 from gradmix.model.head import HeadOutput
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.pairs import Pairs
 
 INTERVAL = 20
@@ -236,8 +236,8 @@ def _selecting(problem: Problem, seed: int) -> Call:
 
 def _aligning(problem: Problem) -> Call:
     p = problem
-    sides = (p.features_a, p.logits_a, p.labels_a, p.features_b, p.logits_b, p.labels_b)
-    return lambda: mixed_alignment(*sides, p.reference, p.lam)
+    a, b = Side(p.features_a, p.logits_a, p.labels_a), Side(p.features_b, p.logits_b, p.labels_b)
+    return lambda: mixed_alignment(a, b, p.reference, p.lam)
 
 
 def _summing(problem: Problem, rows: int) -> Call:
@@ -258,9 +258,9 @@ def _tabulating(problem: Problem, classes: int) -> Call:
     """The class table of so many classes, of all pairs of samples whose labels go round."""
     rows = table_rows(classes)
     labels = torch.arange(rows, device=problem.labels_a.device) % classes
-    side = problem.features_a[:rows], problem.logits_a[:rows], labels, labels
+    side = Side(problem.features_a[:rows], problem.logits_a[:rows], labels)
     lams = torch.tensor(TABLE_LAMS, dtype=torch.float64)
-    return lambda: class_pair_alignment(*side, classes, problem.reference, lams)
+    return lambda: class_pair_alignment(side, labels, classes, problem.reference, lams)
 
 
 def points_of(axis: str, values: Sequence[int], base: Sizes, device: torch.device, seed: int) -> list[_Point]:

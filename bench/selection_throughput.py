@@ -62,7 +62,7 @@ from torch import nn
 
 import gradmix
 from gradmix.model.head_capture import HeadCapture
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.references import reference_gradient
 
 BAND = 1e-6
@@ -305,8 +305,8 @@ def measure_selection(
         return lambda: mixup.select(x, y, lam=LAM, outputs=outputs)
 
     def class_table() -> object:
-        h, z, labels = prototypes
-        return mixed_alignment(h, z, labels, h, z, labels, reference, table_lams)
+        side = Side(*prototypes)
+        return mixed_alignment(side, side, reference, table_lams)
 
     many = min(classes, TABLE_CLASSES)
     with torch.no_grad():

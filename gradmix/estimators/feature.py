@@ -21,7 +21,7 @@ from gradmix.labelled_samples import HeadSamples
 from gradmix.mixtures import Mixtures
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.labels import class_of
-from gradmix.ops.mixed_alignment import Weight, as_lams, mixed_alignment_op
+from gradmix.ops.mixed_alignment import Side, Weight, as_lams, mixed_alignment_op
 from gradmix.references import ClassQuota
 
 
@@ -55,9 +55,7 @@ class Feature(LastLayerEstimator):
         samples = mixtures.batch.take(admitted)
         classes = torch.unique(class_of(samples.y))
         inner, norm = class_pair_alignment(
-            samples.features,
-            samples.logits,
-            samples.y,
+            Side(samples.features, samples.logits, samples.y),
             class_index(classes, class_of(samples.y)),
             len(classes),
             gradient,

@@ -27,6 +27,7 @@ from gradmix.ops.labels import check_labels
 from gradmix.ops.mixed_alignment import (
     MixedAlignment,
     Side,
+    accept_tensors,
     as_lams,
     check_reference,
     cpp_can_run,
@@ -50,9 +51,9 @@ def class_pairs_reference(
 ) -> MixedAlignment:
     """The formula, class pair by class pair; slow. Arguments and result as :func:`class_pair_alignment`."""
     inner, norm = _empty(features, classes, lams)
-    rows = (features, logits, labels)
+    side = Side(features, logits, labels)
     for k, lam in enumerate(lams.tolist()):
-        pairs = mixed_alignment_reference(*rows, *rows, reference, lam)
+        pairs = mixed_alignment_reference(side, side, reference, lam)
         for a in range(classes):
             for b in range(classes):
                 at = [
@@ -214,10 +215,9 @@ _class_pair_alignment_op = register(
 )
 
 
+@accept_tensors("")
 def class_pair_alignment(
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor,
+    side: Side,
     index: Tensor,
     num_classes: int,
     reference: Tensor,
@@ -228,9 +228,7 @@ def class_pair_alignment(
     """Mean inner products and norms of mixed last-layer gradients for all pairs of classes, at several weights.
 
     Args:
-        features: (N, d) float64, float32, float16 or bfloat16: the inputs of the last layer.
-        logits: (N, C), finite: its outputs.
-        labels: (N,) int64 class indices in [0, C), or (N, C) floating-point label vectors.
+        side: N samples: their features, logits and labels.
         index: (N,) int64 in [0, num_classes): the class that each row counts for.
         num_classes: P.
         reference: (C, d + 1), or (C, d) for a last layer without bias.
@@ -248,15 +246,20 @@ def class_pair_alignment(
 
     >>> import torch
     >>> from gradmix.ops.class_pairs import class_pair_alignment
-    >>> h, z, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    >>> from gradmix.ops.mixed_alignment import Side
+    >>> y = torch.tensor([0, 1])
+    >>> batch = Side(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]), y)
     >>> G = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> class_pair_alignment(h, z, y, y, 2, G, torch.tensor([0.5, 1.0])).inner
+    >>> class_pair_alignment(batch, y, 2, G, torch.tensor([0.5, 1.0])).inner
     tensor([[[    nan,  0.0000],
              [ 0.0000,     nan]],
     <BLANKLINE>
             [[    nan, -0.5000],
              [ 1.0000,     nan]]])
     """
+    if not isinstance(side, Side):
+        raise TypeError(f"side: got {type(side).__name__}, expected a Side of features, logits and labels")
+    features, logits, labels = side
     for name, value in (("features", features), ("logits", logits)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
@@ -268,6 +271,4 @@ def class_pair_alignment(
         raise TypeError(f"index: got dtype {index.dtype}, expected int64")
     check_reference(reference, logits.shape[1], features.shape[1])
     weights = as_lams(lams, features.device)
-    return MixedAlignment(
-        *_class_pair_alignment_op(features, logits, labels, index, num_classes, reference, weights, backend)
-    )
+    return MixedAlignment(*_class_pair_alignment_op(*side, index, num_classes, reference, weights, backend))

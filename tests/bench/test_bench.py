@@ -14,7 +14,7 @@ import pytest
 import torch
 from forked import run_script
 
-from gradmix.ops.mixed_alignment import OPERATOR, mixed_alignment_reference
+from gradmix.ops.mixed_alignment import OPERATOR, Side, mixed_alignment_reference
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "selection_throughput.py"
@@ -319,9 +319,8 @@ SHAPES = {
 def test_truth_is_the_reference_in_float64(problems: ModuleType, shape: tuple[int, ...]) -> None:
     p = problems.make_problem(problems.Sizes(*shape), seed=1).to(torch.float64)
     p = dataclasses.replace(p, logits_a=p.features_a @ p.weight.T + p.bias, logits_b=p.features_b @ p.weight.T + p.bias)
-    expected = mixed_alignment_reference(
-        p.features_a, p.logits_a, p.labels_a, p.features_b, p.logits_b, p.labels_b, p.reference, p.lam
-    )
+    a, b = Side(p.features_a, p.logits_a, p.labels_a), Side(p.features_b, p.logits_b, p.labels_b)
+    expected = mixed_alignment_reference(a, b, p.reference, p.lam)
     for through_head in (False, True):
         inner, norm, _ = problems.truth(p, through_head)
         torch.testing.assert_close(inner, expected.inner, rtol=1e-11, atol=1e-14)

@@ -260,7 +260,8 @@ def test_class_sums_leave_out_a_row_with_itself(bodies: ModuleType) -> None:
     h, z, y, reference, lams = (v.double() if v.is_floating_point() else v for v in task.make(0))
     inner, norm = task.truth((h, z, y, reference, lams))
     assert inner.shape == norm.shape == (4, 7, 7)
-    pairs = gradmix.ops.mixed_alignment.mixed_alignment_reference(h, z, y, h, z, y, reference, float(lams[1]))
+    side = gradmix.ops.mixed_alignment.Side(h, z, y)
+    pairs = gradmix.ops.mixed_alignment.mixed_alignment_reference(side, side, reference, float(lams[1]))
     expected = pairs.inner[2, 3] + pairs.inner[3, 2]
     assert float(inner[1, 1, 1]) == pytest.approx(float(expected))
     expected = pairs.norm[0:2, 4:6].sum()

@@ -19,7 +19,7 @@ from gradmix import alignment_matrix, select_pairs
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.cosine_alignment import MIXED_OPERATOR, mixed_gram_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
-from gradmix.ops.mixed_alignment import OPERATOR, cosine, length, mixed_alignment
+from gradmix.ops.mixed_alignment import OPERATOR, Side, cosine, length, mixed_alignment
 from gradmix.ops.mixed_alignment import factorised as module
 
 Long = np.longdouble
@@ -84,7 +84,7 @@ def make(
 def assert_right(arguments: list[Tensor], lam: float, backend: str, unit: float = BAND) -> None:
     h, z, y, reference = arguments
     inner, _, cosines = truth(*arguments, lam)
-    result = mixed_alignment(h, z, y, h, z, y, reference, lam, precision="ieee", backend=backend)
+    result = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, precision="ieee", backend=backend)
     got = cosine(result.inner, result.norm, length(reference.to(result.inner.dtype))).numpy()
     assert np.abs(got - cosines).max() <= unit
     clear = np.abs(cosines) > BAND
@@ -129,7 +129,7 @@ def test_values_keep_their_relative_accuracy(backend: str) -> None:
         for lam in (0.0, 0.3, 0.5, 1 - 5e-8):
             inner, norm, _ = truth(*arguments, lam)
             h, z, y, reference = arguments
-            result = mixed_alignment(h, z, y, h, z, y, reference, lam, precision="ieee", backend=backend)
+            result = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, precision="ieee", backend=backend)
             scale = norm * float(reference.norm())
             assert (np.abs(result.norm.numpy() - norm) <= 1e-5 * norm).all()
             assert (np.abs(result.inner.numpy() - inner) <= 1e-5 * scale).all()
@@ -143,7 +143,7 @@ def test_few_classes(backend: str, classes: int) -> None:
         assert_right(arguments, 0.3, backend)
         return
     h, z, y, reference = arguments
-    result = mixed_alignment(h, z, y, h, z, y, reference, 0.3, backend=backend)
+    result = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, 0.3, backend=backend)
     assert not result.inner.any() and not result.norm.any()
 
 
@@ -177,7 +177,7 @@ def test_one_class_of_any_logits_has_no_gradient(backend: str) -> None:
     for logit in (-5e3, 0.0, 5e3):
         z, y = torch.full((N, 1), logit), torch.zeros(N, dtype=torch.long)
         for lam in (0.0, 0.5, 1.0):
-            result = mixed_alignment(h, z, y, h, z, y, reference, lam, backend=backend)
+            result = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, backend=backend)
             assert not result.inner.any() and not result.norm.any()
 
 
@@ -187,7 +187,7 @@ def test_smoothed_labels_whose_mixture_is_even(backend: str) -> None:
     h, z, y, reference = make("smoothed", classes=2)
     for lam in (0.5, 0.500001):
         inner, norm, _ = truth(h, z, y, reference, lam)
-        result = mixed_alignment(h, z, y, h, z, y, reference, lam, backend=backend)
+        result = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, backend=backend)
         assert (np.abs(result.norm.numpy() - norm) <= 1e-5 * norm).all()
         assert (np.abs(result.inner.numpy() - inner) <= 1e-5 * norm * float(reference.norm())).all()
 
@@ -198,10 +198,10 @@ def test_exponentials_and_logarithms_give_the_same(labels: str, monkeypatch: pyt
     for margin in (0.0, 3.0, 12.0):
         h, z, y, reference = make(labels, margin)
         for lam in (0.0, 0.3, 0.5, 1 - 5e-8):
-            found = mixed_alignment(h, z, y, h, z, y, reference, lam, backend="torch")
+            found = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, backend="torch")
             with monkeypatch.context() as patch:
                 patch.setattr(module, "MODERATE_LOGITS", -1.0)
-                other = mixed_alignment(h, z, y, h, z, y, reference, lam, backend="torch")
+                other = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, lam, backend="torch")
             assert ((found.norm - other.norm).abs() <= 2e-6 * other.norm).all()
             assert ((found.inner - other.inner).abs() <= 2e-6 * other.norm * reference.norm()).all()
             assert_right([h, z, y, reference], lam, "torch")
@@ -226,8 +226,8 @@ def test_one_hot_vectors_are_decided_as_class_indices() -> None:
     h, z, y, reference = make()
     vectors = torch.eye(C)[y]
     for other in (vectors, y):  # both sides, and one of them
-        result = mixed_alignment(h, z, vectors, h, z, other, reference, 0.37)
-        expected = mixed_alignment(h, z, y, h, z, y, reference, 0.37)
+        result = mixed_alignment(Side(h, z, vectors), Side(h, z, other), reference, 0.37)
+        expected = mixed_alignment(Side(h, z, y), Side(h, z, y), reference, 0.37)
         assert torch.equal(result.inner, expected.inner) and torch.equal(result.norm, expected.norm)
 
 
@@ -254,7 +254,7 @@ def test_inner_products_beyond_float32_are_refused_and_the_advice_helps(backend:
     with pytest.raises(
         ValueError, match=r"features and reference: .*inner products up to .*: compute in float64, or scale"
     ):
-        mixed_alignment(*huge[:3], *huge[:3], huge[3], 0.3, backend=backend)
+        mixed_alignment(Side(*huge[:3]), Side(*huge[:3]), huge[3], 0.3, backend=backend)
     assert_right([v.double() if v.is_floating_point() else v for v in huge], 0.3, backend, unit=1e-12)
     assert_right([h, z, y, g], 0.3, backend)
 
@@ -301,7 +301,7 @@ def test_means_over_class_pairs(backend: str, labels: str) -> None:
     h, z, y, reference = make(labels)
     index = torch.arange(N) % 3
     lams = torch.tensor([0.0, 0.5, 1 - 5e-8], dtype=torch.float64)
-    result = class_pair_alignment(h, z, y, index, 3, reference, lams, backend=backend)
+    result = class_pair_alignment(Side(h, z, y), index, 3, reference, lams, backend=backend)
     for k, lam in enumerate(lams.tolist()):
         inner, norm, _ = truth(h, z, y, reference, lam)
         for a in range(3):

@@ -12,7 +12,7 @@ from gradmix import GradMix
 from gradmix.class_table import TABLE_LAMS, ClassTable
 from gradmix.estimators import feature, last_layer, sampled_table
 from gradmix.labelled_samples import HeadSamples
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.references import ClassQuota
 
 CLASSES, WIDTH = 6, 5
@@ -42,7 +42,7 @@ def table_of(samples: HeadSamples, gradient: Tensor, per_class: int = 32) -> Cla
 def score(samples: HeadSamples, i: int, j: int, lam: float, gradient: Tensor) -> tuple[float, float]:
     """Inner product and norm of one mixture."""
     one, other = ((s.features[k : k + 1], s.logits[k : k + 1], s.y[k : k + 1]) for s, k in ((samples, i), (samples, j)))
-    found = mixed_alignment(*one, *other, gradient, lam, backend="reference")
+    found = mixed_alignment(Side(*one), Side(*other), gradient, lam, backend="reference")
     return float(found.inner), float(found.norm)
 
 

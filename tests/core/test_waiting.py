@@ -251,7 +251,7 @@ def by_torch(arguments: list[Tensor], lams: Tensor) -> MixedAlignment:
 def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = far_apart(soft)
     lams = torch.tensor([0.0, 0.4, 0.5, 1.0], dtype=torch.float64)
-    expected = mixed_alignment(*arguments, lams, backend="torch")
+    expected = mixed_alignment(Side(*arguments[:3]), Side(*arguments[3:6]), arguments[6], lams, backend="torch")
     behind_the_host(monkeypatch)
     with deferred_checks.defer_checks(MLP()), watched():
         result = by_torch(arguments, lams)
@@ -262,7 +262,7 @@ def test_lost_pairs_are_recomputed_without_knowing_how_many(soft: bool, monkeypa
 def test_what_there_is_no_room_for_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = far_apart(soft=False)
     lams = torch.tensor([0.5], dtype=torch.float64)
-    expected = mixed_alignment(*arguments, lams).inner
+    expected = mixed_alignment(Side(*arguments[:3]), Side(*arguments[3:6]), arguments[6], lams).inner
     behind_the_host(monkeypatch)
     monkeypatch.setattr(factorised, "LOST_ELEMENTS", 3 * 6)
     result = by_torch(arguments, lams)

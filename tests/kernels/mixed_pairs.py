@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_mixed_alignment import in_double
+from test_mixed_alignment import in_double, sides
 from torch import Tensor
 
 from gradmix.ops.labels import dense_labels
@@ -27,7 +27,7 @@ def prepared(arguments: list[Tensor], device: str = "cpu") -> tuple[list[Tensor]
 
 
 def truth(arguments: list[Tensor], *lams: float) -> MixedAlignment:
-    results = [mixed_alignment_reference(*in_double(arguments), lam) for lam in lams]
+    results = [mixed_alignment_reference(*sides(in_double(arguments)), lam) for lam in lams]
     return MixedAlignment(*(torch.stack(parts) for parts in zip(*results, strict=True)))
 
 

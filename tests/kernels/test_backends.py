@@ -30,7 +30,7 @@ from gradmix.ops.counter_random import random_matrix
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mix_samples import mix_samples
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import Side, mixed_alignment
 
 BODIES = [(operator, body) for operator in doctor.OPERATORS for body in operator.backends]
 N, M, C, D, LAM = 9, 7, 6, 5, 0.3
@@ -97,13 +97,15 @@ class Problem:
 
 
 def mixed(p: Problem, backend: str) -> tuple[Any, Any]:
-    got = mixed_alignment(p.h, p.z, p.y, p.h_b, p.z_b, p.y_b, p.reference, LAM, precision="ieee", backend=backend)
+    got = mixed_alignment(
+        Side(p.h, p.z, p.y), Side(p.h_b, p.z_b, p.y_b), p.reference, LAM, precision="ieee", backend=backend
+    )
     return got, p.pairs(p.h_b, p.z_b, p.y_b)
 
 
 def class_pairs(p: Problem, backend: str) -> tuple[Any, Any]:
     lams = torch.tensor([LAM], dtype=torch.float64)
-    return class_pair_alignment(p.h, p.z, p.y, p.y, C, p.reference, lams, backend=backend), p.by_class()
+    return class_pair_alignment(Side(p.h, p.z, p.y), p.y, C, p.reference, lams, backend=backend), p.by_class()
 
 
 def last_layer(p: Problem, backend: str) -> tuple[Any, Any]:

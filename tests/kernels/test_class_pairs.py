@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmix import kernels
 from gradmix.ops.class_pairs import OPERATOR, class_pair_alignment, layout
-from gradmix.ops.mixed_alignment import mixed_alignment_reference
+from gradmix.ops.mixed_alignment import Side, mixed_alignment_reference
 
 BODIES = [b.name for b in OPERATOR.backends if b.name != "reference"]
 LAMS = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
@@ -31,7 +31,7 @@ def rows(n: int, dtype: torch.dtype, soft: bool = False, scale: float = 1.0) -> 
 
 def truth(arguments: list[Tensor], index: Tensor, classes: int, lam: float) -> tuple[Tensor, Tensor]:
     h, z, y, reference = in_double(arguments)
-    pairs = mixed_alignment_reference(h, z, y, h, z, y, reference, lam)
+    pairs = mixed_alignment_reference(Side(h, z, y), Side(h, z, y), reference, lam)
     found = torch.full((2, classes, classes), math.nan, dtype=torch.float64)
     for a in range(classes):
         for b in range(classes):
@@ -71,7 +71,7 @@ def test_values(backend: str, case: str, dtype: torch.dtype, soft: bool, scale: 
     arguments, truths = arguments_and_truths(case, dtype, soft, scale)
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     h, z, y, reference = (t.to(device) for t in arguments)
-    result = class_pair_alignment(h, z, y, index.to(device), classes, reference, LAMS.to(device), backend=backend)
+    result = class_pair_alignment(Side(h, z, y), index.to(device), classes, reference, LAMS.to(device), backend=backend)
     unit = 1e-11 if dtype == torch.float64 else 1e-5
     for k, expected in enumerate(truths):
         for value, exact in zip((result.inner[k], result.norm[k]), expected, strict=True):
@@ -115,4 +115,17 @@ def test_bad_input_is_named(place: int, value: Tensor, error: type[Exception], m
     arguments: list = [h, z, y, torch.tensor([0, 1, 1, 0, 2]), 3, reference, LAMS]
     arguments[place] = value
     with pytest.raises(error, match=message):
-        class_pair_alignment(*arguments)
+        class_pair_alignment(Side(*arguments[:3]), *arguments[3:])
+
+
+def test_the_tensors_are_taken_one_by_one_with_a_warning() -> None:
+    h, z, y, reference = rows(5, torch.float32)
+    index = torch.tensor([0, 1, 1, 0, 2])
+    expected = class_pair_alignment(Side(h, z, y), index, 3, reference, LAMS).inner
+    with pytest.warns(
+        DeprecationWarning, match=r"\(features, logits, labels, \.\.\.\) is now class_pair_alignment\(Side"
+    ):
+        found = class_pair_alignment(h, z, y, index, 3, reference, LAMS).inner
+    assert torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
+    with pytest.raises(TypeError, match="side: got list, expected a Side"):
+        class_pair_alignment([h, z, y], index, 3, reference, LAMS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu import no_waiting
 from models import NETWORKS, rows
-from test_mixed_alignment import CASES, FAST, in_double, largest_inner, make
+from test_mixed_alignment import CASES, FAST, in_double, largest_inner, make, sides
 from torch import Tensor, nn
 from truth import assert_decisions_agree
 
@@ -39,8 +39,8 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("backend", FAST)
 def test_values_and_decisions(backend: str, case: str, dtype: torch.dtype) -> None:
     arguments = make(**CASES[case], dtype=dtype)
-    truth = mixed_alignment_reference(*in_double(arguments), 0.3)
-    result = mixed_alignment(*on_gpu(*arguments), 0.3, backend=backend)
+    truth = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
+    result = mixed_alignment(*sides(on_gpu(*arguments)), 0.3, backend=backend)
     unit = 1e-12 if dtype == torch.float64 else 2e-6
     assert result.inner.is_cuda
     assert (result.inner.cpu() - truth.inner).abs().max() <= unit * largest_inner(arguments)
@@ -51,11 +51,11 @@ def test_values_and_decisions(backend: str, case: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("backend", FAST)
 def test_another_stream_and_back_to_back_calls(backend: str) -> None:
     arguments = on_gpu(*make(n=65, m=130, classes=257, d=33, dtype=torch.float32))
-    expected = mixed_alignment(*arguments, 0.3, backend=backend)
+    expected = mixed_alignment(*sides(arguments), 0.3, backend=backend)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        results = [mixed_alignment(*arguments, 0.3, backend=backend) for _ in range(10)]
+        results = [mixed_alignment(*sides(arguments), 0.3, backend=backend) for _ in range(10)]
     stream.synchronize()
     assert all(torch.equal(r.inner, expected.inner) and torch.equal(r.norm, expected.norm) for r in results)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu import captured, no_waiting, on_other_streams, poison_free_memory
 from mixed_pairs import prepared
-from test_mixed_alignment import CASES, in_double, make
+from test_mixed_alignment import CASES, in_double, make, sides
 from torch import Tensor
 from truth import assert_decisions_agree
 
@@ -38,7 +38,7 @@ def test_equals_float64(case: str, precision: str, seed: int, kernel) -> None:
     parts, bias = prepared(arguments, "cuda")
     poison_free_memory()
     result = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision)
-    expected = mixed_alignment_reference(*in_double(arguments), 0.3)
+    expected = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
     for part, exact in zip(result, expected, strict=True):
         assert (part[0].cpu() - exact).abs().max() <= UNITS[precision] * exact.abs().max()
     assert_decisions_agree(result[0][0].cpu(), expected.inner, band=1e-6 if precision != "tf32" else 2e-2)
@@ -49,7 +49,7 @@ def test_what_underflows_is_recomputed(soft: bool, kernel) -> None:
     arguments = make(n=70, m=40, classes=50, scale=300.0, soft=(soft, soft), dtype=torch.float32)
     parts, bias = prepared(arguments, "cuda")
     result = kernel.mixed_alignment(*parts, weights(0.5), bias=bias)
-    expected = mixed_alignment_reference(*in_double(arguments), 0.5)
+    expected = mixed_alignment_reference(*sides(in_double(arguments)), 0.5)
     for part, exact in zip(result, expected, strict=True):
         assert (part[0].cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
 

@@ -1,6 +1,8 @@
 """The operator mixed_alignment: its reference against autograd, its fast bodies against the reference."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from truth import assert_decisions_agree, mixed_features
 
 from gradmix import _extension
 from gradmix.ops.backends import set_backend
-from gradmix.ops.mixed_alignment import OPERATOR, MixedAlignment, cosine, mixed_alignment, mixed_alignment_reference
+from gradmix.ops.mixed_alignment import (
+    OPERATOR,
+    MixedAlignment,
+    Side,
+    cosine,
+    mixed_alignment,
+    mixed_alignment_reference,
+)
 
 FAST = [b.name for b in OPERATOR.backends if b.name not in ("reference", "triton") and b.available() is None]
 """Triton's kernels, which have no float64, are held to the same in test_kernels_mixed_alignment.py."""
@@ -20,7 +29,7 @@ FAST = [b.name for b in OPERATOR.backends if b.name not in ("reference", "triton
 def make(
     n=5, m=4, classes=6, d=3, scale=1.0, soft=(False, False), bias=True, dtype=torch.float64, seed=0, labels=None
 ) -> list[Tensor]:
-    """Arguments of mixed_alignment but for lam: random rows whose logits have the given scale."""
+    """Arguments of the registered operator up to the reference: random rows whose logits have the given scale."""
     g = torch.Generator().manual_seed(seed)
 
     def side(rows: int, soft_labels: bool) -> list[Tensor]:
@@ -33,6 +42,11 @@ def make(
 
     a, b = side(n, soft[0]), side(m, soft[1])
     return [*a, *b, torch.randn(classes, d + bias, generator=g, dtype=torch.float64).to(dtype)]
+
+
+def sides(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of mixed_alignment, from those of the registered operator."""
+    return [Side(*arguments[:3]), Side(*arguments[3:6]), *arguments[6:]]
 
 
 def in_double(arguments: list[Tensor]) -> list[Tensor]:
@@ -71,8 +85,8 @@ CASES = {
 @pytest.mark.parametrize("backend", FAST)
 def test_equals_the_reference_in_float64(backend: str, case: str, lam: float) -> None:
     arguments = make(**CASES[case])
-    truth = mixed_alignment_reference(*arguments, lam)
-    result = mixed_alignment(*arguments, lam, backend=backend)
+    truth = mixed_alignment_reference(*sides(arguments), lam)
+    result = mixed_alignment(*sides(arguments), lam, backend=backend)
     scale = largest_inner(arguments)
     assert (result.inner - truth.inner).abs().max() <= 1e-12 * scale
     # The square of a residual that is all but zero keeps half the digits.
@@ -85,8 +99,8 @@ def test_equals_the_reference_in_float64(backend: str, case: str, lam: float) ->
 @pytest.mark.parametrize("backend", FAST)
 def test_low_precision_against_float64_of_the_same_numbers(backend: str, case: str, dtype: torch.dtype) -> None:
     arguments = make(**CASES[case], dtype=dtype)
-    truth = mixed_alignment_reference(*in_double(arguments), 0.3)
-    result = mixed_alignment(*arguments, 0.3, backend=backend)
+    truth = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
+    result = mixed_alignment(*sides(arguments), 0.3, backend=backend)
     assert result.inner.dtype == result.norm.dtype == torch.float32
     assert (result.inner - truth.inner).abs().max() <= 1e-5 * truth.inner.abs().max()
     assert (result.norm - truth.norm).abs().max() <= 1e-5 * truth.norm.max()
@@ -110,8 +124,8 @@ def test_any_rows(backend, n, m, classes, d, scale, soft, bias, dtype, lam, seed
     arguments = make(n, m, classes, d, scale, soft, bias, dtype, seed)
     if dtype == torch.bfloat16:  # label vectors rounded to 8 bits need not sum to 1
         arguments = [t.float() if t.is_floating_point() and t.shape[-1] == classes else t for t in arguments]
-    truth = mixed_alignment_reference(*in_double(arguments), lam)
-    result = mixed_alignment(*arguments, lam, backend=backend)
+    truth = mixed_alignment_reference(*sides(in_double(arguments)), lam)
+    result = mixed_alignment(*sides(arguments), lam, backend=backend)
     unit = 1e-12 if dtype == torch.float64 else 2e-6
     assert (result.inner.double() - truth.inner).abs().max() <= unit * largest_inner(arguments)
     wide = truth.inner.abs() > unit * largest_inner(arguments)
@@ -131,7 +145,7 @@ def test_the_reference_is_the_gradient_of_the_cross_entropy(bias: bool, soft: bo
     grad_reference = torch.randn(5, 4 + bias).double()
     with torch.no_grad():
         arguments = [h_a, head(h_a), y_a, h_b, head(h_b), y_b, grad_reference]
-        result = mixed_alignment_reference(*arguments, lam)
+        result = mixed_alignment_reference(*sides(arguments), lam)
     inner, norm = mixed_features(head, (h_a, y_a), (h_b, y_b), lam, grad_reference)
     torch.testing.assert_close(result.inner, inner, rtol=0, atol=1e-12)
     torch.testing.assert_close(result.norm, norm, rtol=0, atol=1e-12)
@@ -145,8 +159,8 @@ def test_rows_that_favour_different_classes_underflow_and_are_recomputed(backend
     z_b = torch.tensor([[0.0, 400.0, -5.0, -4.0]])
     y = torch.tensor([2]) if not soft else torch.tensor([[0.0, 0.25, 0.5, 0.25]])
     arguments = [torch.randn(1, 3), z_a, y, torch.randn(1, 3), z_b, torch.tensor([3]), torch.randn(4, 4)]
-    truth = mixed_alignment_reference(*in_double(arguments), 0.5)
-    result = mixed_alignment(*arguments, 0.5, backend=backend)
+    truth = mixed_alignment_reference(*sides(in_double(arguments)), 0.5)
+    result = mixed_alignment(*sides(arguments), 0.5, backend=backend)
     torch.testing.assert_close(result.inner.double(), truth.inner, rtol=1e-5, atol=0)
     torch.testing.assert_close(result.norm.double(), truth.norm, rtol=1e-5, atol=0)
 
@@ -156,8 +170,8 @@ def test_a_well_fitted_pair_keeps_its_relative_accuracy_in_float32(backend: str)
     # softmax(z) - y is 1e-10 here: formed by subtraction in float32 it would be zero or noise.
     z = torch.tensor([[25.0, 1.0, 0.0], [24.0, 0.0, 2.0]])
     arguments = [torch.randn(2, 3), z, torch.tensor([0, 0])] * 2 + [torch.randn(3, 4)]
-    truth = mixed_alignment_reference(*in_double(arguments), 0.3)
-    result = mixed_alignment(*arguments, 0.3, backend=backend)
+    truth = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
+    result = mixed_alignment(*sides(arguments), 0.3, backend=backend)
     assert (result.inner - truth.inner).abs().max() <= 1e-5 * truth.inner.abs().max() <= 1e-9
     torch.testing.assert_close(result.norm.double(), truth.norm, rtol=1e-5, atol=0)
 
@@ -169,36 +183,36 @@ def test_strided_inputs_give_the_same(backend: str) -> None:
         torch.stack([t, t], -1)[..., 0] if t.is_floating_point() else torch.stack([t, t], 1)[:, 1] for t in arguments
     ]
     assert not strided[0].is_contiguous() and not strided[2].is_contiguous()
-    expected, result = (mixed_alignment(*v, 0.4, backend=backend) for v in (arguments, strided))
+    expected, result = (mixed_alignment(*sides(v), 0.4, backend=backend) for v in (arguments, strided))
     torch.testing.assert_close(result.inner, expected.inner)
 
 
 def test_the_same_rows_on_both_sides_give_what_copies_give() -> None:
     a = make()[:3]
     grad_reference = make()[6]
-    same = mixed_alignment(*a, *a, grad_reference, 0.3)
-    copies = mixed_alignment(*a, *[t.clone() for t in a], grad_reference, 0.3)
+    same = mixed_alignment(Side(*a), Side(*a), grad_reference, 0.3)
+    copies = mixed_alignment(Side(*a), Side(*[t.clone() for t in a]), grad_reference, 0.3)
     torch.testing.assert_close(same.inner, copies.inner)
 
 
 def test_arguments_are_left_as_they_were() -> None:
     arguments = make(scale=1e4)
     before = [t.clone() for t in arguments]
-    mixed_alignment(*arguments, 0.3)
+    mixed_alignment(*sides(arguments), 0.3)
     assert all(torch.equal(t, b) for t, b in zip(arguments, before, strict=True))
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
     arguments = make(dtype=torch.float32)
-    expected = mixed_alignment(*arguments, 0.3)
+    expected = mixed_alignment(*sides(arguments), 0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = mixed_alignment(*arguments, 0.3)
+        result = mixed_alignment(*sides(arguments), 0.3)
     assert torch.equal(result.inner, expected.inner)
 
 
 def test_no_rows_give_an_empty_result() -> None:
     arguments = make(n=0)
-    assert mixed_alignment(*arguments, 0.3).inner.shape == (0, 4)
+    assert mixed_alignment(*sides(arguments), 0.3).inner.shape == (0, 4)
 
 
 def test_cosine_of_a_zero_gradient_is_zero_and_never_leaves_its_range() -> None:
@@ -260,7 +274,27 @@ BAD = {
 def test_bad_input_is_named(case: str) -> None:
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=message):
-        mixed_alignment(*arguments)
+        mixed_alignment(*sides(arguments))
+
+
+def test_a_side_that_is_none_is_named() -> None:
+    a, b, grad_reference = sides(make())
+    with pytest.raises(TypeError, match="a: got list, expected a Side of features, logits and labels"):
+        mixed_alignment([*a], b, grad_reference, 0.3)
+    with pytest.raises(TypeError, match="b: got tuple, expected a Side"):
+        mixed_alignment(a, tuple(b), grad_reference, 0.3)
+
+
+def test_the_tensors_of_the_sides_are_taken_one_by_one_with_a_warning() -> None:
+    arguments = make()
+    expected = mixed_alignment(*sides(arguments), 0.3).inner
+    names = ("features_a", "logits_a", "labels_a", "features_b", "logits_b", "labels_b", "reference")
+    with pytest.warns(DeprecationWarning, match=r"labels_b, \.\.\.\) is now mixed_alignment\(Side\(\.\.\.\), Side"):
+        assert torch.equal(mixed_alignment(*arguments, 0.3).inner, expected)
+    for count in (0, 2, 6):
+        named = dict(zip(names[count:], arguments[count:], strict=True))
+        with pytest.warns(DeprecationWarning, match="the former call is removed in version"):
+            assert torch.equal(mixed_alignment(*arguments[:count], **named, lam=0.3).inner, expected)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -275,10 +309,10 @@ def test_torch_compile_passes_through_without_a_graph_break() -> None:
     arguments = make(dtype=torch.float32)
 
     def doubled(*tensors: Tensor) -> Tensor:
-        return mixed_alignment(*tensors, 0.3).inner * 2
+        return mixed_alignment(*sides(tensors), 0.3).inner * 2
 
     compiled = torch.compile(doubled, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*arguments), 2 * mixed_alignment(*arguments, 0.3).inner)
+    torch.testing.assert_close(compiled(*arguments), 2 * mixed_alignment(*sides(arguments), 0.3).inner)
 
 
 def test_the_backend_can_be_named_set_or_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,17 +329,17 @@ def test_the_backend_can_be_named_set_or_taken_from_the_environment(monkeypatch:
     assert OPERATOR.choose("auto", *arguments, 0.3).name == best
     expected = "backend: mixed_alignment has no 'cuda' body; it has triton, cpp, torch, reference"
     with pytest.raises(ValueError, match=expected):
-        mixed_alignment(*arguments, 0.3, backend="cuda")
+        mixed_alignment(*sides(arguments), 0.3, backend="cuda")
     with pytest.raises(ValueError, match="backend: got 'fast', expected 'auto' or one of"):
-        mixed_alignment(*arguments, 0.3, backend="fast")
+        mixed_alignment(*sides(arguments), 0.3, backend="fast")
     with pytest.raises(ValueError, match="backend: got 'fast'"):
         set_backend("fast")
     monkeypatch.setattr("gradmix.ops.backends._preferred", None)
     monkeypatch.setenv("GRADMIX_BACKEND", "fast")
     with pytest.raises(ValueError, match="environment variable GRADMIX_BACKEND: backend: got 'fast'"):
-        mixed_alignment(*arguments, 0.3)
+        mixed_alignment(*sides(arguments), 0.3)
 
 
 def test_the_result_is_a_named_pair() -> None:
-    result = mixed_alignment(*make(), 0.3)
+    result = mixed_alignment(*sides(make()), 0.3)
     assert isinstance(result, MixedAlignment) and result._fields == ("inner", "norm")

@@ -10,11 +10,11 @@ import torch
 from fresh import run_python
 from hypothesis import given
 from hypothesis import strategies as st
-from test_mixed_alignment import in_double, largest_inner, make
+from test_mixed_alignment import in_double, largest_inner, make, sides
 from torch import Tensor
 
 from gradmix import _extension
-from gradmix.ops.mixed_alignment import mixed_alignment, mixed_alignment_reference
+from gradmix.ops.mixed_alignment import Side, mixed_alignment, mixed_alignment_reference
 
 EXTENSION: Any = _extension.load()
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason=f"no extension: {_extension.unavailable_reason()}")
@@ -37,8 +37,8 @@ def test_any_sizes_against_torch_in_float64(
     n: int, m: int, classes: int, dtype: torch.dtype, soft: bool, lam: float, scale: float, seed: int
 ) -> None:
     arguments = make(n, m, classes, 5, scale, (soft, soft), dtype=dtype, seed=seed)
-    truth = mixed_alignment(*in_double(arguments), lam, backend="torch")
-    result = mixed_alignment(*arguments, lam, backend="cpp")
+    truth = mixed_alignment(*sides(in_double(arguments)), lam, backend="torch")
+    result = mixed_alignment(*sides(arguments), lam, backend="cpp")
     assert result.inner.dtype == result.norm.dtype == dtype
     bound = (2e-6 if dtype == torch.float32 else 1e-12) * largest_inner(arguments)
     # Label vectors are rounded before they are taken apart.
@@ -54,7 +54,9 @@ def test_the_exponential_keeps_its_digits() -> None:
     logits = torch.stack([z, torch.zeros_like(z)], 1)
     h, y = torch.ones(len(z), 1, dtype=torch.float64), torch.zeros(len(z), dtype=torch.int64)
     reference = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    result = mixed_alignment(h, logits, y, h[:1], logits[:1], y[:1], reference, 1.0, backend="cpp").inner[:, 0]
+    result = mixed_alignment(Side(h, logits, y), Side(h[:1], logits[:1], y[:1]), reference, 1.0, backend="cpp").inner[
+        :, 0
+    ]
     # Gradients are held at 1e-150.
     torch.testing.assert_close(result, torch.sigmoid(-z).clamp(min=1e-150), rtol=2e-13, atol=0.0)
 
@@ -68,9 +70,9 @@ def test_factors_beyond_the_range_of_double_are_noticed(margin: float, dtype: to
     h = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
     reference = torch.arange(12.0).view(4, 3) - 5
     for y in (torch.tensor([0, 1]), torch.tensor([0, 0])):
-        sides = [v.to(dtype) if v.is_floating_point() else v for v in (h, z_a, y, h, z_b, y, reference)]
-        truth = mixed_alignment_reference(*in_double(sides), 0.5)
-        result = mixed_alignment(*sides, 0.5, backend="cpp")
+        arguments = [v.to(dtype) if v.is_floating_point() else v for v in (h, z_a, y, h, z_b, y, reference)]
+        truth = mixed_alignment_reference(*sides(in_double(arguments)), 0.5)
+        result = mixed_alignment(*sides(arguments), 0.5, backend="cpp")
         torch.testing.assert_close(result.inner.double(), truth.inner, rtol=1e-5, atol=1e-30)
         torch.testing.assert_close(result.norm.double(), truth.norm, rtol=1e-5, atol=1e-30)
 
@@ -79,7 +81,7 @@ def test_factors_beyond_the_range_of_double_are_noticed(margin: float, dtype: to
 def test_what_is_no_number_stays_none(value: float) -> None:
     arguments = make(4, 4, dtype=torch.float32)
     arguments[1][2, 3] = value
-    result = mixed_alignment(*arguments, 0.4, backend="cpp")
+    result = mixed_alignment(*sides(arguments), 0.4, backend="cpp")
     assert not result.inner[2].isfinite().any() and not result.norm[2].isfinite().any()
     assert result.inner[[0, 1, 3]].isfinite().all()
 
@@ -94,7 +96,7 @@ def test_the_same_bits_for_any_number_of_threads(classes: int, soft: bool) -> No
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             # Torch's own products may round otherwise with other threads: one is enough to have them alike.
-            results.append(mixed_alignment(*arguments, torch.tensor([0.2, 0.9]), backend="cpp"))
+            results.append(mixed_alignment(*sides(arguments), torch.tensor([0.2, 0.9]), backend="cpp"))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -116,15 +118,15 @@ LEVELS = """
 import torch
 from gradmix import _extension
 from gradmix.ops.draw_partners import draw_partners
-from gradmix.ops.mixed_alignment import mixed_alignment
+from gradmix.ops.mixed_alignment import Side, mixed_alignment
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float64):
     for classes in (2, 10, 131):
         h, z, y = torch.randn(37, 6, dtype=dtype), 4 * torch.randn(37, classes, dtype=dtype), torch.arange(37) % classes
         for labels in (y, torch.nn.functional.one_hot(y, classes).to(dtype) * 0.9 + 0.1 / classes):
-            side, reference = (h, z, labels), torch.randn(classes, 7, dtype=dtype)
-            found = mixed_alignment(*side, *side, reference, 0.3, backend="cpp")
-            truth = mixed_alignment(*side, *side, reference, 0.3, backend="torch")
+            side, reference = Side(h, z, labels), torch.randn(classes, 7, dtype=dtype)
+            found = mixed_alignment(side, side, reference, 0.3, backend="cpp")
+            truth = mixed_alignment(side, side, reference, 0.3, backend="torch")
             for one, two in zip(found, truth):
                 torch.testing.assert_close(one, two, rtol=2e-5, atol=2e-5 * float(truth.norm.max()))
 print(_extension.load().build_info()["instruction_set"])

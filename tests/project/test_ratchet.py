@@ -29,8 +29,11 @@ LIMITS = {
 }
 """Largest figure that needs no entry."""
 
-PUBLIC = ("gradmix", "gradmix.gradients")
-"""Packages whose ``__all__`` is the public API, whose parameters are not limited: most are keywords with defaults."""
+PUBLIC = ("gradmix", "gradmix.gradients", "gradmix.training.loop.trainer", "gradmix.training.streams")
+"""Modules whose ``__all__`` is the public API, whose parameters are not limited: most are keywords with defaults.
+
+The last two are those of docs/training.md. Operators are none of them: their tensors travel together, as a ``Side``.
+"""
 
 ELSEWHERE = ("gradmix.kernels", "gradmix._C")
 """Modules of the installed package that are made from other folders."""

@@ -58,7 +58,7 @@ from gradmix.ops.mixed_alignment.native import (
 from gradmix.ops.mixed_alignment.reference import mixed_alignment_reference, run_reference
 from gradmix.ops.mixed_alignment.residuals import beside_one_hot, mixed_residual
 from gradmix.ops.mixed_alignment.scaling import in_range, unit_of
-from gradmix.ops.mixed_alignment.sides import Side, on_sides
+from gradmix.ops.mixed_alignment.sides import Side, accept_tensors, on_sides
 from gradmix.ops.mixed_alignment.values import (
     MixedAlignment,
     Precision,
@@ -82,6 +82,7 @@ __all__ = [
     "Precision",
     "Side",
     "Weight",
+    "accept_tensors",
     "as_lams",
     "beside_one_hot",
     "check_features_and_logits",
@@ -100,6 +101,7 @@ __all__ = [
     "mixed_alignment_reference",
     "mixed_alignment_torch",
     "mixed_residual",
+    "on_sides",
     "project",
     "unit_of",
 ]
@@ -139,13 +141,10 @@ mixed_alignment_op = register(
 Without ``norms``, the second result is empty (0,)."""
 
 
+@accept_tensors("_a", "_b")
 def mixed_alignment(
-    features_a: Tensor,
-    logits_a: Tensor,
-    labels_a: Tensor,
-    features_b: Tensor,
-    logits_b: Tensor,
-    labels_b: Tensor,
+    a: Side,
+    b: Side,
     reference: Tensor,
     lam: float | Tensor,
     *,
@@ -154,19 +153,15 @@ def mixed_alignment(
 ) -> MixedAlignment:
     """Inner products with a reference gradient, and norms, of the last-layer gradients of all mixed pairs.
 
-    For every i < N and j < M the features, logits and labels of row i of the first set and row j of the second are
-    mixed with weight ``lam``; g = (softmax(z) - y) [h; 1]^T is the cross-entropy gradient of that mixture. See the
+    For every i < N and j < M the features, logits and labels of row i of ``a`` and row j of ``b`` are mixed with weight
+    ``lam``; g = (softmax(z) - y) [h; 1]^T is the cross-entropy gradient of that mixture. See the
     module for the formula.
 
     Args:
-        features_a: (N, d) float64, float32, float16 or bfloat16: the inputs of the last layer.
-        logits_a: (N, C), finite: its outputs.
-        labels_a: (N,) int64 class indices in [0, C), or (N, C) floating-point label vectors.
-        features_b: (M, d).
-        logits_b: (M, C).
-        labels_b: (M,) int64 or (M, C) floating point.
+        a: N samples: their features, logits and labels, which errors call ``features_a``, ``logits_a``, ``labels_a``.
+        b: M samples, of as many features and classes.
         reference: (C, d + 1), weight and bias columns, or (C, d) for a last layer without bias.
-        lam: the weight of the first set's row, in [0, 1]; or a tensor of one weight (), or of L of them (L,), which
+        lam: the weight of the row of ``a``, in [0, 1]; or a tensor of one weight (), or of L of them (L,), which
             share what does not depend on the weight.
         precision: of the Triton body's products: ``"ieee"``, ``"tf32x3"`` (about as precise, on the matrix units) or
             ``"tf32"`` (ten bits). The torch body follows ``torch.backends.cuda.matmul``.
@@ -184,34 +179,32 @@ def mixed_alignment(
         RuntimeError: the backend named cannot run these tensors or is not available.
 
     >>> import torch
-    >>> from gradmix.ops.mixed_alignment import mixed_alignment
-    >>> h, z, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    >>> from gradmix.ops.mixed_alignment import Side, mixed_alignment
+    >>> batch = Side(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
     >>> G = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> mixed_alignment(h, z, y, h, z, y, G, lam=0.5).inner
+    >>> mixed_alignment(batch, batch, G, lam=0.5).inner
     tensor([[-0.5000,  0.0000],
             [ 0.0000,  1.0000]])
     """
-    _check_side("_a", features_a, logits_a, labels_a)
-    if not Side(features_a, logits_a, labels_a).is_same(Side(features_b, logits_b, labels_b)):
-        _check_side("_b", features_b, logits_b, labels_b)
-    if features_b.shape[1] != features_a.shape[1]:
-        raise ValueError(
-            f"features_b: got {features_b.shape[1]} features a row, expected {features_a.shape[1]} as features_a"
-        )
-    if logits_b.shape[1] != logits_a.shape[1]:
-        raise ValueError(f"logits_b: got {logits_b.shape[1]} classes, expected {logits_a.shape[1]} as logits_a")
-    classes, width = logits_a.shape[1], features_a.shape[1]
+    _check_side("a", a)
+    if not isinstance(b, Side) or not a.is_same(b):
+        _check_side("b", b)
+    classes, width = a.logits.shape[1], a.features.shape[1]
+    if b.features.shape[1] != width:
+        raise ValueError(f"features_b: got {b.features.shape[1]} features a row, expected {width} as features_a")
+    if b.logits.shape[1] != classes:
+        raise ValueError(f"logits_b: got {b.logits.shape[1]} classes, expected {classes} as logits_a")
     check_reference(reference, classes, width)
     check_precision(precision)
-    lams = as_lams(lam, features_a.device)
-    inner, norm = mixed_alignment_op(
-        features_a, logits_a, labels_a, features_b, logits_b, labels_b, reference, lams, True, precision, backend
-    )
+    lams = as_lams(lam, a.features.device)
+    inner, norm = mixed_alignment_op(*a, *b, reference, lams, True, precision, backend)
     if isinstance(lam, Tensor) and lam.ndim == 1:
         return MixedAlignment(inner, norm)
     return MixedAlignment(inner[0], norm[0])
 
 
-def _check_side(suffix: str, features: Tensor, logits: Tensor, labels: Tensor) -> None:
-    check_features_and_logits(features, logits, suffix)
-    check_labels(f"labels{suffix}", labels, len(features), logits.shape[1])
+def _check_side(name: str, side: Side) -> None:
+    if not isinstance(side, Side):
+        raise TypeError(f"{name}: got {type(side).__name__}, expected a Side of features, logits and labels")
+    check_features_and_logits(side.features, side.logits, f"_{name}")
+    check_labels(f"labels_{name}", side.labels, len(side.features), side.logits.shape[1])

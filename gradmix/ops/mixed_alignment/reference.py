@@ -12,22 +12,13 @@ from gradmix.ops.mixed_alignment.sides import Side
 from gradmix.ops.mixed_alignment.values import MixedAlignment, Precision, has_bias, length
 
 
-def mixed_alignment_reference(
-    features_a: Tensor,
-    logits_a: Tensor,
-    labels_a: Tensor,
-    features_b: Tensor,
-    logits_b: Tensor,
-    labels_b: Tensor,
-    reference: Tensor,
-    lam: float,
-) -> MixedAlignment:
+def mixed_alignment_reference(a: Side, b: Side, reference: Tensor, lam: float) -> MixedAlignment:
     """The formula, pair by pair, in float64; slow. Arguments and result as :func:`mixed_alignment`."""
-    dtype = work_dtype(features_a.dtype)
+    dtype = work_dtype(a.features.dtype)
     mu = 1.0 - lam
-    least = in_range(features_a, features_b, reference, dtype)[-1].least
-    h_a, h_b = (_append_one(features.double(), reference) for features in (features_a, features_b))
-    z_a, z_b = logits_a.double(), logits_b.double()
+    least = in_range(a.features, b.features, reference, dtype)[-1].least
+    h_a, h_b = (_append_one(features.double(), reference) for features in (a.features, b.features))
+    z_a, z_b = a.logits.double(), b.logits.double()
     grad_reference = reference.double()
     inner = h_a.new_empty(len(h_a), len(h_b))
     norm = torch.empty_like(inner)
@@ -35,7 +26,7 @@ def mixed_alignment_reference(
         for j in range(len(h_b)):
             h = lam * h_a[i] + mu * h_b[j]
             z = lam * z_a[i] + mu * z_b[j]
-            r = mixed_residual(z[None], labels_a[i : i + 1], labels_b[j : j + 1], lam, least)[0]
+            r = mixed_residual(z[None], a.labels[i : i + 1], b.labels[j : j + 1], lam, least)[0]
             gradient = torch.outer(r, h)
             inner[i, j] = (gradient * grad_reference).sum()
             norm[i, j] = length(gradient)
@@ -55,5 +46,5 @@ def run_reference(
     # Two tensors of their own: what a registered operator returns must not share memory.
     inner, norm = a.features.new_empty(size, dtype=dtype), a.features.new_empty(size, dtype=dtype)
     for k, lam in enumerate(lams.tolist()):
-        inner[k], norm[k] = mixed_alignment_reference(*a, *b, reference, lam)
+        inner[k], norm[k] = mixed_alignment_reference(a, b, reference, lam)
     return MixedAlignment(inner, norm if norms else inner.new_empty(0))
