@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,18 +214,17 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": f"{processor_name()} ({platform.machine()})",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 
-def _processor() -> str:
-    try:
+def processor_name() -> str:
+    """The processor's model, as Linux has it; elsewhere as Python has it."""
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({platform.machine()})"
-    except OSError:
-        pass
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

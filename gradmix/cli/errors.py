@@ -36,15 +36,7 @@ class LostProcessError(Exception):
 
 
 def require(command: str, *modules: str) -> None:
-    """Check that the packages are installed that a command needs.
-
-    Args:
-        command: The command's name.
-        modules: Names of modules.
-
-    Raises:
-        UsageError: Some are not installed; the message names them, and the command that installs them.
-    """
+    """Raise a UsageError, with the command that installs them, if packages of ``modules`` are not installed."""
     missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f'gradmix {command} needs {", ".join(missing)}: pip install "gradmix[train]"')

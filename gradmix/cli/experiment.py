@@ -155,11 +155,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
 
 @contextmanager
 def _lock_shared(output: Path) -> Iterator[None]:
-    """Lock a folder against ``gradmix train``; several experiments may share its runs.
-
-    Raises:
-        ValueError: ``gradmix train`` uses it.
-    """
+    """Lock a folder against ``gradmix train``, or refuse it; several experiments may share its runs."""
     from gradmix.cli.train import refuse_in_use
     from gradmix.runtime.locks import try_lock
     from gradmix.training.runs.results import LOCK

@@ -11,15 +11,10 @@ _FROM_SCIKIT_LEARN = ("split-digits", "split-descriptions", "split-wine")
 
 
 def find_named(command: str, benchmark: str, model: str | None = None) -> None:
-    """See to it that what a benchmark and a model are named by can be found.
-
-    Args:
-        command: As the user gave it, for the error.
-        benchmark: The benchmark's name.
-        model: The model's; None: the benchmark's own.
+    """Make the modules importable that a benchmark and a model are named by; ``model`` None: the benchmark's own.
 
     Raises:
-        UsageError: The benchmark comes with a package that is not installed.
+        UsageError: The benchmark comes with a package that is not installed; ``command`` is named as one that needs it.
     """
     if benchmark in _FROM_SCIKIT_LEARN:
         require(f"{command} {benchmark}", "sklearn")

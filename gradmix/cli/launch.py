@@ -165,17 +165,15 @@ def join_processes() -> Iterator[Processes]:
     try:
         yield _connect(alone)
     except _SaidElsewhere as elsewhere:
-        _stand_aside(elsewhere.status)
+        if elsewhere.status:
+            _wait()
+        _end(elsewhere.status)
     except BaseException as error:
         _leave(error, alone)
 
 
 def processes_from_environment() -> Processes | None:
-    """Return this process among those started by ``torchrun``, not connected yet; None: there is only one.
-
-    Raises:
-        ValueError: A number in the environment is missing or out of range.
-    """
+    """Return this process among those started by ``torchrun``, not connected yet; None: there is only one."""
     # Cluster managers set WORLD_SIZE alone, for other purposes.
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return None
@@ -191,11 +189,7 @@ def processes_from_environment() -> Processes | None:
 
 
 def refuse_several(command: str, instead: str) -> None:
-    """Refuse to be one of several processes.
-
-    Raises:
-        UsageError: It is one; of the others, which wait for the first to say so, it is a SystemExit.
-    """
+    """Refuse several processes: by a UsageError in the first, a SystemExit in the others, which wait for it."""
     processes = processes_from_environment()
     if processes is None:
         return
@@ -207,14 +201,7 @@ def refuse_several(command: str, instead: str) -> None:
 
 @contextmanager
 def explain_lost_process(go_on: Callable[[], str]) -> Iterator[None]:
-    """Put into words that another process is gone, whatever the exchange within the body made of it.
-
-    Args:
-        go_on: Makes the command that goes on where this one stopped.
-
-    Raises:
-        LostProcessError: In place of the error that showed it.
-    """
+    """Raise a LostProcessError, with the command that ``go_on`` makes, where an exchange shows a process gone."""
     try:
         yield
     except RuntimeError as error:
@@ -267,12 +254,6 @@ def _torch_distributed() -> Any:
     if not torch.distributed.is_available():
         raise UsageError("got several processes, started by torchrun, but this torch was built without them")
     return torch.distributed
-
-
-def _stand_aside(status: int) -> None:
-    if status:
-        _wait()
-    _end(status)
 
 
 def _wait() -> None:

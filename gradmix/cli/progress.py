@@ -126,7 +126,7 @@ def figures(result: RunResult) -> str:
 class Interruption:
     """Ctrl-C and SIGTERM, heeded where a run can be left: the first waits for such a place, the second does not.
 
-    While the context is open, the first signal raises a KeyboardInterrupt at once, or, within :meth:`deferred`, at the
+    While the context is open, the first signal raises a KeyboardInterrupt at once, or, within :meth:`defer`, at the
     next call of :meth:`check`. A second one raises a :class:`~gradmix.cli.errors.StopNow` wherever the program is.
     Outside the main thread nothing is caught, as Python allows it there alone.
 

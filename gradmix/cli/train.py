@@ -158,11 +158,7 @@ def _begin(config: TrainConfig, held: ExitStack) -> None:
 
 
 def _occupy(output: Path, held: ExitStack) -> None:
-    """Lock a folder for this command while ``held`` is open.
-
-    Raises:
-        ValueError: Another command uses it.
-    """
+    """Lock a folder for this command while ``held`` is open, or refuse one that another command uses."""
     from gradmix.runtime.locks import try_lock
     from gradmix.training.runs.results import LOCK
 
@@ -172,11 +168,7 @@ def _occupy(output: Path, held: ExitStack) -> None:
 
 
 def refuse_in_use(output: Path, *, shared: bool = False) -> None:
-    """Refuse a folder that another command has locked; with ``shared`` only one that it has locked for itself.
-
-    Raises:
-        ValueError: It is locked; the message names the process.
-    """
+    """Refuse a folder that another command has locked; with ``shared`` only one that it has locked for itself."""
     from gradmix.runtime.locks import holder
     from gradmix.training.runs.results import LOCK
 
@@ -301,12 +293,7 @@ def _tidy(output: Path) -> None:
 
 
 def _config_to_resume(args: list[str]) -> TrainConfig | None:
-    """Return the configuration of the folder given by ``--resume``; None without the flag.
-
-    Raises:
-        UsageError: There is a flag that must not differ.
-        FileNotFoundError, ValueError: The folder or its configuration is missing or damaged.
-    """
+    """Return the configuration of the folder given by ``--resume``, or refuse other flags; None without the flag."""
     if not any(arg == "--resume" or arg.startswith("--resume=") for arg in args) or {"-h", "--help"} & set(args):
         return None
     from gradmix.training.config import check, load_config
@@ -367,11 +354,7 @@ def _resume(output: Path, processes: Processes) -> str:
 
 
 def _new_output(config: TrainConfig, processes: Processes) -> Path:
-    """Return the run folder, new or empty.
-
-    Raises:
-        ValueError: It is not empty; if training was interrupted there, the message says how to resume it.
-    """
+    """Return the run folder, new or empty; if training was interrupted there, the error says how to resume it."""
     from gradmix.training.config import load_config
     from gradmix.training.runs.results import refuse_occupied
 

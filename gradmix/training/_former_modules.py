@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "save_run": "gradmix.training.reports.saving:save_run",
     "save_summary": "gradmix.training.reports.saving:save_summary",
     "resolved_config": "gradmix.training.loop.trainer:resolve_config",
+    "LabelledImages": "gradmix.training.data.image_arrays:LabelledData",
     "save": "gradmix.training.reports.figures:save",
     "known_mean": "gradmix.training.runs.metrics:mean_of_known",
     "seen_accuracy": "gradmix.training.runs.metrics:accuracy_on_seen",

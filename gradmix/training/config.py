@@ -158,8 +158,7 @@ class ReplayConfig:
     the buffer's are shuffled into one stream, of which a step takes the next samples, all of one weight."""
     distillation: float | None = None
     """Weight of DER++'s squared error between the logits of replayed samples and those kept with them. None: the
-    method's
-    own: 0.5 for der++ and what builds on it, nothing for others."""
+    method's own: 0.5 for der++ and what builds on it, nothing for others."""
     storage: Literal["memory", "disk"] | None = None
     """Where the buffer's samples lie: memory; or disk, beside the run's checkpoint. None: in memory; of samples that
     are read from files, which they are, to be read again (online: the samples)."""

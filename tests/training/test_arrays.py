@@ -31,7 +31,7 @@ def test_a_file_is_read(tmp_path, suffix, folder):
     else:
         pytest.importorskip("safetensors.numpy", reason="safetensors is not installed").save_file(held, file)
     data = read_arrays(tmp_path if folder else file)
-    for part, (x, y) in (("train", data.train), ("test", data.test)):
+    for part, (x, y) in (("train", (data.train_x, data.train_y)), ("test", (data.test_x, data.test_y))):
         assert torch.equal(x, torch.from_numpy(held[f"x_{part}"])) and y.tolist() == held[f"y_{part}"].tolist()
     assert data.class_names is None
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
-from gradmix.training.data.image_arrays import LabelledImages
+from gradmix.training.data.image_arrays import LabelledData
 from gradmix.training.models import build_model
 from gradmix.training.streams import TaskStream, benchmarks
 from gradmix.training.streams.benchmarks import BENCHMARKS, Benchmark, make_stream, resolve
 
 
-def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledImages:
+def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledData:
     """A shuffled data set whose images hold their own number: 3 times as many training rows as test rows."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -24,14 +24,14 @@ def labelled(rows_per_class: list[int], seed: int = 0) -> LabelledImages:
         y = torch.repeat_interleave(torch.arange(len(rows_per_class)), factor * torch.tensor(rows_per_class))
         y = y[torch.randperm(len(y), generator=generator)]
         parts += [torch.arange(len(y), dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2), y]
-    return LabelledImages(*parts, class_names=tuple(f"c{k}" for k in range(len(rows_per_class))), maximum=1.0)
+    return LabelledData(*parts, class_names=tuple(f"c{k}" for k in range(len(rows_per_class))), maximum=1.0)
 
 
 @pytest.fixture
 def cut(monkeypatch):
     """Cuts a made-up data set as split-mnist would be cut."""
 
-    def cut(data: LabelledImages, **options) -> TaskStream:
+    def cut(data: LabelledData, **options) -> TaskStream:
         monkeypatch.setitem(benchmarks.DATASETS, "mnist", lambda _data_dir, test: data)
         return make_stream("split-mnist", "unused", **options)
 

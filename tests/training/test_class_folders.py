@@ -112,7 +112,7 @@ def test_composed_and_decomposed_letters_are_one_name(forms: tuple[str, str], tm
     texts = {f"train/{train}/1.txt": "eins", "train/Mv/1.txt": "zwei"}
     texts |= {f"test/{val}/1.txt": "drei", "test/Mv/1.txt": "vier"}
     read = text_folder(put(tmp_path / "texts", texts))
-    labelled = dict(zip(read.test, (read.class_names[label] for label in read.test_y), strict=True))
+    labelled = dict(zip(read.test_x, (read.class_names[label] for label in read.test_y), strict=True))
     assert labelled == {"drei": train, "vier": "Mv"}
 
 
@@ -346,4 +346,4 @@ def test_readers_without_test_files_have_none(tmp_path: Path) -> None:
     assert len(held_out) == 0 and held_out.class_names == ("n00", "n01", "n02", "n03")
     TRAINING_FILES["split-20newsgroups"](tmp_path / "news")
     texts = newsgroups20(tmp_path / "news", test=False)
-    assert texts.test == [] and texts.test_y.shape == (0,) and len(texts.train) == 80
+    assert texts.test_x == [] and texts.test_y.shape == (0,) and len(texts.train_x) == 80

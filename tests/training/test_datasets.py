@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gradmix.training.data import image_arrays as datasets
-from gradmix.training.data.image_arrays import DataError, LabelledImages, rank_in_class, read_idx, read_pickle, to_float
+from gradmix.training.data.image_arrays import DataError, LabelledData, rank_in_class, read_idx, read_pickle, to_float
 
 DATA_DIR_VARIABLE = "GRADMIX_DATA_DIR"
 
@@ -450,7 +450,7 @@ def test_digits():
     sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn, with which the digits come")
     data = datasets.load_digits()
     assert data.train_x.shape == (1442, 1, 8, 8) and data.test_x.shape == (355, 1, 8, 8)
-    both = data.to_float(torch.cat([data.train_x, data.test_x]))
+    both = to_float(torch.cat([data.train_x, data.test_x]), data.maximum, data.mean, data.std)
     assert both.min() == 0 and both.max() == 1
     shares = torch.bincount(data.test_y) / torch.bincount(torch.cat([data.train_y, data.test_y]))
     assert (shares - 0.2).abs().max() < 0.01
@@ -484,7 +484,7 @@ def test_real_mnist():
     assert torch.bincount(data.train_y).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert torch.bincount(data.test_y).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert data.train_y[:5].tolist() == [5, 0, 4, 1, 9]
-    normalised = data.to_float(data.train_x)
+    normalised = to_float(data.train_x, data.maximum, data.mean, data.std)
     assert normalised.mean().item() == pytest.approx(0, abs=1e-3) and normalised.std().item() == pytest.approx(
         1, abs=1e-3
     )
@@ -495,7 +495,7 @@ def test_real_cifar10():
     assert data.train_x.shape == (50_000, 3, 32, 32) and data.test_x.shape == (10_000, 3, 32, 32)
     assert torch.bincount(data.train_y).tolist() == [5000] * 10 and torch.bincount(data.test_y).tolist() == [1000] * 10
     assert data.class_names[0] == "airplane" and data.class_names[9] == "truck"
-    normalised = data.to_float(data.train_x[::5])
+    normalised = to_float(data.train_x[::5], data.maximum, data.mean, data.std)
     assert normalised.mean((0, 2, 3)).abs().max() < 0.02 and (normalised.std((0, 2, 3)) - 1).abs().max() < 0.02
 
 
@@ -506,6 +506,6 @@ def test_registry_names_every_reader(tmp_path):
     tiny_cifar100(tmp_path)
     for name, load in datasets.DATASETS.items():
         data = load(tmp_path)
-        assert isinstance(data, LabelledImages), name
+        assert isinstance(data, LabelledData), name
         assert data.train_x.dim() == 4 and len(data.train_x) == len(data.train_y), name
         assert int(data.train_y.max()) == len(data.class_names) - 1, name

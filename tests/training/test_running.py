@@ -16,6 +16,7 @@ from forked import run_code
 from patience import PATIENCE
 from synthetic_runs import make_result
 
+from gradmix.runtime.locks import try_lock
 from gradmix.training.loop import trainer
 from gradmix.training.runs import running
 from gradmix.training.runs.experiments import Run, from_yaml
@@ -168,7 +169,8 @@ def test_a_damaged_checkpoint_fails_its_run_only(trained: list[Any], runs: tuple
 def test_what_another_command_is_at_is_left_to_it(trained: list[Any], runs: tuple[Run, ...], tmp_path: Path) -> None:
     mine, theirs = runs[1:], runs[0]
     record = Record()
-    with running._lock(tmp_path / ".locks" / f"{running._flat(theirs)}.lock") as held:
+    (tmp_path / ".locks").mkdir()
+    with try_lock(tmp_path / ".locks" / f"{running._flat(theirs)}.lock") as held:
         assert held
         worker = threading.Thread(target=run_all, args=(runs, tmp_path), kwargs={"watcher": record})
         worker.start()
@@ -184,13 +186,13 @@ def test_what_another_command_is_at_is_left_to_it(trained: list[Any], runs: tupl
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom gradmix.training.runs import running\n"
-        f"with running._lock(Path({str(path)!r})) as held:\n"
+        "import os, signal\nfrom pathlib import Path\nfrom gradmix.runtime.locks import try_lock\n"
+        f"with try_lock(Path({str(path)!r})) as held:\n"
         "    assert held\n    print(os.getpid(), flush=True)\n    os._exit(0)\n"
     )
     (pid,) = run_code(code, tmp_path)
     assert path.read_text() == f"{pid}\n", "it was left behind"
-    with running._lock(path) as held:
+    with try_lock(path) as held:
         assert held
     assert not path.exists()
 

@@ -164,9 +164,9 @@ def test_newsgroups_in_their_layouts(tmp_path: Path, layout: str) -> None:
     assert texts.class_names == NEWSGROUPS
     assert texts.train_y.tolist() == [label for label in range(20) for _ in range(2)]
     assert texts.test_y.tolist() == list(range(20)) and texts.train_y.dtype == torch.int64
-    assert [text.strip() for text in texts.train] == [f"Answer about number {100 + i % 2}, café." for i in range(40)]
+    assert [text.strip() for text in texts.train_x] == [f"Answer about number {100 + i % 2}, café." for i in range(40)]
     whole = newsgroups20(tmp_path, strip=False)
-    assert whole.test == [POST.format(group=group, number=100) for group in NEWSGROUPS]
+    assert whole.test_x == [POST.format(group=group, number=100) for group in NEWSGROUPS]
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
 
 
@@ -239,8 +239,8 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     )
     texts = text_folder(tmp_path)
     assert texts.class_names == ("a c", "b")
-    assert texts.train == ["other", "", "erste Zeile\nübrig", "second"] and texts.train_y.tolist() == [0, 0, 1, 1]
-    assert texts.test == ["last"] and texts.test_y.tolist() == [1]
+    assert texts.train_x == ["other", "", "erste Zeile\nübrig", "second"] and texts.train_y.tolist() == [0, 0, 1, 1]
+    assert texts.test_x == ["last"] and texts.test_y.tolist() == [1]
 
 
 FOLDERS = {
@@ -274,7 +274,7 @@ def test_folders_that_are_refused(tmp_path: Path, case: str) -> None:
 
 def test_another_encoding_on_request(tmp_path: Path) -> None:
     as_folders(tmp_path, {"train/a/1.txt": b"caf\xe9", "test/a/1.txt": b"x"})
-    assert text_folder(tmp_path, encoding="latin-1").train == ["café"]
+    assert text_folder(tmp_path, encoding="latin-1").train_x == ["café"]
 
 
 # -------------------------------------------------------------------------------------------------------- descriptions
@@ -299,7 +299,7 @@ def test_newsgroups_with_other_line_ends_and_encodings(tmp_path: Path, case: str
     as_folders(tmp_path / "usual", posts())
     for strip in (True, False):
         found, expected = (newsgroups20(tmp_path / which, strip=strip) for which in ("other", "usual"))
-        assert found.train == expected.train and found.test == expected.test
+        assert found.train_x == expected.train_x and found.test_x == expected.test_x
 
 
 def test_a_mark_that_lies_names_the_post(tmp_path: Path) -> None:
@@ -334,9 +334,9 @@ def test_texts_that_are_in_another_encoding_are_refused_and_read_by_what_is_advi
         as_folders(root, {f"{part}/a/1.txt": "eine Übung\r\n".encode(encoding) for part in ("train", "test")})
         with pytest.raises(DataError, match=r"1.txt: (not utf-8 text|holds NUL).*give the encoding of all files"):
             text_folder(root)
-        assert text_folder(root, encoding=encoding).train == ["eine Übung\r\n"]
+        assert text_folder(root, encoding=encoding).train_x == ["eine Übung\r\n"]
     as_folders(tmp_path / "mark", {f"{part}/a/1.TXT": b"\xef\xbb\xbfword" for part in ("train", "test")})
-    assert text_folder(tmp_path / "mark").train == ["word"]
+    assert text_folder(tmp_path / "mark").train_x == ["word"]
     with pytest.raises(ValueError, match="encoding: got 'latin-99', expected one that Python knows"):
         text_folder(tmp_path / "mark", encoding="latin-99")
 
@@ -344,14 +344,14 @@ def test_texts_that_are_in_another_encoding_are_refused_and_read_by_what_is_advi
 def test_descriptions_are_passages_of_twelve_classes() -> None:
     texts = descriptions()
     assert texts.class_names == DESCRIPTIONS and len(DESCRIPTIONS) == 12
-    for part, labels, least in ((texts.train, texts.train_y, 6), (texts.test, texts.test_y, 2)):
+    for part, labels, least in ((texts.train_x, texts.train_y, 6), (texts.test_x, texts.test_y, 2)):
         assert len(part) == len(labels)
         assert all(len(list(words(text))) == 16 for text in part)
         assert np.bincount(labels, minlength=12).min() >= least
-    assert not set(texts.train) & set(texts.test)
-    assert 150 <= len(texts.train) <= 300 and len(texts.train) / len(texts.test) == pytest.approx(3, rel=0.2)
+    assert not set(texts.train_x) & set(texts.test_x)
+    assert 150 <= len(texts.train_x) <= 300 and len(texts.train_x) / len(texts.test_x) == pytest.approx(3, rel=0.2)
     again = descriptions()
-    assert again.train == texts.train and torch.equal(again.test_y, texts.test_y)
+    assert again.train_x == texts.train_x and torch.equal(again.test_y, texts.test_y)
 
 
 def test_descriptions_can_be_told_apart() -> None:
@@ -363,8 +363,8 @@ def test_descriptions_can_be_told_apart() -> None:
         found = torch.zeros(len(part), 2048).scatter_add_(1, ids, torch.ones(ids.shape))
         return torch.nn.functional.normalize(found)
 
-    means = torch.stack([counts(texts.train)[texts.train_y == label].mean(0) for label in range(12)])
-    predicted = (counts(texts.test) @ torch.nn.functional.normalize(means).T).argmax(1)
+    means = torch.stack([counts(texts.train_x)[texts.train_y == label].mean(0) for label in range(12)])
+    predicted = (counts(texts.test_x) @ torch.nn.functional.normalize(means).T).argmax(1)
     accuracy = (predicted == texts.test_y).double().mean()
     assert accuracy > 0.4
 

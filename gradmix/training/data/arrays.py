@@ -5,36 +5,23 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradmix.training.data.image_arrays import DataError
+from gradmix.training.data.image_arrays import DataError, LabelledData
 from gradmix.training.extras import import_extra
 
 NAMES = ("arrays.npz", "arrays.safetensors")
 """Files that are looked for in a folder."""
 
 
-class Arrays(NamedTuple):
-    """The arrays of a file.
-
-    Attributes:
-        train: Training samples ``(N, ...)``, float32 or uint8, and their labels ``(N,)`` int64.
-        test: Test samples ``(M, ...)``, likewise; none, of the same shape, where they were not asked for.
-        class_names: Name of every label, or None.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    class_names: tuple[str, ...] | None
-
-
-def read_arrays(path: str | Path, test: bool = True) -> Arrays:
+def read_arrays(path: str | Path, *, test: bool = True) -> LabelledData:
     """Read ``x_train``, ``y_train``, ``x_test``, ``y_test`` and, where it is there, ``class_names``.
+
+    Pixels of 8 bits are to be brought to [0, 1], other numbers are float32 and used as they are.
 
     Args:
         path: An ``.npz`` file as ``numpy.savez`` writes it, a ``.safetensors`` file, or a folder with ``arrays.npz`` or
@@ -68,7 +55,8 @@ def read_arrays(path: str | Path, test: bool = True) -> Arrays:
             f"{path}: x_test has samples of shape {tuple(held_out[0].shape[1:])} and {held_out[0].dtype}, expected "
             f"{tuple(train[0].shape[1:])} and {train[0].dtype} as x_train"
         )
-    return Arrays(train, held_out, _class_names(path, held, train[1]))
+    maximum = 255.0 if train[0].dtype == torch.uint8 else None
+    return LabelledData(*train, *held_out, _class_names(path, held, train[1]), maximum)
 
 
 def _npz(path: Path) -> dict[str, npt.NDArray[np.generic]]:

@@ -63,11 +63,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def random_resized_crop_flip(
-    x: Tensor,
-    size: int,
-    *,
-    generator: torch.Generator | None = None,
-    among: Among | None = None,
+    x: Tensor, size: int, *, generator: torch.Generator | None = None, among: Among | None = None
 ) -> Tensor:
     """Cut a random box out of every image, scale it to a square, and mirror it left to right half the time.
 

@@ -10,7 +10,8 @@ import gzip
 import importlib.util
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,32 +48,28 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledData:
     """A data set as read: raw values, and what turns them into a model's input.
 
     Args:
-        train_x: Training images ``(N, C, H, W)``, uint8 or float32, values in ``[0, maximum]``.
+        train_x: Training samples ``(N, ...)``, images ``(N, C, H, W)`` among them, uint8 or float32; or N texts.
         train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
-        test_x: Test images ``(M, C, H, W)``, as ``train_x``.
+        test_x: Test samples ``(M, ...)``, as ``train_x``; none, of the same shape, where they were not asked for.
         test_y: Their labels ``(M,)``.
-        class_names: Name of every label.
-        maximum: The value of full intensity, which becomes 1.
+        class_names: Name of every label; ``None``: the file has no names.
+        maximum: The value of full intensity of pixels, which becomes 1; ``None``: values are used as they are.
         mean: Per-channel mean to subtract after scaling, or ``None``.
         std: Per-channel standard deviation to divide by after that, or ``None``.
     """
 
-    train_x: Tensor
+    train_x: Any
     train_y: Tensor
-    test_x: Tensor
+    test_x: Any
     test_y: Tensor
-    class_names: tuple[str, ...]
-    maximum: float = 255.0
+    class_names: tuple[str, ...] | None
+    maximum: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-
-    def to_float(self, x: Tensor) -> Tensor:
-        """The model's input made of raw values ``x (..., C, H, W)``, by :func:`to_float` with these constants."""
-        return to_float(x, self.maximum, self.mean, self.std)
 
 
 def to_float(
@@ -110,13 +107,11 @@ def to_float(
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
-def load_digits() -> LabelledImages:
+def load_digits() -> LabelledData:
     """Read the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; values 0 to 16.
 
     They come without a test set. Of every class, in the order of the data set, each fifth (the 5th, 10th, ...) is a
-    test
-    sample: 1,442 training and 355 test samples. The samples of one writer stand together there, so writers occur in
-        both.
+    test sample: 1,442 training and 355 test samples. Samples of one writer stand together, so writers occur in both.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -125,7 +120,7 @@ def load_digits() -> LabelledImages:
     x = torch.from_numpy(table[:, :-1].astype(np.float32)).view(-1, 1, 8, 8)
     y = torch.from_numpy(table[:, -1].astype(np.int64))
     test = rank_in_class(y) % 5 == 4
-    return LabelledImages(x[~test], y[~test], x[test], y[test], _DIGIT_NAMES, maximum=16.0)
+    return LabelledData(x[~test], y[~test], x[test], y[test], _DIGIT_NAMES, maximum=16.0)
 
 
 def _digits_table() -> npt.NDArray[np.float64]:
@@ -145,7 +140,7 @@ def _digits_table() -> npt.NDArray[np.float64]:
     return np.column_stack([bunch.data, bunch.target])
 
 
-def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") -> LabelledImages:
+def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") -> LabelledData:
     """Read MNIST, 28x28 pixels, from ``<data_dir>/MNIST/raw``: four IDX files, plain or with ``.gz`` appended.
 
     Args:
@@ -165,14 +160,14 @@ def load_mnist(data_dir: str | Path, *, test: bool = True, name: str = "MNIST") 
     _require(paths, name, name, suffix="[.gz]")
     train = _idx_samples(paths[0], paths[1], len(names))
     held_out = _idx_samples(paths[2], paths[3], len(names)) if test else _none_of(train)
-    return LabelledImages(*train, *held_out, class_names=names, mean=mean, std=std)
+    return LabelledData(*train, *held_out, names, 255.0, mean, std)
 
 
 load_fashion_mnist = partial(load_mnist, name="FashionMNIST")
 """Read Fashion-MNIST, as :func:`load_mnist` does."""
 
 
-def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
+def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledData:
     """Read CIFAR-10, 3x32x32, from ``<data_dir>/cifar-10-batches-py``: five training batches, a test batch, names.
 
     Arguments and errors are those of :func:`load_mnist`.
@@ -183,7 +178,7 @@ def load_cifar10(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     return _load_cifar(train, folder / "test_batch" if test else None, meta, "10", ("labels", "label_names"))
 
 
-def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
+def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledData:
     """Read CIFAR-100, 3x32x32, with its 100 fine labels, from ``<data_dir>/cifar-100-python``.
 
     Arguments and errors are those of :func:`load_mnist`.
@@ -193,7 +188,7 @@ def load_cifar100(data_dir: str | Path, *, test: bool = True) -> LabelledImages:
     return _load_cifar([folder / "train"], folder / "test" if test else None, folder / "meta", "100", keys)
 
 
-DATASETS: dict[str, Callable[..., LabelledImages]] = {
+DATASETS: dict[str, Callable[..., LabelledData]] = {
     "digits": lambda _data_dir, *, test=True: load_digits(),
     "mnist": load_mnist,
     "fashion-mnist": load_fashion_mnist,
@@ -246,9 +241,16 @@ def read_idx(path: str | Path) -> npt.NDArray[Any]:
         DataError: The file is not IDX, not gzip, or its length does not fit its header.
     """
     path = Path(path)
+    with open_packed(path) as file:
+        return _read_idx(path, file)
+
+
+@contextmanager
+def open_packed(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed if its name ends in ``.gz``; where that is damaged, a DataError ends the block."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return _read_idx(path, cast(IO[bytes], file))
+            yield cast(IO[bytes], file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
 
@@ -280,12 +282,7 @@ def _read_idx(path: Path, file: IO[bytes]) -> npt.NDArray[Any]:
 
 
 def up_to(file: IO[bytes], count: int) -> bytearray:
-    """The next ``count`` bytes of a file, or all that are left: memory is taken as bytes come, not as promised.
-
-    Args:
-        file: A binary file, also one that is decompressed on the way.
-        count: As many at most.
-    """
+    """The next ``count`` bytes of a file, or all that are left: memory is taken as bytes come, not as promised."""
     found = bytearray()
     while len(found) < count:
         part = file.read(min(count - len(found), 1 << 20))
@@ -337,9 +334,7 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
-def _load_cifar(
-    train: list[Path], test: Path | None, meta: Path, classes: str, keys: tuple[str, str]
-) -> LabelledImages:
+def _load_cifar(train: list[Path], test: Path | None, meta: Path, classes: str, keys: tuple[str, str]) -> LabelledData:
     _require([*train, *([] if test is None else [test]), meta], f"CIFAR-{classes}", f"CIFAR{classes}")
     label_key, name_key = keys
     names = _class_names(meta, name_key, int(classes))
@@ -347,7 +342,7 @@ def _load_cifar(
     train_x, train_y = (torch.cat(columns) for columns in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
     held_out = _none_of(parts[0]) if test is None else _cifar_samples(test, label_key, len(names))
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if classes == "10" else (CIFAR100_MEAN, CIFAR100_STD)
-    return LabelledImages(train_x, train_y, *held_out, class_names=names, mean=mean, std=std)
+    return LabelledData(train_x, train_y, *held_out, names, 255.0, mean, std)
 
 
 def _cifar_samples(path: Path, label_key: str, classes: int) -> tuple[Tensor, Tensor]:

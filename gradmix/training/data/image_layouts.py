@@ -145,11 +145,7 @@ def _holds_classes(base: Path, place: str, wnids: Sequence[str]) -> bool:
 
 
 def imagenet(
-    root: str | os.PathLike[str],
-    size: int,
-    *,
-    val_labels: str | os.PathLike[str] | None = None,
-    test: bool = True,
+    root: str | os.PathLike[str], size: int, *, val_labels: str | os.PathLike[str] | None = None, test: bool = True
 ) -> tuple[ImageFiles, ImageFiles]:
     """Read ImageNet-1K, or some of its classes: ``train/<wnid>/*.JPEG``, the validation images as test images.
 

@@ -10,11 +10,7 @@ from gradmix.training.extras import import_extra
 
 
 def pillow() -> Any:
-    """Pillow's module of images.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
+    """Pillow's module of images, or a ModuleNotFoundError that names the extra."""
     return import_extra("PIL.Image", "images in files are decoded by Pillow", "images")
 
 

@@ -1,6 +1,4 @@
-"""Labelled samples that are read by their places: tensors at hand, or items of a data set, read when they are
-wanted.
-"""
+"""Labelled samples that are read by their places: tensors at hand, or items of a data set, read when wanted."""
 
 from __future__ import annotations
 
@@ -209,9 +207,7 @@ _NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numb
 
 
 def _not_finite(x: Tensor) -> int | None:
-    """The first sample of ``x (N, ...)`` that holds something else than finite numbers of float32; None: there is
-    none.
-    """
+    """The first sample of ``x (N, ...)`` that holds something else than finite numbers of float32, or None."""
     if not x.is_floating_point() or x.numel() == 0:
         return None
     most = torch.finfo(torch.float32).max

@@ -7,20 +7,17 @@ A file that is missing raises :class:`FileNotFoundError` with the path expected;
 from __future__ import annotations
 
 import codecs
-import gzip
 import warnings
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradmix.training.data.image_arrays import DataError, rank_in_class
+from gradmix.training.data.image_arrays import DataError, LabelledData, open_packed, rank_in_class
 from gradmix.training.extras import import_extra
 
 COVERTYPES = (
@@ -40,27 +37,7 @@ _LONGEST = 20  # characters of a column: an integer of 32 bits has 11
 _NUMERIC = 10  # of its columns; the others say by 0 or 1 which area and soil it is
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table as read, standardised: the training samples' mean is subtracted from a numeric column, and what is left
-    divided by their standard deviation. Columns of zeros and ones stay as they are.
-
-    Args:
-        train_x: Training samples ``(N, F)`` float32.
-        train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
-        test_x: Test samples ``(M, F)`` float32.
-        test_y: Their labels ``(M,)``.
-        class_names: Name of every label.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    class_names: tuple[str, ...]
-
-
-def covertype(root: str | Path) -> Table:
+def covertype(root: str | Path) -> LabelledData:
     """Read Covertype (Blackard and Dean 1999): 581,012 patches of forest by 54 columns, 7 cover types.
 
     The file is ``covtype.data`` or ``covtype.data.gz``, in ``root`` or in ``root/covertype``. Ten columns are numbers,
@@ -95,7 +72,7 @@ def covertype(root: str | Path) -> Table:
     return _standardise(torch.from_numpy(values[:, :-1].astype(np.float32)), y, COVERTYPES, numeric=_NUMERIC)
 
 
-def wine() -> Table:
+def wine() -> LabelledData:
     """Read the 178 wines that come with scikit-learn: 13 measurements, 3 growers.
 
     They come without a test set: of every class, in the order of the data set, each fifth is a test sample: 144
@@ -110,8 +87,10 @@ def wine() -> Table:
     return _standardise(x, y, tuple(map(str, bunch.target_names)), numeric=x.shape[1])
 
 
-def _standardise(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> Table:
-    """Split by class, each fifth sample to the test samples, and standardise the leading columns."""
+def _standardise(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> LabelledData:
+    """Split by class, each fifth sample to the test samples, and standardise the leading columns: the training samples'
+    mean is subtracted, and what is left divided by their standard deviation.
+    """
     test = rank_in_class(y) % 5 == 4
     train_x, test_x = x[~test], x[test]
     for column in range(numeric):  # one at a time: float64 copies of all would be the most memory taken
@@ -119,7 +98,7 @@ def _standardise(x: Tensor, y: Tensor, names: tuple[str, ...], numeric: int) -> 
         mean, std = values.mean().float(), values.std(unbiased=False).float()
         for part in (train_x, test_x):
             part[:, column].sub_(mean).div_(std if std > 0 else 1.0)
-    return Table(train_x, y[~test], test_x, y[test], names)
+    return LabelledData(train_x, y[~test], test_x, y[test], names)
 
 
 def read_integers(path: str | Path, columns: int, most_lines: int | None = None) -> npt.NDArray[np.int32]:
@@ -141,14 +120,11 @@ def read_integers(path: str | Path, columns: int, most_lines: int | None = None)
         DataError: The file is empty, damaged, or holds something else.
     """
     path = Path(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), open_packed(path) as file:
         warnings.simplefilter("error")  # of an empty file, and of fractions that old releases cut off
         try:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                lines = _lines(cast(IO[bytes], file), _LONGEST * columns, most_lines)
-                values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+            lines = _lines(file, _LONGEST * columns, most_lines)
+            values = np.loadtxt(lines, dtype=np.int32, delimiter=",", comments=None, ndmin=2)
         except (ValueError, OverflowError, UserWarning, DeprecationWarning) as error:
             raise DataError(f"{path}: not lines of {columns} integers set apart by commas ({error})") from error
     if values.shape[1] != columns:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradmix.runtime.validation import check_count
 from gradmix.training.data.class_names import look_alikes, printable, same_names
-from gradmix.training.data.image_arrays import DataError, up_to
+from gradmix.training.data.image_arrays import DataError, LabelledData, up_to
 from gradmix.training.extras import import_extra
 
 NEWSGROUPS = (
@@ -42,25 +42,6 @@ DESCRIPTIONS = (
 
 _PASSAGE = 16  # words
 _PASSAGES = 32  # of one description at most
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A data set of texts as read.
-
-    Args:
-        train: N training texts.
-        train_y: Their labels ``(N,)`` int64 in ``[0, len(class_names))``.
-        test: M test texts.
-        test_y: Their labels ``(M,)``.
-        class_names: Name of every label.
-    """
-
-    train: list[str]
-    train_y: Tensor
-    test: list[str]
-    test_y: Tensor
-    class_names: tuple[str, ...]
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -140,7 +121,7 @@ class HashedVocabulary:
 # ------------------------------------------------------------------------------------------------------ 20 Newsgroups
 
 
-def newsgroups20(root: str | Path, *, strip: bool = True, test: bool = True) -> Texts:
+def newsgroups20(root: str | Path, *, strip: bool = True, test: bool = True) -> LabelledData:
     """Read 20 Newsgroups, the version split by date: 11,314 training and 7,532 test posts.
 
     They are read from the folders ``20news-bydate-train/<group>/<post>`` and ``20news-bydate-test/<group>/<post>`` in
@@ -228,7 +209,7 @@ def _posts_of_archive(path: Path, parts: tuple[str, ...]) -> dict[str, _Posts]:
     return posts
 
 
-def _newsgroups(source: Path, posts: dict[str, _Posts], strip: bool) -> Texts:
+def _newsgroups(source: Path, posts: dict[str, _Posts], strip: bool) -> LabelledData:
     columns: list[tuple[list[str], Tensor]] = []
     for part, found in posts.items():
         there = {name for name, _ in found}
@@ -244,7 +225,7 @@ def _newsgroups(source: Path, posts: dict[str, _Posts], strip: bool) -> Texts:
         _need_words(f"{source}: {part}", texts, labels, NEWSGROUPS)
         columns.append((texts, labels))
     (train, train_y), (test, test_y) = (*columns, ([], torch.empty(0, dtype=torch.int64)))[:2]
-    return Texts(train, train_y, test, test_y, NEWSGROUPS)
+    return LabelledData(train, train_y, test, test_y, NEWSGROUPS)
 
 
 _MARKS = {
@@ -304,7 +285,7 @@ def without_quotes(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------- folders of files
 
 
-def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True) -> Texts:
+def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True) -> LabelledData:
     """Read texts of one's own from ``root/train/<class>/*.txt`` and ``root/test/<class>/*.txt``.
 
     Labels follow the classes' names in order, texts the files' names. Names that begin with a dot are passed over. A
@@ -368,7 +349,7 @@ def text_folder(root: str | Path, *, encoding: str = "utf-8", test: bool = True)
         _need_words(str(root / part), texts, labels, shown)
         columns.append((texts, labels))
     (train, train_y), (held_out, held_out_y) = (*columns, ([], torch.empty(0, dtype=torch.int64)))[:2]
-    return Texts(train, train_y, held_out, held_out_y, class_names=shown)
+    return LabelledData(train, train_y, held_out, held_out_y, class_names=shown)
 
 
 def _decode(path: Path, encoding: str) -> str:
@@ -389,7 +370,7 @@ def _decode(path: Path, encoding: str) -> str:
 # -------------------------------------------------------------------------------------------------------- descriptions
 
 
-def descriptions() -> Texts:
+def descriptions() -> LabelledData:
     """Passages of the descriptions that come with scikit-learn's data sets; the class is the data set described.
 
     Twelve descriptions (:data:`DESCRIPTIONS`), cut into passages of 16 words of letters alone, lower-cased; of a
@@ -413,7 +394,7 @@ def descriptions() -> Texts:
         for number, passage in enumerate(_passages(path.read_text(encoding="utf-8"))):
             (test if number % 4 == 3 else train).append((passage, label))
     labels = (torch.tensor([label for _, label in part]) for part in (train, test))
-    return Texts(
+    return LabelledData(
         [text for text, _ in train], next(labels), [text for text, _ in test], next(labels), class_names=DESCRIPTIONS
     )
 

@@ -199,12 +199,10 @@ def _differences(there: str, here: str) -> str:
         "the checkpoint": [line for line in before if line not in now],
         "this run": [line for line in now if line not in before],
     }
-    return (
-        "; ".join(f"{side} has {_quote_lines(lines)}" for side, lines in sides.items() if lines) or "the lines' order"
-    )
+    return "; ".join(f"{side} has {_quote(lines)}" for side, lines in sides.items() if lines) or "the lines' order"
 
 
-def _quote_lines(lines: list[str]) -> str:
+def _quote(lines: list[str]) -> str:
     more = f" and {len(lines) - _LINES_SHOWN} more" if len(lines) > _LINES_SHOWN else ""
     return ", ".join(f"'{line}'" for line in lines[:_LINES_SHOWN]) + more
 

@@ -37,20 +37,12 @@ class LossWatch:
         self._found.fill_(found)
 
     def note(self, loss: Tensor) -> None:
-        """Take note of a step's loss, a detached scalar.
-
-        Raises:
-            DivergedError: where a look is free, as :meth:`look`.
-        """
+        """Take note of a step's loss, a detached scalar; where a look is free, :meth:`look` at once."""
         self._found |= any_rank(~torch.isfinite(loss), self._group)
         if self._at_once:
             self.look()
 
     def look(self) -> None:
-        """Wait for what was noted.
-
-        Raises:
-            DivergedError: a loss was not finite.
-        """
+        """Wait for what was noted, and raise a :class:`DivergedError` if a loss was not finite."""
         if self.has_diverged():
             raise DivergedError("the loss is not finite")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 
 import gradmix
 from gradmix.calibration.summary import record_of
+from gradmix.doctor import processor_name
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,19 +41,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "processor": _processor(),
+        "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **({} if kernels is None else {"kernels": kernels}),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _processor() -> str:
-    """The processor's model, which Linux tells best; elsewhere what Python knows of it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -17,9 +17,7 @@ from gradmix.training.loop.reading import Reading
 from gradmix.training.streams import TaskStream
 
 EVALUATION_SAMPLES = 1024
-"""Samples forwarded at a time when scoring; a quarter of it where they are read from files, which may be large
-images.
-"""
+"""Samples forwarded at a time when scoring; a quarter of it where they are read from files: images may be large."""
 
 
 def evaluate(

@@ -60,9 +60,7 @@ class KeepingSampler(ResidentSampler):
         return x.to(self._device, non_blocking=True), to_device_async(y, self._device)
 
     def _gather(self, read: ReadBatch, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples that this process and the others read of a batch with labels ``y (n,)``, and the labels of
-        those.
-        """
+        """Gather the samples that all processes have read of a batch with labels ``y (n,)``, and their labels."""
         x, kept = read
         if self._group is None:
             return x, y if kept is None else y[kept]

@@ -23,12 +23,7 @@ class Preparation:
     """
 
     def __init__(
-        self,
-        stream: TaskStream,
-        augment: str | None,
-        *,
-        channels_last: bool,
-        dtype: torch.dtype = torch.float32,
+        self, stream: TaskStream, augment: str | None, *, channels_last: bool, dtype: torch.dtype = torch.float32
     ) -> None:
         self._dtype = dtype
         self._mean, self._std, self._shape = stream.mean, stream.std, stream.input_shape

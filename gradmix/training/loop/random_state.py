@@ -14,13 +14,7 @@ MERSENNE_WORDS = 624
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of the global generators: torch's on the CPU and on ``device``, NumPy's and Python's.
-
-    Args:
-        device: where a run computes; of a CPU there is nothing to add.
-
-    Returns:
-        Tensors, numbers, strings and tuples only, to be given to :func:`restore_rng`; a copy.
+    """Copy the states of the global generators: torch's on the CPU and on the GPU ``device``, NumPy's and Python's.
 
     Raises:
         ValueError: NumPy's global generator is not its Mersenne Twister, which alone has a state of known form.
@@ -42,11 +36,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set the global generators back to what :func:`rng_state` returned.
-
-    Args:
-        state: as :func:`rng_state` returned it, its tensors on any device.
-        device: as given to it.
+    """Set the global generators back to what :func:`rng_state` returned for ``device``.
 
     Raises:
         ValueError: the state was taken with a GPU and ``device`` is none, or the other way round; or it is damaged.

@@ -171,9 +171,7 @@ class ReadingSampler(StepSampler):
         return StepSamples(step_x, step_y, weight, candidates, replayed)
 
     def _as_seen(self, x: Tensor, purpose: str, count: int, places: Tensor) -> Tensor:
-        """Samples at ``places (n,)`` of ``count`` as the model is to see them; what is drawn is drawn for all of
-        these.
-        """
+        """Samples at ``places (n,)`` of ``count`` as the model is to see them; numbers are drawn for all of these."""
         among = None if len(places) == count else (count, places)
         return self._preparation.for_training(x, self.generators[purpose], among)
 

@@ -44,12 +44,7 @@ class Position:
         return {**vars(self), "mixed": int(self.mixed)}
 
     def check(self, state: Mapping[str, Any], *, tasks: int, epochs: int) -> None:
-        """Refuse a state that is no position in a run of so many tasks and epochs; the order is checked elsewhere.
-
-        Raises:
-            KeyError: something is missing.
-            ValueError: something is out of range.
-        """
+        """Refuse a state that is no position in a run of so many tasks and epochs; the order is checked elsewhere."""
         highest = {"task": tasks - 1, "epoch": epochs - 1}
         for name in ("task", "epoch", "batches_done", "steps", "mixed", "seen"):
             require_number(state[name], 0, highest.get(name, _MOST), name)
@@ -96,12 +91,7 @@ class Records:
         }
 
     def check(self, state: Mapping[str, Any], *, num_classes: int) -> None:
-        """Refuse a state that holds no records of a run with so many classes.
-
-        Raises:
-            KeyError: something is missing.
-            ValueError: something has another form.
-        """
+        """Refuse a state that holds no records of a run with so many classes."""
         require_tensor(state["accuracy"], torch.float64, (self.tasks, self.tasks), "accuracy")
         require_like(state["mixed_share"], [0.0] * self.tasks, "mixed_share")
         for record in state["alignments"]:

@@ -107,12 +107,7 @@ def _check_buffer(run: Run) -> None:
 
 
 def load_state_dict(run: Run, state: Mapping[str, Any]) -> None:
-    """Continue a run from a state of :func:`state_dict`.
-
-    Raises:
-        KeyError: it lacks something.
-        Exception: it is no such state; the run is then not to be gone on with.
-    """
+    """Continue a run from a state of :func:`state_dict`; after an error, the run is not to be continued."""
     _check(run, state)
     run.position.load_state_dict(state)
     # Earlier versions did not look.

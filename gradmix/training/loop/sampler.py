@@ -81,7 +81,7 @@ class StepSampler(ABC):
         Args:
             task: the task.
             method: says whether a step holds replayed samples (besides the task's own, or shuffled into one stream with
-                them), whether :meth:`replayed` will be called in every step, and whether every process needs all
+                them), whether :meth:`draw_replayed` will be called in every step, and whether every process needs all
                 samples.
         """
         train = task.train

@@ -1,7 +1,8 @@
 """Checks of the state in a checkpoint, before any of it is restored.
 
 A digest says that a file is as it was written, not by whom. So every part is held against what it is to take the place
-of: the same keys, types, shapes and dtypes, and numbers within their ranges.
+of: the same keys, types, shapes and dtypes, and numbers within their ranges. What is refused is a ValueError that names
+the part; a missing key is a KeyError.
 """
 
 from __future__ import annotations
@@ -21,10 +22,6 @@ def require_like(value: Any, like: Any, key: str) -> None:
         like: The known one: dictionaries of the same keys, lists and tuples of the same lengths, tensors of the same
             shapes and dtypes, and values of the same types, of whatever content.
         key: What to call it in errors.
-
-    Raises:
-        KeyError: A key is missing.
-        ValueError: They differ in form otherwise.
     """
     if type(value) is not type(like) and not (isinstance(value, Tensor) and isinstance(like, Tensor)):
         raise ValueError(f"{key}: got {type(value).__name__}, expected {type(like).__name__}")
@@ -48,11 +45,7 @@ def require_like(value: Any, like: Any, key: str) -> None:
 
 
 def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int | None, ...], key: str) -> Tensor:
-    """Refuse anything but a tensor of that dtype and shape, in which None stands for any length.
-
-    Raises:
-        ValueError: It is something else; or, of any length, shows more entries than it has memory for.
-    """
+    """Refuse anything but a tensor of that dtype and shape; None is any length that the tensor has memory for."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{key}: got {type(value).__name__}, expected a tensor")
     fits = value.ndim == len(shape) and all(want in (None, got) for got, want in zip(value.shape, shape, strict=True))
@@ -64,21 +57,13 @@ def require_tensor(value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]
 
 
 def require_number(value: Any, low: float, high: float, key: str) -> None:
-    """Refuse anything but an int from ``low`` to ``high``.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Refuse anything but an int from ``low`` to ``high``."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{key}: got {value!r:.80}, expected an integer from {low} to {high}")
 
 
 def require_order(value: Any, samples: int, key: str) -> None:
-    """Refuse anything but an order of so many samples.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Refuse anything but an order of so many samples."""
     order = require_tensor(value, torch.int64, (samples,), key)
     if not torch.equal(order.sort().values, torch.arange(samples)):
         raise ValueError(f"{key}: got another tensor than an order of {samples} samples")

@@ -53,12 +53,9 @@ class AGEM(Finetune):
 def project(parameters: Sequence[Tensor], reference: Sequence[Tensor | None]) -> None:
     """Remove the component along ``reference`` from the parameters' ``.grad``, in place, if it is negative.
 
-    Nothing waits for the device. A missing gradient counts as zero. Where the inner product is not a number the
-    gradient becomes so too, and a scaler skips the step.
-
-    Args:
-        parameters: of any shapes.
-        reference: a gradient of the shape of each, or None.
+    ``reference`` has a gradient of the shape of each parameter, or None. Nothing waits for the device. A missing
+    gradient counts as zero. Where the inner product is not a number the gradient becomes so too, and a scaler skips the
+    step.
     """
     used = [(p, r) for p, r in zip(parameters, reference, strict=True) if r is not None]
     if not used:

@@ -28,13 +28,11 @@ def apply_control(
 ) -> Pairs:
     """The pairs of the control ``mix.control`` in place of those GradMix chose.
 
-    - ``random``: as many samples are mixed, any samples, with any partners; or a fixed share, ``mix.control_rate``. As
-    many
-      as GradMix would mix in this step of a model that the control has trained: a run of GradMix may have another rate.
+    - ``random``: as many samples are mixed as GradMix would mix in this step of a model that the control has trained
+      (a run of GradMix may have another rate), or a fixed share, ``mix.control_rate``: any samples, with any partners.
     - ``random-partner``: the same samples are mixed, with any partners.
     - ``partner-class``: the same samples are mixed, each with any sample of the class its partner had. What is left of
-    the
-      criterion is which classes meet.
+      the criterion is which classes meet.
     - ``replayed-partner``: the same samples are mixed, with any partners of the buffer's classes. What is left of the
       criterion is that it favours replayed samples.
     - ``anti``: a sample is mixed with a detrimental partner, where it has one; the rate is its own.

@@ -17,11 +17,7 @@ MixSpace = Literal["input", "embedding", "feature"]
 
 
 def mix_space(mix: MixConfig) -> MixSpace:
-    """The place that the settings name; where they leave it open, the input.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Check and return the place that the settings name; where they leave it open, the input."""
     space: MixSpace = mix.space or "input"
     check_choice("mix.space", space, get_args(MixSpace))
     return space
@@ -63,11 +59,7 @@ class Mixture:
     y: Tensor
 
     def of_inputs(self, x: Tensor) -> Tensor:
-        """The samples ``x`` (N, ...) mixed as they are: lam x_i + (1 - lam) x_partner.
-
-        Raises:
-            TypeError: samples of integers.
-        """
+        """The samples ``x`` (N, ...), no integers, mixed as they are: lam x_i + (1 - lam) x_partner."""
         require_mixable(x)
         other = (x if self.other_x is None else self.other_x)[self.partner]
         lam = self.lam

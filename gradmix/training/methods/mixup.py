@@ -60,7 +60,7 @@ class Mixing(Method):
             yield weighted_cross_entropy(self.context.model(x[part]), y[part], samples.weight[part])
 
     def originals(self, x: Tensor) -> tuple[Tensor, HeadOutput | None]:
-        """Return the logits of the original samples, and the part of their forward pass that :meth:`mixed` can use."""
+        """Return the logits of the original samples, and the part of their forward pass that :meth:`mix` can use."""
         return self.context.model(x), None
 
     @abstractmethod

@@ -141,8 +141,7 @@ class PolicyAugmented(Wrapping):
 
 
 class AutoAugment(PolicyAugmented):
-    """AutoAugment (Cubuk et al. 2019): each sample by one of 25 sub-policies, each of two operations with
-    probabilities.
+    """AutoAugment (Cubuk et al. 2019): each sample by one of 25 sub-policies of two operations with probabilities.
 
     Colour images have the policy found on CIFAR-10, grey ones that found on SVHN, which knows no colours. Levels 0 to 9
     are tenths of full strength. Departing from the paper there is no Cutout after it.
@@ -235,11 +234,7 @@ def apply_round(image: Tensor, table: dict[str, Strength], drawn: Drawn) -> Tens
 
 
 def require_kornia() -> Any:
-    """The module kornia.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """The module kornia, or a ModuleNotFoundError that names the extra."""
     need = "kornia: not installed; the methods autoaugment, randaugment and trivialaugment need it"
     return import_extra("kornia", need, "policies")
 

@@ -160,11 +160,7 @@ class SelectiveMixup(LinearMixing):
         self._mixup.load_state_dict(state["mixup"])
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that does not fit the model.
-
-        Raises:
-            ValueError: it does not; the message names the part.
-        """
+        """Refuse a state that does not fit the model, by the name of the part."""
         known = self._mixup.state_dict()
         parts = ("age", "stale", "refreshes", "generator")
         require_like({part: state[part] for part in parts}, {part: known[part] for part in parts}, "method")

@@ -113,11 +113,7 @@ def check_model(
 
 
 class Logits(nn.Module):
-    """A model that returns an object with ``logits``, returning these alone.
-
-    Args:
-        model: The model.
-    """
+    """A model that returns an object with ``logits``, returning these alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

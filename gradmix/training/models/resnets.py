@@ -17,10 +17,7 @@ class BasicBlock(nn.Module):
 
     Where the shape changes, the input passes a 1x1 convolution of the same stride and batch normalisation.
 
-    Args:
-        in_channels: Channels that come in.
-        channels: Channels that go out.
-        stride: Stride of the first convolution.
+    The stride is the first convolution's.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -80,10 +77,6 @@ class ResNet18(_SmallImageResNet):
     """ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling, stages of 64, 128, 256, 512 channels.
 
     Three channels and 10 classes make 11,173,962 parameters.
-
-    Args:
-        in_channels: Channels of the images.
-        num_classes: Width of the output.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:

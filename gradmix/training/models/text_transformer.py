@@ -70,11 +70,6 @@ class TextEmbedding(nn.Module):
     """A vector for each token, the sum of the id's and the position's, and its presence: 1, or 0 for padding (id 0).
 
     The vector of padding is 0.
-
-    Args:
-        vocabulary: Number of ids.
-        length: Number of positions.
-        width: Width of the vectors.
     """
 
     def __init__(self, vocabulary: int, length: int, width: int) -> None:
@@ -101,9 +96,7 @@ class TextEmbedding(nn.Module):
 class PresenceBlock(nn.Module):
     """A :class:`Block` on positions with a presence, which passes unchanged; vectors without a token stay 0.
 
-    Args:
-        width: Width of a position, presence not counted.
-        heads: Heads of the attention.
+    ``width`` is that of a position, presence not counted.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -124,11 +117,7 @@ class PresenceBlock(nn.Module):
 
 
 class PresenceMean(nn.Module):
-    """The mean over positions, weighted by their presence, of the normalised vectors; 0 where nothing is present.
-
-    Args:
-        width: Width of a position, presence not counted.
-    """
+    """The mean over positions, weighted by their presence, of the normalised vectors; 0 where nothing is present."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

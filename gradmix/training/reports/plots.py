@@ -206,11 +206,7 @@ def dots(
 ) -> Figure:
     """Draw a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
 
-    Args:
-        labels: Names of the rows, from top to bottom.
-        values: Their values, any number each.
-        name: What the values are.
-        marks: For each row a figure from elsewhere, drawn as a star, or None.
+    ``name`` says what the values are. ``marks`` has for each row a figure from elsewhere, drawn as a star, or None.
     """
     figure, axes = _rows(labels, name, "mean")
     for place, row in enumerate(values):
@@ -393,14 +389,7 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
 
 
 def apart(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
-    """Move ascending places by as little as possible, in squares, until neighbours are ``gap`` apart.
-
-    Args:
-        places: ``(n,)`` ascending places.
-        gap: The least distance of two neighbours.
-
-    Returns:
-        ``(n,)`` places.
+    """Move ascending places ``(n,)`` by as little as possible, in squares, until neighbours are ``gap`` apart.
 
     Example:
         >>> apart(np.array([0.0, 1.0, 10.0]), 3.0)

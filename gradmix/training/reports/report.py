@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.training.reports import cells, document, findings, plots
-from gradmix.training.reports.arms import (
-    DIVERGED,
-    KEYS,
-    ArmRow,
-    place_of,
-    summarise,
-    summary_of,
-)
+from gradmix.training.reports.arms import DIVERGED, KEYS, ArmRow, place_of, summarise, summary_of
 from gradmix.training.reports.document import Picture, Svg, Table
 from gradmix.training.reports.rows import Difference
 from gradmix.training.runs import metrics

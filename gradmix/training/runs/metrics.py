@@ -5,7 +5,7 @@ NaN. Row t counts as reached if ``R[t, 0..t]`` are all there and every row befor
 is measured over the n rows reached, that is, as if the stream had had n tasks. A measure without anything to average
 (no row reached, or a single task where old tasks are asked for) is NaN.
 
-All measures take R as a matrix ``(T, T)``, and raise a ValueError if it is not square.
+All measures take R as a matrix ``(T, T)``, raise a ValueError if it is not square, and are in its unit.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ class Interval(NamedTuple):
 def average_accuracy(R: npt.ArrayLike) -> float:
     """Average accuracy, the paper's measure: mean over t of mean_{j<=t} R[t, j].
 
-    Returns:
-        The measure over the rows reached, in the unit of ``R``.
-
     Example:
         >>> average_accuracy([[1.0, 0.0], [0.5, 0.75]])  # (1 + (0.5 + 0.75) / 2) / 2
         0.8125
@@ -57,9 +54,6 @@ def average_accuracy(R: npt.ArrayLike) -> float:
 def final_accuracy(R: npt.ArrayLike) -> float:
     """Final accuracy: mean_j R[T-1, j].
 
-    Returns:
-        The measure after the last row reached, over the tasks seen until then.
-
     Example:
         >>> final_accuracy([[1.0, 0.0], [0.5, 0.75]])
         0.625
@@ -72,9 +66,6 @@ def forgetting(R: npt.ArrayLike) -> float:
     """Forgetting: mean over j<T-1 of max_{l<T-1} R[l, j] - R[T-1, j].
 
     The maximum passes over entries that were not measured (NaN above the diagonal).
-
-    Returns:
-        The measure after the last row reached; NaN with fewer than two.
 
     Example:
         >>> forgetting([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.75, 1.0]])  # ((1 - 0.25) + (1 - 0.75)) / 2
@@ -90,9 +81,6 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
     What is won in forgetting may have been paid for here: final accuracy = learning accuracy + (T - 1) / T * backward
     transfer.
 
-    Returns:
-        The measure over the rows reached.
-
     Example:
         >>> learning_accuracy([[1.0, 0.0], [0.5, 0.75]])
         0.875
@@ -103,9 +91,6 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
 
 def backward_transfer(R: npt.ArrayLike) -> float:
     """Backward transfer (BWT): mean over j<T-1 of R[T-1, j] - R[j, j].
-
-    Returns:
-        The measure after the last row reached; NaN with fewer than two.
 
     Example:
         >>> backward_transfer([[1.0, 0.0, 0.0], [0.5, 0.75, 0.0], [0.25, 1.0, 1.0]])  # ((0.25 - 1) + (1 - 0.75)) / 2
@@ -136,13 +121,6 @@ def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
 
 def summary(R: npt.ArrayLike, chance: float) -> dict[str, float]:
     """All measures of :data:`FORMULAS`, by name and in that order.
-
-    Args:
-        R: The matrix.
-        chance: Accuracy of guessing, in the unit of ``R``.
-
-    Returns:
-        A value for every name; NaN where there is none.
 
     Example:
         >>> {name: round(value, 3) for name, value in summary([[1.0, 0.0], [0.5, 0.75]], chance=0.5).items()}
@@ -229,9 +207,6 @@ def paired_difference(
         a: ``(n,)`` values of one method, one for each seed.
         b: ``(n,)`` values of the other, for the same seeds in the same order.
         confidence: Probability of the interval, within (0, 1).
-
-    Returns:
-        ``(mean, std, half_width)`` of the differences.
 
     Raises:
         ValueError: The lengths differ, or as in :func:`mean_interval`.

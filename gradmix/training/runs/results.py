@@ -62,8 +62,7 @@ class Timing:
 
     @property
     def data_share(self) -> float:
-        """Share of the training steps' time spent on their samples, from 0 to 1; waiting for those that are read
-        counts.
+        """Share of the training steps' time spent on their samples, waiting for them included, from 0 to 1.
 
         On a GPU it is the device's time: samples that are read while it computes take none of it.
         """
@@ -185,11 +184,7 @@ def tasks_reached(result: RunResult) -> int:
 
 
 def refuse_occupied(folder: str | Path) -> Path:
-    """Return ``folder`` as a path if results may be written there.
-
-    Raises:
-        ValueError: It is a file, or a folder that is not empty.
-    """
+    """Return ``folder`` as a path; raise a ValueError if it is a file, or a folder that is not empty."""
     folder = Path(folder)
     if folder.is_dir():
         # A process that was killed while it wrote the configuration leaves its draft and its lock, and nothing else.
@@ -243,11 +238,7 @@ def load_run(folder: str | Path) -> RunResult:
 
 @contextmanager
 def name_damage(path: Path) -> Iterator[None]:
-    """Name the file in errors of a block that reads its values, and finds them damaged.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """Raise a ValueError that names the file where a block that reads its values finds them damaged."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -256,11 +247,7 @@ def name_damage(path: Path) -> Iterator[None]:
 
 
 def status_of(folder: str | Path) -> str:
-    """The status of a saved run, of which nothing else is read.
-
-    Raises:
-        OSError, ValueError: ``metrics.json`` is missing or damaged; the message names it.
-    """
+    """The status of a saved run, of which nothing else is read; errors name ``metrics.json``."""
     path = Path(folder) / "metrics.json"
     with name_damage(path):
         return _text(json.loads(path.read_text(encoding="utf-8")), "status")

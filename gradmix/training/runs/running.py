@@ -12,8 +12,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import connection
@@ -107,7 +107,8 @@ def attempt(
     """
     root = Path(root)
     folder, file = root / run.folder, checkpoint_of(run, root)
-    with _lock(root / _LOCKS / f"{_flat(run)}.lock") as mine:
+    make_folder(root / _LOCKS)
+    with try_lock(root / _LOCKS / f"{_flat(run)}.lock") as mine:
         if not mine:
             return None
         if state_of(run, root) in ENDED:
@@ -315,14 +316,6 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- details
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Take the lock of that name, or say that another process has it."""
-    make_folder(path.parent)
-    with try_lock(path) as mine:
-        yield mine
-
-
 @lru_cache(maxsize=4)
 def _stream(data: DataConfig) -> TaskStream:
     """A benchmark's samples, kept for the next run; a few, as class orders may vary."""
@@ -330,11 +323,7 @@ def _stream(data: DataConfig) -> TaskStream:
 
 
 def check_data(runs: Sequence[Run]) -> None:
-    """Read what the runs will read, so that missing data are found before anything is trained.
-
-    Raises:
-        FileNotFoundError, ValueError: The data are missing or damaged.
-    """
+    """Read what the runs will read, so that missing or damaged data are found before anything is trained."""
     for data in dict.fromkeys(run.config.data for run in runs):
         _stream(data)
 

@@ -58,11 +58,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8 in the place of what ``path`` holds.
-
-    Raises:
-        OSError: The system's, with ``path`` as its file.
-    """
+    """Write text as UTF-8 in the place of what ``path`` holds, by :func:`replace_file`."""
     with replace_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
@@ -76,11 +72,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has what a file or folder holds reach the disk before this returns; folders as far as the file system can.
-
-    Raises:
-        OSError: A file's content could not be written.
-    """
+    """Flush what a file or folder holds to the disk, or raise an OSError; folders as far as the file system can."""
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradmix.runtime.validation import did_you_mean
@@ -23,17 +22,15 @@ from gradmix.training.data.image_arrays import (
     IMAGENET_STD,
     TINY_IMAGENET_MEAN,
     TINY_IMAGENET_STD,
+    LabelledData,
     to_float,
 )
 from gradmix.training.data.image_layouts import image_folder, imagenet, tiny_imagenet
 from gradmix.training.data.samples import TensorSamples
-from gradmix.training.data.tabular import Table, covertype, wine
-from gradmix.training.data.texts import HashedVocabulary, Texts, descriptions, newsgroups20, text_folder
+from gradmix.training.data.tabular import covertype, wine
+from gradmix.training.data.texts import HashedVocabulary, descriptions, newsgroups20, text_folder
 from gradmix.training.streams import Task, TaskStream, class_incremental, first_tasks
 from gradmix.training.streams.protocols import Protocol
-
-ToFloat: TypeAlias = "Callable[[Tensor, tuple[float, ...] | None, tuple[float, ...] | None], Tensor]"
-"""Makes the model's input of raw values, given mean and standard deviation by channel or None."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,7 @@ class Source:
         train: Training samples, in any form that :func:`~gradmix.training.streams.class_incremental` takes.
         test: Test samples, likewise.
         class_names: Name of every label; ``None``: the training samples say.
-        to_float: What makes the model's input of raw values ``(..., C, H, W)``; ``None``: they are used as they are.
-        mean: By channel, of pixels in [0, 1], or ``None``.
-        std: By channel, likewise.
+        maximum, mean, std: As in :class:`~gradmix.training.data.image_arrays.LabelledData`.
         input_shape: Shape of one sample as the model sees it; ``None``: as it is read.
         vocabulary: Number of different tokens; ``None``: no text.
     """
@@ -54,7 +49,7 @@ class Source:
     train: Any
     test: Any
     class_names: tuple[str, ...] | None = None
-    to_float: ToFloat | None = None
+    maximum: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     input_shape: tuple[int, ...] | None = None
@@ -75,17 +70,15 @@ class Benchmark:
     protocol: Protocol
 
 
-def _images(dataset: str, data_dir: Path, _size: int | None, test: bool) -> Source:
-    """Images that are small enough to be kept in memory."""
-    data = DATASETS[dataset](data_dir, test=test)
-    return Source(
-        (data.train_x, data.train_y),
-        (data.test_x, data.test_y),
-        data.class_names,
-        _to_float_of(data.maximum),
-        data.mean,
-        data.std,
-    )
+def _in_memory(read: Callable[..., LabelledData], data_dir: Path, _size: int | None, test: bool) -> Source:
+    """Samples that are small enough to be kept in memory."""
+    data = read(data_dir, test=test)
+    train, test_samples = (data.train_x, data.train_y), (data.test_x, data.test_y)
+    return Source(train, test_samples, data.class_names, data.maximum, data.mean, data.std)
+
+
+def _images(dataset: str) -> Callable[[Path, int | None, bool], Source]:
+    return partial(_in_memory, lambda data_dir, test: DATASETS[dataset](data_dir, test=test))
 
 
 @dataclass(frozen=True)
@@ -113,33 +106,15 @@ class _Files:
         return Source(train, held_out, train.class_names, mean=self.mean, std=self.std, input_shape=(3, size, size))
 
 
-def _texts(read: Callable[..., Texts], length: int, data_dir: Path, _size: int | None, test: bool) -> Source:
+def _texts(read: Callable[..., LabelledData], length: int, data_dir: Path, _size: int | None, test: bool) -> Source:
     """Texts as numbers of words, padded to ``length``."""
     data, vocabulary = read(data_dir, test=test), HashedVocabulary()
     return Source(
-        (vocabulary.encode(data.train, length), data.train_y),
-        (vocabulary.encode(data.test, length), data.test_y),
+        (vocabulary.encode(data.train_x, length), data.train_y),
+        (vocabulary.encode(data.test_x, length), data.test_y),
         data.class_names,
         vocabulary=vocabulary.size,
     )
-
-
-def _table(read: Callable[[Path], Table], data_dir: Path, _size: int | None, _test: bool) -> Source:
-    """Standardised samples of numbers; test samples are of the same file."""
-    data = read(data_dir)
-    return Source((data.train_x, data.train_y), (data.test_x, data.test_y), data.class_names)
-
-
-def _arrays(data_dir: Path, _size: int | None, test: bool) -> Source:
-    """Samples of one file; pixels of 8 bits are brought to [0, 1], other numbers are used as they are."""
-    data = read_arrays(data_dir, test)
-    pixels = data.train[0].dtype == torch.uint8
-    return Source(data.train, data.test, data.class_names, _to_float_of(255.0) if pixels else None)
-
-
-def _to_float_of(maximum: float) -> ToFloat:
-    """Return the function that makes the model's input of raw values up to ``maximum``."""
-    return lambda x, mean, std: to_float(x, maximum, mean, std)
 
 
 _FOLDER_PROTOCOL = Protocol(
@@ -171,13 +146,11 @@ _MNIST_PROTOCOL = Protocol(
 )
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "split-digits": Benchmark(partial(_images, "digits"), _DIGITS_PROTOCOL),
-    "split-mnist": Benchmark(partial(_images, "mnist"), _MNIST_PROTOCOL),
-    "split-fashion-mnist": Benchmark(partial(_images, "fashion-mnist"), _MNIST_PROTOCOL),
-    "split-cifar10": Benchmark(
-        partial(_images, "cifar10"), replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256)
-    ),
-    "split-cifar100": Benchmark(partial(_images, "cifar100"), _CIFAR100_PROTOCOL),
+    "split-digits": Benchmark(_images("digits"), _DIGITS_PROTOCOL),
+    "split-mnist": Benchmark(_images("mnist"), _MNIST_PROTOCOL),
+    "split-fashion-mnist": Benchmark(_images("fashion-mnist"), _MNIST_PROTOCOL),
+    "split-cifar10": Benchmark(_images("cifar10"), replace(_CIFAR_PROTOCOL, lr=0.01, batch=256, replay_batch=256)),
+    "split-cifar100": Benchmark(_images("cifar100"), _CIFAR100_PROTOCOL),
     "split-tiny-imagenet": Benchmark(
         _Files(tiny_imagenet, 64, TINY_IMAGENET_MEAN, TINY_IMAGENET_STD, spare=False), _TINY_IMAGENET_PROTOCOL
     ),
@@ -194,13 +167,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         partial(_texts, lambda _data_dir, test: descriptions(), 16),
         replace(_TEXT_PROTOCOL, tasks=6, classes_per_task=2, epochs=20, batch=16, replay_batch=16, buffer_size=4),
     ),
-    "arrays": Benchmark(_arrays, replace(_MNIST_PROTOCOL, tasks=None, classes_per_task=None)),
+    "arrays": Benchmark(partial(_in_memory, read_arrays), replace(_MNIST_PROTOCOL, tasks=None, classes_per_task=None)),
     "split-covertype": Benchmark(
-        partial(_table, covertype),
+        partial(_in_memory, lambda data_dir, test: covertype(data_dir)),
         replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
     ),
     "split-wine": Benchmark(
-        partial(_table, lambda _data_dir: wine()), replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1)
+        partial(_in_memory, lambda _data_dir, test: wine()), replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1)
     ),
 }
 """All benchmarks by name."""
@@ -271,8 +244,8 @@ def stream_of(data: DataConfig) -> TaskStream:
         absent = [printable(each) for label, each in enumerate(source.class_names) if label not in stream.class_order]
         raise ValueError(f"{name}: no samples of class {', '.join(absent)}")
     stream = first_tasks(stream, data.tasks)
-    to_float = source.to_float
-    return stream if to_float is None else _as_floats(stream, lambda x: to_float(x, mean, std))
+    maximum = source.maximum
+    return stream if maximum is None else _as_floats(stream, lambda x: to_float(x, maximum, mean, std))
 
 
 def make_stream(name: str, data_dir: str | Path = "data", **settings: Any) -> TaskStream:

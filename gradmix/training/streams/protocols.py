@@ -14,22 +14,12 @@ class Protocol:
         tasks: Number of tasks; ``None``: as :func:`~gradmix.training.streams.class_groups` cuts the classes found.
         classes_per_task: New classes in each; ``None``: likewise.
         model: Name of the model, as :func:`gradmix.training.models.build_model` takes it.
-        lr: Learning rate of SGD.
-        momentum: Momentum of SGD.
-        weight_decay: L2 penalty of SGD.
-        lr_milestones: Shares of a task's epochs after which the learning rate is divided by ten.
-        epochs: Epochs per task.
-        batch: Samples of the current task in a step.
-        replay_batch: Replayed samples in a step.
-        buffer_policy: Policy of the replay buffer.
-        buffer_size: Samples per class for policy ``class``, in total otherwise.
-        augment: ``none``; ``crop-flip``: a random crop after padding by an eighth of the width, and a random horizontal
-            flip; ``resized-crop-flip``: a random part of the image, scaled to the model's size, and a flip.
+        lr, momentum, weight_decay, lr_milestones, epochs, batch, augment: As in
+            :class:`~gradmix.training.config.OptimConfig`; ``crop-flip`` pads by an eighth of the width.
+        replay_batch, buffer_policy, buffer_size: ``batch``, ``policy`` and ``size`` of
+            :class:`~gradmix.training.config.ReplayConfig`.
         normalise: Whether pixels are normalised by the data set's mean and standard deviation, or stay in [0, 1].
-        space: Where samples are mixed: ``None`` for the input, ``embedding`` or ``feature`` where inputs cannot be
-            mixed.
-        reference: What the reference gradient is taken over: ``None`` for the whole buffer, ``replayed`` for those of
-            its samples that a step replays.
+        space, reference: As in :class:`~gradmix.training.config.MixConfig`.
     """
 
     tasks: int | None
