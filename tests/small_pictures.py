@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from gradmix.training.reports import plots
 
-PICTURES = ("curve", "heatmap", "alignment", "compare", "dots", "forest", "after_tasks", "varied")
+PICTURES = ("curve", "heatmap", "alignment", "compare", "dots", "forest", "after_tasks", "sweep")
 
 
 def draw_small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

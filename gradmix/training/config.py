@@ -284,11 +284,7 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def from_yaml(text: str, *, saved: bool = False) -> TrainConfig:
-    """Read a configuration from YAML; what is missing takes its default.
-
-    Args:
-        text: the YAML.
-        saved: as :func:`from_dict` has it.
+    """Read a configuration from YAML; what is missing takes its default, and ``saved`` is that of :func:`from_dict`.
 
     Raises:
         ValueError: The text is no YAML mapping, or :func:`from_dict` refuses it.
@@ -316,11 +312,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_config(path: str | Path, *, saved: bool = False) -> TrainConfig:
-    """Read a configuration file.
-
-    Args:
-        path: the file.
-        saved: as :func:`from_dict` has it.
+    """Read a configuration file; ``saved`` is that of :func:`from_dict`.
 
     Raises:
         FileNotFoundError: There is no such file.

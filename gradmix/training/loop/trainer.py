@@ -38,11 +38,7 @@ __getattr__ = moved(__name__, __name__, {"resolved_config": "resolve_config"})
 def resolve_config(config: TrainConfig, method: str, seed: int, stream: TaskStream | None = None) -> TrainConfig:
     """The complete configuration of one run: narrowed to it, and nothing left to the benchmark's or method's default.
 
-    Args:
-        config: the configuration as the user gave it.
-        method: a name that :func:`gradmix.training.methods.find_method` knows.
-        seed: the training seed.
-        stream: the stream it is for, if that is not the benchmark's.
+    The arguments are those of :func:`train_one`.
 
     Raises:
         ValueError: an unknown method, or a setting out of range.

@@ -15,7 +15,7 @@ from gradmix.training.former_keys import current_keys
 from gradmix.training.method_names import current_name
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
-from gradmix.training.runs.metrics import accuracy_on_seen, mean_of_known
+from gradmix.training.runs.metrics import accuracy_on_seen, mean_of_known, without_nan
 from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, name_damage, number
 from gradmix.training.runs.running import state_of
 from gradmix.training.runs.settings import flatten
@@ -251,5 +251,4 @@ def _share(part: float | None, whole: float | None) -> float:
 
 
 def _median(values: Sequence[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return statistics.median(known) if known else math.nan
+    return statistics.median(without_nan(values) or [math.nan])

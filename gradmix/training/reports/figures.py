@@ -74,14 +74,10 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def draw(pictures: Mapping[str, Callable[[], Figure]], folder: str | Path) -> None:
-    """Draw pictures into a folder, each whole or not at all.
+    """Draw pictures, given by the names of their files, into a folder, each whole or not at all.
 
     One that fails, for whatever reason, costs nothing but itself: it is said in a warning, and in :data:`NOT_DRAWN`
     beside the others.
-
-    Args:
-        pictures: Makes the figure, by the name of its file.
-        folder: Where to.
     """
     folder = Path(folder)
     failed = []

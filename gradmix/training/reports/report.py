@@ -51,11 +51,9 @@ def write(values: Mapping[str, Any], folder: str | Path) -> Path:
     nothing but itself: a note stands in its place, and a warning says so.
 
     Args:
-        values: Those of :func:`collect` or :func:`from_results`.
-        folder: Where to; made if it is not there.
-
-    Returns:
-        The folder.
+        values: Those of :func:`~gradmix.training.reports.arms.collect` or
+            :func:`~gradmix.training.reports.arms.from_results`.
+        folder: Where to; made if it is not there, and returned.
 
     Raises:
         OSError: A file could not be written; the error names it.
@@ -230,7 +228,7 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
     """Yield the plots that the figures give rise to."""
     label = METRIC_LABELS["average_accuracy"]
     if rows and len(rows) <= _DOTS_UP_TO:
-        by_row = [_without_nan(run["average_accuracy"] for run in row.by_seed.values()) for row in rows]
+        by_row = [metrics.without_nan(run["average_accuracy"] for run in row.by_seed.values()) for row in rows]
         figure = partial(plots.dots, [row.label for row in rows], by_row, label, _marks(values, rows))
         means = "; ".join(f"{row.label}: {row.metrics['average_accuracy'].mean:.3f}" for row in rows)
         yield Picture("average_accuracy", f"{label.capitalize()} by arm. {means}.", figure)
@@ -253,10 +251,6 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
         )
         means = "; ".join(f"{d.label}: {cells.difference(d.metrics['average_accuracy'])}" for d in differences)
         yield Picture("differences", f"Differences of average accuracy. {means}.", figure)
-
-
-def _without_nan(values: Iterator[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]
 
 
 def _marks(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[float | None]:

@@ -12,20 +12,9 @@ from gradmix.training.runs.whole_files import make_folder, write_text
 
 
 def save_run(result: RunResult, folder: str | Path, *, pictures: bool = True) -> Path:
-    """Write one run's folder with its pictures.
+    """Write one run's folder, by :func:`~gradmix.training.runs.results.write_run`, and its pictures if they are wanted.
 
-    When this returns, or goes on to the pictures, all other files are on the disk.
-
-    Args:
-        result: The run.
-        folder: A new or an empty folder; its parents are made.
-        pictures: Whether :func:`draw_run` is called, which takes about a second.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError, OSError: As :func:`~gradmix.training.runs.results.write_run`.
+    When this returns, or goes on to the pictures, which take about a second, all other files are on the disk.
     """
     folder = write_run(result, folder)
     if pictures:

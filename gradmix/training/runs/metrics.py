@@ -11,7 +11,7 @@ All measures take R as a matrix ``(T, T)``, raise a ValueError if it is not squa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -190,8 +190,13 @@ def mean_of_known(values: Sequence[float]) -> float:
         >>> mean_of_known([0.5, math.nan, 1.0])
         0.75
     """
-    known = [v for v in values if not math.isnan(v)]
+    known = without_nan(values)
     return sum(known) / len(known) if known else math.nan
+
+
+def without_nan(values: Iterable[float]) -> list[float]:
+    """The values that are not NaN."""
+    return [v for v in values if not math.isnan(v)]
 
 
 def paired_difference(

@@ -199,13 +199,7 @@ def write_run(result: RunResult, folder: str | Path) -> Path:
     """Write the files of one run's folder, whole or not at all; when this returns they are on the disk.
 
     They are ``config.yaml`` (``gradmix train --config`` runs it again), ``metrics.json`` and ``accuracy_matrix.csv``.
-
-    Args:
-        result: The run.
-        folder: A new or an empty folder; its parents are made.
-
-    Returns:
-        The folder.
+    The folder, which is returned, is a new or an empty one; its parents are made.
 
     Raises:
         ValueError: The folder is taken.
