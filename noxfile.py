@@ -30,11 +30,12 @@ def full(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Spelling, the links of all pages, and the Python that stands in them."""
-    session.install(*CONSTRAINTS, ".[test]")
+    """Spelling, the links of all pages, the Python that stands in them, and the site, in ``build/site``."""
+    session.install(*CONSTRAINTS, ".[test,docs]")
     session.install("codespell")
     session.run("codespell")
-    session.run("pytest", "tests/project/test_pages.py", "tests/project/test_readme.py", *session.posargs)
+    session.run("pytest", *(f"tests/project/test_{name}.py" for name in ("docs", "pages", "readme")), *session.posargs)
+    session.run("sphinx-build", "-W", "docs", "build/site")
 
 
 @nox.session(name="bench-smoke")

@@ -54,6 +54,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "policies": ("kornia",),
     "images": ("PIL",),
     "bench": ("rich",),
+    "docs": ("sphinx", "myst_parser", "furo"),
     "test": ("pytest", "xdist", "hypothesis", "triton"),
     "dev": ("ruff", "mypy", "build"),
 }
@@ -62,6 +63,7 @@ _DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "PIL": "pillow",
     "markdown_it": "markdown-it-py",
+    "myst_parser": "myst-parser",
     "xdist": "pytest-xdist",
 }
 

@@ -173,10 +173,9 @@ class Pairs:
 
         Returns:
             ``samples``: their number (``rows`` is its former name); ``mixed``: how many have a partner,
-                ``mixed_share``:
-            their share, ``lam``: their weight (1 if there are none); of the evaluated mixtures, or class pairs,
-            ``positive_share``: the share with a non-negative cosine, ``mean_cosine``: the mean; for the estimator
-            ``sketch`` the counts ``screened``, ``rechecked`` and ``uncertain`` of
+            ``mixed_share``: their share, ``lam``: their weight (1 if there are none); of the evaluated mixtures, or
+            class pairs, ``positive_share``: the share with a non-negative cosine, ``mean_cosine``: the mean; for the
+            estimator ``sketch`` the counts ``screened``, ``rechecked`` and ``uncertain`` of
             :class:`gradmix.estimators.Screening`.
         """
         mixed = int(self.helpful.sum())

@@ -31,7 +31,7 @@ class ClassGradients:
         counts: (P,) int64: number of samples summed.
         square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the samples'
             sketches, an unbiased estimate of the sum of the squared gradient norms. The variance within a class is
-            square_norms / counts - |mean|^2.
+            ``square_norms / counts - |mean|^2``.
         layout: the place of each layer among the D entries, and its parameters.
         sketch: kind, seed and rank of the sketch, as plain values.
     """

@@ -16,7 +16,7 @@ def standard_errors(vectors: Tensor, reference: Tensor, layout: Sequence[LayerSk
     """Return the standard errors of the inner products of sketched gradients with a reference.
 
     For a layer with gradients A and B, and L and R of independent normal entries of variance 1/l and 1/r, the variance
-    of <L A R^T, L B R^T> is
+    of <L A R^T, L B R^T> is ::
 
         (|A B^T|^2 + tr((A B^T)^2)) / l + (|A^T B|^2 + tr((A^T B)^2)) / r
         + (|A|^2 |B|^2 + <A, B>^2 + |A B^T|^2 + |A^T B|^2) / (l r)

@@ -64,6 +64,7 @@ def test_metadata():
         "policies",
         "images",
         "bench",
+        "docs",
         "test",
         "dev",
     }

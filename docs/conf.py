@@ -1,0 +1,112 @@
+"""The documentation site: ``sphinx-build -W docs site`` builds it, with ``pip install ".[docs]"``.
+
+Pages are the Markdown files of this folder, which forges show too. Two comments are replaced when a page is read, so
+that nothing is written twice and nothing can go stale:
+
+- ``<!-- insert FILE -->``, ``<!-- insert FILE#SECTION -->``: a file of the checkout, such as CONTRIBUTING.md, or a
+  section of the second level, its links mended;
+- ``<!-- generated FUNCTION ARGUMENTS -->``: what a function of ``generate.py`` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import generate  # noqa: E402
+
+import gradmix  # noqa: E402
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "gradmix"
+author = "The gradmix authors"
+copyright = "the gradmix authors, Apache-2.0"
+version = release = gradmix.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_*"]
+smartquotes_action = "D"  # dashes; quotes stay as they are written
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 76
+
+html_theme = "furo"
+html_title = "gradmix"
+html_static_path = ["_static"]
+html_css_files = ["gradmix.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+INSERTED = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "REPRODUCIBILITY.md": "reproducibility.md",
+    "bench/README.md": "benchmarks.md",
+    "examples/README.md": "examples.md",
+}
+"""Files of the checkout, each with the page of this folder that shows it."""
+
+
+def mend_links(text: str, source: Path, page: Path) -> str:
+    """Make the relative links of ``source`` those of ``page``, and lead them to pages where the site has them."""
+
+    def mend(match: re.Match[str]) -> str:
+        target, anchor = match[2], match[3] or ""
+        if re.match(r"[a-z]+:", target):
+            return match[0]
+        file = (source.parent / target).resolve()
+        inserted = INSERTED.get(file.relative_to(ROOT).as_posix())
+        file = HERE / inserted if inserted else file
+        return f"{match[1]}{os.path.relpath(file, page.parent)}{anchor})"
+
+    parts = re.split(r"(^ *```.*?^ *```)", text, flags=re.M | re.S)  # code stays as it is
+    parts[::2] = [re.sub(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)", mend, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def section(text: str, anchor: str) -> str:
+    """Return a section of the second level, by the anchor of its heading."""
+    for part in re.split(r"^(?=## )", text, flags=re.M)[1:]:
+        if re.sub(r"[^\w ]", "", part.splitlines()[0]).strip().lower().replace(" ", "-") == anchor:
+            return part
+    raise ValueError(f"insert: got the section {anchor!r}, which the file does not have")
+
+
+def fill_in(app: Sphinx, name: str, content: list[str]) -> None:
+    """Replace the comments of a page, before it is parsed."""
+    page = Path(app.env.doc2path(name))
+
+    def insert(match: re.Match[str]) -> str:
+        source = ROOT / match[1]
+        app.env.note_dependency(str(source))
+        text = source.read_text(encoding="utf-8")
+        return mend_links(section(text, match[2]) if match[2] else text, source, page)
+
+    def generated(match: re.Match[str]) -> str:
+        function, *arguments = match[1].split()
+        return str(getattr(generate, function)(*arguments))
+
+    text = mend_links(content[0], page, page)
+    if not (HERE / "integrations.md").exists():
+        text = text.replace("\nintegrations\n", "\n")
+    text = re.sub(r"<!-- insert ([^\s#]+)(?:#(\S+))? -->", insert, text)
+    content[0] = re.sub(r"<!-- generated (.+?) -->", generated, text)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the hook."""
+    app.connect("source-read", fill_in)
