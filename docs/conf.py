@@ -1,7 +1,7 @@
 """The documentation site: ``sphinx-build -W docs site`` builds it, with ``pip install ".[docs]"``.
 
-Pages are the Markdown files of this folder, which forges show too. Two comments are replaced when a page is read, so
-that nothing is written twice and nothing can go stale:
+Pages are the Markdown files of this folder, which forges show too. Two comments, each on a line of its own, are
+replaced when a page is read, so that nothing is written twice and nothing can go stale:
 
 - ``<!-- insert FILE -->``, ``<!-- insert FILE#SECTION -->``: a file of the checkout, such as CONTRIBUTING.md, or a
   section of the second level, its links mended;
@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -43,6 +43,14 @@ autodoc_typehints = "none"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 76
+
+nitpicky = True  # a reference in a docstring that leads nowhere is an error
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|collections)\..*"),  # their pages are elsewhere, and nothing is fetched for a build
+    ("py:class", r"[a-z_]+|Inputs"),  # a parameter that is described as that of another function; a type's alias
+    ("py:.*", r"gradmix\.(labelled_samples\.HeadSamples|estimators\.base\.Screening|gradients\.backward)"),
+    ("py:func", r"(classes_of|tolerance_of)"),  # the package's own
+]
 
 html_theme = "furo"
 html_title = "gradmix"
@@ -103,10 +111,23 @@ def fill_in(app: Sphinx, name: str, content: list[str]) -> None:
     text = mend_links(content[0], page, page)
     if not (HERE / "integrations.md").exists():
         text = text.replace("\nintegrations\n", "\n")
-    text = re.sub(r"<!-- insert ([^\s#]+)(?:#(\S+))? -->", insert, text)
-    content[0] = re.sub(r"<!-- generated (.+?) -->", generated, text)
+    text = re.sub(r"^<!-- insert ([^\s#]+)(?:#(\S+))? -->$", insert, text, flags=re.M)
+    content[0] = re.sub(r"^<!-- generated (.+) -->$", generated, text, flags=re.M)
+
+
+def hide_constructor(app: Sphinx, what: str, *given: Any) -> tuple[str, None] | None:
+    """Leave out the signature of a class that the package alone makes: one with private parameters."""
+    signature = given[-2] or ""
+    return ("", None) if what == "class" and re.search(r"[(, ]_\w", signature) else None
+
+
+def skip_former_names(app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out names of earlier versions, which still work and warn."""
+    return True if str(getattr(member, "__doc__", "")).startswith("Former name of") else None
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the hook."""
+    """Connect the hooks."""
     app.connect("source-read", fill_in)
+    app.connect("autodoc-process-signature", hide_constructor)
+    app.connect("autodoc-skip-member", skip_former_names)

@@ -1,4 +1,4 @@
-"""The generated parts of the reference, as Markdown: the command line from its parser, the keys from their dataclasses.
+"""The generated parts of pages, as Markdown: the command's own help, the configuration's keys, the example scripts.
 
 Each function is named in a comment ``<!-- generated FUNCTION ARGUMENTS -->`` of a page; ``conf.py`` calls it.
 """
@@ -34,6 +34,12 @@ def cli(command: str = "") -> str:
     lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
     assert len(lines) > 3, f"gradmix {command} --help printed {lines}"
     return "\n".join(["```text", *lines, "```"])
+
+
+def examples() -> str:
+    """Return the scripts of ``examples/``, each under its name."""
+    files = sorted(Path(__file__).parents[1].glob("examples/*.py"))
+    return "\n\n".join(f"## {file.name}\n\n```python\n{file.read_text(encoding='utf-8')}```" for file in files)
 
 
 def config(section: str = "") -> str:

@@ -61,7 +61,7 @@ def sample_gradients(
         batch: x and y as the data of :func:`class_gradients`; with ``loss``, y is any argument of it.
 
     Returns:
-        :class:`gradmix.gradients.SampleGradients` of N samples.
+        :class:`gradmix.SampleGradients` of N samples.
 
     Raises:
         ValueError, TypeError: as :func:`class_gradients`.
@@ -131,7 +131,7 @@ def class_gradients(
         backend: of the operators ``class_sketch`` and ``sketch_project``.
 
     Returns:
-        :class:`gradmix.gradients.ClassGradients` of the classes that occur.
+        :class:`gradmix.ClassGradients` of the classes that occur.
 
     Raises:
         ValueError: no samples, labels out of range, y that are no classes, a NaN (the error names the sample), a layer

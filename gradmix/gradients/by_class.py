@@ -319,7 +319,8 @@ class ClassGradientAverage:
         decay: in [0, 1): weight of the past.
 
     Attributes:
-        value: :class:`ClassGradients` with the averages, each counted as one sample; None before the first update.
+        value: :class:`gradmix.ClassGradients` with the averages, each counted as one sample; None before the first
+            update.
 
     Raises:
         TypeError, ValueError: ``decay`` is no number in [0, 1).

@@ -49,6 +49,14 @@ def test_the_workflow_covers_every_python_and_the_lowest_torch() -> None:
     assert {entry["os"] for entry in entries} == {"ubuntu-latest", "macos-latest"}
 
 
+def test_the_page_on_compatibility_has_the_versions_of_the_metadata() -> None:
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    stated = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+    torch, numpy = re.findall(r'"(?:torch|numpy)>=([\d.]+)"', PYPROJECT)
+    assert f"| Python | {', '.join(stated)} |" in page
+    assert f"| torch | {torch}, and the newest |" in page and f"| numpy | {numpy} and later, 2 included |" in page
+
+
 def test_the_citation_names_this_project_and_its_paper() -> None:
     citation = load("CITATION.cff")
     (name,) = re.findall(r'^name = "(\w+)"$', PYPROJECT, re.M)
