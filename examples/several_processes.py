@@ -36,7 +36,7 @@ def train(rank: int, meeting: str) -> None:
     for task in range(5):
         now = ~test & (y // 2 == task)
         new_x, new_y = x[now], y[now]
-        for _ in range(50):
+        for _ in range(30):
             index = torch.randint(len(new_x), (32,), generator=own)
             batch_x, batch_y = new_x[index], new_y[index]
             if len(buffer):
