@@ -50,6 +50,7 @@ FAST = frozenset(
         "test_streams",
         "test_tabular_data",
         # the project
+        "test_docs",
         "test_doctor",
         "test_english",
         "test_fast_set",
