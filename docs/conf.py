@@ -70,19 +70,24 @@ INSERTED = {
 
 
 def mend_links(text: str, source: Path, page: Path) -> str:
-    """Make the relative links of ``source`` those of ``page``, and lead them to pages where the site has them."""
+    """Make the relative links of ``source`` those of ``page``, and lead them to pages where the site has them.
+
+    Of a link to a folder, which no site can show, the text stays.
+    """
 
     def mend(match: re.Match[str]) -> str:
-        target, anchor = match[2], match[3] or ""
+        words, target, anchor = match[1], match[2], match[3] or ""
         if re.match(r"[a-z]+:", target):
             return match[0]
         file = (source.parent / target).resolve()
+        if file.is_dir():
+            return words
         inserted = INSERTED.get(file.relative_to(ROOT).as_posix())
         file = HERE / inserted if inserted else file
-        return f"{match[1]}{os.path.relpath(file, page.parent)}{anchor})"
+        return f"[{words}]({os.path.relpath(file, page.parent)}{anchor})"
 
     parts = re.split(r"(^ *```.*?^ *```)", text, flags=re.M | re.S)  # code stays as it is
-    parts[::2] = [re.sub(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)", mend, part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)", mend, part) for part in parts[::2]]
     return "".join(parts)
 
 

@@ -110,9 +110,9 @@ def test_commands_in_the_pages_have_flags_that_exist() -> None:
 
 def test_links_of_inserted_files_are_mended() -> None:
     conf = module("conf")
-    text = "[a](docs/gpu.md#the-table) [b](bench/README.md) [c](https://x.org/) [d](LICENSE)\n```\n[e](LICENSE)\n```"
+    text = "[a](docs/gpu.md#the-table) [b](bench/README.md) [c](https://x.org/) [d](bench)\n```\n[e](bench)\n```"
     assert conf.mend_links(text, ROOT / "CONTRIBUTING.md", DOCS / "contributing.md") == (
-        "[a](gpu.md#the-table) [b](benchmarks.md) [c](https://x.org/) [d](../LICENSE)\n```\n[e](LICENSE)\n```"
+        "[a](gpu.md#the-table) [b](benchmarks.md) [c](https://x.org/) d\n```\n[e](bench)\n```"
     )
     assert conf.section("# A\n\n## Quick start\n\nb\n\n## C\n", "quick-start") == "## Quick start\n\nb\n\n"
     with pytest.raises(ValueError, match="insert: got the section 'missing'"):

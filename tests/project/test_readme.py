@@ -21,8 +21,8 @@ from gradmix.training.runs import experiments
 ROOT = Path(__file__).parents[2]
 EXCERPTS = {"CONTRIBUTING.md", "docs/style.md"}
 """Pages that show parts of files, before and after a change, which are no programs."""
-GIVEN_NAMES = {"README.md", "docs/own-loop.md", "docs/gradients.md", "docs/own-data.md"}
-"""Pages whose blocks have a test of their own here."""
+GIVEN_NAMES = {"README.md", "docs/own-loop.md", "docs/gradients.md", "docs/own-data.md", "docs/integrations.md"}
+"""Pages whose blocks have a test of their own, here or in ``tests/integrations``."""
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
