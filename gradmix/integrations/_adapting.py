@@ -1,4 +1,4 @@
-"""What the adapters share: imports that may fail, early errors in settings, and outputs of the framework's own pass."""
+"""Parts that adapters share: imports that may fail, early errors in settings, outputs of the framework's own pass."""
 
 from __future__ import annotations
 

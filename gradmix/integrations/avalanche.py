@@ -34,8 +34,8 @@ class GradMixPlugin(SupervisedPlugin):
         strategy = Naive(model=model, optimizer=optimizer, plugins=plugins)
 
     Replayed samples are those whose class is not in the present experience; their mean gradient is the reference. Where
-    classes come back in later experiences that cannot be told, and the plugin needs the storage policy, whose whole
-    buffer, with its transformations of evaluation, then gives the reference. It is read anew in every experience, and
+    classes come back in later experiences that rule fails, and the plugin needs the storage policy, whose whole buffer,
+    with its transformations of evaluation, then gives the reference. It is read anew in every experience, and
     when ``refresh`` steps have passed, by default 20; in online streams, whose experiences are a few samples each, by
     ``refresh`` alone. Until there are samples of earlier experiences, all pairs may be mixed.
 
@@ -114,7 +114,7 @@ class GradMixPlugin(SupervisedPlugin):
         if again:
             raise ValueError(
                 f"storage_policy: got None, but classes of earlier experiences come back ({again[:8]}), so that "
-                "replayed samples cannot be told by their class, expected the policy that stores them, such as "
+                "their class does not mark replayed samples, expected the policy that stores them, such as "
                 "replay.storage_policy"
             )
 
@@ -127,7 +127,7 @@ class GradMixPlugin(SupervisedPlugin):
         """Record the coming pass; without originals mix the mini-batch."""
         mixup = self._of(strategy.model)
         if not self._originals:
-            pairs = mixup.select(strategy.mb_x, strategy.mb_y, replayed=self._replayed(strategy))
+            pairs = mixup.select(strategy.mb_x, strategy.mb_y, replayed=self._marks(strategy))
             strategy.mbatch[0], strategy.mbatch[1] = pairs.mix()
             return
         self._context = capture_outputs(mixup, strategy.model, strategy.mb_x)
@@ -145,7 +145,7 @@ class GradMixPlugin(SupervisedPlugin):
             return
         outputs, self._capture = None if self._capture is None else self._capture.output, None
         pairs = self._of(strategy.model).select(
-            strategy.mb_x, strategy.mb_y, outputs=outputs, replayed=self._replayed(strategy)
+            strategy.mb_x, strategy.mb_y, outputs=outputs, replayed=self._marks(strategy)
         )
         x, y = pairs.mix()
         mixed = strategy._criterion(strategy.model(x), y)
@@ -161,7 +161,7 @@ class GradMixPlugin(SupervisedPlugin):
         assert self._policy is not None
         return _Samples(self._policy.buffer)
 
-    def _replayed(self, strategy: Any) -> Tensor | None:
+    def _marks(self, strategy: Any) -> Tensor | None:
         """Return (N,) bool, which of the mini-batch's samples have a class of an earlier experience."""
         if self._policy is not None:
             return None
@@ -171,7 +171,7 @@ class GradMixPlugin(SupervisedPlugin):
 
 
 class _Samples:
-    """The samples (x, y) of an Avalanche data set, whose entries have a task label, and maybe more, after them."""
+    """The samples (x, y) of an Avalanche data set, whose entries have more after them, such as a task label."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset.eval() if len(dataset) else dataset

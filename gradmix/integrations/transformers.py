@@ -88,7 +88,7 @@ class GradMixMixin:
 
         Args:
             model: the model, possibly wrapped.
-            inputs: the model's arguments (N, ...), ``labels`` (N,) among them, and maybe ``replayed`` (N,) bool.
+            inputs: the model's arguments (N, ...), ``labels`` (N,) among them, possibly ``replayed`` (N,) bool.
             return_outputs: whether to return the model's outputs, too: those of the unmixed samples.
             **kwargs: the trainer's.
 
@@ -120,7 +120,7 @@ class GradMixMixin:
 
     def _of(self, model: nn.Module) -> GradMix:
         if self.mixup is None or self.mixup._model is not unwrap(model):
-            self.mixup = GradMix(model, self._replayed_samples, **self._settings)
+            self.mixup = GradMix(model, self._read_buffer, **self._settings)
         return self.mixup
 
     def _mixed_logits(self, model: nn.Module, x: dict[str, Tensor], pairs: Pairs) -> Tensor:
@@ -129,7 +129,7 @@ class GradMixMixin:
         head = self._settings.get("head")
         return mixed_forward(model, "feature", x, None, pairs.lam, partner=pairs.partner, head=head)
 
-    def _replayed_samples(self) -> Any:
+    def _read_buffer(self) -> Any:
         """Return the present buffer, of dicts with labels in them as batches (x, y)."""
         source: Any = self.replay_dataset
         if source is None:

@@ -35,7 +35,7 @@ def mixup(**settings):
     return GradMixup(network(), BUFFER, **{"generator": generator(), **settings})
 
 
-def expected(mixup_fn, **settings):
+def reference_batch(mixup_fn, **settings):
     """The mixed batch of one selection with the same model, buffer and random numbers."""
     settings = {"generator": generator(), **settings}
     pairs = gradmix.select_pairs(mixup_fn._model, BUFFER, (X, Y), **settings)
@@ -62,7 +62,7 @@ SHAPES = {
 def test_every_call_shape_gives_the_pairs_of_select_pairs(call) -> None:
     mixup_fn = mixup()
     x, y = call(mixup_fn)
-    mixed_x, mixed_y = expected(mixup_fn)
+    mixed_x, mixed_y = reference_batch(mixup_fn)
     assert torch.equal(x, mixed_x) and torch.equal(y, mixed_y)
 
 
@@ -92,7 +92,7 @@ def test_a_dict_of_several_tensors_is_the_models_input() -> None:
 def test_labels_getter() -> None:
     weights = torch.rand(len(Y))
     x, w, y = mixup(labels_getter=lambda sample: sample[2])((X, weights, Y))
-    assert w is weights and torch.equal(x, expected(mixup())[0]) and y.shape == (len(Y), CLASSES)
+    assert w is weights and torch.equal(x, reference_batch(mixup())[0]) and y.shape == (len(Y), CLASSES)
 
 
 @pytest.mark.parametrize("labels", [Y, F.one_hot(Y, CLASSES).float()], ids=["indices", "vectors"])
@@ -122,7 +122,7 @@ class Image(torch.Tensor):
 def test_subclasses_of_tensors_stay() -> None:
     x, y = mixup()(X.as_subclass(Image), Y)
     assert type(x) is Image and type(y) is torch.Tensor
-    assert torch.equal(x.as_subclass(torch.Tensor), expected(mixup())[0])
+    assert torch.equal(x.as_subclass(torch.Tensor), reference_batch(mixup())[0])
 
 
 class Collate:
