@@ -29,6 +29,13 @@ def full(session: nox.Session) -> None:
 
 
 @nox.session
+def integrations(session: nox.Session) -> None:
+    """The adapters in Avalanche, Lightning, transformers, timm and torchvision."""
+    session.install(*CONSTRAINTS, ".[test]", "-r", "tests/integrations/requirements.txt")
+    session.run("pytest", "tests/integrations", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Spelling, the links of all pages, the Python that stands in them, and the site, in ``build/site``."""
     session.install(*CONSTRAINTS, ".[test,docs]")

@@ -120,7 +120,12 @@ def test_no_sources_or_tests_are_installed():
 
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith("gradmix.integrations."):
+            raise
+        pytest.skip(str(error))  # an adapter whose framework is not installed
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
 
