@@ -1,8 +1,9 @@
 """DER++ with GradMix for Mammoth (https://github.com/aimagelab/mammoth).
 
 Copy this file to ``models/derpp_gradmix.py`` of a checkout and run ``python main.py --model derpp_gradmix`` with the
-arguments of ``derpp``. Half of the loss on labels, of current and of replayed samples, is that of their mixtures; kept
-logits are reproduced for unmixed samples. Pairs are selected from the outputs of the step's own forward pass.
+arguments of ``derpp``; Mammoth needs ``--batch_size`` for a name with an underscore. Half of the loss on labels, of
+current and of replayed samples, is that of their mixtures; kept logits are reproduced for unmixed samples. Pairs are
+selected from the outputs of the step's own forward pass.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Experience replay with GradMix for Mammoth (https://github.com/aimagelab/mammoth).
 
 Copy this file to ``models/er_gradmix.py`` of a checkout and run ``python main.py --model er_gradmix`` with the
-arguments of ``er``. A step trains on current and replayed samples and, for the other half of the loss, on their
-mixtures; pairs are selected from the outputs of the step's own forward pass, against the replayed samples' gradient.
+arguments of ``er``; Mammoth needs ``--batch_size`` for a name with an underscore. A step trains on current and
+replayed samples and, for the other half of the loss, on their mixtures; pairs are selected from the outputs of the
+step's own forward pass, against the replayed samples' gradient.
 """
 
 import torch

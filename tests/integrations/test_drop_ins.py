@@ -104,8 +104,8 @@ def test_mammoth(case: str, tmp_path: Path) -> None:
             file.unlink()
     shutil.copy(EXAMPLES / "mammoth" / f"{model}.py", folder / "models")
     arguments = ["--model", model, "--backbone", "mnistmlp", "--dataset", "seq-digits", "--buffer_size", "100"]
-    arguments += ["--minibatch_size", "32", "--lr", "0.1", "--n_epochs", "2", "--num_workers", "0"]
-    arguments += ["--base_path", str(tmp_path), *MAMMOTH[case]]
+    arguments += ["--batch_size", "32", "--minibatch_size", "32", "--lr", "0.1", "--n_epochs", "2"]
+    arguments += ["--num_workers", "0", "--base_path", str(tmp_path), *MAMMOTH[case]]
     printed, (steps, replayed, rejected) = run(folder, "import main; main.main()", *arguments)
     # From the second step on there is a buffer.
     assert replayed == steps - 1 > 80 and rejected > 0

@@ -26,7 +26,7 @@ def images(number, count=16):
     """Pictures of two of four classes, which differ in the brightness of a row."""
     generator = torch.Generator().manual_seed(number)
     y = 2 * number + torch.arange(count) % 2
-    return torch.randn(count, 3, 32, 32, generator=generator) + 3 * F.one_hot(y, 32).float()[:, None, :, None], y
+    return torch.randn(count, 3, 32, 32, generator=generator) + 6 * F.one_hot(y, 32).float()[:, None, :, None], y
 
 
 def model(name="test_vit"):
@@ -77,8 +77,8 @@ def test_a_loop_of_two_tasks_in_timms_shape() -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for number in range(2):
         x, y = images(number)
-        for epoch in range(25):
-            mixup_fn.mixup_enabled = epoch < 22
+        for epoch in range(50):
+            mixup_fn.mixup_enabled = epoch < 45
             batch = (x, y) if not len(buffer) else (torch.cat([x, buffer.x]), torch.cat([y, buffer.y]))
             inputs, targets = mixup_fn(*batch)
             optimizer.zero_grad()
