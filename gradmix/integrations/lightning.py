@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import MutableMapping, MutableSequence
 from typing import Any
 
-from torch import nn
-
 from gradmix.integrations._adapting import check_settings, not_installed
 from gradmix.mixer import GradMix
 from gradmix.model.inputs import concatenate
+from gradmix.model.unchanged import unwrap
 from gradmix.ops.labels import dense_labels
 from gradmix.replay.sources import SampleSource
 
@@ -110,7 +109,7 @@ class GradMixCallback(Callback):
         entries[self._x], entries[self._y] = mixed_x, mixed_y
 
     def _of(self, module: LightningModule) -> GradMix:
-        model: nn.Module = module if self._name is None else module.get_submodule(self._name)
+        model = unwrap(module if self._name is None else module.get_submodule(self._name))
         if self.mixup is None or self.mixup._model is not model:
             if self._name is None and type(module).forward is LightningModule.forward:
                 raise ValueError(

@@ -105,12 +105,13 @@ def test_mammoth(case: str, tmp_path: Path) -> None:
     shutil.copy(EXAMPLES / "mammoth" / f"{model}.py", folder / "models")
     arguments = ["--model", model, "--backbone", "mnistmlp", "--dataset", "seq-digits", "--buffer_size", "100"]
     arguments += ["--batch_size", "32", "--minibatch_size", "32", "--lr", "0.1", "--n_epochs", "2"]
-    arguments += ["--num_workers", "0", "--base_path", str(tmp_path), *MAMMOTH[case]]
+    arguments += ["--num_workers", "0", "--seed", "0", "--base_path", str(tmp_path), *MAMMOTH[case]]
     printed, (steps, replayed, rejected) = run(folder, "import main; main.main()", *arguments)
     # From the second step on there is a buffer.
     assert replayed == steps - 1 > 80 and rejected > 0
     accuracy = re.findall(r"Accuracy for 5 task\(s\):.*?\[Class-IL\]: ([\d.]+)", printed, re.S)
-    assert accuracy and float(accuracy[-1]) > 60, printed[-3000:]
+    # Guessing gives 10, and the last task alone 20; Mammoth's own derpp has 50 here.
+    assert accuracy and float(accuracy[-1]) > 40, printed[-3000:]
 
 
 PYCIL_DIGITS = """

@@ -201,6 +201,13 @@ def test_a_module_of_another_run_is_taken() -> None:
         assert callback.mixup._model is module
 
 
+def test_one_selection_serves_a_compiled_network() -> None:
+    module, callback = WithoutForward(), GradMixCallback(full_buffer(), model="net")
+    module.net = torch.compile(module.net, backend="eager")
+    trainer(callback, max_epochs=1).fit(module, loader(*task(1)))
+    assert callback.mixup.refreshes == 5 and callback.mixup._model is module.net._orig_mod
+
+
 def test_networks_with_batch_statistics_are_served() -> None:
     module = Module()
     module.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, CLASSES))
