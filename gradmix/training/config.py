@@ -211,6 +211,9 @@ class MixConfig:
     costs no pass over the buffer. auto: replayed where samples are read from files, and for gradmix-sample with
     mix.refresh 1 and replay.stream dual; else buffer. Nothing (null) is the default of earlier versions:
     replayed where samples are read from files, else buffer."""
+    remix_labels: bool = False
+    """Label the pairs that gradmix-class and gradmix-sample select as remix does: by the rarer class alone where that
+    has more than half of the weight, and the other one at least three times as many samples."""
     space: Literal["embedding", "feature"] | None = None
     """Where samples are mixed that cannot be mixed themselves: embedding: where the model says; feature: at the input
     of its classifier. None: the inputs are mixed, unless they are texts."""

@@ -328,6 +328,35 @@ def test_remix_at_the_very_ratio_and_without_counts() -> None:
         METHODS["remix"](make_context(counts=torch.zeros(0, dtype=torch.int64))).loss(make_rows(3))
 
 
+@pytest.mark.parametrize("candidates", [0, 50])
+@pytest.mark.parametrize("name", ["gradmix-class", "gradmix-sample"])
+def test_selected_pairs_have_remix_s_labels_on_request(name: str, candidates: int) -> None:
+    buffer, rows = ReplayBuffer(4), make_rows(40, candidates=candidates)
+    kept = make_rows(20, seed=1)
+    buffer.add(kept.x, kept.y)
+    other = (rows.x, rows.y) if rows.candidates is None else rows.candidates
+    changed = 0
+    for seed in range(4):
+        context = make_context(buffer=buffer, mix=MixConfig(remix_labels=True))
+        method = METHODS[name](context)
+        context.generator.manual_seed(seed)
+        y = method.mixture(rows, None).y
+        # The inputs are mixed elsewhere or here; the labels are the same.
+        context.generator.manual_seed(seed)
+        x, same = method.mixed(rows, None)
+        assert torch.equal(y, same)
+        pairs, counts = method._pairs, context.counts.tolist()
+        lam = pairs.lam.view(-1, 1, 1, 1)
+        torch.testing.assert_close(x, lam * rows.x + (1 - lam) * other[0][pairs.partner])
+        for i, weight in enumerate(pairs.lam.tolist()):
+            mine, partner = int(rows.y[i]), int(other[1][pairs.partner[i]])
+            given = remix_weight(weight, counts[mine], counts[partner])
+            changed += given != weight and mine != partner
+            expected = [given * a + (1 - given) * b for a, b in zip(one_hot(mine), one_hot(partner), strict=True)]
+            assert y[i].tolist() == pytest.approx(expected, abs=1e-6)
+    assert changed > 10
+
+
 # ----------------------------------------------------------------------------------------------------- Balanced-MixUp
 
 

@@ -283,7 +283,9 @@ FIELDS = {
         "skip_damaged": True, "tasks": 2,
     },
     "optim": {"compile": True, "accumulate": 2, "growing_head": True, "model": "own.things:Net", "amp": "fp16"},
-    "mix": {"reference": "replayed", "space": "feature", "control_rate": 0.5, "control": "random"},
+    "mix": {
+        "reference": "replayed", "space": "feature", "control_rate": 0.5, "control": "random", "remix_labels": True,
+    },
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from gradmix.training.methods.base import Context, StepSamples
 from gradmix.training.methods.controls import apply_control
 from gradmix.training.methods.mixing_space import Mixture, mix_space, require_mixable
 from gradmix.training.methods.mixup import LinearMixing
+from gradmix.training.methods.remix import remix_labels
 
 
 class SelectiveMixup(LinearMixing):
@@ -107,12 +108,20 @@ class SelectiveMixup(LinearMixing):
     def mixture(self, samples: StepSamples, outputs: HeadOutput | None) -> Mixture:
         pairs = self._select(samples, outputs)
         other_x = None if samples.candidates is None else samples.candidates[0]
-        return Mixture(other_x, pairs.partner, pairs.lam, pairs.mix_labels())
+        return Mixture(other_x, pairs.partner, pairs.lam, self._labels(pairs, samples))
 
     def mix(self, samples: StepSamples, outputs: HeadOutput | None) -> tuple[Tensor, Tensor]:
         # Pairs.mix keeps the inputs' dtype.
         require_mixable(samples.x)
-        return self._select(samples, outputs).mix()
+        pairs = self._select(samples, outputs)
+        x, y = pairs.mix()
+        return x, self._labels(pairs, samples) if self.context.mix.remix_labels else y
+
+    def _labels(self, pairs: Pairs, samples: StepSamples) -> Tensor:
+        if not self.context.mix.remix_labels:
+            return pairs.mix_labels()
+        _, other_y = (None, samples.y) if samples.candidates is None else samples.candidates
+        return remix_labels(self.context, pairs.lam, samples.y, other_y[pairs.partner])
 
     def _select(self, samples: StepSamples, outputs: HeadOutput | None) -> Pairs:
         context = self.context
