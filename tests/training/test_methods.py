@@ -343,7 +343,7 @@ def test_selected_pairs_have_remix_s_labels_on_request(name: str, candidates: in
         y = method.mixture(rows, None).y
         # The inputs are mixed elsewhere or here; the labels are the same.
         context.generator.manual_seed(seed)
-        x, same = method.mixed(rows, None)
+        x, same = method.mix(rows, None)
         assert torch.equal(y, same)
         pairs, counts = method._pairs, context.counts.tolist()
         lam = pairs.lam.view(-1, 1, 1, 1)

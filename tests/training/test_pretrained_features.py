@@ -79,7 +79,7 @@ def test_the_features_are_the_classifier_s_input(tmp_path, backbone, channels: i
     images = write_images(tmp_path, channels)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     data = extract(tmp_path, output)
-    for part, (x, y) in (("train", data.train), ("test", data.test)):
+    for part, (x, y) in (("train", (data.train_x, data.train_y)), ("test", (data.test_x, data.test_y))):
         assert x.dtype == torch.float32 and len(x) == len(images[f"x_{part}"])
         order = np.argsort(images[f"y_{part}"] // 2, kind="stable")  # task by task
         assert y.tolist() == images[f"y_{part}"][order].tolist()
@@ -92,7 +92,7 @@ def test_half_precision_rounds_and_refuses_what_is_beyond(tmp_path, backbone) ->
     write_images(tmp_path)
     whole, half = extract(tmp_path, "whole.npz"), extract(tmp_path, "half.npz", "--half")
     assert np.load(tmp_path / "half.npz")["x_train"].dtype == np.float16
-    assert torch.equal(half.train[0], whole.train[0].half().float())
+    assert torch.equal(half.train_x, whole.train_x.half().float())
     with torch.no_grad():
         backbone.body[1].weight.mul_(1e6)
     with pytest.raises(SystemExit, match="--half: a feature is beyond float16's range"):
@@ -114,12 +114,12 @@ def test_the_file_is_learnt(tmp_path, backbone) -> None:
 
 def test_weights_come_from_a_file(tmp_path, backbone) -> None:
     write_images(tmp_path)
-    before = extract(tmp_path, "features.npz").train[0]
+    before = extract(tmp_path, "features.npz").train_x
     torch.manual_seed(1)
     other = Backbone()
     torch.save(other.state_dict(), tmp_path / "other.pt")
     data = extract(tmp_path, "other.npz", "--weights", str(tmp_path / "other.pt"))
-    assert not torch.allclose(before, data.train[0])
+    assert not torch.allclose(before, data.train_x)
     assert torch.equal(backbone.classifier.weight, other.classifier.weight)
 
 
