@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from gradmix.cli.errors import UsageError
+from gradmix.cli.progress import text_width
 from gradmix.runtime.names import shown
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(args: list[str]) -> int:
     if options.output is not None:
         save_summary(results, options.output)
     renderings = {
-        "text": lambda: tables.to_text(summary),
+        "text": lambda: tables.to_text(summary, text_width(), bold=sys.stdout.isatty()),
         "markdown": lambda: tables.to_markdown(summary),
         "json": lambda: to_json(tables.to_json_dict(summary)),
     }

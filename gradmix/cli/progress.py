@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -108,6 +109,11 @@ class Reporter:
             print(line, flush=True)
         else:
             self.console.print(line, markup=False, emoji=False)
+
+
+def text_width() -> int:
+    """Columns for tables: the terminal's, from 80 to 120."""
+    return min(max(shutil.get_terminal_size().columns, 80), 120)
 
 
 def figures(result: RunResult) -> str:

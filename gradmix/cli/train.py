@@ -18,7 +18,7 @@ from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
-from gradmix.cli.progress import Interruption, Reporter
+from gradmix.cli.progress import Interruption, Reporter, text_width
 from gradmix.runtime.names import shell, shown
 from gradmix.training.method_names import stable_name
 
@@ -279,8 +279,11 @@ def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> N
     ordered = [results[run] for run in _runs(config) if run in results]
     save_summary(ordered, config.output)
     print()
-    print(tables.to_text(tables.summarise(ordered)))
+    print(tables.to_text(tables.summarise(ordered), text_width(), bold=sys.stdout.isatty()))
     print(f"Run folder: {shown(str(config.output))}")
+    pictures = [_run_folder(config.output, *run) / "alignment.png" for run in _runs(config)]
+    for picture in [file for file in pictures if file.is_file()][-1:]:
+        print(f"Which classes' mixtures were kept: {shown(str(picture))}")
 
 
 def _tidy(output: Path) -> None:

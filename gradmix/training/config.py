@@ -153,9 +153,10 @@ class ReplayConfig:
     """Replayed samples in a step, over all processes if there are several."""
     tau: float = 1.0
     """Weight of the replayed samples' loss: loss = CE(current) + tau * CE(replayed)."""
-    stream: Literal["dual", "shuffled"] = "dual"
+    stream: Literal["dual", "shuffled"] | None = None
     """dual: every step holds current and replayed samples, in fixed numbers; shuffled: the current task's samples and
-    the buffer's are shuffled into one stream, of which a step takes the next samples, all of one weight."""
+    the buffer's are shuffled into one stream, of which a step takes the next samples, all of one weight. None: the
+    benchmark's: shuffled for split-digits, otherwise dual."""
     distillation: float | None = None
     """Weight of DER++'s squared error between the logits of replayed samples and those kept with them. None: the
     method's own: 0.5 for der++ and what builds on it, nothing for others."""
@@ -229,7 +230,7 @@ class TrainConfig:
     manifold-mixup, cutmix, remix, balanced-mixup: variants of it; gradmix-class: partners selected by class pair;
     gradmix-sample: partners selected sample by sample. der++, a policy and a way of mixing can be combined, in this
     order: der++-gradmix-class, trivialaugment-mixup, der++-trivialaugment-cutmix."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Training seeds: initial weights, batches, buffer and mixing."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -242,7 +242,11 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_protocols_as_published(name):
-    assert dataclasses.asdict(BENCHMARKS[name].protocol) == PUBLISHED[name] | {"space": None, "reference": None}
+    assert dataclasses.asdict(BENCHMARKS[name].protocol) == PUBLISHED[name] | {
+        "space": None,
+        "reference": None,
+        "stream": "dual",
+    }
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

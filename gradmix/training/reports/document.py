@@ -27,20 +27,23 @@ class Markdown(str):
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its first ``text_columns`` are text, the others figures."""
+    """A table; its first ``text_columns`` are text, the others figures. The cells ``best``, by row and column, are bold."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
+    best: frozenset[tuple[int, int]] = frozenset()
 
     def markdown(self) -> Markdown:
         """Render as GitHub-flavoured Markdown."""
         rule = ["---" if i < self.text_columns else "---:" for i in range(len(self.header))]
         header, *rows = [[names.markdown_cell(cell).strip() for cell in row] for row in (self.header, *self.rows)]
+        for row, column in self.best:
+            rows[row][column] = f"**{rows[row][column]}**"
         return Markdown("\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows)))
 
-    def text(self) -> str:
-        """Render as plain text; a cell may have several lines."""
+    def text(self, *, bold: bool = False) -> str:
+        """Render as plain text; a cell may have several lines. With ``bold`` a terminal shows the best cells so."""
         rows = [[[names.shown(line) for line in cell.split("\n")] for cell in row] for row in (self.header, *self.rows)]
         widths = [max(len(line) for cell in column for line in cell) for column in zip(*rows, strict=True)]
         rule = "  ".join("-" * width for width in widths)
@@ -52,6 +55,9 @@ class Table:
                     part.ljust(width) if column < self.text_columns else part.rjust(width)
                     for column, (part, width) in enumerate(zip(parts, widths, strict=True))
                 ]
+                if bold:
+                    best = [(number - 1, column) in self.best for column in range(len(row))]
+                    aligned = [f"\x1b[1m{part}\x1b[0m" if b else part for part, b in zip(aligned, best, strict=True)]
                 lines.append("  ".join(aligned).rstrip())
             if number == 0:
                 lines.append(rule)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from gradmix.runtime.names import shown
 from gradmix.training.reports import cells, findings
 from gradmix.training.reports.document import Table, render
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
+from gradmix.training.reports.verdict import verdict
 from gradmix.training.runs import metrics
 from gradmix.training.runs.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
 from gradmix.training.runs.settings import settings_of
 
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting")
 """The metrics that have a column."""
+_BETTER = {"average_accuracy": "↑", "final_accuracy": "↑", "forgetting": "↓"}
 
 # All pairs of six rows are fifteen lines; beyond that only the differences to the first row are shown.
 _ALL_PAIRS_UP_TO = 6
@@ -116,20 +119,29 @@ def summarise(results: Sequence[RunResult]) -> Summary:
     return Summary(results[0].benchmark, tuple(rows), tuple(compare(pairs)), tuple(notes))
 
 
-def to_text(summary: Summary, width: int = 80) -> str:
-    """Render the tables as plain text, at most ``width`` columns wide where the labels allow it."""
+def to_text(summary: Summary, width: int = 80, *, bold: bool = False) -> str:
+    """Render the tables as plain text, at most ``width`` columns wide where the labels allow it.
+
+    Args:
+        summary: The figures.
+        width: Columns of the terminal.
+        bold: Whether the terminal is told to show the best figure of each column in bold.
+    """
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
     blocks, with_data = [], False
     if summary.rows:
-        form = "{mean:.3f} ± {std:.3f}\n95 %: ± {half:.3f}"
-        with_data = _fits(_results(summary, form, stacked=True), width)
-        blocks.append(_results(summary, form, with_data, stacked=True).text())
-    blocks.append("\n".join(wrap.fill(shown(line)) for line in _legend(summary, with_data)))
+        # The widest form that fits: with the share of reading data or without, intervals in the line or below it.
+        forms = product((_IN_LINE, _STACKED), (True, False))
+        tables = [(_results(summary, form, data, stacked=True), data) for form, data in forms]
+        table, with_data = next((found for found in tables if _fits(found[0], width)), tables[-1])
+        blocks.append(table.text(bold=bold))
+        blocks += ["\n".join(wrap.fill(shown(line)) for line in verdict(summary.rows))]
     if summary.differences:
         table = _differences(summary, " - ", stacked=True)
         blocks.append((table if _fits(table, width) else _differences(summary, "\n- ", stacked=True)).text())
-        blocks.append(wrap.fill(_DIFFERENCE_LEGEND))
-    return "\n\n".join(blocks) + "\n"
+    legend = [*_legend(summary, with_data), *([_DIFFERENCE_LEGEND] if summary.differences else [])]
+    blocks.append("\n".join(wrap.fill(shown(line)) for line in legend))
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def to_markdown(summary: Summary) -> str:
@@ -137,7 +149,8 @@ def to_markdown(summary: Summary) -> str:
     return render(
         "summary.md.jinja",
         summary=summary,
-        results=_results(summary, "{mean:.3f} ± {std:.3f} (95 %: ± {half:.3f})"),
+        results=_results(summary, _IN_LINE),
+        verdict=verdict(summary.rows),
         legend=_legend(summary, with_data=True),
         differences=_differences(summary, " - "),
         difference_legend=_DIFFERENCE_LEGEND,
@@ -159,6 +172,7 @@ def to_json_dict(summary: Summary) -> dict[str, Any]:
     }
 
 
+_IN_LINE, _STACKED = (f"{{mean:.3f}} ± {{std:.3f}}{end}" for end in (" (95 %: ± {half:.3f})", "\n95 %: ± {half:.3f}"))
 _DIFFERENCE_LEGEND = (
     "Paired differences: mean over the shared seeds ± half of the 95 % t-interval (Student); * if the interval leaves "
     "out 0."
@@ -170,7 +184,7 @@ def _fits(table: Table, width: int) -> bool:
 
 
 def _results(summary: Summary, cell: str, with_data: bool = True, *, stacked: bool = False) -> Table:
-    header = ["method", *(METRIC_LABELS[name] for name in SHOWN), "ms/step", "selection", "data", "seeds"]
+    header = ["method", *_metric_headings(), "ms/step", "selection", "data", "seeds"]
     body = [
         [
             shown(row.label),
@@ -184,11 +198,27 @@ def _results(summary: Summary, cell: str, with_data: bool = True, *, stacked: bo
     ]
     kept = [column for column, name in enumerate(header) if with_data or name != "data"]
     header, *body = [[row[column] for column in kept] for row in (header, *body)]
-    return Table(_stack_words(header) if stacked else header, body)
+    return Table(_stack_words(header) if stacked else header, body, best=_best(summary))
+
+
+def _metric_headings() -> list[str]:
+    return [f"{METRIC_LABELS[name]} {_BETTER[name]}" for name in SHOWN]
+
+
+def _best(summary: Summary) -> frozenset[tuple[int, int]]:
+    """The row and column of each metric's best mean; of a single row there is none."""
+    found = set()
+    for column, name in enumerate(SHOWN, start=1):
+        sign = 1 if _BETTER[name] == "↑" else -1
+        means = {row: sign * r.metrics[name].mean for row, r in enumerate(summary.rows)}
+        known = {row: mean for row, mean in means.items() if not math.isnan(mean)}
+        if len(known) > 1:
+            found.add((max(known, key=known.__getitem__), column))
+    return frozenset(found)
 
 
 def _differences(summary: Summary, minus: str, *, stacked: bool = False) -> Table:
-    header = ["difference", *(METRIC_LABELS[name] for name in SHOWN), "seeds"]
+    header = ["difference", *_metric_headings(), "seeds"]
     body = []
     for difference in summary.differences:
         # The figures stay under one another, with a star or without.
@@ -204,7 +234,7 @@ def _differences(summary: Summary, minus: str, *, stacked: bool = False) -> Tabl
 def _stack_words(header: list[str]) -> list[str]:
     # Headings stand on two lines, so that columns stay as narrow as their figures and the table fits 80 columns.
     broken = {"ms/step": "ms/\nstep", "selection": "selec-\ntion"}
-    return [broken.get(name, name.replace(" ", "\n")) for name in header]
+    return [broken.get(name, re.sub(" (?=[a-z])", "\n", name)) for name in header]
 
 
 def _legend(summary: Summary, with_data: bool) -> list[str]:

@@ -21,13 +21,13 @@ from gradmix.training.extras import import_extra
 
 FORMULAS: dict[str, str] = {
     "average_accuracy": "mean over t of mean_{j<=t} R[t,j]",
-    "final_accuracy": "mean_j R[T-1,j]",
-    "forgetting": "mean over j<T-1 of max_{l<T-1} R[l,j] - R[T-1,j]",
+    "final_accuracy": "mean_j R[T,j]",
+    "forgetting": "mean over j<T of max_{l<T} R[l,j] - R[T,j]",
     "learning_accuracy": "mean_j R[j,j]",
-    "backward_transfer": "mean over j<T-1 of R[T-1,j] - R[j,j]",
-    "forward_transfer": "mean over i>=1 of R[i-1,i] minus the accuracy of chance",
+    "backward_transfer": "mean over j<T of R[T,j] - R[j,j]",
+    "forward_transfer": "mean over i>1 of R[i-1,i] minus the accuracy of chance",
 }
-"""Formula of every measure, by name; R[i,j] = accuracy on task j after training on task i, T = number of tasks."""
+"""Formula of every measure, by name; R[i,j] = accuracy on task j after training on task i, of tasks 1 to T."""
 
 
 class Interval(NamedTuple):
@@ -52,7 +52,7 @@ def average_accuracy(R: npt.ArrayLike) -> float:
 
 
 def final_accuracy(R: npt.ArrayLike) -> float:
-    """Final accuracy: mean_j R[T-1, j].
+    """Final accuracy: mean_j R[T, j], of tasks 1 to T.
 
     Example:
         >>> final_accuracy([[1.0, 0.0], [0.5, 0.75]])
@@ -63,7 +63,7 @@ def final_accuracy(R: npt.ArrayLike) -> float:
 
 
 def forgetting(R: npt.ArrayLike) -> float:
-    """Forgetting: mean over j<T-1 of max_{l<T-1} R[l, j] - R[T-1, j].
+    """Forgetting: mean over j<T of max_{l<T} R[l, j] - R[T, j], of tasks 1 to T.
 
     The maximum passes over entries that were not measured (NaN above the diagonal).
 
@@ -90,7 +90,7 @@ def learning_accuracy(R: npt.ArrayLike) -> float:
 
 
 def backward_transfer(R: npt.ArrayLike) -> float:
-    """Backward transfer (BWT): mean over j<T-1 of R[T-1, j] - R[j, j].
+    """Backward transfer (BWT): mean over j<T of R[T, j] - R[j, j], of tasks 1 to T.
 
     Example:
         >>> backward_transfer([[1.0, 0.0, 0.0], [0.5, 0.75, 0.0], [0.25, 1.0, 1.0]])  # ((0.25 - 1) + (1 - 0.75)) / 2
@@ -101,7 +101,7 @@ def backward_transfer(R: npt.ArrayLike) -> float:
 
 
 def forward_transfer(R: npt.ArrayLike, chance: float) -> float:
-    """Forward transfer (FWT): mean over i>=1 of R[i-1, i] minus the accuracy of chance.
+    """Forward transfer (FWT): mean over i>1 of R[i-1, i] minus the accuracy of chance, of tasks 1 to T.
 
     Args:
         R: The matrix, with the entries just above the diagonal.

@@ -152,7 +152,7 @@ class RunResult:
 METRIC_LABELS: dict[str, str] = {name: name.replace("_", " ") for name in metrics.FORMULAS}
 """Names of the metrics in tables and plots, in the order in which they are reported."""
 
-R_MEANING = "R[i,j] = accuracy on task j after training task i; tasks counted from 0, T of them"
+R_MEANING = "R[i,j] = accuracy on task j after training task i, of tasks 1 to T"
 """What R means in :data:`gradmix.training.runs.metrics.FORMULAS`."""
 
 LOCK = ".lock"

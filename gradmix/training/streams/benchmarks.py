@@ -138,9 +138,12 @@ _TINY_IMAGENET_PROTOCOL = replace(
     _CIFAR_PROTOCOL, tasks=10, classes_per_task=20, weight_decay=2e-4, lr_milestones=(0.5, 0.75), buffer_size=20,
     reference="replayed",
 )  # fmt: skip
-_DIGITS_PROTOCOL = Protocol(
-    tasks=5, classes_per_task=2, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
+_TABLE_PROTOCOL = Protocol(
+    tasks=None, classes_per_task=None, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
 )
+# What is shown first is a stream in which replayed samples are few, as classes' samples mostly are: there selection has
+# an effect that three seeds can show.
+_DIGITS_PROTOCOL = replace(_TABLE_PROTOCOL, tasks=5, classes_per_task=2, stream="shuffled")
 _MNIST_PROTOCOL = Protocol(
     tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
 )
@@ -173,7 +176,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         replace(_MNIST_PROTOCOL, tasks=4, epochs=1, batch=256, replay_batch=256, buffer_size=256),
     ),
     "split-wine": Benchmark(
-        partial(_in_memory, lambda _data_dir, test: wine()), replace(_DIGITS_PROTOCOL, tasks=3, classes_per_task=1)
+        partial(_in_memory, lambda _data_dir, test: wine()), replace(_TABLE_PROTOCOL, tasks=3, classes_per_task=1)
     ),
 }
 """All benchmarks by name."""
@@ -335,7 +338,15 @@ def resolve(config: TrainConfig, stream: TaskStream | None = None) -> TrainConfi
     if other and config.replay.size is None:
         classes = _number_of_classes(config.data, protocol, stream)
         size = max(1, size // classes) if by_class else size * classes
-    replay = _fill(config.replay, policy=protocol.buffer_policy, size=size, batch=protocol.replay_batch)
+    # Which of a step's samples are replayed ones is known in fixed numbers only.
+    fixed = config.data.online or config.mix.candidates == "replayed"
+    replay = _fill(
+        config.replay,
+        policy=protocol.buffer_policy,
+        size=size,
+        batch=protocol.replay_batch,
+        stream="dual" if fixed else protocol.stream,
+    )
     data = _fill(config.data, normalise=protocol.normalise)
     mix = _fill(config.mix, space=protocol.space)
     if mix.reference in (None, "auto"):

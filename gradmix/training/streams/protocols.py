@@ -19,6 +19,7 @@ class Protocol:
         replay_batch, buffer_policy, buffer_size: ``batch``, ``policy`` and ``size`` of
             :class:`~gradmix.training.config.ReplayConfig`.
         normalise: Whether pixels are normalised by the data set's mean and standard deviation, or stay in [0, 1].
+        stream: As in :class:`~gradmix.training.config.ReplayConfig`.
         space, reference: As in :class:`~gradmix.training.config.MixConfig`.
     """
 
@@ -38,6 +39,7 @@ class Protocol:
     normalise: bool = False
     space: Literal["embedding", "feature"] | None = None
     reference: Literal["replayed"] | None = None
+    stream: Literal["dual", "shuffled"] = "dual"
 
     @staticmethod
     def common(dimensions: int, vocabulary: int | None = None) -> Protocol:
