@@ -91,11 +91,11 @@ def buffer_and_batch(reference: str, seed: int, soft: bool = False) -> tuple[Any
     return rows(0 if reference == "empty" else KEPT, seed + 1), batch
 
 
-def selections() -> Iterator[tuple[str, Case]]:
+def selections(every: int = 1) -> Iterator[tuple[str, Case]]:
     """Of select_pairs."""
     grid = itertools.product(ESTIMATORS, CRITERIA, POLICIES, REFERENCES, CANDIDATES, (False, True))
     for seed, (estimator, criterion, policy, reference, candidates, grouped) in enumerate(grid):
-        if grouped and (policy != "uniform" or candidates == "foreign"):
+        if seed % every or (grouped and (policy != "uniform" or candidates == "foreign")):
             continue
         buffer, batch = buffer_and_batch(reference, 3 * seed)
         pairs = gradmix.select_pairs(
@@ -114,9 +114,11 @@ def selections() -> Iterator[tuple[str, Case]]:
         yield "select_pairs: " + ", ".join(words), of_pairs(pairs)
 
 
-def other_settings() -> Iterator[tuple[str, Case]]:
+def other_settings(every: int = 1) -> Iterator[tuple[str, Case]]:
     """Label vectors, a weight and a threshold given, outputs and references made before."""
     for seed, (estimator, criterion, soft) in enumerate(itertools.product(ESTIMATORS, CRITERIA, (False, True)), 700):
+        if seed % every:
+            continue
         model = network()
         buffer, batch = buffer_and_batch("buffer", 3 * seed, soft)
         how: dict[str, Any] = {"estimator": ESTIMATORS[estimator], "criterion": criterion, "lam": 0.35}
@@ -131,11 +133,11 @@ def other_settings() -> Iterator[tuple[str, Case]]:
             yield f"select_pairs: {estimator}, {criterion}, {labels}, threshold {threshold}", of_pairs(pairs)
 
 
-def steps() -> Iterator[tuple[str, Case]]:
+def steps(every: int = 1) -> Iterator[tuple[str, Case]]:
     """Of GradMix over several calls, and the state that it leaves."""
     grid = itertools.product(ESTIMATORS, CRITERIA, POLICIES, (1, 2, "epoch"), ("buffer", "marked"), (False, True))
     for seed, (estimator, criterion, policy, refresh, reference, grouped) in enumerate(grid, 900):
-        if (grouped or refresh == "epoch") and policy != "uniform":
+        if seed % every or ((grouped or refresh == "epoch") and policy != "uniform"):
             continue
         model = network()
         kept: list[tuple[Tensor, Tensor]] = [rows(0, 0)]
@@ -165,11 +167,13 @@ def steps() -> Iterator[tuple[str, Case]]:
                 model.fc.weight += 0.05
 
 
-def matrices() -> Iterator[tuple[str, Case]]:
+def matrices(every: int = 1) -> Iterator[tuple[str, Case]]:
     """Of alignment_matrix."""
     for seed, (estimator, criterion, candidates) in enumerate(
         itertools.product(ESTIMATORS, CRITERIA, CANDIDATES), 1500
     ):
+        if seed % every:
+            continue
         buffer, batch = buffer_and_batch("buffer", 3 * seed)
         alignment = gradmix.alignment_matrix(
             network(),
@@ -184,9 +188,10 @@ def matrices() -> Iterator[tuple[str, Case]]:
         yield f"alignment_matrix: {estimator}, {criterion}, {candidates}", dict(vars(alignment))
 
 
-def cases() -> dict[str, Case]:
-    """All of them by name."""
-    return dict(itertools.chain(selections(), other_settings(), steps(), matrices()))
+def cases(every: int = 1) -> dict[str, Case]:
+    """All of them by name, or each ``every``-th of those that the products of settings give."""
+    parts = (selections, other_settings, steps, matrices)
+    return dict(itertools.chain.from_iterable(part(every) for part in parts))
 
 
 def digest(value: Any) -> Any:

@@ -8,13 +8,17 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import thinning
 import torch
 from golden_selections import RECORD, Case, cases, differences, digests, selections
+
+EVERY = 5
+"""No number of values of a setting has this factor, so that each pair of settings stays in some case."""
 
 
 @pytest.fixture(scope="module")
 def found() -> Iterator[dict[str, Case]]:
-    yield cases()
+    yield cases(1 if thinning.ALL else EVERY)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -30,7 +34,7 @@ def real(value: Any) -> bool:
 
 
 def test_selections_are_those_on_record(found: dict[str, Case], record: dict[str, Case]) -> None:
-    assert found.keys() == record.keys()
+    assert found.keys() <= record.keys() and len(found) >= len(record) // (1 if thinning.ALL else EVERY + 1)
     for name, case in digests(found).items():
         expected = record[name]
         assert case.keys() == expected.keys(), name

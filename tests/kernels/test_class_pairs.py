@@ -2,10 +2,12 @@
 
 import math
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from test_mixed_alignment import in_double, make
+from thinning import part
 from torch import Tensor
 
 from gradmix import kernels
@@ -53,15 +55,16 @@ def arguments_and_truths(
     return arguments, [truth(arguments, torch.tensor(members), classes, lam) for lam in LAMS.tolist()]
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+NUMBERS = [  # huge logits are float32 before anything is done with them
+    (torch.float64, 1.0), (torch.float64, 1e4), (torch.float32, 1.0), (torch.float32, 1e4), (torch.bfloat16, 1.0)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "dtype, scale",  # huge logits are float32 before anything is done with them
-    [(torch.float64, 1.0), (torch.float64, 1e4), (torch.float32, 1.0), (torch.float32, 1e4), (torch.bfloat16, 1.0)],
-    ids=str,
+    "backend, case, numbers, soft", part(product([*BODIES, "reference"], CASES, NUMBERS, (False, True)), 3), ids=str
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", [*BODIES, "reference"])
-def test_values(backend: str, case: str, dtype: torch.dtype, soft: bool, scale: float) -> None:
+def test_values(backend: str, case: str, numbers: tuple[torch.dtype, float], soft: bool) -> None:
+    dtype, scale = numbers
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("the Triton body has no float64")
     if backend == "triton" and kernels.unavailable_reason():

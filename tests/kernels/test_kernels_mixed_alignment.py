@@ -14,6 +14,7 @@ import pytest
 import torch
 from mixed_pairs import grouped_truth, prepared, truth
 from test_mixed_alignment import CASES, largest_inner, make
+from thinning import part
 from torch import Tensor
 from truth import assert_decisions_agree
 
@@ -116,9 +117,9 @@ def by_the_configuration_of_the_sizes(soft: bool, scale: float) -> tuple[list[Te
     return arguments, run(arguments, 0.3, 0.5), part
 
 
-@pytest.mark.parametrize("choice", CONFIGURATIONS, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize(
+    "choice, scale, soft", part(itertools.product(CONFIGURATIONS, (1.0, 300.0), (False, True)), 5), ids=str
+)
 def test_no_result_depends_on_the_configuration(
     choice: tuple[int, int, int, int], soft: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
