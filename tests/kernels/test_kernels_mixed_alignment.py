@@ -11,10 +11,10 @@ import os
 from functools import cache
 
 import pytest
+import thinning
 import torch
 from mixed_pairs import grouped_truth, prepared, truth
 from test_mixed_alignment import CASES, largest_inner, make
-from thinning import part
 from torch import Tensor
 from truth import assert_decisions_agree
 
@@ -118,7 +118,7 @@ def by_the_configuration_of_the_sizes(soft: bool, scale: float) -> tuple[list[Te
 
 
 @pytest.mark.parametrize(
-    "choice, scale, soft", part(itertools.product(CONFIGURATIONS, (1.0, 300.0), (False, True)), 5), ids=str
+    "choice, scale, soft", thinning.part(itertools.product(CONFIGURATIONS, (1.0, 300.0), (False, True)), 5), ids=str
 )
 def test_no_result_depends_on_the_configuration(
     choice: tuple[int, int, int, int], soft: bool, scale: float, monkeypatch: pytest.MonkeyPatch

@@ -42,7 +42,7 @@ def test_below_is_said_as_plainly_as_above() -> None:
 
 
 def test_a_difference_that_holds_by_itself_only_has_its_p() -> None:
-    # Differences of 0.02, 0.03 and 0.04: t = 5.2 with two degrees of freedom, p = 0.035; twice that for two comparisons.
+    # Differences of 0.02, 0.03 and 0.04: t = 5.2 with two degrees of freedom, p = 0.035; two comparisons.
     close = row("mixup", [0.595, 0.600, 0.610])
     far = row("er", [0.58, 0.58, 0.59])
     assert "is 0.030 ± 0.025 above er (Holm's p = 0.070), and" in verdict([far, close, SELECTING])[0]

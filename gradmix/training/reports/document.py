@@ -27,7 +27,7 @@ class Markdown(str):
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its first ``text_columns`` are text, the others figures. The cells ``best``, by row and column, are bold."""
+    """A table; its first ``text_columns`` are text, the others figures; cells ``best``, by row and column, are bold."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
