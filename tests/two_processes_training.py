@@ -24,13 +24,15 @@ ROWS = 28
 BASE = TrainConfig(
     data=DataConfig(tasks=3, samples_per_class=ROWS, workers=0),
     optim=OptimConfig(epochs=2, lr=0.05, batch=15),
-    replay=ReplayConfig(batch=9, size=5),
+    replay=ReplayConfig(batch=9, size=5, stream="dual"),
     threads=1,
 )
 ORIGINALS = replace(BASE, mix=MixConfig(originals=True))
 REPLAYED = replace(BASE, mix=MixConfig(reference="replayed"))
 BALANCED = replace(BASE, mix=MixConfig(candidates="balanced"))
-NOTHING = replace(BASE, optim=replace(BASE.optim, batch=2 * ROWS - 1), replay=ReplayConfig(batch=1, size=5))
+NOTHING = replace(
+    BASE, optim=replace(BASE.optim, batch=2 * ROWS - 1), replay=ReplayConfig(batch=1, size=5, stream="dual")
+)
 
 # Method and settings; shares are uneven throughout: 15 and 9 rows, 28 x 2 a task.
 CASES: dict[str, tuple[str, TrainConfig]] = {

@@ -269,6 +269,9 @@ def from_dict(values: Mapping[str, Any], *, saved: bool = False) -> TrainConfig:
             value given and what is expected.
     """
     values = current_keys(values, warn=not saved)
+    if saved and isinstance(values, Mapping) and isinstance(values.get("replay"), Mapping):
+        # Runs from before the setting was recorded.
+        values = {**values, "replay": {"stream": "dual", **values["replay"]}}
     if isinstance(values, Mapping) and isinstance(values.get("methods"), (list, tuple)):
         values = {**values, "methods": _method_names(values["methods"], warn=not saved)}
     config = _build(TrainConfig, values, "")

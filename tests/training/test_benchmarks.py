@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig
+from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayConfig, TrainConfig, from_dict, to_dict
 from gradmix.training.data.image_arrays import LabelledData
 from gradmix.training.models import build_model
 from gradmix.training.streams import TaskStream, benchmarks
@@ -288,7 +288,7 @@ def test_resolve_fills_every_open_field(name):
         augment=protocol.augment,
     )
     assert resolved.replay == ReplayConfig(
-        policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch
+        policy=protocol.buffer_policy, size=protocol.buffer_size, batch=protocol.replay_batch, stream=protocol.stream
     )
     assert resolved.data == dataclasses.replace(open_config.data, normalise=protocol.normalise)
     assert resolved.mix == dataclasses.replace(
@@ -297,6 +297,18 @@ def test_resolve_fills_every_open_field(name):
     assert resolved.seeds == open_config.seeds
     assert resolve(resolved) == resolved
     assert open_config.optim.lr is None
+
+
+def test_digits_are_one_shuffled_stream_where_a_step_may_be_any_mixture_of_samples():
+    assert resolve(TrainConfig()).replay.stream == "shuffled"
+    assert resolve(TrainConfig(replay=ReplayConfig(stream="dual"))).replay.stream == "dual"
+    assert resolve(TrainConfig(data=DataConfig(online=True))).replay.stream == "dual"
+    assert resolve(TrainConfig(mix=MixConfig(candidates="replayed"))).replay.stream == "dual"
+    # Runs from before the setting was recorded had fixed numbers.
+    plain = to_dict(TrainConfig())
+    del plain["replay"]["stream"]
+    assert resolve(from_dict(plain, saved=True)).replay.stream == "dual"
+    assert resolve(from_dict(plain)).replay.stream == "shuffled"
 
 
 def test_resolve_keeps_what_the_user_said():

@@ -218,7 +218,10 @@ def test_the_norm_does_not_depend_on_the_reference() -> None:
 def test_a_run_under_control(name: str, method: str) -> None:
     stream = make_stream("split-digits", tasks=2, samples_per_class=40)
     config = TrainConfig(
-        optim=OptimConfig(epochs=1), replay=ReplayConfig(size=8), mix=MixConfig(control=name), threads=1
+        optim=OptimConfig(epochs=1),
+        replay=ReplayConfig(size=8, stream="dual"),
+        mix=MixConfig(control=name),
+        threads=1,
     )
     config = replace(config, data=replace(config.data, tasks=2, samples_per_class=40))
     first, second = (train_one(config, method, 0, stream=stream) for _ in range(2))
@@ -244,7 +247,7 @@ def test_a_control_takes_the_place_of_every_selection(
     config = TrainConfig(
         data=DataConfig(tasks=2, samples_per_class=40),
         optim=OptimConfig(epochs=1),
-        replay=ReplayConfig(size=8),
+        replay=ReplayConfig(size=8, stream="dual"),
         mix=MixConfig(control="random", reference=reference),
         threads=1,
     )

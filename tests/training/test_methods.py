@@ -826,7 +826,10 @@ def test_missing_kornia_is_said_when_the_method_is_built(monkeypatch, name: str)
 def runs():
     """Four epochs of two tasks by every method."""
     config = TrainConfig(
-        data=DataConfig(tasks=2), optim=OptimConfig(epochs=4, lr=0.02), replay=ReplayConfig(size=8), threads=1
+        data=DataConfig(tasks=2),
+        optim=OptimConfig(epochs=4, lr=0.02),
+        replay=ReplayConfig(size=8, stream="dual"),
+        threads=1,
     )
     stream = make_stream("split-digits", tasks=2)
     pytest.importorskip("kornia")

@@ -34,7 +34,10 @@ STEPS_PER_TASK = EPOCHS * STEPS_PER_EPOCH
 STEPS = TASKS * STEPS_PER_TASK
 OPTIM = OptimConfig(epochs=EPOCHS, batch=BATCH, lr=0.05, momentum=0.9, weight_decay=1e-4, lr_milestones=(0.5,))
 BASE = TrainConfig(
-    data=DataConfig(tasks=TASKS, samples_per_class=ROWS), optim=OPTIM, replay=ReplayConfig(size=5, batch=6), threads=1
+    data=DataConfig(tasks=TASKS, samples_per_class=ROWS),
+    optim=OPTIM,
+    replay=ReplayConfig(size=5, batch=6, stream="dual"),
+    threads=1,
 )
 
 

@@ -28,7 +28,7 @@ from gradmix.training.runs.metrics import average_accuracy
 from gradmix.training.runs.results import RunResult
 from gradmix.training.streams.benchmarks import make_stream, resolve
 
-SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8), threads=1)
+SHORT = TrainConfig(optim=OptimConfig(epochs=2, lr=0.05), replay=ReplayConfig(size=8, stream="dual"), threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 BANDS_UP_TO = 4
 """Number of lines up to which bands are drawn; those of more hide one another."""
+# Of fewer seeds a standard deviation says little: their points are drawn.
+_BANDS_FROM = 3
 
-# Okabe and Ito's palette, with a grey for its yellow, which is too pale for lines on white.
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A")
+# Okabe and Ito's palette, with a violet for its yellow, which is too pale for lines on white.
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#5D3A9B")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
 # Longer names are cut: they would leave a picture no room.
@@ -66,7 +68,7 @@ def curve(result: RunResult) -> Figure:
     axes.plot(numbers, mean, color="#0072B2", linewidth=2.2, marker="o", label="mean over tasks seen")
     axes.set_xlim(0.8, result.tasks + 0.2)
     axes.set_ylim(-0.02, 1.06)
-    axes.legend(loc="best", framealpha=0.9, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     average = metric_values(result)["average_accuracy"]
     axes.set_title(f"{_title(result)}: average accuracy {average:.3f}", fontsize=11)
     return figure
@@ -76,7 +78,8 @@ def curve(result: RunResult) -> Figure:
 def compare(results: Sequence[RunResult]) -> Figure:
     """Draw a line for each method: mean over its complete runs, with a band of one standard deviation over seeds.
 
-    Where no run is complete, the interrupted ones are drawn as far as they went; those that have diverged never are.
+    Of two seeds there are points instead. Where no run is complete, the interrupted ones are drawn as far as they went;
+    those that have diverged never are.
 
     Raises:
         ValueError: As :func:`~gradmix.training.reports.tables.group`; of no run but such as have diverged.
@@ -92,10 +95,12 @@ def compare(results: Sequence[RunResult]) -> Figure:
         average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
         seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
         text = f"{_label(label)}: {average:.3f} ({seeds})"
-        band = lines.std(axis=0, ddof=1) if len(members) > 1 else None
-        _line(axes, index, text, np.arange(1, mean.size + 1), mean, band)
-    axes.legend(title="average accuracy", loc="best", framealpha=0.9, fontsize=9, title_fontsize=9)
-    banded = any(len(members) > 1 for members in groups.values())
+        _over_seeds(axes, index, text, lines, band=True)
+    # Below the axes, where it hides no line.
+    figure.legend(
+        title="average accuracy", loc="outside lower center", ncols=2, frameon=False, fontsize=9, title_fontsize=9
+    )
+    banded = any(len(members) >= _BANDS_FROM for members in groups.values())
     band_text = "  (band: ± one standard deviation over seeds)" if banded else ""
     axes.set_title(f"{_label(chosen[0].benchmark)}{band_text}", fontsize=11)
     return figure
@@ -215,7 +220,7 @@ def dots(
         spread = np.linspace(-0.16, 0.16, len(row)) if len(row) > 1 else np.zeros(1)
         axes.scatter(row, place + spread, s=15, color=_GREY, alpha=0.9, linewidths=0, zorder=2)
         interval = mean_interval(row)
-        _interval(axes, place, interval, "#0072B2")
+        _interval(axes, place, interval, "#0072B2", within=(0.0, 1.0))
         _beside(axes, place, f"{interval.mean:.3f}")
     for place, mark in enumerate(marks):
         if mark is not None:
@@ -253,7 +258,7 @@ def forest(
 def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     """Draw a line for each label: the mean over seeds of some measure after each task, its last value at its end.
 
-    Up to :data:`BANDS_UP_TO` lines have a band of one standard deviation over seeds.
+    Up to :data:`BANDS_UP_TO` lines have a band of one standard deviation over seeds, of two seeds points.
 
     Args:
         lines: For each label ``(S, T)`` values: S seeds, T tasks.
@@ -263,8 +268,7 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
     for index, (label, values) in enumerate(lines.items()):
         numbers = np.arange(1, values.shape[1] + 1)
         mean = values.mean(axis=0)
-        banded = len(lines) <= BANDS_UP_TO and len(values) > 1
-        _line(axes, index, _label(label), numbers, mean, values.std(axis=0, ddof=1) if banded else None)
+        _over_seeds(axes, index, _label(label), values, band=len(lines) <= BANDS_UP_TO)
         ends.append(
             (f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _COLOURS[index % len(_COLOURS)])
         )
@@ -298,7 +302,9 @@ def sweep(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Seq
         for index, (label, intervals) in enumerate(lines.items()):
             mean = np.array([interval.mean for interval in intervals])[order]
             half = np.array([interval.half_width for interval in intervals])[order]
-            _line(axes, index, _label(label), places[order], mean, half if np.isfinite(half).any() else None)
+            band = half if np.isfinite(half).any() else None
+            least = 0.0 if name.endswith("accuracy") else -1.0
+            _line(axes, index, _label(label), places[order], mean, band, least)
         if logarithmic:
             axes.set_xscale("log")
         axes.set_xticks(places, [_label(str(v)) for v in values])
@@ -334,12 +340,20 @@ def _beside(axes: Axes, place: float, text: str) -> None:
     axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center")
 
 
-def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: bool = True) -> None:
-    half = None if math.isnan(interval.half_width) else [interval.half_width]
+def _interval(
+    axes: Axes,
+    place: int,
+    interval: Interval,
+    colour: str,
+    full: bool = True,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> None:
+    mean, half = interval.mean, interval.half_width
+    ends = None if math.isnan(half) else [[min(half, mean - within[0])], [min(half, within[1] - mean)]]
     axes.errorbar(
         [interval.mean],
         [place],
-        xerr=half,
+        xerr=ends,
         fmt="D",
         markersize=5,
         color=colour,
@@ -350,10 +364,20 @@ def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: boo
     )
 
 
-def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any) -> None:
+def _over_seeds(axes: Axes, index: int, label: str, values: npt.NDArray[np.float64], *, band: bool) -> None:
+    """A line of the mean of ``(S, T)`` accuracies, with a band or, of few seeds, with their points."""
+    numbers = np.arange(1, values.shape[1] + 1)
+    banded = band and len(values) >= _BANDS_FROM
+    _line(axes, index, label, numbers, values.mean(axis=0), values.std(axis=0, ddof=1) if banded else None)
+    if band and 1 < len(values) < _BANDS_FROM:
+        axes.plot(numbers, values.T, ".", color=_COLOURS[index % len(_COLOURS)], alpha=0.6, markersize=5)
+
+
+def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any, least: float = 0.0) -> None:
     colour = _COLOURS[index % len(_COLOURS)]
     if band is not None:
-        axes.fill_between(x, y - band, y + band, color=colour, alpha=0.14, linewidth=0)
+        low, high = np.maximum(y - band, least), np.minimum(y + band, 1.0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
     axes.plot(
         x,
         y,
