@@ -114,8 +114,6 @@ def fill_in(app: Sphinx, name: str, content: list[str]) -> None:
         return str(getattr(generate, function)(*arguments))
 
     text = mend_links(content[0], page, page)
-    if not (HERE / "integrations.md").exists():
-        text = text.replace("\nintegrations\n", "\n")
     text = re.sub(r"^<!-- insert ([^\s#]+)(?:#(\S+))? -->$", insert, text, flags=re.M)
     content[0] = re.sub(r"^<!-- generated (.+) -->$", generated, text, flags=re.M)
 
