@@ -97,9 +97,7 @@ def compare(results: Sequence[RunResult]) -> Figure:
         text = f"{_label(label)}: {average:.3f} ({seeds})"
         _over_seeds(axes, index, text, lines, band=True)
     # Below the axes, where it hides no line.
-    figure.legend(
-        title="average accuracy", loc="outside lower center", ncols=2, frameon=False, fontsize=9, title_fontsize=9
-    )
+    figure.legend(title="average accuracy", loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     banded = any(len(members) >= _BANDS_FROM for members in groups.values())
     band_text = "  (band: ± one standard deviation over seeds)" if banded else ""
     axes.set_title(f"{_label(chosen[0].benchmark)}{band_text}", fontsize=11)
@@ -209,7 +207,7 @@ def alignment(result: RunResult) -> Figure:
 def dots(
     labels: Sequence[str], values: Sequence[Sequence[float]], name: str, marks: Sequence[float | None] = ()
 ) -> Figure:
-    """Draw a row for each label: a dot for each value, their mean, and its 95 % t-interval if there are two or more.
+    """Draw a row for each label: a dot for each accuracy, their mean, and its 95 % t-interval if there are two or more.
 
     ``name`` says what the values are. ``marks`` has for each row a figure from elsewhere, drawn as a star, or None.
     """
@@ -220,11 +218,13 @@ def dots(
         spread = np.linspace(-0.16, 0.16, len(row)) if len(row) > 1 else np.zeros(1)
         axes.scatter(row, place + spread, s=15, color=_GREY, alpha=0.9, linewidths=0, zorder=2)
         interval = mean_interval(row)
-        _interval(axes, place, interval, "#0072B2", within=(0.0, 1.0))
+        _interval(axes, place, interval, "#0072B2")
         _beside(axes, place, f"{interval.mean:.3f}")
     for place, mark in enumerate(marks):
         if mark is not None:
             axes.scatter([mark], [place], s=70, marker="*", color="#D55E00", linewidths=0, zorder=4)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -0.02), min(high, 1.02))  # no interval of accuracies goes beyond what they can be
     return figure
 
 
@@ -340,20 +340,12 @@ def _beside(axes: Axes, place: float, text: str) -> None:
     axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center")
 
 
-def _interval(
-    axes: Axes,
-    place: int,
-    interval: Interval,
-    colour: str,
-    full: bool = True,
-    within: tuple[float, float] = (-math.inf, math.inf),
-) -> None:
-    mean, half = interval.mean, interval.half_width
-    ends = None if math.isnan(half) else [[min(half, mean - within[0])], [min(half, within[1] - mean)]]
+def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: bool = True) -> None:
+    half = None if math.isnan(interval.half_width) else [interval.half_width]
     axes.errorbar(
         [interval.mean],
         [place],
-        xerr=ends,
+        xerr=half,
         fmt="D",
         markersize=5,
         color=colour,
