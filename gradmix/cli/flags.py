@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Train methods class-incrementally, over several seeds, and compare them.
 
-With nothing given, er, mixup and both GradMix learn scikit-learn's digits
-from a stream in which replayed samples are few."""
+With nothing given, er, mixup and both GradMix learn digits, few of them old."""
 
 _METAVARS = {"methods": "METHOD [METHOD ...]", "data_dir": "FOLDER", "output": "FOLDER"}
 

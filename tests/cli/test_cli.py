@@ -76,7 +76,8 @@ def test_train_writes_runs_and_table(trained: Calls, tmp_path: Path, capsys: pyt
     assert max(map(len, lines)) <= 80
     assert f"{'er':<13}  seed 0  task 2 of 3" in lines
     assert any(line.startswith("gradmix-class  seed 1  average accuracy 0.") for line in lines)
-    assert lines[-1] == "Run folder: out"
+    assert lines[-2] == "Run folder: out"
+    assert lines[-1] == "Which classes' mixtures were kept: out/gradmix-class/seed-1/alignment.png"
 
 
 def test_flags_reach_the_configuration(trained: Calls) -> None:
@@ -97,7 +98,7 @@ def test_flags_reach_the_configuration(trained: Calls) -> None:
                samples_per_class: 9}
         optim: {model: mlp, lr: 1e-3, momentum: 0.5, weight_decay: 0.1, lr_milestones: [0.5, 0.75], epochs: 2,
                 batch: 7, augment: none, amp: bf16, channels_last: true}
-        replay: {policy: reservoir, size: 50, batch: 9, tau: 2}
+        replay: {policy: reservoir, size: 50, batch: 9, tau: 2, stream: shuffled}
         mix: {alpha: 0.4, originals: true, estimator: mixed, policy: best, threshold: -0.5, refresh: 3,
               candidates: balanced, class_samples: 4, control: anti}
         checkpoint: 0

@@ -113,8 +113,8 @@ def test_heads_that_are_no_single_layer_go_on_to_the_bit(model: Any, method: str
 
 
 SETTINGS = {
-    "reservoir": replace(BASE, replay=ReplayConfig(policy="reservoir", size=9, batch=5)),
-    "balanced buffer, tau": replace(BASE, replay=ReplayConfig(policy="balanced", size=13, batch=20, tau=0.5)),
+    "reservoir": replace(BASE, replay=replace(BASE.replay, policy="reservoir", size=9, batch=5)),
+    "balanced buffer, tau": replace(BASE, replay=replace(BASE.replay, policy="balanced", size=13, batch=20, tau=0.5)),
     "augmented": replace(BASE, optim=replace(OPTIM, augment="crop-flip")),
     "bf16": replace(BASE, optim=replace(OPTIM, amp="bf16")),
     "one epoch, one batch": replace(BASE, optim=replace(OPTIM, epochs=1, batch=64)),
@@ -182,7 +182,7 @@ def test_what_went_before_is_counted(stream: TaskStream, tmp_path: Path) -> None
 OTHER = {
     "seed": (BASE, "er", 2, "the checkpoint has 'seed: 1'; this run has 'seed: 2'"),
     "method": (BASE, "mixup", 1, "the checkpoint has 'method: er'; this run has 'method: mixup'"),
-    "setting": (replace(BASE, replay=ReplayConfig(size=6, batch=6)), "er", 1, "'replay.size: 5'; .*'replay.size: 6'"),
+    "setting": (replace(BASE, replay=replace(BASE.replay, size=6)), "er", 1, "'replay.size: 5'; .*'replay.size: 6'"),
     "rate": (replace(BASE, optim=replace(OPTIM, lr=0.01)), "er", 1, "'optim.lr: 0.05'; this run has 'optim.lr: 0.01'"),
 }
 

@@ -122,7 +122,7 @@ def spy(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_step_holds_current_rows_then_replayed_ones(spy, stream) -> None:
-    config = replace(SHORT, optim=OptimConfig(epochs=1), replay=ReplayConfig(batch=7, size=4, tau=3.0))
+    config = replace(SHORT, optim=OptimConfig(epochs=1), replay=replace(SHORT.replay, batch=7, size=4, tau=3.0))
     train_one(config, "er", 0, stream=stream)
     steps = [-(-len(task.train.y) // 16) for task in stream.tasks]
     first, second = spy.seen[: steps[0]], spy.seen[steps[0] : steps[0] + steps[1]]

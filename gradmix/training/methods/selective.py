@@ -89,7 +89,7 @@ class SelectiveMixup(LinearMixing):
             refresh = cls.online_refresh if config.data.online else cls.default_refresh
         if reference == "auto":
             # One shuffled stream holds too few replayed samples in a step.
-            every_step = refresh == 1 and config.replay.stream == "dual"
+            every_step = refresh == 1 and config.replay.stream != "shuffled"
             reference = cls.default_reference if every_step else None
         return replace(config, mix=replace(mix, estimator=estimator, reference=reference, refresh=refresh))
 

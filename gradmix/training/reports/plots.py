@@ -362,7 +362,7 @@ def _over_seeds(axes: Axes, index: int, label: str, values: npt.NDArray[np.float
     banded = band and len(values) >= _BANDS_FROM
     _line(axes, index, label, numbers, values.mean(axis=0), values.std(axis=0, ddof=1) if banded else None)
     if band and 1 < len(values) < _BANDS_FROM:
-        axes.plot(numbers, values.T, ".", color=_COLOURS[index % len(_COLOURS)], alpha=0.6, markersize=5)
+        axes.scatter(np.tile(numbers, len(values)), values, s=9, color=_COLOURS[index % len(_COLOURS)], alpha=0.6)
 
 
 def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any, least: float = 0.0) -> None:
