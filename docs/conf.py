@@ -40,6 +40,7 @@ myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_mock_imports = ["avalanche", "lightning"]  # a build needs no framework
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 76

@@ -129,7 +129,7 @@ def test_in_no_mean_interval_difference_or_plot(tmp_path: Path) -> None:
     assert note.startswith("er: 1 of 5 seeds diverged (4)")
     for text in (tables.to_text(summary, 200), tables.to_markdown(summary)):
         assert note in text
-    labels = [text.get_text() for text in plots.compare([*good, diverged("er", 4)]).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in plots.compare([*good, diverged("er", 4)]).legends[0].get_texts()]
     assert "(4 seeds)" in labels[0] and "(5 seeds)" in labels[1]
     save_summary(good, tmp_path)
     save_summary([diverged("er", 0)], tmp_path)

@@ -62,7 +62,7 @@ FORMER = {
 TINY = TrainConfig(
     data=DataConfig("split-digits", tasks=2, samples_per_class=40),
     optim=OptimConfig(epochs=1, batch=16, lr=0.05, model="resnet8"),
-    replay=ReplayConfig(size=6, batch=8),
+    replay=ReplayConfig(size=6, batch=8, stream="dual"),
     device="cpu",
     threads=1,
 )
@@ -201,7 +201,8 @@ def test_a_saved_run_goes_on_with_the_defaults_it_was_started_with(name: str, no
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("mix: {refresh: 1}", "replayed"),
+        ("{mix: {refresh: 1}, replay: {stream: dual}}", "replayed"),
+        ("mix: {refresh: 1}", None),  # of digits
         ("data: {online: true}", "replayed"),
         ("mix: {refresh: 5}", None),
         ("mix: {refresh: 0}", None),

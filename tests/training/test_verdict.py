@@ -27,7 +27,8 @@ def test_what_is_told_apart_and_what_is_not() -> None:
     sentence, cost = verdict([ER, MIXUP, SELECTING])
     # Differences to er: 0.10, 0.10, 0.11; mean 0.1033, standard deviation 0.00577, and t = 4.3027.
     assert sentence == (
-        "gradmix-sample is 0.103 ± 0.014 above er, and cannot be told from mixup (+0.063 ± 0.141) in average accuracy."
+        "gradmix-sample is 0.103 ± 0.014 above er, and does not differ significantly from mixup (+0.063 ± 0.141) in "
+        "average accuracy."
     )
     assert cost.startswith("Selection took 25.0 % (gradmix-sample) of a training step here.")
 

@@ -125,7 +125,7 @@ def to_text(summary: Summary, width: int = 80, *, bold: bool = False) -> str:
     Args:
         summary: The figures.
         width: Columns of the terminal.
-        bold: Whether the terminal is told to show the best figure of each column in bold.
+        bold: Whether the best figure of each column is bold, by the escape sequences of terminals.
     """
     wrap = textwrap.TextWrapper(width=width, subsequent_indent="  ", break_on_hyphens=False)
     blocks, with_data = [], False

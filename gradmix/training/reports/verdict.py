@@ -36,26 +36,26 @@ def verdict(rows: Sequence[MethodRow]) -> list[str]:
 
 
 def _of_row(differences: Sequence[Difference]) -> str:
-    told = [_told(d) for d in differences if abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
-    kept = [d for d in differences if not abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
-    alike = [f"{d.minus} ({cells.difference(d.metrics[_METRIC])})" for d in kept]
-    parts = [f"is {_listed(told)}"] if told else []
-    parts += [f"cannot be told from {_listed(alike)}"] if alike else []
+    differing = [_difference(d) for d in differences if abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
+    others = [d for d in differences if not abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
+    alike = [f"{d.minus} ({cells.difference(d.metrics[_METRIC])})" for d in others]
+    parts = [f"is {_join(differing)}"] if differing else []
+    parts += [f"does not differ significantly from {_join(alike)}"] if alike else []
     return f"{differences[0].arm} {', and '.join(parts)} in average accuracy." if parts else ""
 
 
-def _told(d: Difference) -> str:
+def _difference(d: Difference) -> str:
     mean, _, half = d.metrics[_METRIC]
     alone = "" if d.holm < 0.05 else f" (Holm's p = {cells.probability(d.holm)})"
     return f"{abs(mean):.3f} ± {half:.3f} {'above' if mean > 0 else 'below'} {d.minus}{alone}"
 
 
-def _listed(parts: Sequence[str]) -> str:
+def _join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _cost(rows: Sequence[MethodRow]) -> str:
-    shares = _listed([f"{cells.percent(row.selection_share)} ({row.arm})" for row in rows])
+    shares = _join([f"{cells.percent(row.selection_share)} ({row.arm})" for row in rows])
     return (
         f"Selection took {shares} of a training step here. The larger the network, the smaller the share: "
         "docs/results.md has it beside a ResNet-18."
