@@ -1,7 +1,7 @@
 """Part of a long list of cases: what the tests of every day run of it. ``GRADMIX_ALL_VARIANTS=1`` runs all of it.
 
 The forge does so each week, and whoever changes what a list is about should. A list is thinned only where its cases are
-products of settings, each of which stays in some case.
+products of settings, each of which stays in some case, or where another test runs all of them in another way.
 """
 
 from __future__ import annotations

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from forked import start_processes
+from thinning import part
 from two_processes_training import CASES, OPTION_CASES, READ_CASES, outcome, process, read, resident
 
 from gradmix.training.loop.sharding import Share
+
+CHOSEN, CHOSEN_TO_READ = part(CASES, 3), part(READ_CASES, 3)
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes came to, case by case."""
     folder = tmp_path_factory.mktemp("together")
-    start_processes(process, (str(folder), list(CASES), list(READ_CASES)), 2)
+    start_processes(process, (str(folder), CHOSEN, CHOSEN_TO_READ), 2)
     told = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
     for outcomes in told:
         assert "failure" not in outcomes, outcomes.get("failure")
@@ -27,7 +30,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:sample .* is left out")
-@pytest.mark.parametrize("name", [*CASES, *(f"read: {name}" for name in READ_CASES)])
+@pytest.mark.parametrize("name", [*CHOSEN, *(f"read: {name}" for name in CHOSEN_TO_READ)])
 def test_two_processes_make_the_steps_of_one(told: list[dict[str, Any]], name: str) -> None:
     first, second = (outcomes[name] for outcomes in told)
     case, stream = (
