@@ -40,7 +40,8 @@ class GradMixMixin:
     both halves. Evaluation is left alone.
 
     Args:
-        *args, **kwargs: the trainer's.
+        *args: the trainer's.
+        **kwargs: the trainer's.
         replay_dataset: the buffer of samples of earlier tasks: a data set of dicts, as ``train_dataset``, which the
             trainer's ``data_collator`` makes batches of; or any buffer that :class:`gradmix.GradMix` takes, with a dict
             of tensors as x. It may be assigned anew. While it is empty, all pairs may be mixed. None: batches have
