@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from gradmix.training.runs.results import RunResult
 
 
+_BAR_AND_TIME = 24
+"""Columns for a short bar, the share done and the time left."""
+
+
 class Reporter:
     """Shows how far training is: a bar on a terminal, a line for each task elsewhere.
 
@@ -69,7 +73,7 @@ class Reporter:
         self.task, self.shown, self.loss = 0, 0.0, None
         self.name = f"{shown(name):<{self.width}}  seed {seed}"
         if self.bar is not None:
-            self.bar.reset(self.bar_task, total=None, description=f"[{self.run}/{self.runs}] {self.name}")
+            self.bar.reset(self.bar_task, total=None, description=self._describe())
 
     def step(self, progress: Progress) -> None:
         """Take note of a training step."""
@@ -83,10 +87,17 @@ class Reporter:
         if now - self.shown < 0.1 and progress.step < progress.steps_total:
             return
         self.shown = now
-        text = f"[{self.run}/{self.runs}] {self.name}  task {progress.task}/{progress.tasks}"
+        position = f"  task {progress.task}/{progress.tasks}"
         if self.loss is not None:
-            text += f"  loss {self.loss:.3f}"
+            position += f"  loss {self.loss:.3f}"
+        text = self._describe(position)
         self.bar.update(self.bar_task, completed=progress.step, total=progress.steps_total, description=text)
+
+    def _describe(self, position: str = "") -> str:
+        """What stands before the bar; a long name is cut, so that the time left is not."""
+        number = f"[{self.run}/{self.runs}] "
+        room = max(self.console.width - len(number) - len(position) - _BAR_AND_TIME, 1)
+        return f"{number}{self.name if len(self.name) <= room else f'{self.name[: room - 1]}…'}{position}"
 
     def finish(self, result: RunResult, note: str = "") -> None:
         """Show a run's figures in a line that stays."""

@@ -131,6 +131,20 @@ def test_the_bar_shows_names_as_they_are(name: str, monkeypatch: pytest.MonkeyPa
     assert str(column.render(task)).startswith(f"[1/2] {names.shown(name)}")  # type: ignore[attr-defined]
 
 
+def test_the_time_left_is_shown_beside_a_long_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=out, force_terminal=True, width=80))
+    name = "der++-trivialaugment-gradmix-sample"
+    reporter = Reporter(20, len(name))
+    assert reporter.bar is not None
+    reporter.start(name, 3)
+    reporter.step(Progress(name, 3, 4, 5, 1, 1, 250, 500, 0.5))
+    Console(file=out, width=80).print(reporter.bar.make_tasks_table(reporter.bar.tasks))
+    line = out.getvalue().splitlines()[-1]
+    assert len(line) <= 80 and "gradm…  task 4/5  loss 0.500" in line and "50%" in line
+    assert line.rstrip().endswith("-:--:--"), "no speed is known yet"
+
+
 def test_errors_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "\x1b]0;title\x07.yaml"
     assert cli.main(["experiment", str(missing)]) == 2
