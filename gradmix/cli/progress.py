@@ -94,7 +94,7 @@ class Reporter:
         self.bar.update(self.bar_task, completed=progress.step, total=progress.steps_total, description=text)
 
     def _describe(self, position: str = "") -> str:
-        """What stands before the bar; a long name is cut, so that the time left is not."""
+        """Return the text before the bar; a long name is cut, so that the time left is not."""
         number = f"[{self.run}/{self.runs}] "
         room = max(self.console.width - len(number) - len(position) - _BAR_AND_TIME, 1)
         return f"{number}{self.name if len(self.name) <= room else f'{self.name[: room - 1]}…'}{position}"
