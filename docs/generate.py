@@ -15,14 +15,11 @@ from pathlib import Path
 from unittest import mock
 
 from gradmix.cli import main
-from gradmix.cli.flags import field_docs
+from gradmix.cli.flags import PREFIXES, field_docs
 from gradmix.training.config import TrainConfig
 
 COLUMNS = "92"
 """Width of the help, in characters: what fits beside the navigation on a page."""
-
-PREFIXES = {"replay": "replay-", "mix": "mix-"}
-"""What the flags of a section begin with; those of the other sections have the bare names."""
 
 
 def cli(command: str = "") -> str:

@@ -85,13 +85,13 @@ class _Start:
 
 
 # A bare name would say too little in some: replay.batch is --replay-batch.
-_PREFIXES = {"data": "", "optim": "", "replay": "replay-", "mix": "mix-"}
+PREFIXES = {"data": "", "optim": "", "replay": "replay-", "mix": "mix-"}
 
 
 def _flags_of(base: TrainConfig) -> type:
     """Make the dataclass that tyro turns into flags, with the values of ``base`` as defaults."""
     members = _members(base, "")
-    for name, prefix in _PREFIXES.items():
+    for name, prefix in PREFIXES.items():
         section = getattr(base, name)
         cls = make_dataclass(type(section).__name__.removesuffix("Config"), _members(section, prefix), frozen=True)
         cls.__doc__ = type(section).__doc__

@@ -281,8 +281,8 @@ def _report(config: TrainConfig, results: dict[tuple[str, int], RunResult]) -> N
     print()
     print(tables.to_text(tables.summarise(ordered), text_width(), bold=sys.stdout.isatty()))
     print(f"Run folder: {shown(str(config.output))}")
-    pictures = [_run_folder(config.output, *run) / "alignment.png" for run in _runs(config)]
-    for picture in [file for file in pictures if file.is_file()][-1:]:
+    pictures = (_run_folder(config.output, *run) / "alignment.png" for run in reversed(_runs(config)))
+    if picture := next((file for file in pictures if file.is_file()), None):
         print(f"Which classes' mixtures were kept: {shown(str(picture))}")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from gradmix.mixer import GradMix
 from gradmix.model.head_capture import HeadCapture
 from gradmix.model.inputs import InputTree, map_tensors
-from gradmix.model.unchanged import is_compiled
+from gradmix.model.unchanged import is_compiled, unwrap
 
 
 def not_installed(adapter: str, command: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
@@ -31,6 +31,11 @@ def check_settings(settings: dict[str, Any]) -> None:
         ValueError, TypeError: as :class:`gradmix.GradMix`.
     """
     GradMix(nn.Identity(), None, **settings)
+
+
+def selects_for(mixup: GradMix | None, model: nn.Module) -> TypeGuard[GradMix]:
+    """Return whether there is a selection, and it is of this model, possibly wrapped."""
+    return mixup is not None and mixup._model is unwrap(model)
 
 
 def capture_outputs(mixup: GradMix, model: nn.Module, x: InputTree) -> AbstractContextManager[HeadCapture | None]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmix.integrations._adapting import capture_outputs, check_settings, not_installed
+from gradmix.integrations._adapting import capture_outputs, check_settings, not_installed, selects_for
 from gradmix.mixer import GradMix
 from gradmix.model.head_capture import HeadCapture
 from gradmix.model.unchanged import unwrap
@@ -152,7 +152,7 @@ class GradMixPlugin(SupervisedPlugin):
         strategy.loss = strategy.loss + (mixed - strategy.criterion()) / 2
 
     def _of(self, model: nn.Module) -> GradMix:
-        if self.mixup is None or self.mixup._model is not unwrap(model):
+        if not selects_for(self.mixup, model):
             self.mixup = GradMix(model, None if self._policy is None else self._samples, **self._settings)
         return self.mixup
 

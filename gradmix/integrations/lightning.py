@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, MutableSequence
 from typing import Any
 
-from gradmix.integrations._adapting import check_settings, not_installed
+from gradmix.integrations._adapting import check_settings, not_installed, selects_for
 from gradmix.mixer import GradMix
 from gradmix.model.inputs import concatenate
 from gradmix.model.unchanged import unwrap
@@ -110,7 +110,7 @@ class GradMixCallback(Callback):
 
     def _of(self, module: LightningModule) -> GradMix:
         model = unwrap(module if self._name is None else module.get_submodule(self._name))
-        if self.mixup is None or self.mixup._model is not model:
+        if not selects_for(self.mixup, model):
             if self._name is None and type(module).forward is LightningModule.forward:
                 raise ValueError(
                     f"model: got None for {type(module).__name__}, which has no forward, expected the name of the "

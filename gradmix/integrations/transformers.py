@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gradmix.integrations._adapting import capture_outputs, check_settings
+from gradmix.integrations._adapting import capture_outputs, check_settings, selects_for
 from gradmix.mixer import GradMix
 from gradmix.model.head import logits_of
 from gradmix.model.inputs import tensors_of
 from gradmix.model.mixed_forward import mixed_forward
-from gradmix.model.unchanged import unwrap
 from gradmix.pairs import Pairs
 from gradmix.replay.sources import CHUNK, SampleSource
 
@@ -120,7 +119,7 @@ class GradMixMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _of(self, model: nn.Module) -> GradMix:
-        if self.mixup is None or self.mixup._model is not unwrap(model):
+        if not selects_for(self.mixup, model):
             self.mixup = GradMix(model, self._read_buffer, **self._settings)
         return self.mixup
 

@@ -6,11 +6,11 @@ launcher can choose, which takes some minutes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from thinning import ALL
 
 from gradmix import kernels
 from ptx import launches
@@ -19,7 +19,6 @@ from ptx.compiled import process
 REASON = kernels.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None and "triton" in REASON, reason=str(REASON))
 
-ALL = "GRADMIX_ALL_VARIANTS" in os.environ
 NAMES = [name for name in launches.CASES if ALL or launches.is_chosen(name)]
 SEEDS = (1, 2, 3) if ALL else (1,)
 

@@ -28,7 +28,7 @@ def interval(value: Interval, full: str, single: str = "{mean:.3f}", *, minus: s
     mean, std, half = value
     if math.isnan(mean):
         return "-"
-    star = " *" if abs(mean) > half else ""
+    star = " *" if value.excludes_zero else ""
     text = single if math.isnan(half) else full
     return text.format(mean=mean, std=std, half=half, low=mean - half, high=mean + half, star=star).replace("-", minus)
 

@@ -52,8 +52,7 @@ def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     }
     found: dict[str, list[str]] = {head: [] for head in heads.values()}
     for d in differences:
-        mean, _, half = d.metrics[_METRIC]
-        kind = "not" if not abs(mean) > half else "among" if d.holm < 0.05 else "alone"
+        kind = "not" if not d.metrics[_METRIC].excludes_zero else "among" if d.holm < 0.05 else "alone"
         found[heads[kind]].append(_comparison(d, kind))
     return {head: said for head, said in found.items() if said}
 

@@ -246,7 +246,7 @@ def forest(
     figure, axes = _rows(labels, name, "mean [95 % interval]")
     axes.axvline(0.0, color="black", linewidth=1.0, alpha=0.6)
     for place, interval in enumerate(intervals):
-        outside = abs(interval.mean) > interval.half_width
+        outside = interval.excludes_zero
         colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if outside else _GREY
         _interval(axes, place, interval, colour, outside and (sure is None or sure[place]))
         text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")

@@ -36,8 +36,8 @@ def verdict(rows: Sequence[MethodRow]) -> list[str]:
 
 
 def _of_row(differences: Sequence[Difference]) -> str:
-    differing = [_difference(d) for d in differences if abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
-    others = [d for d in differences if not abs(d.metrics[_METRIC].mean) > d.metrics[_METRIC].half_width]
+    differing = [_difference(d) for d in differences if d.metrics[_METRIC].excludes_zero]
+    others = [d for d in differences if not d.metrics[_METRIC].excludes_zero]
     alike = [f"{d.minus} ({cells.difference(d.metrics[_METRIC])})" for d in others]
     parts = [f"is {_join(differing)}"] if differing else []
     parts += [f"does not differ significantly from {_join(alike)}"] if alike else []

@@ -37,6 +37,11 @@ class Interval(NamedTuple):
     std: float
     half_width: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 is outside the interval; of what is not known, it is not."""
+        return abs(self.mean) > self.half_width
+
 
 def average_accuracy(R: npt.ArrayLike) -> float:
     """Average accuracy, the paper's measure: mean over t of mean_{j<=t} R[t, j].

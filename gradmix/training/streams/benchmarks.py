@@ -142,7 +142,7 @@ _TABLE_PROTOCOL = Protocol(
     tasks=None, classes_per_task=None, model="mlp", lr=0.02, epochs=10, batch=16, replay_batch=16, buffer_size=4
 )
 # What is shown first is a stream in which replayed samples are few, as classes' samples mostly are: there selection has
-# an effect that three seeds can show.
+# an effect that five seeds show.
 _DIGITS_PROTOCOL = replace(_TABLE_PROTOCOL, tasks=5, classes_per_task=2, stream="shuffled")
 _MNIST_PROTOCOL = Protocol(
     tasks=5, classes_per_task=2, model="mlp", lr=0.01, epochs=5, batch=64, replay_batch=64, buffer_size=32
