@@ -1,130 +1,164 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, without a network: build, test, measure. Results go to the folder given.
+# Everything that needs a GPU, without a network, within 15 minutes of device time: build, truth, speed, training.
 #
-#   bash bench/on_gpu.sh [FOLDER [STEP...]]      FOLDER: bench/results, or where $OUT is set one archive in that folder
-#   STEP: build, test, calibrate, kernels, selection, step, tune, cifar10, growth, imagenet, operators, engine, sanitize (default:
-#   all, in this order of worth)
-#   LIMIT=570 bash bench/on_gpu.sh ...           no longer than so many seconds; what is not done by then is cut off
+#   bash bench/on_gpu.sh [FOLDER [STAGE...]]         FOLDER: bench/results, or where $OUT is set one archive in that folder
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" ...        no longer than so many seconds (default: 840)
+#   DRY=1 bash bench/on_gpu.sh FOLDER                the same commands on the CPU, at tiny sizes: a look whether they run
 #
-# Where a machine is had for ten minutes at a time, these fit (estimates in seconds, on an H100; not all measured):
+# A stage is cut off at the end of its seconds, and what it had measured stays: every command writes its result file whole,
+# and those that take long write it as it grows. What a stage leaves of its time goes to the last one.
 #
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build test calibrate     90 + 180 + 180
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build kernels            90 + 240
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build selection          90 + 420
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build step tune          90 + 240 + 180
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build cifar10            90 + 1500, in as many visits as it takes
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build growth             90 + 400
-#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build imagenet           90 + 400
+#   build       60   the package for this GPU alone; without its CUDA part, then without its extension, if that fails
+#   truth      120   the tests marked gpu, in a process per core
+#   calibrate  150   every kernel against float64 and plain torch, as a user runs it
+#   kernels     60   the alignment operators beside an expert's plain torch
+#   selection   90   selection_throughput at four presets
+#   step        60   a training step with selection
+#   engine      60   the gradient engine beside other libraries
+#   cifar10          the experiment of that name, with what is left; the next call goes on from there
 #
-# Step cifar10 wants cifar-10-batches-py under DATA (default: data). What it has done lies in runs/experiments, from which
-# the next call goes on; the archive has its reports and finished runs, but no checkpoints.
+# These run only if named: tune, growth, imagenet, operators, sanitize. Where a command may take ten minutes, two calls do it all:
+#
+#   LIMIT=570 bash bench/on_gpu.sh "$OUT" build truth calibrate kernels
+#   LIMIT=300 bash bench/on_gpu.sh "$OUT" build selection step engine cifar10
+#
+# Stage cifar10 wants cifar-10-batches-py under DATA (default: data). What it has done lies in runs/experiments; the archive has
+# its reports and finished runs, but no checkpoints.
 #
 # It needs torch with CUDA, triton, numpy, scikit-build-core, pybind11, cmake, ninja, pytest, hypothesis, scikit-learn and, for
 # imagenet, Pillow.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-${OUT:-bench/results}}
-steps=${*:2}
-limit=${LIMIT:-0}
+stages=${*:2}
+stages=${stages:-build truth calibrate kernels selection step engine cifar10}
+limit=${LIMIT:-840}
+dry=${DRY:-}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 out=$folder
-device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())') || exit 1
 log=/dev/null
 failed=0
+if [[ $dry ]]; then
+  device=cpu name=dry
+else
+  device=cuda
+  # "NVIDIA H100 80GB HBM3" -> h100; then its architecture, as nvcc calls it, with the instructions that only it has.
+  read -r name architecture < <(python3 -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(torch.cuda.get_device_name().split()[1].lower(), f"{major}{minor}{(chr(97) if major >= 9 else str())}-real")') || exit 1
+fi
 
+pack() { :; }
 if [[ -n ${OUT:-} && $folder == "$(cd "$OUT" && pwd)" ]]; then
-  # Few files may come out of such a folder: one archive holds them all, whatever happens on the way.
+  # Few files may come out of such a folder: one archive holds them all. It is written anew after every stage, so that
+  # whatever ends this script leaves what was done.
   out=$(mktemp -d)
   log=$out/on_gpu.log
-  pack() { tar -czf "$folder/on_gpu_${device}_$(date -u +%H%M%S).tar.gz" -C "$out" . && rm -rf "$out"; }
-  trap pack EXIT
+  archive=$folder/on_gpu_${name}_$(date -u +%H%M%S).tar.gz
+  pack() { tar -czf "$archive.part" -C "$out" . && mv "$archive.part" "$archive"; }
+  trap 'pack; rm -rf "$out"' EXIT
 fi
 
-# Run a command, for as long as is left at the most.
+# stage NAME SECONDS: whether it is wanted; its time begins.
+stage() {
+  pack
+  [[ " $stages " == *" $1 "* ]] || return
+  stage_end=$((SECONDS + $2 < limit ? SECONDS + $2 : limit))
+}
+
+# Run a command, for as long as its stage lasts at the most.
 try() {
   printf '\n=== %s (%ds)\n' "$*" "$SECONDS" | tee -a "$log"
-  local within=()
-  if ((limit)); then
-    if ((SECONDS >= limit)); then
-      failed=1
-      echo "FAILED: no time was left: $*"
-      return
-    fi
-    # A command that can leave its work in good order has half a minute for it.
-    within=(timeout --signal=TERM --kill-after=30 $((limit - SECONDS)))
+  if ((SECONDS >= stage_end)); then
+    failed=1
+    echo "FAILED: no time was left: $*" | tee -a "$log"
+    return 1
   fi
-  "${within[@]}" "$@" 2>&1 | tee -a "$log" || { failed=1; echo "FAILED: $*" | tee -a "$log"; }
+  # A command that can leave its work in good order has 20 s for it.
+  timeout --signal=TERM --kill-after=20 $((stage_end - SECONDS)) "$@" 2>&1 | tee -a "$log" && return
+  failed=1
+  echo "FAILED: $*" | tee -a "$log"
+  return 1
 }
-wanted() { [[ " ${steps:-build test calibrate kernels selection step tune cifar10 growth imagenet operators engine sanitize} " == *" $1 "* ]]; }
+# bench SCRIPT RESULT SECONDS [ARGUMENTS...]; the arguments name sizes, of which a dry run takes the tiny ones.
+bench() {
+  local options=(--seconds "$3" "${@:4}")
+  [[ $dry ]] && options=(--seconds 1 --quick)
+  try python3 "bench/$1.py" --device "$device" "${options[@]}" --json "$out/$2_$name.json"
+}
+only_on_a_gpu() { [[ ! $dry ]] || { echo "$1: needs a GPU"; return 1; }; }
+install() { try env "$@" python3 -m pip install -q --no-build-isolation --no-deps .; }
 
-if wanted build; then
-  # A build without the CUDA part would be an error here, not a reason to fall back on torch.
-  export GRADMIX_EXTENSION=1 GRADMIX_CUDA=1
-  try python3 -m pip install -q --no-build-isolation --no-deps .
-fi
-if wanted test; then
-  # Only the files with GPU tests: the others may need packages of other extras.
-  mapfile -t files < <(grep -lE 'mark\.gpu|"cuda"' tests/*/test_*.py)
-  try pytest -q -m gpu "${files[@]}"
+if stage build 60 && only_on_a_gpu build; then
+  # A build without the CUDA part is worth less, but no reason to lose a visit.
+  install GRADMIX_EXTENSION=1 GRADMIX_CUDA=1 CMAKE_CUDA_ARCHITECTURES="$architecture" ||
+    install GRADMIX_EXTENSION=1 GRADMIX_CUDA=0 || install GRADMIX_EXTENSION=0
   try gradmix doctor
 fi
-if wanted calibrate; then
+if stage truth 120; then
+  try python3 bench/gpu_truth.py --seconds 115 ${dry:+--quick} --json "$out/gpu_truth_$name.json"
+fi
+if stage calibrate 150 && only_on_a_gpu calibrate; then
   # In a cache folder of its own: the measurements that follow meet the defaults of a new user.
   cache=$(mktemp -d)
-  GRADMIX_CACHE_DIR=$cache try gradmix calibrate --json "$out/calibration_$device.json"
-  GRADMIX_CACHE_DIR=$cache try gradmix doctor
+  try env GRADMIX_CACHE_DIR="$cache" gradmix calibrate --json "$out/calibration_$name.json"
+  try env GRADMIX_CACHE_DIR="$cache" gradmix doctor
   rm -rf "$cache"
 fi
-if wanted kernels; then
-  try python3 bench/alignment_kernels.py --device cuda --seconds 2 --json "$out/alignment_kernels_$device.json"
+if stage kernels 60; then
+  bench alignment_kernels alignment_kernels 1
 fi
-if wanted selection; then
-  for preset in imagenet imagenet-vit imagenet21k cifar100 tiny-imagenet cifar10; do
-    try python3 bench/selection_throughput.py --device cuda --preset "$preset" --seconds 20 \
-      --json "$out/selection_throughput_${preset}_$device.json"
+if stage selection 90; then
+  for preset in imagenet cifar100 cifar10 imagenet21k; do
+    bench selection_throughput "selection_throughput_$preset" 8 --preset "$preset"
+    [[ $dry ]] && break # the next one would do the same
   done
 fi
-if wanted step; then
+if stage step 60; then
   for preset in resnet50 vit-b; do
-    try python3 bench/training_step.py --device cuda --preset "$preset" --seconds 50 \
-      --json "$out/training_step_${preset}_$device.json"
+    bench training_step "training_step_$preset" 15 --preset "$preset"
+    [[ $dry ]] && break # the next one would do the same
   done
 fi
-if wanted tune; then
-  try python3 bench/tune_kernels.py --device cuda --wide --limit 120 --seconds 1 --json "$out/tune_kernels_$device.json"
+if stage engine 60; then
+  for preset in resnet18 vit-b resnet50; do
+    bench gradient_engine "gradient_engine_$preset" 10 --preset "$preset"
+    [[ $dry ]] && break # the next one would do the same
+  done
 fi
-if wanted cifar10; then
-  try gradmix experiment cifar10 --data-dir "${DATA:-data}" --device cuda --output runs/experiments
-  tar -cf - --exclude=.checkpoints runs/experiments | tar -xf - -C "$out"
+if stage tune 150 && only_on_a_gpu tune; then
+  bench tune_kernels tune_kernels 1 --wide --limit 120
 fi
-if wanted growth; then
-  try python3 bench/cost_growth.py --device cuda --preset resnet50 --seconds 10 --json "$out/cost_growth_resnet50_$device.json"
+if stage growth 400; then
+  bench cost_growth cost_growth_resnet50 10 --preset resnet50
 fi
-if wanted imagenet; then
-  try python3 bench/imagenet_shape.py --device cuda --json "$out/imagenet_shape_$device.json"
+if stage imagenet 400; then
+  try python3 bench/imagenet_shape.py --device "$device" ${dry:+--quick} --json "$out/imagenet_shape_$name.json"
 fi
-if wanted operators; then
+if stage operators 120; then
   for operator in sketch_project class_sketch; do
     for dtype in float32 bfloat16; do
-      try python3 "bench/$operator.py" --device cuda --dtype "$dtype" --json "$out/${operator}_${dtype}_$device.json"
+      try python3 "bench/$operator.py" --device "$device" --dtype "$dtype" --seconds 0.3 --json "$out/${operator}_${dtype}_$name.json"
     done
   done
 fi
-if wanted engine; then
-  for preset in resnet18 resnet50 vit-b; do
-    try python3 bench/gradient_engine.py --device cuda --preset "$preset" --json "$out/gradient_engine_${preset}_$device.json"
-  done
-fi
-if wanted sanitize; then
+if stage sanitize 240 && only_on_a_gpu sanitize; then
   # What CUDA's own checker says of the kernels; on some virtual machines it refuses every device.
   if compute-sanitizer python3 -c 'import torch; torch.ones(1, device="cuda").sum().item()' >"$out/sanitizer.log" 2>&1; then
     for tool in memcheck racecheck synccheck; do
-      try timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      try compute-sanitizer --tool "$tool" --error-exitcode 1 \
         pytest -q -m gpu -p no:cacheprovider tests/kernels/test_gpu_operators.py -k 'formula and cuda and float32'
     done
   else
     echo "compute-sanitizer does not run here: $(tail -1 "$out/sanitizer.log")"
   fi
+fi
+if stage cifar10 "$limit"; then
+  experiment=(cifar10 --data-dir "${DATA:-data}")
+  [[ $dry ]] && experiment=(digits)
+  try gradmix experiment "${experiment[@]}" --device "$device" --output runs/experiments
+  tar -cf - --exclude=.checkpoints runs/experiments | tar -xf - -C "$out"
 fi
 exit "$failed"

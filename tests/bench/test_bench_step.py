@@ -378,65 +378,122 @@ def test_compile_figures_need_no_gpu(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pretence(tmp_path: Path) -> dict[str, str]:
-    """An environment whose python3 and pytest only say what they were asked, and write an empty result."""
+    """An environment whose python3 says what it was asked and writes an empty result; builds fail by ``NO_CUDA``."""
     if shutil.which("bash") is None or shutil.which("timeout") is None:
         pytest.skip("needs bash and timeout")
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python3").write_text(
         "#!/usr/bin/env bash\n"
-        "[[ $1 == -c ]] && { echo h100; exit 0; }\n"
+        "[[ $1 == -c ]] && { echo h100 90a-real; exit 0; }\n"
+        '[[ $* == *pip* ]] && { echo "build: ${GRADMIX_CUDA:-} ${CMAKE_CUDA_ARCHITECTURES:-}"; '
+        "[[ -z ${NO_CUDA:-} || ${GRADMIX_CUDA:-} == 0 ]]; exit; }\n"
         '[[ $* == *resnet50* ]] && sleep "${NAP:-0}"\n'
         'for word in "$@"; do [[ ${last:-} == --json ]] && echo "$*" >"$word"; last=$word; done\n'
         "exit 0\n"
     )
-    (folder / "pytest").write_text('#!/usr/bin/env bash\necho "tests: $*"\n')
-    (folder / "gradmix").write_text("#!/usr/bin/env bash\nexit 0\n")
+    (folder / "gradmix").write_text(
+        "#!/usr/bin/env bash\n"
+        "[[ $1 == experiment ]] && mkdir -p runs/experiments\n"
+        'for word in "$@"; do [[ ${last:-} == --json ]] && echo "$*" >"$word"; last=$word; done\n'
+        "exit 0\n"
+    )
     for program in folder.iterdir():
         program.chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+def run_on_gpu(out: Path, pretence: dict[str, str], *stages: str, **more: str) -> Any:
+    """The script with an output folder, from a copy of the checkout's folder ``bench``."""
+    out.mkdir(exist_ok=True)
+    shutil.copytree(BENCH, out.parent / "checkout" / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    return subprocess.run(
+        ["bash", str(out.parent / "checkout" / "bench" / "on_gpu.sh"), str(out), *stages],
+        env={**pretence, "OUT": str(out), **more},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def read_archive(out: Path) -> dict[str, str]:
+    (archive,) = out.iterdir()
+    found = {}
+    with tarfile.open(archive) as packed:
+        for member in packed.getmembers():
+            content = packed.extractfile(member) if member.isfile() else None
+            if content is not None:
+                found[Path(member.name).name] = content.read().decode()
+    return found
+
+
 def test_one_archive_holds_a_call_s_results(
     tmp_path: Path, pretence: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    command = ["bash", str(BENCH / "on_gpu.sh"), str(out), "test", "kernels", "selection", "step", "tune"]
-    done = subprocess.run(command, env={**pretence, "OUT": str(out)}, capture_output=True, text=True, timeout=PATIENCE)
+    done = run_on_gpu(tmp_path / "out", pretence)
     assert done.returncode == 0, done.stdout + done.stderr
-    (archive,) = out.iterdir()
-    with tarfile.open(archive) as packed:
-        found = {}
-        for member in packed.getmembers():
-            if member.name.endswith(".json"):
-                content = packed.extractfile(member)
-                assert content is not None
-                found[Path(member.name).name] = content.read().decode().split()
-        assert "./on_gpu.log" in packed.getnames()
-    assert {name.split("_h100")[0] for name in found} == {
-        "alignment_kernels", "tune_kernels", "training_step_resnet50", "training_step_vit-b",
-        *(f"selection_throughput_{p}" for p in ("imagenet", "imagenet-vit", "imagenet21k", "cifar10", "cifar100")),
-        "selection_throughput_tiny-imagenet",
+    assert "build: 1 90a-real" in done.stdout  # for this device alone, which takes half a minute
+    found = read_archive(tmp_path / "out")
+    assert "on_gpu.log" in found
+    results = {name: text.split() for name, text in found.items() if name.endswith(".json")}
+    assert {name.split("_h100")[0] for name in results} == {
+        "gpu_truth", "calibration", "alignment_kernels", "training_step_resnet50", "training_step_vit-b",
+        *(f"selection_throughput_{preset}" for preset in ("imagenet", "imagenet21k", "cifar10", "cifar100")),
+        *(f"gradient_engine_{network}" for network in ("resnet18", "resnet50", "vit-b")),
     }  # fmt: skip
     # The scripts know the arguments that they are given.
-    for script, *arguments in found.values():
-        arguments[arguments.index("--device") + 1] = "cpu"
+    for name, (script, *arguments) in results.items():
+        if name.startswith("calibration"):
+            continue
+        if "--device" in arguments:
+            arguments[arguments.index("--device") + 1] = "cpu"
         arguments[arguments.index("--json") + 1] = str(tmp_path / "x.json")
         load(monkeypatch, Path(script).stem).parse(arguments)
-    tests = next(line for line in done.stdout.splitlines() if line.startswith("tests: "))
-    for file in (BENCH.parent / "tests").glob("test_gpu*.py"):
-        assert file.name in tests
+
+
+def test_stages_fit_into_what_a_device_is_lent_for() -> None:
+    lines = (BENCH / "on_gpu.sh").read_text("utf-8").splitlines()
+    told = {words[1]: words[2] for words in map(str.split, lines) if len(words) > 3 and words[2].isdigit()}
+    begun = {words[2]: words[3].rstrip(";") for words in map(str.split, lines) if words[:2] == ["if", "stage"]}
+    assert told and told == {name: seconds for name, seconds in begun.items() if name in told}
+    # 15 minutes, of which the machine's start takes two; and something must be left for the last stage.
+    assert sum(map(int, told.values())) <= 780 - 120
+
+
+def test_a_build_that_fails_does_not_lose_the_visit(tmp_path: Path, pretence: dict[str, str]) -> None:
+    done = run_on_gpu(tmp_path / "out", pretence, "build", "truth", NO_CUDA="1")
+    assert done.returncode == 1
+    assert "FAILED: env GRADMIX_EXTENSION=1 GRADMIX_CUDA=1" in done.stdout and "build: 0" in done.stdout
+    assert "gpu_truth_h100.json" in read_archive(tmp_path / "out")
 
 
 def test_results_so_far_are_kept_when_time_runs_out(tmp_path: Path, pretence: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    command = ["bash", str(BENCH / "on_gpu.sh"), str(out), "kernels", "step", "tune"]
-    environment = {**pretence, "OUT": str(out), "LIMIT": "5", "NAP": str(2 * PATIENCE)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = run_on_gpu(tmp_path / "out", pretence, "kernels", "step", "engine", LIMIT="4", NAP=str(2 * PATIENCE))
     assert done.returncode == 1
-    assert "FAILED: no time was left: python3 bench/tune_kernels.py" in done.stdout
-    (archive,) = out.iterdir()
-    with tarfile.open(archive) as packed:
-        assert "./alignment_kernels_h100.json" in packed.getnames()
+    assert "FAILED: no time was left: python3 bench/gradient_engine.py" in done.stdout
+    assert "alignment_kernels_h100.json" in read_archive(tmp_path / "out")
+
+
+def test_truth_counts_what_every_part_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = load(monkeypatch, "gpu_truth")
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest, signal\n"
+        "@pytest.mark.parametrize('k', range(5))\n"
+        "def test_k(k):\n"
+        "    if k == 1: pytest.skip('none')\n"
+        "    assert k != 2, 'two is wrong'\n"
+        "    if k == 4: os.kill(os.getpid(), signal.SIGKILL)\n"  # as when time is over
+    )
+    monkeypatch.setattr(truth, "ROOT", tmp_path)
+    ids = [f"test_some.py::test_k[{k}]" for k in range(5)]
+    shares = truth.split(ids, 2)
+    assert shares == [ids[:3], ids[3:]]
+    end = time.monotonic() + PATIENCE
+    parts = [truth.run_part(share, end, tmp_path / f"{k}.jsonl") for k, share in enumerate(shares)]
+    assert truth.run_part(ids, time.monotonic(), tmp_path / "late.jsonl") == truth.Part({}, {}, len(ids))
+    found = truth.summary(parts, len(ids))
+    assert (found["passed"], found["failed"], found["skipped"], found["not_reached"]) == (2, 1, 1, 1)
+    assert found["by_file"] == {"test_some": {"passed": 2, "failed": 1, "skipped": 1}}
+    assert list(found["failures"]) == [ids[2], ids[3]]
+    assert "two is wrong" in found["failures"][ids[2]]
+    assert "ended with -9" in found["failures"][ids[3]]  # its part, by the part's first test
