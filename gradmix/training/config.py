@@ -239,7 +239,7 @@ class TrainConfig:
     device: str = "auto"
     """auto: a GPU if there is one; or a torch device such as cpu or cuda:0."""
     threads: int | None = None
-    """CPU threads for torch; None: torch's own choice."""
+    """CPU threads for torch; None: one for the model mlp, torch's own choice for others and under OMP_NUM_THREADS."""
     checkpoint: float = 60.0
     """Seconds between two checkpoints, from which an interrupted run goes on; 0: none are kept."""
     output: Path | None = None

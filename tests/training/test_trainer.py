@@ -19,7 +19,7 @@ from gradmix.training.config import DataConfig, MixConfig, OptimConfig, ReplayCo
 from gradmix.training.data.samples import TensorSamples
 from gradmix.training.loop import run
 from gradmix.training.loop.clock import Clock
-from gradmix.training.loop.environment import pick_device
+from gradmix.training.loop.environment import pick_device, pick_threads
 from gradmix.training.loop.evaluation import evaluate
 from gradmix.training.loop.optimiser import make_optimiser, make_schedule
 from gradmix.training.loop.trainer import Progress, train_one
@@ -99,6 +99,26 @@ def test_a_run_leaves_random_state_and_threads_alone(stream) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train_one(replace(SHORT, optim=OptimConfig(epochs=1)), "gradmix-class", 0, stream=stream)
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_a_perceptron_takes_one_thread_unless_told_otherwise(stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        short = replace(SHORT, optim=OptimConfig(epochs=1), threads=None)
+        stream = replace(stream, tasks=stream.tasks[:1])
+        assert train_one(short, "er", 0, stream=stream).environment["threads"] == 1
+        assert train_one(replace(short, threads=2), "er", 0, stream=stream).environment["threads"] == 2
+        assert torch.get_num_threads() == 2
+        large = replace(short, optim=OptimConfig(model="resnet8"))
+        assert pick_threads(large, torch.device("cpu")) is None
+        small = replace(short, optim=OptimConfig(model="mlp"))
+        assert [pick_threads(small, torch.device(name)) for name in ("cpu", "cuda")] == [1, None]
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert pick_threads(small, torch.device("cpu")) is None
+    finally:
+        torch.set_num_threads(before)
 
 
 class Spy(Method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from datetime import datetime, timezone
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import gradmix
 from gradmix.calibration.summary import record_of
 from gradmix.doctor import processor_name
+from gradmix.training.config import TrainConfig
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,6 +33,19 @@ def pick_device(name: str) -> torch.device:
             f"device: got {name!r}, expected auto, cpu or a device torch can use here ({reason})"
         ) from None
     return device
+
+
+def pick_threads(config: TrainConfig, device: torch.device) -> int | None:
+    """CPU threads for torch in a run of ``config``, a complete one; None: torch's own choice.
+
+    The perceptron takes one on a CPU, unless the configuration or OMP_NUM_THREADS says otherwise. Its step is many
+    short calls, from which several threads gain nothing. And they wait for each other at the end of each call, which
+    takes long where other programs use the same cores: a run took five times as long on two busy ones.
+    """
+    if config.threads is not None:
+        return config.threads
+    is_small = config.optim.model == "mlp" and device.type == "cpu"
+    return 1 if is_small and "OMP_NUM_THREADS" not in os.environ else None
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gradmix.model.unchanged import preserve_rng
 from gradmix.runtime.collectives import Group, rank_of
 from gradmix.training.config import TrainConfig
 from gradmix.training.loop import checkpoint as checkpoints
-from gradmix.training.loop.environment import pick_device
+from gradmix.training.loop.environment import pick_device, pick_threads
 from gradmix.training.loop.run import Progress, Run
 from gradmix.training.method_names import current_name
 from gradmix.training.methods import find_method
@@ -98,9 +98,9 @@ def train_one(
     if config.data.blur is not None:
         stream = blur_boundaries(stream, config.data.blur, seed)
     device = pick_device(config.device)
-    threads = torch.get_num_threads()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    before, threads = torch.get_num_threads(), pick_threads(config, device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         with preserve_rng(device):
             torch.manual_seed(derive_seed(seed, "global") + rank_of(group))
@@ -114,7 +114,7 @@ def train_one(
                     # Now, and not when the run is done away with: it may be taken up again at once.
                     run.buffer.close()
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager
