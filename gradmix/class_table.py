@@ -21,7 +21,7 @@ TABLE_LAMS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Mixing weights at which a class table is evaluated; between them it is interpolated.
 
 Whether a pair of classes may be mixed depends on the weight: near 1 on the sample's own class, near 0 on the partner's.
-One decision for all weights, by their mean, is worse on MNIST (REPRODUCIBILITY.md)."""
+One decision for all weights, by their mean, is worse on MNIST (docs/results/settings.md)."""
 
 AVERAGE_NODES = 8
 """Quadrature nodes of a class table's average over Beta(alpha, alpha), for display."""

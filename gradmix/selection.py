@@ -103,7 +103,7 @@ def select_pairs(
         threshold: smallest cosine of a helpful mixture; 0 is an angle of 90 degrees.
         policy: ``"uniform"``: a random helpful partner. ``"permute"``: one random partner, as in Mixup, kept if it is
             helpful. ``"best"``: the partner with the largest cosine, ties broken at random; the model then forgets less
-            and learns less, and the reference gradient must be that of the present step (REPRODUCIBILITY.md).
+            and learns less, and the reference gradient must be that of the present step (docs/results/partner.md).
         head: the classifier layer, or its name; None: the linear layers that end in the logits are searched for.
         num_classes: length of the mixed label vectors; None: the head's.
         generator: source of all random numbers; the same state gives the same result. None: the library's own
