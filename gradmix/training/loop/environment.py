@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
 def pick_threads(config: TrainConfig, device: torch.device) -> int | None:
     """CPU threads for torch in a run of ``config``, a complete one; None: torch's own choice.
 
-    The perceptron takes one on a CPU, unless the configuration or OMP_NUM_THREADS says otherwise. Its step is many
+    The perceptron takes one on a CPU, unless the configuration or OMP_NUM_THREADS gives a number. Its step is many
     short calls, from which several threads gain nothing. And they wait for each other at the end of each call, which
     takes long where other programs use the same cores: a run took five times as long on two busy ones.
     """
