@@ -43,6 +43,12 @@ class Interval(NamedTuple):
         """Whether 0 is outside the interval; of what is not known, it is not."""
         return abs(self.mean) > self.half_width
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper end of the interval; twice the mean where it has no width."""
+        half = 0.0 if math.isnan(self.half_width) else self.half_width
+        return self.mean - half, self.mean + half
+
 
 def average_accuracy(R: npt.ArrayLike) -> float:
     """Average accuracy, the paper's measure: mean over t of mean_{j<=t} R[t, j].
