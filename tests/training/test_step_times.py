@@ -57,8 +57,27 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield time
 
 
-def test_the_first_step_and_the_step_of_a_warm_up_are_left_out(now: list[float]) -> None:
-    clock = Clock(CPU)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_first_step_and_the_step_of_a_warm_up_are_left_out(
+    device: str, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Event:
+        """An event on a device whose time is that of the test, which is read when it is over."""
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(torch.device(device))
     run(clock, now, data=5.0)
     for _ in range(3):
         run(clock, now, data=0.25, selection=0.25, rest=0.5)
