@@ -18,7 +18,7 @@ from gradmix.training.runs.results import RunResult
 from gradmix.training.streams import TaskStream
 
 # Not to be resumed from: when and how long.
-LEFT_OUT = ("clock", "seconds_total", "peak_memory")
+LEFT_OUT = ("clock", "step_times", "seconds_total", "peak_memory")
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from gradmix.cli.columns import text_width
 from gradmix.cli.errors import UsageError
-from gradmix.cli.progress import text_width
 from gradmix.runtime.names import shown
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from gradmix.cli.columns import label_width, wrap_label
 from gradmix.cli.errors import UsageError
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
@@ -189,7 +190,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def finish(self, run: Run, result: RunResult) -> None:
             self.done += 1
-            reporter.say(f"{self._name(run)}  {figures(result)}{self._time_left()}")
+            reporter.say(self._name(run), f"{figures(result)}{self._time_left()}")
             self._count()
 
         def fail(self, run: Run, reason: str) -> None:
@@ -236,20 +237,24 @@ def _say(values: dict[str, Any], folder: Path) -> None:
     rows, differences = arms.summarise(values)
     print()
     if rows:
-        width = max(len(shown(row.label)) for row in rows)
-        print(f"{'':<{width}}  {'average accuracy':<18}{'final accuracy':<18}{'forgetting':<18}seeds")
+        header = f"{'average accuracy':<18}{'final accuracy':<16}{'forgetting':<15}seeds"
+        width = label_width([row.label for row in rows], len(header))
+        print(f"{'':<{width}}  {header}")
         for row in rows:
-            cells = (interval(row.metrics[name], "{mean:.3f} ± {half:.3f}") for name in SHOWN)
-            print(f"{shown(row.label):<{width}}  {''.join(f'{cell:<18}' for cell in cells)}{len(row.runs)}")
+            cells = [interval(row.metrics[name], "{mean:.3f} ± {half:.3f}") for name in SHOWN]
+            line = f"{cells[0]:<18}{cells[1]:<16}{cells[2]:<15}{len(row.runs)}"
+            print(wrap_label(row.label, width, line))
         print("mean ± half of its 95 % t-interval")
     for line in report.divergence_notes(values):
         print(shown(line))
     if differences:
-        width = max(len(shown(d.label)) for d in differences)
-        print(f"\n{'average accuracy, paired':<{width}}  {'difference':<18}{'p, Holm':<10}seeds")
+        header = f"{'difference':<18}{'p, Holm':<10}seeds"
+        heading = "average accuracy, paired"
+        width = max(label_width([d.label for d in differences], len(header)), len(heading))
+        print(f"\n{heading:<{width}}  {header}")
         for d in differences:
             apart = difference(d.metrics["average_accuracy"])
-            print(f"{shown(d.label):<{width}}  {apart:<18}{probability(d.holm):<10}{len(d.seeds)}")
+            print(wrap_label(d.label, width, f"{apart:<18}{probability(d.holm):<10}{len(d.seeds)}"))
         print("* where the 95 % t-interval leaves out 0")
     lacking = sum(not run.get(arms.DIVERGED) for run in values["missing"])
     if lacking:

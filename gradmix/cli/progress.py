@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 import threading
@@ -37,7 +36,7 @@ class Reporter:
 
         self.runs, self.width = runs, width
         self.run = 0
-        self.name = ""
+        self.name = self.label = self.seed = ""
         self.task = 0
         self.shown = 0.0
         self.loss: float | None = None
@@ -71,7 +70,8 @@ class Reporter:
         """Begin a run of what is called ``name``."""
         self.run += 1
         self.task, self.shown, self.loss = 0, 0.0, None
-        self.name = f"{shown(name):<{self.width}}  seed {seed}"
+        self.label, self.seed = shown(name), f"seed {seed}"
+        self.name = f"{self.label:<{self.width}}  {self.seed}"
         if self.bar is not None:
             self.bar.reset(self.bar_task, total=None, description=self._describe())
 
@@ -96,8 +96,12 @@ class Reporter:
     def _describe(self, position: str = "") -> str:
         """Return the text before the bar; a long name is cut, so that the time left is not."""
         number = f"[{self.run}/{self.runs}] "
-        room = max(self.console.width - len(number) - len(position) - _BAR_AND_TIME, 1)
-        return f"{number}{self.name if len(self.name) <= room else f'{self.name[: room - 1]}…'}{position}"
+        room = self.console.width - len(number) - len(position) - _BAR_AND_TIME
+        if len(self.name) <= room:
+            return f"{number}{self.name}{position}"
+        # Without the seed two runs look the same.
+        label, room = self.label, max(room - len(self.seed) - 2, 1)
+        return f"{number}{label if len(label) <= room else f'{label[: room - 1]}…'}  {self.seed}{position}"
 
     def finish(self, result: RunResult, note: str = "") -> None:
         """Show a run's figures in a line that stays."""
@@ -113,18 +117,17 @@ class Reporter:
                 description=f"{done} of {self.runs} runs, {running} at a time",
             )
 
-    def say(self, line: str) -> None:
-        """Show a line that stays."""
-        line = shown(line)
+    def say(self, line: str, more: str = "") -> None:
+        """Show a line that stays; on a terminal that is too narrow for it, what is ``more`` stands below."""
+        fits = self.bar is None or len(line) + 2 + len(more) <= self.console.width
+        for part in [f"{line}  {more}".rstrip()] if fits or not more else [line, f"    {more}"]:
+            self._say(shown(part))
+
+    def _say(self, line: str) -> None:
         if self.bar is None:
             print(line, flush=True)
         else:
             self.console.print(line, markup=False, emoji=False)
-
-
-def text_width() -> int:
-    """Columns for tables: the terminal's, from 80 to 120."""
-    return min(max(shutil.get_terminal_size().columns, 80), 120)
 
 
 def figures(result: RunResult) -> str:

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmix.cli.columns import text_width
 from gradmix.cli.errors import UsageError
 from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
-from gradmix.cli.progress import Interruption, Reporter, text_width
+from gradmix.cli.progress import Interruption, Reporter
 from gradmix.runtime.names import shell, shown
 from gradmix.training.method_names import stable_name
 

@@ -20,6 +20,7 @@ from gradmix.cli.experiment import _watcher
 from gradmix.cli.progress import Reporter
 from gradmix.training.loop import trainer
 from gradmix.training.reports.cells import with_sign
+from gradmix.training.reports.saving import save_run
 from gradmix.training.runs import experiments
 from gradmix.training.runs.results import RunResult
 
@@ -226,6 +227,44 @@ def test_the_bar_counts_the_runs_of_other_processes(
     found.append(reporter.bar.tasks[0].description)
     assert found == shown
     assert "[2/3] best  seed 0  failed: out of memory" in capsys.readouterr().out
+
+
+def test_a_long_name_leaves_every_line_whole_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "gradmix-sample with the gradient of the whole buffer"
+    text = f"title: T\nseeds: [0, 1]\narms: [{{name: {name}, method: gradmix-sample}}, {{name: er, method: er}}]\n"
+    Path("long.yaml").write_text(f"{text}differences: [[{name}, er]]\n", encoding="utf-8")
+    made = experiments.load("long.yaml")
+    for one in made.runs():
+        result = replace(make_result(one.method, one.seed), config=one.config)
+        save_run(result, Path("out/runs") / one.folder, pictures=False)
+    assert run("long.yaml", "--report-only", "--output", "out") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    # Three lines for the name beside the figures, and two for the difference.
+    assert (
+        "gradmix-sample with the   0." in out
+        and "\ngradient of the whole\nbuffer\n" in out
+        and "\nbuffer − er\n" in out
+    )
+
+
+def test_what_is_too_long_for_a_terminal_stands_on_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setenv("COLUMNS", "40")
+    line, more = "[1/2] gradmix-sample  seed 0", "average accuracy 0.9"
+    Reporter(1, 4).say(line, more)
+    assert capsys.readouterr().out == f"{line}  {more}\n", "a file has no width"
+    monkeypatch.setattr(Console, "is_terminal", True)
+    reporter = Reporter(1, 4)
+    reporter.say(line, more)
+    reporter.say("[1/2] er", more)
+    assert capsys.readouterr().out == f"{line}\n    {more}\n[1/2] er  {more}\n"
 
 
 def test_the_report_alone(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_the_time_left_is_shown_beside_a_long_name(monkeypatch: pytest.MonkeyPat
     reporter.step(Progress(name, 3, 4, 5, 1, 1, 250, 500, 0.5))
     Console(file=out, width=80).print(reporter.bar.make_tasks_table(reporter.bar.tasks))
     line = out.getvalue().splitlines()[-1]
-    assert len(line) <= 80 and "gradm…  task 4/5  loss 0.500" in line and "50%" in line
+    assert len(line) <= 80 and "…  seed 3  task 4/5  loss 0.500" in line and "50%" in line
     assert line.rstrip().endswith("-:--:--"), "no speed is known yet"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,42 @@ def test_the_page_on_compatibility_has_the_versions_of_the_metadata() -> None:
     torch, numpy = re.findall(r'"(?:torch|numpy)>=([\d.]+)"', PYPROJECT)
     assert f"| Python | {', '.join(stated)} |" in page
     assert f"| torch | {torch}, and the newest |" in page and f"| numpy | {numpy} and later, 2 included |" in page
+
+
+def test_the_release_has_a_wheel_for_every_python_and_platform() -> None:
+    jobs = load(".github/workflows/release.yml")["jobs"]
+    (table,) = re.findall(r"^\[tool\.cibuildwheel\]\nbuild = \[(.*?)\]", PYPROJECT, re.M)
+    pythons = re.findall(r'"cp3(\d+)-\*"', table)
+    assert [f"3.{minor}" for minor in pythons] == re.findall(r"Python :: (3\.\d+)", PYPROJECT)
+    platforms = {entry["name"] for entry in jobs["wheels"]["strategy"]["matrix"]["include"]}
+    assert platforms == {"Linux x86-64", "Linux aarch64", "macOS x86-64", "macOS arm64"}
+    commands = " ".join(step.get("run", "") for step in jobs["check"]["steps"])
+    assert f'ls dist/*.whl | wc -l)" = {len(pythons) * len(platforms)}' in commands
+    assert "twine check --strict dist/*" in commands
+
+
+def test_a_release_is_published_without_a_password_and_by_one_job_alone() -> None:
+    workflow = load(".github/workflows/release.yml")
+    assert workflow[True] == {"push": {"tags": ["v*"]}}, "YAML reads the key `on` as true"
+    assert workflow["permissions"] == {"contents": "read"}
+    assert [name for name, job in workflow["jobs"].items() if "permissions" in job] == ["publish"]
+    publish = workflow["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"} and publish["needs"] == "check"
+    assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+
+
+def test_the_readme_of_a_release_has_no_relative_link() -> None:
+    links = runpy.run_path(str(ROOT / ".github/readme_links.py"))["make_absolute"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = links(text, "https://forge/me/it", "v1")
+    assert {target for target in re.findall(r"\]\(([^)]*)\)", made) if not target.startswith("https://")} == set()
+    assert "![Mix two samples" in made and "(https://forge/me/it/raw/v1/docs/images/select.svg)" in made
+    assert "[Concepts](https://forge/me/it/blob/v1/docs/concepts.md)" in made
+    code = re.compile(r"^```.*?^```$", re.M | re.S)
+    assert code.findall(made) == code.findall(text) != []
+    assert links(made, "https://forge/other", "v2") == made, "absolute links stay"
+    in_code = "```\nf[x](y)\n```"
+    assert links(in_code, "https://forge/me/it", "v1") == in_code
 
 
 def test_the_citation_names_this_project_and_its_paper() -> None:

@@ -24,7 +24,7 @@ from gradmix.training.reports.saving import save_run
 from gradmix.training.reports.significance import holm
 from gradmix.training.runs.experiments import Experiment, from_yaml
 from gradmix.training.runs.metrics import Interval, mean_interval, paired_difference
-from gradmix.training.runs.results import METRIC_LABELS, metric_values
+from gradmix.training.runs.results import METRIC_LABELS, SteadySteps, metric_values
 from gradmix.training.runs.running import RUNS_AT_A_TIME
 
 TEXT = """
@@ -121,7 +121,7 @@ def test_figures(values: dict[str, Any]) -> None:
         found = [run["metrics"][name] for run in values["runs"] if run["arm"] == "er"]
         assert by_arm["er"].metrics[name] == mean_interval(found)
     assert by_arm["gradmix"].mixed_share == 0.75 and math.isnan(by_arm["er"].mixed_share)
-    assert by_arm["gradmix"].step_ms == 2.5 and by_arm["gradmix"].shares["selection"] == pytest.approx(0.4)
+    assert by_arm["gradmix"].step_ms == 2.0 and by_arm["gradmix"].shares["selection"] == pytest.approx(0.4)
     of = {
         arm: [run["metrics"]["average_accuracy"] for run in values["runs"] if run["arm"] == arm]
         for arm in ("er", "mixup", "gradmix")
@@ -181,8 +181,8 @@ def test_what_is_said(html: str) -> None:
         assert part in page.text
     assert "missing" not in page.text
     cost = next(t for t in page.tables if t[0][1] == "ms/step")
-    assert cost[0][3] == "× er", "plain replay is what others are measured by, wherever it stands"
-    assert [row[1:4] for row in cost[1:]] == [["2.50", "2.50 to 2.50", "1.00"]] * 3
+    assert cost[0][4] == "× er", "plain replay is what others are measured by, wherever it stands"
+    assert [row[1:5] for row in cost[1:]] == [["2.00", "2.00 to 2.00", "2.50", "1.00"]] * 3
     assert "Runs at a time: unknown." in page.text
 
 
@@ -197,18 +197,20 @@ def test_costs_are_medians(device: str, memory: int, shown: str, tmp_path: Path)
     runs = experiment.runs()
     for run, seconds, mib in zip(runs, (0.1, 0.3, 9.0), (3, 5, 9), strict=True):
         result = make_result(run.method, run.seed)
-        timing = replace(result.timing, seconds_step=seconds, seconds_data=0.1, peak_memory_bytes=mib * 2**20)
+        steady = SteadySteps(100, seconds / 200, seconds, 0.0, 0.1)
+        timing = replace(result.timing, steady=steady, peak_memory_bytes=mib * 2**20)
         environment = {"device": device, RUNS_AT_A_TIME: 2}
         made = replace(result, config=run.config, timing=timing, environment=environment)
         save_run(made, tmp_path / run.folder, pictures=False)
     values = of_arms.collect(experiment, runs, tmp_path)
-    ((row,), _) = of_arms.summarise(values)
-    assert row.step_ms == pytest.approx(3.0), "one disturbed run moves a mean, not the median"
-    assert row.step_range == pytest.approx((1.0, 90.0)) and row.shares["data"] == pytest.approx(1 / 3)
+    ((row,), _) = of_arms.summarise(json.loads(json.dumps(values)))
+    assert row.step_ms == pytest.approx(1.5), "one disturbed run moves a mean, not the median"
+    assert row.mean_step_ms == pytest.approx(3.0)
+    assert row.step_range == pytest.approx((0.5, 45.0)) and row.shares["data"] == pytest.approx(1 / 3)
     assert row.peak_memory == memory * 2**20
     page = Page(report.to_html(values))
     cost = next(t for t in page.tables if t[0][1] == "ms/step")
-    assert cost[1][2] == "1.00 to 90.0" and cost[1][-1] == shown
+    assert cost[1][2] == "0.50 to 45.0" and cost[1][-1] == shown
     assert "Runs at a time: 2." in page.text
 
 

@@ -20,6 +20,7 @@ from gradmix.training.runs import results
 from gradmix.training.runs.results import (
     AlignmentRecord,
     RunResult,
+    SteadySteps,
     Timing,
     load_run,
     load_runs,
@@ -76,7 +77,8 @@ def test_files_hold_what_they_should(tmp_path: Path) -> None:
     saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert saved["accuracy"][2] == [None, None, None]
     assert saved["status"] == "interrupted" and saved["tasks_reached"] == 2
-    assert saved["timing"]["step_ms"] == pytest.approx(2.5)
+    assert saved["timing"]["step_ms"] == pytest.approx(2.0)
+    assert saved["timing"]["mean_step_ms"] == pytest.approx(2.5)
     assert saved["timing"]["selection_share"] == pytest.approx(0.4)
     for name, value in metric_values(result).items():
         entry = saved["metrics"][name]
@@ -235,6 +237,32 @@ def test_timing_without_a_step() -> None:
     assert math.isnan(timing.step_ms) and math.isnan(timing.selection_share)
 
 
+def test_the_warm_up_enters_no_figure_of_a_step() -> None:
+    steady = SteadySteps(4, 0.002, 0.010, 0.004, 0.001)
+    timing = Timing(5, 9.0, 5.010, 3.004, 0.5, 1.001, steady=steady)
+    assert (timing.step_ms, timing.mean_step_ms) == pytest.approx((2.0, 2.5))
+    shares = (timing.selection_share, timing.data_share, timing.forward_backward_share)
+    assert shares == pytest.approx((0.4, 0.1, 0.5))
+
+
+def test_selection_made_in_the_warm_up_alone_is_not_called_free() -> None:
+    timing = Timing(3, 9.0, 5.0, 1.0, 0.5, 0.0, steady=SteadySteps(2, 0.002, 0.004))
+    assert timing.selection_share == pytest.approx(0.2)
+
+
+def test_a_run_of_a_version_that_timed_no_single_step_is_read(tmp_path: Path) -> None:
+    folder = save_run(make_result("gradmix-class", 0), tmp_path / "run", pictures=False)
+    file = folder / "metrics.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    del saved["timing"]["steady"]
+    saved["timing"]["seconds_step"], saved["timing"]["seconds_selection"] = 0.7, 0.35
+    file.write_text(json.dumps(saved), encoding="utf-8")
+    back = load_run(folder)
+    assert (back.timing.step_ms, back.timing.selection_share) == pytest.approx((7.0, 0.5))
+    assert "not timed in 1 of the runs" in tables.to_text(tables.summarise([back]))
+    assert "not timed" not in tables.to_text(tables.summarise([make_result("er", 0)]))
+
+
 @pytest.mark.parametrize(("reached", "expected"), [(None, 3), (2, 2), (0, 0)])
 def test_tasks_reached(reached: int | None, expected: int) -> None:
     assert tasks_reached(make_result(reached=reached)) == expected
@@ -259,7 +287,7 @@ def test_rows_are_means_over_seeds() -> None:
     assert interval.std == pytest.approx(values.std(ddof=1))
     # 4.302653: the 97.5 % quantile of Student's t with two degrees of freedom.
     assert interval.half_width == pytest.approx(4.302653 * values.std(ddof=1) / math.sqrt(3), rel=1e-6)
-    assert summary.rows[1].step_ms == pytest.approx(2.5)
+    assert summary.rows[1].step_ms == pytest.approx(2.0)
     assert summary.rows[1].selection_share == pytest.approx(0.4)
 
 

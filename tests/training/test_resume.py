@@ -175,6 +175,23 @@ def test_what_went_before_is_counted(stream: TaskStream, tmp_path: Path) -> None
     assert timing.seconds_total > before["seconds_total"] > before["clock"]["step"] > 0
     assert timing.seconds_step > before["clock"]["step"]
     assert timing.seconds_selection >= before["clock"]["selection"] > 0
+    # Left out are the first step, the first one that selects, and the first one after the interruption.
+    assert timing.steady.steps == STEPS - 3
+
+
+def test_a_checkpoint_without_times_of_steps_goes_on(
+    stream: TaskStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.pt"
+    complete = run_state.state_dict
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            run_state, "state_dict", lambda run: {k: v for k, v in complete(run).items() if k != "step_times"}
+        )
+        train_one(BASE, "er", 1, stream=stream, on_step=StopAt([5]), checkpoint=path)
+    result = train_one(BASE, "er", 1, stream=stream, checkpoint=path)
+    assert_same_result(result, train_one(BASE, "er", 1, stream=stream))
+    assert result.timing.steady.steps == STEPS - 6
 
 
 # -------------------------------------------------------------------------------------------------- what goes wrong

@@ -54,6 +54,9 @@ def test_a_run_is_complete(results, method: str) -> None:
     timing = result.timing
     assert timing.steps == sum(2 * -(-len(task.train.y) // 16) for task in make_stream("split-digits").tasks)
     assert 0 < timing.seconds_step < timing.seconds_total
+    # The first step is left out, and the first one that selects.
+    assert timing.steady.steps == timing.steps - (1 + (result.timing.seconds_selection > 0))
+    assert 0 < timing.step_ms < timing.seconds_step * 1000
     assert result.config.methods == (method,) and result.config.seeds == (0,)
     assert result.environment["torch"] == torch.__version__
 

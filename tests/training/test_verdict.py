@@ -30,7 +30,7 @@ def test_what_is_told_apart_and_what_is_not() -> None:
         "gradmix-sample is 0.103 ± 0.014 above er, and does not differ significantly from mixup (+0.063 ± 0.141) in "
         "average accuracy."
     )
-    assert cost.startswith("Selection took 25.0 % (gradmix-sample) of a training step here.")
+    assert cost.startswith("Selection took 25.0 % (gradmix-sample) of the steps' time here.")
 
 
 def test_the_order_of_rows_turns_no_sign() -> None:

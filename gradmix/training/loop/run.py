@@ -214,6 +214,7 @@ class Run:
                 seconds_evaluation=self.clock.seconds("evaluation"),
                 seconds_data=self.clock.seconds("data"),
                 peak_memory_bytes=self.peak_memory(),
+                steady=self.clock.steps.steady(),
             ),
             config=self.config,
             mixed_share=tuple(self.records.mixed_share),
@@ -235,6 +236,9 @@ class Run:
             position.mixed.zero_()
             position.seen = 0
         self.model.train()
+        if self.config.optim.compile:
+            # A batch with replayed samples, or another head, is compiled anew.
+            self.clock.warm_up()
         while position.epoch < self.epochs:
             if position.order is None:
                 if not self.online or task.index == 0:

@@ -36,6 +36,7 @@ def state_dict(run: Run) -> dict[str, Any]:
         "global_generators": rng_state(run.device),
         **run.records.state_dict(),
         "clock": run.clock.state_dict(),
+        "step_times": run.clock.steps.state_dict(),
         "seconds_total": run.seconds_total(),
         "peak_memory": run.peak_memory(),
     }
@@ -53,6 +54,8 @@ def _check(run: Run, state: Mapping[str, Any]) -> None:
     require_number(state["peak_memory"], 0, torch.iinfo(torch.int64).max, "peak_memory")
     require_like(state["seconds_total"], 0.0, "seconds_total")
     require_like(state["clock"], {str(section): 0.0 for section in state["clock"]}, "clock")
+    if "step_times" in state:
+        run.clock.steps.check(state["step_times"])
     require_like(state["generators"], _generators(run), "generators")
     known = rng_state(run.device)
     require_like(state["global_generators"]["numpy"], known["numpy"], "global_generators.numpy")
@@ -131,6 +134,9 @@ def load_state_dict(run: Run, state: Mapping[str, Any]) -> None:
     run.records.load_state_dict(state)
     _check_buffer(run)
     run.clock.load_state_dict(state["clock"])
+    # Earlier versions did not keep them: then they are those of the steps to come.
+    if "step_times" in state:
+        run.clock.steps.load_state_dict(state["step_times"])
     run.seconds_before, run.peak_before = state["seconds_total"], state["peak_memory"]
 
 

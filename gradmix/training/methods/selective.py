@@ -72,6 +72,7 @@ class SelectiveMixup(LinearMixing):
         self._of_all_parameters = mix.estimator in ("jvp", "sketch")
         self._by_replayed = mix.reference == "replayed"
         self._pairs: Pairs | None = None
+        self._has_selected = False
 
     @classmethod
     def resolve_config(cls, config: TrainConfig) -> TrainConfig:
@@ -125,6 +126,9 @@ class SelectiveMixup(LinearMixing):
 
     def _select(self, samples: StepSamples, outputs: HeadOutput | None) -> Pairs:
         context = self.context
+        if not self._has_selected and len(context.buffer):
+            self._has_selected = True
+            context.clock.warm_up()
         with context.clock("selection"):
             if samples.share is not None:
                 outputs = self._gather(samples.x, samples.share, outputs)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +13,17 @@ from gradmix.training.former_keys import current_keys
 from gradmix.training.method_names import current_name
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.runs.experiments import Experiment, Run, points_of, protocol
-from gradmix.training.runs.metrics import accuracy_on_seen, mean_of_known, without_nan
-from gradmix.training.runs.results import METRIC_LABELS, RunResult, load_run, metric_values, name_damage, number
+from gradmix.training.runs.metrics import accuracy_on_seen, mean_of_known, median_of_known
+from gradmix.training.runs.results import (
+    METRIC_LABELS,
+    RunResult,
+    Timing,
+    load_run,
+    metric_values,
+    name_damage,
+    number,
+    read_timing,
+)
 from gradmix.training.runs.running import state_of
 from gradmix.training.runs.settings import flatten
 
@@ -50,8 +57,8 @@ class ArmRow(Row):
 
     @property
     def step_ms(self) -> float:
-        """Median over the runs of the milliseconds of a training step."""
-        return _median(self._steps())
+        """Median over the runs of the median milliseconds of a training step."""
+        return median_of_known(self._steps())
 
     @property
     def step_range(self) -> tuple[float, float]:
@@ -60,14 +67,21 @@ class ArmRow(Row):
         return min(steps), max(steps)
 
     def _steps(self) -> list[float]:
-        return [1000.0 * _share(run["timing"]["seconds_step"], run["timing"]["steps"]) for run in self.runs]
+        return [timing.step_ms for timing in self._timings()]
+
+    def _timings(self) -> list[Timing]:
+        return [read_timing(run["timing"]) for run in self.runs]
+
+    @property
+    def mean_step_ms(self) -> float:
+        """Median over the runs of the mean milliseconds of a training step, what is done in some steps included."""
+        return median_of_known(timing.mean_step_ms for timing in self._timings())
 
     @property
     def shares(self) -> dict[str, float]:
         """Medians of the shares of that time, from 0 to 1: of selection, of forward and backward passes, of data."""
-        timings = [run["timing"] for run in self.runs]
         return {
-            name: _median([_share(t[f"seconds_{name}"], t["seconds_step"]) for t in timings])
+            name: median_of_known(getattr(timing, f"{name}_share") for timing in self._timings())
             for name in ("selection", "forward_backward", "data")
         }
 
@@ -156,6 +170,7 @@ def _run_values(run: Run, result: RunResult) -> dict[str, Any]:
             "steps": timing.steps,
             **{f"seconds_{name}": getattr(timing, f"seconds_{name}") for name in names},
             "peak_memory_bytes": timing.peak_memory_bytes,
+            "steady": asdict(timing.steady),
         },
         "environment": dict(result.environment),
         "folder": run.folder.as_posix(),
@@ -194,6 +209,7 @@ def summary_of(rows: Sequence[ArmRow], differences: Sequence[Difference]) -> dic
             "mixed": row.mixed_share,
             "step_ms": row.step_ms,
             "step_ms_range": list(row.step_range),
+            "mean_step_ms": row.mean_step_ms,
             "shares": row.shares,
             "peak_memory_bytes": row.peak_memory,
         }
@@ -244,11 +260,3 @@ def _metric(values: Mapping[str, Any], name: str) -> float:
 def place_of(arm: str, point: Mapping[str, Any]) -> tuple[str, str]:
     """Return a key for an arm at some varied values."""
     return arm, json.dumps(point, sort_keys=True)
-
-
-def _share(part: float | None, whole: float | None) -> float:
-    return number(part) / whole if whole else math.nan
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(without_nan(values) or [math.nan])

@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gradmix.runtime import names
-from gradmix.training.reports import cells
+from gradmix.training.reports import axis_range, cells
+from gradmix.training.reports.axis_range import Extent
+from gradmix.training.reports.class_pairs import EMPTY, draw_panel, find_spread, hatch, shorten
 from gradmix.training.reports.figures import DPI, as_text
 from gradmix.training.runs.metrics import Interval, accuracy_on_seen, mean_interval
-from gradmix.training.runs.results import AlignmentRecord, RunResult, metric_values, task_names
+from gradmix.training.runs.results import RunResult, metric_values, task_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +35,7 @@ _BANDS_FROM = 3
 # Okabe and Ito's palette, with a violet for its yellow, which is too pale for lines on white.
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#5D3A9B")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_EMPTY, _GREY = "#B8B8B8", "#8A8A8A"
+_GREY = "#8A8A8A"
 # Longer names are cut: they would leave a picture no room.
 _NAME_UP_TO = 60
 
@@ -89,13 +91,16 @@ def compare(results: Sequence[RunResult]) -> Figure:
     chosen = [r for r in results if r.status == "complete"] or [r for r in results if r.status == "interrupted"]
     groups = group(chosen)
     figure, axes = _over_tasks(7.2, 4.6, "mean accuracy on the tasks seen")
+    extents = []
     for index, (label, members) in enumerate(groups.items()):
         lines = np.stack([accuracy_on_seen(r.accuracy) for r in members])
         mean = lines.mean(axis=0)
         average = float(np.nanmean(mean)) if np.isfinite(mean).any() else math.nan
         seeds = f"{len(members)} seeds" if len(members) > 1 else "1 seed"
         text = f"{_label(label)}: {average:.3f} ({seeds})"
-        _over_seeds(axes, index, text, lines, band=True)
+        extent = _over_seeds(axes, index, text, lines, band=True)
+        extents.append(extent and replace(extent, text=_label(label)))
+    axis_range.fit_lines(axes, extents, "below")
     # Below the axes, where it hides no line.
     figure.legend(title="average accuracy", loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     banded = any(len(members) >= _BANDS_FROM for members in groups.values())
@@ -115,7 +120,7 @@ def heatmap(result: RunResult) -> Figure:
     described = tasks <= 10 and max(map(len, names)) <= 30
     # About 0.08 inches a character, at the size of tick labels.
     figure, axes = _figure(side + (1.9 + 0.08 * max(map(len, names)) if described else 2.2), side + 1.3)
-    _hatch(axes)
+    hatch(axes)
     image = axes.imshow(np.ma.masked_invalid(result.accuracy), vmin=0.0, vmax=1.0, cmap="cividis", zorder=1)
     axes.set_xticks(range(tasks), short)
     axes.set_yticks(range(tasks), names if described else short)
@@ -156,7 +161,7 @@ def alignment(result: RunResult) -> Figure:
     if not records:
         raise ValueError("result: got a run without alignments, expected one whose method selects pairs by class")
     threshold = records[0].threshold
-    spread, clipped = _spread(records)
+    spread, clipped = find_spread(records)
     norm = Normalize(threshold - spread, threshold + spread)
     most = max(r.classes.size for r in records)
     columns = len(records) if len(records) <= 3 else min(3, math.ceil(math.sqrt(len(records))))
@@ -165,14 +170,14 @@ def alignment(result: RunResult) -> Figure:
     # The key needs 6.6 inches.
     panel = max(panel, (6.6 - 1.5) / columns)
     # Names of more than two characters stand upright below a panel; 0.08 inches a character.
-    longest = max(len(_short(result.class_names[c])) for r in records for c in r.classes)
+    longest = max(len(shorten(result.class_names[c])) for r in records for c in r.classes)
     below = 0.08 * longest if longest > 2 else 0.0
     size = (columns * (panel + below) + 1.5, rows * (panel + below + 0.35) + 1.0)
     figure = Figure(figsize=size, dpi=DPI, layout="compressed")
     grid = figure.subplots(rows, columns, squeeze=False)
     names = task_names(result)
     for number, (axes, record) in enumerate(zip(grid.flat, records, strict=False)):
-        image = _alignment_panel(axes, record, result.class_names, panel, norm)
+        image = draw_panel(axes, record, result.class_names, panel, norm)
         name = names[record.task] if columns * len(names[record.task]) <= 100 else f"task {record.task + 1}"
         axes.set_title(name, fontsize=9)
         if number % columns == 0:
@@ -194,7 +199,7 @@ def alignment(result: RunResult) -> Figure:
     ]
     meanings = [f"helpful (cosine ≥ {threshold:g})", f"detrimental (cosine < {threshold:g})"]
     if any(np.isnan(r.cosine).any() for r in records):
-        handles.append(Patch(facecolor="white", edgecolor=_EMPTY, hatch="////"))
+        handles.append(Patch(facecolor="white", edgecolor=EMPTY, hatch="////"))
         meanings.append("no samples of this pair")
     key = {"ncols": 3, "frameon": False, "fontsize": 9, "handler_map": {tuple: HandlerTuple(ndivide=1)}}
     figure.legend(handles, meanings, loc="outside lower center", **key)
@@ -209,9 +214,11 @@ def dots(
 ) -> Figure:
     """Draw a row for each label: a dot for each accuracy, their mean, and its 95 % t-interval if there are two or more.
 
-    ``name`` says what the values are. ``marks`` has for each row a figure from elsewhere, drawn as a star, or None.
+    ``name`` says what the values are. ``marks`` has for each row a figure from elsewhere, drawn as a star, or None. A
+    few rows far below all others are cut off, with an arrow (:mod:`gradmix.training.reports.axis_range`).
     """
     figure, axes = _rows(labels, name, "mean")
+    extents = []
     for place, row in enumerate(values):
         if not row:
             continue
@@ -220,11 +227,15 @@ def dots(
         interval = mean_interval(row)
         _interval(axes, place, interval, "#0072B2")
         _beside(axes, place, f"{interval.mean:.3f}")
+        low, high = interval.ends
+        extents.append(Extent(max(min(low, *row), 0.0), min(max(high, *row), 1.0), "#0072B2", row=place))
     for place, mark in enumerate(marks):
         if mark is not None:
             axes.scatter([mark], [place], s=70, marker="*", color="#D55E00", linewidths=0, zorder=4)
+            extents.append(Extent(mark, mark, "#D55E00", f"{mark:.3f}", place))
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -0.02), min(high, 1.02))  # no interval of accuracies goes beyond what they can be
+    axis_range.fit_rows(axes, extents, "below")
     return figure
 
 
@@ -232,7 +243,7 @@ def dots(
 def forest(
     labels: Sequence[str], intervals: Sequence[Interval], name: str, sure: Sequence[bool] | None = None
 ) -> Figure:
-    """Draw a row for each difference: its mean and 95 % t-interval, and a line at 0.
+    """Draw a row for each difference: its mean and 95 % t-interval, and a line at 0; outliers are cut, with an arrow.
 
     Intervals that hold 0 are drawn hollow and grey. The others are blue above 0 and orange below, and full if they are
     sure.
@@ -245,12 +256,16 @@ def forest(
     """
     figure, axes = _rows(labels, name, "mean [95 % interval]")
     axes.axvline(0.0, color="black", linewidth=1.0, alpha=0.6)
+    extents = []
     for place, interval in enumerate(intervals):
         outside = interval.excludes_zero
         colour = ("#0072B2" if interval.mean > 0 else "#D55E00") if outside else _GREY
         _interval(axes, place, interval, colour, outside and (sure is None or sure[place]))
         text = cells.interval(interval, "{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "{mean:+.3f}", minus="−")
         _beside(axes, place, text)
+        low, high = interval.ends
+        extents.append(Extent(min(low, 0.0), max(high, 0.0), colour, row=place))
+    axis_range.fit_rows(axes, extents, "both")
     return figure
 
 
@@ -264,15 +279,16 @@ def after_tasks(lines: Mapping[str, npt.NDArray[np.float64]]) -> Figure:
         lines: For each label ``(S, T)`` values: S seeds, T tasks.
     """
     figure, axes = _over_tasks(7.6, 4.4, "mean accuracy on the tasks seen")
-    ends = []
+    ends, extents = [], []
     for index, (label, values) in enumerate(lines.items()):
         numbers = np.arange(1, values.shape[1] + 1)
         mean = values.mean(axis=0)
-        _over_seeds(axes, index, _label(label), values, band=len(lines) <= BANDS_UP_TO)
+        extents.append(_over_seeds(axes, index, _label(label), values, band=len(lines) <= BANDS_UP_TO))
         ends.append(
             (f"{_label(label)}  {mean[-1]:.3f}", float(numbers[-1]), float(mean[-1]), _COLOURS[index % len(_COLOURS)])
         )
     axes.spines[["top", "right"]].set_visible(False)
+    axis_range.fit_lines(axes, extents, "below")
     _name_ends(figure, axes, ends)
     return figure
 
@@ -299,12 +315,18 @@ def sweep(key: str, values: Sequence[Any], panels: Mapping[str, Mapping[str, Seq
     figure = Figure(figsize=(1.0 + 4.2 * columns, 0.5 + 3.4 * rows), dpi=DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        extents = []
         for index, (label, intervals) in enumerate(lines.items()):
             mean = np.array([interval.mean for interval in intervals])[order]
             half = np.array([interval.half_width for interval in intervals])[order]
             band = half if np.isfinite(half).any() else None
             least = 0.0 if name.endswith("accuracy") else -1.0
             _line(axes, index, _label(label), places[order], mean, band, least)
+            reach = np.nan_to_num(half)
+            around = np.clip(np.array([mean - reach, mean + reach]), least, 1.0)
+            colour = _COLOURS[index % len(_COLOURS)]
+            extents.append(axis_range.of_line(places[order], mean, around, _label(label), colour))
+        axis_range.fit_lines(axes, extents, "below" if "accuracy" in name else "both")
         if logarithmic:
             axes.set_xscale("log")
         axes.set_xticks(places, [_label(str(v)) for v in values])
@@ -356,13 +378,15 @@ def _interval(axes: Axes, place: int, interval: Interval, colour: str, full: boo
     )
 
 
-def _over_seeds(axes: Axes, index: int, label: str, values: npt.NDArray[np.float64], *, band: bool) -> None:
-    """A line of the mean of ``(S, T)`` accuracies, with a band or, of few seeds, with their points."""
+def _over_seeds(axes: Axes, index: int, label: str, values: npt.NDArray[np.float64], *, band: bool) -> Extent | None:
+    """Draw a line of the mean of ``(S, T)`` accuracies, with a band or, of few seeds, with their points."""
     numbers = np.arange(1, values.shape[1] + 1)
     banded = band and len(values) >= _BANDS_FROM
-    _line(axes, index, label, numbers, values.mean(axis=0), values.std(axis=0, ddof=1) if banded else None)
+    mean, colour = values.mean(axis=0), _COLOURS[index % len(_COLOURS)]
+    _line(axes, index, label, numbers, mean, values.std(axis=0, ddof=1) if banded else None)
     if band and 1 < len(values) < _BANDS_FROM:
-        axes.scatter(np.tile(numbers, len(values)), values, s=9, color=_COLOURS[index % len(_COLOURS)], alpha=0.6)
+        axes.scatter(np.tile(numbers, len(values)), values, s=9, color=colour, alpha=0.6)
+    return axis_range.of_line(numbers, mean, values if band else mean, label, colour)
 
 
 def _line(axes: Axes, index: int, label: str, x: Any, y: Any, band: Any, least: float = 0.0) -> None:
@@ -389,6 +413,8 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, floa
     below, above = axes.get_ylim()
     points = float(axes.bbox.height) * 72.0 / figure.dpi
     axes.set_ylim(below, above)
+    # The end of a line that leaves the axes is named where it would be, at their edge.
+    ends = [(text, x, min(max(y, below), above), colour) for text, x, y, colour in ends]
     ordered = sorted(ends, key=lambda end: end[2])
     wanted = np.array([(y - below) / (above - below) * points for _, _, y, _ in ordered])
     line = {"arrowstyle": "-", "linewidth": 0.9, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
@@ -450,51 +476,3 @@ def _legible(result: RunResult) -> RunResult:
 def _label(name: str) -> str:
     name = names.shown(name)
     return name if len(name) <= _NAME_UP_TO else f"{name[: _NAME_UP_TO - 16]}…{name[-15:]}"
-
-
-def _short(name: str) -> str:
-    # Long names of a data set often begin alike.
-    return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"
-
-
-def _hatch(axes: Axes) -> None:
-    # Cells without a value are left out of the picture, so that the hatched ground shows.
-    axes.patch.set(facecolor="white", edgecolor=_EMPTY, hatch="////", linewidth=0)
-
-
-def _spread(records: Sequence[AlignmentRecord]) -> tuple[float, str]:
-    """Return how far the colours reach from the threshold, and the ends beyond which values are cut off."""
-    apart = np.concatenate([(r.cosine - r.threshold)[np.isfinite(r.cosine)] for r in records])
-    if not apart.size:
-        return 1.0, "neither"
-    # A few extreme pairs (a class with itself, mostly) would leave all the others pale.
-    spread = max(float(np.quantile(np.abs(apart), 0.98)), 1e-3)
-    above, below = bool((apart > spread).any()), bool((apart < -spread).any())
-    return spread, "both" if above and below else "max" if above else "min" if below else "neither"
-
-
-def _alignment_panel(axes: Axes, record: AlignmentRecord, class_names: Sequence[str], panel: float, norm: Any) -> Any:
-    size = record.classes.size
-    _hatch(axes)
-    image = axes.imshow(np.ma.masked_invalid(record.cosine), cmap="PuOr", norm=norm, zorder=1, interpolation="nearest")
-    crossed = ~record.helpful & np.isfinite(record.cosine)
-    # About a quarter of a panel's width goes to names; a cross that would be smaller than a dot is left out.
-    cell = 0.72 * panel * 72 / max(size, 1)
-    if cell >= 2.0 and crossed.any():
-        row, column = np.nonzero(crossed)
-        side = min(0.5 * cell, 7.0)
-        stroke = min(1.0, 0.09 * cell + 0.15)
-        axes.scatter(column, row, s=side**2, marker="x", color="black", linewidths=stroke, zorder=2)
-    names = [class_names[c] for c in record.classes]
-    step = max(1, math.ceil(size * 8.0 / (0.72 * panel * 72)))
-    shown = range(0, size, step)
-    font = 8.0 if step == 1 and cell >= 11 else 6.5
-    labels = [_short(names[i]) for i in shown]
-    axes.set_xticks(list(shown), labels, fontsize=font, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
-    axes.set_yticks(list(shown), labels, fontsize=font)
-    if cell >= 8:
-        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=0.6)
-        axes.tick_params(which="minor", length=0)
-    return image

@@ -99,6 +99,7 @@ def _render(
         tests=sum(not math.isnan(d.p) for d in differences),
         significant=sum(d.holm < 0.05 for d in differences),
         at_a_time=", ".join(sorted({str(run["environment"].get(RUNS_AT_A_TIME, "unknown")) for run in values["runs"]})),
+        untimed=sum(not (run["timing"].get("steady") or {}).get("steps") for run in values["runs"]),
         on_cpu=all(row.on_cpu for row in rows),
         environment=_environments([run["environment"] for run in values["runs"]]),
         formulas={METRIC_LABELS[name]: metrics.FORMULAS[name] for name in METRIC_LABELS if name in SHOWN},
@@ -192,20 +193,21 @@ def _costs(rows: Sequence[ArmRow]) -> Table:
             base[key] = row
     body = []
     for row in rows:
-        unit = base[json.dumps(row.values, sort_keys=True)].step_ms
+        unit = base[json.dumps(row.values, sort_keys=True)].mean_step_ms
         body.append(
             [
                 row.label,
                 cells.decimal(row.step_ms),
                 " to ".join(map(cells.decimal, row.step_range)) if len(row.runs) > 1 else "-",
-                f"{row.step_ms / unit:.2f}" if row.step_ms > 0 and unit > 0 else "-",
+                cells.decimal(row.mean_step_ms),
+                f"{row.mean_step_ms / unit:.2f}" if row.mean_step_ms > 0 and unit > 0 else "-",
                 *map(cells.percent, row.shares.values()),
                 f"{'≤ ' if row.on_cpu else ''}{row.peak_memory / _MIB:.0f}" if row.peak_memory else "-",
             ]
         )
     against = f"× {' or '.join(dict.fromkeys(row.arm for row in base.values()))}"
     parts = ["selection", "forward + backward", "data"]
-    return Table(["arm", "ms/step", "lowest to highest", against, *parts, "peak MiB"], body)
+    return Table(["arm", "ms/step", "lowest to highest", "mean", against, *parts, "peak MiB"], body)
 
 
 def _common_settings(common: Mapping[str, Any]) -> list[list[str]]:

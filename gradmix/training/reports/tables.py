@@ -33,8 +33,8 @@ class MethodRow(Row):
 
     Attributes:
         method: The method's name alone.
-        step_ms: Mean time of a training step in milliseconds, selection included.
-        selection_share: Share of that time spent on selection, from 0 to 1.
+        step_ms: Median milliseconds of a training step, selection included; of several runs the median, as of shares.
+        selection_share: Share of the steps' time spent on selection, from 0 to 1.
         data_share: Share of it spent on drawing, reading and augmenting samples; NaN if it was not measured.
     """
 
@@ -107,15 +107,20 @@ def summarise(results: Sequence[RunResult]) -> Summary:
                 label,
                 {r.seed: metric_values(r) for r in complete},
                 method=complete[0].method,
-                step_ms=metrics.mean_of_known([r.timing.step_ms for r in complete]),
-                selection_share=metrics.mean_of_known([r.timing.selection_share for r in complete]),
-                data_share=metrics.mean_of_known([r.timing.data_share for r in complete]),
+                step_ms=metrics.median_of_known(r.timing.step_ms for r in complete),
+                selection_share=metrics.median_of_known(r.timing.selection_share for r in complete),
+                data_share=metrics.median_of_known(r.timing.data_share for r in complete),
             )
             rows.append(row)
     pairs = [(row, first) for first, row in combinations(rows, 2)]
     if len(rows) > _ALL_PAIRS_UP_TO:
         pairs = [(row, rows[0]) for row in rows[1:]]
         notes.append(f"Of {len(rows)} rows, only the differences to the first are shown.")
+    untimed = [r for r in results if r.status == "complete" and not r.timing.steady.steps]
+    if untimed:
+        notes.append(
+            f"Single steps were not timed in {len(untimed)} of the runs: their times are means, with the warm-up."
+        )
     return Summary(results[0].benchmark, tuple(rows), tuple(compare(pairs)), tuple(notes))
 
 
@@ -242,9 +247,11 @@ def _legend(summary: Summary, with_data: bool) -> list[str]:
     if summary.rows:
         legend += [f"{METRIC_LABELS[name].capitalize()}: {metrics.FORMULAS[name]}." for name in SHOWN]
         legend.append("Mean ± standard deviation over seeds; 95 %: half of the mean's t-interval (Student).")
-        legend.append("ms/step: time of a training step; selection: the share of it spent on selecting pairs.")
-        if with_data:
-            legend.append("data: the share of it spent on drawing, reading and augmenting samples.")
+        legend.append(
+            "ms/step: median time of a training step; selection: the share of the steps' time spent on selecting pairs"
+            + ("; data: on drawing, reading and augmenting samples." if with_data else ".")
+            + " First steps (warm-up) are left out."
+        )
     else:
         legend.append("No run is complete, so there is no mean to show.")
     return [*legend, *summary.notes]

@@ -57,6 +57,6 @@ def _join(parts: Sequence[str]) -> str:
 def _cost(rows: Sequence[MethodRow]) -> str:
     shares = _join([f"{cells.percent(row.selection_share)} ({row.arm})" for row in rows])
     return (
-        f"Selection took {shares} of a training step here. The larger the network, the smaller the share: "
+        f"Selection took {shares} of the steps' time here. The larger the network, the smaller the share: "
         "docs/how-it-works.md has it beside a ResNet-18."
     )

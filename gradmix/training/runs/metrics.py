@@ -11,6 +11,7 @@ All measures take R as a matrix ``(T, T)``, raise a ValueError if it is not squa
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,12 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         """Whether 0 is outside the interval; of what is not known, it is not."""
         return abs(self.mean) > self.half_width
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper end of the interval; twice the mean where it has no width."""
+        half = 0.0 if math.isnan(self.half_width) else self.half_width
+        return self.mean - half, self.mean + half
 
 
 def average_accuracy(R: npt.ArrayLike) -> float:
@@ -197,6 +204,16 @@ def mean_of_known(values: Sequence[float]) -> float:
     """
     known = without_nan(values)
     return sum(known) / len(known) if known else math.nan
+
+
+def median_of_known(values: Iterable[float]) -> float:
+    """The median of the values that are not NaN; NaN if there is none.
+
+    Example:
+        >>> median_of_known([1.0, float("nan"), 2.0, 9.0])
+        2.0
+    """
+    return statistics.median(without_nan(values) or [math.nan])
 
 
 def without_nan(values: Iterable[float]) -> list[float]:

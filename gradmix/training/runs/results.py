@@ -27,6 +27,22 @@ Status = Literal["complete", "interrupted", "diverged"]
 
 
 @dataclass(frozen=True)
+class SteadySteps:
+    """The training steps without those of the warm-up: the first one of a process, and the first one that selects."""
+
+    steps: int = 0
+    """How many they are; 0 also where single steps were not timed, as up to version 0.2."""
+    median: float = math.nan
+    """Median of their times in seconds, right to 0.6 %."""
+    seconds_step: float = 0.0
+    """All of them together."""
+    seconds_selection: float = 0.0
+    """The part spent on choosing pairs."""
+    seconds_data: float = 0.0
+    """The part spent on drawing and augmenting their samples."""
+
+
+@dataclass(frozen=True)
 class Timing:
     """The time of a run by its parts, in seconds of wall clock."""
 
@@ -44,11 +60,19 @@ class Timing:
     """The part of the steps spent on drawing and augmenting their samples; NaN if it was not measured."""
     peak_memory_bytes: int = 0
     """On a GPU the most that tensors took up, elsewhere the process's peak resident size; 0 where unknown."""
+    steady: SteadySteps = SteadySteps()
+    """The steps after the warm-up, of which the figures below are where there are any; of all steps otherwise."""
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds per training step; NaN if no step was taken."""
-        return 1000.0 * self.seconds_step / self.steps if self.steps else math.nan
+        """Median milliseconds of a training step; the mean where single steps were not timed; NaN without a step."""
+        return 1000.0 * self.steady.median if self.steady.steps else self.mean_step_ms
+
+    @property
+    def mean_step_ms(self) -> float:
+        """Mean milliseconds of a training step, which counts what is done in some steps only; NaN without a step."""
+        basis = self._basis
+        return 1000.0 * basis.seconds_step / basis.steps if basis.steps else math.nan
 
     @property
     def seconds_forward_backward(self) -> float:
@@ -58,7 +82,7 @@ class Timing:
     @property
     def selection_share(self) -> float:
         """Share of the training steps' time spent on selection, from 0 to 1; NaN if no step was taken."""
-        return self.seconds_selection / self.seconds_step if self.seconds_step > 0 else math.nan
+        return self._share(self._basis.seconds_selection)
 
     @property
     def data_share(self) -> float:
@@ -66,7 +90,22 @@ class Timing:
 
         On a GPU it is the device's time: samples that are read while it computes take none of it.
         """
-        return self.seconds_data / self.seconds_step if self.seconds_step > 0 else math.nan
+        return self._share(self._basis.seconds_data)
+
+    @property
+    def forward_backward_share(self) -> float:
+        """Share of the training steps' time spent on the rest: forward and backward passes, and the optimiser."""
+        return 1.0 - self.selection_share - self.data_share
+
+    @property
+    def _basis(self) -> SteadySteps | Timing:
+        """The steps that figures are of: those after the warm-up, unless it was all that there was of selection."""
+        steady = self.steady
+        return self if not steady.steps or steady.seconds_selection == 0 < self.seconds_selection else steady
+
+    def _share(self, part: float) -> float:
+        whole = self._basis.seconds_step
+        return part / whole if whole > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -309,7 +348,8 @@ def _string(text: str) -> str:
 
 def _to_dict(result: RunResult) -> dict[str, Any]:
     values = metric_values(result)
-    timing, derived = result.timing, ("seconds_forward_backward", "step_ms", "selection_share", "data_share")
+    timing = result.timing
+    derived = ("seconds_forward_backward", "step_ms", "mean_step_ms", "selection_share", "data_share")
     return {
         "benchmark": result.benchmark,
         "method": result.method,
@@ -332,7 +372,6 @@ def _to_dict(result: RunResult) -> dict[str, Any]:
 
 
 def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
-    timing = values["timing"]
     return RunResult(
         benchmark=_text(values, "benchmark"),
         method=current_name(_text(values, "method"), warn=False),
@@ -341,19 +380,25 @@ def _from_dict(values: Mapping[str, Any], config: TrainConfig) -> RunResult:
         class_names=tuple(str(n) for n in values["class_names"]),
         task_classes=tuple(tuple(int(c) for c in classes) for classes in values["task_classes"]),
         accuracy=values["accuracy"],
-        timing=Timing(
-            steps=int(timing["steps"]),
-            **{
-                name: number(timing[name])
-                for name in ("seconds_total", "seconds_step", "seconds_selection", "seconds_evaluation")
-            },
-            seconds_data=number(timing.get("seconds_data")),
-            peak_memory_bytes=int(timing.get("peak_memory_bytes", 0)),
-        ),
+        timing=read_timing(values["timing"]),
         config=config,
         mixed_share=tuple(number(v) for v in values["mixed_share"]),
         alignments=tuple(AlignmentRecord(**record) for record in values["alignments"]),
         environment=dict(values["environment"]),
+    )
+
+
+def read_timing(values: Mapping[str, Any]) -> Timing:
+    """The timing that ``metrics.json`` and ``results.json`` hold, of earlier versions too."""
+    steady = dict(values.get("steady") or {})
+    steps = int(steady.pop("steps", 0))
+    names = ("seconds_total", "seconds_step", "seconds_selection", "seconds_evaluation")
+    return Timing(
+        steps=int(values["steps"]),
+        **{name: number(values[name]) for name in names},
+        seconds_data=number(values.get("seconds_data")),
+        peak_memory_bytes=int(values.get("peak_memory_bytes") or 0),
+        steady=SteadySteps(steps, **{name: number(value) for name, value in steady.items()}),
     )
 
 
