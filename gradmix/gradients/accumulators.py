@@ -64,6 +64,7 @@ class SketchAccumulator:
         self._layout = {layer.name: (index, layer) for index, layer in enumerate(projections.layout)}
         self._placement, self._projections, self._scale = plan.placement, projections, scale
         self._layers: dict[str, _OpenLayer] = {}
+        self._unused = set(self._layout)
 
     def observe(self, rule: Rule, axis: BatchAxis, samples: int) -> Callable[[Tensor], None]:
         """Project the activations; see :class:`Accumulator`."""
@@ -114,6 +115,7 @@ class SketchAccumulator:
             rows, columns = zip(*parts.factors, strict=True)
             row, column = (f[0] if len(f) == 1 else torch.cat(f, 1) for f in (rows, columns))
         self.take_layer(index, layer, row, column, block)
+        self._unused.discard(name)
 
     def take_layer(
         self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
@@ -132,6 +134,11 @@ class SketchAccumulator:
         """Finish the layers of which a call does not contribute to the loss."""
         for name in list(self._layers):
             self._close(name)
+        for name in self._unused:
+            self.take_zero(*self._layout[name])
+
+    def take_zero(self, index: int, layer: LayerSketch) -> None:
+        """Process a layer of which no call contributes to the loss; arguments as in :meth:`take_layer`."""
 
 
 def _raise_dropped(_projection: Projection) -> Tensor:
@@ -148,7 +155,7 @@ def _per_sample(row: Tensor | None, column: Tensor | None, block: Tensor | None)
 
 
 class SampleSketches(SketchAccumulator):
-    """Writes the sketches of all samples into ``out`` (N, D)."""
+    """Writes the sketches of all samples into ``out`` (N, D), whose former entries do not count."""
 
     def __init__(self, plan: Plan, projections: Projections, out: Tensor, scale: float) -> None:
         super().__init__(plan, projections, scale)
@@ -158,17 +165,27 @@ class SampleSketches(SketchAccumulator):
         self, index: int, layer: LayerSketch, row: Tensor | None, column: Tensor | None, block: Tensor | None
     ) -> None:
         """See :meth:`SketchAccumulator.take_layer`."""
-        sketches = _per_sample(row, column, block).flatten(1)
-        self._out[:, layer.start : layer.stop] = sketches if self._scale == 1.0 else sketches / self._scale
+        place = self._out[:, layer.start : layer.stop].unflatten(1, (layer.rows, layer.columns))
+        if row is None or column is None or block is not None or row.dtype != place.dtype:
+            place.copy_(_per_sample(row, column, block))
+        else:
+            # At once into their place: together they may be as large as all the samples' gradients.
+            torch.bmm(row.transpose(1, 2), column, out=place)
+        if self._scale != 1.0:
+            place /= self._scale
+
+    def take_zero(self, index: int, layer: LayerSketch) -> None:
+        """See :meth:`SketchAccumulator.take_zero`."""
+        self._out[:, layer.start : layer.stop] = 0
 
 
 class ClassSketches(SketchAccumulator):
-    """Adds the sketches of each class's samples to ``sums`` (P, D), and their squared norms to ``squares`` (P, L).
+    """Writes the sums of each class's sketches to ``sums`` (P, D), and of their squared norms to ``squares`` (P, L).
 
     Args:
         plan, projections, scale: as :class:`SketchAccumulator`.
         labels: (N,) int64 in [0, P).
-        sums, squares: the tensors that are added to.
+        sums, squares: the tensors that are written to; their former entries do not count.
     """
 
     def __init__(
@@ -182,16 +199,22 @@ class ClassSketches(SketchAccumulator):
     ) -> None:
         """See :meth:`SketchAccumulator.take_layer`."""
         classes = len(self._sums)
+        place, squares_of_layer = self._sums[:, layer.start : layer.stop], self._squares[:, index]
         if block is None:
             assert row is not None and column is not None
             arguments = (row, column, self._labels, classes)
             sums, squares = CLASS_SKETCH.choose(self._projections.backend, *arguments).run(*arguments)
-            self._sums[:, layer.start : layer.stop] += sums.flatten(1) / self._scale
-            self._squares[:, index] += squares / self._scale**2
+            torch.div(sums.flatten(1), self._scale, out=place)
+            torch.div(squares, self._scale**2, out=squares_of_layer)
             return
         sketches = _per_sample(row, column, block).flatten(1) / self._scale
-        self._sums[:, layer.start : layer.stop].index_add_(0, self._labels, sketches)
-        self._squares[:, index].index_add_(0, self._labels, sketches.square().sum(1))
+        place.zero_().index_add_(0, self._labels, sketches)
+        squares_of_layer.zero_().index_add_(0, self._labels, sketches.square().sum(1))
+
+    def take_zero(self, index: int, layer: LayerSketch) -> None:
+        """See :meth:`SketchAccumulator.take_zero`."""
+        self._sums[:, layer.start : layer.stop] = 0
+        self._squares[:, index] = 0
 
 
 _SLICE = 1 << 24

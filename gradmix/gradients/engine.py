@@ -163,6 +163,11 @@ class Engine:
         """Return zeros (N, *shape) on the device of ``like`` (N, ...), of the dtype of sketches and sums."""
         return torch.zeros(num_samples(like), *shape, dtype=self.dtype(), device=first_tensor(like).device)
 
+    def _results(self, like: InputTree, plan: Plan, size: int) -> Tensor:
+        """Return (N, size) for the accumulators, which write all of it unless there are layers without a rule."""
+        new = torch.zeros if plan.exact else torch.empty
+        return new(num_samples(like), size, dtype=self.dtype(), device=first_tensor(like).device)
+
     def samples_within(self, memory: int, plan: Plan) -> int:
         """Return the number of samples per pass that need about ``memory`` bytes; from 1 to the chunk size."""
         return max(1, min(self.settings.chunk_size, memory // max(1, MEMORY_FACTOR * plan.sample_bytes)))
@@ -242,7 +247,7 @@ class Engine:
 
     def _sample_sketches(self, chunk: Chunk, plan: Plan) -> Tensor:
         """Return the sketched gradients (n, D) of a chunk's samples."""
-        out = self.zeros(chunk.x, self.size)
+        out = self._results(chunk.x, plan, self.size)
         self.run(chunk, plan, [SampleSketches(plan, self.projections, out, self.scale(chunk.x))])
         for part, layer, _, sketches in self._exact_sketches(chunk, plan):
             out[part, layer.start : layer.stop] = sketches.flatten(1)
@@ -253,7 +258,7 @@ class Engine:
         """Return the sketched gradients of a chunk's samples, summed by class."""
         y = chunk.y if self.settings.loss is None else _classes_of_targets(chunk)
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
-        sums, squares = (self.zeros(classes, size) for size in (self.size, len(self.layout)))
+        sums, squares = (self._results(classes, plan, size) for size in (self.size, len(self.layout)))
         accumulator = ClassSketches(plan, self.projections, labels, sums, squares, self.scale(chunk.x))
         self.run(chunk, plan, [accumulator])
         for part, layer, index, sketches in self._exact_sketches(chunk, plan):

@@ -118,6 +118,21 @@ def _cpp_can_run(deltas: Tensor, activations: Tensor, labels: Tensor, num_classe
     return None
 
 
+_SMALL = 1 << 12
+"""Entries of a sample's larger factor up to which all of it takes less than torch's calls."""
+
+_LARGE = 1 << 17
+"""Entries of a sample's product above which torch's products, kept and then added, take longer than a copy."""
+
+
+def _cpp_worth(deltas: Tensor, activations: Tensor, labels: Tensor, num_classes: int) -> str | None:
+    positions, rows, columns = deltas.shape[1], deltas.shape[2], activations.shape[2]
+    side_by_side = positions > 1 and all(x.stride(1) == 1 and x.shape[2] > 1 for x in (deltas, activations))
+    if side_by_side and positions * max(rows, columns) > _SMALL and rows * columns <= _LARGE:
+        return "positions lie side by side in memory: it would copy them, and torch's products take them as they are"
+    return None
+
+
 def _by_sample(positions: int, rows: int, columns: int) -> bool:
     """Whether a sample's product takes no more memory than its rows."""
     return rows * columns <= positions * (rows + columns)
@@ -167,6 +182,7 @@ OPERATOR = Operator(
             "cpp",
             class_sketch_cpp,
             can_run=_cpp_can_run,
+            worth=_cpp_worth,
             available=_extension.unavailable_reason,
         ),
         Backend("torch", class_sketch_torch),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_networks import LAYERS, USES, Attend, Case, Net, around, logits, net
-from gradient_truth import assert_layers_equal, cosines, cross_entropy, layer_matrix
+from gradient_truth import assert_layers_equal, by_class, cosines, cross_entropy, layer_matrix
 from gradient_truth import sample_gradients as truth
 from test_promises import photograph, same
 from torch import Tensor, nn
@@ -160,6 +160,38 @@ def test_the_chunk_size_does_not_matter(name: str, chunk_size: int) -> None:
     whole = gradmix.sample_gradients(model, batch, rank=3).vectors
     result = gradmix.sample_gradients(model, batch, rank=3, chunk_size=chunk_size).vectors
     assert (result - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+class Aside(nn.Module):
+    """Calls a layer whose output it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.aside, self.head = nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(2, 4, 3), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_a_layer_that_does_not_contribute_has_a_gradient_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = Aside().double(), (torch.randn(6, 2, 7, 7).double(), torch.tensor([3, 0, 3, 1, 1, 3]))
+    expected = truth(model, *batch)
+    empty = torch.empty
+
+    def filled(*size: int, **more) -> Tensor:
+        made = empty(*size, **more)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    # Memory that nobody wrote is often zero by chance.
+    monkeypatch.setattr(torch, "empty", filled)
+    samples, classes = identity(model, batch), gradmix.class_gradients(model, batch, sketch="identity")
+    assert_layers_equal(samples, expected, 1e-12)
+    assert_layers_equal(classes, by_class(expected, batch[1], classes.classes), 1e-12)
+    (aside,) = (k for k, layer in enumerate(classes.layout) if layer.name.startswith("aside"))
+    assert not samples.layer("aside").any() and not classes.layer("aside").any()
+    assert not classes.square_norms[:, aside].any() and bool(classes.square_norms.isfinite().all())
 
 
 def test_the_same_bits_from_run_to_run() -> None:

@@ -319,6 +319,25 @@ def test_auto_takes_the_extension_wherever_it_can_run():
     assert refusal is not None and "meta" in refusal
 
 
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ((8, 400, 16, 16, 4), "torch"),
+        ((8, 9, 16, 16, 4), "cpp"),
+        ((2, 32, 256, 2305, 2), "cpp"),
+        ((8, 1, 256, 300, 4), "cpp"),
+    ],
+    ids=["many positions", "few positions", "large products", "one position"],
+)
+def test_positions_side_by_side_are_left_to_torch_where_a_copy_would_cost_more(size, name):
+    deltas, activations, labels, classes = inputs(size)
+    deltas, activations = (x.mT.contiguous().mT for x in (deltas, activations))
+    body = OPERATOR.choose("auto", deltas, activations, labels, classes)
+    assert body.name == name
+    assert_close(body.run(deltas, activations, labels, classes), truth(*inputs(size)), torch.float32)
+
+
 @pytest.mark.parametrize("backend", ["auto", *ALL_BODIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_registration(backend, dtype):

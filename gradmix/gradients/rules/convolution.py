@@ -68,12 +68,11 @@ class Convolution(ChannelsFirst):
         """Project the windows of x, with an entry of 1 after each window if ``ones``: (B, groups T, size)."""
         assert self.weight is not None
         shape = self.weight.value.shape[1:]
-        z = Windows.of(self.arguments, shape).project(x, projection)
-        if not ones:
-            return z
+        windows = Windows.of(self.arguments, shape)
         if projection.is_identity:
-            return torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2)
-        return z + projection.column(z, math.prod(shape))
+            return windows.unfold(x, ones=ones)
+        z = windows.project(x, projection)
+        return z + projection.column(z, math.prod(shape)) if ones else z
 
     def _is_small(self) -> bool:
         """Whether a sample's gradient takes no more memory than its activations."""

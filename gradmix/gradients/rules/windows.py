@@ -1,7 +1,8 @@
-"""The windows of a convolution's input, projected without unfolding them."""
+"""The windows of a convolution's input: projected without unfolding them, or, for exact gradients, unfolded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,12 @@ class Windows:
         z = z.to(work_dtype(z.dtype))
         return z if scale == 1.0 else z * scale
 
-    def unfold(self, x: Tensor, size: Sequence[int] = ()) -> Tensor:
-        """Return the windows themselves, (B, groups T, C / groups * taps); arguments as in :meth:`project`."""
+    def unfold(self, x: Tensor, size: Sequence[int] = (), *, ones: bool = False) -> Tensor:
+        """Return the windows themselves, (B, groups T, C / groups * taps), with an entry of 1 after each if ``ones``.
+
+        Other arguments as in :meth:`project`. In memory the positions lie side by side, as they do in x: to copy window
+        by window takes several times as long.
+        """
         spatial = x.ndim - 2
         strides, dilations = per_axis(self.stride, spatial), per_axis(self.dilation, spatial)
         x = F.pad(x.to(work_dtype(x.dtype)), zero_padding(self.padding, self.shape[1:], dilations))
@@ -70,8 +75,13 @@ class Windows:
         for i, length in enumerate(size):
             x = x.narrow(2 + i, 0, length)
         x = x.unflatten(1, (self.groups, -1))  # (B, groups, C / groups, positions..., taps...)
-        order = [0, 1, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
-        return x.permute(order).flatten(2 + spatial).flatten(1, -2)
+        x = x.permute([0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *range(3, 3 + spatial)])
+        entries, positions = math.prod(x.shape[2 : 3 + spatial]), math.prod(x.shape[3 + spatial :])
+        windows = x.new_empty(*x.shape[:2], entries + ones, positions)
+        windows[:, :, :entries].view(x.shape).copy_(x)
+        if ones:
+            windows[:, :, entries] = 1
+        return windows.transpose(2, 3).flatten(1, 2)
 
 
 def per_axis(value: Any, count: int) -> list[int]:
