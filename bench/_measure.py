@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -246,6 +247,11 @@ def peak_memory(call: Call, device: torch.device) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- output
+
+
+def say(text: str) -> None:
+    """Tell a waiting person what is going on."""
+    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:

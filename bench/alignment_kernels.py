@@ -28,6 +28,7 @@ from _measure import (
     paired_ratio,
     quantiles,
     run_values,
+    say,
     show_table,
     show_time,
     warm_up,
@@ -558,11 +559,6 @@ def _launches(call: Callable[[], object]) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_task(found: dict[str, Any], cuda: bool) -> None:

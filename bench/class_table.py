@@ -31,6 +31,7 @@ from _measure import (
     paired_ratio,
     quantiles,
     run_values,
+    say,
     show_table,
     show_time,
     synchronize,
@@ -260,11 +261,6 @@ def measure(case: Case, device: torch.device, seed: int, repeats: int, seconds: 
         "former_table_seconds": former,
         "former_tables_share": {name: value * times / epoch for name, value in former.items()},
     }
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def print_report(result: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from _measure import (
     peak_memory,
     quantiles,
     run_values,
+    say,
     show_bytes,
     show_count,
     show_table,
@@ -451,11 +452,6 @@ def described(steps: _Steps, samples: Mapping[str, Sequence[float]], device: tor
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_exponent(found: dict[str, Any] | None) -> str:

@@ -37,6 +37,7 @@ from _measure import (
     peak_memory,
     quantiles,
     run_values,
+    say,
     seconds_of,
     show_bytes,
     show_table,
@@ -1063,11 +1064,6 @@ def _peak(rival: Rival, device: torch.device) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_ratio(ratio: Mapping[str, float]) -> str:

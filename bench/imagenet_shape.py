@@ -29,6 +29,7 @@ from _measure import (
     machine_line,
     paired_ratio,
     quantiles,
+    say,
     show_bytes,
     show_table,
     show_time,
@@ -435,11 +436,6 @@ def _figures(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def print_report(result: dict[str, Any]) -> None:

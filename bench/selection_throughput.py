@@ -35,6 +35,7 @@ from _measure import (
     quantiles,
     queued_seconds,
     run_values,
+    say,
     seconds_of,
     show_bytes,
     show_count,
@@ -363,11 +364,6 @@ def _queued(call: Call, device: torch.device, samples: int) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_ratio(ratio: dict[str, float]) -> str:

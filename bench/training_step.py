@@ -33,6 +33,7 @@ from _measure import (
     peak_memory,
     quantiles,
     run_values,
+    say,
     seconds_of,
     show_bytes,
     show_table,
@@ -375,11 +376,6 @@ def spread_refresh(with_selection: float, without: float, refresh: float, interv
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-
-
-def say(text: str) -> None:
-    """Tell a waiting person what is going on."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def show_share(share: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ from _measure import (
     paired_ratio,
     positive,
     quantiles,
+    say,
     show_bytes,
     show_table,
     show_time,
@@ -35,7 +36,7 @@ from _measure import (
     write_json,
 )
 from _rates import PRECISIONS
-from alignment_kernels import COLD, MOST_SETS, Task, Way, captured, each, on, say, tasks
+from alignment_kernels import COLD, MOST_SETS, Task, Way, captured, each, on, tasks
 
 from gradmix.ops import _triton
 
