@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import math
@@ -196,21 +195,6 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> di
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next call, where it can be asked to (glibc); whether it will.
-
-    Otherwise it returns large blocks to the system and has to fetch and clear them again, at moments that depend on
-    what other calls left behind: the same code then takes once or twice its time, by chance.
-    """
-    largest = (1 << 31) - 1
-    try:
-        library = ctypes.CDLL(None)
-        # 1 is success; the thresholds are those of trimming the heap and of mapping blocks outside it.
-        return all(library.mallopt(option, value) == 1 for option, value in ((-1, largest), (-3, 1 << 30)))
-    except (OSError, TypeError, AttributeError):
-        return False
 
 
 def peak_memory(call: Call, device: torch.device) -> int:

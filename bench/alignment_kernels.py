@@ -21,7 +21,6 @@ from _measure import (
     check_run,
     finish,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -42,6 +41,7 @@ from torch import Tensor
 from gradmix.mixing_weight import beta_quadrature
 from gradmix.ops import _triton, cosine_alignment, draw_partners, last_layer_gradient, mixed_alignment
 from gradmix.ops.backends import Operator
+from gradmix.runtime.allocator import keep_freed_memory
 
 Tensors = tuple[Tensor, ...]
 

@@ -24,7 +24,6 @@ from _measure import (
     check_run,
     count,
     finish,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from gradmix.class_table import TABLE_SAMPLES
 from gradmix.estimators import feature
 from gradmix.mixer import GradMix
+from gradmix.runtime.allocator import keep_freed_memory
 
 CLASSES = {10: 5000, 100: 500, 200: 500, 1000: 1300}
 """Numbers of classes, each with samples of a class, as CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet have them."""

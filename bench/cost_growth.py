@@ -27,7 +27,6 @@ from _measure import (
     count,
     finish,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -57,6 +56,7 @@ from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.pairs import Pairs
+from gradmix.runtime.allocator import keep_freed_memory
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""

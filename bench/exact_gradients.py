@@ -22,7 +22,6 @@ from _measure import (
     count,
     finish,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -38,6 +37,7 @@ from _networks import NETWORKS, make_network
 from torch import Tensor
 
 import gradmix
+from gradmix.runtime.allocator import keep_freed_memory
 
 SIZES = ("perceptron", "resnet-tiny", "vit-tiny", "resnet18")
 QUICK = ("perceptron",)

@@ -29,7 +29,6 @@ from _measure import (
     finish,
     free_memory,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -64,6 +63,7 @@ from gradmix.gradients.directions import directional_derivatives
 from gradmix.gradients.sketches import Sketch, as_sketch
 from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.sketch_project import OPERATOR as SKETCH_PROJECT
+from gradmix.runtime.allocator import keep_freed_memory
 
 OPERATORS = (SKETCH_PROJECT, CLASS_SKETCH)
 """The operators whose backends are compared."""

@@ -26,7 +26,6 @@ from _measure import (
     count,
     finish,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -65,6 +64,7 @@ import gradmix
 from gradmix.model.head_capture import HeadCapture
 from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.references import reference_gradient
+from gradmix.runtime.allocator import keep_freed_memory
 
 BAND = 1e-6
 """A pair whose inner product is smaller than this share of the largest is too close to zero for its decision to count;

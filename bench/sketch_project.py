@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from _measure import (
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -32,6 +31,7 @@ from _measure import (
 from gradmix import _extension
 from gradmix.ops.counter_random import random_matrix
 from gradmix.ops.sketch_project import OPERATOR, is_stored_quicker, project
+from gradmix.runtime.allocator import keep_freed_memory
 
 LAYERS = {
     # name: (N, T, D, layout)

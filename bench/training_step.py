@@ -25,7 +25,6 @@ from _measure import (
     count,
     finish,
     interleaved,
-    keep_freed_memory,
     load_average,
     machine,
     machine_line,
@@ -46,6 +45,7 @@ from torch import Tensor, nn
 from gradmix.mixer import GradMix
 from gradmix.model.head import HeadOutput
 from gradmix.model.head_capture import HeadCapture
+from gradmix.runtime.allocator import keep_freed_memory
 
 CRITERIA = ("class", "sample")
 

@@ -19,6 +19,7 @@ from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
 from gradmix.cli.progress import Interruption, Reporter, figures
+from gradmix.runtime.allocator import keep_freed_memory
 from gradmix.runtime.names import shell, shown
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
     from gradmix.training.runs import running
 
     refuse_in_use(output, shared=True)
+    keep_freed_memory()
     root = output / _RUNS
     todo = [run for run in runs if running.state_of(run, root) not in running.ENDED]
     print(f"{shown(experiment.title)}: {len(runs)} runs, {len(runs) - len(todo)} of them complete", flush=True)

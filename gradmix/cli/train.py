@@ -20,6 +20,7 @@ from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
 from gradmix.cli.launch import Processes, explain_lost_process, finish, join_processes
 from gradmix.cli.progress import Interruption, Reporter
+from gradmix.runtime.allocator import keep_freed_memory
 from gradmix.runtime.names import shell, shown
 from gradmix.training.method_names import stable_name
 
@@ -34,6 +35,7 @@ _DIVERGED = 1
 
 def main(args: list[str]) -> int:
     """Train, and save every run and the table over all; with several processes, together with the others."""
+    keep_freed_memory()
     with (
         join_processes() as processes,
         explain_lost_process(lambda: f"{processes.command()} train {' '.join(map(shell, args))}"),

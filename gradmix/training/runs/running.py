@@ -20,6 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
+from gradmix.runtime.allocator import keep_freed_memory
 from gradmix.runtime.locks import try_lock
 from gradmix.training.config import DataConfig
 from gradmix.training.loop import checkpoint, trainer
@@ -294,6 +295,7 @@ def _work(pipe: Any, stop: Any, parent: int) -> None:
         if stop.is_set() or os.getppid() != parent:
             raise KeyboardInterrupt
 
+    keep_freed_memory()
     while True:
         try:
             order = pipe.recv()
