@@ -12,8 +12,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for this process, where it can be asked to (glibc); whether it will.
 
-    Otherwise it returns blocks of over 32 MiB, and at times smaller ones, to the system, and fetches them again, cleared,
-    page by page. The activations and gradients of a convolutional network are such blocks: training one on a CPU can
+    Otherwise it returns blocks of over 32 MiB, and at times smaller ones, to the system, and fetches them again page by
+    page, cleared. The activations and gradients of a convolutional network are such blocks: training one on a CPU can
     spend half of its time in that. The process then keeps the most memory that it ever had.
     """
     try:

@@ -15,7 +15,7 @@ import ctypes, torch
 from gradmix.runtime.allocator import keep_freed_memory
 
 class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", *"abcdef")]
 
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Info
