@@ -289,7 +289,8 @@ def _require_finite_samples(value: Tensor, error: Callable[[int, str], ValueErro
     # Only the largest entries: a pending check must not keep a batch of images alive until the next call.
     largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
     check_samples(
-        ~torch.isfinite(largest), lambda sample: error(sample, "NaN" if torch.isnan(largest[sample]) else "an infinity")
+        ~(largest < torch.inf),  # also of a NaN
+        lambda sample: error(sample, "NaN" if torch.isnan(largest[sample]) else "an infinity"),
     )
 
 

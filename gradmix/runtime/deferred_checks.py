@@ -31,6 +31,9 @@ DEVICES = frozenset({"cuda"})
 Consequence = Callable[[int], "Exception | None"]
 """Maps the index of the first bad sample to the error to raise, or to None if the result has been handled."""
 
+_Check = tuple[Tensor, Consequence]
+"""The bad samples, (N,) bool, and what follows."""
+
 
 def can_sync(device: torch.device) -> bool:
     """Whether the host may read values on ``device``: on the CPU, and everywhere with ``GRADMIX_CHECKS=now``.
@@ -49,18 +52,18 @@ def can_sync(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Results:
-    """Flags that are being copied to the host, and the thread whose call made the checks."""
+    """Flags that are being copied to the host, each with its check's place and consequence; the thread of the call."""
 
     flags: Tensor
     event: torch.cuda.Event | None
-    consequences: list[Consequence]
+    consequences: list[tuple[int, Consequence]]
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
 class _Pending(threading.local):
     """The checks of the call that this thread is in; None: it is in no call."""
 
-    checks: list[tuple[Tensor, Consequence]] | None = None
+    checks: list[_Check] | None = None
 
 
 _pending = _Pending()
@@ -83,7 +86,7 @@ def check_samples(bad: Tensor, consequence: Consequence) -> None:
             if error is not None:
                 raise error
         return
-    _pending.checks.append((torch.where(bad.any(), bad.to(torch.uint8).argmax(), -1), consequence))
+    _pending.checks.append((bad, consequence))
 
 
 @contextmanager
@@ -100,12 +103,28 @@ def defer_checks(model: nn.Module) -> Iterator[None]:
     finally:
         _pending.checks = before
     if checks:
-        results = _send(torch.stack([first for first, _ in checks]), [consequence for _, consequence in checks])
+        results = _send(*_first_bad(checks))
         with _lock:
             _unread.setdefault(model, []).append(results)
 
 
-def _send(flags: Tensor, consequences: list[Consequence]) -> _Results:
+def _first_bad(checks: list[_Check]) -> tuple[Tensor, list[tuple[int, Consequence]]]:
+    """Return the first bad sample of each check or -1, (K,), and the place of each check with its consequence.
+
+    Checks of as many samples are computed together: on a GPU it is the number of calls that takes time.
+    """
+    by_size: dict[int, list[int]] = {}
+    for place, (bad, _) in enumerate(checks):
+        by_size.setdefault(bad.numel(), []).append(place)
+    flags = []
+    for places in by_size.values():
+        bad = torch.stack([checks[place][0].flatten() for place in places])
+        flags.append(torch.where(bad.any(1), bad.to(torch.uint8).argmax(1), -1))
+    order = [place for places in by_size.values() for place in places]
+    return torch.cat(flags) if len(flags) > 1 else flags[0], [(place, checks[place][1]) for place in order]
+
+
+def _send(flags: Tensor, consequences: list[tuple[int, Consequence]]) -> _Results:
     """Copy ``flags`` (K,), the first bad sample of each check or -1, to the host without a wait."""
     if not flags.is_cuda:
         return _Results(flags, None, consequences)
@@ -139,7 +158,8 @@ def raise_deferred(model: nn.Module | None = None) -> None:
     for result in found:
         if result.event is not None:
             result.event.synchronize()
-        for sample, consequence in zip(result.flags.tolist(), result.consequences, strict=True):
+        found_by_place = zip(result.consequences, result.flags.tolist(), strict=True)
+        for (_, consequence), sample in sorted(found_by_place, key=lambda check: check[0][0]):
             error = consequence(sample) if sample >= 0 else None
             if error is not None:
                 raise type(error)(f"{error} (found on the GPU in an earlier call; GRADMIX_CHECKS=now raises at once)")

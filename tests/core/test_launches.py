@@ -1,0 +1,83 @@
+"""How many calls of a selection reach a device: on a GPU each is a launch, of which the host makes some 250,000 a second.
+
+The CPU stands in for a GPU whose values must not be looked at (:mod:`no_looking`), with plain torch as the operators' body.
+The aim is 60 in all; a captured graph has most of them in one launch. The limits below may only shrink.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from no_looking import behind_the_host, watched
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradmix
+from gradmix.runtime import deferred_checks
+
+WITHOUT_A_LAUNCH = frozenset(
+    "alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh new_empty new_empty_strided permute "
+    "promote_types scalar_tensor select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view "
+    "_reshape_alias _unsafe_view".split()
+)
+"""Operators of torch that only describe memory, or allocate it, or make a number of the host a tensor."""
+
+MOST, MOST_OUTSIDE = 440, 104
+"""All launches of a selection with marked samples, its forward pass and its mixing; those outside of the operators."""
+
+
+class Launches(TorchDispatchMode):
+    """Counts calls by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name not in WITHOUT_A_LAUNCH:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A selection by marked samples, and the mixing, after some that were alike."""
+    monkeypatch.setenv("GRADMIX_BACKEND", "torch")
+    behind_the_host(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    x, y, marked = torch.randn(32, 64), torch.randint(10, (32,)), torch.arange(32) >= 16
+    mixup = gradmix.GradMix(model, None)
+
+    def call() -> tuple[Tensor, Tensor]:
+        # The weight is drawn on the host.
+        return mixup.select(x, y, replayed=marked, lam=0.3).mix()
+
+    for _ in range(3):
+        call()
+    deferred_checks.raise_deferred(model)
+    yield call
+    deferred_checks.raise_deferred(model)
+
+
+def check(count: int, limit: int, launches: Launches) -> None:
+    """At most the limit, and not so far below that the limit holds nothing; versions of torch differ by a few."""
+    assert 0.9 * limit <= count <= limit, launches.counts.most_common()
+
+
+def test_a_selection_makes_no_more_launches_than_before(step: Any) -> None:
+    with watched(), Launches() as launches:
+        step()
+    check(launches.counts.total(), MOST, launches)
+
+
+def test_nor_outside_of_the_operators(step: Any) -> None:
+    with Launches() as launches:
+        step()
+    operators = {"mixed_alignment", "last_layer_gradient", "draw_partners", "mix_samples"} & launches.counts.keys()
+    assert len(operators) >= 3
+    check(launches.counts.total() - sum(launches.counts[name] for name in operators), MOST_OUTSIDE, launches)
