@@ -1,6 +1,6 @@
-"""How many calls of a selection reach a device: on a GPU each is a launch, of which the host makes some 250,000 a second.
+"""How many calls of a selection reach a device. On a GPU each is a launch, of which the host makes 250,000 a second.
 
-The CPU stands in for a GPU whose values must not be looked at (:mod:`no_looking`), with plain torch as the operators' body.
+The CPU stands in for a GPU whose values must not be looked at (:mod:`no_looking`), with plain torch for the operators.
 The aim is 60 in all; a captured graph has most of them in one launch. The limits below may only shrink.
 """
 
@@ -19,9 +19,35 @@ import gradmix
 from gradmix.runtime import deferred_checks
 
 WITHOUT_A_LAUNCH = frozenset(
-    "alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh new_empty new_empty_strided permute "
-    "promote_types scalar_tensor select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view "
-    "_reshape_alias _unsafe_view".split()
+    [
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "promote_types",
+        "scalar_tensor",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "_reshape_alias",
+        "_unsafe_view",
+    ]
 )
 """Operators of torch that only describe memory, or allocate it, or make a number of the host a tensor."""
 
