@@ -7,6 +7,7 @@ import tarfile
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from resuming import assert_same_result, goes_on_to_the_bit
+from thinning import part
 from torch import Tensor, nn
 
 import gradmix
@@ -666,8 +668,10 @@ def test_texts_given_as_they_are_cannot_be_mixed_at_the_input(texts: TaskStream)
             train_one(replace(BASE, optim=OptimConfig(epochs=1)), method, 0, stream=stream)
 
 
-@pytest.mark.parametrize("space", [None, "feature"])
-@pytest.mark.parametrize("method", [name for name in METHODS if "augment" not in name and name != "cutmix"])
+LEARN_WINES = [name for name in METHODS if "augment" not in name and name != "cutmix"]
+
+
+@pytest.mark.parametrize("method, space", part(product(LEARN_WINES, [None, "feature"]), 3))
 def test_wines_are_learnt_by_every_method(method: str, space: Any) -> None:
     config = TrainConfig(data=DataConfig("split-wine"), mix=MixConfig(space=space), threads=1)
     result = train_one(config, method, 0)
