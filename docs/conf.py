@@ -1,11 +1,12 @@
 """The documentation site: ``sphinx-build -W docs site`` builds it, with ``pip install ".[docs]"``.
 
-Pages are the Markdown files of this folder, which forges show too. Two comments, each on a line of its own, are
+Pages are the Markdown files of this folder, which forges show too. Comments, each on a line of its own, are
 replaced when a page is read, so that nothing is written twice and nothing can go stale:
 
 - ``<!-- insert FILE -->``, ``<!-- insert FILE#SECTION -->``: a file of the checkout, such as CONTRIBUTING.md, or a
   section of the second level, its links mended;
-- ``<!-- generated FUNCTION ARGUMENTS -->``: what a function of ``generate.py`` returns.
+- ``<!-- generated FUNCTION ARGUMENTS -->``: what a function of ``generate.py`` returns;
+- ``<!-- on a forge -->``: the paragraph below it is for forges, where nothing is filled in; the site leaves it out.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def section(text: str, anchor: str) -> str:
     raise ValueError(f"insert: got the section {anchor!r}, which the file does not have")
 
 
+def drop_forge_notes(text: str) -> str:
+    """Leave out the paragraphs that say where a forge's reader finds what the site fills in."""
+    return re.sub(r"^<!-- on a forge -->\n(?:.+\n?)+", "", text, flags=re.M)
+
+
 def fill_in(app: Sphinx, name: str, content: list[str]) -> None:
     """Replace the comments of a page, before it is parsed."""
     page = Path(app.env.doc2path(name))
@@ -114,7 +120,7 @@ def fill_in(app: Sphinx, name: str, content: list[str]) -> None:
         function, *arguments = match[1].split()
         return str(getattr(generate, function)(*arguments))
 
-    text = mend_links(content[0], page, page)
+    text = mend_links(drop_forge_notes(content[0]), page, page)
     text = re.sub(r"^<!-- insert ([^\s#]+)(?:#(\S+))? -->$", insert, text, flags=re.M)
     content[0] = re.sub(r"^<!-- generated (.+) -->$", generated, text, flags=re.M)
 

@@ -121,3 +121,14 @@ def test_links_of_inserted_files_are_mended() -> None:
         conf.section("# A\n", "missing")
     for file, page in conf.INSERTED.items():
         assert (ROOT / file).is_file() and f"<!-- insert {file} -->" in (DOCS / page).read_text(encoding="utf-8")
+
+
+def test_pages_that_the_site_fills_in_lead_a_forge_s_reader_on() -> None:
+    drop = module("conf").drop_forge_notes
+    assert drop("a\n<!-- on a forge -->\nb\nc\n\nd\n") == "a\n\nd\n"
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if re.search(r"^<!-- (?:insert|generated) |^```{eval-rst}", text, re.M):
+            assert len(drop(text)) < len(text), f"{page.name} is hollow on a forge, and has no note"
+    for file, page in module("conf").INSERTED.items():
+        assert f"](../{file})" in (DOCS / page).read_text(encoding="utf-8")

@@ -99,5 +99,10 @@ def test_the_citation_names_this_project_and_its_paper() -> None:
     (name,) = re.findall(r'^name = "(\w+)"$', PYPROJECT, re.M)
     (authors,) = re.findall(r'authors = \[\{ name = "(.*?)" \}\]', PYPROJECT)
     (licence,) = re.findall(r'^license = "(.*?)"$', PYPROJECT, re.M)
-    assert (citation["title"], citation["authors"], citation["license"]) == (name, [{"name": authors}], licence)
+    assert citation["title"].partition(":")[0] == name
+    assert (citation["authors"], citation["license"]) == ([{"name": authors}], licence)
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2505.08528"
+    released = re.findall(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert (citation["version"], str(citation["date-released"])) == released[0], "the newest version of the changelog"
+    page = (ROOT / "docs/cite.md").read_text(encoding="utf-8")
+    assert f"{{{citation['title']}}}" in page and f"{{{citation['version']}}}" in page
