@@ -38,7 +38,7 @@ RIVALS = [
 ]
 CPU = torch.device("cpu")
 # The first forward-mode pass of a process makes torch load rules by a function of its own that it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 CPU = torch.device("cpu")
 
 # torch's own forward-mode differentiation uses what torch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -198,10 +197,9 @@ class Counting(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated by the newest versions
 def test_buffers_of_a_compiled_module() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = torch.jit.script(Counting())
+    model = torch.jit.script(Counting())
     with leave_unchanged(model):
         model(rows(3)[0])
         assert model.steps.tolist() == [1.0, 1.0]

@@ -8,7 +8,7 @@ import gradmix
 from gradmix.model.head import HeadNotFoundError
 
 # Tracing warns of everything that it will not see.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 
 X, Y = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
 EXAMPLE = torch.zeros(3, 6)

@@ -374,10 +374,11 @@ def machine_code(folder: Path) -> list[Path]:
     built = EXTENSION.build_info()["cuda_architectures"] if EXTENSION is not None else ()
     if {f"{number}-real" for number in ARCHITECTURES} <= set(built):
         return [Path(EXTENSION.__file__)]
-    files = {(k, n): folder / f"{k.stem}.{n}.cubin" for k in KERNELS for n in ARCHITECTURES}
-    for (kernel, n), file in files.items():
-        architecture = f"-gencode=arch=compute_{n},code=sm_{n}"
-        subprocess.run([NVCC, "-std=c++17", architecture, "-cubin", str(kernel), "-o", str(file)], check=True)
+    # Of a fat binary, as of the extension, cuobjdump says which architecture it is at.
+    architectures = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
+    files = {kernel: folder / f"{kernel.stem}.fatbin" for kernel in KERNELS}
+    for kernel, file in files.items():
+        subprocess.run([NVCC, "-std=c++17", *architectures, "-fatbin", str(kernel), "-o", str(file)], check=True)
     return list(files.values())
 
 

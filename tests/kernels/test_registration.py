@@ -40,7 +40,7 @@ def samples():
 
 @pytest.mark.parametrize("function", [gradient, alignment, draw])
 @pytest.mark.parametrize("trace", ["make_fx", "jit"])
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_trace_is_of_the_function_and_not_of_its_values(function, trace, samples):
     traced = make_fx(function)(*samples) if trace == "make_fx" else torch.jit.trace(function, samples)
     features, logits = (2 * x.flip(0) for x in samples)

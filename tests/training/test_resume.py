@@ -86,7 +86,7 @@ def test_every_way_to_select_goes_on_to_the_bit(case: str, method: str, stream: 
 
 
 # torch compiles the rules of forward-mode differentiation by a function of its own that it has deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["jvp", "sketch"])
 def test_estimators_over_all_parameters_go_on_to_the_bit(estimator: Any, stream: TaskStream, tmp_path: Path) -> None:
