@@ -95,7 +95,8 @@ def test_every_file_of_runs_is_named_on_a_page() -> None:
 def runs_by_setting() -> dict[tuple[str, str, str], dict[int, float]]:
     """Average accuracy by seed, of all files: by method, settings of data, training and replay, settings of mixing."""
     found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
-    for file in (ROOT / "bench/results/experiments").glob("*.json"):
+    # Of runs of the same setting and seed, made on several machines, the last file's count.
+    for file in sorted((ROOT / "bench/results/experiments").glob("*.json")):
         for run in json.loads(file.read_text(encoding="utf-8"))["runs"]:
             config = run["config"]
             shared = {key: config[key] for key in config if re.match(r"(data|optim|replay)\.", key)}
