@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -234,6 +235,7 @@ def _write(
 def _say(values: dict[str, Any], folder: Path) -> None:
     from gradmix.training.reports import arms, report
     from gradmix.training.reports.cells import difference, interval, probability
+    from gradmix.training.reports.significance import meaning
     from gradmix.training.reports.tables import SHOWN
 
     rows, differences = arms.summarise(values)
@@ -257,7 +259,10 @@ def _say(values: dict[str, Any], folder: Path) -> None:
         for d in differences:
             apart = difference(d.metrics["average_accuracy"])
             print(wrap_label(d.label, width, f"{apart:<18}{probability(d.holm):<10}{len(d.seeds)}"))
+        tests = sum(not math.isnan(d.p) for d in differences)
         print("* where the 95 % t-interval leaves out 0")
+        if tests:
+            print(f"significant: {meaning(tests)}")
     lacking = sum(not run.get(arms.DIVERGED) for run in values["missing"])
     if lacking:
         print(f"{lacking} of {len(values['missing']) + len(values['runs'])} runs are missing")
