@@ -118,8 +118,8 @@ def look_at(*rows: MethodRow) -> list[str]:
 
 def test_rare_old_samples_suggest_the_shuffled_stream() -> None:
     assert look_at(ER, MIXUP, row("gradmix-sample", NO_GAIN, share=0.2, old_share=0.021)) == [
-        "No significant gain over er or mixup was found. Settings to look at: --replay-stream shuffled, the protocol of "
-        "gradmix train with nothing given (old samples would be 2.1 % of the last task's samples: where they are "
+        "No significant gain over er or mixup was found. Settings to look at: --replay-stream shuffled, the protocol "
+        "of gradmix train with nothing given (old samples would be 2.1 % of the last task's samples: where they are "
         "rare selection gains most over the others, and all methods are less accurate)."
     ]
 

@@ -44,8 +44,8 @@ def advice(rows: Sequence[MethodRow], differences: Sequence[Difference]) -> list
     if all(share <= RARE for share in shares):
         found.append(
             "--replay-stream shuffled, the protocol of gradmix train with nothing given (old samples would be "
-            f"{cells.percent(max(shares))} of the last task's samples: where they are rare selection gains most over the "
-            "others, and all methods are less accurate)"
+            f"{cells.percent(max(shares))} of the last task's samples: where they are rare selection gains most over "
+            "the others, and all methods are less accurate)"
         )
     behind = [
         (d.metrics["learning_accuracy"], d.arm)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmix.training.reports.cells import percent, probability, with_sign
-from gradmix.training.reports.significance import Ratio, meaning, ratio_interval, t_quantile
+from gradmix.training.reports.significance import Ratio, ratio_interval, t_quantile
 from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import mean_interval
 
@@ -90,8 +90,8 @@ def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
         found.append("One seed says nothing about chance; some arms have no more.")
     elif fewest < 10:
         found.append(
-            f"Seeds are few: with {fewest} of them a 95 % interval reaches {t_quantile(fewest):.1f} standard errors to either side, "
-            "with many 2.0, and it takes the figures to be normally distributed."
+            f"Seeds are few: with {fewest} of them a 95 % interval reaches {t_quantile(fewest):.1f} standard errors to "
+            "either side, with many 2.0, and it takes the figures to be normally distributed."
         )
     if len(rows) > 2 and not values["vary"] and fewest > 1:
         best = max(rows, key=lambda row: row.metrics[_METRIC].mean)

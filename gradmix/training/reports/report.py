@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gradmix.training.reports import cells, document, findings, plots
+from gradmix.training.reports import cells, document, findings, plots, significance
 from gradmix.training.reports.arms import DIVERGED, KEYS, ArmRow, place_of, summarise, summary_of
 from gradmix.training.reports.document import Picture, Svg, Table
 from gradmix.training.reports.rows import Difference
@@ -87,6 +87,7 @@ def _render(
         rows=rows,
         differences=differences,
         findings=findings,
+        meaning=significance.meaning,
         planned=len(values["runs"]) + len(values["missing"]),
         missing=len(values["missing"]),
         diverged=sum(bool(run.get(DIVERGED)) for run in values["missing"]),

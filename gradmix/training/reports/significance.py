@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from gradmix.training.runs.metrics import Interval
 
-
 LEVEL = 0.05
 """A difference is significant if its p-value, by Holm's method adjusted for all comparisons, is below this."""
 

@@ -64,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and its parents, if they are not there, flush their entries to the disk, and return the new ones."""
+    """Make a folder and its parents if they are not there, flush their entries to the disk, and return the new ones."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
