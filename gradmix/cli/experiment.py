@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 
 from gradmix.cli.columns import label_width, wrap_label
 from gradmix.cli.errors import UsageError
+from gradmix.cli.flags import refuse_unknown_flags
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
@@ -69,6 +70,7 @@ def main(args: list[str]) -> int:
     refuse_several("experiment", "--jobs runs several at a time")
     from gradmix.training.runs import experiments
 
+    refuse_unknown_flags("experiment", args, [item.name.replace("_", "-") for item in fields(_Flags)[1:]])
     options = tyro.cli(_Flags, prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
         titles = experiments.builtin_titles()
