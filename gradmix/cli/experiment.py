@@ -237,7 +237,7 @@ def _write(
 def _say(values: dict[str, Any], folder: Path) -> None:
     from gradmix.training.reports import arms, report
     from gradmix.training.reports.cells import difference, interval, probability
-    from gradmix.training.reports.significance import meaning
+    from gradmix.training.reports.significance import rule_of
     from gradmix.training.reports.tables import SHOWN
 
     rows, differences = arms.summarise(values)
@@ -264,7 +264,7 @@ def _say(values: dict[str, Any], folder: Path) -> None:
         tests = sum(not math.isnan(d.p) for d in differences)
         print("* where the 95 % t-interval leaves out 0")
         if tests:
-            print(f"significant: {meaning(tests)}")
+            print(f"significant: {rule_of(tests)}")
     lacking = sum(not run.get(arms.DIVERGED) for run in values["missing"])
     if lacking:
         print(f"{lacking} of {len(values['missing']) + len(values['runs'])} runs are missing")

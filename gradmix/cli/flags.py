@@ -44,7 +44,7 @@ def parse_train(args: list[str]) -> TrainConfig:
     from gradmix.training.config import TrainConfig, load_config
 
     args = [_current_flag(flag) for flag in args]
-    refuse_unknown_flags("train", args, _known_flags())
+    refuse_unknown_flags("train", args, _flag_names())
     file = _config_file(args)
     base = TrainConfig() if file is None else load_config(file)
     parsed: Any = tyro.cli(
@@ -91,7 +91,7 @@ def refuse_unknown_flags(command: str, args: Sequence[str], known: Sequence[str]
         )
 
 
-def _known_flags() -> list[str]:
+def _flag_names() -> list[str]:
     from gradmix.training.config import TrainConfig
 
     base = TrainConfig()

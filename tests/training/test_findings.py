@@ -13,7 +13,7 @@ from synthetic_runs import make_result
 from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import findings
 from gradmix.training.reports.saving import save_run
-from gradmix.training.reports.significance import meaning
+from gradmix.training.reports.significance import rule_of
 from gradmix.training.runs.experiments import from_yaml
 
 TEXT = """
@@ -106,7 +106,7 @@ def test_one_seed_tells_nothing(tmp_path: Path) -> None:
 def test_only_one_comparison_is_not_one_of_many(tmp_path: Path) -> None:
     values = values_of({"mixup": flat(0.8), "sample, plain": around(0.9)}, tmp_path)
     assert list(said(values)) == ["Significant:"]
-    assert meaning(1) == "the p-value of the paired t-test is below 0.05"
+    assert rule_of(1) == "the p-value of the paired t-test is below 0.05"
 
 
 def test_varied_values_are_named(tmp_path: Path) -> None:

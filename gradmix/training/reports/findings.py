@@ -40,7 +40,8 @@ def divergence_note(seeds: Sequence[int], of: int) -> str:
 def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
     """A sentence for each difference, under one of three headings, as far as there is a difference for it.
 
-    The headings: significant, as :func:`meaning` states it; not significant though its interval leaves out 0; neither.
+    The headings: significant (:attr:`Difference.significant`); not significant though its interval leaves out 0;
+    neither.
     """
     tests = sum(not math.isnan(d.p) for d in differences)
     heads = {

@@ -87,7 +87,7 @@ def _render(
         rows=rows,
         differences=differences,
         findings=findings,
-        meaning=significance.meaning,
+        rule_of=significance.rule_of,
         planned=len(values["runs"]) + len(values["missing"]),
         missing=len(values["missing"]),
         diverged=sum(bool(run.get(DIVERGED)) for run in values["missing"]),

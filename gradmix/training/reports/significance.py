@@ -86,11 +86,11 @@ def t_quantile(n: int) -> float:
     return float(stdtrit(n - 1, 0.975))
 
 
-def meaning(tests: int) -> str:
+def rule_of(tests: int) -> str:
     """State when one of so many comparisons is significant.
 
     Example:
-        >>> meaning(4)
+        >>> rule_of(4)
         "Holm's p, adjusted for the 4 comparisons, is below 0.05"
     """
     which = "the p-value of the paired t-test" if tests == 1 else f"Holm's p, adjusted for the {tests} comparisons,"

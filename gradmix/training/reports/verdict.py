@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gradmix.training.reports import cells
 from gradmix.training.reports.advice import advice
 from gradmix.training.reports.rows import Difference, compare
-from gradmix.training.reports.significance import meaning, t_quantile
+from gradmix.training.reports.significance import rule_of, t_quantile
 
 if TYPE_CHECKING:
     from gradmix.training.reports.tables import MethodRow
@@ -36,7 +36,7 @@ def verdict(rows: Sequence[MethodRow]) -> list[str]:
     if not tests:
         return [f"One seed says nothing about chance: give several, {_MORE_SEEDS}.", _cost(selecting)]
     first, *more = filter(None, (_of_row([d for d in differences if d.arm == row.arm]) for row in selecting))
-    rule = f"A method is above or below another where their difference is significant: {meaning(tests)}."
+    rule = f"A method is above or below another where their difference is significant: {rule_of(tests)}."
     few = [_few_seeds()] if max(len(d.seeds) for d in differences) == 2 else []
     return [f"{first} {rule}", *more, *few, *advice(rows, differences), _cost(selecting)]
 
