@@ -24,7 +24,7 @@ from gradmix.model.unchanged import unwrap
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.references import Reference, none_if_empty
+from gradmix.references import Reference, name_shapes_of_buffer, none_if_empty
 from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.runtime.collectives import Group, any_rank, broadcast
 from gradmix.runtime.cuda_graphs import Graphs, call
@@ -140,7 +140,7 @@ class GradMix:
             )
         self._graphs = Graphs() if cuda_graph else None
         if refresh != "epoch":
-            check_count("refresh", refresh)
+            check_count("refresh", refresh, other=" or 'epoch'")
         check_count("class_samples", class_samples)
         self._model, self._buffer = network.model, buffer
         self._refresh, self._class_samples = refresh, class_samples
@@ -208,18 +208,20 @@ class GradMix:
         once = replayed is not None and self._rule.criterion == "sample"
         with self._estimator.guard(self._estimator.needs_passes(candidates, outputs, reads_buffer=not once)):
             request = check_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
-            if not once:
-                if self._is_due(request):
-                    self._refresh_kept(request)
-                elif self._incomplete:
-                    self._extend_table(request)
-                request = replace(request, marked=None)
-            lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
-            selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
-            run = call
-            if self._graphs is not None and self._graphs.supports(first_tensor(request.batch.x).device):
-                run = self._graphs
-            self.pairs = select(selector, request, known, lam, self._source, run)
+            buffer = self._buffer if request.marked is None else None
+            with name_shapes_of_buffer(buffer, request.batch.x):
+                if not once:
+                    if self._is_due(request):
+                        self._refresh_kept(request)
+                    elif self._incomplete:
+                        self._extend_table(request)
+                    request = replace(request, marked=None)
+                lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
+                selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
+                run = call
+                if self._graphs is not None and self._graphs.supports(first_tensor(request.batch.x).device):
+                    run = self._graphs
+                self.pairs = select(selector, request, known, lam, self._source, run)
         self._age += 1
         return self.pairs
 

@@ -5,8 +5,11 @@ G = mean_n (softmax(z_n) - y_n) [h_n; 1]^T, (C, d + 1), with h_n the head's inpu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +18,12 @@ from torch import Tensor, nn
 from gradmix.labelled_samples import HeadSamples, concatenate_samples
 from gradmix.model.forward import forward_source
 from gradmix.model.head import HeadLike
-from gradmix.model.inputs import check_mixable, tensors_of
+from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, tensors_of
 from gradmix.model.unchanged import device_of, leave_unchanged, unwrap
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import class_of
 from gradmix.ops.last_layer_gradient import last_layer_gradient, last_layer_gradient_op
-from gradmix.replay.sources import CHUNK, SampleSource
+from gradmix.replay.sources import CHUNK, SampleSource, chunks_of
 from gradmix.runtime.collectives import Group, all_gather_samples, all_reduce_sum, check_group
 from gradmix.runtime.deferred_checks import can_sync
 from gradmix.runtime.workers import refuse_worker
@@ -123,6 +126,34 @@ def read_buffer(
         everyone = everyone.take(all_gather_samples(torch.cat(places), group).argsort())
         kept = [everyone.take(ClassQuota(keep.per_class).admit(everyone.y))]
     return total.value(group), kept
+
+
+@contextmanager
+def name_shapes_of_buffer(buffer: object, x: InputTree) -> Iterator[None]:
+    """Name the shapes of the buffer's samples and the batch's where a pass fails and they differ.
+
+    They may differ otherwise, as a model may take several.
+
+    Args:
+        buffer: the source of samples; None: none is read.
+        x: the inputs of the batch, checked.
+
+    Raises:
+        ValueError, TypeError: the body raises a RuntimeError, and the buffer's samples are unlike the batch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if buffer is not None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            for own, _ in islice(chunks_of("buffer", buffer, 1, first_tensor(x).device), 1):
+                try:
+                    check_alike("buffer", own, x, f"the batch ({reason})")
+                except (ValueError, TypeError) as refusal:
+                    raise refusal from error
+        raise
 
 
 @dataclass(frozen=True)

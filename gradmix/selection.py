@@ -27,7 +27,7 @@ from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_te
 from gradmix.model.unchanged import disable_autograd, unwrap
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
-from gradmix.references import Reference
+from gradmix.references import Reference, name_shapes_of_buffer
 from gradmix.replay.sources import CHUNK, SampleSource, as_pair
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.cuda_graphs import call
@@ -138,12 +138,13 @@ def select_pairs(
     with resolved.guard(resolved.needs_passes(candidates, outputs, reads_buffer)):
         request = check_request(resolved, batch, candidates, outputs, ("buffer", marked))
         known = None
-        if reference is not None:
-            known = resolved.as_reference(reference)
-        elif reads_buffer:
-            known, _ = resolved.reference(buffer, request.batch.x)
-        lam = draw_lam(alpha, generator) if lam is None else float(lam)
-        return select(Selector(resolved, rule), request, known, lam, generator)
+        with name_shapes_of_buffer(buffer if reads_buffer else None, request.batch.x):
+            if reference is not None:
+                known = resolved.as_reference(reference)
+            elif reads_buffer:
+                known, _ = resolved.reference(buffer, request.batch.x)
+            lam = draw_lam(alpha, generator) if lam is None else float(lam)
+            return select(Selector(resolved, rule), request, known, lam, generator)
 
 
 def select(

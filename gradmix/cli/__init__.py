@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from gradmix._version import __version__
-from gradmix.cli.errors import ERROR, UsageError, report_error, require
+from gradmix.cli.errors import ERROR, UsageError, report_error, require, warnings_in_one_line
 from gradmix.runtime.validation import did_you_mean
 
 _USAGE = """\
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return _dispatch(args)
+        with warnings_in_one_line():
+            return _dispatch(args)
     except BaseException as error:
         return report_error(error)
 

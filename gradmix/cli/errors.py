@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from gradmix.runtime.names import shown
 
@@ -40,6 +45,23 @@ def require(command: str, *modules: str) -> None:
     missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f'gradmix {command} needs {", ".join(missing)}: pip install "gradmix[train]"')
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print the package's own warnings as a line of the command, without file and source; others stay as they are."""
+    package, before = str(Path(__file__).parents[1]), warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], filename: str, *others: Any, **named: Any) -> str:
+        if not filename.startswith(package):
+            return before(message, category, filename, *others, **named)
+        return f"gradmix: warning: {shown(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def message(error: BaseException) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from tyro.conf import Positional, arg
 
 from gradmix.cli.columns import label_width, wrap_label
 from gradmix.cli.errors import UsageError
+from gradmix.cli.flags import refuse_unknown_flags
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named, search_here
 from gradmix.cli.launch import refuse_several
@@ -68,6 +70,7 @@ def main(args: list[str]) -> int:
     refuse_several("experiment", "--jobs runs several at a time")
     from gradmix.training.runs import experiments
 
+    refuse_unknown_flags("experiment", args, [item.name.replace("_", "-") for item in fields(_Flags)[1:]])
     options = tyro.cli(_Flags, prog="gradmix experiment", args=args, config=(tyro.conf.DisallowNone,))
     if options.list:
         titles = experiments.builtin_titles()
@@ -234,6 +237,7 @@ def _write(
 def _say(values: dict[str, Any], folder: Path) -> None:
     from gradmix.training.reports import arms, report
     from gradmix.training.reports.cells import difference, interval, probability
+    from gradmix.training.reports.significance import rule_of
     from gradmix.training.reports.tables import SHOWN
 
     rows, differences = arms.summarise(values)
@@ -257,7 +261,10 @@ def _say(values: dict[str, Any], folder: Path) -> None:
         for d in differences:
             apart = difference(d.metrics["average_accuracy"])
             print(wrap_label(d.label, width, f"{apart:<18}{probability(d.holm):<10}{len(d.seeds)}"))
+        tests = sum(not math.isnan(d.p) for d in differences)
         print("* where the 95 % t-interval leaves out 0")
+        if tests:
+            print(f"significant: {rule_of(tests)}")
     lacking = sum(not run.get(arms.DIVERGED) for run in values["missing"])
     if lacking:
         print(f"{lacking} of {len(values['missing']) + len(values['runs'])} runs are missing")

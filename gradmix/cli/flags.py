@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 from tyro.conf import arg
+
+from gradmix.cli.errors import UsageError
+from gradmix.runtime.validation import did_you_mean
 
 if TYPE_CHECKING:
     from gradmix.training.config import TrainConfig
@@ -34,11 +38,13 @@ def parse_train(args: list[str]) -> TrainConfig:
     Raises:
         FileNotFoundError: There is no such configuration file.
         ValueError: The configuration file is refused.
-        SystemExit: A flag is refused, or help was asked for; the parser has said so.
+        UsageError: A flag is unknown.
+        SystemExit: A flag's value is refused, or help was asked for; the parser has said so.
     """
     from gradmix.training.config import TrainConfig, load_config
 
     args = [_current_flag(flag) for flag in args]
+    refuse_unknown_flags("train", args, _flag_names())
     file = _config_file(args)
     base = TrainConfig() if file is None else load_config(file)
     parsed: Any = tyro.cli(
@@ -49,6 +55,49 @@ def parse_train(args: list[str]) -> TrainConfig:
         config=(tyro.conf.DisallowNone,),
     )
     return _from_flags(base, parsed)
+
+
+_ELSEWHERE = {
+    "learning-rate": "lr",
+    "buffer": "replay-size",
+    "buffer-size": "replay-size",
+    "memory-size": "replay-size",
+    "dataset": "benchmark",
+}
+"""Names that other programs have, and no flag's name is near; or only that of a flag of another meaning."""
+
+
+def refuse_unknown_flags(command: str, args: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse the first flag that a command does not have, with the one that is nearest.
+
+    Args:
+        command: The command, for the error.
+        args: Its arguments.
+        known: Names of its flags, without the hyphens at their beginning.
+
+    Raises:
+        UsageError: A flag is unknown.
+    """
+    for flag in args:
+        name = flag[2:].partition("=")[0].replace("_", "-")
+        own = name in known or name.removeprefix("no-") in known
+        if not flag.startswith("--") or not name or own or name == "help" or name.startswith("tyro-"):
+            continue
+        near = did_you_mean(f"--{name}", [f"--{other}" for other in known])
+        if name in _ELSEWHERE and _ELSEWHERE[name] in known:
+            near = f"; did you mean '--{_ELSEWHERE[name]}'?"
+        raise UsageError(
+            f"{command}: got the unknown flag --{name}, expected one of those of gradmix {command} --help{near}"
+        )
+
+
+def _flag_names() -> list[str]:
+    from gradmix.training.config import TrainConfig
+
+    base = TrainConfig()
+    names = [item.name for item in (*fields(_Start), *fields(base)) if item.name not in PREFIXES]
+    names += [prefix + item.name for section, prefix in PREFIXES.items() for item in fields(getattr(base, section))]
+    return [name.replace("_", "-") for name in names]
 
 
 def _current_flag(flag: str) -> str:

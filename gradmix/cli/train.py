@@ -7,14 +7,15 @@ import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.columns import text_width
-from gradmix.cli.errors import UsageError
+from gradmix.cli.errors import LostProcessError, UsageError
 from gradmix.cli.flags import parse_train
 from gradmix.cli.former_names import print_former_names
 from gradmix.cli.import_paths import find_named
@@ -52,10 +53,10 @@ def _train(args: list[str], processes: Processes, held: ExitStack) -> int:
     assert config.output is not None
     output = config.output
     stream = processes.by_each(lambda: _stream(config, processes)) if todo else None
-    if not resumed:
-        processes.by_the_first(lambda: _begin(config, held))
+    made = None if resumed else processes.by_the_first(lambda: _begin(config, held))
     interrupted = False
     with (
+        nullcontext() if made is None or not processes.first else _remove_if_nothing_is_saved(output, made),
         Interruption(silent=not processes.first) as interruption,
         explain_lost_process(lambda: _resume(output, processes)),
     ):
@@ -121,8 +122,6 @@ def _plan(
             raise ValueError(
                 f"methods: got {method} with {processes.size} processes, expected one process: it mixes whole steps"
             )
-    if processes.group is not None:
-        pick_device(processes.device(config.device))
     if resumed is None:
         config = replace(config, output=_new_output(config, processes))
     else:
@@ -131,6 +130,8 @@ def _plan(
             _occupy(config.output, held)
         results.update(_load_ended(config))
     todo = [run for run in _runs(config) if run not in results]
+    if todo or processes.group is not None:
+        pick_device(processes.device(config.device))
     if not todo:
         ended = "have ended" if any(r.status != "complete" for r in results.values()) else "are complete"
         print(f"Nothing is left to do: all {len(results)} runs of {shown(str(config.output))} {ended}.")
@@ -148,16 +149,42 @@ def _stream(config: TrainConfig, processes: Processes) -> Any:
     return stream_of(config.data)
 
 
-def _begin(config: TrainConfig, held: ExitStack) -> None:
+def _begin(config: TrainConfig, held: ExitStack) -> list[Path]:
+    """Write the configuration into the run folder; return the folders that were made for it."""
     from gradmix.training.runs.results import refuse_occupied, save_config
     from gradmix.training.runs.whole_files import make_folder
 
     assert config.output is not None
-    make_folder(config.output)
+    made = make_folder(config.output)
     _occupy(config.output, held)
     # Another command may have used the folder since it was checked.
     refuse_occupied(config.output)
     save_config(config, config.output)
+    return made
+
+
+@contextmanager
+def _remove_if_nothing_is_saved(output: Path, made: list[Path]) -> Iterator[None]:
+    """Remove a new run folder, and the others of ``made``, if training fails before anything but its settings is saved.
+
+    A lost process is no such failure: its error names the folder as the one to go on with.
+    """
+    from gradmix.training.runs.results import LOCK
+
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except Exception:
+        _tidy(output)
+        own = [output / name for name in (_CONFIG, LOCK)]
+        if set(output.iterdir()) <= set(own):
+            for file in own:
+                file.unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise
 
 
 def _occupy(output: Path, held: ExitStack) -> None:

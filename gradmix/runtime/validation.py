@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``.
+def check_count(name: str, value: object, least: int = 1, other: str = "") -> None:
+    """Raise unless ``value`` is an integer of at least ``least``; ``other`` ends the error, with what else is taken.
 
     Raises:
         TypeError: the value is no integer.
         ValueError: the value is less.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer >= {least}")
+        given = repr(value) if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"{name}: got {given}, expected an integer >= {least}{other}")
     if value < least:
-        raise ValueError(f"{name}: got {value}, expected an integer >= {least}")
+        raise ValueError(f"{name}: got {value}, expected an integer >= {least}{other}")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

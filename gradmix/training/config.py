@@ -358,7 +358,7 @@ def check(config: TrainConfig) -> None:
     if config.mix.candidates == "replayed" and config.replay.stream == "shuffled":
         raise ValueError(
             "mix.candidates: got 'replayed' with replay.stream 'shuffled', expected 'batch' or 'balanced': replayed "
-            "samples are not told apart in one stream"
+            "samples are not distinguished in one stream"
         )
     if config.data.online and config.optim.epochs not in (None, 1):
         raise ValueError(

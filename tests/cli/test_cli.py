@@ -162,6 +162,16 @@ def test_taken_output_is_refused_before_training(trained: Calls, capsys: pytest.
         (["train", "--output", "bad.yaml"], ["bad.yaml", "not a folder"]),
         (["compare"], ["compare", "run folder"]),
         (["compare", "nowhere"], ["nowhere"]),
+        (
+            ["train", "--batch-size", "3"],
+            ["unknown flag --batch-size", "train --help; did you mean '--batch'?"],
+        ),
+        (["train", "--seed=3"], ["unknown flag --seed", "did you mean '--seeds'?"]),
+        (["train", "--learning-rate", "1"], ["unknown flag --learning-rate", "did you mean '--lr'?"]),
+        (["train", "--methods", "er", "--buffer_size", "9"], ["--buffer-size", "did you mean '--replay-size'?"]),
+        (["train", "--buffer", "9"], ["did you mean '--replay-size'?"]),
+        (["train", "--zzz"], ["train: got the unknown flag --zzz, expected one of those of gradmix train --help"]),
+        (["experiment", "digits", "--seed", "3"], ["unknown flag --seed", "did you mean '--seeds'?"]),
         (["trian"], ["trian", "train, experiment, compare, calibrate, doctor"]),
     ],
     ids=" ".join,
@@ -176,6 +186,24 @@ def test_errors_take_one_line(
         assert part in line
     assert trained == []
     assert [p.name for p in Path().iterdir()] == ["bad.yaml"], "nothing is written"
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize("fault", ["device", "first step"])
+def test_training_that_cannot_begin_leaves_no_folder(
+    fault: str, there: bool, trained: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("name: got 'timm:none'")
+
+    if fault == "first step":
+        monkeypatch.setattr(trainer, "train_one", fail)
+    if there:
+        Path("mine/out").mkdir(parents=True)
+    device = "cpu" if fault == "first step" else "cuda:99"
+    assert run("train", "--methods", "er", "--device", device, "--output", "mine/out") == 2
+    assert ("timm:none" if fault == "first step" else "device: got 'cuda:99'") in error_of(capsys)
+    assert list(Path().rglob("*")) == ([Path("mine"), Path("mine/out")] if there else [])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +325,53 @@ def test_compare_formats_and_output(saved: Path, capsys: pytest.CaptureFixture[s
 def test_compare_refuses_two_benchmarks(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_run(make_result("er", 7, benchmark="split-mnist"), "other")
     assert run("compare", str(saved), "other") == 2
-    assert "different benchmarks cannot be compared: split-digits, split-mnist" in error_of(capsys)
+    assert (
+        "different benchmarks cannot be compared: split-digits (such as runs/er/seed-0), split-mnist (such as other)"
+        in error_of(capsys)
+    )
+
+
+def test_compare_leaves_out_folders_without_a_run(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", str(saved)) == 0
+    whole = capsys.readouterr().out
+    Path("begun").mkdir()
+    Path("begun/config.yaml").write_text(to_yaml(TrainConfig()))
+    Path("notes.txt").write_text("mine")
+    assert run("compare", "begun", "notes.txt", str(saved)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == whole
+    assert captured.err == "gradmix: left out, no finished run in it: begun, notes.txt\n"
+    assert run("compare", "begun", "notes.txt") == 2
+    assert "no finished run in begun, notes.txt, expected one in one of them" in error_of(capsys)
+    assert run("compare", "begun") == 2
+    assert "begun: no finished run in it" in error_of(capsys)
+    assert run("compare", "begun", "absent", str(saved)) == 2
+    assert "absent: no such run folder" in error_of(capsys)
+
+
+def test_compare_counts_a_repeated_run_once(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", str(saved)) == 0
+    whole = capsys.readouterr().out
+    for method in ("er", "gradmix-class"):
+        for seed in (0, 1):
+            save_run(make_result(method, seed), f"again/{method}/seed-{seed}")
+    save_run(make_result("er", 0, reached=1), "cut/er/seed-0")
+    assert run("compare", "cut", str(saved), "again") == 0
+    captured = capsys.readouterr()
+    assert captured.out == whole
+    assert captured.err.splitlines() == [
+        "gradmix: 1 run in cut interrupted, of which runs has more: left out",
+        "gradmix: 4 runs in again with the same result, to the bit, as in runs: counted once",
+    ]
+
+
+def test_compare_names_the_folders_of_different_results(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(make_result("er", 1, level=0.5), "other/er/seed-1")
+    assert run("compare", str(saved), "other") == 2
+    assert error_of(capsys) == (
+        "gradmix: error: er with seed 1 is there twice with the same settings and different results: in runs and in "
+        "other; expected one of them: give the folders to compare without the other"
+    )
 
 
 # --------------------------------------------------------------------------------------------- help, version, doctor

@@ -207,8 +207,8 @@ def test_a_wrong_state_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"refresh": 0}, ValueError, "refresh: got 0, expected an integer >= 1"),
-        ({"refresh": "task"}, TypeError, "refresh: got str"),
+        ({"refresh": 0}, ValueError, "refresh: got 0, expected an integer >= 1 or 'epoch'$"),
+        ({"refresh": "task"}, TypeError, "refresh: got 'task', expected an integer >= 1 or 'epoch'$"),
         ({"class_samples": 0}, ValueError, "class_samples: got 0"),
         ({"criterion": "pair"}, ValueError, "criterion: got 'pair'"),
         ({"alpha": -1.0}, ValueError, r"alpha: got -1\.0"),

@@ -161,3 +161,30 @@ def test_a_worker_process_is_refused(call: str) -> None:
     next(iter(DataLoader(TensorDataset(X, Y), **how)))  # in the process itself it is as good as in the loop
     for x, y in DataLoader(TensorDataset(X, Y), 8, num_workers=1, multiprocessing_context="fork"):
         IN_WORKERS[call](x, y)  # what the error says to do
+
+
+@pytest.mark.parametrize("criterion", ["sample", "class"])
+@pytest.mark.parametrize("estimator", ["feature", "mixed", "jvp", "sketch"])
+def test_a_buffer_of_another_shape_is_named(estimator: str, criterion: str) -> None:
+    model, buffer = nn.Linear(4, CLASSES), rows(8, 0, 5)
+    batch = rows(6, 1, 4)
+    expected = r"^buffer: got samples of shape \(5,\), expected \(4,\) as the batch \(mat1 and mat2 shapes"
+    with pytest.raises(ValueError, match=expected):
+        GradMix(model, buffer, estimator=estimator, criterion=criterion)(*batch)
+    with pytest.raises(ValueError, match=expected):
+        select_pairs(model, DataLoader(TensorDataset(*buffer), 8), batch, estimator=estimator, criterion=criterion)
+    with pytest.raises(ValueError, match=r"^buffer: got samples of shape \(4,\), expected \(5,\) as the batch"):
+        select_pairs(model, batch, buffer, estimator=estimator, criterion=criterion)
+
+
+def test_shapes_that_the_model_takes_may_differ() -> None:
+    model = images(nn.GroupNorm(2, 8))
+    large, small = rows(8, 0, 3, 9, 9), rows(6, 1)
+    assert len(select_pairs(model, large, small)) == 6
+    with pytest.raises(ValueError, match=r"^buffer: got samples of shape \(3, 9, 9\), expected \(3, 6, 6\) as the"):
+        GradMix(model, large, estimator="mixed", criterion="class")(*small)
+
+
+def test_another_failure_of_the_model_is_its_own() -> None:
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes"):
+        select_pairs(nn.Linear(3, CLASSES), rows(8, 0, 4), rows(6, 1, 4))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from fresh import run_python
 
 from gradmix.training.config import DataConfig, OptimConfig, TrainConfig
 from gradmix.training.data.arrays import read_arrays
@@ -78,6 +81,20 @@ BAD = {
     "no samples": ({"y_train": arrays()["y_train"]}, "holds y_train, expected x_train, x_test, y_test too$"),
     "integers": (replaced(x_train=np.ones((40, 5), np.int32)), "x_train is of int32, expected floating-point numbers"),
     "no features": (replaced(x_test=np.ones(12, np.float32)), r"x_test has the shape \(12,\), expected \(N, ...\)"),
+    "labels of text": (
+        replaced(y_train=np.array(["cat"] * 40)),
+        r"y_train is <U3 \(40,\), expected integers \(40,\) as x_train has samples: names, integers = "
+        r"numpy\.unique\(labels, return_inverse=True\) makes integers of text, of y_train and y_test together",
+    ),
+    "labels that are objects": (
+        replaced(y_test=np.array(["cat"] * 12, object)),
+        r"y_test is an array of Python objects, expected numbers.*numpy\.unique\(labels, return_inverse=True\)",
+    ),
+    "NaN": (
+        replaced(x_train=np.where(np.arange(40)[:, None] == 7, np.nan, np.ones((40, 5)))),
+        r"arrays\.npz: x_train: sample 7 holds NaN, an infinity or a number beyond float32, expected finite",
+    ),
+    "beyond float32": (replaced(x_test=np.full((12, 5), 1e300)), "x_test: sample 0 holds NaN, an infinity or a"),
     "label vectors": (replaced(y_train=np.ones((40, 4))), r"y_train is float64 \(40, 4\), expected integers \(40,\)"),
     "fewer labels": (replaced(y_train=np.ones(39, int)), r"y_train is int64 \(39,\), expected integers \(40,\)"),
     "another width": (replaced(x_test=np.ones((12, 6), np.float32)), r"x_test has samples of shape \(6,\)"),
@@ -111,5 +128,67 @@ def test_other_files(tmp_path):
     with pytest.raises(DataError, match="holds one array, expected several by name"):
         read_arrays(tmp_path / "one.npy")
     np.savez(tmp_path / "arrays.npz", **{**arrays(), "x_train": np.array([object()])})
-    with pytest.raises(DataError, match="damaged, or no file of arrays: Object arrays cannot be loaded"):
+    with pytest.raises(DataError, match="x_train is an array of Python objects, expected numbers"):
         read_arrays(tmp_path)
+
+
+def images(shape: tuple[int, ...], low: float, high: float, dtype=np.float32) -> dict[str, np.ndarray]:
+    held = arrays(shape)
+    rng = np.random.default_rng(1)
+    for part in ("train", "test"):
+        x = rng.uniform(low, high, held[f"x_{part}"].shape)
+        x.flat[:2] = low, high
+        held[f"x_{part}"] = x.astype(dtype)
+    return held
+
+
+RANGE = r"floats from {} to {}, expected \[0, 1\] or standardised ones: save pixels of 8 bits as uint8"
+UNUSUAL = {
+    "0 to 240, channels last": ((8, 8, 3), 0, 240, RANGE.format(0, 240) + ".*; and shape .8, 8, 3., expected the chan"),
+    "0 to 255": ((3, 8, 8), 0, 255, RANGE.format(0, 255)),
+    "0 to 16, without channels": ((8, 8), 0, 16, RANGE.format(0, 16)),
+    "less their mean": ((1, 8, 8), -120, 135, RANGE.format(-120, 135)),
+    "channels last": ((8, 8, 1), 0, 1, r"shape \(8, 8, 1\), expected the channels first, \(C, H, W\)"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_floats_that_look_like_pixels_get_a_warning(tmp_path, case):
+    shape, low, high, message = UNUSUAL[case]
+    np.savez(tmp_path / "arrays.npz", **images(shape, low, high))
+    with pytest.warns(UserWarning, match=rf"arrays\.npz: x_train holds images as they are used: {message}"):
+        data = read_arrays(tmp_path)
+    assert float(data.train_x.max()) == high, "they stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("shape", "low", "high", "dtype"),
+    [
+        ((5,), 0, 240, np.float32),
+        ((7, 5), 0, 240, np.float32),
+        ((64, 8, 8), 0, 240, np.float32),
+        ((3, 8, 8), 0, 1, np.float32),
+        ((3, 8, 8), -2.1, 2.6, np.float32),
+        ((3, 8, 8), 0, 255, np.uint8),
+    ],
+    ids=["a table", "sequences", "maps of features", "pixels", "standardised pixels", "bytes"],
+)
+def test_other_numbers_get_no_warning(tmp_path, shape, low, high, dtype):
+    np.savez(tmp_path / "arrays.npz", **images(shape, low, high, dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_arrays(tmp_path)
+
+
+def test_a_command_warns_in_one_line():
+    assert run_python(
+        """
+import sys, warnings
+from gradmix.cli.errors import warnings_in_one_line
+from gradmix.training.data import arrays
+sys.stderr = sys.stdout
+with warnings_in_one_line():
+    warnings.warn_explicit("a file\\nof two", UserWarning, arrays.__file__, 1)
+    warnings.warn_explicit("theirs", UserWarning, "other.py", 7)
+"""
+    ) == ["gradmix: warning: a file of two", "other.py:7: UserWarning: theirs"]

@@ -13,6 +13,7 @@ from synthetic_runs import make_result
 from gradmix.training.reports import arms as of_arms
 from gradmix.training.reports import findings
 from gradmix.training.reports.saving import save_run
+from gradmix.training.reports.significance import rule_of
 from gradmix.training.runs.experiments import from_yaml
 
 TEXT = """
@@ -56,12 +57,12 @@ def said(values: Any) -> dict[str, list[str]]:
     return findings.comparisons(of_arms.summarise(values)[1])
 
 
-AMONG = "Told apart from 0, also as one of the 3 comparisons (Holm's p below 0.05):"
-ALONE = "Told apart from 0 by itself, but not as one of the 3 comparisons:"
-NOT = "Not told apart from 0:"
+AMONG = "Significant:"
+ALONE = "Not significant among the 3 comparisons, though its own interval leaves out 0:"
+NOT = "Not significant:"
 
 
-def test_what_is_told_apart(tmp_path: Path) -> None:
+def test_what_is_significant(tmp_path: Path) -> None:
     values = values_of(
         {"mixup": flat(0.8), "sample, plain": around(0.85), "at random": around(0.8, times=-1.0)}, tmp_path
     )
@@ -96,15 +97,16 @@ def test_by_itself_only(tmp_path: Path) -> None:
 
 def test_one_seed_tells_nothing(tmp_path: Path) -> None:
     values = values_of({"mixup": (0.8,), "sample, plain": (0.9,)}, tmp_path)
-    assert said(values) == {NOT: ["“sample, plain” and mixup: +0.100 with one seed, which tells nothing."]}
+    assert said(values) == {NOT: ["“sample, plain” and mixup: +0.100 with one seed, which says nothing about chance."]}
     rows, differences = of_arms.summarise(values)
     assert findings.controls(values, rows, differences) == []
-    assert any("From one seed nothing can be told" in line for line in findings.caveats(values, rows))
+    assert any("One seed says nothing about chance" in line for line in findings.caveats(values, rows))
 
 
 def test_only_one_comparison_is_not_one_of_many(tmp_path: Path) -> None:
     values = values_of({"mixup": flat(0.8), "sample, plain": around(0.9)}, tmp_path)
-    assert list(said(values)) == ["Told apart from 0:"]
+    assert list(said(values)) == ["Significant:"]
+    assert rule_of(1) == "the p-value of the paired t-test is below 0.05"
 
 
 def test_varied_values_are_named(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_the_gain_is_over_mixup_of_the_same_settings(tmp_path: Path) -> None:
 def test_no_share_of_a_gain_that_is_none(tmp_path: Path) -> None:
     levels = {"mixup": flat(0.8), "sample, plain": around(0.8), "at random": flat(0.81)}
     (line,) = controls_of(values_of(levels, tmp_path))
-    assert "cannot be told from 0, so no share of it can be given" in line
+    assert "its interval holds 0, so no share of it can be given" in line
 
 
 def test_only_seeds_that_all_three_have(tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_what_is_said(html: str) -> None:
         "gradmix experiment table",
         "mean over t of mean_{j<=t} R[t,j]",
         "12 intervals are shown",
+        "Significant: Holm's p, adjusted for the 3 comparisons, is below 0.05.",
         "3 tests of average accuracy",
         "torch: 2.0",
         "Seeds: 0, 1, 2.",

@@ -19,6 +19,7 @@ from gradmix.training.reports.saving import save_run, save_summary
 from gradmix.training.runs import results
 from gradmix.training.runs.results import (
     AlignmentRecord,
+    NoRunError,
     RunResult,
     SteadySteps,
     Timing,
@@ -162,11 +163,15 @@ def test_wrong_shapes_in_a_file_are_refused(tmp_path: Path) -> None:
 def test_missing_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such"):
         load_runs(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="no run in it"):
+    with pytest.raises(FileNotFoundError, match=r"no finished run in it, expected config\.yaml, metrics\.json"):
         load_runs(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"metrics\.json is missing"):
         save_config(TrainConfig(), tmp_path)
         load_run(tmp_path)
+    with pytest.raises(NoRunError, match=rf"go on with its runs: gradmix train --resume {tmp_path}$"):
+        load_runs(tmp_path)
+    with pytest.raises(NoRunError, match=r"config\.yaml: is a file, expected a run folder"):
+        load_runs(tmp_path / "config.yaml")
 
 
 def test_runs_below_a_folder_in_order(tmp_path: Path) -> None:

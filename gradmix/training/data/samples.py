@@ -124,9 +124,9 @@ def samples_of(name: str, data: Any, labels: Any = None, *, tokens: bool = False
         x, y = data
         x = _tensor_of(name, x) if isinstance(x, np.ndarray) else x
         x = _readable(name, x, x.ndim - 1, tokens)
-        at = _not_finite(x)
+        at = first_not_finite(x)
         if at is not None:
-            raise ValueError(f"{name}: sample {at} holds {_NOT_FINITE}")
+            raise ValueError(f"{name}: sample {at} holds {NOT_FINITE}")
         samples: Samples = TensorSamples(x, _labels(name, y if labels is None else labels, len(x)))
     elif (
         hasattr(data, "__getitem__")
@@ -198,15 +198,19 @@ class Inputs:
                 f"{name}: got an input of type {type(value).__name__}, expected a tensor, an array or a Pillow image"
             )
         x = _readable(name, value, value.ndim, self._tokens)
-        if _not_finite(x.unsqueeze(0)) is not None:
-            raise DamagedImageError(f"{name}: holds {_NOT_FINITE}")
+        if first_not_finite(x.unsqueeze(0)) is not None:
+            raise DamagedImageError(f"{name}: holds {NOT_FINITE}")
         return x
 
 
-_NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numbers"
+NOT_FINITE = "NaN, an infinity or a number beyond float32, expected finite numbers"
+"""What an error says of a sample that :func:`first_not_finite` finds."""
+
+INTEGERS_OF_TEXT = "names, integers = numpy.unique(labels, return_inverse=True) makes integers of text"
+"""What an error about labels of text advises."""
 
 
-def _not_finite(x: Tensor) -> int | None:
+def first_not_finite(x: Tensor) -> int | None:
     """The first sample of ``x (N, ...)`` that holds something else than finite numbers of float32, or None."""
     if not x.is_floating_point() or x.numel() == 0:
         return None
@@ -364,7 +368,8 @@ def _labels(name: str, labels: Any, count: int) -> Tensor:
     if y.ndim != 1 or len(y) != count:
         raise ValueError(f"{name}: got labels of shape {tuple(y.shape)}, expected ({count},), one for each sample")
     if not integers:
-        raise TypeError(f"{name}: got labels of dtype {found}, expected integers")
+        advice = f": {INTEGERS_OF_TEXT}" if isinstance(found, np.dtype) and found.kind in "OUS" else ""
+        raise TypeError(f"{name}: got labels of dtype {found}, expected integers{advice}")
     y = y.to(torch.int64)
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"{name}: got the label {int(y.min())}, expected integers of at least 0")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmix.training.reports.cells import percent, probability, with_sign
-from gradmix.training.reports.significance import Ratio, ratio_interval
+from gradmix.training.reports.significance import Ratio, ratio_interval, t_quantile
 from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import mean_interval
 
@@ -38,21 +38,20 @@ def divergence_note(seeds: Sequence[int], of: int) -> str:
 
 
 def comparisons(differences: Sequence[Difference]) -> dict[str, list[str]]:
-    """A sentence for each difference, under what can be said of it.
+    """A sentence for each difference, under one of three headings, as far as there is a difference for it.
 
-    Those are, as far as there are any: that it differs significantly from 0 as one of all the comparisons, by itself
-    only, or not.
+    The headings: significant (:attr:`Difference.significant`); not significant though its interval leaves out 0;
+    neither.
     """
     tests = sum(not math.isnan(d.p) for d in differences)
-    among = f"Told apart from 0, also as one of the {tests} comparisons (Holm's p below 0.05):"
     heads = {
-        "among": "Told apart from 0:" if tests == 1 else among,
-        "alone": f"Told apart from 0 by itself, but not as one of the {tests} comparisons:",
-        "not": "Not told apart from 0:",
+        "among": "Significant:",
+        "alone": f"Not significant among the {tests} comparisons, though its own interval leaves out 0:",
+        "not": "Not significant:",
     }
     found: dict[str, list[str]] = {head: [] for head in heads.values()}
     for d in differences:
-        kind = "not" if not d.metrics[_METRIC].excludes_zero else "among" if d.holm < 0.05 else "alone"
+        kind = "among" if d.significant else "alone" if d.metrics[_METRIC].excludes_zero else "not"
         found[heads[kind]].append(_comparison(d, kind))
     return {head: said for head, said in found.items() if said}
 
@@ -83,20 +82,17 @@ def controls(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
 
 def caveats(values: Mapping[str, Any], rows: Sequence[ArmRow]) -> list[str]:
     """The caveats of the figures: what the intervals are over, how few seeds there are, and what was chosen."""
-    from scipy.special import stdtrit
-
     found = [
         "The intervals are over training seeds: how far another initialisation, other batches and another buffer would "
         "move the figures. They say nothing of other data, settings or orders of the classes."
     ]
     fewest = min(len(row.runs) for row in rows)
     if fewest == 1:
-        found.append("From one seed nothing can be told about chance; some arms have no more.")
+        found.append("One seed says nothing about chance; some arms have no more.")
     elif fewest < 10:
-        reach = float(stdtrit(fewest - 1, 0.975))
         found.append(
-            f"Seeds are few: with {fewest} of them a 95 % interval reaches {reach:.1f} standard errors to either side, "
-            "with many 2.0, and it takes the figures to be normally distributed."
+            f"Seeds are few: with {fewest} of them a 95 % interval reaches {t_quantile(fewest):.1f} standard errors to "
+            "either side, with many 2.0, and it takes the figures to be normally distributed."
         )
     if len(rows) > 2 and not values["vary"] and fewest > 1:
         best = max(rows, key=lambda row: row.metrics[_METRIC].mean)
@@ -120,7 +116,7 @@ def _comparison(d: Difference, kind: str) -> str:
     if math.isnan(mean):
         return f"{first} and {second}{where}: no figure."
     if math.isnan(half):
-        return f"{first} and {second}{where}: {with_sign(mean)} with one seed, which tells nothing."
+        return f"{first} and {second}{where}: {with_sign(mean)} with one seed, which says nothing about chance."
     seeds = f"{len(d.seeds)} seeds"
     if kind == "not":
         low, high = with_sign(mean - half), with_sign(mean + half)
@@ -167,7 +163,7 @@ def _share_of_gain(control: str, gain: Difference, rows: Sequence[ArmRow]) -> li
         f"{_quote(gain.arm)}'s {with_sign(mean)} ± {half:.3f} over {_quote(gain.minus)} ({len(seeds)} seeds{where})"
     )
     if math.isnan(kept.ratio):
-        return [f"{_quote(control)}: {gained} cannot be told from 0, so no share of it can be given."]
+        return [f"{_quote(control)}: {gained}: its interval holds 0, so no share of it can be given."]
     share = f"{_share(kept.ratio)} (95 %: {_share(kept.low)} to {_share(kept.high)})"
     return [f"{_quote(control)} keeps {share} of {gained}.{_rates(at[control], at[gain.arm])}"]
 

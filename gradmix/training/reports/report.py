@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gradmix.training.reports import cells, document, findings, plots
+from gradmix.training.reports import cells, document, findings, plots, significance
 from gradmix.training.reports.arms import DIVERGED, KEYS, ArmRow, place_of, summarise, summary_of
 from gradmix.training.reports.document import Picture, Svg, Table
 from gradmix.training.reports.rows import Difference
@@ -87,6 +87,7 @@ def _render(
         rows=rows,
         differences=differences,
         findings=findings,
+        rule_of=significance.rule_of,
         planned=len(values["runs"]) + len(values["missing"]),
         missing=len(values["missing"]),
         diverged=sum(bool(run.get(DIVERGED)) for run in values["missing"]),
@@ -97,7 +98,7 @@ def _render(
         bands_up_to=plots.BANDS_UP_TO,
         intervals=sum(not math.isnan(d.metrics[name].half_width) for d in differences for name in SHOWN),
         tests=sum(not math.isnan(d.p) for d in differences),
-        significant=sum(d.holm < 0.05 for d in differences),
+        significant=sum(d.significant for d in differences),
         at_a_time=", ".join(sorted({str(run["environment"].get(RUNS_AT_A_TIME, "unknown")) for run in values["runs"]})),
         untimed=sum(not (run["timing"].get("steady") or {}).get("steps") for run in values["runs"]),
         on_cpu=all(row.on_cpu for row in rows),
@@ -249,7 +250,7 @@ def pictures(values: Mapping[str, Any], rows: Sequence[ArmRow], differences: Seq
             [d.label for d in differences],
             [d.metrics["average_accuracy"] for d in differences],
             "difference of average accuracy (above 0: the first is better)",
-            [d.holm < 0.05 for d in differences],
+            [d.significant for d in differences],
         )
         means = "; ".join(f"{d.label}: {cells.difference(d.metrics['average_accuracy'])}" for d in differences)
         yield Picture("differences", f"Differences of average accuracy. {means}.", figure)

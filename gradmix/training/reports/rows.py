@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from gradmix.training.reports.significance import holm, paired_p_value
+from gradmix.training.reports.significance import LEVEL, holm, paired_p_value
 from gradmix.training.runs import metrics
 from gradmix.training.runs.experiments import label_of
 from gradmix.training.runs.metrics import Interval
@@ -71,6 +71,11 @@ class Difference:
     def label(self) -> str:
         """Both arms and the varied values."""
         return label_of(f"{self.arm} − {self.minus}", self.values)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference of average accuracy is significant among all those of the table."""
+        return self.holm < LEVEL
 
 
 def compare(pairs: Iterable[tuple[Row, Row]]) -> list[Difference]:

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from gradmix.training.runs.metrics import Interval
 
+LEVEL = 0.05
+"""A difference is significant if its p-value, by Holm's method adjusted for all comparisons, is below this."""
+
 
 class Ratio(NamedTuple):
     """A ratio of two means, and the ends of its confidence interval."""
@@ -69,6 +72,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - i) * p_values[k]))
         adjusted[k] = highest
     return adjusted
+
+
+def t_quantile(n: int) -> float:
+    """Standard errors to either side of a mean of ``n`` values that its 95 % t-interval reaches.
+
+    Example:
+        >>> [round(t_quantile(n), 1) for n in (2, 5)]
+        [12.7, 2.8]
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.975))
+
+
+def rule_of(tests: int) -> str:
+    """State when one of so many comparisons is significant.
+
+    Example:
+        >>> rule_of(4)
+        "Holm's p, adjusted for the 4 comparisons, is below 0.05"
+    """
+    which = "the p-value of the paired t-test" if tests == 1 else f"Holm's p, adjusted for the {tests} comparisons,"
+    return f"{which} is below {LEVEL}"
 
 
 def ratio_interval(

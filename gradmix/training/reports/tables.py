@@ -12,6 +12,7 @@ from typing import Any
 
 from gradmix.runtime.names import shown
 from gradmix.training.reports import cells, findings
+from gradmix.training.reports.advice import old_share
 from gradmix.training.reports.document import Table, render
 from gradmix.training.reports.rows import Difference, Row, compare, formulas, to_plain
 from gradmix.training.reports.verdict import verdict
@@ -36,12 +37,16 @@ class MethodRow(Row):
         step_ms: Median milliseconds of a training step, selection included; of several runs the median, as of shares.
         selection_share: Share of the steps' time spent on selection, from 0 to 1.
         data_share: Share of it spent on drawing, reading and augmenting samples; NaN if it was not measured.
+        originals: Whether the unmixed samples were trained on too.
+        old_share: As :func:`~gradmix.training.reports.advice.old_share` estimates it.
     """
 
     method: str = ""
     step_ms: float = math.nan
     selection_share: float = math.nan
     data_share: float = math.nan
+    originals: bool = False
+    old_share: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,10 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
     }
     for name, found in scored.items():
         if len(set(found)) > 1:
-            listed = ", ".join(map(str, dict.fromkeys(found)))
-            raise ValueError(f"runs of different {name} cannot be compared: {listed}")
+            raise ValueError(
+                f"runs of different {name} cannot be compared: {_list_with_folders(found, results)}; expected runs of "
+                "one of them"
+            )
     settings = [settings_of(r.config) for r in results]
     groups: dict[str, list[RunResult]] = {}
     for result, own in zip(results, settings, strict=True):
@@ -85,6 +92,14 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
             raise ValueError(f"{result.method} with seed {result.seed} is there twice with the same settings")
         members.append(result)
     return {label: tuple(sorted(members, key=lambda r: r.seed)) for label, members in groups.items()}
+
+
+def _list_with_folders(values: Sequence[Any], results: Sequence[RunResult]) -> str:
+    """The different values, each with the folder of the first run that has it, if that was read from one."""
+    first: dict[Any, RunResult] = {}
+    for value, result in zip(values, results, strict=True):
+        first.setdefault(value, result)
+    return ", ".join(f"{v}{'' if r.folder is None else f' (such as {r.folder})'}" for v, r in first.items())
 
 
 def summarise(results: Sequence[RunResult]) -> Summary:
@@ -110,6 +125,8 @@ def summarise(results: Sequence[RunResult]) -> Summary:
                 step_ms=metrics.median_of_known(r.timing.step_ms for r in complete),
                 selection_share=metrics.median_of_known(r.timing.selection_share for r in complete),
                 data_share=metrics.median_of_known(r.timing.data_share for r in complete),
+                originals=complete[0].config.mix.originals,
+                old_share=old_share(complete[0]),
             )
             rows.append(row)
     pairs = [(row, first) for first, row in combinations(rows, 2)]
@@ -180,7 +197,7 @@ def to_json_dict(summary: Summary) -> dict[str, Any]:
 _IN_LINE, _STACKED = (f"{{mean:.3f}} ± {{std:.3f}}{end}" for end in (" (95 %: ± {half:.3f})", "\n95 %: ± {half:.3f}"))
 _DIFFERENCE_LEGEND = (
     "Paired differences: mean over the shared seeds ± half of the 95 % t-interval (Student); * if the interval leaves "
-    "out 0."
+    "out 0, which is said of each difference by itself, however many there are."
 )
 
 

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradmix.training.reports import cells
+from gradmix.training.reports.advice import advice
 from gradmix.training.reports.rows import Difference, compare
+from gradmix.training.reports.significance import rule_of, t_quantile
 
 if TYPE_CHECKING:
     from gradmix.training.reports.tables import MethodRow
 
 _METRIC = "average_accuracy"
+_MORE_SEEDS = "as --seeds 0 1 2 3 4"
 
 
 def verdict(rows: Sequence[MethodRow]) -> list[str]:
     """Compare each method that selects pairs with each that does not.
 
-    A difference is called one only if its 95 % t-interval leaves out 0. Holm's p, adjusted for all of these
-    comparisons, is given where it is 0.05 or above.
+    A method is above or below another if the difference is significant (:attr:`Difference.significant`) among all of
+    these comparisons. Where the 95 % t-interval of another leaves out 0, its Holm's p is given.
 
     Returns:
         Sentences; none if there is nothing to compare.
@@ -29,25 +32,47 @@ def verdict(rows: Sequence[MethodRow]) -> list[str]:
     differences = compare((row, other) for row in selecting for other in others)
     if not differences:
         return []
-    if all(math.isnan(d.metrics[_METRIC].half_width) for d in differences):
-        return ["One seed tells nothing of chance: give several, as --seeds 0 1 2.", _cost(selecting)]
-    said = [_of_row([d for d in differences if d.arm == row.arm]) for row in selecting]
-    return [*filter(None, said), _cost(selecting)]
+    tests = sum(not math.isnan(d.p) for d in differences)
+    if not tests:
+        return [f"One seed says nothing about chance: give several, {_MORE_SEEDS}.", _cost(selecting)]
+    first, *more = filter(None, (_of_row([d for d in differences if d.arm == row.arm]) for row in selecting))
+    rule = f"A method is above or below another where their difference is significant: {rule_of(tests)}."
+    few = [_few_seeds()] if max(len(d.seeds) for d in differences) == 2 else []
+    return [f"{first} {rule}", *more, *few, *advice(rows, differences), _cost(selecting)]
 
 
 def _of_row(differences: Sequence[Difference]) -> str:
-    differing = [_difference(d) for d in differences if d.metrics[_METRIC].excludes_zero]
-    others = [d for d in differences if not d.metrics[_METRIC].excludes_zero]
-    alike = [f"{d.minus} ({cells.difference(d.metrics[_METRIC])})" for d in others]
-    parts = [f"is {_join(differing)}"] if differing else []
+    significant = [_difference(d) for d in differences if d.significant]
+    alike = [_not_significant(d) for d in differences if not d.significant and not math.isnan(d.p)]
+    untested = [f"{d.minus} ({_figure(d)})" for d in differences if math.isnan(d.p)]
+    parts = [f"is {_join(significant)}"] if significant else []
     parts += [f"does not differ significantly from {_join(alike)}"] if alike else []
-    return f"{differences[0].arm} {', and '.join(parts)} in average accuracy." if parts else ""
+    arm = differences[0].arm
+    said = [f"{arm} {', and '.join(parts)} in average accuracy."] if parts else []
+    said += [f"{arm} shares one seed with {_join(untested)}: it says nothing about chance."] if untested else []
+    return " ".join(said)
 
 
 def _difference(d: Difference) -> str:
     mean, _, half = d.metrics[_METRIC]
-    alone = "" if d.holm < 0.05 else f" (Holm's p = {cells.probability(d.holm)})"
-    return f"{abs(mean):.3f} ± {half:.3f} {'above' if mean > 0 else 'below'} {d.minus}{alone}"
+    return f"{abs(mean):.3f} ± {half:.3f} {'above' if mean > 0 else 'below'} {d.minus}"
+
+
+def _not_significant(d: Difference) -> str:
+    alone = f", Holm's p = {cells.probability(d.holm)}" if d.metrics[_METRIC].excludes_zero else ""
+    return f"{d.minus} ({_figure(d)}{alone})"
+
+
+def _figure(d: Difference) -> str:
+    return cells.interval(d.metrics[_METRIC], "{mean:+.3f} ± {half:.3f}", "{mean:+.3f}", minus="−")
+
+
+def _few_seeds() -> str:
+    two, five = t_quantile(2), t_quantile(5)
+    return (
+        f"Two seeds say little about chance: a 95 % interval reaches {two:.1f} standard errors to either side, that of "
+        f"five seeds {five:.1f}. Give more, {_MORE_SEEDS}."
+    )
 
 
 def _join(parts: Sequence[str]) -> str:

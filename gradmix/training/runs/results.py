@@ -157,6 +157,7 @@ class RunResult:
         mixed_share: ``(T,)`` share of each task's samples that found a helpful partner; NaN where nothing is selected.
         alignments: The class-pair alignment at the last refresh of each task that had one.
         environment: Versions, device, threads and date, as plain values.
+        folder: The folder from which it was read; None: it was not read from one.
     """
 
     benchmark: str
@@ -171,6 +172,7 @@ class RunResult:
     mixed_share: tuple[float, ...] = ()
     alignments: tuple[AlignmentRecord, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         check_choice("status", self.status, get_args(Status))
@@ -266,7 +268,7 @@ def load_run(folder: str | Path) -> RunResult:
     config = load_config(folder / "config.yaml", saved=True)
     path = folder / "metrics.json"
     with name_damage(path):
-        return _from_dict(json.loads(path.read_text(encoding="utf-8")), config)
+        return replace(_from_dict(json.loads(path.read_text(encoding="utf-8")), config), folder=folder)
 
 
 @contextmanager
@@ -286,21 +288,32 @@ def status_of(folder: str | Path) -> str:
         return _text(json.loads(path.read_text(encoding="utf-8")), "status")
 
 
+class NoRunError(FileNotFoundError):
+    """A folder is there, and no finished run in it."""
+
+
 def load_runs(folder: str | Path) -> dict[Path, RunResult]:
     """Read a run folder, or all run folders below a folder, in the order in which they were run.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no run in it.
+        NoRunError: There is no run in the folder, or it is a file.
+        FileNotFoundError: There is no such folder.
         ValueError: A run is damaged.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NoRunError(f"{folder}: is a file, expected a run folder")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder")
     found = [folder] if (folder / "metrics.json").is_file() else [p.parent for p in folder.rglob("metrics.json")]
     # Folders that begin with a dot are runs being written.
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not found:
-        raise FileNotFoundError(f"{folder}: no run in it, expected {', '.join(_FILES)} there or in folders below")
+        begun = f"; to go on with its runs: gradmix train --resume {names.shell(str(folder))}"
+        raise NoRunError(
+            f"{folder}: no finished run in it, expected {', '.join(_FILES)} there or in folders below"
+            f"{begun if (folder / 'config.yaml').is_file() else ''}"
+        )
     runs = {p: load_run(p) for p in sorted(found)}
     methods = list(COMPOSITIONS)
     return dict(sorted(runs.items(), key=lambda item: (methods.index(item[1].method), item[1].seed)))

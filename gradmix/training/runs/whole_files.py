@@ -63,12 +63,13 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, if they are not there, and flush their entries to the disk."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents if they are not there, flush their entries to the disk, and return the new ones."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync(path.parent)
+    return missing
 
 
 def sync(path: Path) -> None:
