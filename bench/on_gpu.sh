@@ -156,9 +156,11 @@ if stage sanitize 240 && only_on_a_gpu sanitize; then
   fi
 fi
 if stage cifar10 "$limit"; then
-  experiment=(cifar10 --data-dir "${DATA:-data}")
-  [[ $dry ]] && experiment=(digits)
-  try gradmix experiment "${experiment[@]}" --device "$device" --output runs/experiments
-  tar -cf - --exclude=.checkpoints runs/experiments | tar -xf - -C "$out"
+  if [[ $dry ]]; then
+    try gradmix experiment digits --device cpu --output "$out/runs/experiments"
+  else
+    try gradmix experiment cifar10 --data-dir "${DATA:-data}" --device cuda --output runs/experiments
+    tar -cf - --exclude=.checkpoints runs/experiments | tar -xf - -C "$out"
+  fi
 fi
 exit "$failed"

@@ -54,7 +54,9 @@ def test_the_page_on_compatibility_has_the_versions_of_the_metadata() -> None:
     page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     stated = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
     torch, numpy = re.findall(r'"(?:torch|numpy)>=([\d.]+)"', PYPROJECT)
-    rows = {cells[1]: cells[2:4] for line in page.splitlines() if len(cells := [c.strip() for c in line.split("|")]) == 6}
+    rows = {
+        cells[1]: cells[2:4] for line in page.splitlines() if len(cells := [c.strip() for c in line.split("|")]) == 6
+    }
     assert sorted(", ".join(rows["Python"]).split(", ")) == sorted(stated)
     pinned = re.findall(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     assert rows["torch"][0].startswith(f"{pinned[0]}, all tests") and rows["torch"][1] == f"{torch}, and the newest"
