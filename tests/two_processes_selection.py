@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -195,6 +196,7 @@ def process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=SIZE)
     told = {what: tell(rank, torch.distributed.group.WORLD) for what, tell in TELL.items()}
     torch.save(told, Path(folder) / f"rank{rank}.pt")
+    gc.collect()  # no reducer must outlive the group: it would end gloo's threads with Python's lock held
     torch.distributed.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from dataclasses import replace
 from functools import cache, partial
@@ -224,4 +225,5 @@ def process(rank: int, folder: str, names: list[str], read_names: list[str]) -> 
         told["failure"] = traceback.format_exc()
     torch.save(told, Path(folder) / f"rank{rank}.pt")
     if "failure" not in told:
+        gc.collect()  # no reducer must outlive the group: it would end gloo's threads with Python's lock held
         torch.distributed.destroy_process_group()
