@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -385,8 +386,17 @@ def _show_queued(row: dict[str, Any]) -> list[str]:
     return [show_time(row["queued_seconds"]["p50"])] if "queued_seconds" in row else []
 
 
+def show_part(title: str, columns: list[str], rows: list[list[str]], notes: list[str], brief: Sequence[int]) -> None:
+    """Show a table; if ``brief``, those columns only, with short labels, as a terminal of 80 columns has room for."""
+    if brief:
+        columns = [columns[place] for place in brief]
+        notes = [note for note in notes if not note.startswith(("of attainable", "huge logits", "  "))]
+        rows = [[re.sub(r", \d+ (samples|pairs) at a time", "", row[0]), *(row[k] for k in brief[1:])] for row in rows]
+    show_table(title, columns, rows, notes)
+
+
 def print_report(result: dict[str, Any]) -> None:
-    """The tables of a result, for a person."""
+    """The tables of a result, for a person; of a quick one the columns that matter first."""
     sizes = Sizes(**result["sizes"])
     arguments, alignment, selection = result["arguments"], result["alignment"], result["select_pairs"]
     rows = alignment["rows"]
@@ -407,8 +417,11 @@ def print_report(result: dict[str, Any]) -> None:
     samples = sorted({row["samples"] for row in rows})
     lost = alignment["out_of_memory"]
     columns = ["", "p20", "p50", "p80", *on_device, "pairs/s", "over loop", "over tuned loop", "of attainable"]
-    show_table(
-        "All pairs: inner products and cosines; speed-up over the per-sample loop and the tuned one (20-80 %)",
+    quick = arguments["quick"]
+    show_part(
+        "All pairs: inner products and cosines"
+        if quick
+        else "All pairs: inner products and cosines; speed-up over the per-sample loop and the tuned one (20-80 %)",
         [*columns, "peak memory"],
         [
             [
@@ -440,8 +453,9 @@ def print_report(result: dict[str, Any]) -> None:
             *(f"{name} left out: {reason}" for name, reason in alignment["refused"].items()),
             *(["on device: while the host is ahead of it, so without the time to queue the work"] if on_device else []),
         ],
+        [0, 2, len(columns) - 3] if quick else [],
     )
-    show_table(
+    show_part(
         "Error against float64, and decisions (sign of the inner product) that agree",
         ["", "pairs", "inner", "cosine", "decisions", "huge logits: inner", "cosine", "decisions"],
         [
@@ -465,8 +479,9 @@ def print_report(result: dict[str, Any]) -> None:
             f"cosine: largest difference, where the gradient's norm is above {BAND:g} of the largest; - has none",
             f"huge logits: the largest is {alignment['huge_logits']['largest']:.0f}; up to {HUGE_ROWS} samples a side",
         ],
+        [0, 2, 3, 4] if quick else [],
     )
-    show_table(
+    show_part(
         f"The whole call: batch of {selection['batch_rows']} samples, buffer of {selection['buffer_rows']}, "
         f"{selection['model']}",
         ["", "p20", "p50", "p80", *on_device, "this / forward (20-80 %)"],
@@ -484,6 +499,7 @@ def print_report(result: dict[str, Any]) -> None:
             f"{' or '.join(map(str, sorted({r['samples'] for r in selection['rows']})))} samples a row",
             *(f"{name} left out: {reason}" for name, reason in selection["refused"].items()),
         ],
+        [0, 2, -1] if quick else [],
     )
     if "sweep" in result:
         swept = result["sweep"]["classes"]
