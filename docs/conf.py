@@ -48,7 +48,7 @@ python_maximum_signature_line_length = 76
 
 nitpicky = True  # a reference in a docstring that leads nowhere is an error
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|collections|pathlib)\..*"),  # their pages are elsewhere, and nothing is fetched for a build
+    ("py:.*", r"(torch|numpy|collections|pathlib)\..*"),  # their pages are elsewhere; a build fetches nothing
     ("py:class", r"[a-z_]+|Inputs"),  # a parameter that is described as that of another function; a type's alias
     ("py:.*", r"gradmix\.(labelled_samples\.HeadSamples|estimators\.base\.Screening|gradients\.backward)"),
     ("py:func", r"(classes_of|tolerance_of)"),  # the package's own
