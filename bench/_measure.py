@@ -21,6 +21,7 @@ import torch
 
 import gradmix
 from gradmix.calibration.measuring import CudaTimer
+from gradmix.runtime.allocator import keep_freed_memory
 
 Call = Callable[[], object]
 
@@ -51,6 +52,11 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         described["accelerator"] = torch.cuda.get_device_name(device)
         described["accelerator_runtime"] = torch.version.cuda or torch.version.hip
     return described
+
+
+def prepare_machine(device: torch.device) -> dict[str, Any]:
+    """Have the C library keep freed memory, so that no time depends on what ran before; describe the machine."""
+    return {**machine(device), "keeps_freed_memory": keep_freed_memory()}
 
 
 def load_average() -> float | None:

@@ -22,9 +22,9 @@ from _measure import (
     finish,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -41,7 +41,6 @@ from torch import Tensor
 from gradmix.mixing_weight import beta_quadrature
 from gradmix.ops import _triton, cosine_alignment, draw_partners, last_layer_gradient, mixed_alignment
 from gradmix.ops.backends import Operator
-from gradmix.runtime.allocator import keep_freed_memory
 
 Tensors = tuple[Tensor, ...]
 
@@ -625,8 +624,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 2 if no task has such a title."""
     options = parse(arguments)
     device = begin(options)
-    keeps = keep_freed_memory()
-    described = {**machine(device), "keeps_freed_memory": keeps}
+    described = prepare_machine(device)
     print(machine_line(described) + "\n")
     product = Product.on(device, options.quick)
     rates = measure_rates(product, device, options.quick)

@@ -25,9 +25,9 @@ from _measure import (
     count,
     finish,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from gradmix.class_table import TABLE_SAMPLES
 from gradmix.estimators import feature
 from gradmix.mixer import GradMix
-from gradmix.runtime.allocator import keep_freed_memory
 
 CLASSES = {10: 5000, 100: 500, 200: 500, 1000: 1300}
 """Numbers of classes, each with samples of a class, as CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet have them."""
@@ -347,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = begin(options)
     result: dict[str, Any] = {
         "benchmark": "class_table",
-        "machine": {**machine(device), "keeps_freed_memory": keep_freed_memory()},
+        "machine": prepare_machine(device),
         "arguments": run_values(options),
         "cases": [
             measure(

@@ -28,10 +28,10 @@ from _measure import (
     finish,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
     peak_memory,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -56,7 +56,6 @@ from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.pairs import Pairs
-from gradmix.runtime.allocator import keep_freed_memory
 
 INTERVAL = 20
 """Steps over which the cost of a refresh is spread in the middle one of the ways to have a reference."""
@@ -630,11 +629,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
     device = begin(options)
-    keeps = keep_freed_memory()
     plan, times = options.plan, {"repeats": options.repeats, "seconds": options.seconds}
     result: dict[str, Any] = {
         "benchmark": "cost_growth",
-        "machine": {**machine(device), "keeps_freed_memory": keeps},
+        "machine": prepare_machine(device),
         "arguments": {
             **run_values(options),
             "preset": getattr(options, "preset", None),

@@ -23,9 +23,9 @@ from _measure import (
     finish,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -38,7 +38,6 @@ from _networks import NETWORKS, make_network
 from torch import Tensor
 
 import gradmix
-from gradmix.runtime.allocator import keep_freed_memory
 
 SIZES = ("perceptron", "resnet-tiny", "vit-tiny")
 QUICK = ("perceptron",)
@@ -246,10 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
     device = begin(options)
-    keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "exact_gradients",
-        "machine": {**machine(device), "keeps_freed_memory": keeps},
+        "machine": prepare_machine(device),
         "arguments": run_values(options),
         "ways": {way.name: (way.label, way.gives) for way in Problem(Case("perceptron", 2, 2), device, 0).ways()},
         "cases": [],

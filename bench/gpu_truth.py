@@ -37,12 +37,10 @@ class Part:
     Attributes:
         outcomes: by node id: ``passed``, ``failed`` or ``skipped``.
         failures: by node id, the end of the message.
-        missing: tests of the part that did not come to an end.
     """
 
     outcomes: dict[str, str]
     failures: dict[str, str]
-    missing: int
 
 
 def files_with_gpu_tests(tests: Path) -> list[Path]:
@@ -84,18 +82,8 @@ def run_part(tests: Sequence[str], end: float, log: Path) -> Part:
         end: time of :func:`time.monotonic` at which it is ended.
         log: where the tests' outcomes are written.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--maxfail=20",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "_outcomes",
-        *tests,
-    ]
+    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-p", "_outcomes"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), VARIABLE: str(log)}
     stopped = False
     with subprocess.Popen(
@@ -109,7 +97,7 @@ def run_part(tests: Sequence[str], end: float, log: Path) -> Part:
     outcomes, failures = read_log(log)
     if not stopped and process.returncode not in (0, 1):
         failures[tests[0]] = f"pytest ended with {process.returncode}: {printed[-SHOWN:]}"
-    return Part(outcomes, failures, max(0, len(tests) - len(outcomes)))
+    return Part(outcomes, failures)
 
 
 def read_log(path: Path) -> tuple[dict[str, str], dict[str, str]]:

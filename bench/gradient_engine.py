@@ -30,10 +30,10 @@ from _measure import (
     free_memory,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
     peak_memory,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -63,7 +63,6 @@ from gradmix.gradients.directions import directional_derivatives
 from gradmix.gradients.sketches import Sketch, as_sketch
 from gradmix.ops.class_sketch import OPERATOR as CLASS_SKETCH
 from gradmix.ops.sketch_project import OPERATOR as SKETCH_PROJECT
-from gradmix.runtime.allocator import keep_freed_memory
 
 OPERATORS = (SKETCH_PROJECT, CLASS_SKETCH)
 """The operators whose backends are compared."""
@@ -1203,10 +1202,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = begin(options)
     # The peers warn of their own doings, in every call.
     warnings.simplefilter("ignore")
-    keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "gradient_engine",
-        "machine": {**machine(device), "keeps_freed_memory": keeps, "peers": versions()},
+        "machine": {**prepare_machine(device), "peers": versions()},
         "arguments": {
             **run_values(options),
             "preset": getattr(options, "preset", None),

@@ -28,10 +28,10 @@ from _measure import (
     finish,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
     peak_memory,
+    prepare_machine,
     quantiles,
     queued_seconds,
     run_values,
@@ -65,7 +65,6 @@ import gradmix
 from gradmix.model.head_capture import HeadCapture
 from gradmix.ops.mixed_alignment import Side, mixed_alignment
 from gradmix.references import reference_gradient
-from gradmix.runtime.allocator import keep_freed_memory
 
 BAND = 1e-6
 """A pair whose inner product is smaller than this share of the largest is too close to zero for its decision to count;
@@ -580,10 +579,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = begin(options)
     warmups = 2 if options.quick else 10
-    keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "selection_throughput",
-        "machine": {**machine(device), "keeps_freed_memory": keeps},
+        "machine": prepare_machine(device),
         "arguments": {
             **run_values(options),
             "preset": getattr(options, "preset", None),

@@ -18,9 +18,9 @@ import torch
 from _measure import (
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
+    prepare_machine,
     quantiles,
     show_table,
     show_time,
@@ -31,7 +31,6 @@ from _measure import (
 from gradmix import _extension
 from gradmix.ops.counter_random import random_matrix
 from gradmix.ops.sketch_project import OPERATOR, is_stored_quicker, project
-from gradmix.runtime.allocator import keep_freed_memory
 
 LAYERS = {
     # name: (N, T, D, layout)
@@ -109,10 +108,9 @@ def main() -> int:
         print(f"no {native} body to time: {reasons.get(native, 'there is none')}", file=sys.stderr)
         return 2
     extension: Any = _extension.load()
-    described = machine(options.device) | {
+    described = prepare_machine(options.device) | {
         name: extension.build_info()[name] for name in ("instruction_set", "compiler", "cuda_version")
     }
-    described["keeps_freed_memory"] = keep_freed_memory()
     print(machine_line(described))
     rows = []
     table = []

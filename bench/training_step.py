@@ -26,10 +26,10 @@ from _measure import (
     finish,
     interleaved,
     load_average,
-    machine,
     machine_line,
     paired_ratio,
     peak_memory,
+    prepare_machine,
     quantiles,
     run_values,
     say,
@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from gradmix.mixer import GradMix
 from gradmix.model.head import HeadOutput
 from gradmix.model.head_capture import HeadCapture
-from gradmix.runtime.allocator import keep_freed_memory
 
 CRITERIA = ("class", "sample")
 
@@ -503,10 +502,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
     device = begin(options)
-    keeps = keep_freed_memory()
     result: dict[str, Any] = {
         "benchmark": "training_step",
-        "machine": {**machine(device), "keeps_freed_memory": keeps},
+        "machine": prepare_machine(device),
         "arguments": {
             **run_values(options),
             "preset": getattr(options, "preset", None),

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench_modules import BENCH, load
 from forked import run_script
 
 from gradmix.ops.mixed_alignment import OPERATOR, Side, mixed_alignment_reference
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "selection_throughput.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 BODIES = [body.name for body in OPERATOR.backends if body.name in ("torch", "cpp") and body.available() is None]
@@ -44,32 +44,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_measure")
+    return load(monkeypatch, "_measure")
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("selection_throughput")
+    return load(monkeypatch, "selection_throughput")
 
 
 @pytest.fixture
 def problems(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_selection_problem")
+    return load(monkeypatch, "_selection_problem")
 
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_selection_rivals")
+    return load(monkeypatch, "_selection_rivals")
 
 
 @pytest.fixture
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_selection_sweep")
+    return load(monkeypatch, "_selection_sweep")
 
 
 def quick(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:

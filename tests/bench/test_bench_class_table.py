@@ -1,23 +1,20 @@
 """The benchmark of class tables beside an epoch: it runs, and does what it says. No time is judged."""
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from bench_modules import load
 
 from gradmix.class_table import TABLE_SAMPLES
 from gradmix.estimators import feature
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("class_table")
+    return load(monkeypatch, "class_table")
 
 
 def test_a_run_reports_what_it_measured(

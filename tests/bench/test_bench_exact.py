@@ -1,21 +1,19 @@
 """The benchmark of exact gradients: every way does the work, and the table says which is fastest. No time is judged."""
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from bench_modules import load
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap, in attention
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("exact_gradients")
+    return load(monkeypatch, "exact_gradients")
 
 
 def test_a_run_reports_what_it_measured(

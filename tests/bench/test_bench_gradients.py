@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench_modules import BENCH, load
 from forked import run_script
 from gradient_truth import by_class, sample_gradients
 from torch import nn
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPT = BENCH / "gradient_engine.py"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 CPU = torch.device("cpu")
@@ -36,24 +36,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module(name)
-
-
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("gradient_engine", monkeypatch)
+    return load(monkeypatch, "gradient_engine")
 
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("_peers", monkeypatch)
+    return load(monkeypatch, "_peers")
 
 
 @pytest.fixture
 def networks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return module("_networks", monkeypatch)
+    return load(monkeypatch, "_networks")
 
 
 def quick(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:

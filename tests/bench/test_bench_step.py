@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -17,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from bench_modules import BENCH, load
 from forked import run_script
 from patience import PATIENCE
 
 import gradmix
 from gradmix.ops import _triton
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 LEVELS = ["min", "p5", "p20", "p50", "p80", "p95", "max"]
 CPU = torch.device("cpu")
 STEPS = [f"{variant}_{criterion}" for variant in ("mixed", "originals") for criterion in ("plain", "class", "sample")]
@@ -39,11 +38,6 @@ TASKS = [
     "draw_partners, uniform, N = 5, M = 70",
     "draw_partners, best, N = 5, M = 70",
 ]
-
-
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module(name)
 
 
 @pytest.fixture
@@ -490,7 +484,8 @@ def test_truth_counts_what_every_part_found(tmp_path: Path, monkeypatch: pytest.
     assert shares == [ids[:3], ids[3:]]
     end = time.monotonic() + PATIENCE
     parts = [truth.run_part(share, end, tmp_path / f"{k}.jsonl") for k, share in enumerate(shares)]
-    assert truth.run_part(ids, time.monotonic(), tmp_path / "late.jsonl") == truth.Part({}, {}, len(ids))
+    late = truth.run_part(ids, time.monotonic(), tmp_path / "late.jsonl")
+    assert late == truth.Part({}, {}) and truth.summary([late], len(ids))["not_reached"] == len(ids)
     found = truth.summary(parts, len(ids))
     assert (found["passed"], found["failed"], found["skipped"], found["not_reached"]) == (2, 1, 1, 1)
     assert found["by_file"] == {"test_some": {"passed": 2, "failed": 1, "skipped": 1}}

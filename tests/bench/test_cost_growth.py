@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_modules import BENCH, load
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradmix
@@ -17,13 +17,8 @@ from gradmix.ops.last_layer_gradient import last_layer_gradient
 from gradmix.ops.mixed_alignment import Side, mixed_alignment_torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH, PAGE = ROOT / "bench", ROOT / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 CPU = torch.device("cpu")
-
-
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module(name)
 
 
 @pytest.fixture

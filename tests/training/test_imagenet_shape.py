@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_modules import load
 
 from gradmix import ReplayBuffer
 from gradmix.training.config import MixConfig
@@ -20,20 +20,17 @@ from gradmix.training.methods import METHODS, Context, StepSamples
 from gradmix.training.streams import class_incremental
 
 pytest.importorskip("PIL", reason="the images are written and read by Pillow")
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def jpegs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_jpegs")
+    return load(monkeypatch, "_jpegs")
 
 
 @pytest.fixture
 def shape(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("imagenet_shape")
+    return load(monkeypatch, "imagenet_shape")
 
 
 def small(shape: ModuleType, **changed: Any) -> Any:
