@@ -164,8 +164,8 @@ class Engine:
         return torch.zeros(num_samples(like), *shape, dtype=self.dtype(), device=first_tensor(like).device)
 
     def _results(self, like: InputTree, plan: Plan, size: int) -> Tensor:
-        """Return (N, size) for the accumulators, which write all of it unless there are layers without a rule."""
-        new = torch.zeros if plan.exact else torch.empty
+        """Return (N, size): zeros if no layer has a rule, otherwise memory that the accumulators write in full."""
+        new = torch.empty if plan.layers else torch.zeros
         return new(num_samples(like), size, dtype=self.dtype(), device=first_tensor(like).device)
 
     def samples_within(self, memory: int, plan: Plan) -> int:
