@@ -172,12 +172,16 @@ def select(
     # Without a reference gradient nothing is scored, and only labels are needed.
     only_labels = known is None and request.marked is None
     mixtures = scorer.prepare_labels(request, lam) if only_labels else scorer.prepare(request, lam)
-    if request.marked is not None:
-        known = scorer.reference_of_marked(mixtures, request.marked)
-    if known is None:
+    marked = request.marked
+    if marked is not None and not (scorer.is_pure and scorer.network.batch_group is None):
+        known, marked = scorer.reference_of_marked(mixtures, marked), None
+    if marked is not None:
+        decision = run(selector.choose_by_marked, (mixtures.without_inputs(), proposal.numbers(), marked))
+        known = Reference(decision.gradient, decision.empty)
+    elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
-        decision = run(selector, (mixtures.without_inputs(), known, proposal.numbers()))
+        decision = run(selector, (mixtures.without_inputs(), proposal.numbers()), (known,))
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())

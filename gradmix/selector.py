@@ -53,6 +53,8 @@ class Decision(NamedTuple):
         helpful: (N,) bool, whether the sample has a partner.
         lam: (N,) float64 (float32 on devices without it), weight of the sample itself.
         inner, cosine, classes: as :class:`gradmix.Alignment`; None where no decision needed cosines.
+        gradient, empty: of :class:`gradmix.references.Reference`, where it was computed from marked samples on the way
+            and cosines may still be asked for.
     """
 
     partner: Tensor
@@ -61,6 +63,8 @@ class Decision(NamedTuple):
     inner: Tensor | None
     cosine: Tensor | None
     classes: Tensor | None
+    gradient: Tensor | None = None
+    empty: Tensor | None = None
 
     @property
     def alignment(self) -> Alignment | None:
@@ -77,16 +81,25 @@ class Selector:
     scorer: Scorer[Any]
     rule: Rule
 
-    def __call__(self, mixtures: Mixtures[Any], reference: Reference, numbers: Tensor) -> Decision:
+    def __call__(self, mixtures: Mixtures[Any], numbers: Tensor, reference: Reference) -> Decision:
         """Score all pairs and choose among them, without a wait; for pure scorers.
 
         Args:
             mixtures: as :meth:`gradmix.estimators.base.Scorer.prepare` returns them.
-            reference: the reference gradient.
             numbers: (N,), from :meth:`gradmix.draw.Proposal.numbers`.
+            reference: the reference gradient.
         """
         scores = self._scores(mixtures, reference, None, self.rule.needs_norms)
         return self.choose(scores, mixtures, reference, numbers)
+
+    def choose_by_marked(self, mixtures: Mixtures[Any], numbers: Tensor, marked: Tensor) -> Decision:
+        """Do as a call with the mean gradient of the samples that are marked, (N,) bool, as the reference."""
+        reference = self.scorer.reference_of_marked(mixtures, marked)
+        assert reference is not None
+        decision = self(mixtures, numbers, reference)
+        if decision.alignment is not None:
+            return decision
+        return decision._replace(gradient=reference.gradient, empty=reference.empty)
 
     def align(self, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
         """Return the alignment of all pairs, including a sample with itself; without a recheck."""

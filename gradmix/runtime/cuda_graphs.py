@@ -2,19 +2,19 @@
 
 A selection consists of a few dozen small kernels, whose launches take longer than their work on the GPU. They are
 captured once for each shape of the arguments, and replayed by one launch. A graph reads its arguments from memory of
-its own and writes its results there: arguments are copied in, unless they are the unchanged tensors of the last call,
-and results are copied out.
+its own and writes its results there: arguments are copied in, and results are copied out, in one launch for each dtype.
+Not copied are parameters, which a graph reads where they are, and kept tensors that have not changed since.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs: TypeAlias = "tuple[Any, ...]"
 """Arguments: tensors and floats, which may change from call to call; tuples and dataclasses of arguments; any other
@@ -23,13 +23,13 @@ object is constant in the captured graph."""
 WARM_UPS = 3
 """Calls before a capture, in which libraries allocate memory and kernels are compiled."""
 
-GRAPHS = 8
+GRAPHS = 16
 """Largest number of graphs kept, each with its memory; the least recently used one is dropped first."""
 
 
-def call(function: Callable[..., Any], inputs: Inputs) -> Any:
+def call(function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
     """Call the function; :class:`Graphs` is the captured form."""
-    return function(*inputs)
+    return function(*inputs, *kept)
 
 
 def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -58,19 +58,24 @@ class Graphs:
         """Whether there are graphs on ``device``."""
         return device.type == "cuda"
 
-    def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
-        """Return what ``function(*inputs)`` returns, its tensors new ones.
+    def __call__(self, function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
+        """Return what ``function(*inputs, *kept)`` returns, its tensors new ones.
 
         Args:
             function: hashable; the host never waits in it, and its result, a NamedTuple of tensors or None, depends on
                 its arguments alone.
             inputs: arguments whose tensors are on one CUDA device. The function receives floats as scalar float64
                 tensors.
+            kept: further arguments, whose tensors are written by nobody but this library and PyTorch's own operators:
+                what has the same version as in the last call is taken to be unchanged. Others are copied in every call,
+                as writes by a graph of the user's or through ``.data`` raise no version.
         """
         leaves: list[Tensor | float] = []
-        shape = _shape_of(inputs, leaves)
+        given = _shape_of(inputs, leaves)
+        copied = len(leaves)
+        shape = given, _shape_of(kept, leaves)
         key = (function, shape, *(_kind(leaf) for leaf in leaves))
-        graph = self._kept.pop(key, None) or _Graph(function, shape, leaves)
+        graph = self._kept.pop(key, None) or _Graph(function, shape, leaves, copied)
         self._kept[key] = graph
         if len(self._kept) > GRAPHS:
             self._kept.popitem(last=False)
@@ -105,31 +110,82 @@ def _fill(shape: Any, leaves: Iterator[Tensor]) -> Any:
 
 
 def _kind(value: Tensor | float) -> object:
-    return (value.device, value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else float
+    if not isinstance(value, Tensor):
+        return float
+    kind = value.device, value.dtype, value.shape, value.stride()
+    return (*kind, value.data_ptr()) if _is_read_in_place(value) else kind
+
+
+def _is_read_in_place(value: Tensor) -> bool:
+    """Whether a graph reads a tensor where it is: a parameter, which an optimiser writes in place."""
+    return type(value) is nn.Parameter
 
 
 class _Graph:
     """One captured call."""
 
-    def __init__(self, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float]) -> None:
+    def __init__(self, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float], copied: int) -> None:
         device = next(value.device for value in leaves if isinstance(value, Tensor))
-        self._own = [
-            value.clone() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
-            for value in leaves
-        ]
-        # The source of each copy with its version; the tensor is kept, so that no other one gets its memory.
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._own = [_own(value, device) for value in leaves]
+        # The source of each copy that may be left out, with its version; it is kept, so that no other tensor gets its
+        # memory.
         self._source: list[tuple[Tensor, int] | None] = [None] * len(leaves)
-        self._replay, self._results = capture(lambda: function(*_fill(shape, iter(self._own))), device)
+        self._copied = copied
+
+        def run() -> Any:
+            inputs, kept = (_fill(part, own) for own in [iter(self._own)] for part in shape)
+            return function(*inputs, *kept)
+
+        self._replay, self._results = capture(run, device)
 
     def __call__(self, leaves: list[Tensor | float]) -> Any:
-        for k, (own, value) in enumerate(zip(self._own, leaves, strict=True)):
+        self._stream = _follow(self._stream, self._device)
+        own, given = [], []
+        for k, value in enumerate(leaves):
             if not isinstance(value, Tensor):
-                own.fill_(value)
-                continue
-            state = None if value.is_inference() else (value, value._version)
-            known = self._source[k]
-            if state is None or known is None or known[0] is not value or known[1] != state[1]:
-                own.copy_(value)
-                self._source[k] = state
+                self._own[k].fill_(value)
+            elif not (_is_read_in_place(value) or self._is_known(k, value)):
+                own.append(self._own[k])
+                given.append(value)
+        _copy(own, given)
         self._replay()
-        return type(self._results)(*(value if value is None else value.clone() for value in self._results))
+        results = [None if value is None else torch.empty_like(value) for value in self._results]
+        _copy([value for value in results if value is not None], [value for value in self._results if value is not None])
+        return type(self._results)(*results)
+
+    def _is_known(self, k: int, value: Tensor) -> bool:
+        """Whether argument ``k`` is kept and unchanged since the last call, which is noted for the next one."""
+        if k < self._copied or value.is_inference():
+            return False
+        before, self._source[k] = self._source[k], (value, value._version)
+        return before is not None and before[0] is value and before[1] == value._version
+
+
+def _follow(before: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream | None:
+    """Return the current stream, after having it wait for the one of the last call: both use the graph's memory."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.current_stream(device)
+    if before is not None and before != stream:
+        stream.wait_stream(before)
+    return stream
+
+
+def _own(value: Tensor | float, device: torch.device) -> Tensor:
+    """Return the memory from which a graph reads an argument."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.float64, device=device)
+    return value.detach() if _is_read_in_place(value) else value.detach().clone()
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, in one launch for each dtype."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        own, given = by_dtype.setdefault(target.dtype, ([], []))
+        own.append(target)
+        given.append(source)
+    for own, given in by_dtype.values():
+        torch._foreach_copy_(own, given)

@@ -98,6 +98,25 @@ def test_a_graph_follows_a_refreshed_reference() -> None:
         assert torch.equal(pairs.partner, known.partner) and torch.equal(pairs.alignment, known.alignment)
 
 
+def test_a_graph_that_two_streams_replay_in_turn() -> None:
+    """Both write its memory; the second must wait for the first."""
+    model, buffer = MLP().cuda(), on_gpu(rows(30, 3))
+    plain, replayed = (
+        GradMix(model, buffer, refresh="epoch", generator=generator(), cuda_graph=flag) for flag in (False, True)
+    )
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    batches = [on_gpu(rows(256, step)) for step in range(8)]
+    expected = [plain.select(*batch) for batch in batches]
+    torch.cuda.synchronize()
+    found = []
+    for step, batch in enumerate(batches):
+        with torch.cuda.stream(streams[step % 2]):
+            found.append(replayed.select(*batch))
+    torch.cuda.synchronize()
+    for pairs, known in zip(found, expected, strict=True):
+        assert torch.equal(pairs.partner, known.partner) and torch.equal(pairs.helpful, known.helpful)
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["calls", "graph"])
 def test_bad_input_is_named_by_the_next_call(cuda_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, buffer = MLP().cuda(), on_gpu(rows(30, 3))

@@ -9,7 +9,7 @@ from models import CLASSES, MLP, rows
 from no_looking import behind_the_host
 from torch import Tensor
 
-from gradmix import GradMix
+from gradmix import GradMix, HeadCapture
 from gradmix.runtime import cuda_graphs, deferred_checks
 
 
@@ -97,23 +97,80 @@ def test_every_shape_has_its_graph_and_the_oldest_goes(recorder: Recorder, monke
     assert recorder.captures == 5  # other labels
 
 
-def test_a_tensor_that_did_not_change_is_not_copied(recorder: Recorder) -> None:
-    run = cuda_graphs.Graphs()
+def seen_by(run: cuda_graphs.Graphs) -> tuple[Callable[..., list[float]], list[Tensor]]:
+    """Calls by a graph, x times lam; and what the graph holds of x."""
     seen = []
 
-    def function(x: Tensor, y: Tensor | None, lam: Tensor) -> Product:
+    def function(lam: Tensor, y: Tensor | None, x: Tensor) -> Product:
         seen.append(x)
         return Product(x * lam, y)
 
+    def call(x: Tensor, lam: float = 0.5, kept: bool = False) -> list[float]:
+        return run(function, (lam, None), (x,)).value.tolist() if kept else run(function, (lam, None, x)).value.tolist()
+
+    return call, seen
+
+
+def test_a_kept_tensor_that_did_not_change_is_not_copied(recorder: Recorder) -> None:
+    call, seen = seen_by(cuda_graphs.Graphs())
     x = torch.ones(3)
-    assert run(function, (x, None, 0.5)).value.tolist() == [0.5] * 3
-    own = seen[-1]
-    own.fill_(2)  # what the graph holds, behind its back
-    assert run(function, (x, None, 0.5)).value.tolist() == [1.0] * 3
+    assert call(x, kept=True) == [0.5] * 3
+    seen[-1].fill_(2)  # what the graph holds, behind its back
+    assert call(x, kept=True) == [1.0] * 3
     x.add_(1)
-    assert run(function, (x, None, 0.25)).value.tolist() == [0.5] * 3
-    assert run(function, (torch.full((3,), 8.0), None, 0.25)).value.tolist() == [2.0] * 3
+    assert call(x, 0.25, kept=True) == [0.5] * 3
+    assert call(torch.full((3,), 8.0), 0.25, kept=True) == [2.0] * 3
     assert recorder.captures == 1
+
+
+def test_any_other_is_copied_in_every_call(recorder: Recorder) -> None:
+    """A graph of the user's, or ``.data``, writes it without a new version."""
+    call, _ = seen_by(cuda_graphs.Graphs())
+    x = torch.ones(3)
+    assert call(x) == [0.5] * 3
+    version = x._version
+    x.data.copy_(torch.full((3,), 4.0))
+    assert x._version == version
+    assert call(x) == [2.0] * 3
+    assert recorder.captures == 1
+
+
+def test_a_parameter_is_read_where_it_is(recorder: Recorder) -> None:
+    call, seen = seen_by(cuda_graphs.Graphs())
+    weight = torch.nn.Parameter(torch.ones(3))
+    with torch.no_grad():
+        assert call(weight) == [0.5] * 3
+        assert seen[-1].data_ptr() == weight.data_ptr()
+        weight.add_(1)
+        assert call(weight) == [1.0] * 3
+        assert recorder.captures == 1
+        weight.data = torch.full((3,), 8.0)  # elsewhere
+        assert call(weight) == [4.0] * 3
+    assert recorder.captures == 2
+
+
+@pytest.mark.parametrize("marks", [False, True], ids=["buffer", "marked"])
+def test_outputs_that_a_graph_of_the_users_writes(marks: bool, recorder: Recorder) -> None:
+    """The same tensors in every step, written without a new version."""
+    model = MLP()
+    plain, replayed = (
+        GradMix(model, rows(30, 3), refresh=10, generator=generator(), cuda_graph=flag) for flag in (False, True)
+    )
+    static: list[Tensor] = []
+    for step in range(4):
+        x, y = rows(8, 10 + step)
+        with torch.no_grad(), HeadCapture(model, head="fc") as capture:
+            model(x)
+        new = [x, y, *capture.output[:2], torch.arange(8) % 3 == step % 3]
+        static = static or [value.clone() for value in new]
+        for value, latest in zip(static, new, strict=True):
+            value.data.copy_(latest)
+        *batch, features, logits, marked = static
+        how = {"outputs": (features, logits), "replayed": marked if marks else None}
+        expected, pairs = plain.select(*batch, **how), replayed.select(*batch, **how)
+        assert torch.equal(pairs.partner, expected.partner)
+        assert torch.equal(pairs.helpful, expected.helpful)
+        torch.testing.assert_close(pairs.alignment, expected.alignment, equal_nan=True)
 
 
 def test_without_a_gpu_it_makes_no_difference() -> None:
