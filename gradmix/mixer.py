@@ -206,7 +206,8 @@ class GradMix:
             )
         # With the criterion ``sample`` the gradient of marked samples is for this call alone.
         once = replayed is not None and self._rule.criterion == "sample"
-        with self._estimator.guard(self._estimator.needs_passes(candidates, outputs, reads_buffer=not once)):
+        passes = self._estimator.needs_passes(candidates, outputs, reads_buffer=not once)
+        with self._estimator.guard(passes, self._graphs):
             request = check_request(self._estimator, (x, y), candidates, outputs, ("replayed", replayed))
             buffer = self._buffer if request.marked is None else None
             with name_shapes_of_buffer(buffer, request.batch.x):

@@ -34,7 +34,7 @@ from gradmix.runtime.cuda_graphs import call
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
 from gradmix.runtime.workers import refuse_worker
-from gradmix.selector import Decision, Rule, Selector
+from gradmix.selector import Decision, MarkedSelector, Rule, Selector
 
 
 def select_pairs(
@@ -176,7 +176,7 @@ def select(
     if marked is not None and not (scorer.is_pure and scorer.network.batch_group is None):
         known, marked = scorer.reference_of_marked(mixtures, marked), None
     if marked is not None:
-        decision = run(selector.choose_by_marked, (mixtures.without_inputs(), proposal.numbers(), marked))
+        decision = run(MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked))
         known = Reference(decision.gradient, decision.empty)
     elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())

@@ -92,15 +92,6 @@ class Selector:
         scores = self._scores(mixtures, reference, None, self.rule.needs_norms)
         return self.choose(scores, mixtures, reference, numbers)
 
-    def choose_by_marked(self, mixtures: Mixtures[Any], numbers: Tensor, marked: Tensor) -> Decision:
-        """Do as a call with the mean gradient of the samples that are marked, (N,) bool, as the reference."""
-        reference = self.scorer.reference_of_marked(mixtures, marked)
-        assert reference is not None
-        decision = self(mixtures, numbers, reference)
-        if decision.alignment is not None:
-            return decision
-        return decision._replace(gradient=reference.gradient, empty=reference.empty)
-
     def align(self, mixtures: Mixtures[Any], reference: Reference) -> Alignment:
         """Return the alignment of all pairs, including a sample with itself; without a recheck."""
         return self._alignment(self._scores(mixtures, reference, None), reference)
@@ -147,6 +138,22 @@ class Selector:
         alignment = no_alignment(mixtures.batch.y, mixtures.partners.y, self.rule.criterion)
         drawn = choose_any(len(mixtures.partners), numbers, self.rule.policy, mixtures.own)
         return _decision(alignment, drawn, mixtures.lam)
+
+
+@dataclass(frozen=True)
+class MarkedSelector:
+    """Selects by the mean gradient of marked samples; equal ones are one captured graph."""
+
+    selector: Selector
+
+    def __call__(self, mixtures: Mixtures[Any], numbers: Tensor, marked: Tensor) -> Decision:
+        """Do as :meth:`Selector.__call__` with the reference of the samples that ``marked``, (N,) bool, says."""
+        reference = self.selector.scorer.reference_of_marked(mixtures, marked)
+        assert reference is not None
+        decision = self.selector(mixtures, numbers, reference)
+        if decision.alignment is not None:
+            return decision
+        return decision._replace(gradient=reference.gradient, empty=reference.empty)
 
 
 def _decision(alignment: Alignment | None, drawn: DrawnPartners, lam: Weight) -> Decision:

@@ -27,6 +27,7 @@ from gradmix.ops.backends import check_backend
 from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
+from gradmix.runtime.cuda_graphs import Graphs
 from gradmix.runtime.deferred_checks import defer_checks
 from gradmix.runtime.validation import check_count
 
@@ -200,16 +201,17 @@ class Estimator(Scorer[AnySamples]):
     mixes_inputs: ClassVar[bool] = True
 
     @contextmanager
-    def guard(self, passes: bool = True) -> Iterator[None]:
+    def guard(self, passes: bool = True, graphs: Graphs | None = None) -> Iterator[None]:
         """Leave the model unchanged during one call, and raise what the checks of earlier calls on a GPU found.
 
         Args:
             passes: whether the model may be called; if not, nothing of it has to be restored.
+            graphs: captures the checks; None: they are calls.
         """
         model, group = self.network.model, self.network.group
         if group is not None:
             agree(group, device_of(model))
-        checks = nullcontext() if self.full_network else defer_checks(model)
+        checks = nullcontext() if self.full_network else defer_checks(model, graphs)
         with checks, leave_unchanged(model) if passes else disable_autograd():
             yield
 

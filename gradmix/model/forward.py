@@ -19,7 +19,7 @@ from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import are_live, check_label_range, within_range
 from gradmix.replay.sources import chunks_of, chunks_with_numbers
 from gradmix.runtime.collectives import Group
-from gradmix.runtime.deferred_checks import check_samples
+from gradmix.runtime.deferred_checks import check_where
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
@@ -100,15 +100,19 @@ def _live_labels(name: str, y: Tensor, logits: Tensor, first: int) -> Tensor:
     """Return the labels, held in the classes' range, after the check that they are of classes that are not masked."""
     check_label_range(name, y, logits.shape[1], first)
     y = within_range(y, logits.shape[1])
-    if y.is_floating_point():
-        masked = ((logits <= MASKED) & (y > 0)).any(1)
-    else:
-        masked = logits.gather(1, y[:, None])[:, 0] <= MASKED
-    check_samples(
-        masked,
+    check_where(
+        _has_masked_label,
+        (logits, y),
         lambda sample: ValueError(
             f"{name}: sample {first + sample} has a label among the classes that the model masks, expected labels of "
             "the others: the loss of a masked class has no gradient that could be compared"
         ),
     )
     return y
+
+
+def _has_masked_label(logits: Tensor, y: Tensor) -> Tensor:
+    """Return (N,) bool: whether a sample's label is, or its label vector has, a class that the model masks."""
+    if y.is_floating_point():
+        return ((logits <= MASKED) & (y > 0)).any(1)
+    return logits.gather(1, y[:, None])[:, 0] <= MASKED

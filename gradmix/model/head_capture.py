@@ -37,10 +37,10 @@ from gradmix.model.head_layers import (
     parts_of,
     values_per_sample,
 )
-from gradmix.model.head_values import MASKED, compare_logits, estimate_factor, off_linear, stack_inputs
+from gradmix.model.head_values import MASKED, compare_logits, estimate_factor, factor_dtype, off_linear, stack_inputs
 from gradmix.model.inputs import InputTree, call_model, own_copy
 from gradmix.model.unchanged import unwrap
-from gradmix.runtime.deferred_checks import can_sync, check_samples, defer_checks
+from gradmix.runtime.deferred_checks import Consequence, can_sync, check_samples, check_where, defer_checks
 
 __all__ = ["HeadCapture", "check_outputs", "forward_head"]
 
@@ -71,6 +71,8 @@ class HeadCapture:
         self._calls: list[list[Call]] = []
         self._passes: list[_Pass] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # Whether :meth:`read_output` follows the pass at once, with the same weights.
+        self._read_at_once = False
 
     def __enter__(self) -> HeadCapture:
         self._calls, self._passes = [[] for _ in self.head.layers], []
@@ -85,11 +87,11 @@ class HeadCapture:
             self._handles.pop().remove()
 
     def _end(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        # Checked here and not on reading, as an optimiser may change the weights in between; cloned, because a loss may
-        # mask logits in place.
+        # Checked here and not on reading, unless that is the same, as an optimiser may change the weights in between;
+        # cloned, because a loss may mask logits in place.
         calls = [calls[0] for calls in self._calls if len(calls) == 1]
         returned = logits_of(output).detach().clone()
-        self._passes.append(_Pass(returned, _check_layers(self.head, calls, returned)))
+        self._passes.append(_Pass(returned, _check_layers(self.head, calls, returned, self._read_at_once)))
 
     @property
     def output(self) -> CapturedOutput:
@@ -123,7 +125,9 @@ def forward_head(model: nn.Module, head: HeadLike, x: InputTree) -> CapturedOutp
     Raises:
         HeadNotFoundError: as :class:`HeadCapture`.
     """
-    with HeadCapture(model, head, x) as capture:
+    capture = HeadCapture(model, head, x)
+    capture._read_at_once = True
+    with capture:
         call_model(model, own_copy(x))
     return capture.read_output()
 
@@ -157,9 +161,8 @@ def check_outputs(
             f"outputs: got logits that are not those of {known.describe()} for the features given, expected features "
             "and logits of one forward pass of this model with its present weights, as gradmix.HeadCapture records them"
         )
-        check_samples(
-            off_linear(features, logits, weight, bias, up_to_shift=True), lambda _sample: HeadNotFoundError(text)
-        )
+        given = (features, logits, weight, bias, factor_dtype(logits), True)
+        check_where(off_linear, given, lambda _sample: HeadNotFoundError(text))
     return CapturedOutput(features, logits, known.appends_one(features))
 
 
@@ -174,7 +177,8 @@ def _has_bias_by_values(model: nn.Module, features: Tensor, logits: Tensor) -> b
             weight, bias = head.weight_and_bias(features)
             if weight.shape[1] == features.shape[1]:
                 bias = None if bias is None else bias[live]
-                if not bool(off_linear(features, logits[:, live], weight[live], bias, up_to_shift=True).any()):
+                given = features, logits[:, live], weight[live], bias, factor_dtype(logits)
+                if not bool(off_linear(*given, up_to_shift=True).any()):
                     return head.appends_one(features)
     return True
 
@@ -196,14 +200,15 @@ class _LayerValues(NamedTuple):
     Attributes:
         features: (N, d), the input.
         logits: (N, C), the output.
-        nonlinear: (n,) bool, for a few of the samples: whether the logits are not W h + b.
-        misplaced: (N,) bool: whether the model's logits are not those of exactly one position.
+        nonlinear: whether the logits are not W h + b, (n,) bool for a few of the samples; or the arguments of
+            :func:`gradmix.model.head_values.off_linear`, which says so.
+        misplaced: (N,) bool, whether the model's logits are not those of exactly one position; None: they all are.
     """
 
     features: Tensor
     logits: Tensor
-    nonlinear: Tensor
-    misplaced: Tensor
+    nonlinear: Tensor | tuple[Any, ...]
+    misplaced: Tensor | None
 
 
 class _Pass(NamedTuple):
@@ -218,7 +223,11 @@ class _Pass(NamedTuple):
     layers: list[_LayerValues | str]
 
 
-def _check_layers(head: Head, calls: list[Call], returned: Tensor) -> list[_LayerValues | str]:
+_MOST_CAPTURED = 1 << 23
+"""Entries of a weight that is checked at the end of a call: a captured graph keeps three copies of it in float64."""
+
+
+def _check_layers(head: Head, calls: list[Call], returned: Tensor, read_at_once: bool) -> list[_LayerValues | str]:
     if returned.ndim != 2:
         return [f"the model returns logits of shape {tuple(returned.shape)}, expected (N, C)"]
     parts: list[_LayerValues | str] = []
@@ -231,8 +240,9 @@ def _check_layers(head: Head, calls: list[Call], returned: Tensor) -> list[_Laye
             )
             continue
         features, logits, misplaced = values
-        nonlinear = off_linear(features, logits, layer.matrix, layer.vector)
-        parts.append(_LayerValues(features, logits, nonlinear, misplaced))
+        given = features, logits, layer.matrix, layer.vector, factor_dtype(logits)
+        later = read_at_once and given[2].numel() <= _MOST_CAPTURED
+        parts.append(_LayerValues(features, logits, given if later else off_linear(*given), misplaced))
     return parts
 
 
@@ -244,8 +254,13 @@ def _output_of(model: nn.Module, head: Head, captured: _Pass) -> HeadOutput:
             raise HeadNotFoundError(f"head: {part}; {_remedy(head)}")
         parts.append(part)
     for layer, part in zip(head.layers, parts, strict=True):
-        _require(model, head, part.nonlinear, partial(_linear_message, layer.describe()))
-        _require(model, head, part.misplaced, partial(_position_message, layer.describe()))
+        off_line = _refusal(model, head, partial(_linear_message, layer.describe()))
+        if isinstance(part.nonlinear, Tensor):
+            check_samples(part.nonlinear, off_line)
+        else:
+            check_where(off_linear, part.nonlinear, off_line)
+        if part.misplaced is not None:
+            check_samples(part.misplaced, _refusal(model, head, partial(_position_message, layer.describe())))
     features, logits = [part.features for part in parts], [part.logits for part in parts]
     if can_sync(captured.returned.device):
         return _check_now(model, head, features, logits, captured.returned)
@@ -280,7 +295,7 @@ def _check_now(
                 return HeadOutput(
                     features[0] if isinstance(factor, float) else stack_inputs(features, biases, [factor]), now.logits
                 )
-    _require(model, head, known.bad, partial(_logits_message, head.describe()))
+    check_samples(known.bad, _refusal(model, head, partial(_logits_message, head.describe())))
     raise AssertionError("unreachable: a sample is bad")
 
 
@@ -290,16 +305,16 @@ def _check_later(
     """Do as :func:`_check_now`, on a device that the host does not wait for: the next call raises the error."""
     biases = [layer.bias is not None for layer in head.layers]
     if head.direct:
-        same = returned == logits[0].to(returned.dtype)
-        copy, own = returned.clone(), logits[0]
+        own = logits[0]
+        same = returned == own.to(returned.dtype)
         reference, name, described, remedy = weakref.ref(model), head.name, head.describe(), _remedy(head)
 
         def consequence(sample: int) -> HeadNotFoundError | None:
             model = reference()  # a pending check must not keep the model alive
             # Classes masked since, or a shift or a factor of all classes: the logits given were the returned ones.
-            factor = estimate_factor(copy, own)
+            factor = estimate_factor(returned, own)
             for weight in (1.0, factor):
-                if weight is not None and not bool(compare_logits(copy, [own], [weight]).bad.any()):
+                if weight is not None and not bool(compare_logits(returned, [own], [weight]).bad.any()):
                     known = None if model is None else recall_head(model, name)
                     if model is not None and known is not None:
                         remember_head(model, replace(known, direct=False))
@@ -308,20 +323,20 @@ def _check_later(
                 forget_head(model, name)
             return HeadNotFoundError(f"head: {_logits_message(described, sample)}; {remedy}")
 
-        check_samples(~(same | logits[0].isnan()).all(1), consequence)
+        check_where(_differs, (returned, own), consequence)
         dtype = torch.promote_types(returned.dtype, torch.float32)
-        return HeadOutput(features[0], torch.where(same, logits[0].to(dtype), returned.to(dtype).clamp(min=MASKED)))
+        return HeadOutput(features[0], torch.where(same, own.to(dtype), returned.to(dtype).clamp(min=MASKED)))
     weights: list[float | Tensor] = list(head.weights)
     if len(logits) == 1:
         factor = estimate_factor(returned, logits[0])
         weights = weights if factor is None else [factor]
     now = compare_logits(returned, logits, weights)
-    _require(model, head, now.bad, partial(_logits_message, head.describe()))
+    check_samples(now.bad, _refusal(model, head, partial(_logits_message, head.describe())))
     return HeadOutput(stack_inputs(features, biases, weights), now.logits)
 
 
-def _require(model: nn.Module, head: Head, bad: Tensor, why: Callable[[int], str]) -> None:
-    """Raise HeadNotFoundError if any of ``bad`` (N,) is set, with ``why`` of the first such sample."""
+def _refusal(model: nn.Module, head: Head, why: Callable[[int], str]) -> Consequence:
+    """Return what follows where samples are not the head's: it is forgotten; the error says ``why`` of the first."""
     reference, name, remedy = weakref.ref(model), head.name, _remedy(head)
 
     def consequence(sample: int) -> HeadNotFoundError:
@@ -330,7 +345,12 @@ def _require(model: nn.Module, head: Head, bad: Tensor, why: Callable[[int], str
             forget_head(model, name)
         return HeadNotFoundError(f"head: {why(sample)}; {remedy}")
 
-    check_samples(bad, consequence)
+    return consequence
+
+
+def _differs(returned: Tensor, own: Tensor) -> Tensor:
+    """Return (N,) bool: whether a sample's logits are not its layer's; a NaN is refused elsewhere."""
+    return ~((returned == own.to(returned.dtype)) | own.isnan()).all(1)
 
 
 def _linear_message(layer: str, _sample: int) -> str:

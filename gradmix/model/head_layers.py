@@ -163,7 +163,7 @@ def _is_vector(module: nn.Module, name: str, length: int) -> bool:
     return isinstance(value, Tensor) and value.shape == (length,)
 
 
-def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return a call's input and output with one vector for each sample.
 
     Of a classifier that runs on all tokens of a text, of which the model returns one, that token is taken: the one
@@ -175,8 +175,8 @@ def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tenso
         returned: (N, C), the model's logits.
 
     Returns:
-        features (N, d), logits (N, C), and (N,) bool: the samples without one certain position. None: the shapes do not
-        fit.
+        features (N, d), logits (N, C), and (N,) bool: the samples without one certain position, or None: each has one.
+        None: the shapes do not fit.
     """
     count, num_classes = returned.shape
     features, logits = call.features.detach(), call.logits
@@ -185,7 +185,7 @@ def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tenso
             return None
         features, logits = features.flatten(1), logits.flatten(1)
     if logits.ndim == 2 and logits.shape == returned.shape and features.ndim == 2:
-        return features, logits, torch.zeros(count, dtype=torch.bool, device=logits.device)
+        return features, logits, None
     size = features.shape[-1]
     if layer.is_convolution or logits.shape[-1] != num_classes or count == 0 or logits.numel() % (count * num_classes):
         return None
@@ -193,7 +193,7 @@ def values_per_sample(layer: Layer, call: Call, returned: Tensor) -> tuple[Tenso
         return None
     logits, features = logits.reshape(count, -1, num_classes), features.reshape(count, -1, size)
     if logits.shape[1] == 1:
-        return features[:, 0], logits[:, 0], torch.zeros(count, dtype=torch.bool, device=logits.device)
+        return features[:, 0], logits[:, 0], None
     same = (logits.to(returned.dtype) == returned[:, None]).all(2)
     at = same.to(torch.uint8).argmax(1)[:, None, None]
     chosen = features.gather(1, at.expand(-1, 1, size))

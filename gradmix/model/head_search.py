@@ -24,7 +24,7 @@ from gradmix.model.head_layers import (
     parts_of,
     values_per_sample,
 )
-from gradmix.model.head_values import compare_logits, estimate_factor, off_linear
+from gradmix.model.head_values import compare_logits, estimate_factor, factor_dtype, off_linear
 from gradmix.model.inputs import InputTree, call_model, own_copy
 from gradmix.model.unchanged import without_compilation
 
@@ -122,10 +122,12 @@ def _candidate(layers: list[Layer], part: str | int | None, call: Call, returned
         if call.features.shape[1 if layer.is_convolution else -1] != layer.matrix.shape[1]:
             continue
         values = values_per_sample(layer, call, returned)
-        if values is None or bool(values[2].any()):
+        if values is None:
             continue
-        features, logits, _ = values
-        if not bool(off_linear(features, logits, layer.matrix, layer.vector).any()):
+        features, logits, misplaced = values
+        if misplaced is not None and bool(misplaced.any()):
+            continue
+        if not bool(off_linear(features, logits, layer.matrix, layer.vector, factor_dtype(logits)).any()):
             named = Layer(layer.module, layer.path, layer.weight, layer.bias, layer.transposed, part)
             return _Candidate(named, call, features, logits)
     return None

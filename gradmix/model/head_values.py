@@ -100,7 +100,12 @@ def estimate_factor(returned: Tensor, layer_logits: Tensor) -> Tensor | None:
 
 
 def off_linear(
-    features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None, *, up_to_shift: bool = False
+    features: Tensor,
+    logits: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: torch.dtype,
+    up_to_shift: bool = False,
 ) -> Tensor:
     """Return (n,) bool, for a few of the samples: whether the logits are not W h + b.
 
@@ -109,10 +114,12 @@ def off_linear(
         logits: (N, C), its output.
         weight: (C, d).
         bias: (C,) or None.
+        factors: the dtype of :func:`factor_dtype`.
         up_to_shift: whether to ignore a factor of all logits, a shift of each sample's logits, and masked classes.
 
     The tolerance allows for the precision in which the layer is computed: under autocast its input and weight are
-    rounded to the dtype of its output, and float32 products may be computed in TF32 or bfloat16.
+    rounded to the dtype of its output, and float32 products may be computed in TF32 or bfloat16. All that the result
+    depends on is an argument, so that a captured graph may hold it.
     """
     # Samples at equal distances, so that in small batches no sample is always left out.
     step = max(1, -(-len(features) // CHECKED_SAMPLES))
@@ -128,19 +135,19 @@ def off_linear(
         )
         assert h is not None and w is not None
         z = logits[::step].to(dtype)
-        product = h @ w.T
-        terms = h.abs() @ w.abs().T
+        product, terms = h @ w.T, h.abs() @ w.abs().T
+        size = z.abs()
         if b is not None:
-            product, terms = product + b, terms + b.abs()
+            magnitude = b.abs()
+            product, terms, size = product + b, terms + magnitude, size + magnitude
         tolerance = accumulated * terms
-        wrong: Tensor = ((product - z).abs() > tolerance).any(1)
         # The usual case: the rounding of the sum explains the difference, and that of the factors is not needed.
-        if can_sync(features.device) and not wrong.any():
-            return wrong
-        scale = (h.square() @ w.square().T).sqrt() + product.abs()
-        if b is not None:
-            scale = scale + b.abs()
-        tolerance = tolerance + 4 * _product_eps(logits) * (scale + z.abs())
+        if can_sync(features.device):
+            wrong: Tensor = ((product - z).abs() > tolerance).any(1)
+            if not wrong.any():
+                return wrong
+        size = size + product.abs() + (h.square() @ w.square().T).sqrt()
+        tolerance = torch.add(tolerance, size, alpha=4 * torch.finfo(factors).eps)
         if not up_to_shift:
             wrong = ((product - z).abs() > tolerance).any(1)
             return wrong
@@ -199,13 +206,15 @@ def _coarsest(values: Sequence[Tensor]) -> _Coarse:
     return _Coarse(dtype, torch.finfo(dtype).eps)
 
 
-def _product_eps(logits: Tensor) -> float:
-    """Return the relative rounding error of one factor of the matrix product that gave ``logits``."""
-    eps = torch.finfo(logits.dtype).eps
+def factor_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype to which the factors of the matrix product that gave ``logits`` are rounded by today's settings.
+
+    float16 stands for TF32, which has as many digits.
+    """
     if logits.dtype == torch.float32:
         precision = torch.get_float32_matmul_precision()
         if precision == "medium":
-            return torch.finfo(torch.bfloat16).eps
+            return torch.bfloat16
         if precision == "high" or (logits.is_cuda and torch.backends.cuda.matmul.allow_tf32):
-            return 2.0**-10
-    return eps
+            return torch.float16
+    return logits.dtype

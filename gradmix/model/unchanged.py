@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradmix.model.inputs import InputTree, leaves
 from gradmix.ops.finite import all_finite
-from gradmix.runtime.deferred_checks import can_sync, check_samples
+from gradmix.runtime.deferred_checks import can_sync, check_where
 
 
 class ModelNotFiniteError(ValueError):
@@ -286,12 +286,19 @@ def _is_finite_now(*values: Tensor) -> bool:
 
 def _require_finite_samples(value: Tensor, error: Callable[[int, str], ValueError]) -> None:
     """Require the samples of ``value`` to be finite; ``error`` makes the error from the first that is not, and why."""
-    # Only the largest entries: a pending check must not keep a batch of images alive until the next call.
+    what = [partial(_error_of_content, error, content) for content in ("NaN", "an infinity")]
+    check_where(_not_finite, (value.detach(),), *what)
+
+
+def _error_of_content(error: Callable[[int, str], ValueError], content: str, sample: int) -> ValueError:
+    return error(sample, content)
+
+
+def _not_finite(value: Tensor) -> Tensor:
+    """Return (N,) uint8: 1 for a sample of ``value`` (N, ...) that holds a NaN, 2 for one with an infinity, else 0."""
     largest = torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1)
-    check_samples(
-        ~(largest < torch.inf),  # also of a NaN
-        lambda sample: error(sample, "NaN" if torch.isnan(largest[sample]) else "an infinity"),
-    )
+    is_nan, is_infinite = (found.view(torch.uint8) for found in (largest.isnan(), largest == torch.inf))
+    return torch.add(is_nan, is_infinite, alpha=2)
 
 
 def _sample_error(name: str, first: int, sample: int, content: str) -> ValueError:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.capsules import as_capsules, extension_for
-from gradmix.runtime.deferred_checks import can_sync, check_samples
+from gradmix.runtime.deferred_checks import can_sync, check_samples, check_where
 
 SUM_TOLERANCE = 1e-2
 """How far a label vector's sum may be from 1: the rounding of bfloat16 labels, not more."""
@@ -71,13 +71,12 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
     if torch.compiler.is_compiling():
         return  # values cannot be looked at without breaking the graph
     limit = "[0, number of classes)" if classes is None else f"[0, {classes})"
-    bad = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
 
     def error(row: int) -> ValueError:
         hint = "; rows that no class is known of, y < 0, are to be left out" if int(labels[row]) < 0 else ""
         return ValueError(f"{name}: row {row} is {int(labels[row])}, expected a class index in {limit}{hint}")
 
-    check_samples(bad, error)
+    check_where(_is_outside, (labels, classes), error)
 
 
 def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 0) -> None:
@@ -93,12 +92,21 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
         if labels.shape[1] != classes:
             raise ValueError(f"{name} labels: got {labels.shape[1]} classes, expected {classes} as the model's logits")
         return
-    check_samples(
-        labels >= classes,
+    check_where(
+        _is_beyond,
+        (labels, classes),
         lambda row: ValueError(
             f"{name} labels: row {first_row + row} is {int(labels[row])}, expected a class index in [0, {classes})"
         ),
     )
+
+
+def _is_outside(labels: Tensor, classes: int | None) -> Tensor:
+    return labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+
+
+def _is_beyond(labels: Tensor, classes: int) -> Tensor:
+    return labels >= classes
 
 
 def are_live(labels: Tensor, logits: Tensor, masked: float) -> bool:

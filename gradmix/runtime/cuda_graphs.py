@@ -1,7 +1,8 @@
 """Calls captured in CUDA graphs: a function of tensors that the host starts by one launch.
 
 A selection consists of a few dozen small kernels, whose launches take longer than their work on the GPU. They are
-captured once for each shape of the arguments, and replayed by one launch. A graph reads its arguments from memory of
+captured when arguments have the same shapes for the second time, and replayed by one launch; what comes once, as the
+last batch of an epoch or every size of a buffer that grows, is called. A graph reads its arguments from memory of
 its own and writes its results there: arguments are copied in, and results are copied out, in one launch for each dtype.
 Not copied are parameters, which a graph reads where they are, and kept tensors that have not changed since.
 """
@@ -9,8 +10,8 @@ Not copied are parameters, which a graph reads where they are, and kept tensors 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,9 @@ WARM_UPS = 3
 
 GRAPHS = 16
 """Largest number of graphs kept, each with its memory; the least recently used one is dropped first."""
+
+SHAPES = 256
+"""Number of shapes remembered that have come once."""
 
 
 def call(function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
@@ -53,6 +57,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[object, _Graph] = OrderedDict()
+        self._once: OrderedDict[object, None] = OrderedDict()
 
     def supports(self, device: torch.device) -> bool:
         """Whether there are graphs on ``device``."""
@@ -65,53 +70,78 @@ class Graphs:
             function: hashable; the host never waits in it, and its result, a NamedTuple of tensors or None, depends on
                 its arguments alone.
             inputs: arguments whose tensors are on one CUDA device. The function receives floats as scalar float64
-                tensors.
+                tensors while it is captured.
             kept: further arguments, whose tensors are written by nobody but this library and PyTorch's own operators:
                 what has the same version as in the last call is taken to be unchanged. Others are copied in every call,
                 as writes by a graph of the user's or through ``.data`` raise no version.
         """
         leaves: list[Tensor | float] = []
-        given = _shape_of(inputs, leaves)
+        given = _shape_of(inputs, leaves, {})
         copied = len(leaves)
-        shape = given, _shape_of(kept, leaves)
+        shape = given, _shape_of(kept, leaves, {})
         key = (function, shape, *(_kind(leaf) for leaf in leaves))
-        graph = self._kept.pop(key, None) or _Graph(function, shape, leaves, copied)
+        graph = self._kept.pop(key, None)
+        if graph is None and not self._comes_again(key):
+            return function(*inputs, *kept)
+        graph = graph or _Graph(function, shape, leaves, copied)
         self._kept[key] = graph
         if len(self._kept) > GRAPHS:
             self._kept.popitem(last=False)
         return graph(leaves)
 
+    def _comes_again(self, key: object) -> bool:
+        """Whether a shape has come before; if not, it is remembered."""
+        if key in self._once:
+            del self._once[key]
+            return True
+        self._once[key] = None
+        if len(self._once) > SHAPES:
+            self._once.popitem(last=False)
+        return False
 
-_LEAF = object()
-"""Stands for a tensor or a float in the shape of arguments."""
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Stands for a tensor or a float in the shape of arguments: its number; the same memory given twice has one."""
+
+    number: int
 
 
-def _shape_of(value: Any, leaves: list[Tensor | float]) -> Any:
-    """Return the arguments with a placeholder for each tensor and float, which are appended to ``leaves``."""
+def _shape_of(value: Any, leaves: list[Tensor | float], known: dict[object, _Leaf]) -> Any:
+    """Return the arguments with a placeholder for each tensor and float, which are appended to ``leaves``.
+
+    Args:
+        value: the arguments.
+        leaves: those of other arguments.
+        known: placeholders of tensors by their memory.
+    """
     if isinstance(value, (Tensor, float)):
-        leaves.append(value)
-        return _LEAF
+        memory = (value.data_ptr(), *_kind(value)) if isinstance(value, Tensor) else object()
+        if memory not in known:
+            known[memory] = _Leaf(len(leaves))
+            leaves.append(value)
+        return known[memory]
     if isinstance(value, tuple):
-        return type(value), tuple(_shape_of(part, leaves) for part in value)
+        return type(value), tuple(_shape_of(part, leaves, known) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple(_shape_of(getattr(value, part.name), leaves) for part in fields(value))
+        return type(value), tuple(_shape_of(getattr(value, part.name), leaves, known) for part in fields(value))
     return value
 
 
-def _fill(shape: Any, leaves: Iterator[Tensor]) -> Any:
+def _fill(shape: Any, own: Sequence[Tensor]) -> Any:
     """Return the arguments of a shape with tensors in place of the placeholders."""
-    if shape is _LEAF:
-        return next(leaves)
+    if isinstance(shape, _Leaf):
+        return own[shape.number]
     if not isinstance(shape, tuple):
         return shape
     kind, parts = shape
-    values = [_fill(part, leaves) for part in parts]
+    values = [_fill(part, own) for part in parts]
     return tuple(values) if kind is tuple else kind(*values)
 
 
-def _kind(value: Tensor | float) -> object:
+def _kind(value: Tensor | float) -> tuple[object, ...]:
     if not isinstance(value, Tensor):
-        return float
+        return (float,)
     kind = value.device, value.dtype, value.shape, value.stride()
     return (*kind, value.data_ptr()) if _is_read_in_place(value) else kind
 
@@ -135,7 +165,7 @@ class _Graph:
         self._copied = copied
 
         def run() -> Any:
-            inputs, kept = (_fill(part, own) for own in [iter(self._own)] for part in shape)
+            inputs, kept = (_fill(part, self._own) for part in shape)
             return function(*inputs, *kept)
 
         self._replay, self._results = capture(run, device)
@@ -151,9 +181,11 @@ class _Graph:
                 given.append(value)
         _copy(own, given)
         self._replay()
-        results = [None if value is None else torch.empty_like(value) for value in self._results]
-        _copy([value for value in results if value is not None], [value for value in self._results if value is not None])
-        return type(self._results)(*results)
+        found = [value for value in self._results if value is not None]
+        new = [torch.empty_like(value) for value in found]
+        _copy(new, found)
+        copies = iter(new)
+        return type(self._results)(*(None if value is None else next(copies) for value in self._results))
 
     def _is_known(self, k: int, value: Tensor) -> bool:
         """Whether argument ``k`` is kept and unchanged since the last call, which is noted for the next one."""

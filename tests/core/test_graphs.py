@@ -80,21 +80,49 @@ def test_replays_choose_what_calls_choose(criterion: str, policy: str, foreign: 
         torch.testing.assert_close(pairs.alignment, expected.alignment, equal_nan=True)
         for value, known in zip(pairs.mix(), expected.mix(), strict=True):
             assert torch.equal(value, known)
-    assert recorder.replays == 6
-    assert recorder.captures == 1
+    # What comes once is called: the decision in step 0, the checks in step 0, which reads the buffer as step 4, and 1.
+    assert recorder.captures == 3
+    assert recorder.replays == 5 + 1 + 3
     assert len({float(pairs.lam.min()) for _, pairs in kept}) > 1
 
 
 def test_every_shape_has_its_graph_and_the_oldest_goes(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "GRAPHS", 2)
-    mixup = GradMix(MLP(), rows(12, 3), criterion="sample", refresh="epoch", generator=generator(), cuda_graph=True)
+    call, _ = seen_by(cuda_graphs.Graphs())
     captures = []
-    for n in (8, 8, 5, 8, 3, 8, 5):
-        mixup(*rows(n, 1))
+    for n in (8, 8, 8, 5, 8, 5, 3, 8, 3, 8, 5, 5):
+        assert call(torch.ones(n)) == [0.5] * n
         captures.append(recorder.captures)
-    assert captures == [1, 1, 2, 2, 3, 3, 4]
-    mixup(rows(5, 1)[0].double().float(), torch.softmax(torch.randn(5, CLASSES), 1))
-    assert recorder.captures == 5  # other labels
+    assert captures == [0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    call(torch.ones(5, dtype=torch.float64))
+    call(torch.ones(5, dtype=torch.float64))
+    assert recorder.captures == 5
+
+
+def test_other_labels_are_another_graph(recorder: Recorder) -> None:
+    mixup = GradMix(MLP(), rows(12, 3), refresh="epoch", generator=generator(), cuda_graph=True)
+    x, y = rows(5, 1)
+    for labels in (y, torch.softmax(torch.randn(5, CLASSES), 1)):
+        before = recorder.captures
+        for _ in range(3):
+            mixup(x, labels)
+        assert recorder.captures == before + 2  # the decision and the checks
+
+
+def test_a_buffer_that_grows_in_every_step_captures_no_checks(recorder: Recorder) -> None:
+    """Each size comes once, and a capture takes as long as many steps."""
+    mixup = GradMix(MLP(), lambda: rows(12 + step, 3), generator=generator(), cuda_graph=True)
+    for step in range(5):
+        mixup(*rows(8, step))
+    assert recorder.captures == 1  # the decision
+
+
+def test_shapes_that_came_once_are_forgotten(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "SHAPES", 2)
+    call, _ = seen_by(cuda_graphs.Graphs())
+    for n in (1, 2, 3, 1):
+        call(torch.ones(n))
+    assert recorder.captures == 0
 
 
 def seen_by(run: cuda_graphs.Graphs) -> tuple[Callable[..., list[float]], list[Tensor]]:
@@ -114,7 +142,8 @@ def seen_by(run: cuda_graphs.Graphs) -> tuple[Callable[..., list[float]], list[T
 def test_a_kept_tensor_that_did_not_change_is_not_copied(recorder: Recorder) -> None:
     call, seen = seen_by(cuda_graphs.Graphs())
     x = torch.ones(3)
-    assert call(x, kept=True) == [0.5] * 3
+    for _ in range(2):
+        assert call(x, kept=True) == [0.5] * 3
     seen[-1].fill_(2)  # what the graph holds, behind its back
     assert call(x, kept=True) == [1.0] * 3
     x.add_(1)
@@ -127,7 +156,8 @@ def test_any_other_is_copied_in_every_call(recorder: Recorder) -> None:
     """A graph of the user's, or ``.data``, writes it without a new version."""
     call, _ = seen_by(cuda_graphs.Graphs())
     x = torch.ones(3)
-    assert call(x) == [0.5] * 3
+    for _ in range(2):
+        assert call(x) == [0.5] * 3
     version = x._version
     x.data.copy_(torch.full((3,), 4.0))
     assert x._version == version
@@ -139,14 +169,18 @@ def test_a_parameter_is_read_where_it_is(recorder: Recorder) -> None:
     call, seen = seen_by(cuda_graphs.Graphs())
     weight = torch.nn.Parameter(torch.ones(3))
     with torch.no_grad():
-        assert call(weight) == [0.5] * 3
+        for _ in range(2):
+            assert call(weight) == [0.5] * 3
         assert seen[-1].data_ptr() == weight.data_ptr()
         weight.add_(1)
         assert call(weight) == [1.0] * 3
         assert recorder.captures == 1
         weight.data = torch.full((3,), 8.0)  # elsewhere
-        assert call(weight) == [4.0] * 3
-    assert recorder.captures == 2
+        for _ in range(2):
+            assert call(weight) == [4.0] * 3
+        assert recorder.captures == 2
+        weight.add_(1)
+        assert call(weight) == [4.5] * 3
 
 
 @pytest.mark.parametrize("marks", [False, True], ids=["buffer", "marked"])
@@ -171,6 +205,7 @@ def test_outputs_that_a_graph_of_the_users_writes(marks: bool, recorder: Recorde
         assert torch.equal(pairs.partner, expected.partner)
         assert torch.equal(pairs.helpful, expected.helpful)
         torch.testing.assert_close(pairs.alignment, expected.alignment, equal_nan=True)
+    assert recorder.captures == 2  # the decision and the checks
 
 
 def test_without_a_gpu_it_makes_no_difference() -> None:

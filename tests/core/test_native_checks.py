@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradmix import _extension
-from gradmix.model.head_values import off_linear
+from gradmix.model.head_values import factor_dtype, off_linear
 from gradmix.ops.finite import all_finite
 from gradmix.ops.labels import are_live
 
@@ -72,12 +72,12 @@ def test_a_linear_layer_is_known_as_torch_knows_it(samples, width, classes, bias
     for native in (True, False):
         if not native:
             monkeypatch.setattr(_extension, "load", lambda: None)
-        found = [off_linear(features, logits, layer.weight, layer.bias)]
+        found = [off_linear(features, logits, layer.weight, layer.bias, factor_dtype(logits))]
         for sample in looked_at:
             for change in (1e-3, math.nan, math.inf):
                 wrong = logits.clone()
                 wrong[sample, classes // 2] += change
-                found.append(off_linear(features, wrong, layer.weight, layer.bias))
+                found.append(off_linear(features, wrong, layer.weight, layer.bias, factor_dtype(wrong)))
         results.append(torch.stack(found))
     assert torch.equal(*results)
     # What is no number is left to the check for finite values.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmix.ops.dtypes import exact_dtype
+from gradmix.runtime.deferred_checks import can_sync
 from gradmix.runtime.validation import check_choice
 
 Precision = Literal["ieee", "tf32x3", "tf32"]
@@ -124,7 +125,7 @@ def as_lams(lam: float | Tensor, device: torch.device) -> Tensor:
         raise TypeError(f"lam: got dtype {lam.dtype}, expected a floating-point dtype")
     if lam.ndim > 1 or lam.numel() == 0:
         raise ValueError(f"lam: got shape {tuple(lam.shape)}, expected () or (L,)")
-    if not torch.compiler.is_compiling() and not lam.is_cuda:
+    if not torch.compiler.is_compiling() and can_sync(lam.device):
         for value in lam.reshape(-1).tolist():
             check_lam(value)
     return lam.reshape(-1).to(device=device, dtype=dtype)
