@@ -300,8 +300,11 @@ def measure_selection(
             model, buffer, (x, y), criterion=criterion, lam=LAM, generator=draw_from, **given
         )
 
-    def kept(**more: Any) -> Call:
+    captures = "cuda_graph" in inspect.signature(gradmix.GradMix).parameters
+
+    def kept(graph: bool = False) -> Call:
         # By sample: it has no table of classes, whose first computation takes long where there are many.
+        more: dict[str, Any] = {"cuda_graph": graph} if captures else {}
         mixup = gradmix.GradMix(model, buffer, criterion="sample", refresh="epoch", generator=draw_from, **more)
         return lambda: mixup.select(x, y, lam=LAM, outputs=outputs)
 
@@ -329,10 +332,10 @@ def measure_selection(
     refused = {}
     if device.type != "cuda":
         refused["GradMix, CUDA graph"] = f"CUDA graphs need a CUDA device, and this is {device}"
-    elif "cuda_graph" not in inspect.signature(gradmix.GradMix).parameters:
+    elif not captures:
         refused["GradMix, CUDA graph"] = "this version of gradmix has no cuda_graph"
     else:
-        graph = kept(cuda_graph=True)
+        graph = kept(graph=True)
         calls["graph"] = ("GradMix, sample, CUDA graph, reference kept and outputs given", graph)
     runs = {name: call for name, (_, call) in calls.items()}
     warmed = {name: warm_up(call, device, warmups) for name, call in runs.items()}

@@ -228,7 +228,8 @@ def ways_for(device: torch.device) -> tuple[list[Way], dict[str, str]]:
 
 def make_mixup(loop: Loop, way: Way, seed: int, state: dict[str, Any] | None = None) -> GradMix:
     """A GradMix that refreshes only on request; given the ``state`` of another, it needs no refresh of its own."""
-    graph: dict[str, Any] = {"cuda_graph": True} if way.graph else {}
+    captures = "cuda_graph" in inspect.signature(GradMix).parameters
+    graph: dict[str, Any] = {"cuda_graph": way.graph} if captures else {}
     mixup = GradMix(
         loop.model,
         loop.buffer,

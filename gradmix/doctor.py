@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from gradmix import _extension
+from gradmix import _extension, captured_selection
 from gradmix._version import __version__
 from gradmix.calibration.key import with_index
 from gradmix.calibration.lookup import CalibratedWorth, state_of
@@ -40,6 +40,7 @@ OPERATORS: tuple[Operator, ...] = (
     class_pairs.OPERATOR,
     last_layer_gradient.OPERATOR,
     draw_partners.OPERATOR,
+    captured_selection.OPERATOR,
     mix_samples.OPERATOR,
     cosine_alignment.OPERATOR,
     cosine_alignment.MIXED_OPERATOR,

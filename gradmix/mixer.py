@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gradmix.captured_selection import MeasuredGraphs
 from gradmix.class_table import ClassTable
 from gradmix.criteria import Criterion, class_index
 from gradmix.draw import Policy
@@ -79,9 +80,10 @@ class GradMix:
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
         class_samples: samples of each class for the class table (estimators ``mixed`` and ``jvp``: mixtures for each
             pair of classes).
-        cuda_graph: on a GPU, capture the selection after the samples' forward pass in a CUDA graph, one for each shape
-            of batch, and replay it, so that a selection costs the host one launch; elsewhere without effect. For the
-            estimator ``feature``, and with the criterion ``class`` for all of them. Same results.
+        cuda_graph: on a GPU, capture the selection after the samples' forward pass in a CUDA graph, and its checks in
+            another, when a shape of batch comes for the second time; the host then starts each by one launch. Elsewhere
+            without effect. For the estimator ``feature``, and with the criterion ``class`` for all of them. Same
+            results. ``"auto"``: where ``gradmix calibrate`` found on this device that this is faster, and the same.
         group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
             make the same calls, each with a batch of its own. Each forwards its share of the buffer. All keep the same
             reference gradient, to the bit, and the same class table, computed from the samples of the buffer and of all
@@ -123,7 +125,7 @@ class GradMix:
         generator: torch.Generator | None = None,
         backend: str = "auto",
         chunk_size: int = CHUNK,
-        cuda_graph: bool = False,
+        cuda_graph: bool | Literal["auto"] = "auto",
         group: Group = None,
         shared_batch: bool = False,
     ) -> None:
@@ -131,14 +133,18 @@ class GradMix:
         self._estimator, self._rule = resolve(estimator, network), Rule(criterion, threshold, policy)
         check_weight(alpha, None)
         self._alpha = alpha
-        if not isinstance(cuda_graph, bool):
-            raise TypeError(f"cuda_graph: got {type(cuda_graph).__name__}, expected a bool")
-        if cuda_graph and criterion == "sample" and estimator != "feature":
+        if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
+            raise TypeError(f"cuda_graph: got {cuda_graph!r}, expected True, False or 'auto'")
+        if cuda_graph is True and criterion == "sample" and estimator != "feature":
             raise ValueError(
                 f"cuda_graph: got True with the estimator {estimator!r} by sample, expected 'feature', or by class "
                 "any of them; passes of mixed inputs are not captured"
             )
-        self._graphs = Graphs() if cuda_graph else None
+        self._graphs: Graphs | None = None
+        if cuda_graph is True:
+            self._graphs = Graphs()
+        elif cuda_graph == "auto" and backend == "auto":
+            self._graphs = MeasuredGraphs()
         if refresh != "epoch":
             check_count("refresh", refresh, other=" or 'epoch'")
         check_count("class_samples", class_samples)

@@ -44,6 +44,10 @@ _GRIDS: list[_Grid] = [
     ("draw_partners", "triton", "uniform", ("float32",), {"samples": (61,)}, False),
     ("draw_partners", "triton", "best", ("float32",), {"samples": (61,)}, False),
     ("draw_partners", "triton", "permute", ("float32",), {"samples": (61,)}, False),
+    ("selection", "cuda_graph", "class indices", _BOTH, _CORNERS, True),
+    ("selection", "cuda_graph", "label vectors", _BOTH, _CORNERS, True),
+    ("selection", "cuda_graph", "class indices", _BOTH, _ODD, False),
+    ("selection", "cuda_graph", "label vectors", _BOTH, _ODD, False),
     ("cosine_alignment", "triton", "", ("float32",), _VECTORS, True),
     ("cosine_alignment", "triton", "", ("float32",), {"layers": (2,), "samples": (61,), "entries": (75,)}, False),
     ("mixed_gram_alignment", "triton", "", ("float32",), _VECTORS, True),
@@ -58,6 +62,7 @@ _QUICK: list[_Grid] = [
     ("mixed_alignment", "triton", "class indices", ("float32",), _CORNERS, True),
     ("last_layer_gradient", "triton", "class indices", ("float32",), _SMALL, True),
     ("draw_partners", "triton", "uniform", ("float32",), {"samples": (64, 1024)}, True),
+    ("selection", "cuda_graph", "class indices", ("float32",), _SMALL, True),
 ]
 
 

@@ -35,6 +35,7 @@ COMPONENTS = {
 """Components of a key, each with its name in messages."""
 
 _HASHES = ("kernels", "build")
+_CALLERS = ("ops", "estimators", "runtime")
 _SUFFIXES = (".so", ".pyd")
 
 
@@ -122,10 +123,10 @@ def _triton() -> str:
 
 
 def _hash_of_kernels() -> str:
-    """Return the hash of the Triton kernels and of the operators that call them."""
+    """Return the hash of the Triton kernels, and of the operators and the selection that call them."""
     found = importlib.util.find_spec("gradmix.kernels")
     folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
-    return _hash([*folders, *(folder / "ops" for folder in _extension.folders())], (".py",))
+    return _hash([*folders, *(folder / part for folder in _extension.folders() for part in _CALLERS)], (".py",))
 
 
 def _hash_of_build() -> str:

@@ -128,7 +128,9 @@ def _check(
     problem: Problem, implementation: Backend, cell: Cell, arguments: Arguments, results: Results
 ) -> Measurement:
     """Compare results with the truth, and with those of a second call."""
-    exact = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments)
+    exact = arguments
+    if problem.in_float64:
+        exact = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in arguments)
     truths = problem.run(find(problem, "torch"), exact)
     reason, error = _compare(problem, exact, results, truths)
     if reason is None:

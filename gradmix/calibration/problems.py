@@ -1,6 +1,7 @@
 """Arguments of the measured calls, and what their results are held to: each operator's documented bound.
 
-The truth is torch's implementation in float64, on the same device and for the same numbers.
+The truth is torch's implementation in float64, on the same device and for the same numbers; of a captured graph it is
+what the calls give.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradmix import captured_selection
 from gradmix.calibration.verdicts import Cell
 from gradmix.ops import (
     class_pairs,
@@ -56,6 +58,8 @@ class Problem(NamedTuple):
         deviations: compares results with the truth, given the arguments in float64.
         decides: whether the sign of the first result decides about pairs.
         accumulates: whether the first argument is the result, to which the call adds.
+        in_float64: whether the truth is computed in float64; else in the arguments' dtype, of implementations that must
+            give the same bits.
     """
 
     operator: Operator
@@ -63,6 +67,7 @@ class Problem(NamedTuple):
     deviations: Callable[[Arguments, Results, Results], list[Deviation]]
     decides: bool = False
     accumulates: bool = False
+    in_float64: bool = True
 
     def run(self, implementation: Backend, arguments: Arguments) -> Results:
         """Return the results of an implementation; integer results are part of them."""
@@ -151,6 +156,12 @@ def _draw(cell: Cell, g: torch.Generator) -> Arguments:
     return allowed, drawn, score, rows, cell.kind, True
 
 
+def _selection(cell: Cell, g: torch.Generator) -> Arguments:
+    side = _side(cell.sizes["samples"], cell, g)
+    reference = torch.randn(cell.sizes["classes"], cell.sizes["features"] + 1, generator=g)
+    return (*side, len(side[0]), reference, torch.rand(len(side[0]), generator=g, dtype=torch.float64))
+
+
 def _vectors(cell: Cell, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     shape = cell.sizes["layers"], cell.sizes["samples"], cell.sizes["entries"]
     x, y, reference = (torch.randn(s, generator=g).to(getattr(torch, cell.dtype)) for s in (shape, shape, shape[::2]))
@@ -205,6 +216,7 @@ PROBLEMS: Mapping[str, Problem] = {
         Problem(class_pairs.OPERATOR, _class_pairs, of_largest(*_ALIGNMENT), decides=True),
         Problem(last_layer_gradient.OPERATOR, _last_layer, _last_layer_deviations, accumulates=True),
         Problem(draw_partners.OPERATOR, _draw, _integers),
+        Problem(captured_selection.OPERATOR, _selection, _integers, in_float64=False),
         Problem(cosine_alignment.OPERATOR, _cosine, _cosine_deviations, decides=True),
         Problem(cosine_alignment.MIXED_OPERATOR, _mixed_gram, of_largest(*_ALIGNMENT), decides=True),
         Problem(class_sketch.OPERATOR, _class_sketch, of_largest("sum", "sum of squares", unit=2e-6)),

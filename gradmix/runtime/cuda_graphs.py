@@ -71,9 +71,9 @@ class Graphs:
                 its arguments alone.
             inputs: arguments whose tensors are on one CUDA device. The function receives floats as scalar float64
                 tensors while it is captured.
-            kept: further arguments, whose tensors are written by nobody but this library and PyTorch's own operators:
-                what has the same version as in the last call is taken to be unchanged. Others are copied in every call,
-                as writes by a graph of the user's or through ``.data`` raise no version.
+            kept: further arguments, whose tensors are written by this library and PyTorch's own operators alone: what
+                has the same version as in the last call is taken to be unchanged. Others are copied in every call, as
+                writes by a graph of the user's or through ``.data`` raise no version.
         """
         leaves: list[Tensor | float] = []
         given = _shape_of(inputs, leaves, {})

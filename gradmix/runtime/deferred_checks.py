@@ -112,7 +112,7 @@ def check_where(find: Find, inputs: tuple[Any, ...], *consequences: Consequence)
 
     Args:
         find: the function.
-        inputs: its arguments, of which the first is a tensor. Until the end of the call nobody writes them.
+        inputs: its arguments, of which the first is a tensor. They stay as they are until the end of the call.
         consequences: as :func:`check_samples`, for the codes that the function returns.
     """
     if can_sync(inputs[0].device) or _pending.checks is None:

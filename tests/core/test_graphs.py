@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from graph_stand_in import Recorder, install_graphs
 from models import CLASSES, MLP, rows
-from no_looking import behind_the_host
 from torch import Tensor
 
 from gradmix import GradMix, HeadCapture
-from gradmix.runtime import cuda_graphs, deferred_checks
+from gradmix.runtime import cuda_graphs
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -22,34 +22,10 @@ class Product(NamedTuple):
     other: Tensor | None
 
 
-class Recorder:
-    """Counts captures; a replay computes anew from the same memory into the same memory, as a graph does."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = 0
-
-    def __call__(self, function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-        self.captures += 1
-        first = function()
-        results = type(first)(*(None if v is None else torch.full_like(v, 7) for v in first))
-
-        def replay() -> None:
-            self.replays += 1
-            for own, new in zip(results, function(), strict=True):
-                if own is not None:
-                    own.copy_(new)
-
-        return replay, results
-
-
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    behind_the_host(monkeypatch)
-    recorder = Recorder()
-    monkeypatch.setattr(cuda_graphs, "capture", recorder)
-    monkeypatch.setattr(cuda_graphs.Graphs, "supports", lambda self, device: True)
-    yield recorder
-    deferred_checks._unread.clear()
+    with install_graphs(monkeypatch) as recorder:
+        yield recorder
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["own rows", "candidates"])
@@ -220,5 +196,3 @@ def test_forward_passes_of_mixed_inputs_are_not_captured(estimator: str) -> None
     with pytest.raises(ValueError, match=f"cuda_graph: got True with the estimator {estimator!r} by sample"):
         GradMix(MLP(), rows(12, 3), criterion="sample", estimator=estimator, cuda_graph=True)
     GradMix(MLP(), rows(12, 3), criterion="class", estimator=estimator, cuda_graph=True)
-    with pytest.raises(TypeError, match="cuda_graph: got str, expected a bool"):
-        GradMix(MLP(), rows(12, 3), cuda_graph="yes")

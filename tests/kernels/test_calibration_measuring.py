@@ -161,12 +161,12 @@ JUDGED = {
 
 
 def test_every_kernel_has_cells_and_cells_in_a_row() -> None:
-    assert len(JUDGED) == 8
+    assert len(JUDGED) == 9
     for chosen in (cells(), cells(quick=True)):
         pairs = [pair for pair, _ in itertools.groupby(chosen, lambda cell: (cell.operator, cell.backend))]
         assert len(pairs) == len(set(pairs)) and set(pairs) <= JUDGED
     assert {(cell.operator, cell.backend) for cell in cells()} == JUDGED
-    assert len(cells(quick=True)) == 12 and len({str((c.operator, c)) for c in cells()}) == len(cells())
+    assert len(cells(quick=True)) == 14 and len({str((c.operator, c)) for c in cells()}) == len(cells())
     assert {(c.operator, c.dtype) for c in cells() if c.timed} <= {
         (c.operator, c.dtype) for c in cells() if not c.timed
     }
@@ -223,7 +223,7 @@ def test_the_kernels_are_right_where_they_can_run(cell: Cell) -> None:
 @pytest.mark.gpu
 def test_a_device_is_measured_without_a_fault() -> None:
     table = run.calibrate(torch.device("cuda"), quick=True)
-    assert table.verdicts.lost == {} and len(table.verdicts.measurements) == 12
+    assert table.verdicts.lost == {} and len(table.verdicts.measurements) == 14
     for found in table.verdicts.measurements:
         assert found.status == "right" and found.speedup is not None, found
 

@@ -1,0 +1,91 @@
+"""A selection as one captured graph: where ``cuda_graph="auto"`` captures, and what ``gradmix calibrate`` measures.
+
+Measured is what follows the samples' forward pass: all pairs are scored by the estimator ``feature``, and partners are
+drawn. Its two implementations are the calls, and the graph that is captured of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradmix.calibration.lookup import CalibratedWorth, Extent
+from gradmix.estimators import Network
+from gradmix.estimators.feature import Feature
+from gradmix.labelled_samples import HeadSamples
+from gradmix.mixtures import Mixtures
+from gradmix.ops.backends import Backend, Operator, get_backend
+from gradmix.references import Reference
+from gradmix.runtime.cuda_graphs import Graphs, Inputs, call
+from gradmix.selector import Rule, Selector
+
+
+class MeasuredGraphs(Graphs):
+    """Graphs where they were measured to be right and faster on the device; calls elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._captures = False
+
+    def __call__(self, function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
+        """See :class:`gradmix.runtime.cuda_graphs.Graphs`. What has no sizes of its own follows the last selection."""
+        if isinstance(inputs[0], Mixtures):
+            self._captures = _is_worth_capturing(inputs[0])
+        return super().__call__(function, inputs, kept) if self._captures else function(*inputs, *kept)
+
+
+def _is_worth_capturing(mixtures: Mixtures[Any]) -> bool:
+    batch = mixtures.batch
+    # Verdicts are about the implementations that ``auto`` chooses, and about scores of pairs, which need features.
+    if get_backend() != "auto" or not isinstance(batch, HeadSamples):
+        return False
+    return OPERATOR.choose("auto", batch.features, batch.logits, batch.y, len(mixtures.partners)).name == "cuda_graph"
+
+
+def _extent(features: Tensor, logits: Tensor, labels: Tensor, candidates: int, *_: Tensor) -> Extent:
+    kind = "label vectors" if labels.is_floating_point() else "class indices"
+    return features.device, features.dtype, kind, len(features), candidates, logits.shape[1], features.shape[1]
+
+
+_SELECTOR = Selector(Feature(Network(nn.Identity(), None, None, 1, "auto")), Rule("sample", 0.0, "uniform"))
+_GRAPHS = Graphs()
+
+
+def _select_by(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the measured function, with the selector called by ``run``.
+
+    It returns partners, (N,) int64, and whether there are some, (N,) bool. Its arguments are features (N, d), logits
+    (N, C), labels, the number of candidates, which are the samples themselves, the reference (C, d + 1), and the random
+    numbers of the draw, (N,).
+    """
+
+    def select(
+        features: Tensor, logits: Tensor, labels: Tensor, _candidates: int, reference: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        samples = HeadSamples(None, labels, features, logits)
+        mixtures = Mixtures(samples, None, 0.3, logits.shape[1], 1)
+        decision = run(_SELECTOR, (mixtures, numbers), (Reference(reference),))
+        return decision.partner, decision.helpful
+
+    return select
+
+
+def _can_run(features: Tensor, *_: Any) -> str | None:
+    return None if _GRAPHS.supports(features.device) else f"it serves GPUs, and the samples are on {features.device}"
+
+
+OPERATOR = Operator(
+    "selection",
+    (
+        Backend(
+            "cuda_graph",
+            _select_by(_GRAPHS),
+            can_run=_can_run,
+            worth=CalibratedWorth("selection", "cuda_graph", ("samples", "samples", "classes", "features"), _extent),
+        ),
+        Backend("torch", _select_by(call)),
+    ),
+)
+"""The calls of a selection (``torch``), and their graph."""
