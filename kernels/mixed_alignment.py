@@ -7,7 +7,8 @@ loads logits and U of its rows on either side once, forms the exponentials once,
 
 with the label classes of the rows at zero. Of label vectors the label is the largest entry, and what they lack to its
 one-hot vector, t, is summed as u is. The Gram product of the features follows in the same program, over an accumulator
-that takes the place of the three. The epilogue adds the two labels' terms in the log domain, without a difference of
+that takes the place of the three. Decisions by the sign of the inner product need no norms: then the Gram product is
+left out and, of class indices, S. The epilogue adds the two labels' terms in the log domain, without a difference of
 probabilities and in units of the residual's own size, and either stores the pairs or sums them over groups of rows, so
 that no N x M array is written. A kernel launched before it leaves for each row the largest logit outside of its label,
 ||h||^2 and, for label vectors, <t, u> and ||t||^2.
@@ -78,6 +79,7 @@ def _statistics(
     t_stride,
     u_stride,
     SOFT: tl.constexpr,
+    NORMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -99,13 +101,14 @@ def _statistics(
             label_square += y * y
         top = tl.maximum(top, tl.where(c == label[:, None], float("-inf"), z))
     largest = tl.max(top, 1)
-    square = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, width, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)[None, :]
-        h = tl.load(features + r[:, None] * features_stride + c, mask=c < width, other=0.0).to(tl.float32)
-        square += h * h
     tl.store(out + TOP * rows + r, tl.where(largest == float("-inf"), 0.0, largest), mask=there)
-    tl.store(out + SQUARE * rows + r, tl.sum(square, 1), mask=there)
+    if NORMS:
+        square = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, width, COLUMNS):
+            c = start + tl.arange(0, COLUMNS)[None, :]
+            h = tl.load(features + r[:, None] * features_stride + c, mask=c < width, other=0.0).to(tl.float32)
+            square += h * h
+        tl.store(out + SQUARE * rows + r, tl.sum(square, 1), mask=there)
     if SOFT:
         tl.store(out + LABEL_U * rows + r, tl.sum(label_u, 1), mask=there)
         tl.store(out + LABEL_SQUARE * rows + r, tl.sum(label_square, 1), mask=there)
@@ -140,6 +143,7 @@ def _row_kernel(
     t_b_stride,
     u_b_stride,
     SOFT: tl.constexpr,
+    NORMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -149,12 +153,12 @@ def _row_kernel(
     if block < blocks_a:
         _statistics(
             block, features_a, logits_a, labels_a, t_a, u_a, out_a, rows_a, classes, width,
-            features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride, SOFT, ROWS, COLUMNS,
+            features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride, SOFT, NORMS, ROWS, COLUMNS,
         )  # fmt: skip
     else:
         _statistics(
             block - blocks_a, features_b, logits_b, labels_b, t_b, u_b, out_b, rows_b, classes, width,
-            features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride, SOFT, ROWS, COLUMNS,
+            features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride, SOFT, NORMS, ROWS, COLUMNS,
         )  # fmt: skip
 
 
@@ -191,17 +195,20 @@ def _terms(rest, log_own, log_other, same, lam, mu, log_lam, log_mu):
 
 
 @triton.jit
-def _with_labels(
-    rest, rest_u, rest_square, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes
-):
-    """<r, u> and ||r||^2 in units of size and size^2, size, whether they are lost, and the terms, all of a tile."""
+def _with_labels(rest, rest_u, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes):
+    """<r, u> in units of size, size, whether they are lost, and the terms, all of a tile."""
     own, other, scale, size, larger = _terms(rest, log_own, log_other, same, lam, mu, log_lam, log_mu)
     inner = scale * rest_u + own * u_own + other * u_other
-    root = tl.sqrt_rn(rest_square) * scale
-    square = root * root + own * own + other * other + tl.where(same, 2.0 * own * other, 0.0)
     there = (classes > 2) | (same & (classes > 1))
     lost = there & (rest * UNSCALE < UNDERFLOW) & (larger < LOG_UNDERFLOW + NEGLIGIBLE)
-    return inner, square, tl.maximum(size, LEAST), lost, own, other, scale
+    return inner, tl.maximum(size, LEAST), lost, own, other, scale
+
+
+@triton.jit
+def _square(rest_square, own, other, scale, same):
+    """||r||^2 in units of size^2."""
+    root = tl.sqrt_rn(rest_square) * scale
+    return root * root + own * own + other * other + tl.where(same, 2.0 * own * other, 0.0)
 
 
 @triton.jit
@@ -225,9 +232,9 @@ def _row_again(
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
     classes, width, lam64, mu64, lam, mu, log_lam, log_mu,
-    SOFT: tl.constexpr, BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    SOFT: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """<r, u> and ||g|| of row ``i`` of the first side with the tile's rows of the second, by their mixed logits."""
+    """<r, u> and, if NORMS, ||g|| of row ``i`` of one side with the tile's rows of the other, by their mixed logits."""
     most = tl.full((BLOCK_B,), float("-inf"), tl.float64)
     rest = tl.zeros((BLOCK_B,), tl.float64)
     first = tl.zeros((BLOCK_B,), tl.float64)
@@ -284,13 +291,16 @@ def _row_again(
             w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=c < classes, other=0.0).to(tl.float64)
             r = r * size[:, None] + (lam64 * w_a + mu64 * w_b)
         first += tl.sum(r * (lam64 * v_a + mu64 * v_b), 1)
-        second += tl.sum(r * r, 1)
+        if NORMS:
+            second += tl.sum(r * r, 1)
     if not SOFT:
         first *= size
-        second = tl.sqrt(second) * size
-    else:
-        second = tl.sqrt(second)
     inner = first.to(tl.float32)
+    if not NORMS:
+        return inner, inner
+    second = tl.sqrt(second)
+    if not SOFT:
+        second *= size
     residual = second.to(tl.float32)
     gram = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, width, BLOCK_C):
@@ -325,10 +335,13 @@ def _pair_kernel(
     n, m, rows_a, rows_b, classes, width, count,
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
-    SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, NORMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows."""
+    """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows.
+
+    Without NORMS no norm is written; of label vectors it is formed in any case, as it shows what has to be recomputed.
+    """
     tiles_b = tl.cdiv(m, BLOCK_B)
     tile_a = (tl.program_id(0) // tiles_b).to(tl.int64)
     tile_b = (tl.program_id(0) % tiles_b).to(tl.int64)
@@ -349,7 +362,7 @@ def _pair_kernel(
     top_b = tl.load(statistics_b + TOP * rows_b + row_b)
     label_a = tl.load(labels_a + row_a * labels_a_stride)
     label_b = tl.load(labels_b + row_b * labels_b_stride)
-    if SEVERAL:
+    if SEVERAL and NORMS:
         gram = _gram(
             features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
             BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
@@ -365,7 +378,8 @@ def _pair_kernel(
         log_mu = tl.where(mu64 > 0.0, tl.log(tl.where(mu64 > 0.0, mu64, 1.0)), NOTHING)
         total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        if NORMS or SOFT:
+            total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         if SOFT:
             total_t = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         for start in range(0, classes, BLOCK_C):
@@ -383,7 +397,8 @@ def _pair_kernel(
             total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
             total_u = tl.dot(a * (lam * v_a), tl.trans(b), total_u, input_precision=PRECISION)
             total_u = tl.dot(a, tl.trans(b * (mu * v_b)), total_u, input_precision=PRECISION)
-            total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
+            if NORMS or SOFT:
+                total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
             if SOFT:
                 w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
                 w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
@@ -411,10 +426,11 @@ def _pair_kernel(
         u_own = (lam * u_own_a)[:, None] + mu * u_b_at_a
         u_other = lam * u_a_at_b + (mu * u_own_b)[None, :]
         same = label_a[:, None] == label_b[None, :]
-        inner, square, size, lost, own, other, scale = _with_labels(
-            total, total_u, total_square, log_own, log_other, u_own, u_other, same,
-            lam, mu, log_lam, log_mu, classes,
-        )  # fmt: skip
+        inner, size, lost, own, other, scale = _with_labels(
+            total, total_u, log_own, log_other, u_own, u_other, same, lam, mu, log_lam, log_mu, classes
+        )
+        if NORMS or SOFT:
+            square = _square(total_square, own, other, scale, same)
         if SOFT:
             at_a_t = row_a * t_a_stride + zero
             at_b_t = row_b * t_b_stride + zero
@@ -453,20 +469,22 @@ def _pair_kernel(
             square = parts + 2.0 * first * (cross / most)
             lost = lost | ((square < parts * CANCELLED) & (second > 0.0))
             size = most
-        residual = tl.sqrt_rn(_not_negative(square)) * size
         if not SOFT:
             inner *= size
         lost = counted & lost
-        if not SEVERAL:
-            gram = _gram(
-                features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
-                BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
-            )  # fmt: skip
-        square_a = tl.load(statistics_a + SQUARE * rows_a + row_a)
-        square_b = tl.load(statistics_b + SQUARE * rows_b + row_b)
-        norm = _norm(residual, gram, square_a[:, None], square_b[None, :], lam, mu, BIAS)
         inner = tl.where(counted, inner, 0.0)
-        norm = tl.where(counted, norm, 0.0)
+        square_b = top_b
+        if NORMS:
+            residual = tl.sqrt_rn(_not_negative(square)) * size
+            if not SEVERAL:
+                gram = _gram(
+                    features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
+                    BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
+                )  # fmt: skip
+            square_a = tl.load(statistics_a + SQUARE * rows_a + row_a)
+            square_b = tl.load(statistics_b + SQUARE * rows_b + row_b)
+            norm = _norm(residual, gram, square_a[:, None], square_b[None, :], lam, mu, BIAS)
+            norm = tl.where(counted, norm, 0.0)
         if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
             for t in range(BLOCK_A):
                 here = (tl.arange(0, BLOCK_A) == t)[:, None]
@@ -475,19 +493,21 @@ def _pair_kernel(
                     i = tl.sum(tl.where(tl.arange(0, BLOCK_A) == t, row_a, 0), 0) + zero
                     inner_t, norm_t = _row_again(
                         i, features_a, logits_a, labels_a, t_a, u_a, features_b, logits_b, labels_b, t_b, u_b,
-                        row_b + zero, tl.load(statistics_a + SQUARE * rows_a + i), square_b,
+                        row_b + zero, tl.load(statistics_a + (SQUARE if NORMS else TOP) * rows_a + i), square_b,
                         features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
                         features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
-                        classes, width, lam64, mu64, lam, mu, log_lam, log_mu, SOFT, BIAS, BLOCK_B, BLOCK_C,
+                        classes, width, lam64, mu64, lam, mu, log_lam, log_mu, SOFT, NORMS, BIAS, BLOCK_B, BLOCK_C,
                     )  # fmt: skip
                     replace = here & lost_t[None, :]
                     inner = tl.where(replace, inner_t[None, :], inner)
-                    norm = tl.where(replace, norm_t[None, :], norm)
+                    if NORMS:
+                        norm = tl.where(replace, norm_t[None, :], norm)
         if GROUP > 1:
             inner = tl.sum(tl.reshape(inner, (BLOCK_A, BLOCK_B // GROUP, GROUP)), 2)
             inner = tl.sum(tl.reshape(inner, (BLOCK_A // GROUP, GROUP, BLOCK_B // GROUP)), 1)
-            norm = tl.sum(tl.reshape(norm, (BLOCK_A, BLOCK_B // GROUP, GROUP)), 2)
-            norm = tl.sum(tl.reshape(norm, (BLOCK_A // GROUP, GROUP, BLOCK_B // GROUP)), 1)
+            if NORMS:
+                norm = tl.sum(tl.reshape(norm, (BLOCK_A, BLOCK_B // GROUP, GROUP)), 2)
+                norm = tl.sum(tl.reshape(norm, (BLOCK_A // GROUP, GROUP, BLOCK_B // GROUP)), 1)
             out_a = tile_a * (BLOCK_A // GROUP) + tl.arange(0, BLOCK_A // GROUP)
             out_b = tile_b * (BLOCK_B // GROUP) + tl.arange(0, BLOCK_B // GROUP)
             columns = m // GROUP
@@ -500,7 +520,8 @@ def _pair_kernel(
         at = (node * lines + out_a)[:, None] * columns + out_b[None, :]
         within = (out_a < lines)[:, None] & (out_b < columns)[None, :]
         tl.store(inner_out + at, inner, mask=within)
-        tl.store(norm_out + at, norm, mask=within)
+        if NORMS:
+            tl.store(norm_out + at, norm, mask=within)
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -590,7 +611,7 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
-def _row_statistics(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor]:
+def _row_statistics(a: _Rows, b: _Rows, norms: bool) -> tuple[Tensor, Tensor]:
     """(4, N) and (4, M) float32, of both sides in one launch, and of one if it is both."""
     n, classes = a.logits.shape
     m = len(b.logits)
@@ -600,31 +621,31 @@ def _row_statistics(a: _Rows, b: _Rows) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(n, ROWS) + (0 if b is a else triton.cdiv(m, ROWS))
     _row_kernel[(blocks,)](
         *a, out_a, *b, out_b, n, m, classes, width, *a.strides, *b.strides,
-        SOFT=a.t.is_floating_point(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
+        SOFT=a.t.is_floating_point(), NORMS=norms, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
     )  # fmt: skip
     return out_a, out_b
 
 
 def _launch(
-    a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str
+    a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
     soft = a.t.is_floating_point()
     n, m = (len(a.logits), len(b.logits)) if slots is None else (len(slots), len(slots))
     shape = (len(lams), n // group, m // group)
-    inner, norm = a.u.new_empty(shape), a.u.new_empty(shape)
+    inner, norm = a.u.new_empty(shape), a.u.new_empty(shape if norms else 0)
     if not inner.numel():
         return inner, norm
     if not len(a.logits):
         return inner.zero_(), norm.zero_()  # every slot is empty
     choice = configuration(n, m, soft)
     with torch.cuda.device_of(a.logits):
-        statistics_a, statistics_b = _row_statistics(a, b)
+        statistics_a, statistics_b = _row_statistics(a, b, norms)
         _pair_kernel[(triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b),)](
             *a, statistics_a, *b, statistics_b, lams, lams if slots is None else slots, inner, norm,
             n, m, len(a.logits), len(b.logits), a.logits.shape[1], a.features.shape[1], len(lams),
             *a.strides, *b.strides,
-            SOFT=soft, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, PRECISION=precision,
-            BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
+            SOFT=soft, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, NORMS=norms,
+            PRECISION=precision, BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
     return inner, norm
@@ -643,6 +664,7 @@ def mixed_alignment(
     *,
     bias: bool,
     precision: str = "tf32x3",
+    norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Inner products with a reference gradient, and norms, of all pairs' mixed last-layer gradients, in two launches.
 
@@ -661,9 +683,12 @@ def mixed_alignment(
         lams: (L,) float64 on the device of the others, mixing weights in [0, 1], read when the kernel runs.
         bias: whether the features have a 1 appended in the gradient's norm.
         precision: of the products, ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
+        norms: whether norms are computed. Without, the features are not read, and of class indices one of four products
+            over the classes is left out.
 
     Returns:
-        ``(inner, norm)``, both (L, N, M) float32. Pairs of a row with a NaN are NaN.
+        ``(inner, norm)``, both (L, N, M) float32, the second empty (0,) without ``norms``. Pairs of a row with a NaN
+        are NaN.
 
     Raises:
         ValueError: an unknown precision.
@@ -672,7 +697,7 @@ def mixed_alignment(
     same = features_a is features_b and logits_a is logits_b and labels_a is labels_b and u_a is u_b
     a = _rows(features_a, logits_a, labels_a, u_a)
     b = a if same else _rows(features_b, logits_b, labels_b, u_b)
-    return _launch(a, b, lams.contiguous(), None, 1, bias, precision)
+    return _launch(a, b, lams.contiguous(), None, 1, bias, precision, norms)
 
 
 def class_pair_sums(
@@ -727,9 +752,10 @@ def class_pair_sums(
 def variants() -> Iterator[Variant]:
     """The kernels of this module as they are worth compiling ahead of time."""
     for soft in (False, True):
-        yield _row_variant(soft)
+        yield from (_row_variant(soft, norms) for norms in (True, False))
         for choice in SOFT if soft else HARD:
             yield _pair_variant(choice, soft)
+            yield _pair_variant(choice, soft, norms=False)
             yield _pair_variant(choice, soft, several=True)
             yield _pair_variant(choice, soft, several=True, group=16)
         for precision in ("ieee", "tf32"):
@@ -753,12 +779,12 @@ def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]
 _STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "t", "u"))
 
 
-def _row_variant(soft: bool) -> Variant:
-    constants = {"SOFT": soft, "ROWS": ROWS, "COLUMNS": COLUMNS}
+def _row_variant(soft: bool, norms: bool) -> Variant:
+    constants = {"SOFT": soft, "NORMS": norms, "ROWS": ROWS, "COLUMNS": COLUMNS}
     signature = dict(_side_types(soft, "out", "*fp32"))
     signature |= dict.fromkeys(("rows_a", "rows_b", "classes", "width", *_STRIDES), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
-    name = f"mixed_alignment rows, {'label vectors' if soft else 'class indices'}"
+    name = f"mixed_alignment rows, {'label vectors' if soft else 'class indices'}{'' if norms else ', no norms'}"
     return Variant(name, _row_kernel, signature, constants, ROW_WARPS, 3, max_registers=128)
 
 
@@ -771,6 +797,7 @@ def _pair_variant(
     precision: str = "tf32x3",
     element: str = "*fp32",
     ones: bool = False,
+    norms: bool = True,
 ) -> Variant:
     """``ones``: every size is 1, for which Triton compiles anew with the size a constant."""
     constants: dict[str, Any] = {
@@ -778,6 +805,7 @@ def _pair_variant(
         "GROUP": group,
         "BIAS": True,
         "SEVERAL": several,
+        "NORMS": norms,
         "PRECISION": precision,
         "BLOCK_A": choice.rows_a,
         "BLOCK_B": choice.rows_b,
@@ -795,6 +823,7 @@ def _pair_variant(
         *([f"groups of {group}"] if group else []),
         *(["bfloat16"] if element == "*bf16" else []),
         *(["sizes of 1"] if ones else []),
+        *([] if norms else ["no norms"]),
     ]
     return Variant(
         ", ".join(parts),
@@ -804,5 +833,5 @@ def _pair_variant(
         choice.num_warps,
         choice.num_stages,
         max_shared=65_536,
-        max_spills=choice.max_spills,
+        max_spills=choice.max_spills if norms or soft else 0,
     )

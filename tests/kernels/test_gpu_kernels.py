@@ -39,9 +39,12 @@ def test_equals_float64(case: str, precision: str, seed: int, kernel) -> None:
     poison_free_memory()
     result = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision)
     expected = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
-    for part, exact in zip(result, expected, strict=True):
+    inner, norm = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision, norms=False)
+    assert norm.numel() == 0
+    for part, exact in zip((*result, inner), (*expected, expected.inner), strict=True):
         assert (part[0].cpu() - exact).abs().max() <= UNITS[precision] * exact.abs().max()
-    assert_decisions_agree(result[0][0].cpu(), expected.inner, band=1e-6 if precision != "tf32" else 2e-2)
+    for part in (result[0], inner):
+        assert_decisions_agree(part[0].cpu(), expected.inner, band=1e-6 if precision != "tf32" else 2e-2)
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -36,8 +36,12 @@ def weights(*lams: float) -> Tensor:
 
 
 def run(arguments: list[Tensor], *lams: float) -> MixedAlignment:
+    """Both results of the kernel, after the check that without norms the inner products have the same bits."""
     parts, bias = prepared(arguments)
-    return MixedAlignment(*kernel.mixed_alignment(*parts, weights(*lams), bias=bias, precision="ieee"))
+    result = MixedAlignment(*kernel.mixed_alignment(*parts, weights(*lams), bias=bias, precision="ieee"))
+    inner, norm = kernel.mixed_alignment(*parts, weights(*lams), bias=bias, precision="ieee", norms=False)
+    assert torch.equal(inner, result.inner) and norm.shape == (0,)
+    return result
 
 
 def assert_close(result: MixedAlignment, expected: MixedAlignment, unit: float = 1e-5) -> None:

@@ -179,9 +179,9 @@ def mixtures(precision: str, dtype: torch.dtype = torch.float32, **sizes: int) -
 
 def pairs(
     precision: str, soft: bool = False, lams: tuple[float, ...] = (0.3,), dtype: torch.dtype = torch.float32,
-    group: int = 0, **sizes: Any,
+    group: int = 0, norms: bool = True, **sizes: Any,
 ) -> Case:  # fmt: skip
-    """All pairs, or (group > 0) their sums over groups of samples of one side."""
+    """All pairs, or (group > 0) their sums over groups of samples of one side; inner products alone without norms."""
     import mixed_pairs as operands
     import test_mixed_alignment as operator
     from gradmix.kernels import mixed_alignment as kernel
@@ -203,11 +203,13 @@ def pairs(
         parts, bias = operands.prepared(arguments)
 
         def call() -> Results:
-            return kernel.mixed_alignment(*parts, weights, bias=bias, precision=precision)
+            results = kernel.mixed_alignment(*parts, weights, bias=bias, precision=precision, norms=norms)
+            return results if norms else results[:1]
 
     unit = 5e-3 if precision == "tf32" else 1e-5
     bounds = [unit * float(part.abs().max()) for part in exact]
-    return Case(call, lambda results: _worst(results, tuple(exact), bounds))
+    shown = 2 if norms else 1
+    return Case(call, lambda results: _worst(results, tuple(exact)[:shown], bounds[:shown]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -229,7 +231,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "cosines tf32x3": lambda: cosines("tf32x3", **ODD),
     "cosines ieee bfloat16": lambda: cosines("ieee", BF16, **ODD),
     "mixtures tf32": lambda: mixtures("tf32", **ODD),
-    "pairs tf32x3": lambda: pairs("tf32x3", **TILE),
+    "pairs tf32x3, no norms": lambda: pairs("tf32x3", norms=False, **TILE),
     "pairs tf32x3, lost": lambda: pairs("tf32x3", scale=300.0, n=2, m=3, classes=17, d=17),
 }
 """Run every time: each kernel, with every kind of matrix product, copy and reduction. Compiling pairs of label vectors
@@ -275,6 +277,7 @@ for _precision, _type in itertools.product(PRECISIONS, (torch.float32, BF16, F16
 for _precision, _soft in itertools.product(PRECISIONS, (False, True)):
     _of = f"{_precision} {'soft' if _soft else 'hard'}"
     _add(f"pairs {_of}", pairs, _precision, _soft, **TILE)
+    _add(f"pairs {_of}, no norms", pairs, _precision, _soft, norms=False, **TILE)
     _add(f"pairs {_of}, several weights", pairs, _precision, _soft, (0.0, 0.3, 1.0), **TILE)
     _add(f"pairs {_of}, no bias, groups of 16", pairs, _precision, _soft, (0.2, 0.6), group=16, bias=False, **TILE)
     if _precision != "tf32":

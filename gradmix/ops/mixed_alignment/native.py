@@ -83,8 +83,7 @@ def mixed_alignment_triton(
         u_b = u_a if a.features is b.features else project(b.features.float(), grad_reference)
     if a.labels.is_floating_point() != b.labels.is_floating_point():
         a, b = (v._replace(labels=dense_labels(v.labels, a.logits.shape[1], torch.float32)) for v in (a, b))
-    inner, norm = kernel.mixed_alignment(*a, u_a, *b, u_b, lams, bias=bias, precision=precision)
-    return MixedAlignment(inner, norm if norms else inner.new_empty(0))
+    return MixedAlignment(*kernel.mixed_alignment(*a, u_a, *b, u_b, lams, bias=bias, precision=precision, norms=norms))
 
 
 def triton_can_run(features_a: Tensor, logits_a: Tensor, *_rest: object) -> str | None:
