@@ -5,8 +5,9 @@
     gradmix train --benchmark arrays --data-dir texts.npz --classes-per-task 2
 
 Any Debian mirror has both files: ``dists/bookworm/main/binary-amd64/Packages.xz`` names packages and their sections,
-``dists/bookworm/main/i18n/Translation-en.xz`` has the descriptions. One description of each source package is kept, and
-none that repeats another's words, so that no text of the test samples is a twin of one that is trained on.
+``dists/bookworm/main/i18n/Translation-en.xz`` has the descriptions. apt keeps them in ``/var/lib/apt/lists``, if it is
+told to fetch translations. One description of each source package is kept, and none that repeats another's words, so
+that no text of the test samples is a twin of one that is trained on.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Description:
 
 
 def stanzas(argument: str, path: Path) -> Iterator[dict[str, str]]:
-    """Read the stanzas of a file as apt has it: fields by name, the lines of a long one separated by newlines.
+    """Read the stanzas of a file of the archive: fields by name, the lines of a long one separated by newlines.
 
     Args:
         argument: Name of the argument that gave the path, for errors.
@@ -86,20 +87,20 @@ def stanzas(argument: str, path: Path) -> Iterator[dict[str, str]]:
         raise SystemExit(f"{argument}: got {path}, expected a plain file, .gz or .xz; unpack {suffix} first")
     found: dict[str, str] = {}
     name = ""
-    with OPENERS[suffix](path, "rt", encoding="utf-8") as file:
-        for line in file:
-            line = line.rstrip("\n")
-            if not line:
-                if found:
+    try:
+        with OPENERS[suffix](path, "rt", encoding="utf-8") as file:
+            for line in file:
+                if not line.strip():
                     yield found
-                found = {}
-            elif line[0] in " \t":
-                found[name] += f"\n{line.strip()}"
-            else:
-                name, _, value = line.partition(":")
-                found[name] = value.strip()
-    if found:
-        yield found
+                    found = {}
+                elif line[0] in " \t":
+                    found[name] = f"{found.get(name, '')}\n{line.strip()}"
+                else:
+                    name, _, value = line.partition(":")
+                    found[name] = value.strip()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{argument}: {path} is damaged, or of another kind: {error}") from error
+    yield found
 
 
 def to_text(field: str) -> str:
@@ -120,7 +121,7 @@ def read_descriptions(packages: Path, translation: Path) -> list[Description]:
         raise SystemExit(f"--translation: {translation} has no field Description-en, expected Debian's Translation-en")
     found, listed = [], 0
     for stanza in stanzas("--packages", packages):
-        if "Section" in stanza and "Description-md5" in stanza:
+        if {"Package", "Section", "Description-md5"} <= stanza.keys():
             listed += 1
             text = texts.get(stanza["Description-md5"])
             if text is not None:

@@ -203,6 +203,10 @@ def test_encoders_are_loaded_by_name(encoder: Encoder, monkeypatch: pytest.Monke
         ("--packages", "none", "--packages: missing none, expected a file of Debian's archive"),
         ("--translation", "none.xz", "--translation: missing none.xz, expected"),
         ("--packages", "Packages.lz4", "--packages: got .*4, expected a plain file, .gz or .xz; unpack .lz4 first"),
+        ("--packages", "damaged.gz", "--packages: .*damaged.gz is damaged, or of another kind: Not a gzipped file"),
+        ("--translation", "damaged.xz", "--translation: .*damaged.xz is damaged, or of another kind: .*end-of-stream"),
+        ("--packages", "latin", "--packages: .*latin is damaged, or of another kind: 'utf-8' codec"),
+        ("--packages", "indented", "--packages: .*indented has no package with a Description-md5"),
         ("--packages", "Translation-en", "--packages: .*Translation-en has no package with a Description-md5"),
         ("--translation", "Packages", "--translation: .*Packages has no field Description-en, expected Debian's"),
         ("--translation", "Other", "--translation: .*Other describes no package of .*Packages, expected the same"),
@@ -217,6 +221,10 @@ def test_encoders_are_loaded_by_name(encoder: Encoder, monkeypatch: pytest.Monke
 def test_what_is_refused(tmp_path: Path, encoder: Encoder, argument: str, value: str, message: str) -> None:
     arguments = write(tmp_path, made_up({"games": 30, "admin": 24, "web": 1}))
     (tmp_path / "Packages.lz4").write_bytes(b"")
+    (tmp_path / "damaged.gz").write_bytes(b"Package: games0")
+    (tmp_path / "damaged.xz").write_bytes(lzma.compress(b"Package: games0")[:-9])
+    (tmp_path / "latin").write_bytes("Package: été".encode("latin-1"))
+    (tmp_path / "indented").write_text("  Package: games0\n", encoding="utf-8")
     (tmp_path / "Other").write_text(package("other", "games", "of another release")[1], encoding="utf-8")
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     given |= {"--classes": "2", "--output": str(tmp_path / "texts.npz")}
