@@ -5,8 +5,8 @@
     gradmix train --benchmark arrays --data-dir texts.npz --classes-per-task 2
 
 Any Debian mirror has both files: ``dists/bookworm/main/binary-amd64/Packages.xz`` names packages and their sections,
-``dists/bookworm/main/i18n/Translation-en.xz`` has the descriptions. apt keeps them in ``/var/lib/apt/lists``, if it is
-told to fetch translations. One description of each source package is kept, and none that repeats another's words, so
+``dists/bookworm/main/i18n/Translation-en.xz`` has the descriptions. apt keeps them in ``/var/lib/apt/lists``, if it
+fetches translations. One description of each source package is kept, and none that repeats another's words, so
 that no text of the test samples is a twin of one that is trained on.
 """
 
