@@ -13,7 +13,7 @@ from fresh import run_python
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 FASTER = {"SEEDS = 3": "SEEDS = 1", "range(10)": "range(6)"}
 """Fewer seeds and epochs for the comparison, which takes half a minute."""
-OTHERS = {"class_conflicts", "pretrained_features", "several_processes"}
+OTHERS = {"class_conflicts", "pretrained_features", "several_processes", "text_features"}
 """Examples with a test of their own; the others end with the accuracy on all classes."""
 
 

@@ -97,9 +97,10 @@ def runs_by_setting() -> dict[tuple[str, str, str], dict[int, float]]:
     found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     # Of runs of the same setting and seed, made on several machines, the last file's count.
     for file in sorted((ROOT / "bench/results/experiments").glob("*.json")):
+        dataset = file.stem.partition("-")[0]  # the benchmark "arrays" is several
         for run in json.loads(file.read_text(encoding="utf-8"))["runs"]:
             config = run["config"]
-            shared = {key: config[key] for key in config if re.match(r"(data|optim|replay)\.", key)}
+            shared = {key: config[key] for key in config if re.match(r"(data|optim|replay)\.", key)} | {"of": dataset}
             mixing = {key: config[key] for key in config if key.startswith("mix.")}
             found[run["method"], json.dumps(shared), json.dumps(mixing)][run["seed"]] = run["metrics"][
                 "average_accuracy"
