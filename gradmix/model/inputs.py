@@ -74,11 +74,15 @@ def num_samples(x: InputTree) -> int:
 
 def first_tensor(x: InputTree) -> Tensor:
     """Return the first leaf of a checked tree."""
+    if isinstance(x, Tensor):
+        return x
     return cast(Tensor, next(leaves(x))[1])
 
 
 def map_tensors(function: Callable[[Any], Any], x: Tree) -> Tree:
     """Return the tree with ``function`` applied to every leaf; a mapping becomes a plain dict."""
+    if isinstance(x, Tensor):
+        return cast(Tree, function(x))
     if isinstance(x, Mapping):
         return cast(Tree, {key: map_tensors(function, value) for key, value in x.items()})
     if isinstance(x, tuple):

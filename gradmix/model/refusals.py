@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gradmix.gradients.exceptions import BatchStatisticsError
 from gradmix.model.head import logits_of
 from gradmix.model.inputs import InputTree, call_model, leaves, num_samples, own_copy, take
-from gradmix.model.unchanged import check_watched, without_compilation
+from gradmix.model.unchanged import check_watched, modules_of, without_compilation
 
 _SAMPLES = 2
 """Samples of the two passes that show whether a model uses statistics of the batch."""
@@ -71,7 +71,7 @@ def refuse_batch_statistics(model: nn.Module, x: InputTree) -> Iterator[None]:
     check_watched("model", model)
     watch = _Watch()
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules_of(model):
             if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
                 stack.callback(module.register_forward_pre_hook(_refuse).remove)
         if model in _met:

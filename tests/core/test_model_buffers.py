@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import rows
+from no_looking import behind_the_host
+from test_launches import Launches
 from test_promises import CALLS
 from torch import Tensor, nn
 
@@ -206,3 +208,15 @@ def test_buffers_of_a_compiled_module() -> None:
     assert model.steps.tolist() == [0.0, 0.0]
     gradmix.class_gradients(nn.Sequential(model, nn.Linear(5, 5)), rows(6, 1), layers=["1"])
     assert model.steps.tolist() == [0.0, 0.0]
+
+
+def test_the_number_of_calls_does_not_grow_with_the_number_of_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a launch on a GPU, and a ResNet-50 has 159 buffers."""
+    behind_the_host(monkeypatch)
+    counts = []
+    for number in (2, 20):
+        model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(number)))
+        with Launches() as launches, leave_unchanged(model):
+            pass
+        counts.append(launches.counts.total())
+    assert counts == [4, 4]  # to and fro, of float32 and int64
