@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -41,6 +42,18 @@ class Variant(NamedTuple):
     max_registers: int = 255
     max_shared: int = 166_912
     max_spills: int = 0
+
+
+def unit_of(*numbers: int) -> int:
+    """Return the largest common divisor of sizes and strides, up to 16: a constant of a kernel, which multiplies by it.
+
+    So the compiler knows that rows of 1,000 numbers begin at multiples of 8, and reads 16 bytes at a time. By itself
+    Triton tells multiples of 16 apart from all other numbers alone.
+
+    >>> unit_of(1000, 2048)
+    8
+    """
+    return math.gcd(16, *numbers)
 
 
 OLDEST = (3, 6)

@@ -25,6 +25,7 @@ class Figures(NamedTuple):
         spills: bytes a thread keeps in memory for want of registers: its stack and local memory.
         spilt_in_loop: instructions that spill or fetch what was spilt, within the innermost loops of matrix products.
         matrix_instructions: instructions for the matrix units in the machine code, as ``"HGMMA 100"``, or ``"none"``.
+        copies: copies from global to shared memory by bits, as ``"128: 8, 64: 4"``, or ``"none"``.
     """
 
     registers: int
@@ -32,12 +33,14 @@ class Figures(NamedTuple):
     spills: int
     spilt_in_loop: int
     matrix_instructions: str
+    copies: str
 
 
 def resource_usage(variant: Variant, capability: int) -> Figures:
     """Compile a variant for a compute capability, and read what it takes from the machine code.
 
-    Pointers are taken to be aligned as torch allocates, and no size or stride to be a multiple of anything.
+    Pointers are taken to be aligned as torch allocates, and no size or stride that is passed to be a multiple of
+    anything.
 
     Args:
         variant: what to compile.
@@ -64,6 +67,9 @@ def resource_usage(variant: Variant, capability: int) -> Figures:
         usage = _cuobjdump("-res-usage", cubin)
         code = _cuobjdump("-sass", cubin)
     taken = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    copies = re.findall(r"\bLDGSTS\.[.\w]+", code)
+    widths = {width: sum(copy.endswith(f".{width}") for copy in copies) for width in (128, 64)}
+    widths[32] = len(copies) - sum(widths.values())
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA")}
     return Figures(
         registers=taken["REG"],
@@ -71,6 +77,7 @@ def resource_usage(variant: Variant, capability: int) -> Figures:
         spills=taken["STACK"] + taken["LOCAL"],
         spilt_in_loop=_spilt_in_loop(code),
         matrix_instructions=", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none",
+        copies=", ".join(f"{width}: {count}" for width, count in widths.items() if count) or "none",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gradmix.kernels import Variant
+from gradmix.kernels import Variant, unit_of
 from torch import Tensor
 
 
@@ -33,7 +33,11 @@ def _scales(x, scales, rows, width, layer_stride, row_stride, BLOCK: tl.constexp
     tl.store(scales + row, (power << 23).to(tl.float32, bitcast=True))
 
 
-@triton.jit
+_SIZES = ("rows", "columns", "width", "x_layer", "x_row", "y_layer", "y_row", "reference_layer")
+"""Numbers for which Triton must not compile anew where they are 1 or multiples of 16."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _pairs(
     x,
     y,
@@ -53,10 +57,18 @@ def _pairs(
     reference_layer,
     MIXED: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # The width and the strides of the inputs are in units.
+    width *= UNIT
+    x_layer *= UNIT
+    x_row *= UNIT
+    y_layer *= UNIT
+    y_row *= UNIT
+    reference_layer *= UNIT
     layer = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     q = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -201,10 +213,11 @@ def _launch(
 ) -> None:
     (layers, rows, width), columns = x.shape, y.shape[1]
     chosen = configuration(layers, rows, columns)
+    sizes = width, x.stride(0), x.stride(1), y.stride(0), y.stride(1), reference.stride(0) if mixed else 0
+    unit = unit_of(*sizes)
     _pairs[(triton.cdiv(rows, chosen.tile), triton.cdiv(columns, chosen.tile), layers)](
-        x, y, scales_x, scales_y, reference, lam, out, norm, rows, columns, width,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), reference.stride(0),
-        MIXED=mixed, PRECISION=precision, ROWS=chosen.tile, COLUMNS=chosen.tile, BLOCK=BLOCK,
+        x, y, scales_x, scales_y, reference, lam, out, norm, rows, columns, *(size // unit for size in sizes),
+        MIXED=mixed, PRECISION=precision, UNIT=unit, ROWS=chosen.tile, COLUMNS=chosen.tile, BLOCK=BLOCK,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
 
@@ -230,8 +243,7 @@ def variants() -> Iterator[Variant]:
         3,
         max_registers=64,
     )
-    sizes = ("rows", "columns", "width", "x_layer", "x_row", "y_layer", "y_row", "reference_layer")
-    constants = ("MIXED", "PRECISION", "ROWS", "COLUMNS", "BLOCK")
+    constants = ("MIXED", "PRECISION", "UNIT", "ROWS", "COLUMNS", "BLOCK")
     for chosen in CONFIGURATIONS:
         for mixed in (False, True):
             for precision, dtype in (("tf32x3", "fp32"), ("tf32x3", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
@@ -241,12 +253,13 @@ def variants() -> Iterator[Variant]:
                     "reference": f"*{dtype}",
                     "lam": "*fp64" if mixed else "*fp32",
                     **dict.fromkeys(("out", "norm"), "*fp32"),
-                    **dict.fromkeys(sizes, "i32"),
+                    **dict.fromkeys(_SIZES, "i32"),
                     **dict.fromkeys(constants, "constexpr"),
                 }
                 values: dict[str, Any] = {
                     "MIXED": mixed,
                     "PRECISION": precision,
+                    "UNIT": 8,
                     "ROWS": chosen.tile,
                     "COLUMNS": chosen.tile,
                     "BLOCK": BLOCK,

@@ -20,13 +20,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gradmix.kernels import Variant
+from gradmix.kernels import Variant, unit_of
 from torch import Tensor
 
 
-@triton.jit
-def _rows(logits, labels, stats, rows, classes, stride, BLOCK: tl.constexpr):
-    """Compute for each row the largest logit, 1 / sum exp(z - largest), and the residual of its label (3, N)."""
+@triton.jit(do_not_specialize=("rows", "classes", "stride"))
+def _rows(logits, labels, stats, rows, classes, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute for each row the largest logit, 1 / sum exp(z - largest), and the residual of its label (3, N).
+
+    ``classes`` and ``stride`` are in units.
+    """
+    classes *= UNIT
+    stride *= UNIT
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -50,7 +55,14 @@ def _rows(logits, labels, stats, rows, classes, stride, BLOCK: tl.constexpr):
     tl.store(stats + 2 * rows + row, -rest * inverse)
 
 
-@triton.jit
+_SIZES = (
+    "rows", "classes", "width", "rows_each", "out_split", "out_stride", "features_stride", "logits_stride",
+    "vectors_stride",
+)  # fmt: skip
+"""Numbers for which Triton must not compile anew where they are 1 or multiples of 16."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _tiles(
     out,
     features,
@@ -71,10 +83,18 @@ def _tiles(
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    UNIT_D: tl.constexpr,
     CLASSES: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    # Sizes and strides of the inputs are in units.
+    classes *= UNIT_C
+    logits_stride *= UNIT_C
+    vectors_stride *= UNIT_C
+    width *= UNIT_D
+    features_stride *= UNIT_D
     c = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     first = tl.program_id(2) * rows_each
@@ -189,16 +209,18 @@ def last_layer_gradient(out: Tensor, features: Tensor, logits: Tensor, labels: T
     each = triton.cdiv(triton.cdiv(rows, parts), ROWS) * ROWS
     parts = triton.cdiv(rows, each)
     target = result if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    vectors_stride = vectors.stride(0) if soft else 0
+    unit_c, unit_d = unit_of(classes, logits.stride(0), vectors_stride), unit_of(width, features.stride(0))
     with torch.cuda.device_of(out):
         _rows[(rows,)](
-            logits, labels, stats, rows, classes, logits.stride(0),
+            logits, labels, stats, rows, classes // unit_c, logits.stride(0) // unit_c, UNIT=unit_c,
             BLOCK=min(ROW_BLOCK, triton.next_power_of_2(classes)), num_warps=4,
         )  # fmt: skip
         _tiles[(*grid, parts)](
-            target, features, logits, labels, vectors, stats, rows, classes, width, each,
+            target, features, logits, labels, vectors, stats, rows, classes // unit_c, width // unit_d, each,
             0 if parts == 1 else target.stride(0), target.stride(-2),
-            features.stride(0), logits.stride(0), vectors.stride(0) if soft else 0,
-            SOFT=soft, BIAS=out.shape[1] > width, ADD=parts == 1, PRECISION=precision,
+            features.stride(0) // unit_d, logits.stride(0) // unit_c, vectors_stride // unit_c,
+            SOFT=soft, BIAS=out.shape[1] > width, ADD=parts == 1, PRECISION=precision, UNIT_C=unit_c, UNIT_D=unit_d,
             CLASSES=chosen.classes, FEATURES=chosen.features, ROWS=ROWS,
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
@@ -220,14 +242,13 @@ def variants() -> Iterator[Variant]:
     yield Variant(
         "last_layer_gradient rows",
         _rows,
-        {**pointers, **sizes, "BLOCK": "constexpr"},
-        {"BLOCK": ROW_BLOCK},
+        {**pointers, **sizes, "UNIT": "constexpr", "BLOCK": "constexpr"},
+        {"UNIT": 8, "BLOCK": ROW_BLOCK},
         4,
         3,
         max_registers=128,
     )
-    names = ("rows", "classes", "width", "rows_each", "out_split", "out_stride", "features_stride", "logits_stride")
-    constants = ("SOFT", "BIAS", "ADD", "PRECISION", "CLASSES", "FEATURES", "ROWS")
+    constants = ("SOFT", "BIAS", "ADD", "PRECISION", "UNIT_C", "UNIT_D", "CLASSES", "FEATURES", "ROWS")
     for chosen in CONFIGURATIONS:
         for precision in ("tf32x3", "tf32", "ieee"):
             for hard, dtype in ((True, "fp32"), (True, "bf16"), (False, "fp32")):
@@ -238,7 +259,7 @@ def variants() -> Iterator[Variant]:
                     "labels": "*i64",
                     "vectors": "*i64" if hard else "*fp32",
                     "stats": "*fp32",
-                    **dict.fromkeys((*names, "vectors_stride"), "i32"),
+                    **dict.fromkeys(_SIZES, "i32"),
                     **dict.fromkeys(constants, "constexpr"),
                 }
                 values: dict[str, Any] = {
@@ -246,6 +267,8 @@ def variants() -> Iterator[Variant]:
                     "BIAS": True,
                     "ADD": True,
                     "PRECISION": precision,
+                    "UNIT_C": 8,
+                    "UNIT_D": 16,
                     "CLASSES": chosen.classes,
                     "FEATURES": chosen.features,
                     "ROWS": ROWS,

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gradmix.kernels import Variant
+from gradmix.kernels import Variant, unit_of
 from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
@@ -50,6 +50,10 @@ CANCELLED = tl.constexpr(1 / 16)
 LEAST = tl.constexpr(1e-30)  # the size at which residuals are held
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # the logarithm of zero
+
+_STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "t", "u"))
+_SIZES = ("n", "m", "rows_a", "rows_b", "classes", "width", "count", *_STRIDES)
+"""Numbers for which Triton must not compile anew where they are 1 or multiples of 16: another batch is not to wait."""
 
 # What the row kernel leaves for each row.
 TOP = tl.constexpr(0)
@@ -114,7 +118,7 @@ def _statistics(
         tl.store(out + LABEL_SQUARE * rows + r, tl.sum(label_square, 1), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _row_kernel(
     features_a,
     logits_a,
@@ -144,10 +148,25 @@ def _row_kernel(
     u_b_stride,
     SOFT: tl.constexpr,
     NORMS: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    UNIT_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Statistics of both sides' rows: the first programs have the rows of a, the others those of b."""
+    """Statistics of both sides' rows: the first programs have the rows of a, the others those of b.
+
+    Sizes and strides are in units, see :class:`_Units`.
+    """
+    classes *= UNIT_C
+    logits_a_stride *= UNIT_C
+    logits_b_stride *= UNIT_C
+    t_a_stride *= UNIT_C
+    t_b_stride *= UNIT_C
+    u_a_stride *= UNIT_C
+    u_b_stride *= UNIT_C
+    width *= UNIT_D
+    features_a_stride *= UNIT_D
+    features_b_stride *= UNIT_D
     block = tl.program_id(0)
     blocks_a = tl.cdiv(rows_a, ROWS)
     if block < blocks_a:
@@ -327,7 +346,7 @@ def _norm(residual, gram, square_a, square_b, lam, mu, BIAS: tl.constexpr):
     return residual * tl.sqrt_rn(mixed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _pair_kernel(
     features_a, logits_a, labels_a, t_a, u_a, statistics_a,
     features_b, logits_b, labels_b, t_b, u_b, statistics_b,
@@ -336,12 +355,24 @@ def _pair_kernel(
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
     SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, NORMS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows.
 
     Without NORMS no norm is written; of label vectors it is formed in any case, as it shows what has to be recomputed.
+    Sizes and strides are in units, see :class:`_Units`.
     """
+    classes *= UNIT_C
+    logits_a_stride *= UNIT_C
+    logits_b_stride *= UNIT_C
+    t_a_stride *= UNIT_C
+    t_b_stride *= UNIT_C
+    u_a_stride *= UNIT_C
+    u_b_stride *= UNIT_C
+    width *= UNIT_D
+    features_a_stride *= UNIT_D
+    features_b_stride *= UNIT_D
     tiles_b = tl.cdiv(m, BLOCK_B)
     tile_a = (tl.program_id(0) // tiles_b).to(tl.int64)
     tile_b = (tl.program_id(0) % tiles_b).to(tl.int64)
@@ -587,11 +618,32 @@ class _Rows(NamedTuple):
     t: Tensor
     u: Tensor
 
-    @property
-    def strides(self) -> tuple[int, int, int, int, int]:
-        rows = (self.features, self.logits, self.labels, self.t, self.u)
-        features, logits, labels, t, u = (part.stride(0) for part in rows)
-        return features, logits, labels, t, u
+    def strides(self, units: _Units) -> tuple[int, int, int, int, int]:
+        """Strides of the rows in units; label vectors have t, class indices none."""
+        logits, t, u = (part.stride(0) // units.classes for part in (self.logits, self.t, self.u))
+        return self.features.stride(0) // units.width, logits, self.labels.stride(0), t, u
+
+
+class _Units(NamedTuple):
+    """Units of sizes and strides (:func:`gradmix.kernels.unit_of`).
+
+    Attributes:
+        classes: of the number of classes and of the strides of what has a number a class.
+        width: of the number of features and their strides.
+    """
+
+    classes: int
+    width: int
+
+
+def _units(*sides: _Rows) -> _Units:
+    of_classes: list[int] = []
+    of_width: list[int] = []
+    for side in sides:
+        of_width += [side.features.shape[1], side.features.stride(0)]
+        of_classes.append(side.logits.shape[1])
+        of_classes += [part.stride(0) for part in (side.logits, side.t, side.u) if part.ndim > 1]
+    return _Units(unit_of(*of_classes), unit_of(*of_width))
 
 
 def _rows(features: Tensor, logits: Tensor, labels: Tensor, u: Tensor) -> _Rows:
@@ -611,7 +663,7 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
-def _row_statistics(a: _Rows, b: _Rows, norms: bool) -> tuple[Tensor, Tensor]:
+def _row_statistics(a: _Rows, b: _Rows, norms: bool, units: _Units) -> tuple[Tensor, Tensor]:
     """(4, N) and (4, M) float32, of both sides in one launch, and of one if it is both."""
     n, classes = a.logits.shape
     m = len(b.logits)
@@ -620,8 +672,9 @@ def _row_statistics(a: _Rows, b: _Rows, norms: bool) -> tuple[Tensor, Tensor]:
     out_b = out_a if b is a else a.u.new_empty(4, m)
     blocks = triton.cdiv(n, ROWS) + (0 if b is a else triton.cdiv(m, ROWS))
     _row_kernel[(blocks,)](
-        *a, out_a, *b, out_b, n, m, classes, width, *a.strides, *b.strides,
-        SOFT=a.t.is_floating_point(), NORMS=norms, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
+        *a, out_a, *b, out_b, n, m, classes // units.classes, width // units.width,
+        *a.strides(units), *b.strides(units), SOFT=a.t.is_floating_point(), NORMS=norms,
+        UNIT_C=units.classes, UNIT_D=units.width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=ROW_WARPS,
     )  # fmt: skip
     return out_a, out_b
 
@@ -639,13 +692,15 @@ def _launch(
         return inner.zero_(), norm.zero_()  # every slot is empty
     choice = configuration(n, m, soft)
     with torch.cuda.device_of(a.logits):
-        statistics_a, statistics_b = _row_statistics(a, b, norms)
+        units = _units(a, b)
+        statistics_a, statistics_b = _row_statistics(a, b, norms, units)
         _pair_kernel[(triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b),)](
             *a, statistics_a, *b, statistics_b, lams, lams if slots is None else slots, inner, norm,
-            n, m, len(a.logits), len(b.logits), a.logits.shape[1], a.features.shape[1], len(lams),
-            *a.strides, *b.strides,
+            n, m, len(a.logits), len(b.logits), a.logits.shape[1] // units.classes,
+            a.features.shape[1] // units.width, len(lams), *a.strides(units), *b.strides(units),
             SOFT=soft, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, NORMS=norms,
-            PRECISION=precision, BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
+            PRECISION=precision, UNIT_C=units.classes, UNIT_D=units.width,
+            BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
     return inner, norm
@@ -761,7 +816,7 @@ def variants() -> Iterator[Variant]:
         for precision in ("ieee", "tf32"):
             yield _pair_variant((SOFT if soft else HARD)[-1], soft, precision=precision)
     yield _pair_variant(HARD[-1], soft=False, element="*bf16")
-    yield _pair_variant(HARD[-1], soft=False, ones=True)
+    yield _pair_variant(HARD[-1], soft=False, units=(1, 1))
 
 
 def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]]:
@@ -776,11 +831,8 @@ def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]
         )
 
 
-_STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "t", "u"))
-
-
 def _row_variant(soft: bool, norms: bool) -> Variant:
-    constants = {"SOFT": soft, "NORMS": norms, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    constants = {"SOFT": soft, "NORMS": norms, "UNIT_C": 8, "UNIT_D": 16, "ROWS": ROWS, "COLUMNS": COLUMNS}
     signature = dict(_side_types(soft, "out", "*fp32"))
     signature |= dict.fromkeys(("rows_a", "rows_b", "classes", "width", *_STRIDES), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
@@ -796,10 +848,9 @@ def _pair_variant(
     group: int = 0,
     precision: str = "tf32x3",
     element: str = "*fp32",
-    ones: bool = False,
     norms: bool = True,
+    units: tuple[int, int] = (8, 16),
 ) -> Variant:
-    """``ones``: every size is 1, for which Triton compiles anew with the size a constant."""
     constants: dict[str, Any] = {
         "SOFT": soft,
         "GROUP": group,
@@ -807,14 +858,15 @@ def _pair_variant(
         "SEVERAL": several,
         "NORMS": norms,
         "PRECISION": precision,
+        "UNIT_C": units[0],
+        "UNIT_D": units[1],
         "BLOCK_A": choice.rows_a,
         "BLOCK_B": choice.rows_b,
         "BLOCK_C": CLASSES,
     }
-    sizes = dict.fromkeys(("n", "m", "rows_a", "rows_b", "classes", "width", "count", *_STRIDES), 1)
     signature = dict(_side_types(soft, "statistics", element))
     signature |= {"lams": "*fp64", "slots": "*i64", "inner_out": "*fp32", "norm_out": "*fp32"}
-    signature |= dict.fromkeys(sizes, "constexpr" if ones else "i32") | dict.fromkeys(constants, "constexpr")
+    signature |= dict.fromkeys(_SIZES, "i32") | dict.fromkeys(constants, "constexpr")
     parts = [
         f"mixed_alignment {choice.rows_a}x{choice.rows_b}",
         "label vectors" if soft else "class indices",
@@ -822,14 +874,14 @@ def _pair_variant(
         *(["several weights"] if several else []),
         *([f"groups of {group}"] if group else []),
         *(["bfloat16"] if element == "*bf16" else []),
-        *(["sizes of 1"] if ones else []),
         *([] if norms else ["no norms"]),
+        *([] if units == (8, 16) else [f"units of {units[0]} and {units[1]}"]),
     ]
     return Variant(
         ", ".join(parts),
         _pair_kernel,
         signature,
-        constants | (sizes if ones else {}),
+        constants,
         choice.num_warps,
         choice.num_stages,
         max_shared=65_536,
