@@ -35,6 +35,8 @@ _MISSING = 1
 _DEFAULT_OUTPUT = Path("runs") / "experiments"
 _RUNS = "runs"
 _OWN = "(default: the experiment's)"
+_LOG_SECONDS = 600.0
+"""Seconds between two lines in a log: a run of days shows early that it goes on, and fills no pages."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,21 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def start(self, run: Run) -> None:
             reporter.start(run.label, run.seed)
+            self.run, self.first_step = run, 0
+            self.started = self.logged = time.monotonic()
 
         def step(self, progress: Progress) -> None:
-            # In a log the lines of finished runs are enough: there are many.
+            now = time.monotonic()
+            self.first_step = self.first_step or progress.step
             if reporter.bar is not None:
                 reporter.step(progress)
+            elif now - self.logged >= _LOG_SECONDS:
+                self.logged = now
+                steps, left = progress.step - self.first_step, progress.steps_total - progress.step
+                seconds = (now - self.started) / max(steps, 1) * left
+                share = f"{100 * progress.step / progress.steps_total:.0f} %"
+                position = f"task {progress.task} of {progress.tasks}, {share} done"
+                reporter.say(self._name(self.run), f"{position}  ({_duration(seconds)} of this run to go)")
 
         def finish(self, run: Run, result: RunResult) -> None:
             self.done += 1
@@ -200,7 +212,7 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
 
         def fail(self, run: Run, reason: str) -> None:
             self.done += 1
-            reporter.say(f"{self._name(run)}  failed: {reason}")
+            reporter.say(self._name(run), f"failed: {reason}")
             self._count()
 
         def wait(self, runs: int) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from gradmix.cli.errors import INTERRUPTED, StopNow
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _BAR_AND_TIME = 24
 """Columns for a short bar, the share done and the time left."""
+_BELOW = "    "
+"""Before the rest of a line that is too long for the terminal."""
 
 
 class Reporter:
@@ -105,7 +108,7 @@ class Reporter:
 
     def finish(self, result: RunResult, note: str = "") -> None:
         """Show a run's figures in a line that stays."""
-        self.say(f"{self.name}  {figures(result)}{note}")
+        self.say(self.name, f"{figures(result)}{note}")
 
     def count(self, done: int, running: int) -> None:
         """Show how many runs are over and how many are going on, where their steps are other processes'."""
@@ -119,8 +122,11 @@ class Reporter:
 
     def say(self, line: str, more: str = "") -> None:
         """Show a line that stays; on a terminal that is too narrow for it, what is ``more`` stands below."""
-        fits = self.bar is None or len(line) + 2 + len(more) <= self.console.width
-        for part in [f"{line}  {more}".rstrip()] if fits or not more else [line, f"    {more}"]:
+        parts = [f"{line}  {more}".rstrip()]
+        if self.bar is not None and len(parts[0]) > self.console.width:
+            width = self.console.width
+            parts = wrap(line, width) + [_BELOW + rest for rest in wrap(more, width - len(_BELOW))]
+        for part in parts:
             self._say(shown(part))
 
     def _say(self, line: str) -> None:

@@ -17,7 +17,7 @@ from synthetic_runs import make_result
 
 from gradmix import cli
 from gradmix.cli.experiment import _watcher
-from gradmix.cli.progress import Reporter
+from gradmix.cli.progress import Reporter, figures
 from gradmix.training.loop import trainer
 from gradmix.training.reports.cells import with_sign
 from gradmix.training.reports.saving import save_run
@@ -265,6 +265,47 @@ def test_what_is_too_long_for_a_terminal_stands_on_two_lines(
     reporter.say(line, more)
     reporter.say("[1/2] er", more)
     assert capsys.readouterr().out == f"{line}\n    {more}\n[1/2] er  {more}\n"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("label", ["er", "gradmix-sample with the gradient of the whole buffer"])
+def test_the_figures_of_a_run_fit_a_terminal(
+    label: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both of ``gradmix train`` and of ``gradmix experiment``."""
+    from rich.console import Console
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(Console, "is_terminal", True)
+    run, result = replace(experiments.load("mine.yaml").runs()[0], arm=label), make_result("er", 0)
+    reporter = Reporter(1, len(label))
+    reporter.start(label, 0)
+    reporter.finish(result)
+    _watcher(reporter, 1, 1).finish(run, result)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    words = f"{label} seed 0 {figures(result)}".split()
+    assert out.split() == [*words, "[1/1]", *words], "nothing is lost"
+
+
+def test_a_log_has_a_line_now_and_then_of_a_long_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("gradmix.cli.experiment.time.monotonic", lambda: now)
+    (first, *_) = experiments.load("mine.yaml").runs()
+    watcher = _watcher(Reporter(4, 4), 4, 1)
+    watcher.start(first)
+    # From step 100 on, as after a checkpoint: two steps a second, and a line every ten minutes.
+    for step in range(100, 5000):
+        watcher.step(trainer.Progress("er", 0, 1 + step // 2000, 5, 1, 1, step, 10_000, None))
+        now += 0.5
+    assert capsys.readouterr().out.splitlines() == [
+        "[0/4] er    seed 0  task 1 of 5, 13 % done  (72 min of this run to go)",
+        "[0/4] er    seed 0  task 2 of 5, 25 % done  (62 min of this run to go)",
+        "[0/4] er    seed 0  task 2 of 5, 37 % done  (52 min of this run to go)",
+        "[0/4] er    seed 0  task 3 of 5, 49 % done  (42 min of this run to go)",
+    ]
 
 
 def test_the_report_alone(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gradmix.training.reports.arms import from_results, summarise
 from gradmix.training.runs.metrics import Interval, mean_interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,16 @@ def figures(file: Path) -> dict[tuple[str, str], str]:
     return found
 
 
+def shares_of_selection(file: Path) -> dict[tuple[str, str], str]:
+    """The share of a step that selection took, as the report computes it, by row and average accuracy."""
+    found = {}
+    for row in summarise(from_results(file))[0]:
+        accuracy, share = row.metrics["average_accuracy"], row.shares["selection"]
+        for label in (row.label, re.sub("^gradmix$", "gradmix-class", row.label)):
+            found[label, f"{accuracy.mean:.3f} ± {accuracy.std:.3f}"] = f"{100 * share:.0f} %" if share > 0 else ""
+    return found
+
+
 def cells_of(page: Path) -> list[tuple[str, str, str]]:
     """Row, metric and figure of the tables with a column of a metric, or of differences."""
     found = []
@@ -76,6 +87,20 @@ def test_tables_say_what_the_runs_gave(page: Path) -> None:
     for row, metric, figure in cells_of(page):
         expected = {file[row, metric] for file in files if (row, metric) in file}
         assert not expected or figure in expected, f"{row}, {metric}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, FOLDER / "index.md"], ids=lambda page: page.stem)
+def test_tables_of_methods_say_what_selection_takes_of_a_step(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(r"`(bench/results/experiments/[\w-]+\.json)`", text) or ["bench/results/experiments/mnist.json"]
+    known: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        for row, share in shares_of_selection(ROOT / name).items():
+            known.setdefault(row, set()).add(share)
+    for head, *lines in tables(text):
+        for line in lines if "average accuracy" in head[1:] else ():
+            row = line[0].partition("`")[0], line[head.index("average accuracy")].strip("*")
+            assert row not in known or line[head.index("selection")] in known[row], row
 
 
 def test_the_tables_are_read() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
+from generated_images import write_cifar10
 
 from gradmix import cli
 from gradmix.training.reports.arms import from_results
@@ -16,29 +15,10 @@ from gradmix.training.runs.experiments import load
 pytestmark = pytest.mark.slow
 
 
-def generated(root: Path, rows: int = 20) -> Path:
-    """CIFAR-10's own layout with generated images: a class is a colour and a frequency of stripes, under noise."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(3)
-    colours = rng.uniform(60, 200, (10, 3, 1, 1))
-
-    def batch(count: int) -> dict[str, object]:
-        labels = np.arange(count) % 10
-        stripes = np.sin(np.arange(32)[None, :] * (1 + np.arange(10)[:, None]) * 0.3)[labels][:, None, None, :]
-        images = colours[labels] + 40 * stripes + rng.normal(0, 25, (count, 3, 32, 32))
-        return {"data": images.clip(0, 255).astype(np.uint8).reshape(count, -1), "labels": labels.tolist()}
-
-    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        (folder / name).write_bytes(pickle.dumps(batch(2 * rows)))
-    names = {"label_names": [f"class {k}" for k in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    return root
-
-
 def test_the_protocol_on_generated_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Crops and flips, batch normalisation, bfloat16, channels last, all methods of the full table, and the report."""
-    data, specification = generated(tmp_path), tmp_path / "small.yaml"
+    data, specification = tmp_path / "data", tmp_path / "small.yaml"
+    write_cifar10(data, 20, 4)
     specification.write_text(
         """
         title: CIFAR's path

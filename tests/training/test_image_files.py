@@ -381,7 +381,7 @@ BAD_TINY = {
     "no list": (
         {"wnids.txt": None},
         FileNotFoundError,
-        "/wnids.txt: missing; expected Tiny ImageNet's list of classes",
+        "/wnids.txt: missing; expected Tiny ImageNet's list of classes: the data directory is tiny-imagenet-200,",
     ),
     "empty list": ({"wnids.txt": "\n"}, DataError, "/wnids.txt: expected one class in each line, none twice"),
     "class twice": ({"wnids.txt": "n01\nn01\n"}, DataError, "/wnids.txt: expected one class in each line, none twice"),
@@ -476,7 +476,7 @@ def test_imagenet_with_the_development_kit(tmp_path):
 
 
 BAD_IMAGENET = {
-    "no val": (TRAIN, FileNotFoundError, "/val: missing; expected ImageNet's validation images"),
+    "no val": (TRAIN, FileNotFoundError, "/val: missing; expected ImageNet's validation images, beside train"),
     "no train": (FLAT | {"LOC_val_solution.csv": CSV}, FileNotFoundError, "/train: missing"),
     "no table": (
         TRAIN | FLAT,

@@ -90,7 +90,11 @@ def tiny_imagenet(root: str | os.PathLike[str], size: int = 64, *, test: bool = 
     base = Path(root)
     if (base / TINY_IMAGENET).is_dir():
         base = base / TINY_IMAGENET
-    wnids = [line.strip() for line in _lines(base / "wnids.txt", "Tiny ImageNet's list of classes") if line.strip()]
+    listed = _lines(
+        base / "wnids.txt",
+        f"Tiny ImageNet's list of classes: the data directory is {TINY_IMAGENET}, as its archive unpacks, or holds it",
+    )
+    wnids = [line.strip() for line in listed if line.strip()]
     if not wnids or len(set(wnids)) != len(wnids):
         raise DataError(f"{base / 'wnids.txt'}: expected one class in each line, none twice")
     train = []
@@ -175,7 +179,11 @@ def imagenet(
     base = base if base.is_dir() else top
     if not test:
         return image_folder(base, size, test=False)
-    _need_folder(base / "val", "ImageNet's validation images")
+    _need_folder(
+        base / "val",
+        "ImageNet's validation images, beside train with a folder for each class: both lie in the data directory, or "
+        "in ILSVRC/Data/CLS-LOC in it",
+    )
     flat = _images(base / "val")
     if not flat:
         return image_folder(base, size)

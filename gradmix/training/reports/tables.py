@@ -18,6 +18,7 @@ from gradmix.training.reports.rows import Difference, Row, compare, formulas, to
 from gradmix.training.reports.verdict import verdict
 from gradmix.training.runs import metrics
 from gradmix.training.runs.results import METRIC_LABELS, R_MEANING, RunResult, metric_values, tasks_reached
+from gradmix.training.runs.same_data import OWN_DATA, same_data
 from gradmix.training.runs.settings import settings_of
 
 SHOWN = ("average_accuracy", "final_accuracy", "forgetting")
@@ -67,8 +68,8 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
     no mean is taken over different settings.
 
     Raises:
-        ValueError: There is no run; the runs are of different benchmarks, or are scored on different samples; or a seed
-            appears twice in a group.
+        ValueError: There is no run; the runs are of different benchmarks or data, or are scored on different samples;
+            or a seed appears twice in a group.
     """
     if not results:
         raise ValueError("results: got no run, expected at least one")
@@ -82,6 +83,12 @@ def group(results: Sequence[RunResult]) -> dict[str, tuple[RunResult, ...]]:
                 f"runs of different {name} cannot be compared: {_list_with_folders(found, results)}; expected runs of "
                 "one of them"
             )
+    data = [r.config.data.data_dir for r in results]
+    if results[0].benchmark in OWN_DATA and not same_data(data):
+        raise ValueError(
+            f"runs of different data cannot be compared: {_list_with_folders(data, results)}; expected runs of one of "
+            "them"
+        )
     settings = [settings_of(r.config) for r in results]
     groups: dict[str, list[RunResult]] = {}
     for result, own in zip(results, settings, strict=True):
