@@ -18,6 +18,7 @@ from gradmix.labelled_samples import HeadSamples
 from gradmix.mixtures import Mixtures
 from gradmix.ops.backends import Backend, Operator, get_backend
 from gradmix.references import Reference
+from gradmix.runtime import cuda_graphs
 from gradmix.runtime.cuda_graphs import Graphs, Inputs, call
 from gradmix.selector import Rule, Selector
 
@@ -29,11 +30,14 @@ class MeasuredGraphs(Graphs):
         super().__init__()
         self._captures = False
 
-    def __call__(self, function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """See :class:`gradmix.runtime.cuda_graphs.Graphs`. What has no sizes of its own follows the last selection."""
         if isinstance(inputs[0], Mixtures):
             self._captures = _is_worth_capturing(inputs[0])
-        return super().__call__(function, inputs, kept) if self._captures else function(*inputs, *kept)
+        return super().__call__(function, inputs) if self._captures else function(*inputs)
 
 
 def _is_worth_capturing(mixtures: Mixtures[Any]) -> bool:
@@ -66,14 +70,16 @@ def _select_by(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         samples = HeadSamples(None, labels, features, logits)
         mixtures = Mixtures(samples, None, 0.3, logits.shape[1], 1)
-        decision = run(_SELECTOR, (mixtures, numbers), (Reference(reference),))
+        decision = run(_SELECTOR, (mixtures, numbers, Reference(reference)))
         return decision.partner, decision.helpful
 
     return select
 
 
 def _can_run(features: Tensor, *_: Any) -> str | None:
-    return None if _GRAPHS.supports(features.device) else f"it serves GPUs, and the samples are on {features.device}"
+    if cuda_graphs.supports(features.device):
+        return None
+    return f"it serves GPUs, and the samples are on {features.device}"
 
 
 OPERATOR = Operator(

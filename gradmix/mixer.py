@@ -20,8 +20,9 @@ from gradmix.labelled_samples import concatenate_samples
 from gradmix.mixing_weight import draw_lam
 from gradmix.mixtures import Mixtures, Request
 from gradmix.model.head import HeadOutput
-from gradmix.model.inputs import InputTree, first_tensor
+from gradmix.model.inputs import InputTree
 from gradmix.model.unchanged import unwrap
+from gradmix.ops.backends import get_backend
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
 from gradmix.pairs import Pairs, labels_dtype
@@ -142,7 +143,7 @@ class GradMix:
             )
         self._graphs: Graphs | None = None
         if cuda_graph is True:
-            self._graphs = Graphs()
+            self._graphs = Graphs(get_backend)
         elif cuda_graph == "auto" and backend == "auto":
             self._graphs = MeasuredGraphs()
         if refresh != "epoch":
@@ -225,10 +226,7 @@ class GradMix:
                     request = replace(request, marked=None)
                 lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
                 selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
-                run = call
-                if self._graphs is not None and self._graphs.supports(first_tensor(request.batch.x).device):
-                    run = self._graphs
-                self.pairs = select(selector, request, known, lam, self._source, run)
+                self.pairs = select(selector, request, known, lam, self._source, self._graphs or call)
         self._age += 1
         return self.pairs
 

@@ -181,7 +181,7 @@ def select(
     elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
-        decision = run(selector, (mixtures.without_inputs(), proposal.numbers()), (known,))
+        decision = run(selector, (mixtures.without_inputs(), proposal.numbers(), known))
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())

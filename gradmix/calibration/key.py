@@ -126,7 +126,9 @@ def _hash_of_kernels() -> str:
     """Return the hash of the Triton kernels, and of the operators and the selection that call them."""
     found = importlib.util.find_spec("gradmix.kernels")
     folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
-    return _hash([*folders, *(folder / part for folder in _extension.folders() for part in _CALLERS)], (".py",))
+    own = _extension.folders()
+    selection = _hash(own, (".py",), deep=False).encode()
+    return _hash([*folders, *(folder / part for folder in own for part in _CALLERS)], (".py",), selection)
 
 
 def _hash_of_build() -> str:

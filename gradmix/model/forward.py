@@ -19,7 +19,7 @@ from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import are_live, check_label_range, within_range
 from gradmix.replay.sources import chunks_of, chunks_with_numbers
 from gradmix.runtime.collectives import Group
-from gradmix.runtime.deferred_checks import check_where
+from gradmix.runtime.deferred_checks import check_where, compute_checks
 
 
 def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSamples, chunk_size: int) -> HeadSamples:
@@ -61,6 +61,7 @@ def forward_source(
     empty = True
     for start, x, y in chunks_with_numbers(name, source, chunk_size, device, group):
         yield start, _forward_chunk(model, head, name, x, y, start)
+        compute_checks()  # before the source or the model writes the next chunk to the same memory
         empty = False
     if empty and group is not None:
         for x, y in islice(chunks_of(name, source, 1, device), 1):

@@ -199,7 +199,8 @@ class _Buffers:
         for alike, joined in self._copies:
             if not can_sync(joined.device):
                 own, copies = zip(*_parts(alike, joined), strict=True)
-                torch._foreach_copy_(own, copies)
+                with torch.inference_mode(any(buffer.is_inference() for buffer in alike)):
+                    torch._foreach_copy_(own, copies)
             elif not torch.equal(_joined(alike), joined):
                 for buffer, (memory, copy) in zip(alike, _parts(alike, joined), strict=True):
                     if not torch.equal(memory, copy):

@@ -2,20 +2,26 @@
 
 A selection consists of a few dozen small kernels, whose launches take longer than their work on the GPU. They are
 captured when arguments have the same shapes for the second time, and replayed by one launch; what comes once, as the
-last batch of an epoch or every size of a buffer that grows, is called. A graph reads its arguments from memory of
-its own and writes its results there: arguments are copied in, and results are copied out, in one launch for each dtype.
-Not copied are parameters, which a graph reads where they are, and kept tensors that have not changed since.
+last batch of an epoch or every size of a buffer that grows, is called. A graph reads its arguments from memory of its
+own and writes its results there: arguments are copied in and results are copied out in every call, in one launch for
+each dtype. Whether an argument has changed cannot be told: a graph of the user's, ``.data`` and collectives write it
+without a new version. Parameters are not copied; a graph reads them where they are.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from gradmix.runtime.deferred_checks import can_sync
 
 Inputs: TypeAlias = "tuple[Any, ...]"
 """Arguments: tensors and floats, which may change from call to call; tuples and dataclasses of arguments; any other
@@ -25,15 +31,24 @@ WARM_UPS = 3
 """Calls before a capture, in which libraries allocate memory and kernels are compiled."""
 
 GRAPHS = 16
-"""Largest number of graphs kept, each with its memory; the least recently used one is dropped first."""
+"""Largest number of graphs kept, each with its memory."""
+
+IDLE = 1000
+"""Calls after which a graph that was not replayed gives its place to another shape; till then others are called. So
+more shapes than places, taken in turn, do not have each other captured anew: that takes as long as many steps."""
 
 SHAPES = 256
-"""Number of shapes remembered that have come once."""
+"""Number of shapes remembered that have come once, and of those that could not be captured."""
 
 
-def call(function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
+def call(function: Callable[..., Any], inputs: Inputs) -> Any:
     """Call the function; :class:`Graphs` is the captured form."""
-    return function(*inputs, *kept)
+    return function(*inputs)
+
+
+def supports(device: torch.device) -> bool:
+    """Whether calls on ``device`` can be captured now: not on a CPU, nor while values are read or a user captures."""
+    return device.type == "cuda" and not can_sync(device) and not torch.cuda.is_current_stream_capturing()
 
 
 def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -53,51 +68,89 @@ def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable
 
 
 class Graphs:
-    """Runs functions by captured graphs, one for each function and shapes, strides and dtypes of its arguments."""
+    """Runs functions by captured graphs, one for each function and shapes, strides and dtypes of its arguments.
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[object, _Graph] = OrderedDict()
-        self._once: OrderedDict[object, None] = OrderedDict()
+    A copy, also by pickle, has no graphs yet.
 
-    def supports(self, device: torch.device) -> bool:
-        """Whether there are graphs on ``device``."""
-        return device.type == "cuda"
+    Args:
+        settings: returns what else the functions depend on; None: nothing. Torch's precision of products is known.
+    """
 
-    def __call__(self, function: Callable[..., Any], inputs: Inputs, kept: Inputs = ()) -> Any:
-        """Return what ``function(*inputs, *kept)`` returns, its tensors new ones.
+    def __init__(self, settings: Callable[[], Hashable] | None = None) -> None:
+        self._settings = settings
+        self._kept: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._once: OrderedDict[Hashable, None] = OrderedDict()
+        self._failed: OrderedDict[Hashable, None] = OrderedDict()
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._settings,)
+
+    def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
+        """Return what ``function(*inputs)`` returns, its tensors new ones, without a record of autograd.
 
         Args:
             function: hashable; the host never waits in it, and its result, a NamedTuple of tensors or None, depends on
-                its arguments alone.
-            inputs: arguments whose tensors are on one CUDA device. The function receives floats as scalar float64
-                tensors while it is captured.
-            kept: further arguments, whose tensors are written by this library and PyTorch's own operators alone: what
-                has the same version as in the last call is taken to be unchanged. Others are copied in every call, as
-                writes by a graph of the user's or through ``.data`` raise no version.
+                its arguments and the settings alone.
+            inputs: arguments. If their tensors are not on one device that captures, the function is called. It receives
+                floats as scalar float64 tensors while it is captured.
         """
         leaves: list[Tensor | float] = []
-        given = _shape_of(inputs, leaves, {})
-        copied = len(leaves)
-        shape = given, _shape_of(kept, leaves, {})
-        key = (function, shape, *(_kind(leaf) for leaf in leaves))
-        graph = self._kept.pop(key, None)
-        if graph is None and not self._comes_again(key):
-            return function(*inputs, *kept)
-        graph = graph or _Graph(function, shape, leaves, copied)
-        self._kept[key] = graph
-        if len(self._kept) > GRAPHS:
-            self._kept.popitem(last=False)
-        return graph(leaves)
+        shape = _shape_of(inputs, leaves, {})
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+        with torch.inference_mode(False), torch.no_grad():
+            if len(devices) == 1 and supports(*devices):
+                precision = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+                settings = precision if self._settings is None else (*precision, self._settings())
+                key = (function, shape, settings, *(_kind(leaf) for leaf in leaves))
+                with self._lock:
+                    graph = self._graph(key, function, shape, leaves)
+                    if graph is not None:
+                        return graph(leaves)
+            return function(*inputs)
 
-    def _comes_again(self, key: object) -> bool:
-        """Whether a shape has come before; if not, it is remembered."""
-        if key in self._once:
-            del self._once[key]
+    def _graph(
+        self, key: Hashable, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float]
+    ) -> _Graph | None:
+        """Return the graph of a shape, captured now if it comes again and there is room; None: it is to be called."""
+        self._calls += 1
+        graph = self._kept.get(key)
+        if graph is None and key not in self._failed and not _remember(self._once, key) and self._has_room():
+            try:
+                graph = _Graph(function, shape, leaves)
+            except Exception as error:  # of any library; the call that follows raises what is wrong with the function
+                _remember(self._failed, key)
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = f"a selection was not captured in a CUDA graph ({line}); its calls are made"
+                warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        if graph is not None:
+            self._kept[key] = graph
+            self._kept.move_to_end(key)
+            graph.used = self._calls
+        return graph
+
+    def _has_room(self) -> bool:
+        """Whether there is a place for another graph, after those that are of no use any more are dropped."""
+        for key in [key for key, graph in self._kept.items() if graph.is_stale()]:
+            del self._kept[key]
+        if len(self._kept) < GRAPHS:
             return True
-        self._once[key] = None
-        if len(self._once) > SHAPES:
-            self._once.popitem(last=False)
-        return False
+        oldest = next(iter(self._kept))
+        if self._calls - self._kept[oldest].used < IDLE:
+            return False
+        del self._kept[oldest]
+        return True
+
+
+def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> bool:
+    """Whether a key is new; it is remembered."""
+    new = key not in keys
+    keys[key] = None
+    keys.move_to_end(key)
+    if len(keys) > SHAPES:
+        keys.popitem(last=False)
+    return new
 
 
 @dataclass(frozen=True)
@@ -139,7 +192,7 @@ def _fill(shape: Any, own: Sequence[Tensor]) -> Any:
     return tuple(values) if kind is tuple else kind(*values)
 
 
-def _kind(value: Tensor | float) -> tuple[object, ...]:
+def _kind(value: Tensor | float) -> tuple[Hashable, ...]:
     if not isinstance(value, Tensor):
         return (float,)
     kind = value.device, value.dtype, value.shape, value.stride()
@@ -152,32 +205,34 @@ def _is_read_in_place(value: Tensor) -> bool:
 
 
 class _Graph:
-    """One captured call."""
+    """One captured call.
 
-    def __init__(self, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float], copied: int) -> None:
-        device = next(value.device for value in leaves if isinstance(value, Tensor))
-        self._device = device
+    Attributes:
+        used: number of the call that replayed it last.
+    """
+
+    def __init__(self, function: Callable[..., Any], shape: Any, leaves: list[Tensor | float]) -> None:
+        self.used = 0
+        self._device = next(value.device for value in leaves if isinstance(value, Tensor))
         self._stream: torch.cuda.Stream | None = None
-        self._own = [_own(value, device) for value in leaves]
-        # The source of each copy that may be left out, with its version; it is kept, so that no other tensor gets its
-        # memory.
-        self._source: list[tuple[Tensor, int] | None] = [None] * len(leaves)
-        self._copied = copied
+        self._own = [_own(value, self._device) for value in leaves]
+        self._parameters = [
+            weakref.ref(value) for value in leaves if isinstance(value, Tensor) and _is_read_in_place(value)
+        ]
+        self._replay, self._results = capture(lambda: function(*_fill(shape, self._own)), self._device)
 
-        def run() -> Any:
-            inputs, kept = (_fill(part, self._own) for part in shape)
-            return function(*inputs, *kept)
-
-        self._replay, self._results = capture(run, device)
+    def is_stale(self) -> bool:
+        """Whether a parameter that it reads is gone, as of a head that was replaced."""
+        return any(parameter() is None for parameter in self._parameters)
 
     def __call__(self, leaves: list[Tensor | float]) -> Any:
         self._stream = _follow(self._stream, self._device)
         own, given = [], []
-        for k, value in enumerate(leaves):
+        for memory, value in zip(self._own, leaves, strict=True):
             if not isinstance(value, Tensor):
-                self._own[k].fill_(value)
-            elif not (_is_read_in_place(value) or self._is_known(k, value)):
-                own.append(self._own[k])
+                memory.fill_(value)
+            elif not _is_read_in_place(value):
+                own.append(memory)
                 given.append(value)
         _copy(own, given)
         self._replay()
@@ -186,13 +241,6 @@ class _Graph:
         _copy(new, found)
         copies = iter(new)
         return type(self._results)(*(None if value is None else next(copies) for value in self._results))
-
-    def _is_known(self, k: int, value: Tensor) -> bool:
-        """Whether argument ``k`` is kept and unchanged since the last call, which is noted for the next one."""
-        if k < self._copied or value.is_inference():
-            return False
-        before, self._source[k] = self._source[k], (value, value._version)
-        return before is not None and before[0] is value and before[1] == value._version
 
 
 def _follow(before: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream | None:

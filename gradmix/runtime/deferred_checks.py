@@ -8,8 +8,8 @@ mixtures with a NaN count as not helpful, and labels are clamped to their range.
 The next call is the next one for the same model in the same thread; no other thread gets the error. If that thread has
 ended, the next call for the model in any thread gets it. The results for a model that no longer exists are dropped.
 
-A check that is given as a function of tensors is computed at the end of the call, with all others by one captured graph
-if the call has graphs.
+If a call has graphs, a check that is given as a function of tensors is computed with others by one captured graph, at
+the end of a forward pass (:func:`compute_checks`): what it is of may be written by the next one.
 
 On the CPU a check reads values at once. ``GRADMIX_CHECKS=now`` makes it do so everywhere, to find the line at fault.
 """
@@ -22,12 +22,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradmix.runtime.cuda_graphs import Graphs
+if TYPE_CHECKING:
+    from gradmix.runtime.cuda_graphs import Graphs
 
 ENVIRONMENT_VARIABLE = "GRADMIX_CHECKS"
 
@@ -41,10 +42,10 @@ Find = Callable[..., Tensor]
 """Maps tensors and constants to what is wrong with each sample, (N,): bool, or uint8 with 0 for a good sample. It is a
 function of a module: no wait of the host, no other state."""
 
-MOST_KEPT = 1 << 22
-"""Elements that the checks of a call keep until its end; what is beyond is computed at once, in launches of its own.
+MOST_COPIED = 1 << 22
+"""Elements of a check that a graph is given; one of more is computed at once, in launches of its own.
 
-To copy as many into a graph's memory takes about 10 us on a GPU of 2 TB/s."""
+To copy as many into a graph's memory takes about 15 us on a GPU of 2 TB/s."""
 
 _CODES = 256
 """Of a sample's uint8."""
@@ -83,15 +84,40 @@ class _Results:
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
-class _Pending(threading.local):
-    """The checks of the call that this thread is in; None: it is in no call."""
+@dataclass
+class _Call:
+    """A call in progress.
 
-    checks: list[_Check] | None = None
-    kept: int = 0
-    """Elements of their arguments."""
+    Attributes:
+        graphs: captures its checks; None: they are calls.
+        due: checks that are not computed yet.
+        flags: of those that are, see :class:`_Flags`.
+        consequences: of the same checks.
+    """
+
+    graphs: Graphs | None
+    due: list[_Check] = field(default_factory=list)
+    flags: list[Tensor] = field(default_factory=list)
+    consequences: list[tuple[Consequence, ...]] = field(default_factory=list)
+
+    def compute(self) -> None:
+        """Compute the checks that are due."""
+        if self.due:
+            run = _FirstBad(tuple(check.find for check in self.due))
+            inputs = tuple(check.inputs for check in self.due)
+            found = run(*inputs) if self.graphs is None else self.graphs(run, inputs)
+            self.flags.append(found.flags)
+            self.consequences += [check.consequences for check in self.due]
+            self.due = []
 
 
-_pending = _Pending()
+class _Present(threading.local):
+    """The call that this thread is in; None: it is in no call."""
+
+    call: _Call | None = None
+
+
+_present = _Present()
 _unread: weakref.WeakKeyDictionary[nn.Module, list[_Results]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -108,14 +134,15 @@ def check_samples(bad: Tensor, *consequences: Consequence) -> None:
 
 
 def check_where(find: Find, inputs: tuple[Any, ...], *consequences: Consequence) -> None:
-    """Do as :func:`check_samples` with the samples that a function finds, at the end of the call if it must not wait.
+    """Do as :func:`check_samples` with the samples that a function finds, which a captured graph may compute.
 
     Args:
         find: the function.
-        inputs: its arguments, of which the first is a tensor. They stay as they are until the end of the call.
+        inputs: its arguments, of which the first is a tensor. They stay as they are until :func:`compute_checks`.
         consequences: as :func:`check_samples`, for the codes that the function returns.
     """
-    if can_sync(inputs[0].device) or _pending.checks is None:
+    call = _present.call
+    if can_sync(inputs[0].device) or call is None:
         bad = find(*inputs)
         if bad.any():
             sample = int(bad.nonzero()[0])
@@ -123,13 +150,21 @@ def check_where(find: Find, inputs: tuple[Any, ...], *consequences: Consequence)
             if error is not None:
                 raise error
         return
-    # A parameter is there anyway.
-    size = sum(v.numel() for v in inputs if isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
-    if _pending.kept + size > MOST_KEPT:
+    if call.graphs is None or _size(inputs) > MOST_COPIED:
         find, inputs = _as_given, (find(*inputs),)
-    else:
-        _pending.kept += size
-    _pending.checks.append(_Check(find, inputs, consequences))
+    call.due.append(_Check(find, inputs, consequences))
+
+
+def compute_checks() -> None:
+    """Compute the checks so far, before what they are of is written by the next pass, or by what restores the model."""
+    call = _present.call
+    if call is not None and call.graphs is not None:
+        call.compute()
+
+
+def _size(inputs: tuple[Any, ...]) -> int:
+    """Return the number of elements that would be copied; a parameter is read where it is."""
+    return sum(v.numel() for v in inputs if isinstance(v, Tensor) and not isinstance(v, nn.Parameter))
 
 
 def _as_given(bad: Tensor) -> Tensor:
@@ -147,22 +182,18 @@ def defer_checks(model: nn.Module, graphs: Graphs | None = None) -> Iterator[Non
         graphs: captures the computation of the checks where it can.
     """
     raise_deferred(model)
-    before, _pending.checks, _pending.kept = (_pending.checks, _pending.kept), [], 0
+    before, call = _present.call, _Call(graphs)
+    _present.call = call
     try:
         yield
-        checks = _pending.checks
     finally:
-        _pending.checks, _pending.kept = before
-    if not checks:
-        return
-    function, inputs = _FirstBad(tuple(check.find for check in checks)), tuple(check.inputs for check in checks)
-    # A graph is of one device; the parts of a model may be on several.
-    devices = {value.device for values in inputs for value in values if isinstance(value, Tensor)}
-    captures = graphs is not None and len(devices) == 1 and graphs.supports(*devices)
-    found = graphs(function, inputs) if graphs is not None and captures else function(*inputs)
-    results = _send(found.flags, [check.consequences for check in checks])
-    with _lock:
-        _unread.setdefault(model, []).append(results)
+        _present.call = before
+    call.compute()
+    if call.flags:
+        flags = call.flags[0] if len(call.flags) == 1 else torch.cat([f.to(call.flags[0].device) for f in call.flags])
+        results = _send(flags, call.consequences)
+        with _lock:
+            _unread.setdefault(model, []).append(results)
 
 
 class _Flags(NamedTuple):
@@ -196,7 +227,7 @@ class _FirstBad:
             first = (together != 0).view(torch.uint8).argmax(1, keepdim=True)
             packed = torch.add(together.gather(1, first), first, alpha=_CODES)[:, 0]
             flags.update(zip(places, packed.unbind(), strict=True))
-        if len(by_size) == 1:
+        if list(by_size) == [codes[0].numel()] != [0]:
             return _Flags(packed)
         return _Flags(torch.stack([flags[place] for place in range(len(codes))]))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_stand_in import install_graphs
 from models import CLASSES, MLP, ConvNet, rows
 from no_looking import behind_the_host
 from torch import Tensor
@@ -189,29 +190,14 @@ def test_what_was_noticed_is_part_of_a_state(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 def test_captured_calls_choose_the_same(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmix.runtime import cuda_graphs
-
-    monkeypatch.setattr(cuda_graphs, "capture", lambda function, device: _replayable(function))
-    monkeypatch.setattr(cuda_graphs.Graphs, "supports", lambda self, device: True)
-    behind_the_host(monkeypatch)
     plain, captured = (
         GradMix(MLP(), None, criterion=criterion, threshold=0.3, generator=generator(), cuda_graph=graph)
         for graph in (False, True)
     )
     captured._model.load_state_dict(plain._model.state_dict())
-    for step, places in enumerate(([1, 2], [], [4], list(range(10)))):
-        batch = rows(10, step)
-        assert_same(captured.select(*batch, replayed=marked(places)), plain.select(*batch, replayed=marked(places)))
-    deferred_checks.raise_deferred()
-
-
-def _replayable(function: Any) -> tuple[Any, Any]:
-    """A stand-in for a graph: a replay writes what the function computes anew into the first call's results."""
-    results = function()
-
-    def replay() -> None:
-        for own, new in zip(results, function(), strict=True):
-            if own is not None:
-                own.copy_(new)
-
-    return replay, results
+    with install_graphs(monkeypatch) as recorder:
+        for step, places in enumerate(([1, 2], [], [4], list(range(10)))):
+            batch = rows(10, step)
+            assert_same(captured.select(*batch, replayed=marked(places)), plain.select(*batch, replayed=marked(places)))
+        deferred_checks.raise_deferred()
+    assert recorder.replays > 0

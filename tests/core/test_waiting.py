@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from graph_stand_in import install_graphs
 from models import CLASSES, MLP, rows
 from no_looking import Looked, behind_the_host, watched
-from torch import Tensor
+from torch import Tensor, nn
 from truth import one_hot
 
 import gradmix
@@ -396,3 +397,93 @@ def test_questions_are_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) 
     assert str(error) == "row 1"
     with pytest.raises(ValueError, match="later"):
         deferred_checks.raise_deferred()
+
+
+# ------------------------------------------------------------------------------------------ memory that is used again
+
+
+class SameMemory(nn.Module):
+    """Writes its features to the same memory in every pass, as a backbone in a CUDA graph of the user's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        self.features = torch.empty(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.features[: len(x)]
+        with torch.no_grad():
+            own.copy_(self.body(x.flatten(1)[:, :6]).relu())
+        return self.fc(own)
+
+
+class InABuffer(SameMemory):
+    """That memory is a buffer, which is restored after the passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = self.features
+        del self.features
+        self.register_buffer("features", features.zero_())
+
+
+class WrittenWeight(SameMemory):
+    """The head's weight is written for each pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.fc.weight.copy_(float(x.sum()) * torch.arange(1.0, CLASSES + 1)[:, None].expand(-1, 8))
+        return self.fc(self.body(x.flatten(1)[:, :6]).relu())
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["calls", "graphs"])
+@pytest.mark.parametrize("kind", [SameMemory, InABuffer, WrittenWeight])
+def test_checks_are_of_the_values_of_their_pass(
+    kind: Callable[[], nn.Module], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    mixup = GradMix(model, rows(20, 3), head="fc", chunk_size=8, generator=generator(), cuda_graph=graphs)
+    with install_graphs(monkeypatch) as recorder:
+        for step in range(6):
+            mixup.select(*rows(8, step))
+        deferred_checks.raise_deferred()
+    assert (recorder.replays > 0) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["calls", "graphs"])
+def test_a_label_in_memory_that_is_used_again_is_refused(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a loader on the device."""
+    x, y = (value.clone() for value in rows(4, 0))
+
+    class Loader(torch.utils.data.DataLoader):
+        def __iter__(self) -> Any:
+            for k in range(3):
+                for own, new in zip((x, y), rows(4, k), strict=True):
+                    own.copy_(new)
+                if k == 1:
+                    y[1] = CLASSES + 12
+                yield x, y
+
+    mixup = GradMix(MLP(), Loader([0]), generator=generator(), cuda_graph=graphs)
+    with install_graphs(monkeypatch):
+        for _ in range(3):
+            with pytest.raises(ValueError, match="buffer labels: row 5 was another number, expected a class index"):
+                mixup.select(*rows(8, 0))
+                deferred_checks.raise_deferred()
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["calls", "graphs"])
+def test_no_samples_have_no_findings(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MLP()
+    with install_graphs(monkeypatch), torch.no_grad(), HeadCapture(model, head="fc") as capture:
+        model(X[:0])
+        assert len(capture.output.features) == 0
+
+
+def test_buffers_made_in_inference_mode_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    behind_the_host(monkeypatch)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+    select_pairs(model, BUFFER, (X, Y))
+    deferred_checks.raise_deferred()

@@ -28,7 +28,8 @@ SIZES = {"samples": 8, "classes": CLASSES, "features": MLP().fc.in_features}
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     install(monkeypatch, tmp_path)
-    monkeypatch.setattr(captured_selection._GRAPHS, "_kept", OrderedDict())
+    for name in ("_kept", "_once"):
+        monkeypatch.setattr(captured_selection._GRAPHS, name, OrderedDict())
     with install_graphs(monkeypatch) as recorder:
         yield recorder
     lookup.forget()
