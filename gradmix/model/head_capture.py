@@ -224,7 +224,7 @@ class _Pass(NamedTuple):
 
 
 _MOST_CAPTURED = 1 << 23
-"""Entries of a weight that is checked at the end of a call: a captured graph keeps three copies of it in float64."""
+"""Entries of a weight that is checked by a captured graph, which keeps three copies of it in float64."""
 
 
 def _check_layers(head: Head, calls: list[Call], returned: Tensor, read_at_once: bool) -> list[_LayerValues | str]:

@@ -182,7 +182,7 @@ class _Buffers:
         kinds: dict[object, list[Tensor]] = {}
         for buffer in found.values():
             kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        self._copies = [(buffers, _joined(buffers)) for buffers in kinds.values()]
+        self._copies = [(buffers, _join(buffers)) for buffers in kinds.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -201,7 +201,7 @@ class _Buffers:
                 own, copies = zip(*_parts(alike, joined), strict=True)
                 with torch.inference_mode(any(buffer.is_inference() for buffer in alike)):
                     torch._foreach_copy_(own, copies)
-            elif not torch.equal(_joined(alike), joined):
+            elif not torch.equal(_join(alike), joined):
                 for buffer, (memory, copy) in zip(alike, _parts(alike, joined), strict=True):
                     if not torch.equal(memory, copy):
                         written.add(id(buffer))
@@ -220,13 +220,13 @@ class _Buffers:
                 _restore_plain_attributes(module, attributes)
 
 
-def _joined(buffers: list[Tensor]) -> Tensor:
+def _join(buffers: list[Tensor]) -> Tensor:
     """Return the entries of all buffers of one kind, (K,)."""
     return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
 
 
 def _parts(buffers: list[Tensor], joined: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the memory of each buffer and its part of what :func:`_joined` returned, of the same shape."""
+    """Yield the memory of each buffer and its part of what :func:`_join` returned, of the same shape."""
     for buffer, part in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
         # Repeated entries of an expanded buffer are one in memory.
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in buffer.stride())

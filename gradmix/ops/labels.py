@@ -74,7 +74,9 @@ def check_labels(name: str, labels: Tensor, rows: int, classes: int | None) -> N
 
     def error(row: int) -> ValueError:
         hint = "; rows that no class is known of, y < 0, are to be left out" if int(labels[row]) < 0 else ""
-        return ValueError(f"{name}: row {row} {_found(labels[row], classes)}, expected a class index in {limit}{hint}")
+        return ValueError(
+            f"{name}: row {row} {_describe_label(labels[row], classes)}, expected a class index in {limit}{hint}"
+        )
 
     check_where(_is_outside, (labels, classes), error)
 
@@ -96,7 +98,7 @@ def check_label_range(name: str, labels: Tensor, classes: int, first_row: int = 
         _is_beyond,
         (labels, classes),
         lambda row: ValueError(
-            f"{name} labels: row {first_row + row} {_found(labels[row], classes)}, expected a class index in "
+            f"{name} labels: row {first_row + row} {_describe_label(labels[row], classes)}, expected a class index in "
             f"[0, {classes})"
         ),
     )
@@ -106,7 +108,7 @@ def _is_outside(labels: Tensor, classes: int | None) -> Tensor:
     return labels < 0 if classes is None else (labels < 0) | (labels >= classes)
 
 
-def _found(label: Tensor, classes: int | None) -> str:
+def _describe_label(label: Tensor, classes: int | None) -> str:
     """Say what a label is that was out of range; its memory may have been written since the check."""
     value = int(label)
     return "was another number" if value >= 0 and (classes is None or value < classes) else f"is {value}"

@@ -4,8 +4,8 @@ A selection consists of a few dozen small kernels, whose launches take longer th
 captured when arguments have the same shapes for the second time, and replayed by one launch; what comes once, as the
 last batch of an epoch or every size of a buffer that grows, is called. A graph reads its arguments from memory of its
 own and writes its results there: arguments are copied in and results are copied out in every call, in one launch for
-each dtype. Whether an argument has changed cannot be told: a graph of the user's, ``.data`` and collectives write it
-without a new version. Parameters are not copied; a graph reads them where they are.
+each dtype. No version shows whether an argument has changed: a graph of the user's, ``.data`` and collectives write it
+without a new one. Parameters are not copied; a graph reads them where they are.
 """
 
 from __future__ import annotations
