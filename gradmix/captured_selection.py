@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmix.calibration.lookup import CalibratedWorth, Extent
@@ -76,6 +77,10 @@ def _select_by(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     return select
 
 
+def _unavailable_reason() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA or ROCm device is visible to torch"
+
+
 def _can_run(features: Tensor, *_: Any) -> str | None:
     if cuda_graphs.supports(features.device):
         return None
@@ -89,6 +94,7 @@ OPERATOR = Operator(
             "cuda_graph",
             _select_by(_GRAPHS),
             can_run=_can_run,
+            available=_unavailable_reason,
             worth=CalibratedWorth("selection", "cuda_graph", ("samples", "samples", "classes", "features"), _extent),
         ),
         Backend("torch", _select_by(call)),

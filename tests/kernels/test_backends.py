@@ -21,7 +21,7 @@ from torch import Tensor
 from truth import assert_decisions_agree
 
 import gradmix
-from gradmix import doctor, select_pairs
+from gradmix import captured_selection, doctor, select_pairs
 from gradmix.ops.backends import Backend, Operator, set_backend
 from gradmix.ops.class_pairs import class_pair_alignment
 from gradmix.ops.class_sketch import class_sketch
@@ -162,11 +162,26 @@ def mixed_samples(p: Problem, backend: str) -> tuple[Any, Any]:
     return (mix_samples(p.h, p.h_b, partner, lam, backend=backend),), (expected,)
 
 
+def selected(p: Problem, backend: str) -> tuple[Any, Any]:
+    helpful = p.pairs(p.h, p.z, p.y)[0] >= 0
+    helpful.fill_diagonal_(False)
+    expected = draw_partners(helpful, p.drawn.cpu(), own_rows=True, backend="reference")
+    arguments = p.h, p.z, p.y, N, p.reference, p.drawn
+    if backend != "cuda_graph":
+        return captured_selection.OPERATOR.choose(backend, *arguments).run(*arguments), expected
+    graph = captured_selection.OPERATOR.backends[0]  # no name that users choose by
+    for _ in range(2):  # called, and then captured
+        results = graph.run(*arguments)
+    bodies_run.ran.add(("selection", graph.name))
+    return results, expected
+
+
 CALLS: dict[str, Callable[[Problem, str], tuple[Any, Any]]] = {
     "mixed_alignment": mixed,
     "class_pair_alignment": class_pairs,
     "last_layer_gradient": last_layer,
     "draw_partners": drawn,
+    "selection": selected,
     "mix_samples": mixed_samples,
     "cosine_alignment": cosines,
     "mixed_gram_alignment": mixed_gram,
@@ -182,7 +197,7 @@ def test_every_operator_is_called() -> None:
 @pytest.mark.parametrize("operator, body", BODIES, ids=[f"{o.name}-{b.name}" for o, b in BODIES])
 def test_every_body_gives_the_value_and_the_decision(operator: Operator, body: Backend) -> None:
     needs(body)
-    device = "cuda" if torch.cuda.is_available() and body.name in ("cuda", "triton") else "cpu"
+    device = "cuda" if torch.cuda.is_available() and body.name in ("cuda", "cuda_graph", "triton") else "cpu"
     bodies_run.ran.discard((operator.name, body.name))
     results, expected = CALLS[operator.name](Problem(device), body.name)
     assert (operator.name, body.name) in bodies_run.ran
