@@ -79,7 +79,11 @@ try() {
   # A command that can leave its work in good order has 20 s for it.
   timeout --signal=TERM --kill-after=20 $((stage_end - SECONDS)) "$@" 2>&1 | tee -a "$log" && return
   failed=1
-  echo "FAILED: $*" | tee -a "$log"
+  if ((SECONDS >= stage_end)); then
+    echo "CUT OFF at the end of its stage: $*" | tee -a "$log"
+  else
+    echo "FAILED: $*" | tee -a "$log"
+  fi
   return 1
 }
 # bench SCRIPT RESULT SECONDS [ARGUMENTS...]; the arguments name sizes, of which a dry run takes the tiny ones.
