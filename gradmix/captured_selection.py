@@ -44,9 +44,9 @@ class MeasuredGraphs(Graphs):
 def _is_worth_capturing(mixtures: Mixtures[Any]) -> bool:
     batch = mixtures.batch
     # Verdicts are about the implementations that ``auto`` chooses, and about scores of pairs, which need features.
-    if get_backend() != "auto" or not isinstance(batch, HeadSamples):
+    if not isinstance(batch, HeadSamples) or not cuda_graphs.supports(batch.features.device):
         return False
-    return OPERATOR.choose("auto", batch.features, batch.logits, batch.y, len(mixtures.partners)).name == "cuda_graph"
+    return get_backend() == "auto" and _WORTH(batch.features, batch.logits, batch.y, len(mixtures.partners)) is None
 
 
 def _extent(features: Tensor, logits: Tensor, labels: Tensor, candidates: int, *_: Tensor) -> Extent:
@@ -54,6 +54,7 @@ def _extent(features: Tensor, logits: Tensor, labels: Tensor, candidates: int, *
     return features.device, features.dtype, kind, len(features), candidates, logits.shape[1], features.shape[1]
 
 
+_WORTH = CalibratedWorth("selection", "cuda_graph", ("samples", "samples", "classes", "features"), _extent)
 _SELECTOR = Selector(Feature(Network(nn.Identity(), None, None, 1, "auto")), Rule("sample", 0.0, "uniform"))
 _GRAPHS = Graphs()
 
@@ -95,7 +96,7 @@ OPERATOR = Operator(
             _select_by(_GRAPHS),
             can_run=_can_run,
             available=_unavailable_reason,
-            worth=CalibratedWorth("selection", "cuda_graph", ("samples", "samples", "classes", "features"), _extent),
+            worth=_WORTH,
         ),
         Backend("torch", _select_by(call)),
     ),
