@@ -9,7 +9,7 @@ The next call is the next one for the same model in the same thread; no other th
 ended, the next call for the model in any thread gets it. The results for a model that no longer exists are dropped.
 
 If a call has graphs, a check that is given as a function of tensors is computed with others by one captured graph, at
-the end of a forward pass (:func:`compute_checks`): what it is of may be written by the next one.
+the end of a forward pass (``compute_checks``): what it is of may be written by the next one.
 
 On the CPU a check reads values at once. ``GRADMIX_CHECKS=now`` makes it do so everywhere, to find the line at fault.
 """
