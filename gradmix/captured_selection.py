@@ -27,12 +27,8 @@ from gradmix.selector import Rule, Selector
 class MeasuredGraphs(Graphs):
     """Graphs where they were measured to be right and faster on the device; calls elsewhere."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._captures = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+    _captures = False
+    """The verdict on the last selection."""
 
     def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """See :class:`gradmix.runtime.cuda_graphs.Graphs`. What has no sizes of its own follows the last selection."""

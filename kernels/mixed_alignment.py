@@ -84,10 +84,18 @@ def _statistics(
     u_stride,
     SOFT: tl.constexpr,
     NORMS: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    UNIT_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(4, rows) ``out`` of ROWS rows, from number ``block`` of such blocks."""
+    """(4, rows) ``out`` of ROWS rows, from number ``block`` of such blocks; sizes and strides are in units."""
+    classes *= UNIT_C
+    logits_stride *= UNIT_C
+    t_stride *= UNIT_C
+    u_stride *= UNIT_C
+    width *= UNIT_D
+    features_stride *= UNIT_D
     r = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = r < rows
     r = tl.minimum(r, rows - 1)
@@ -153,31 +161,20 @@ def _row_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Statistics of both sides' rows: the first programs have the rows of a, the others those of b.
-
-    Sizes and strides are in units, see :class:`_Units`.
-    """
-    classes *= UNIT_C
-    logits_a_stride *= UNIT_C
-    logits_b_stride *= UNIT_C
-    t_a_stride *= UNIT_C
-    t_b_stride *= UNIT_C
-    u_a_stride *= UNIT_C
-    u_b_stride *= UNIT_C
-    width *= UNIT_D
-    features_a_stride *= UNIT_D
-    features_b_stride *= UNIT_D
+    """Statistics of both sides' rows: the first programs have the rows of a, the others those of b."""
     block = tl.program_id(0)
     blocks_a = tl.cdiv(rows_a, ROWS)
     if block < blocks_a:
         _statistics(
             block, features_a, logits_a, labels_a, t_a, u_a, out_a, rows_a, classes, width,
-            features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride, SOFT, NORMS, ROWS, COLUMNS,
+            features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
+            SOFT, NORMS, UNIT_C, UNIT_D, ROWS, COLUMNS,
         )  # fmt: skip
     else:
         _statistics(
             block - blocks_a, features_b, logits_b, labels_b, t_b, u_b, out_b, rows_b, classes, width,
-            features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride, SOFT, NORMS, ROWS, COLUMNS,
+            features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
+            SOFT, NORMS, UNIT_C, UNIT_D, ROWS, COLUMNS,
         )  # fmt: skip
 
 

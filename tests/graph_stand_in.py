@@ -10,7 +10,7 @@ import pytest
 import torch
 from no_looking import behind_the_host
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gradmix.runtime import cuda_graphs, deferred_checks
@@ -67,10 +67,11 @@ class Recorder:
             self.replays += 1
             if self.stale:
                 return
-            for func, args, kwargs, result in recorded.calls:
-                own = _made(func, args, kwargs, result)
-                for value, new in zip(own, _made(func, args, kwargs, func(*args, **kwargs)), strict=True):
-                    value.copy_(new)
+            with _disable_current_modes():  # what watches calls sees none
+                for func, args, kwargs, result in recorded.calls:
+                    own = _made(func, args, kwargs, result)
+                    for value, new in zip(own, _made(func, args, kwargs, func(*args, **kwargs)), strict=True):
+                        value.copy_(new)
 
         return replay, results
 
