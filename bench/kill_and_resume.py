@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from _measure import count, machine, machine_line, positive, write_json
 
@@ -195,6 +195,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", default="gradmix-sample", help="default: gradmix-sample")
     parser.add_argument("--run-seed", type=int, default=0, help="seed of the training (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument(
+        "--moments", nargs="+", choices=get_args(Kind), default=get_args(Kind), help="what is disturbed (default: all)"
+    )
     parser.add_argument("--checkpoint", type=positive, default=0.02, help="seconds between two (default: 0.02)")
     parser.add_argument("--json", type=Path, help="also write kills and verdict to this file")
     options, others = parser.parse_known_args(argv)
@@ -222,10 +225,10 @@ def main(argv: list[str] | None = None) -> int:
         run = Training(Path(name) / "run-1", options)
         while True:
             if len(kills) < options.kills:
-                deck = deck or moments.sample(DECK, len(DECK))
+                deck = deck or [kind for kind in moments.sample(DECK, len(DECK)) if kind in options.moments]
                 kind = deck.pop()
                 # Short enough that about all kills find place in one run.
-                span = starting if kind == "start" else 2.0 * training / options.kills
+                span = starting if kind == "start" else training * min(1.0, 2.0 / options.kills)
                 kill = run.killed(len(verdicts) + 1, kind, moments.uniform(0.0, span))
                 if kill is not None:
                     kills.append(kill)
