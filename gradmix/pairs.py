@@ -17,6 +17,7 @@ from gradmix.labelled_samples import LabelledSamples
 from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_trees, take
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
+from gradmix.ops.mix_labels import mix_labels
 from gradmix.ops.mix_samples import mix_samples
 
 
@@ -158,9 +159,7 @@ class Pairs:
     def _mixed_labels(self, own: LabelledSamples, other: LabelledSamples) -> Tensor:
         dtype = labels_dtype(own.x)
         if not (own.y.is_floating_point() or other.y.is_floating_point()):
-            weight = self.lam.to(dtype)[:, None]
-            labels = weight.new_zeros(len(own.y), self.num_classes).scatter_(1, own.y[:, None], weight)
-            return labels.scatter_add_(1, other.y[self.partner][:, None], 1 - weight)
+            return mix_labels(own.y, other.y, self.partner, self.lam.to(dtype), self.num_classes)
         y, other_y = (dense_labels(samples.y, self.num_classes, dtype) for samples in (own, other))
         return mix_samples(y, other_y, self.partner, self.lam)
 

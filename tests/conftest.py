@@ -3,9 +3,9 @@ import os
 import sys
 from pathlib import Path
 
-# One of several processes (pytest -n) has one core to itself; OpenMP reads this when torch is imported.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One of several processes (pytest -n) has one core to itself, and a forked process would wait for ever for the threads
+# that its parent had. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ _CORNERS: _Sizes = {"samples": (64, 1024), "classes": (10, 1000), "features": (2
 _ODD: _Sizes = {"samples": (61,), "classes": (37,), "features": (75,)}
 _BOTH = ("float32", "bfloat16")
 _TABLE: _Sizes = {"samples": (320,), "classes": (10, 100), "features": (256, 2048), "weights": (5,)}
+_IMAGES: _Sizes = {"samples": (64, 256), "values": (784, 150528)}
 _VECTORS: _Sizes = {"layers": (1,), "samples": (16, 256), "entries": (1024, 16384)}
 _POSITIONS: _Sizes = {"samples": (32, 256), "positions": (1, 196)}
 _PLANES: _Sizes = {"samples": (3,), "positions": (49,), "entries": (75,), "rank": (20,)}
@@ -48,6 +49,10 @@ _GRIDS: list[_Grid] = [
     ("selection", "cuda_graph", "label vectors", _BOTH, _CORNERS, True),
     ("selection", "cuda_graph", "class indices", _BOTH, _ODD, False),
     ("selection", "cuda_graph", "label vectors", _BOTH, _ODD, False),
+    ("mix_samples", "triton", "", _BOTH, _IMAGES, True),
+    ("mix_samples", "triton", "", _BOTH, {"samples": (61,), "values": (75,)}, False),
+    ("mix_labels", "triton", "", ("float32",), {"samples": (64, 1024), "classes": (10, 1000)}, True),
+    ("mix_labels", "triton", "", ("float32",), {"samples": (61,), "classes": (37,)}, False),
     ("cosine_alignment", "triton", "", ("float32",), _VECTORS, True),
     ("cosine_alignment", "triton", "", ("float32",), {"layers": (2,), "samples": (61,), "entries": (75,)}, False),
     ("mixed_gram_alignment", "triton", "", ("float32",), _VECTORS, True),

@@ -21,6 +21,8 @@ from gradmix.ops import (
     cosine_alignment,
     draw_partners,
     last_layer_gradient,
+    mix_labels,
+    mix_samples,
     mixed_alignment,
     sketch_project,
 )
@@ -162,6 +164,19 @@ def _selection(cell: Cell, g: torch.Generator) -> Arguments:
     return (*side, len(side[0]), reference, torch.rand(len(side[0]), generator=g, dtype=torch.float64))
 
 
+def _mixed_samples(cell: Cell, g: torch.Generator) -> Arguments:
+    rows, dtype = cell.sizes["samples"], getattr(torch, cell.dtype)
+    x = torch.randn(rows, cell.sizes["values"], generator=g).to(dtype)
+    return x, x, torch.randint(rows, (rows,), generator=g), torch.rand(rows, generator=g)
+
+
+def _mixed_labels(cell: Cell, g: torch.Generator) -> Arguments:
+    rows, classes = cell.sizes["samples"], cell.sizes["classes"]
+    labels = torch.randint(classes, (rows,), generator=g)
+    lam = torch.rand(rows, generator=g).to(getattr(torch, cell.dtype))
+    return labels, labels, torch.randint(rows, (rows,), generator=g), lam, classes
+
+
 def _vectors(cell: Cell, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     shape = cell.sizes["layers"], cell.sizes["samples"], cell.sizes["entries"]
     x, y, reference = (torch.randn(s, generator=g).to(getattr(torch, cell.dtype)) for s in (shape, shape, shape[::2]))
@@ -217,6 +232,8 @@ PROBLEMS: Mapping[str, Problem] = {
         Problem(last_layer_gradient.OPERATOR, _last_layer, _last_layer_deviations, accumulates=True),
         Problem(draw_partners.OPERATOR, _draw, _integers),
         Problem(captured_selection.OPERATOR, _selection, _integers, in_float64=False),
+        Problem(mix_samples.OPERATOR, _mixed_samples, of_largest("mixture", unit=0.0), in_float64=False),
+        Problem(mix_labels.OPERATOR, _mixed_labels, of_largest("label vector", unit=0.0), in_float64=False),
         Problem(cosine_alignment.OPERATOR, _cosine, _cosine_deviations, decides=True),
         Problem(cosine_alignment.MIXED_OPERATOR, _mixed_gram, of_largest(*_ALIGNMENT), decides=True),
         Problem(class_sketch.OPERATOR, _class_sketch, of_largest("sum", "sum of squares", unit=2e-6)),

@@ -1,7 +1,7 @@
 """Operator ``mix_samples``: each sample mixed with its partner, lam x_i + (1 - lam) x_partner.
 
-Bodies: ``cpp`` for the CPU, in one pass over the memory; ``torch``, which autograd can record; ``reference``. All give
-the same bits.
+Bodies: ``triton``, one launch; ``cpp`` for the CPU, in one pass over the memory; ``torch``, which autograd can record;
+``reference``. All give the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gradmix import _extension
+from gradmix.calibration.lookup import CalibratedWorth, Extent
+from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
 from gradmix.ops.registration import is_plain
@@ -35,12 +37,17 @@ def mix_samples_cpp(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) ->
     """The extension's body. Arguments and result as :func:`mix_samples`."""
     extension: Any = _extension.load()
     mixed = torch.empty_like(own)
-    width = own[0].numel()
-    matrices = (value.detach().view(len(value), width) for value in (own, other))
+    matrices = (_as_matrix(value.detach()) for value in (own, other))
     weight = lam.detach().to(own.dtype).contiguous()
-    tensors = as_capsules(*matrices, partner.contiguous(), weight, mixed.view(len(own), width))
+    tensors = as_capsules(*matrices, partner.contiguous(), weight, _as_matrix(mixed))
     extension.mix_samples(*tensors, torch.get_num_threads())
     return mixed
+
+
+def _as_matrix(samples: Tensor) -> Tensor:
+    """Return dense samples as rows of their memory, (N, values)."""
+    width = samples[0].numel()
+    return samples.as_strided((len(samples), width), (width, 1))
 
 
 def _cpp_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> str | None:
@@ -48,16 +55,59 @@ def _cpp_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> st
         return f"it serves the CPU, and the samples are on {own.device}"
     if own.dtype not in (torch.float32, torch.float64) or other.dtype != own.dtype:
         return f"it serves float32 and float64, and the samples are {own.dtype} and {other.dtype}"
-    if not (own.numel() and own.is_contiguous() and other.is_contiguous()):
-        return "it serves contiguous samples"
+    return _refuses(own, other, partner, lam)
+
+
+def _refuses(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> str | None:
+    layout = _layout(own)
+    if own.numel() == 0 or layout is None or not other.is_contiguous(memory_format=layout):
+        return "it serves samples that lie one after the other in memory, of one layout"
     if not is_plain(own, other, partner, lam):
         return "autograd, a tracer or a class of its own is to see torch's calls"
     return None
 
 
+def _layout(samples: Tensor) -> torch.memory_format | None:
+    """Return how the values of samples lie that have no gaps; None if they do not lie one after the other."""
+    if samples.is_contiguous():
+        return torch.contiguous_format
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(samples.ndim)
+    return layout if layout is not None and samples.is_contiguous(memory_format=layout) else None
+
+
+def mix_samples_triton(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
+    """One launch. Arguments and result as :func:`mix_samples`."""
+    from gradmix.kernels import mix_samples as kernel
+
+    mixed = torch.empty_like(own)
+    kernel.mix_samples(_as_matrix(own.detach()), _as_matrix(other.detach()), partner, lam.detach(), _as_matrix(mixed))
+    return mixed
+
+
+_MOST_VALUES = 1 << 26
+"""Values of a sample; a grid can hold some more."""
+
+
+def _triton_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> str | None:
+    if own.numel() > len(own) * _MOST_VALUES:
+        return f"it serves up to {_MOST_VALUES:,} values a sample, and there are {own[0].numel():,}"
+    return _triton.device_reason(own.device) or _refuses(own, other, partner, lam)
+
+
+def _extent(own: Tensor, *_: Tensor) -> Extent:
+    return own.device, own.dtype, "", len(own), own[0].numel() if len(own) else 0
+
+
 OPERATOR = Operator(
     "mix_samples",
     (
+        Backend(
+            "triton",
+            mix_samples_triton,
+            can_run=_triton_can_run,
+            available=_triton.unavailable_reason,
+            worth=CalibratedWorth("mix_samples", "triton", ("samples", "values"), _extent),
+        ),
         Backend("cpp", mix_samples_cpp, can_run=_cpp_can_run, available=_extension.unavailable_reason),
         Backend("torch", mix_samples_torch),
         Backend("reference", mix_samples_reference),
@@ -73,7 +123,7 @@ def mix_samples(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, *, bac
         other: (M, ...) of any dtype.
         partner: (N,) int64, in [0, M).
         lam: (N,), the weight of ``own``.
-        backend: ``"auto"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         (N, ...) of the dtype of ``own``, which autograd records as torch's own calls.

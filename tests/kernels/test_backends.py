@@ -29,6 +29,7 @@ from gradmix.ops.cosine_alignment import cosine_alignment, mixed_gram_alignment
 from gradmix.ops.counter_random import random_matrix
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.ops.mix_labels import mix_labels
 from gradmix.ops.mix_samples import mix_samples
 from gradmix.ops.mixed_alignment import Side, mixed_alignment
 
@@ -162,6 +163,15 @@ def mixed_samples(p: Problem, backend: str) -> tuple[Any, Any]:
     return (mix_samples(p.h, p.h_b, partner, lam, backend=backend),), (expected,)
 
 
+def mixed_labels(p: Problem, backend: str) -> tuple[Any, Any]:
+    partner, lam = p.y_b[p.y % M], p.drawn.float()
+    expected = torch.zeros(N, C, dtype=torch.float64)
+    for i in range(N):
+        expected[i, p.y[i]] += lam[i].cpu()
+        expected[i, p.y_b[partner[i]]] += 1 - lam[i].cpu()
+    return (mix_labels(p.y, p.y_b, partner, lam, C, backend=backend),), (expected,)
+
+
 def selected(p: Problem, backend: str) -> tuple[Any, Any]:
     helpful = p.pairs(p.h, p.z, p.y)[0] >= 0
     helpful.fill_diagonal_(False)
@@ -182,6 +192,7 @@ CALLS: dict[str, Callable[[Problem, str], tuple[Any, Any]]] = {
     "last_layer_gradient": last_layer,
     "draw_partners": drawn,
     "selection": selected,
+    "mix_labels": mixed_labels,
     "mix_samples": mixed_samples,
     "cosine_alignment": cosines,
     "mixed_gram_alignment": mixed_gram,

@@ -24,6 +24,7 @@ OPERATORS = {
     "last_layer_gradient",
     "draw_partners",
     "cosine_alignment",
+    "mix_labels",
     "mix_samples",
     "selection",
     "mixed_gram_alignment",

@@ -1,4 +1,4 @@
-"""cosine_alignment, last_layer_gradient and draw_partners on a GPU: values against float64 on the CPU, and launches.
+"""The small kernels on a GPU: values against float64 on the CPU, or the bits of torch, and launches.
 
 The tables of cases are those of the tests without a GPU; here are the kernels as compiled, every precision of the
 products, streams, graphs, and that nothing makes the host wait.
@@ -12,6 +12,7 @@ import pytest
 import test_cosine_alignment as cosines
 import test_draw_partners as draws
 import test_last_layer_gradient as gradients
+import test_mix_samples as mixtures
 import torch
 from gpu import captured, no_waiting, on_other_streams, poison_free_memory
 from torch import Tensor
@@ -20,6 +21,8 @@ from gradmix import kernels
 from gradmix.ops.cosine_alignment import cosine_alignment, mixed_gram_alignment
 from gradmix.ops.draw_partners import draw_partners
 from gradmix.ops.last_layer_gradient import last_layer_gradient
+from gradmix.ops.mix_labels import mix_labels
+from gradmix.ops.mix_samples import mix_samples
 
 pytestmark = pytest.mark.gpu
 BODIES = ["triton", "torch"]
@@ -118,6 +121,24 @@ def test_draw_partners_gives_the_integers_of_the_cpu(case: str, backend: str, po
     assert torch.equal(result.partner.cpu(), expected.partner) and torch.equal(result.found.cpu(), expected.found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [case for case in mixtures.CASES if not case.startswith("no ")])
+def test_mix_samples_gives_the_bits_of_torch(case: str, dtype: torch.dtype) -> None:
+    arguments = on_gpu(*mixtures.make(**mixtures.CASES[case], dtype=dtype))
+    poison_free_memory()
+    mixed = mix_samples(*arguments, backend="triton")
+    assert torch.equal(mixtures.bits(mixed), mixtures.bits(mix_samples(*arguments, backend="torch")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [1, 3, 1000, 21_841])
+def test_mix_labels_gives_the_bits_of_torch(classes: int, dtype: torch.dtype) -> None:
+    *tensors, _ = mixtures.make_labels(classes, dtype)
+    poison_free_memory()
+    vectors = mix_labels(*on_gpu(*tensors), classes, backend="triton")
+    assert torch.equal(vectors.cpu(), mix_labels(*tensors, classes, backend="torch"))
+
+
 # ------------------------------------------------------------------------------------------------------ streams, graphs
 
 
@@ -128,6 +149,7 @@ def calls(backend: str) -> dict[str, tuple[list[Tensor], Callable[[], tuple[Tens
     a, b, g = on_gpu(*cosines.make(2, 70, 90, 100))
     lam = torch.tensor(0.3, dtype=torch.float64, device="cuda")
     v = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in draws.make(100, 1500, "best").items()}
+    own, other, partner, weight = on_gpu(*mixtures.make(m=9))
     start = torch.ones(70, 131, device="cuda")
 
     def added() -> tuple[Tensor, ...]:
@@ -141,6 +163,7 @@ def calls(backend: str) -> dict[str, tuple[list[Tensor], Callable[[], tuple[Tens
         "last_layer_gradient": ([h, z], added),
         "cosine_alignment": ([a, b], lambda: (cosine_alignment(a, b, backend=backend),)),
         "mixed_gram_alignment": ([a, lam], lambda: tuple(mixed_gram_alignment(a, b, g, lam, backend=backend))),
+        "mix_samples": ([own, weight], lambda: (mix_samples(own, other, partner, weight, backend=backend),)),
         "draw_partners": ([v["drawn"], v["score"]], lambda: tuple(draw_partners(**v, backend=backend))),
     }
 

@@ -1,4 +1,4 @@
-"""The operator mix_samples: the same bits from every body, and torch's own calls where autograd records."""
+"""The operators mix_samples and mix_labels: the same bits from every body, torch's own calls where autograd records."""
 
 import math
 
@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from gradmix import _extension
+from gradmix.ops import mix_labels as labels
 from gradmix.ops.capsules import as_capsules
 from gradmix.ops.mix_samples import OPERATOR, mix_samples
 
-BODIES = [body.name for body in OPERATOR.backends if body.available() is None]
+BODIES, LABEL_BODIES = (
+    [body.name for body in operator.backends if body.available() is None] for operator in (OPERATOR, labels.OPERATOR)
+)
 
 
 def make(n=5, m=None, shape=(3, 4), dtype=torch.float32, seed=0):
@@ -20,6 +23,14 @@ def make(n=5, m=None, shape=(3, 4), dtype=torch.float32, seed=0):
     lam = torch.rand(n, generator=g, dtype=torch.float64)
     lam[::3], lam[1::3] = 1.0, lam[1::3].round()
     return own, other, torch.randint(len(other), (n,), generator=g), lam
+
+
+def make_labels(classes=10, dtype=torch.float32, m=6, seed=0):
+    """Class indices, partners and weights, of which some are 0 and 1, and the number of classes."""
+    own, other, partner, lam = make(9, m, (), seed=seed)
+    own, other = (values.mul(1e6).long() % classes for values in (own, other))
+    other[partner[0]] = own[0]
+    return own, other, partner, lam.to(dtype), classes
 
 
 CASES = {
@@ -45,13 +56,33 @@ def test_every_body_gives_the_same_bits(case, dtype):
     arguments = make(**CASES[case], dtype=dtype)
     expected = mix_samples(*arguments, backend="torch")
     assert expected.shape == arguments[0].shape and expected.dtype == dtype
-    bodies = [name for name in BODIES if name != "reference" or len(expected) < 100]
+    bodies = [name for name in BODIES if name not in ("reference", "triton") or len(expected) < 100]
     for name in bodies:
-        if name == "cpp" and expected.numel() == 0:
-            continue  # there is nothing to mix, and it says that it cannot run
+        if name in ("cpp", "triton") and expected.numel() == 0:
+            continue  # there is nothing to mix, and they say that they cannot run
         assert torch.equal(bits(mix_samples(*arguments, backend=name)), bits(expected)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 3, 1000])
+@pytest.mark.parametrize("backend", LABEL_BODIES)
+def test_mixed_labels_are_mixed_one_hot_vectors(backend, classes, dtype):
+    own, other, partner, lam, _ = arguments = make_labels(classes, dtype)
+    vectors = (torch.nn.functional.one_hot(y, classes).to(dtype) for y in (own, other))
+    mixed = labels.mix_labels(*arguments, backend=backend)
+    assert torch.equal(mixed, mix_samples(*vectors, partner, lam))
+    assert mixed.dtype == dtype and mixed[0, own[0]] == lam[0] + (1 - lam[0])
+
+
+@pytest.mark.parametrize("backend", LABEL_BODIES)
+def test_labels_that_are_strided(backend):
+    own, other, partner, lam, classes = make_labels()
+    wide = torch.stack([own, own + 1], 1)[:, 0]
+    expected = labels.mix_labels(own, other, partner, lam, classes, backend="torch")
+    assert torch.equal(labels.mix_labels(wide, other, partner, lam, classes, backend=backend), expected)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
 @pytest.mark.parametrize("backend", BODIES)
 def test_values_beyond_the_usual(backend):
     own = torch.tensor([[1.0, math.inf, 1e38, 1e-45], [0.0, 1.0, -1e38, -0.0]])
@@ -64,17 +95,40 @@ def test_values_beyond_the_usual(backend):
 def test_half_precision_is_torch_s(dtype):
     own, other, partner, lam = make(m=6, dtype=dtype)
     weight = lam.to(dtype).view(-1, 1, 1)
-    mixed = mix_samples(own, other, partner, lam)
-    assert torch.equal(mixed, weight * own + (1 - weight) * other[partner])
+    expected = weight * own + (1 - weight) * other[partner]
+    assert torch.equal(mix_samples(own, other, partner, lam), expected)
+    if "triton" in BODIES and dtype == torch.float16:  # the interpreter cuts off what bfloat16 cannot hold
+        assert torch.equal(mix_samples(own, other, partner, lam, backend="triton"), expected)
 
 
-def test_candidates_of_another_dtype_and_layout():
+@pytest.mark.parametrize("backend", ["auto", *BODIES])
+@pytest.mark.parametrize("layout, shape", [(torch.channels_last, (3, 4, 5)), (torch.channels_last_3d, (2, 3, 4, 5))])
+def test_samples_keep_their_layout(layout, shape, backend):
+    own, other, partner, lam = make(m=6, shape=shape)
+    expected = mix_samples(own, other, partner, lam, backend="torch")
+    own, other = (values.to(memory_format=layout) for values in (own, other))
+    mixed = mix_samples(own, other, partner, lam, backend=backend)
+    assert torch.equal(mixed, expected) and mixed.is_contiguous(memory_format=layout)
+
+
+def test_layouts_that_differ_and_samples_with_gaps():
     own, other, partner, lam = make(m=6, shape=(3, 4, 4))
     expected = mix_samples(own, other, partner, lam)
-    last = torch.channels_last
-    mixed = mix_samples(own.to(memory_format=last), other.to(memory_format=last), partner, lam)
-    assert torch.equal(mixed, expected) and mixed.is_contiguous(memory_format=last)
-    assert torch.equal(mix_samples(own, other.double(), partner, lam), expected)
+    for first, second in ((own.to(memory_format=torch.channels_last), other), (own.mT.contiguous().mT, other)):
+        assert torch.equal(mix_samples(first, second, partner, lam), expected)
+        assert torch.equal(
+            mix_samples(second[partner], first, partner % len(own), lam),
+            mix_samples(other[partner], own, partner % len(own), lam),
+        )
+    wide = torch.cat([own, own], 1)[:, :3]
+    assert torch.equal(mix_samples(wide, other, partner, lam), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", *(name for name in BODIES if name != "cpp")])
+def test_candidates_of_another_dtype(backend):
+    own, other, partner, lam = make(m=6, shape=(3, 4, 4))
+    expected = mix_samples(own, other, partner, lam)
+    assert torch.equal(mix_samples(own, other.double(), partner, lam, backend=backend), expected)
 
 
 def test_autograd_records_it():

@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .formats import Array, approximate, disturbance, flush, fma32, fma64, from_bfloat16, round_to_tf32, to_bfloat16
+from .formats import (
+    Array,
+    approximate,
+    disturbance,
+    flush,
+    fma32,
+    fma64,
+    fma_bfloat16,
+    from_bfloat16,
+    round_to_tf32,
+    to_bfloat16,
+)
 from .program import Instruction
 
 _SIZES = (1, 2, 4, 8)
@@ -74,7 +85,7 @@ def _with_flush(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _float(kind: str, modifiers: tuple[str, ...], function: Callable[..., Array], count: int) -> Elementwise | None:
-    """A function of float32, with ``.ftz`` or without, or of float64, rounded to the nearest."""
+    """A function of float32, with ``.ftz`` or without, of float16 or of float64, rounded to the nearest."""
     if set(modifiers) - {"rn", "ftz"} or ("ftz" in modifiers and kind != "f32"):
         return None
     dtype = TYPES[kind]
@@ -83,7 +94,7 @@ def _float(kind: str, modifiers: tuple[str, ...], function: Callable[..., Array]
 
 def _sum_or_product(name: str, modifiers: tuple[str, ...]) -> Elementwise | None:
     *rest, kind = modifiers
-    if kind in ("f32", "f64"):
+    if kind in ("f16", "f32", "f64"):
         return _float(kind, tuple(rest), _BINARY[name], 2)
     if not _is_integer(kind):
         return None
@@ -103,6 +114,8 @@ def _sum_or_product(name: str, modifiers: tuple[str, ...]) -> Elementwise | None
 
 def _multiply_add(name: str, modifiers: tuple[str, ...]) -> Elementwise | None:
     *rest, kind = modifiers
+    if name == "fma" and modifiers == ("rn", "bf16"):
+        return Elementwise(TYPES["bf16"], (TYPES["bf16"],) * 3, fma_bfloat16)
     if name == "fma":
         fused = {"f32": fma32, "f64": fma64}.get(kind)
         return _float(kind, tuple(rest), fused, 3) if fused and "rn" in rest else None

@@ -84,6 +84,19 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     return round_to_odd(*two_sum(a.astype(np.float64) * b, c.astype(np.float64))).astype(np.float32)
 
 
+def fma_bfloat16(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of numbers in bits, with one rounding; as bits. A product is exact in float64."""
+    x, y, z = (from_bfloat16(bits).astype(np.float64) for bits in (a, b, c))
+    exact = round_to_odd(*two_sum(x * y, z))
+    near = exact.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        rest = exact - near
+    bits = near.view(np.int32)
+    inexact = (rest != 0) & np.isfinite(rest) & (near != 0) & (bits & 1 == 0)
+    step = np.where(inexact, np.where((rest > 0) == (near > 0), 1, -1), 0)
+    return to_bfloat16((bits + step).astype(np.int32).view(np.float32))
+
+
 def fma64(a: Array, b: Array, c: Array) -> Array:
     """a b + c with one rounding, after Boldo and Melquiond (2008); what is near float64's limits, by fractions."""
     product = a * b

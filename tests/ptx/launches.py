@@ -120,6 +120,32 @@ def draws(policy: str, own_rows: bool, with_mask: bool, columns: int, dtype: tor
     return Case(call, lambda results: 0.0 if _equal(results, tuple(exact)) else float("inf"))
 
 
+# ---------------------------------------------------------------------------------------------- mix_samples, mix_labels
+
+
+def mixed(dtype: torch.dtype, shape: tuple[int, ...], m: int | None = None) -> Case:
+    import test_mix_samples as operator
+
+    from gradmix.ops.mix_samples import mix_samples_torch, mix_samples_triton
+
+    arguments = operator.make(5, m, shape, dtype)
+    exact = mix_samples_torch(*arguments)
+    same = lambda results: 0.0 if torch.equal(operator.bits(results[0]), operator.bits(exact)) else float("inf")  # noqa: E731
+    return Case(lambda: (mix_samples_triton(*arguments),), same)
+
+
+def mixed_labels(classes: int, dtype: torch.dtype) -> Case:
+    import test_mix_samples as operator
+
+    from gradmix.ops.mix_labels import mix_labels_torch, mix_labels_triton
+
+    arguments = operator.make_labels(classes, dtype)
+    exact = mix_labels_torch(*arguments)
+    return Case(
+        lambda: (mix_labels_triton(*arguments),), lambda results: 0.0 if _equal(results, (exact,)) else float("inf")
+    )
+
+
 # -------------------------------------------------------------------------------------------------- last_layer_gradient
 
 
@@ -224,6 +250,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "draw uniform": lambda: draws("uniform", False, True, 1030),
     "draw best of own rows": lambda: draws("best", True, True, 33),
     "draw permute": lambda: draws("permute", True, True, 130),
+    "mixed samples": lambda: mixed(torch.float32, (3, 100)),
+    "mixed samples of bfloat16": lambda: mixed(BF16, (77,), 3),
+    "mixed labels": lambda: mixed_labels(10, torch.float32),
     "gradient tf32x3": lambda: gradients("tf32x3", False, True, **ROWS),
     "gradient tf32x3, rows shared out": lambda: gradients("tf32x3", False, True, n=140, classes=3, d=5),
     "gradient tf32 soft": lambda: gradients("tf32", True, False, **ROWS),
@@ -256,6 +285,10 @@ for _own, _mask, _columns in itertools.product((False, True), (False, True), (33
             _add(f"draw best of {_of}, {_type}", draws, "best", _own, _mask, _columns, _type)
         _add(f"draw uniform of {_of}", draws, "uniform", _own, _mask, _columns)
         _add(f"draw permute of {_of}", draws, "permute", _own, _mask, _columns)
+for _type, _shape in itertools.product((torch.float32, F64, BF16, F16), ((1,), (3, 16), (2100,))):
+    _add(f"mixed samples of {_shape} {_type}", mixed, _type, _shape, 3)
+for _type, _columns in itertools.product((torch.float32, F64), (3, 2100)):
+    _add(f"mixed labels of {_columns} classes {_type}", mixed_labels, _columns, _type)
 for _precision, _soft, _bias, _type in itertools.product(
     PRECISIONS, (False, True), (False, True), (torch.float32, BF16, F16)
 ):

@@ -220,6 +220,32 @@ def test_fused_multiply_add_rounds_once_as_libm_does(kind: str) -> None:
     assert_equal(found, expected)
 
 
+def test_arithmetic_of_float16_is_torchs() -> None:
+    a, b = (np.random.default_rng(seed).integers(0, 1 << 16, 4096).astype(np.uint16) for seed in range(2))
+    x, y = (torch.from_numpy(bits.view(np.int16)).view(torch.float16) for bits in (a, b))
+    for name, expected in (("add", x + y), ("sub", x - y), ("mul", x * y)):
+        assert_equal(one(f"{name}.rn.f16", [a, b], "b16").view(np.float16), expected.numpy())
+
+
+def test_fused_multiply_add_of_bfloat16_rounds_once() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 1 << 16, 4096).astype(np.uint16) for _ in range(2))
+    # Near each other, so that a sum is not one of its terms.
+    b[:2048] = (a[:2048].astype(np.int64) + rng.integers(-2000, 2000, 2048)).clip(0, (1 << 16) - 1).astype(np.uint16)
+    x, y = (torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) for bits in (a, b))
+    one_of_each, minus_zero = np.full_like(a, 0x3F80), np.full_like(a, 0x8000)
+    for operands, expected in (([a, b, minus_zero], x * y), ([a, one_of_each, b], x + y)):
+        found = torch.from_numpy(one("fma.rn.bf16", operands, "b16").view(np.int16)).view(torch.bfloat16)
+        assert_equal(found.float().numpy(), expected.float().numpy())
+    # What the rounding of a product leaves is a number of eight digits.
+    product = x * y
+    rest = torch.from_numpy(
+        one("fma.rn.bf16", [a, b, (-product).view(torch.int16).numpy().view(np.uint16)], "b16").view(np.int16)
+    ).view(torch.bfloat16)
+    known = product.isfinite() & (product.abs() > 1e-25)
+    assert torch.equal(rest.double()[known], (x.double() * y.double() - product.double())[known])
+
+
 def test_extremes_leave_out_nan_and_order_zeros() -> None:
     for kind in ("f32", "f64"):
         for name, better in (("max", np.greater), ("min", np.less)):

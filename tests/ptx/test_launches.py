@@ -42,6 +42,6 @@ def test_a_launch_gives_float64_in_every_order_of_warps_and_only_with_barriers(
     print(f"  without barriers {outcome.without_barriers}, {outcome.seconds:.1f} s of the processor")
     assert outcome.error <= 1.0
     assert outcome.same
-    if ignore_barriers and outcome.launched != ["_keep"]:  # whose warps share nothing
+    if ignore_barriers and outcome.launched not in (["_keep"], ["_mix"]):  # whose warps share nothing
         whole_numbers = name.startswith("draw")
         assert outcome.without_barriers in ({"NaN", "refused", "other"} if whole_numbers else {"NaN", "refused"})
