@@ -32,9 +32,18 @@ class MeasuredGraphs(Graphs):
 
     def __call__(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """See :class:`gradmix.runtime.cuda_graphs.Graphs`. What has no sizes of its own follows the last selection."""
-        if isinstance(inputs[0], Mixtures):
-            self._captures = _is_worth_capturing(inputs[0])
+        mixtures = _mixtures_in(inputs)
+        if mixtures is not None:
+            self._captures = _is_worth_capturing(mixtures)
         return super().__call__(function, inputs) if self._captures else function(*inputs)
+
+
+def _mixtures_in(inputs: Inputs) -> Mixtures[Any] | None:
+    """Return the mixtures that a selection, perhaps with checks, is called with; None: there are none."""
+    first = inputs[0]
+    while isinstance(first, tuple) and first:
+        first = first[0]
+    return first if isinstance(first, Mixtures) else None
 
 
 def _is_worth_capturing(mixtures: Mixtures[Any]) -> bool:

@@ -18,18 +18,18 @@ from gradmix.estimators import EstimatorLike, Network, Screening, TableLookup, r
 from gradmix.estimators.full_network import FullGradient
 from gradmix.labelled_samples import concatenate_samples
 from gradmix.mixing_weight import draw_lam
-from gradmix.mixtures import Mixtures, Request
+from gradmix.mixtures import Mixtures, Request, labels_dtype
 from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree
 from gradmix.model.unchanged import unwrap
 from gradmix.ops.backends import get_backend
 from gradmix.ops.labels import class_of, dense_labels
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.pairs import Pairs, labels_dtype
+from gradmix.pairs import Pairs
 from gradmix.references import Reference, name_shapes_of_buffer, none_if_empty
 from gradmix.replay.sources import CHUNK, SampleSource, has_samples
 from gradmix.runtime.collectives import Group, any_rank, broadcast
-from gradmix.runtime.cuda_graphs import Graphs, call
+from gradmix.runtime.cuda_graphs import Graphs
 from gradmix.runtime.deferred_checks import can_sync, check_samples, raise_deferred
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.validation import check_count
@@ -81,9 +81,9 @@ class GradMix:
         refresh: steps between two refreshes, an integer >= 1; or ``"epoch"``: after :meth:`start_epoch` only.
         class_samples: samples of each class for the class table (estimators ``mixed`` and ``jvp``: mixtures for each
             pair of classes).
-        cuda_graph: on a GPU, capture the selection after the samples' forward pass in a CUDA graph, and its checks in
-            another, when a shape of batch comes for the second time; the host then starts each by one launch. Elsewhere
-            without effect. For the estimator ``feature``, and with the criterion ``class`` for all of them. Same
+        cuda_graph: on a GPU, capture the selection after the samples' forward pass, and its checks, in a CUDA graph
+            when a shape of batch comes for the second time; the host then starts them by one launch. Elsewhere without
+            effect. For the estimator ``feature``, and with the criterion ``class`` for all of them. Same
             results. ``"auto"``: where ``gradmix calibrate`` found on this device that this is faster, and the same.
         group: a process group of ``torch.distributed`` whose processes train one model: all hold the same buffer and
             make the same calls, each with a batch of its own. Each forwards its share of the buffer. All keep the same
@@ -226,7 +226,7 @@ class GradMix:
                     request = replace(request, marked=None)
                 lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
                 selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
-                self.pairs = select(selector, request, known, lam, self._source, self._graphs or call)
+                self.pairs = select(selector, request, known, lam, self._source)
         self._age += 1
         return self.pairs
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Generic
 
+import torch
 from torch import Tensor
 
 from gradmix.labelled_samples import AnySamples, LabelledSamples
 from gradmix.model.head import HeadOutput
+from gradmix.model.inputs import InputTree, floating_dtype
+from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.mixed_alignment import Weight
 
 
@@ -34,6 +37,11 @@ class Request:
         return self.batch if self.candidates is None else self.candidates
 
 
+def labels_dtype(x: InputTree) -> torch.dtype:
+    """Return the dtype of mixed labels and weights: float64 for float64 inputs, else float32."""
+    return work_dtype(floating_dtype(x) or torch.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Mixtures(Generic[AnySamples]):
     """All mixtures lam a + (1 - lam) b of a sample a of the batch and a candidate b.
@@ -44,6 +52,7 @@ class Mixtures(Generic[AnySamples]):
         lam: weight of the batch's sample, a number in [0, 1] or a scalar tensor.
         num_classes: C, length of a label vector.
         chunk_size: samples of one forward pass.
+        weights: dtype of the mixing weights that are returned (:func:`labels_dtype`).
     """
 
     batch: AnySamples
@@ -51,6 +60,7 @@ class Mixtures(Generic[AnySamples]):
     lam: Weight
     num_classes: int
     chunk_size: int
+    weights: torch.dtype = torch.float32
 
     @property
     def own(self) -> bool:

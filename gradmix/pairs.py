@@ -14,8 +14,8 @@ from gradmix._moved import alias_attribute
 from gradmix.criteria import Alignment
 from gradmix.estimators.base import Screening
 from gradmix.labelled_samples import LabelledSamples
+from gradmix.mixtures import labels_dtype
 from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_trees, take
-from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import as_class_indices, dense_labels
 from gradmix.ops.mix_labels import mix_labels
 from gradmix.ops.mix_samples import mix_samples
@@ -199,8 +199,3 @@ class Pairs:
             if count != len(self):
                 raise ValueError(f"{name}: got {count} samples, expected the {len(self)} that pairs were selected for")
         return samples
-
-
-def labels_dtype(x: InputTree) -> torch.dtype:
-    """Return the dtype of mixed labels and weights: float64 for float64 inputs, else float32."""
-    return work_dtype(floating_dtype(x) or torch.float32)

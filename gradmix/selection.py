@@ -26,15 +26,15 @@ from gradmix.model.head import HeadOutput
 from gradmix.model.inputs import InputTree, check_alike, check_mixable, first_tensor, map_tensors
 from gradmix.model.unchanged import disable_autograd, unwrap
 from gradmix.ops.mixed_alignment import check_lam
-from gradmix.pairs import Pairs, labels_dtype
+from gradmix.pairs import Pairs
 from gradmix.references import Reference, name_shapes_of_buffer
 from gradmix.replay.sources import CHUNK, SampleSource, as_pair
 from gradmix.runtime.collectives import Group
-from gradmix.runtime.cuda_graphs import call
+from gradmix.runtime.deferred_checks import call_with_checks
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
 from gradmix.runtime.workers import refuse_worker
-from gradmix.selector import Decision, MarkedSelector, Rule, Selector
+from gradmix.selector import MarkedSelector, Rule, Selector
 
 
 def select_pairs(
@@ -153,7 +153,6 @@ def select(
     known: Reference | None,
     lam: float,
     generator: torch.Generator,
-    run: Callable[..., Decision] = call,
 ) -> Pairs:
     """Select by a known reference; call it inside :meth:`gradmix.estimators.base.Estimator.guard`.
 
@@ -163,7 +162,6 @@ def select(
         known: the reference gradient or the class table; None: the buffer is empty, or samples are marked.
         lam: weight of the sample itself.
         generator: source of the draws.
-        run: calls a pure selector, directly or by a captured CUDA graph.
     """
     scorer, batch, screening = selector.scorer, request.batch, None
     own = request.candidates is None
@@ -176,12 +174,12 @@ def select(
     if marked is not None and not (scorer.is_pure and scorer.network.batch_group is None):
         known, marked = scorer.reference_of_marked(mixtures, marked), None
     if marked is not None:
-        decision = run(MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked))
+        decision = call_with_checks(MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked))
         known = Reference(decision.gradient, decision.empty)
     elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
-        decision = run(selector, (mixtures.without_inputs(), proposal.numbers(), known))
+        decision = call_with_checks(selector, (mixtures.without_inputs(), proposal.numbers(), known))
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())
@@ -193,7 +191,7 @@ def select(
         alignment = partial(_align, selector, kept, known, _versions(kept))
     return Pairs(
         decision.partner,
-        decision.lam.to(labels_dtype(batch.x)),
+        decision.lam,
         decision.helpful,
         mixtures.num_classes,
         alignment,

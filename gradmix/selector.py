@@ -14,7 +14,6 @@ from gradmix.estimators.base import Scorer, Screening
 from gradmix.mixtures import Mixtures
 from gradmix.ops.draw_partners import DrawnPartners
 from gradmix.ops.dtypes import exact_dtype
-from gradmix.ops.mixed_alignment import Weight
 from gradmix.references import Reference
 from gradmix.runtime.validation import check_choice
 
@@ -131,13 +130,13 @@ class Selector:
             allowed, score = alignment.by_pair(mixtures.batch.y, mixtures.partners.y, rule.threshold)
         if empty is not None:
             allowed = allowed | empty
-        return _decision(alignment, choose(allowed, score, numbers, rule.policy, mixtures.own), mixtures.lam)
+        return _decision(alignment, choose(allowed, score, numbers, rule.policy, mixtures.own), mixtures)
 
     def choose_any(self, mixtures: Mixtures[Any], numbers: Tensor) -> Decision:
         """Choose partners without a reference gradient: every mixture counts as helpful."""
         alignment = no_alignment(mixtures.batch.y, mixtures.partners.y, self.rule.criterion)
         drawn = choose_any(len(mixtures.partners), numbers, self.rule.policy, mixtures.own)
-        return _decision(alignment, drawn, mixtures.lam)
+        return _decision(alignment, drawn, mixtures)
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ class MarkedSelector:
         return decision._replace(gradient=reference.gradient, empty=reference.empty)
 
 
-def _decision(alignment: Alignment | None, drawn: DrawnPartners, lam: Weight) -> Decision:
+def _decision(alignment: Alignment | None, drawn: DrawnPartners, mixtures: Mixtures[Any]) -> Decision:
     kept = torch.ones((), dtype=exact_dtype(drawn.found.device), device=drawn.found.device)
-    weights = torch.where(drawn.found, lam, kept)
+    weights = torch.where(drawn.found, mixtures.lam, kept).to(mixtures.weights)
     known = (None, None, None) if alignment is None else (alignment.inner, alignment.cosine, alignment.classes)
     return Decision(drawn.partner, drawn.found, weights, *known)

@@ -19,7 +19,7 @@ from gradmix.calibration.agreement import agree
 from gradmix.class_table import ClassTable
 from gradmix.criteria import PairScores, mean_by_class
 from gradmix.labelled_samples import AnySamples, LabelledSamples
-from gradmix.mixtures import Mixtures, Request
+from gradmix.mixtures import Mixtures, Request, labels_dtype
 from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.inputs import InputTree
 from gradmix.model.unchanged import device_of, disable_autograd, leave_unchanged, require_finite
@@ -28,7 +28,7 @@ from gradmix.ops.labels import check_label_range, within_range
 from gradmix.references import Reference, dtype_of
 from gradmix.runtime.collectives import Group, check_group
 from gradmix.runtime.cuda_graphs import Graphs
-from gradmix.runtime.deferred_checks import defer_checks
+from gradmix.runtime.deferred_checks import compute_checks, defer_checks
 from gradmix.runtime.validation import check_count
 
 
@@ -136,7 +136,8 @@ class Scorer(ABC, Generic[AnySamples]):
             return replace(samples, y=within_range(samples.y, num_classes))
 
         candidates = None if request.candidates is None else clamp_labels(request.candidates)
-        return Mixtures(clamp_labels(request.batch), candidates, lam, num_classes, chunk_size)
+        weights = labels_dtype(request.batch.x)
+        return Mixtures(clamp_labels(request.batch), candidates, lam, num_classes, chunk_size, weights)
 
     @abstractmethod
     def prepare(self, request: Request, lam: float) -> Mixtures[AnySamples]:
@@ -214,6 +215,7 @@ class Estimator(Scorer[AnySamples]):
         checks = nullcontext() if self.full_network else defer_checks(model, graphs)
         with checks, leave_unchanged(model) if passes else disable_autograd():
             yield
+            compute_checks()  # before what they are of is restored
 
     def needs_passes(self, candidates: object, outputs: object, reads_buffer: bool) -> bool:
         """Whether a selection may call the model.

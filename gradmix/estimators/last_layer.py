@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradmix.estimators.base import Estimator, Network, PassSizes
 from gradmix.labelled_samples import HeadSamples, check_one_mask
-from gradmix.mixtures import Mixtures, Request
+from gradmix.mixtures import Mixtures, Request, labels_dtype
 from gradmix.model.forward import forward_all, with_output
 from gradmix.model.head import resolve_head
 from gradmix.model.head_capture import check_outputs
@@ -48,7 +48,8 @@ class LastLayerEstimator(Estimator[HeadSamples]):
             check_one_mask(batch, candidates)
         num_classes = batch.logits.shape[1]
         network.check_num_classes(num_classes)
-        return Mixtures(batch, candidates, lam, num_classes, network.chunk_size)
+        weights = labels_dtype(request.batch.x)
+        return Mixtures(batch, candidates, lam, num_classes, network.chunk_size, weights)
 
     def _forward(self, name: str, request: Request) -> HeadSamples:
         network = self.network

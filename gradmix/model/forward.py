@@ -39,8 +39,8 @@ def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSa
             label out of range.
     """
     device = first_tensor(samples.x).device
-    source = (samples.x, samples.y)
-    parts = [part for _, part in forward_source(model, head, name, source, chunk_size, device)]
+    chunks = chunks_with_numbers(name, (samples.x, samples.y), chunk_size, device)
+    parts = [_forward_chunk(model, head, name, x, y, start) for start, x, y in chunks]
     return parts[0] if len(parts) == 1 else concatenate_samples(parts, parts[0].logits.shape[1])
 
 
@@ -61,7 +61,7 @@ def forward_source(
     empty = True
     for start, x, y in chunks_with_numbers(name, source, chunk_size, device, group):
         yield start, _forward_chunk(model, head, name, x, y, start)
-        compute_checks()  # before the source or the model writes the next chunk to the same memory
+        compute_checks()  # before the source writes the next chunk to the same memory
         empty = False
     if empty and group is not None:
         for x, y in islice(chunks_of(name, source, 1, device), 1):

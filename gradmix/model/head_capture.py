@@ -39,7 +39,7 @@ from gradmix.model.head_layers import (
 )
 from gradmix.model.head_values import MASKED, compare_logits, estimate_factor, factor_dtype, off_linear, stack_inputs
 from gradmix.model.inputs import InputTree, call_model, own_copy
-from gradmix.model.unchanged import unwrap
+from gradmix.model.unchanged import ModelNotFiniteError, unwrap
 from gradmix.runtime.deferred_checks import Consequence, can_sync, check_samples, check_where, defer_checks
 
 __all__ = ["HeadCapture", "check_outputs", "forward_head"]
@@ -90,7 +90,9 @@ class HeadCapture:
         # Checked here and not on reading, unless that is the same, as an optimiser may change the weights in between;
         # cloned, because a loss may mask logits in place.
         calls = [calls[0] for calls in self._calls if len(calls) == 1]
-        returned = logits_of(output).detach().clone()
+        returned = logits_of(output).detach()
+        if not self._read_at_once:
+            returned = returned.clone()
         self._passes.append(_Pass(returned, _check_layers(self.head, calls, returned, self._read_at_once)))
 
     @property
@@ -306,11 +308,22 @@ def _check_later(
     biases = [layer.bias is not None for layer in head.layers]
     if head.direct:
         own = logits[0]
-        same = returned == own.to(returned.dtype)
+        dtype = torch.promote_types(returned.dtype, torch.float32)
+        if returned.dtype == own.dtype == dtype:
+            # New memory, as the next pass may write the model's output where this one is.
+            result = returned = returned.clamp(min=MASKED)
+        else:
+            returned = returned.clone()
+            same = returned == own.to(returned.dtype)
+            result = torch.where(same, own.to(dtype), returned.to(dtype).clamp(min=MASKED))
         reference, name, described, remedy = weakref.ref(model), head.name, head.describe(), _remedy(head)
 
-        def consequence(sample: int) -> HeadNotFoundError | None:
+        def consequence(sample: int) -> ValueError | None:
             model = reference()  # a pending check must not keep the model alive
+            if bool(own[sample].isinf().any()):  # minus infinity, in whose place there is a mask
+                return ModelNotFiniteError(
+                    f"the model's logits: sample {sample} holds an infinity, expected finite values"
+                )
             # Classes masked since, or a shift or a factor of all classes: the logits given were the returned ones.
             factor = estimate_factor(returned, own)
             for weight in (1.0, factor):
@@ -324,8 +337,7 @@ def _check_later(
             return HeadNotFoundError(f"head: {_logits_message(described, sample)}; {remedy}")
 
         check_where(_differs, (returned, own), consequence)
-        dtype = torch.promote_types(returned.dtype, torch.float32)
-        return HeadOutput(features[0], torch.where(same, own.to(dtype), returned.to(dtype).clamp(min=MASKED)))
+        return HeadOutput(features[0], result)
     weights: list[float | Tensor] = list(head.weights)
     if len(logits) == 1:
         factor = estimate_factor(returned, logits[0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.ops.mix_samples import mix_samples
+from gradmix.runtime.deferred_checks import begin_pass
 
 InputTree: TypeAlias = "Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]"
 """A tensor (N, ...), or a mapping, tuple or list of such trees with the same N."""
@@ -221,6 +222,7 @@ def own_copy(x: Tree) -> Tree:
 
 def call_model(model: nn.Module, x: InputTree) -> Any:
     """Return the model's output for ``x``, passed as :func:`arguments_of` defines."""
+    begin_pass()
     positional, named = arguments_of(model, x)
     return model(*positional, **named)
 

@@ -3,8 +3,8 @@
 A selection consists of a few dozen small kernels, whose launches take longer than their work on the GPU. They are
 captured when arguments have the same shapes for the second time, and replayed by one launch; what comes once, as the
 last batch of an epoch or every size of a buffer that grows, is called. A graph reads its arguments from memory of its
-own and writes its results there: arguments are copied in and results are copied out in every call, in one launch for
-each dtype. No version shows whether an argument has changed: a graph of the user's, ``.data`` and collectives write it
+own and writes its results there: arguments are copied in and results are copied out in every call, in one launch
+each. No version shows whether an argument has changed: a graph of the user's, ``.data`` and collectives write it
 without a new one. Parameters are not copied; a graph reads them where they are.
 """
 
@@ -91,8 +91,8 @@ class Graphs:
         """Return what ``function(*inputs)`` returns, its tensors new ones, without a record of autograd.
 
         Args:
-            function: hashable; the host never waits in it, and its result, a NamedTuple of tensors or None, depends on
-                its arguments and the settings alone.
+            function: hashable; the host never waits in it, and its result, a tuple of tensors, None and such tuples,
+                depends on its arguments and the settings alone.
             inputs: arguments. If their tensors are not on one device that captures, the function is called. It receives
                 floats as scalar float64 tensors while it is captured.
         """
@@ -216,10 +216,22 @@ class _Graph:
         self._device = next(value.device for value in leaves if isinstance(value, Tensor))
         self._stream: torch.cuda.Stream | None = None
         self._own = [_own(value, self._device) for value in leaves]
+        # Where the arguments that are copied go, and as what.
+        self._copied = [
+            (at, _as_words(own) if isinstance(value, Tensor) else None)
+            for at, (own, value) in enumerate(zip(self._own, leaves, strict=True))
+            if not (isinstance(value, Tensor) and _is_read_in_place(value))
+        ]
         self._parameters = [
             weakref.ref(value) for value in leaves if isinstance(value, Tensor) and _is_read_in_place(value)
         ]
-        self._replay, self._results = capture(lambda: function(*_fill(shape, self._own)), self._device)
+
+        def run() -> tuple[Any, list[_Result]]:
+            found: list[Tensor | float] = []
+            form = _shape_of(function(*_fill(shape, self._own)), found, {})
+            return form, [_Result.of(value) for value in found if isinstance(value, Tensor)]
+
+        self._replay, (self._form, self._results) = capture(run, self._device)
 
     def is_stale(self) -> bool:
         """Whether a parameter that it reads is gone, as of a head that was replaced."""
@@ -228,19 +240,61 @@ class _Graph:
     def __call__(self, leaves: list[Tensor | float]) -> Any:
         self._stream = _follow(self._stream, self._device)
         own, given = [], []
-        for memory, value in zip(self._own, leaves, strict=True):
+        for at, words in self._copied:
+            value = leaves[at]
             if not isinstance(value, Tensor):
-                memory.fill_(value)
-            elif not _is_read_in_place(value):
-                own.append(memory)
+                self._own[at].fill_(value)
+            elif words is None or (others := _as_words(value)) is None:
+                own.append(self._own[at])
                 given.append(value)
+            else:
+                own.append(words)
+                given.append(others)
         _copy(own, given)
         self._replay()
-        found = [value for value in self._results if value is not None]
-        new = [torch.empty_like(value) for value in found]
-        _copy(new, found)
-        copies = iter(new)
-        return type(self._results)(*(None if value is None else next(copies) for value in self._results))
+        new = [torch.empty_like(result.words) for result in self._results]
+        _copy(new, [result.words for result in self._results])
+        return _fill(self._form, [result.read(words) for result, words in zip(self._results, new, strict=True)])
+
+
+_WORD = 4
+"""Bytes of a word, as which tensors of any dtype are copied together."""
+
+
+def _as_words(value: Tensor) -> Tensor | None:
+    """Return the tensor's memory as int32 numbers, (K,); None if it has gaps or no whole number of words."""
+    size = value.element_size()
+    if not value.is_contiguous() or value.numel() * size % _WORD or value.storage_offset() * size % _WORD:
+        return None
+    return value.detach().view(-1).view(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A result in a graph's memory.
+
+    Attributes:
+        words: its memory, (K,) int32; the last number may be longer than the result.
+        dtype, shape: of the result.
+    """
+
+    words: Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Result:
+        """Return the result that ``value`` is, copied where its memory is no whole number of words."""
+        words = _as_words(value)
+        if words is None:
+            size = -(-value.numel() * value.element_size() // _WORD)
+            words = torch.zeros(size, dtype=torch.int32, device=value.device)
+            words.view(value.dtype)[: value.numel()].copy_(value.reshape(-1))
+        return cls(words, value.dtype, value.shape)
+
+    def read(self, words: Tensor) -> Tensor:
+        """Return the result that a copy of the words holds."""
+        return words.view(self.dtype)[: self.shape.numel()].view(self.shape)
 
 
 def _follow(before: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream | None:

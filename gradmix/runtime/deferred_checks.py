@@ -8,8 +8,9 @@ mixtures with a NaN count as not helpful, and labels are clamped to their range.
 The next call is the next one for the same model in the same thread; no other thread gets the error. If that thread has
 ended, the next call for the model in any thread gets it. The results for a model that no longer exists are dropped.
 
-If a call has graphs, a check that is given as a function of tensors is computed with others by one captured graph, at
-the end of a forward pass (``compute_checks``): what it is of may be written by the next one.
+If a call has graphs, a check that is given as a function of tensors is computed with others by one captured graph:
+together with what the call computes next (``call_with_checks``), or before the next forward pass, which may write what
+the checks are of (``begin_pass``).
 
 On the CPU a check reads values at once. ``GRADMIX_CHECKS=now`` makes it do so everywhere, to find the line at fault.
 """
@@ -93,22 +94,31 @@ class _Call:
         due: checks that are not computed yet.
         flags: of those that are, see :class:`_Flags`.
         consequences: of the same checks.
+        passed: whether a forward pass was made since checks were computed.
     """
 
     graphs: Graphs | None
     due: list[_Check] = field(default_factory=list)
     flags: list[Tensor] = field(default_factory=list)
     consequences: list[tuple[Consequence, ...]] = field(default_factory=list)
+    passed: bool = False
 
     def compute(self) -> None:
         """Compute the checks that are due."""
         if self.due:
-            run = _FirstBad(tuple(check.find for check in self.due))
-            inputs = tuple(check.inputs for check in self.due)
-            found = run(*inputs) if self.graphs is None else self.graphs(run, inputs)
-            self.flags.append(found.flags)
-            self.consequences += [check.consequences for check in self.due]
-            self.due = []
+            self.call(_no_result, ())
+
+    def call(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """Call a function, and compute the checks that are due."""
+        if not self.due:
+            return function(*inputs) if self.graphs is None else self.graphs(function, inputs)
+        due, self.due, self.passed = self.due, [], False
+        run = _WithChecks(function, _FirstBad(tuple(check.find for check in due)))
+        arguments = inputs, tuple(check.inputs for check in due)
+        result, found = run(*arguments) if self.graphs is None else self.graphs(run, arguments)
+        self.flags.append(found.flags)
+        self.consequences += [check.consequences for check in due]
+        return result
 
 
 class _Present(threading.local):
@@ -138,7 +148,8 @@ def check_where(find: Find, inputs: tuple[Any, ...], *consequences: Consequence)
 
     Args:
         find: the function.
-        inputs: its arguments, of which the first is a tensor. They stay as they are until :func:`compute_checks`.
+        inputs: its arguments, of which the first is a tensor. They stay as they are until :func:`compute_checks` or
+            :func:`call_with_checks`.
         consequences: as :func:`check_samples`, for the codes that the function returns.
     """
     call = _present.call
@@ -156,10 +167,33 @@ def check_where(find: Find, inputs: tuple[Any, ...], *consequences: Consequence)
 
 
 def compute_checks() -> None:
-    """Compute the checks so far, before what they are of is written by the next pass, or by what restores the model."""
+    """Compute the checks so far, before what they are of is written by their source, or by what restores the model."""
     call = _present.call
     if call is not None and call.graphs is not None:
         call.compute()
+
+
+def begin_pass() -> None:
+    """Compute the checks of the pass before, before a forward pass writes what they are of."""
+    call = _present.call
+    if call is not None and call.graphs is not None:
+        if call.passed:
+            call.compute()
+        call.passed = True
+
+
+def call_with_checks(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """Return ``function(*inputs)``, captured in one graph with the checks so far if this call has graphs.
+
+    Args:
+        function, inputs: as :meth:`gradmix.runtime.cuda_graphs.Graphs.__call__` defines.
+    """
+    call = _present.call
+    return function(*inputs) if call is None or call.graphs is None else call.call(function, inputs)
+
+
+def _no_result() -> tuple[()]:
+    return ()
 
 
 def _size(inputs: tuple[Any, ...]) -> int:
@@ -230,6 +264,17 @@ class _FirstBad:
         if list(by_size) == [codes[0].numel()] != [0]:
             return _Flags(packed)
         return _Flags(torch.stack([flags[place] for place in range(len(codes))]))
+
+
+@dataclass(frozen=True)
+class _WithChecks:
+    """A function and checks, computed together; equal ones are one captured graph."""
+
+    function: Callable[..., Any]
+    checks: _FirstBad
+
+    def __call__(self, inputs: tuple[Any, ...], checked: tuple[Any, ...]) -> tuple[Any, _Flags]:
+        return self.function(*inputs), self.checks(*checked)
 
 
 def _send(flags: Tensor, consequences: list[tuple[Consequence, ...]]) -> _Results:

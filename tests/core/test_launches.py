@@ -1,7 +1,8 @@
 """How many calls of a selection reach a device. On a GPU each is a launch, of which the host makes 250,000 a second.
 
 The CPU stands in for a GPU whose values must not be looked at (:mod:`no_looking`), with plain torch for the operators.
-The aim is 60 in all, which captured graphs reach. The limits below may only shrink.
+The aims are 60 in all, which captured graphs reach, and 12 beside the network's own three with Triton's mixing, which
+they reach too. The limits below may only shrink.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from graph_stand_in import install_graphs
 from no_looking import watched
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import gradmix
+from gradmix import kernels
+from gradmix.ops.backends import Operator
 from gradmix.runtime import deferred_checks
 
 WITHOUT_A_LAUNCH = frozenset(
@@ -52,9 +55,9 @@ WITHOUT_A_LAUNCH = frozenset(
 )
 """Operators of torch that only describe memory, or allocate it, or make a number of the host a tensor."""
 
-MOST, MOST_OUTSIDE, MOST_WITH_GRAPHS = 426, 100, 36
+MOST, MOST_OUTSIDE, MOST_WITH_GRAPHS, MOST_WITH_TRITON = 424, 94, 23, 15
 """All launches of a selection with marked samples, its forward pass and its mixing; those outside of the operators; all
-if the selection and its checks are graphs, each of which is one launch."""
+if the selection and its checks are a graph, which is one launch; and if Triton does the mixing besides."""
 
 
 class Launches(TorchDispatchMode):
@@ -79,6 +82,13 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     x, y, marked = torch.randn(32, 64), torch.randint(10, (32,)), torch.arange(32) >= 16
     mixup = gradmix.GradMix(model, None, cuda_graph=request.param)
+
+    send = deferred_checks._send
+
+    def copy_of_flags(flags: Tensor, *more: Any) -> Any:
+        return send(flags.clone(), *more)  # on a GPU it is a copy to the host, and a launch
+
+    monkeypatch.setattr(deferred_checks, "_send", copy_of_flags)
 
     def call() -> tuple[Tensor, Tensor]:
         # The weight is drawn on the host.
@@ -108,6 +118,35 @@ def test_a_selection_makes_no_more_launches_than_before(step: Any) -> None:
     replays = recorder.replays - before
     assert (replays > 0) == graphs
     check(launches.counts.total() + replays, MOST_WITH_GRAPHS if graphs else MOST, launches)
+
+
+@pytest.mark.skipif(kernels.unavailable_reason() is not None, reason=str(kernels.unavailable_reason()))
+@pytest.mark.parametrize("step", [True], ids=["graphs"], indirect=True)
+def test_mixing_by_triton_is_two_launches(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradmix.kernels import mix_samples as kernel
+
+    call, _, recorder = step
+    choose, run, launched = Operator.choose, kernel.mix_samples, 0
+
+    def by_triton(operator: Operator, backend: str, *arguments: Any) -> Any:
+        if operator.name in ("mix_samples", "mix_labels"):
+            # It refuses while somebody looks at the calls.
+            return next(body for body in operator.backends if body.name == "triton")
+        return choose(operator, backend, *arguments)
+
+    def launch(*arguments: Any) -> None:
+        nonlocal launched
+        launched += 1
+        with _disable_current_modes():  # the interpreter's
+            run(*arguments)
+
+    monkeypatch.setattr(Operator, "choose", by_triton)
+    monkeypatch.setattr(kernel, "mix_samples", launch)
+    before = recorder.replays
+    with watched(), Launches() as launches:
+        call()
+    assert launched == 2
+    check(launches.counts.total() + launched + recorder.replays - before, MOST_WITH_TRITON, launches)
 
 
 @pytest.mark.parametrize("step", [False], ids=["calls"], indirect=True)
