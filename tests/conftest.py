@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # One of several processes (pytest -n) has one core to itself, and a forked process would wait for ever for the threads
@@ -37,6 +38,15 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("GRADMIX_HYPOTHESIS", "repeatable"))
 
 pytest_plugins = ["bodies_run", "fast_set"]
+
+
+@pytest.fixture(autouse=True)
+def _prefer_no_backend() -> Iterator[None]:
+    """What a test, or an example in a docstring, has set by ``set_backend`` is no setting of the next test."""
+    yield
+    backends = sys.modules.get("gradmix.ops.backends")
+    if backends is not None:
+        backends._preferred = None
 
 
 MOST_PROCESSES = 8

@@ -235,8 +235,6 @@ def test_select_pairs_chooses_the_same_by_every_backend(
     how = {"lam": 0.6, "criterion": criterion}
     expected = select_pairs(model, buffer, batch, generator=torch.Generator().manual_seed(0), backend="torch", **how)
     if by_setting:
-        # "auto" would stay in force over the environment variable, in the tests that follow, too.
-        monkeypatch.setattr("gradmix.ops.backends._preferred", None)
         set_backend(backend)
     else:
         how["backend"] = backend
