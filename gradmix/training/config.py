@@ -197,14 +197,16 @@ class MixConfig:
         "random-partner",
         "partner-class",
         "replayed-partner",
+        "learnt",
         "anti",
         "small-gradient",
         "large-gradient",
     ] = "none"
     """What a selective method is held against: random: as many samples as it would mix, any samples, with any partners;
     random-partner: the same samples with any partners; partner-class: with any of the class of the partner chosen;
-    replayed-partner: with any of the buffer's classes; anti: detrimental partners only; small-gradient, large-gradient:
-    as many pairs, by the norm of the mixture's gradient."""
+    replayed-partner: with any of the buffer's classes; learnt: its own pairs, of samples that the network gets right by
+    now; anti: detrimental partners only; small-gradient, large-gradient: as many pairs, by the norm of the mixture's
+    gradient."""
     control_rate: float | None = None
     """Share of a step's samples that the control random mixes. None: as many as would be in that very step."""
     reference: Literal["auto", "buffer", "replayed"] | None = "auto"

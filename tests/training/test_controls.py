@@ -24,6 +24,7 @@ CONTROLS = (
     "random-partner",
     "partner-class",
     "replayed-partner",
+    "learnt",
     "anti",
     "small-gradient",
     "large-gradient",
@@ -73,6 +74,16 @@ def test_rows_without_a_partner_stay_whole(name: str, criterion: str, candidates
     x, y = found.mix()
     assert torch.equal(x[~found.helpful], pairs.batch.x[~found.helpful])
     torch.testing.assert_close(y.sum(1), torch.ones(len(pairs)))
+
+
+@pytest.mark.parametrize("candidates", [None, 40])
+def test_what_is_not_learnt_stays_as_it_is(candidates: int | None) -> None:
+    model, pairs = problem(candidates=candidates)
+    found = control("learnt", model, pairs)
+    right = model(pairs.batch.x).argmax(1) == pairs.batch.y
+    assert 0 < int((right & pairs.helpful).sum()) < int(pairs.helpful.sum())
+    assert torch.equal(found.helpful, right & pairs.helpful)
+    assert torch.equal(found.partner[found.helpful], pairs.partner[found.helpful])
 
 
 def test_random_mixes_as_many_rows_but_others() -> None:

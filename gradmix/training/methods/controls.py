@@ -1,7 +1,7 @@
 """Controls: the same number of pairs, but not chosen by alignment, to measure what alignment itself contributes.
 
 Mixing fewer samples changes training whichever they are, so a gain over Mixup is not due to the criterion alone. Each
-control starts from GradMix's choice in the same step and keeps its mixing weight.
+control starts from GradMix's choice in the same step and keeps its mixing weight. One, ``learnt``, adds a condition.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def apply_control(
       the criterion is which classes meet.
     - ``replayed-partner``: the same samples are mixed, with any partners of the buffer's classes. What is left of the
       criterion is that it favours replayed samples.
+    - ``learnt``: GradMix's own pairs, but a sample that the network does not get right yet stays as it is.
     - ``anti``: a sample is mixed with a detrimental partner, where it has one; the rate is its own.
     - ``small-gradient``, ``large-gradient``: as many pairs are allowed, those with the smallest or the largest norm of
       the mixture's last-layer gradient, mixed in feature space; how many samples that leaves a partner is their own.
@@ -51,6 +52,8 @@ def apply_control(
     Raises:
         ValueError: ``replayed`` is missing.
     """
+    if mix.control == "learnt":
+        return _only_learnt(pairs, model)
     device, count = pairs.partner.device, len(pairs)
     own, other = pairs.candidates is pairs.batch, pairs.candidates
     drawn = to_device_async(
@@ -83,6 +86,18 @@ def apply_control(
     # lam is 1 where a sample stays as it is; the step's own weight is that of any sample GradMix mixed.
     lam = pairs.lam.min() if bool(pairs.helpful.any()) else draw_lam(mix.alpha, generator)
     return replace(pairs, partner=partner, helpful=found, lam=torch.where(found, lam, torch.ones_like(pairs.lam)))
+
+
+def _only_learnt(pairs: Pairs, model: nn.Module) -> Pairs:
+    """The pairs of samples whose class has the largest logit; the others have no partner."""
+    model = unwrap(model)
+    with leave_unchanged(model):
+        logits = forward_all(model, None, "batch", pairs.batch, CHUNK).logits
+    kept = pairs.helpful & (logits.argmax(1) == class_of(pairs.batch.y))
+    own = pairs.candidates is pairs.batch
+    nobody = torch.arange(len(kept), device=kept.device) if own else torch.zeros_like(pairs.partner)
+    lam = torch.where(kept, pairs.lam, torch.ones_like(pairs.lam))
+    return replace(pairs, partner=torch.where(kept, pairs.partner, nobody), helpful=kept, lam=lam)
 
 
 def _as_many_by_norm(pairs: Pairs, model: nn.Module, helpful: Tensor, *, largest: bool) -> Tensor:
