@@ -226,7 +226,7 @@ class GradMix:
                     request = replace(request, marked=None)
                 lam = draw_lam(self._alpha, self._source) if lam is None else float(lam)
                 selector, known = (Selector(self._estimator, self._rule), None) if once else self._selector()
-                self.pairs = select(selector, request, known, lam, self._source)
+                self.pairs = select(selector, request, known, lam, self._source, self._graphs)
         self._age += 1
         return self.pairs
 

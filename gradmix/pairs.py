@@ -16,9 +16,10 @@ from gradmix.estimators.base import Screening
 from gradmix.labelled_samples import LabelledSamples
 from gradmix.mixtures import labels_dtype
 from gradmix.model.inputs import InputTree, check_alike, check_inputs, floating_dtype, mix_trees, take
-from gradmix.ops.labels import as_class_indices, dense_labels
+from gradmix.ops.labels import as_class_indices, check_label_range, dense_labels
 from gradmix.ops.mix_labels import mix_labels
 from gradmix.ops.mix_samples import mix_samples
+from gradmix.runtime.deferred_checks import can_sync
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +196,8 @@ class Pairs:
         samples = LabelledSamples(
             self._batch.x if x is None else x, self._batch.y if y is None else as_class_indices("y", y)
         )
+        if y is not None and (samples.y.is_floating_point() or can_sync(samples.y.device)):
+            check_label_range("y", samples.y, self.num_classes)
         for name, count in (("x", check_inputs("x", samples.x)), ("y", check_inputs("y", samples.y))):
             if count != len(self):
                 raise ValueError(f"{name}: got {count} samples, expected the {len(self)} that pairs were selected for")

@@ -30,6 +30,7 @@ from gradmix.pairs import Pairs
 from gradmix.references import Reference, name_shapes_of_buffer
 from gradmix.replay.sources import CHUNK, SampleSource, as_pair
 from gradmix.runtime.collectives import Group
+from gradmix.runtime.cuda_graphs import Graphs
 from gradmix.runtime.deferred_checks import call_with_checks
 from gradmix.runtime.random import default_generator
 from gradmix.runtime.transfer import to_device_async
@@ -153,6 +154,7 @@ def select(
     known: Reference | None,
     lam: float,
     generator: torch.Generator,
+    graphs: Graphs | None = None,
 ) -> Pairs:
     """Select by a known reference; call it inside :meth:`gradmix.estimators.base.Estimator.guard`.
 
@@ -162,6 +164,7 @@ def select(
         known: the reference gradient or the class table; None: the buffer is empty, or samples are marked.
         lam: weight of the sample itself.
         generator: source of the draws.
+        graphs: captures the calls of a pure selector, with the checks so far; None: they are calls.
     """
     scorer, batch, screening = selector.scorer, request.batch, None
     own = request.candidates is None
@@ -174,12 +177,14 @@ def select(
     if marked is not None and not (scorer.is_pure and scorer.network.batch_group is None):
         known, marked = scorer.reference_of_marked(mixtures, marked), None
     if marked is not None:
-        decision = call_with_checks(MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked))
+        decision = call_with_checks(
+            MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked), graphs
+        )
         known = Reference(decision.gradient, decision.empty)
     elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
-        decision = call_with_checks(selector, (mixtures.without_inputs(), proposal.numbers(), known))
+        decision = call_with_checks(selector, (mixtures.without_inputs(), proposal.numbers(), known), graphs)
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())

@@ -16,6 +16,13 @@ from gradmix.kernels import Variant, unit_of
 from torch import Tensor
 
 
+@triton.jit
+def _one_hot(label, column, classes, dtype: tl.constexpr):
+    """The entries of a one-hot vector; NaN of a label out of range, which nothing checks here."""
+    entry = tl.where(label == column, 1.0, 0.0)
+    return tl.where((label >= 0) & (label < classes), entry, float("nan")).to(dtype)
+
+
 @triton.jit(do_not_specialize=("width",))
 def _mix(
     own, other, partner, lam, mixed, width, UNIT: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr
@@ -31,11 +38,11 @@ def _mix(
     # By float32 on the way to a half, as torch converts.
     weight = tl.load(lam + row).to(work).to(dtype).to(work)
     if CLASSES:
-        x = (tl.load(own + row) == column).to(work)
-        z = (tl.load(other + row_of_other) == column).to(work)
+        x = _one_hot(tl.load(own + row), column, width, work)
+        z = _one_hot(tl.load(other + row_of_other), column, width, work)
     else:
         x = tl.load(own + row * width + column, mask=inside, other=0).to(work)
-        z = tl.load(other + row_of_other * width + column, mask=inside, other=0).to(dtype).to(work)
+        z = tl.load(other + row_of_other * width + column, mask=inside, other=0).to(work).to(dtype).to(work)
     rest = (1 - weight).to(dtype).to(work)
     first = (weight * x).to(dtype).to(work)
     second = (rest * z).to(dtype).to(work)

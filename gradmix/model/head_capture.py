@@ -39,7 +39,7 @@ from gradmix.model.head_layers import (
 )
 from gradmix.model.head_values import MASKED, compare_logits, estimate_factor, factor_dtype, off_linear, stack_inputs
 from gradmix.model.inputs import InputTree, call_model, own_copy
-from gradmix.model.unchanged import ModelNotFiniteError, unwrap
+from gradmix.model.unchanged import unwrap
 from gradmix.runtime.deferred_checks import Consequence, can_sync, check_samples, check_where, defer_checks
 
 __all__ = ["HeadCapture", "check_outputs", "forward_head"]
@@ -310,24 +310,22 @@ def _check_later(
         own = logits[0]
         dtype = torch.promote_types(returned.dtype, torch.float32)
         if returned.dtype == own.dtype == dtype:
-            # New memory, as the next pass may write the model's output where this one is.
-            result = returned = returned.clamp(min=MASKED)
+            # The layer's logits where they are the same, also if infinite, and MASKED in place of the model's minus
+            # infinity. New memory, as the next pass may write the model's output where this one is.
+            result = returned = torch.maximum(returned, torch.fmin(own, torch.tensor(MASKED)))
         else:
             returned = returned.clone()
             same = returned == own.to(returned.dtype)
             result = torch.where(same, own.to(dtype), returned.to(dtype).clamp(min=MASKED))
         reference, name, described, remedy = weakref.ref(model), head.name, head.describe(), _remedy(head)
 
-        def consequence(sample: int) -> ValueError | None:
+        def consequence(sample: int) -> HeadNotFoundError | None:
             model = reference()  # a pending check must not keep the model alive
-            if bool(own[sample].isinf().any()):  # minus infinity, in whose place there is a mask
-                return ModelNotFiniteError(
-                    f"the model's logits: sample {sample} holds an infinity, expected finite values"
-                )
             # Classes masked since, or a shift or a factor of all classes: the logits given were the returned ones.
-            factor = estimate_factor(returned, own)
+            given = returned.masked_fill(returned == MASKED, -torch.inf)
+            factor = estimate_factor(given, own)
             for weight in (1.0, factor):
-                if weight is not None and not bool(compare_logits(returned, [own], [weight]).bad.any()):
+                if weight is not None and not bool(compare_logits(given, [own], [weight]).bad.any()):
                     known = None if model is None else recall_head(model, name)
                     if model is not None and known is not None:
                         remember_head(model, replace(known, direct=False))

@@ -39,8 +39,8 @@ def mix_labels_triton(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, 
 
 
 def _triton_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, _classes: int) -> str | None:
-    if len(own) == 0:
-        return "there are no samples"
+    if len(own) == 0 or not partner.shape == lam.shape == own.shape or other.ndim != 1:
+        return "it serves one label, partner and weight a sample"
     if not is_plain(own, other, partner, lam):
         return "autograd, a tracer or a class of its own is to see torch's calls"
     return _triton.device_reason(own.device)
@@ -80,7 +80,8 @@ def mix_labels(
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        (N, C) of the dtype of ``lam``.
+        (N, C) of the dtype of ``lam``. Of a class index out of range torch raises an error, on a GPU CUDA does; the
+        Triton kernel makes NaN of it.
 
     >>> import torch
     >>> y = torch.tensor([2, 0])
@@ -88,7 +89,7 @@ def mix_labels(
     tensor([[0.7500, 0.0000, 0.2500],
             [1.0000, 0.0000, 0.0000]])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (backend == "auto" and not is_plain(own, other, partner, lam)):
         return mix_labels_torch(own, other, partner, lam, classes)
     result: Tensor = OPERATOR.choose(backend, own, other, partner, lam, classes).run(own, other, partner, lam, classes)
     return result

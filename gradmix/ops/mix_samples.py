@@ -55,13 +55,15 @@ def _cpp_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> st
         return f"it serves the CPU, and the samples are on {own.device}"
     if own.dtype not in (torch.float32, torch.float64) or other.dtype != own.dtype:
         return f"it serves float32 and float64, and the samples are {own.dtype} and {other.dtype}"
+    layout = _layout(own)
+    if layout is None or not other.is_contiguous(memory_format=layout):
+        return "it serves samples that lie one after the other in memory, of one layout"
     return _refuses(own, other, partner, lam)
 
 
 def _refuses(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> str | None:
-    layout = _layout(own)
-    if own.numel() == 0 or layout is None or not other.is_contiguous(memory_format=layout):
-        return "it serves samples that lie one after the other in memory, of one layout"
+    if own.numel() == 0 or own.shape[1:] != other.shape[1:] or not partner.shape == lam.shape == own.shape[:1]:
+        return "it serves samples and candidates of one shape, with a partner and a weight each"
     if not is_plain(own, other, partner, lam):
         return "autograd, a tracer or a class of its own is to see torch's calls"
     return None
@@ -79,8 +81,10 @@ def mix_samples_triton(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor)
     """One launch. Arguments and result as :func:`mix_samples`."""
     from gradmix.kernels import mix_samples as kernel
 
+    layout = _layout(own) or torch.contiguous_format
+    own, other = (value.detach().contiguous(memory_format=layout) for value in (own, other))
     mixed = torch.empty_like(own)
-    kernel.mix_samples(_as_matrix(own.detach()), _as_matrix(other.detach()), partner, lam.detach(), _as_matrix(mixed))
+    kernel.mix_samples(_as_matrix(own), _as_matrix(other), partner, lam.detach(), _as_matrix(mixed))
     return mixed
 
 
@@ -134,7 +138,8 @@ def mix_samples(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, *, bac
     tensor([[3.],
             [4.]])
     """
-    if torch.compiler.is_compiling():
-        return mix_samples_torch(own, other, partner, lam)  # the compiler makes one loop of it
+    # The compiler makes one loop of it, and autograd records it, whatever backend is preferred.
+    if torch.compiler.is_compiling() or (backend == "auto" and not is_plain(own, other, partner, lam)):
+        return mix_samples_torch(own, other, partner, lam)
     result: Tensor = OPERATOR.choose(backend, own, other, partner, lam).run(own, other, partner, lam)
     return result

@@ -262,11 +262,13 @@ _WORD = 4
 
 
 def _as_words(value: Tensor) -> Tensor | None:
-    """Return the tensor's memory as int32 numbers, (K,); None if it has gaps or no whole number of words."""
+    """Return the tensor's memory as int32 numbers, (K,); None if it has gaps, or does not consist of whole words."""
     size = value.element_size()
-    if not value.is_contiguous() or value.numel() * size % _WORD or value.storage_offset() * size % _WORD:
+    if not value.is_contiguous() or value.is_conj() or value.is_neg():
         return None
-    return value.detach().view(-1).view(torch.int32)
+    if value.numel() * size % _WORD or value.storage_offset() * size % _WORD or value.data_ptr() % _WORD:
+        return None
+    return value.detach().as_strided((value.numel(),), (1,)).view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -293,8 +295,10 @@ class _Result:
         return cls(words, value.dtype, value.shape)
 
     def read(self, words: Tensor) -> Tensor:
-        """Return the result that a copy of the words holds."""
-        return words.view(self.dtype)[: self.shape.numel()].view(self.shape)
+        """Return the result that a copy of the words holds: a tensor of its own, no view."""
+        result = torch.empty(0, dtype=self.dtype, device=words.device)
+        result.set_(words.untyped_storage(), 0, self.shape)  # type: ignore[call-overload]
+        return result
 
 
 def _follow(before: torch.cuda.Stream | None, device: torch.device) -> torch.cuda.Stream | None:

@@ -182,14 +182,17 @@ def begin_pass() -> None:
         call.passed = True
 
 
-def call_with_checks(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """Return ``function(*inputs)``, captured in one graph with the checks so far if this call has graphs.
+def call_with_checks(function: Callable[..., Any], inputs: tuple[Any, ...], graphs: Graphs | None) -> Any:
+    """Return ``function(*inputs)``, captured in one graph with the checks so far.
 
     Args:
         function, inputs: as :meth:`gradmix.runtime.cuda_graphs.Graphs.__call__` defines.
+        graphs: those of this call of the library; None: nothing is captured.
     """
-    call = _present.call
-    return function(*inputs) if call is None or call.graphs is None else call.call(function, inputs)
+    if graphs is None:
+        return function(*inputs)
+    call = _present.call  # None for estimators that wait for the device
+    return graphs(function, inputs) if call is None else call.call(function, inputs)
 
 
 def _no_result() -> tuple[()]:

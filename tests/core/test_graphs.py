@@ -305,17 +305,83 @@ def test_checks_are_of_their_own_pass(flag: bool, first: bool, recorder: Recorde
         mixup.select(*rows(8, 5))
 
 
+class Masks(nn.Module):
+    """A layer whose last class is masked from the time that ``mask`` is set."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4, dtype=dtype)
+        self.mask: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.fc(x)
+        return logits if self.mask is None else logits.masked_fill(torch.arange(4) == 3, self.mask)
+
+
 @pytest.mark.parametrize("flag", [False, True], ids=["calls", "graphs"])
-def test_minus_infinity_of_the_head_itself_is_no_mask(flag: bool, recorder: Recorder) -> None:
-    model = MLP()
-    mixup = GradMix(model, rows(12, 3), refresh="epoch", generator=generator(), cuda_graph=flag)
-    for step in range(3):
-        mixup.select(*rows(8, step))
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "a new mask"])
+def test_minus_infinity_of_the_head_itself_is_no_mask(masked: bool, flag: bool, recorder: Recorder) -> None:
+    torch.manual_seed(0)
+    model = Masks()
+    buffer = torch.rand(12, 4), torch.arange(12) % 3
+    mixup = GradMix(model, lambda: buffer, chunk_size=5, generator=generator(), cuda_graph=flag)
+    for _ in range(3):
+        mixup.select(torch.rand(6, 4), torch.arange(6) % 3)
     with torch.no_grad():
-        model.fc.bias[1] = -torch.inf
-    mixup.select(*rows(8, 4))
-    with pytest.raises(ValueError, match=r"the model's logits.*: sample 0 holds an infinity"):
-        mixup.select(*rows(8, 5))
+        model.fc.weight[1] = torch.tensor([3e38, 0.0, 0.0, 0.0])
+    buffer[0][:, 0] = 0.01
+    buffer[0][8, 0] = -100.0
+    model.mask = -torch.inf if masked else None
+    mixup.select(torch.rand(6, 4).mul(0.01), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match="the model's logits of buffer: sample 8 holds an infinity"):
+        mixup.select(torch.rand(6, 4).mul(0.01), torch.arange(6) % 3)
+
+
+@pytest.mark.parametrize("flag", [False, True], ids=["calls", "graphs"])
+@pytest.mark.parametrize("infinity", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_new_mask_may_hide_what_is_not_finite(
+    dtype: torch.dtype, infinity: float, flag: bool, recorder: Recorder
+) -> None:
+    model = Masks(dtype)
+    buffer = torch.randn(12, 4, dtype=dtype), torch.arange(12) % 3
+    mixup = GradMix(model, buffer, generator=generator(), cuda_graph=flag)
+    for step in range(6):
+        if step == 3:
+            model.mask = -60_000.0
+            with torch.no_grad():
+                model.fc.bias[3] = infinity
+        mixup.select(torch.randn(6, 4, dtype=dtype), torch.arange(6) % 3)
+
+
+@pytest.mark.parametrize("estimator", ["feature", "mixed", "jvp", "sketch"])
+def test_selections_by_class_are_captured_with_every_estimator(estimator: str, recorder: Recorder) -> None:
+    how = {"criterion": "class", "estimator": estimator, "refresh": "epoch", "class_samples": 2}
+    mixup = GradMix(MLP(), rows(12, 3), generator=generator(), cuda_graph=True, **how)
+    for step in range(5):
+        mixup.select(*rows(8, step))
+    assert recorder.captures >= 1 and recorder.replays >= 3
+
+
+def test_memory_that_is_no_whole_words_is_copied_as_it_is() -> None:
+    words = cuda_graphs._as_words
+    assert words(torch.arange(6).view(3, 2)[1:2, 0]).tolist() == [2, 0]
+    assert words(torch.ones(3, dtype=torch.bool)) is None
+    assert words(torch.ones(4, 2).T) is None and words(torch.ones(3).expand(2, 3)) is None
+    assert words(torch.ones(2, dtype=torch.complex64).conj()) is None
+    assert words(torch.frombuffer(bytearray(64), dtype=torch.half, offset=2, count=8)) is None  # its address is odd
+    assert words(torch.ones(9, dtype=torch.half)[1:]) is None
+    assert len(words(torch.empty(0))) == 0 and len(words(torch.tensor(1.0))) == 1
+
+
+def test_results_of_a_graph_are_no_views(recorder: Recorder) -> None:
+    mixup, batch = GradMix(MLP(), rows(12, 3), refresh="epoch", generator=generator(), cuda_graph=True), rows(7, 1)
+    for _ in range(4):
+        pairs = mixup.select(*batch)
+    assert recorder.replays > 0
+    weight = torch.ones(7, requires_grad=True)
+    pairs.lam.mul_(weight).sum().backward()
+    assert weight.grad is not None and not pairs.partner._is_view() and not pairs.helpful._is_view()
 
 
 def test_without_a_gpu_it_makes_no_difference() -> None:

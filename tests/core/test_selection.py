@@ -236,6 +236,21 @@ def test_mix_takes_other_forms_of_the_same_rows() -> None:
         foreign.mix(embedded)
 
 
+@pytest.mark.parametrize("foreign", [False, True], ids=["own samples", "candidates"])
+def test_labels_given_to_the_mixing_are_of_the_models_classes(foreign: bool) -> None:
+    model, (x, y) = MLP(), rows(6, 1)
+    pairs = select_pairs(model, rows(9, 2), (x, y), candidates=rows(5, 3) if foreign else None, lam=0.5)
+    wrong = y.clone()
+    wrong[4] = CLASSES
+    for mix in (lambda labels: pairs.mix(y=labels), pairs.mix_labels):
+        with pytest.raises(
+            ValueError, match=rf"y labels: row 4 is {CLASSES}, expected a class index in \[0, {CLASSES}\)"
+        ):
+            mix(wrong)
+        with pytest.raises(ValueError, match=rf"y labels: got {CLASSES + 1} classes, expected {CLASSES}"):
+            mix(torch.full((6, CLASSES + 1), 1 / (CLASSES + 1)))
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_as_tuple_is_the_mixup_criterion_idiom(foreign: bool) -> None:
     model, batch = MLP(), rows(6, 1)

@@ -131,6 +131,53 @@ def test_candidates_of_another_dtype(backend):
     assert torch.equal(mix_samples(own, other.double(), partner, lam, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", [name for name in BODIES if name in ("cpp", "triton")])
+def test_what_does_not_fit_is_left_to_torch(backend):
+    own, other, partner, lam = make(m=6, shape=(4,))
+    for wrong in (
+        (own, other[:, :3].clone(), partner, lam), (own, other[:, :1].clone(), partner, lam),
+        (own, other, partner, lam[:1]), (own, other, partner[:3], lam),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run: it serves samples and candidates of"):
+            mix_samples(*wrong, backend=backend)
+    assert torch.equal(
+        mix_samples(own, other[:, :1], partner, lam), mix_samples(own, other[:, :1].expand(6, 4), partner, lam)
+    )
+
+
+@pytest.mark.parametrize("backend", [name for name in BODIES if name in ("cpp", "triton")])
+def test_a_preferred_backend_leaves_autograd_to_torch(backend, monkeypatch):
+    monkeypatch.setenv("GRADMIX_BACKEND", backend)
+    own, other, partner, lam = make(m=6)
+    expected = mix_samples(own, other, partner, lam)
+    mixed = mix_samples(own.clone().requires_grad_(), other, partner, lam)
+    assert mixed.requires_grad and torch.equal(mixed, expected)
+
+
+@pytest.mark.skipif("triton" not in BODIES, reason="triton: it is not available here")
+def test_triton_serves_samples_with_gaps():
+    own, other, partner, lam = make(m=6, shape=(4, 6))
+    for first, second in ((own[:, :, ::2], other[:, :, ::2]), (own.mT, other.mT), (own[::2], other)):
+        arguments = first, second, partner[: len(first)], lam[: len(first)]
+        assert torch.equal(mix_samples(*arguments, backend="triton"), mix_samples(*arguments, backend="torch"))
+
+
+@pytest.mark.skipif("triton" not in BODIES, reason="triton: it is not available here")
+def test_candidates_are_rounded_as_torch_rounds_them():
+    own, other = torch.ones(1, 1, dtype=torch.float16), torch.tensor([[1 + 2**-11 + 2**-30]], dtype=torch.float64)
+    arguments = own, other, torch.tensor([0]), torch.tensor([0.0])
+    assert torch.equal(mix_samples(*arguments, backend="triton"), mix_samples(*arguments, backend="torch"))
+
+
+@pytest.mark.skipif("triton" not in LABEL_BODIES, reason="triton: it is not available here")
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_a_label_out_of_range_is_nan_where_nothing_checks_it(wrong):
+    own, other, partner, lam, classes = make_labels()
+    own[3] = wrong
+    vectors = labels.mix_labels(own, other, partner, lam, classes, backend="triton")
+    assert vectors.isnan().all(1).nonzero().tolist() == [[3]]
+
+
 def test_autograd_records_it():
     own, other, partner, lam = make(n=4, m=3, dtype=torch.float64)
     inputs = own.requires_grad_(), other.requires_grad_()
