@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -134,7 +136,7 @@ def _run(experiment: Experiment, runs: Sequence[Run], output: Path, command: str
                         runs,
                         root,
                         jobs=jobs,
-                        watcher=_watcher(reporter, len(todo), jobs),
+                        watcher=_watcher(reporter, todo, jobs),
                         stopping=lambda: interruption.signal is not None,
                     )
                 _write(experiment, runs, output, command, outcome.failed)
@@ -176,15 +178,18 @@ def _lock_shared(output: Path) -> Iterator[None]:
         yield
 
 
-def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
+def _watcher(reporter: Reporter, runs: Sequence[Run], jobs: int) -> Any:
     from gradmix.training.runs.running import Watcher
+
+    todo = len(runs)
 
     class Shown(Watcher):
         """Shows each run's steps, or, of runs in other processes, their ends."""
 
         def __init__(self) -> None:
-            self.begun = time.monotonic()
             self.done = 0
+            self.left = Counter(run.label for run in runs)
+            self.seconds: dict[str, list[float]] = defaultdict(list)
             self._count()
 
         def start(self, run: Run) -> None:
@@ -206,17 +211,22 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
                 reporter.say(self._name(self.run), f"{position}  ({_duration(seconds)} of this run to go)")
 
         def finish(self, run: Run, result: RunResult) -> None:
-            self.done += 1
+            self._end(run)
+            self.seconds[run.label].append(result.timing.seconds_total)
             reporter.say(self._name(run), f"{figures(result)}{self._time_left()}")
             self._count()
 
         def fail(self, run: Run, reason: str) -> None:
-            self.done += 1
+            self._end(run)
             reporter.say(self._name(run), f"failed: {reason}")
             self._count()
 
         def wait(self, runs: int) -> None:
             reporter.say("waiting for runs that another command is at")
+
+        def _end(self, run: Run) -> None:
+            self.done += 1
+            self.left[run.label] -= 1
 
         def _count(self) -> None:
             if jobs > 1:
@@ -229,8 +239,11 @@ def _watcher(reporter: Reporter, todo: int, jobs: int) -> Any:
         def _time_left(self) -> str:
             if self.done >= todo:
                 return ""
-            seconds = (time.monotonic() - self.begun) / self.done * (todo - self.done)
-            return f"  ({_duration(seconds)} to go)"
+            # An arm of which no run has ended takes as long as the mean of the others.
+            means = {label: fmean(seconds) for label, seconds in self.seconds.items()}
+            others = fmean(means.values())
+            seconds = sum(count * means.get(label, others) for label, count in self.left.items())
+            return f"  ({_duration(seconds / min(jobs, todo - self.done))} to go)"
 
     return Shown()
 

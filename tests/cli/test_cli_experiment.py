@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -220,7 +221,7 @@ def test_the_bar_counts_the_runs_of_other_processes(
     runs = experiments.load("mine.yaml").runs()
     reporter = Reporter(3, 4)
     assert reporter.bar is not None
-    watcher = _watcher(reporter, 3, jobs)
+    watcher = _watcher(reporter, runs[:3], jobs)
     found = [reporter.bar.tasks[0].description]
     watcher.finish(runs[0], make_result("er", 0))
     watcher.fail(runs[1], "out of memory")
@@ -281,7 +282,7 @@ def test_the_figures_of_a_run_fit_a_terminal(
     reporter = Reporter(1, len(label))
     reporter.start(label, 0)
     reporter.finish(result)
-    _watcher(reporter, 1, 1).finish(run, result)
+    _watcher(reporter, [run], 1).finish(run, result)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     words = f"{label} seed 0 {figures(result)}".split()
@@ -293,8 +294,8 @@ def test_a_log_has_a_line_now_and_then_of_a_long_run(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("gradmix.cli.experiment.time.monotonic", lambda: now)
-    (first, *_) = experiments.load("mine.yaml").runs()
-    watcher = _watcher(Reporter(4, 4), 4, 1)
+    first, *_ = runs = experiments.load("mine.yaml").runs()
+    watcher = _watcher(Reporter(4, 4), runs, 1)
     watcher.start(first)
     # From step 100 on, as after a checkpoint: two steps a second, and a line every ten minutes.
     for step in range(100, 5000):
@@ -306,6 +307,23 @@ def test_a_log_has_a_line_now_and_then_of_a_long_run(
         "[0/4] er    seed 0  task 2 of 5, 37 % done  (52 min of this run to go)",
         "[0/4] er    seed 0  task 3 of 5, 49 % done  (42 min of this run to go)",
     ]
+
+
+@pytest.mark.parametrize(("jobs", "minutes"), [(1, [6, 9, 7]), (2, [3, 4, 7])])
+def test_the_time_to_go_is_that_of_the_arms_to_come(
+    jobs: int, minutes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Arms take 2 and 7 minutes; of the second one nothing is known before its first run has ended."""
+    runs = experiments.load("mine.yaml").runs()
+    short, long = ([run for run in runs if run.label == label] for label in dict.fromkeys(run.label for run in runs))
+    watcher = _watcher(Reporter(4, 4), runs, jobs)
+    ends = (short[0], 120), (long[0], 420), (short[1], 120)
+    for run, seconds in ends:
+        result = make_result("er", 0)
+        watcher.finish(run, replace(result, timing=replace(result.timing, seconds_total=float(seconds))))
+    watcher.finish(long[1], make_result("er", 0))
+    out = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"\((\d+) min to go\)", line) for line in out] == [*([str(m)] for m in minutes), []]
 
 
 def test_the_report_alone(trained: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
