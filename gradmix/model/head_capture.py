@@ -312,7 +312,8 @@ def _check_later(
         if returned.dtype == own.dtype == dtype:
             # The layer's logits where they are the same, also if infinite, and MASKED in place of the model's minus
             # infinity. New memory, as the next pass may write the model's output where this one is.
-            result = returned = torch.maximum(returned, torch.fmin(own, torch.tensor(MASKED)))
+            lowest = torch.tensor(MASKED, dtype=dtype, device="cpu")  # a number of the host to a GPU's kernel
+            result = returned = torch.maximum(returned, torch.fmin(own, lowest))
         else:
             returned = returned.clone()
             same = returned == own.to(returned.dtype)
