@@ -57,8 +57,8 @@ def mix_samples(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, mixed:
     """Write the mixtures, in one launch.
 
     Args:
-        own: (N, W), contiguous; or (N,) int64, class indices, which stand for their one-hot vectors.
-        other: (M, W), contiguous; or (M,) int64.
+        own: (N, W); or (N,) int64, class indices, which stand for their one-hot vectors. Contiguous.
+        other: (M, W) or (M,) int64, likewise.
         partner: (N,) int64, in [0, M).
         lam: (N,).
         mixed: (N, W), contiguous; written.
@@ -68,7 +68,7 @@ def mix_samples(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, mixed:
     block, warps = next((c for c in CONFIGURATIONS if width <= c[0]), CONFIGURATIONS[-1])
     with torch.cuda.device_of(own):
         _mix[(len(own), triton.cdiv(width, block))](
-            own.contiguous(), other.contiguous(), partner.contiguous(), lam.contiguous(), mixed, width // unit,
+            own, other, partner.contiguous(), lam.contiguous(), mixed, width // unit,
             UNIT=unit, CLASSES=own.ndim == 1, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 

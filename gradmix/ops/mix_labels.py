@@ -13,7 +13,7 @@ from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.mix_samples import mix_samples_reference
-from gradmix.ops.registration import is_plain
+from gradmix.ops.registration import is_left_to_torch, refuse_observed
 
 
 def mix_labels_reference(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, classes: int) -> Tensor:
@@ -34,16 +34,14 @@ def mix_labels_triton(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, 
     from gradmix.kernels import mix_samples as kernel
 
     vectors = torch.empty(len(own), classes, dtype=lam.dtype, device=own.device)
-    kernel.mix_samples(own, other, partner, lam.detach(), vectors)
+    kernel.mix_samples(own.contiguous(), other.contiguous(), partner, lam.detach(), vectors)
     return vectors
 
 
 def _triton_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, _classes: int) -> str | None:
     if len(own) == 0 or not partner.shape == lam.shape == own.shape or other.ndim != 1:
         return "it serves one label, partner and weight a sample"
-    if not is_plain(own, other, partner, lam):
-        return "autograd, a tracer or a class of its own is to see torch's calls"
-    return _triton.device_reason(own.device)
+    return _triton.device_reason(own.device) or refuse_observed(own, other, partner, lam)
 
 
 def _extent(own: Tensor, _other: Tensor, _partner: Tensor, lam: Tensor, classes: int) -> Extent:
@@ -89,7 +87,7 @@ def mix_labels(
     tensor([[0.7500, 0.0000, 0.2500],
             [1.0000, 0.0000, 0.0000]])
     """
-    if torch.compiler.is_compiling() or (backend == "auto" and not is_plain(own, other, partner, lam)):
+    if is_left_to_torch(backend, own, other, partner, lam):
         return mix_labels_torch(own, other, partner, lam, classes)
     result: Tensor = OPERATOR.choose(backend, own, other, partner, lam, classes).run(own, other, partner, lam, classes)
     return result

@@ -16,7 +16,7 @@ from gradmix.calibration.lookup import CalibratedWorth, Extent
 from gradmix.ops import _triton
 from gradmix.ops.backends import Backend, Operator
 from gradmix.ops.capsules import as_capsules
-from gradmix.ops.registration import is_plain
+from gradmix.ops.registration import is_left_to_torch, refuse_observed
 
 
 def mix_samples_reference(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
@@ -64,9 +64,7 @@ def _cpp_can_run(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> st
 def _refuses(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor) -> str | None:
     if own.numel() == 0 or own.shape[1:] != other.shape[1:] or not partner.shape == lam.shape == own.shape[:1]:
         return "it serves samples and candidates of one shape, with a partner and a weight each"
-    if not is_plain(own, other, partner, lam):
-        return "autograd, a tracer or a class of its own is to see torch's calls"
-    return None
+    return refuse_observed(own, other, partner, lam)
 
 
 def _layout(samples: Tensor) -> torch.memory_format | None:
@@ -138,8 +136,7 @@ def mix_samples(own: Tensor, other: Tensor, partner: Tensor, lam: Tensor, *, bac
     tensor([[3.],
             [4.]])
     """
-    # The compiler makes one loop of it, and autograd records it, whatever backend is preferred.
-    if torch.compiler.is_compiling() or (backend == "auto" and not is_plain(own, other, partner, lam)):
+    if is_left_to_torch(backend, own, other, partner, lam):
         return mix_samples_torch(own, other, partner, lam)
     result: Tensor = OPERATOR.choose(backend, own, other, partner, lam).run(own, other, partner, lam)
     return result

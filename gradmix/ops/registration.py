@@ -63,6 +63,19 @@ def is_plain(*arguments: object) -> bool:
     return True
 
 
+def is_left_to_torch(backend: str, *arguments: object) -> bool:
+    """Whether torch's own calls are made of an operator that autograd can record, whatever backend is preferred.
+
+    The compiler makes one loop of them. Autograd, tracers and modes see them if the call names no backend.
+    """
+    return torch.compiler.is_compiling() or (backend == "auto" and not is_plain(*arguments))
+
+
+def refuse_observed(*arguments: object) -> str | None:
+    """Return why an implementation that nothing can record does not serve these arguments, or None."""
+    return None if is_plain(*arguments) else "autograd, a tracer or a class of its own is to see torch's calls"
+
+
 def _is_observed() -> bool:
     """Whether something records the operators that are called, such as a tracer: it must see this one as one call."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]

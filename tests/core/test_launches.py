@@ -143,7 +143,7 @@ def test_mixing_by_triton_is_two_launches(step: Any, monkeypatch: pytest.MonkeyP
             run(*arguments)
 
     for operator in (mix_labels, mix_samples):
-        monkeypatch.setattr(operator, "is_plain", lambda *_: True)
+        monkeypatch.setattr(operator, "is_left_to_torch", lambda *_: False)
     monkeypatch.setattr(Operator, "choose", by_triton)
     monkeypatch.setattr(kernel, "mix_samples", launch)
     before = recorder.replays

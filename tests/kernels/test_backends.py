@@ -224,9 +224,7 @@ def test_every_body_gives_the_value_and_the_decision(operator: Operator, body: B
 @pytest.mark.parametrize("by_setting", [False, True], ids=["argument", "set_backend"])
 @pytest.mark.parametrize("criterion", ["sample", "class"])
 @pytest.mark.parametrize("backend", ["reference", "triton", "torch", "cpp"])
-def test_select_pairs_chooses_the_same_by_every_backend(
-    backend: str, criterion: str, by_setting: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_select_pairs_chooses_the_same_by_every_backend(backend: str, criterion: str, by_setting: bool) -> None:
     if backend in ("triton", "cpp"):
         needs(next(b for b in doctor.OPERATORS[0].backends if b.name == backend))
         if backend == "triton" and torch.cuda.is_available():

@@ -91,6 +91,11 @@ def _equal(a: Results, b: Results) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def _unless_same(same: bool) -> float:
+    """The error of results that are the same, or wrong."""
+    return 0.0 if same else float("inf")
+
+
 def _worst(parts: Results, exact: Results, bounds: list[float]) -> float:
     """The largest error over its bound; infinite where a result is NaN."""
     errors = [
@@ -117,7 +122,7 @@ def draws(policy: str, own_rows: bool, with_mask: bool, columns: int, dtype: tor
         return kernel.draw_partners(allowed, drawn, score, columns, policy == "permute", own_rows)
 
     exact = draw_partners_torch(allowed, drawn, score, columns, policy, own_rows)
-    return Case(call, lambda results: 0.0 if _equal(results, tuple(exact)) else float("inf"))
+    return Case(call, lambda results: _unless_same(_equal(results, tuple(exact))))
 
 
 # ---------------------------------------------------------------------------------------------- mix_samples, mix_labels
@@ -130,8 +135,10 @@ def mixed(dtype: torch.dtype, shape: tuple[int, ...], m: int | None = None) -> C
 
     arguments = operator.make(5, m, shape, dtype)
     exact = mix_samples_torch(*arguments)
-    same = lambda results: 0.0 if torch.equal(operator.bits(results[0]), operator.bits(exact)) else float("inf")  # noqa: E731
-    return Case(lambda: (mix_samples_triton(*arguments),), same)
+    return Case(
+        lambda: (mix_samples_triton(*arguments),),
+        lambda results: _unless_same(torch.equal(operator.bits(results[0]), operator.bits(exact))),
+    )
 
 
 def mixed_labels(classes: int, dtype: torch.dtype) -> Case:
@@ -141,9 +148,7 @@ def mixed_labels(classes: int, dtype: torch.dtype) -> Case:
 
     arguments = operator.make_labels(classes, dtype)
     exact = mix_labels_torch(*arguments)
-    return Case(
-        lambda: (mix_labels_triton(*arguments),), lambda results: 0.0 if _equal(results, (exact,)) else float("inf")
-    )
+    return Case(lambda: (mix_labels_triton(*arguments),), lambda results: _unless_same(_equal(results, (exact,))))
 
 
 # -------------------------------------------------------------------------------------------------- last_layer_gradient
