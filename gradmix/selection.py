@@ -173,18 +173,16 @@ def select(
     # Without a reference gradient nothing is scored, and only labels are needed.
     only_labels = known is None and request.marked is None
     mixtures = scorer.prepare_labels(request, lam) if only_labels else scorer.prepare(request, lam)
-    marked = request.marked
+    bare, marked = mixtures.without_inputs(), request.marked
     if marked is not None and not (scorer.is_pure and scorer.network.batch_group is None):
         known, marked = scorer.reference_of_marked(mixtures, marked), None
     if marked is not None:
-        decision = call_with_checks(
-            MarkedSelector(selector), (mixtures.without_inputs(), proposal.numbers(), marked), graphs
-        )
+        decision = call_with_checks(MarkedSelector(selector), (bare, proposal.numbers(), marked), graphs)
         known = Reference(decision.gradient, decision.empty)
     elif known is None:
         decision = selector.choose_any(mixtures, proposal.numbers())
     elif scorer.is_pure:
-        decision = call_with_checks(selector, (mixtures.without_inputs(), proposal.numbers(), known), graphs)
+        decision = call_with_checks(selector, (bare, proposal.numbers(), known), graphs)
     else:
         scores, screening = selector.score(mixtures, known, proposal)
         decision = selector.choose(scores, mixtures, known, proposal.numbers())
@@ -192,8 +190,7 @@ def select(
     if alignment is None:
         assert known is not None
         # What no decision needed is computed when it is asked for.
-        kept = mixtures.without_inputs()
-        alignment = partial(_align, selector, kept, known, _versions(kept))
+        alignment = partial(_align, selector, bare, known, _versions(bare))
     return Pairs(
         decision.partner,
         decision.lam,

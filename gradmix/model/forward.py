@@ -13,7 +13,7 @@ from gradmix.labelled_samples import HeadSamples, LabelledSamples, concatenate_s
 from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.head_capture import forward_head
 from gradmix.model.head_values import MASKED
-from gradmix.model.inputs import first_tensor
+from gradmix.model.inputs import take
 from gradmix.model.refusals import refuse_by_name
 from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import are_live, check_label_range, within_range
@@ -31,17 +31,20 @@ def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSa
         model: the unwrapped model.
         head: the head, its name, or None: it is searched for.
         name: name of the samples in errors.
-        samples: one or more.
+        samples: one or more, checked, on one device.
         chunk_size: samples of one pass.
 
     Raises:
         ValueError: a NaN or an infinity in a sample or in the model's output for it (the error names the sample), or a
             label out of range.
     """
-    device = first_tensor(samples.x).device
-    chunks = chunks_with_numbers(name, (samples.x, samples.y), chunk_size, device)
-    parts = [_forward_chunk(model, head, name, x, y, start) for start, x, y in chunks]
-    return parts[0] if len(parts) == 1 else concatenate_samples(parts, parts[0].logits.shape[1])
+    if len(samples) <= chunk_size:
+        return _forward_chunk(model, head, name, samples.x, samples.y, 0)
+    parts = []
+    for start in range(0, len(samples), chunk_size):
+        x, y = (take(value, slice(start, start + chunk_size)) for value in (samples.x, samples.y))
+        parts.append(_forward_chunk(model, head, name, x, y, start))
+    return concatenate_samples(parts, parts[0].logits.shape[1])
 
 
 def forward_source(

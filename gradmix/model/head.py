@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradmix.model.head_layers import HeadNotFoundError, Layer, layers_of, logits_of, standard_layer
+from gradmix.model.head_layers import HeadNotFoundError, Layer, layers_of, logits_of, may_be_layer, standard_layer
 from gradmix.model.head_search import find_layers
 from gradmix.model.inputs import InputTree, map_tensors
 from gradmix.model.unchanged import check_watched, leave_unchanged, unwrap
@@ -230,12 +230,7 @@ def _recall(model: nn.Module, name: str | None) -> Head | None:
         except AttributeError:
             return None
         # A head that was replaced by another module is searched for again.
-        layer = Layer(module, path, weight, bias, transposed, part)
-        fits = any(
-            (other.weight, other.bias, other.transposed) == (weight, bias, transposed)
-            for other in layers_of(module, path)
-        )
-        if not fits:
+        if not may_be_layer(module, weight, bias, transposed):
             return None
-        layers.append(layer)
+        layers.append(Layer(module, path, weight, bias, transposed, part))
     return Head(tuple(layers), known.weights, known.direct, name)

@@ -106,9 +106,10 @@ class HeadCapture:
 
     def read_output(self) -> CapturedOutput:
         """Return :attr:`output`; for callers inside :func:`gradmix.runtime.deferred_checks.defer_checks`."""
-        for what, counts in ((self.head.describe(), map(len, self._calls)), ("the model", [len(self._passes)])):
+        for own, counts in ((True, map(len, self._calls)), (False, [len(self._passes)])):
             wrong = next((count for count in counts if count != 1), None)
             if wrong is not None:
+                what = self.head.describe() if own else "the model"
                 # Another layer may end in the logits by now, such as the head of another task.
                 forget_head(self._model, self.head.name)
                 raise HeadNotFoundError(

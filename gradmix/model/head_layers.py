@@ -128,25 +128,43 @@ def layers_of(module: nn.Module, path: str, num_classes: int | None = None) -> l
         path: its name.
         num_classes: C, if it is known.
     """
+    found: list[Layer] = []
+    for name in _weight_names(module):
+        value = getattr(module, name)
+        for transposed in (False, True):
+            outputs = _num_outputs(value, transposed)
+            if outputs is None or (num_classes is not None and outputs != num_classes):
+                continue
+            biases = [n for n in ("bias", *module._parameters) if n != name and _is_vector(module, n, outputs)]
+            found += [Layer(module, path, name, b, transposed) for b in (*dict.fromkeys(biases), None)]
+    return found
+
+
+def may_be_layer(module: nn.Module, weight: str, bias: str | None, transposed: bool) -> bool:
+    """Whether :func:`layers_of` has a layer of a module with these attributes."""
+    if weight not in _weight_names(module):
+        return False
+    outputs = _num_outputs(getattr(module, weight), transposed)
+    if outputs is None or bias is None:
+        return outputs is not None
+    return bias != weight and bias in ("bias", *module._parameters) and _is_vector(module, bias, outputs)
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """Return the names of the attributes that may be a weight."""
     if isinstance(module, torch.jit.ScriptModule):
         return []  # its inputs cannot be watched
     names = list(module._parameters)
     if parametrize.is_parametrized(module) or "weight" in vars(module):
         names.insert(0, "weight")  # an attribute computed from other parameters
-    found: list[Layer] = []
-    for name in names:
-        value = getattr(module, name)
-        if not _is_matrix(value):
-            continue
-        for transposed in (False, True):
-            if transposed and value.ndim > 2:
-                continue
-            outputs = value.shape[-1] if transposed else len(value)
-            if num_classes is not None and outputs != num_classes:
-                continue
-            biases = [n for n in ("bias", *module._parameters) if n != name and _is_vector(module, n, outputs)]
-            found += [Layer(module, path, name, b, transposed) for b in (*dict.fromkeys(biases), None)]
-    return found
+    return names
+
+
+def _num_outputs(value: object, transposed: bool) -> int | None:
+    """Return C of a weight (C, d), or (d, C) where ``transposed``; None for what is no weight."""
+    if not isinstance(value, Tensor) or not _is_matrix(value) or (transposed and value.ndim > 2):
+        return None
+    return value.shape[-1] if transposed else len(value)
 
 
 def _is_matrix(value: object) -> bool:

@@ -211,6 +211,8 @@ class _Buffers:
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # its attributes are not those of a Python object
             now = module._buffers
+            if not now and not buffers:
+                continue
             rebound = now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items())
             if rebound:
                 now.clear()
