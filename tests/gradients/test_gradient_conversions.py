@@ -267,6 +267,12 @@ def test_a_use_that_only_some_rows_make_is_not_missed() -> None:
         gradmix.sample_gradients(model, (x, torch.arange(6) % 5))
 
 
+def _added_by_torch(dtype: torch.dtype) -> float:
+    """The eps that torch adds by default: x / sqrt(x^2 + eps) of a small x is x / sqrt(eps)."""
+    small = torch.full((1,), 2.0**-12, dtype=dtype)
+    return float((small.double() / F.rms_norm(small, (1,)).double()) ** 2 - small.double() ** 2)
+
+
 @pytest.mark.parametrize("eps", [None, 1e-3])
 @pytest.mark.parametrize("scale", [1.0, 0.02, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -274,8 +280,7 @@ def test_rms_norm_adds_what_torch_adds(dtype: torch.dtype, scale: float, eps: fl
     torch.manual_seed(0)
     model = nn.Sequential(nn.RMSNorm(32, eps=eps), nn.Linear(32, 5)).to(dtype)
     x, y = (torch.randn(6, 32) * scale).to(dtype), torch.arange(6) % 5
-    added = torch.finfo(torch.float32).eps if eps is None else eps
     double = copy.deepcopy(model).double()
-    double[0].eps = added
+    double[0].eps = _added_by_torch(dtype) if eps is None else eps
     result = gradmix.sample_gradients(model, (x, y), sketch="identity")
     assert_layers_equal(result, truth(double, x.double(), y, keep_dtype=True), 4 * max(torch.finfo(dtype).eps, 1e-6))

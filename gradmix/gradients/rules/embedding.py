@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -144,6 +145,13 @@ class EmbeddingBag(Embedding):
             return "the maximum of a bag is not linear in it"
         return super().refusal()
 
+    def _call(self, arguments: dict[str, Any]) -> Tensor:
+        scales, weight = arguments["per_sample_weights"], arguments["weight"]
+        if scales is not None and scales.requires_grad and not _records_scales_alone():
+            # No gradient of it is asked for in the backward pass.
+            arguments = arguments | {"weight": weight.detach().requires_grad_()}
+        return super()._call(arguments)
+
     def batch_dims(self, output: Tensor) -> Sequence[int]:
         return (0,)
 
@@ -184,3 +192,15 @@ class EmbeddingBag(Embedding):
         offsets = offsets[:-1] if self.arguments["include_last_offset"] else offsets
         entries = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
         return torch.searchsorted(offsets, entries, right=True) - 1, len(offsets)
+
+
+@cache
+def _records_scales_alone() -> bool:
+    """Whether autograd records a bag's ``per_sample_weights`` where its table has no gradient; torch 2.5 does not."""
+    table, index = torch.ones(1, 1, device="cpu"), torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    with torch.enable_grad():
+        try:
+            F.embedding_bag(index, table, mode="sum", per_sample_weights=table.clone().requires_grad_())
+        except RuntimeError:
+            return False
+    return True
