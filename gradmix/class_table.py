@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,10 @@ AVERAGE_NODES = 8
 TABLE_SAMPLES = 512
 """Most samples of which a class table takes all pairs; of more it takes some, as
 :mod:`gradmix.estimators.sampled_table` says."""
+
+MANY_MIXTURES = 100_000
+"""Mixtures that a class table forwards without a warning: two passes over CIFAR-10, at 58 classes and 32 mixtures for
+each pair of them."""
 
 
 class TableTensors(NamedTuple):
@@ -149,9 +154,18 @@ def sample_scores(
     classes = torch.unique(labels)
     positions = torch.arange(len(classes), device=labels.device)
     cells = torch.cartesian_prod(positions, positions).view(-1, 2)
+    count = max(1, per_pair // len(TABLE_LAMS))
+    mixtures = len(cells) * count * len(TABLE_LAMS)
+    if mixtures > MANY_MIXTURES:
+        warnings.warn(
+            f"the class table of {len(classes)} classes forwards {mixtures:,} mixtures at each refresh, "
+            f"{count * len(TABLE_LAMS)} for each pair of classes; estimator='feature' forwards none, a smaller "
+            "class_samples= fewer",
+            stacklevel=2,
+        )
     found = []
     for lam in TABLE_LAMS:
-        pairs = draw_of_classes(cells, classes, (labels, labels), max(1, per_pair // len(TABLE_LAMS)), generator)
+        pairs = draw_of_classes(cells, classes, (labels, labels), count, generator)
         means = ClassMeans(classes, dtype)
         means.add_pairs(*score(pairs, lam), labels[pairs[:, 0]], labels[pairs[:, 1]])
         found.append(means.scores())

@@ -1,6 +1,7 @@
 """The estimators over all parameters, ``jvp`` and ``sketch``, against float64 loops of autograd over single rows."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -459,3 +460,20 @@ def test_errors(name: str) -> None:
     call, kind, message = ERRORS[name]
     with pytest.raises(kind, match=message.replace("(", r"\(").replace(")", r"\)")):
         call()
+
+
+def test_a_class_table_of_very_many_mixtures_says_how_to_have_fewer() -> None:
+    classes = 60
+    batch = torch.randn(2 * classes, 3, generator=generator()), torch.arange(2 * classes) % classes
+    model = nn.Linear(3, classes)
+
+    def make_table(**settings: object) -> None:
+        mixup = GradMix(model, batch, criterion="class", chunk_size=4096, generator=generator(), **settings)  # type: ignore[arg-type]
+        mixup(*batch)
+
+    with pytest.warns(UserWarning, match=r"60 classes forwards 108,000 mixtures .* 30 for each pair .*'feature'"):
+        make_table(estimator="mixed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_table(estimator="mixed", class_samples=5)
+        make_table(estimator="feature")
