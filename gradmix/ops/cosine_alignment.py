@@ -133,12 +133,20 @@ def mixed_gram_alignment_triton(
     return MixedAlignment(inner.mul_(unit), norm.mul_(unit))
 
 
+MOST_LAYERS = 65_535
+"""Layers that a launch has room for: they are its third axis."""
+
+
 def _cosine_can_run(x: Tensor, y: Tensor, *_rest: object) -> str | None:
-    return _triton.can_run(x, y)
+    return _too_many_layers(x) or _triton.can_run(x, y)
 
 
 def _mixed_can_run(x: Tensor, y: Tensor, reference: Tensor, *_rest: object) -> str | None:
-    return _triton.can_run(x, y, reference)
+    return _too_many_layers(x) or _triton.can_run(x, y, reference)
+
+
+def _too_many_layers(x: Tensor) -> str | None:
+    return None if len(x) <= MOST_LAYERS else f"it serves up to {MOST_LAYERS:,} layers, and got {len(x):,}"
 
 
 TRITON_AXES = ("layers", "samples", "samples", "entries")

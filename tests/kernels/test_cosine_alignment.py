@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradmix.ops.cosine_alignment import MIXED_OPERATOR, OPERATOR, cosine_alignment, mixed_gram_alignment
+from gradmix.ops.cosine_alignment import (
+    MIXED_OPERATOR,
+    MOST_LAYERS,
+    OPERATOR,
+    cosine_alignment,
+    mixed_gram_alignment,
+)
 
 BODIES = [body.name for body in OPERATOR.backends if body.available() is None]
 FAST = [name for name in BODIES if name != "reference"]
@@ -267,6 +273,17 @@ def test_float64_is_refused_by_the_kernels_with_its_reason() -> None:
     ):
         with pytest.raises(RuntimeError, match="'triton' cannot run: it serves float32, bfloat16 and float16"):
             call()
+
+
+def test_more_layers_than_a_launch_has_room_for_are_refused_by_the_kernels() -> None:
+    x, y, reference = make(layers=MOST_LAYERS + 1, p=1, q=1, k=2)
+    for call in (
+        lambda: cosine_alignment(x, y, backend="triton"),
+        lambda: mixed_gram_alignment(x, y, reference, 0.5, backend="triton"),
+    ):
+        with pytest.raises(RuntimeError, match="'triton' cannot run: it serves up to 65,535 layers, and got 65,536"):
+            call()
+    assert cosine_alignment(x, y).shape == (MOST_LAYERS + 1, 1, 1)
 
 
 def test_registration() -> None:
