@@ -108,8 +108,9 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
 
 
 def check(count: int, limit: int, launches: Launches) -> None:
-    """At most the limit, and not so far below that the limit holds nothing; versions of torch differ by a few."""
-    assert 0.9 * limit <= count <= limit, launches.counts.most_common()
+    """At most the limit, and not so far below that the limit holds nothing; older versions of torch make a few more."""
+    known = torch.__version__ >= (2, 13)
+    assert 0.9 * limit <= count <= (limit if known else 1.01 * limit), launches.counts.most_common()
 
 
 def test_a_selection_makes_no_more_launches_than_before(step: Any) -> None:

@@ -46,8 +46,8 @@ def test_tensors_of_every_kind(values):
 def test_live_labels(samples, classes, seed, dtype):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, classes + 1, (samples,), generator=g)
-    logits = torch.randn(samples, classes, generator=g).to(dtype)
-    logits[torch.rand(samples, classes, generator=g) < 0.1] = -1e30
+    logits = torch.randn(samples, classes, generator=g)
+    logits = logits.masked_fill(torch.rand(samples, classes, generator=g) < 0.1, -1e30).to(dtype)
     within = bool(((labels >= 0) & (labels < classes)).all())
     expected = within and bool((logits.gather(1, labels[:, None]) > -1e30).all())
     known = are_live(labels, logits, -1e30)
