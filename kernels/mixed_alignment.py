@@ -18,10 +18,14 @@ Both exponentials are scaled by 2^27, so that products and squares have float32'
 square. Pairs whose sum over the other classes is less than 1e-20 of its largest possible term, and those whose residual
 all but cancels t, are recomputed by the same program, row by row, from the mixed logits in float64.
 
+Where there are few tiles, the sums over classes and features are split into parts (:func:`parts`), so that more
+programs run at once: each stores its sums of a tile, of up to seven float32 a pair, and a third launch adds the parts
+in their order and goes on from there. This takes 8 MB at most. Equal sizes give the same parts, and the same bits.
+
 Several mixing weights are served by one launch. The program loops over them and has the Gram product, which does not
 depend on them, kept in registers: formed anew for each, it would cost 2 d operations a pair beside 8 C.
 
-The block of classes is the same in every configuration, and the order of summation with it. Errors, relative to the
+The block of classes is the same in every configuration, and so, within a part, the order of summation. Errors, relative to the
 largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and 1e-6 is typical
 (tests/kernels/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held to the same
 figures, and ``"tf32"`` to 5e-3 (tests/kernels/test_gpu_kernels.py).
@@ -52,7 +56,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # the logarithm of zero
 
 _STRIDES = tuple(f"{name}_{side}_stride" for side in "ab" for name in ("features", "logits", "labels", "t", "u"))
-_SIZES = ("n", "m", "rows_a", "rows_b", "classes", "width", "count", *_STRIDES)
+_SIZES = ("n", "m", "rows_a", "rows_b", "classes", "width")
+_NUMBERS = (*_SIZES, "count", "parts", "class_parts", "feature_parts", *_STRIDES)
 """Numbers for which Triton must not compile anew where they are 1 or multiples of 16: another batch is not to wait."""
 
 # What the row kernel leaves for each row.
@@ -126,7 +131,7 @@ def _statistics(
         tl.store(out + LABEL_SQUARE * rows + r, tl.sum(label_square, 1), mask=there)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _row_kernel(
     features_a,
     logits_a,
@@ -229,17 +234,75 @@ def _square(rest_square, own, other, scale, same):
 
 @triton.jit
 def _gram(
-    features_a, row_a, stride_a, features_b, row_b, stride_b, width,
+    features_a, row_a, stride_a, features_b, row_b, stride_b, first, last,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<h_i, h_j> of a tile."""
+    """<h_i, h_j> of a tile, over the features from ``first`` to before ``last``."""
     gram = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    for start in range(0, width, BLOCK_D):
+    for start in range(first, last, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)[None, :]
-        h_a = tl.load(features_a + row_a[:, None] * stride_a + k, mask=k < width, other=0.0).to(tl.float32)
-        h_b = tl.load(features_b + row_b[:, None] * stride_b + k, mask=k < width, other=0.0).to(tl.float32)
+        h_a = tl.load(features_a + row_a[:, None] * stride_a + k, mask=k < last, other=0.0).to(tl.float32)
+        h_b = tl.load(features_b + row_b[:, None] * stride_b + k, mask=k < last, other=0.0).to(tl.float32)
         gram = tl.dot(h_a, tl.trans(h_b), gram, input_precision=PRECISION)
     return gram
+
+
+@triton.jit
+def _class_sums(
+    logits_a, label_a, t_a, u_a, row_a, top_a, rate_a, logits_a_stride, t_a_stride, u_a_stride,
+    logits_b, label_b, t_b, u_b, row_b, top_b, rate_b, logits_b_stride, t_b_stride, u_b_stride,
+    lam, mu, first, last, SOFT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Z, U, S and, for t, what U is for u: of a tile, over the classes from ``first`` to before ``last``."""
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_t = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for start in range(first, last, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        inside = c < last
+        z_a = tl.load(logits_a + row_a[:, None] * logits_a_stride + c, mask=inside, other=0.0).to(tl.float32)
+        z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=inside, other=0.0).to(tl.float32)
+        v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
+        v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
+        use_a = inside & (c != label_a[:, None])
+        use_b = inside & (c != label_b[:, None])
+        # Of a label's logit, which may be far above the others, the exponential might be infinite.
+        a = tl.where(use_a, tl.exp2(tl.where(use_a, z_a - top_a[:, None], 0.0) * rate_a + LOG_SCALE), 0.0)
+        b = tl.where(use_b, tl.exp2(tl.where(use_b, z_b - top_b[:, None], 0.0) * rate_b + LOG_SCALE), 0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+        total_u = tl.dot(a * (lam * v_a), tl.trans(b), total_u, input_precision=PRECISION)
+        total_u = tl.dot(a, tl.trans(b * (mu * v_b)), total_u, input_precision=PRECISION)
+        if NORMS or SOFT:
+            total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
+        if SOFT:
+            w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
+            w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
+            total_t = tl.dot(a * (lam * w_a), tl.trans(b), total_t, input_precision=PRECISION)
+            total_t = tl.dot(a, tl.trans(b * (mu * w_b)), total_t, input_precision=PRECISION)
+    return total, total_u, total_square, total_t
+
+
+@triton.jit
+def _label_sums(
+    t_a, u_a, row_a, t_a_stride, u_a_stride, t_b, u_b, row_b, t_b_stride, u_b_stride, first, last,
+    PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """<t_i, u_j> + <u_i, t_j> and <t_i, t_j> of a tile, over the classes from ``first`` to before ``last``."""
+    label_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    label_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for start in range(first, last, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        inside = c < last
+        v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
+        v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
+        w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
+        w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
+        label_u = tl.dot(w_a, tl.trans(v_b), label_u, input_precision=PRECISION)
+        label_u = tl.dot(v_a, tl.trans(w_b), label_u, input_precision=PRECISION)
+        label_square = tl.dot(w_a, tl.trans(w_b), label_square, input_precision=PRECISION)
+    return label_u, label_square
 
 
 @triton.jit
@@ -343,21 +406,136 @@ def _norm(residual, gram, square_a, square_b, lam, mu, BIAS: tl.constexpr):
     return residual * tl.sqrt_rn(mixed)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
+def _weights(lam64):
+    """lam, 1 - lam in float64 and float32, and the factors of either side's logits in the exponents of 2."""
+    mu64 = 1.0 - lam64
+    rate_a = (lam64 * LOG2_E).to(tl.float32)
+    rate_b = (mu64 * LOG2_E).to(tl.float32)
+    return mu64, lam64.to(tl.float32), mu64.to(tl.float32), rate_a, rate_b
+
+
+@triton.jit
+def _part(terms, parts, part, BLOCK: tl.constexpr):
+    """First term of number ``part`` of ``parts`` parts of a sum, in whole blocks, and the one after its last."""
+    share = tl.cdiv(tl.cdiv(terms, BLOCK), parts) * BLOCK
+    return part * share, tl.minimum((part + 1) * share, terms)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _sum_kernel(
+    features_a, logits_a, labels_a, t_a, u_a, statistics_a,
+    features_b, logits_b, labels_b, t_b, u_b, statistics_b,
+    lams, sums,
+    n, m, rows_a, rows_b, classes, width, class_parts, feature_parts,
+    features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
+    features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
+    SOFT: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of one tile of pairs of rows over one part of the classes and of the features, for one mixing weight.
+
+    They are stored in ``sums`` (parts, SUMS, tiles, BLOCK_A * BLOCK_B) float32, in the order of :func:`_add_parts`.
+    """
+    classes *= UNIT_C
+    logits_a_stride *= UNIT_C
+    logits_b_stride *= UNIT_C
+    t_a_stride *= UNIT_C
+    t_b_stride *= UNIT_C
+    u_a_stride *= UNIT_C
+    u_b_stride *= UNIT_C
+    width *= UNIT_D
+    features_a_stride *= UNIT_D
+    features_b_stride *= UNIT_D
+    tiles_b = tl.cdiv(m, BLOCK_B)
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    # Rows that are not there take another's place: what is summed for them is not used.
+    row_a = tl.minimum((tile // tiles_b).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A), n - 1)
+    row_b = tl.minimum((tile % tiles_b).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B), m - 1)
+    top_a = tl.load(statistics_a + TOP * rows_a + row_a)
+    top_b = tl.load(statistics_b + TOP * rows_b + row_b)
+    label_a = tl.load(labels_a + row_a * labels_a_stride)
+    label_b = tl.load(labels_b + row_b * labels_b_stride)
+    mu64, lam, mu, rate_a, rate_b = _weights(tl.load(lams))
+    span = tl.num_programs(0) * (BLOCK_A * BLOCK_B)
+    at = tl.arange(0, BLOCK_A)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    out = sums + part * SUMS * span + tile * (BLOCK_A * BLOCK_B) + at
+    first, last = _part(classes, class_parts, part, BLOCK_C)
+    total, total_u, total_square, total_t = _class_sums(
+        logits_a, label_a, t_a, u_a, row_a, top_a, rate_a, logits_a_stride, t_a_stride, u_a_stride,
+        logits_b, label_b, t_b, u_b, row_b, top_b, rate_b, logits_b_stride, t_b_stride, u_b_stride,
+        lam, mu, first, last, SOFT, NORMS, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C,
+    )  # fmt: skip
+    tl.store(out, total)
+    tl.store(out + span, total_u)
+    if NORMS or SOFT:
+        tl.store(out + 2 * span, total_square)
+    if SOFT:
+        tl.store(out + 3 * span, total_t)
+        label_u, label_square = _label_sums(
+            t_a, u_a, row_a, t_a_stride, u_a_stride, t_b, u_b, row_b, t_b_stride, u_b_stride,
+            first, last, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C,
+        )  # fmt: skip
+        tl.store(out + 4 * span, label_u)
+        tl.store(out + 5 * span, label_square)
+    if NORMS:
+        first, last = _part(width, feature_parts, part, BLOCK_C)
+        gram = _gram(
+            features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, first, last,
+            BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        tl.store(out + (SUMS - 1) * span, gram)
+
+
+@triton.jit
+def _add_parts(
+    sums, tile, parts, SOFT: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The sums of :func:`_sum_kernel` over all parts, added in their order; zeros for what it does not form."""
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_t = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    label_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    label_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    gram = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    span = tl.num_programs(0) * (BLOCK_A * BLOCK_B)
+    at = tl.arange(0, BLOCK_A)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    at = sums + tile * (BLOCK_A * BLOCK_B) + at
+    for _ in range(parts):
+        total += tl.load(at)
+        total_u += tl.load(at + span)
+        if NORMS or SOFT:
+            total_square += tl.load(at + 2 * span)
+        if SOFT:
+            total_t += tl.load(at + 3 * span)
+            label_u += tl.load(at + 4 * span)
+            label_square += tl.load(at + 5 * span)
+        if NORMS:
+            gram += tl.load(at + (SUMS - 1) * span)
+        at += SUMS * span
+    return total, total_u, total_square, total_t, label_u, label_square, gram
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _pair_kernel(
     features_a, logits_a, labels_a, t_a, u_a, statistics_a,
     features_b, logits_b, labels_b, t_b, u_b, statistics_b,
-    lams, slots, inner_out, norm_out,
-    n, m, rows_a, rows_b, classes, width, count,
+    lams, slots, sums, inner_out, norm_out,
+    n, m, rows_a, rows_b, classes, width, count, parts,
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
     SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, NORMS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
+    SPLIT: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows.
 
-    Without NORMS no norm is written; of label vectors it is formed in any case, as it shows what has to be recomputed.
+    If SPLIT, :func:`_sum_kernel` has left the sums over classes and features in ``sums``, in ``parts`` parts; there is
+    then one mixing weight, and no slots. Without NORMS no norm is written; of label vectors it is formed in any case, as it shows what has to be recomputed.
     Sizes and strides are in units, see :class:`_Units`.
     """
     classes *= UNIT_C
@@ -392,46 +570,24 @@ def _pair_kernel(
     label_b = tl.load(labels_b + row_b * labels_b_stride)
     if SEVERAL and NORMS:
         gram = _gram(
-            features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
+            features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, 0, width,
             BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
         )  # fmt: skip
     for node in range(count if SEVERAL else 1):
         lam64 = tl.load(lams + node)
-        mu64 = 1.0 - lam64
-        lam = lam64.to(tl.float32)
-        mu = mu64.to(tl.float32)
-        rate_a = (lam64 * LOG2_E).to(tl.float32)
-        rate_b = (mu64 * LOG2_E).to(tl.float32)
+        mu64, lam, mu, rate_a, rate_b = _weights(lam64)
         log_lam = tl.where(lam64 > 0.0, tl.log(tl.where(lam64 > 0.0, lam64, 1.0)), NOTHING)
         log_mu = tl.where(mu64 > 0.0, tl.log(tl.where(mu64 > 0.0, mu64, 1.0)), NOTHING)
-        total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        total_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        if NORMS or SOFT:
-            total_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        if SOFT:
-            total_t = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        for start in range(0, classes, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)[None, :]
-            inside = c < classes
-            z_a = tl.load(logits_a + row_a[:, None] * logits_a_stride + c, mask=inside, other=0.0).to(tl.float32)
-            z_b = tl.load(logits_b + row_b[:, None] * logits_b_stride + c, mask=inside, other=0.0).to(tl.float32)
-            v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
-            v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
-            use_a = inside & (c != label_a[:, None])
-            use_b = inside & (c != label_b[:, None])
-            # Of a label's logit, which may be far above the others, the exponential might be infinite.
-            a = tl.where(use_a, tl.exp2(tl.where(use_a, z_a - top_a[:, None], 0.0) * rate_a + LOG_SCALE), 0.0)
-            b = tl.where(use_b, tl.exp2(tl.where(use_b, z_b - top_b[:, None], 0.0) * rate_b + LOG_SCALE), 0.0)
-            total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
-            total_u = tl.dot(a * (lam * v_a), tl.trans(b), total_u, input_precision=PRECISION)
-            total_u = tl.dot(a, tl.trans(b * (mu * v_b)), total_u, input_precision=PRECISION)
-            if NORMS or SOFT:
-                total_square = tl.dot(a * a, tl.trans(b * b), total_square, input_precision=PRECISION)
-            if SOFT:
-                w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
-                w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
-                total_t = tl.dot(a * (lam * w_a), tl.trans(b), total_t, input_precision=PRECISION)
-                total_t = tl.dot(a, tl.trans(b * (mu * w_b)), total_t, input_precision=PRECISION)
+        if SPLIT:
+            total, total_u, total_square, total_t, label_u, label_square, gram = _add_parts(
+                sums, tile_a * tiles_b + tile_b, parts, SOFT, NORMS, SUMS, BLOCK_A, BLOCK_B
+            )
+        else:
+            total, total_u, total_square, total_t = _class_sums(
+                logits_a, label_a, t_a, u_a, row_a, top_a, rate_a, logits_a_stride, t_a_stride, u_a_stride,
+                logits_b, label_b, t_b, u_b, row_b, top_b, rate_b, logits_b_stride, t_b_stride, u_b_stride,
+                lam, mu, 0, classes, SOFT, NORMS, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C,
+            )  # fmt: skip
         # Zero, which the compiler cannot know: or else it forms the tile's addresses before the loop over the
         # classes, and they fill the registers all through it.
         zero = (tl.sum(tl.sum(total, 1), 0) < 0.0).to(tl.int64)
@@ -469,18 +625,11 @@ def _pair_kernel(
             cross = scale * total_t
             cross += own * ((lam * t_own_a)[:, None] + mu * t_b_at_a)
             cross += other * (lam * t_a_at_b + (mu * t_own_b)[None, :])
-            label_u = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-            label_square = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-            for start in range(0, classes, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)[None, :]
-                inside = c < classes
-                v_a = tl.load(u_a + row_a[:, None] * u_a_stride + c, mask=inside, other=0.0)
-                v_b = tl.load(u_b + row_b[:, None] * u_b_stride + c, mask=inside, other=0.0)
-                w_a = tl.load(t_a + row_a[:, None] * t_a_stride + c, mask=inside, other=0.0)
-                w_b = tl.load(t_b + row_b[:, None] * t_b_stride + c, mask=inside, other=0.0)
-                label_u = tl.dot(w_a, tl.trans(v_b), label_u, input_precision=PRECISION)
-                label_u = tl.dot(v_a, tl.trans(w_b), label_u, input_precision=PRECISION)
-                label_square = tl.dot(w_a, tl.trans(w_b), label_square, input_precision=PRECISION)
+            if not SPLIT:
+                label_u, label_square = _label_sums(
+                    t_a, u_a, row_a, t_a_stride, u_a_stride, t_b, u_b, row_b, t_b_stride, u_b_stride,
+                    0, classes, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C,
+                )  # fmt: skip
             own_u_a = tl.load(statistics_a + LABEL_U * rows_a + row_a)[:, None]
             own_u_b = tl.load(statistics_b + LABEL_U * rows_b + row_b)[None, :]
             own_square_a = tl.load(statistics_a + LABEL_SQUARE * rows_a + row_a)[:, None]
@@ -493,9 +642,9 @@ def _pair_kernel(
             first = size / most
             second = beside / most
             inner = (inner * first + toward / most) * most
-            parts = square * first * first + second * second
-            square = parts + 2.0 * first * (cross / most)
-            lost = lost | ((square < parts * CANCELLED) & (second > 0.0))
+            squares = square * first * first + second * second
+            square = squares + 2.0 * first * (cross / most)
+            lost = lost | ((square < squares * CANCELLED) & (second > 0.0))
             size = most
         if not SOFT:
             inner *= size
@@ -504,9 +653,9 @@ def _pair_kernel(
         square_b = top_b
         if NORMS:
             residual = tl.sqrt_rn(_not_negative(square)) * size
-            if not SEVERAL:
+            if not (SEVERAL or SPLIT):
                 gram = _gram(
-                    features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, width,
+                    features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, 0, width,
                     BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
                 )  # fmt: skip
             square_a = tl.load(statistics_a + SQUARE * rows_a + row_a)
@@ -589,6 +738,13 @@ SOFT = (Configuration(64, 16, 8, 2, max_spills=512),)
 ENOUGH_TILES = 112
 """Tiles that keep a large GPU's 108 to 132 multiprocessors busy; with fewer, a smaller tile is better."""
 
+PROGRAMS = 264
+"""Programs of sums for a large GPU: two on each of 132 multiprocessors, which run at once or, of label vectors, in two
+rounds, as their registers allow."""
+
+LEAST_PART, MOST_PARTS = 128, 16
+"""Terms of the smallest part of a sum, and parts of the longest: see :func:`parts`."""
+
 ROWS, COLUMNS, ROW_WARPS = 4, 256, 4  # of the row kernel
 
 LARGEST_GROUP = 16
@@ -601,6 +757,20 @@ def configuration(n: int, m: int, soft: bool) -> Configuration:
         if triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b) >= ENOUGH_TILES:
             return choice
     return table[-1]
+
+
+def parts(tiles: int, terms: int) -> int:
+    """How many programs share a tile's sum of ``terms`` classes or features, where there are ``tiles`` of pairs.
+
+    A program takes 16 terms at a turn, and each turn waits for its loads and products. Of 256 x 256 pairs there are 64
+    tiles: half of a large GPU idles through 63 turns for 1,000 classes and 128 for 2,048 features. Four parts are 256
+    programs with a quarter of the turns each. They cost a launch and, where they are added up, a load for each part.
+    If a turn takes 1 us, a launch 2 us and a load 0.5 us, a part of eight turns is worth its load, and more than
+    sqrt(128 / 0.5) = 16 parts are not worth theirs. None of this has been measured on a device.
+    """
+    if tiles >= ENOUGH_TILES:
+        return 1
+    return max(1, min(PROGRAMS // tiles, terms // LEAST_PART, MOST_PARTS))
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
@@ -676,6 +846,11 @@ def _row_statistics(a: _Rows, b: _Rows, norms: bool, units: _Units) -> tuple[Ten
     return out_a, out_b
 
 
+def _sums_of_a_pair(soft: bool, norms: bool) -> int:
+    """How many sums over classes and, last, features there are for a pair."""
+    return (6 if soft else 2 + norms) + norms
+
+
 def _launch(
     a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -687,18 +862,32 @@ def _launch(
         return inner, norm
     if not len(a.logits):
         return inner.zero_(), norm.zero_()  # every slot is empty
+    classes, width = a.logits.shape[1], a.features.shape[1]
     choice = configuration(n, m, soft)
+    tiles = triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b)
+    splits = slots is None and len(lams) == 1  # of a class table, which has at least a row a class, tiles are enough
+    class_parts = parts(tiles, classes) if splits else 1
+    feature_parts = parts(tiles, width) if splits and norms else 1
+    most = max(class_parts, feature_parts)
+    count = _sums_of_a_pair(soft, norms)
+    sums = inner if most == 1 else a.u.new_empty(most, count, tiles, choice.rows_a * choice.rows_b)
     with torch.cuda.device_of(a.logits):
         units = _units(a, b)
         statistics_a, statistics_b = _row_statistics(a, b, norms, units)
-        _pair_kernel[(triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b),)](
-            *a, statistics_a, *b, statistics_b, lams, lams if slots is None else slots, inner, norm,
-            n, m, len(a.logits), len(b.logits), a.logits.shape[1] // units.classes,
-            a.features.shape[1] // units.width, len(lams), *a.strides(units), *b.strides(units),
-            SOFT=soft, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, NORMS=norms,
-            PRECISION=precision, UNIT_C=units.classes, UNIT_D=units.width,
-            BLOCK_A=choice.rows_a, BLOCK_B=choice.rows_b, BLOCK_C=CLASSES,
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
+        sides = (*a, statistics_a, *b, statistics_b)
+        sizes = (n, m, len(a.logits), len(b.logits), classes // units.classes, width // units.width)
+        strides = (*a.strides(units), *b.strides(units))
+        constants: dict[str, Any] = {
+            "SOFT": soft, "NORMS": norms, "SUMS": count, "PRECISION": precision,
+            "UNIT_C": units.classes, "UNIT_D": units.width,
+            "BLOCK_A": choice.rows_a, "BLOCK_B": choice.rows_b, "BLOCK_C": CLASSES,
+            "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+        }  # fmt: skip
+        if most > 1:
+            _sum_kernel[(tiles, most)](*sides, lams, sums, *sizes, class_parts, feature_parts, *strides, **constants)
+        _pair_kernel[(tiles,)](
+            *sides, lams, lams if slots is None else slots, sums, inner, norm, *sizes, len(lams), most, *strides,
+            GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, SPLIT=most > 1, **constants,
         )  # fmt: skip
     return inner, norm
 
@@ -718,9 +907,10 @@ def mixed_alignment(
     precision: str = "tf32x3",
     norms: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Inner products with a reference gradient, and norms, of all pairs' mixed last-layer gradients, in two launches.
+    """Inner products with a reference gradient, and norms, of all pairs' mixed last-layer gradients.
 
-    The formula is that of :func:`gradmix.ops.mixed_alignment.mixed_alignment`. Nothing waits for the device.
+    The formula is that of :func:`gradmix.ops.mixed_alignment.mixed_alignment`. It takes two launches or, if the sums are
+    split (:func:`parts`), three. Nothing waits for the device.
 
     Args:
         features_a: (N, d) float32, bfloat16 or float16.
@@ -810,10 +1000,16 @@ def variants() -> Iterator[Variant]:
             yield _pair_variant(choice, soft, norms=False)
             yield _pair_variant(choice, soft, several=True)
             yield _pair_variant(choice, soft, several=True, group=16)
+        smallest = (SOFT if soft else HARD)[-1]  # as sums are split only where there are few tiles
+        for norms in (True, False):
+            yield _pair_variant(smallest, soft, norms=norms, role="sums")
+            yield _pair_variant(smallest, soft, norms=norms, role="finish")
         for precision in ("ieee", "tf32"):
-            yield _pair_variant((SOFT if soft else HARD)[-1], soft, precision=precision)
-    yield _pair_variant(HARD[-1], soft=False, element="*bf16")
-    yield _pair_variant(HARD[-1], soft=False, units=(1, 1))
+            yield _pair_variant(smallest, soft, precision=precision)
+            yield _pair_variant(smallest, soft, precision=precision, role="sums")
+    for role in ("whole", "sums"):
+        yield _pair_variant(HARD[-1], soft=False, element="*bf16", role=role)
+        yield _pair_variant(HARD[-1], soft=False, units=(1, 1), role=role)
 
 
 def _side_types(soft: bool, last: str, element: str) -> Iterator[tuple[str, str]]:
@@ -841,6 +1037,7 @@ def _pair_variant(
     choice: Configuration,
     soft: bool,
     *,
+    role: str = "whole",
     several: bool = False,
     group: int = 0,
     precision: str = "tf32x3",
@@ -848,12 +1045,11 @@ def _pair_variant(
     norms: bool = True,
     units: tuple[int, int] = (8, 16),
 ) -> Variant:
+    """The kernel of pairs as a whole, the one of the sums that are split, or that of pairs which finishes those."""
     constants: dict[str, Any] = {
         "SOFT": soft,
-        "GROUP": group,
-        "BIAS": True,
-        "SEVERAL": several,
         "NORMS": norms,
+        "SUMS": _sums_of_a_pair(soft, norms),
         "PRECISION": precision,
         "UNIT_C": units[0],
         "UNIT_D": units[1],
@@ -861,11 +1057,18 @@ def _pair_variant(
         "BLOCK_B": choice.rows_b,
         "BLOCK_C": CLASSES,
     }
-    signature = dict(_side_types(soft, "statistics", element))
-    signature |= {"lams": "*fp64", "slots": "*i64", "inner_out": "*fp32", "norm_out": "*fp32"}
-    signature |= dict.fromkeys(_SIZES, "i32") | dict.fromkeys(constants, "constexpr")
-    parts = [
-        f"mixed_alignment {choice.rows_a}x{choice.rows_b}",
+    if role != "sums":
+        constants |= {"GROUP": group, "BIAS": True, "SEVERAL": several, "SPLIT": role == "finish"}
+    signature = dict(_side_types(soft, "statistics", element)) | {"lams": "*fp64"}
+    if role == "sums":
+        signature |= {"sums": "*fp32"}
+        numbers = ("class_parts", "feature_parts")
+    else:
+        signature |= {"slots": "*i64", "sums": "*fp32", "inner_out": "*fp32", "norm_out": "*fp32"}
+        numbers = ("count", "parts")
+    signature |= dict.fromkeys((*_SIZES, *numbers, *_STRIDES), "i32") | dict.fromkeys(constants, "constexpr")
+    traits = [
+        f"mixed_alignment {'' if role == 'whole' else f'{role} of '}{choice.rows_a}x{choice.rows_b}",
         "label vectors" if soft else "class indices",
         precision,
         *(["several weights"] if several else []),
@@ -875,12 +1078,12 @@ def _pair_variant(
         *([] if units == (8, 16) else [f"units of {units[0]} and {units[1]}"]),
     ]
     return Variant(
-        ", ".join(parts),
-        _pair_kernel,
+        ", ".join(traits),
+        _sum_kernel if role == "sums" else _pair_kernel,
         signature,
         constants,
         choice.num_warps,
         choice.num_stages,
         max_shared=65_536,
-        max_spills=choice.max_spills if norms or soft else 0,
+        max_spills=choice.max_spills if role != "sums" and (norms or soft) else 0,
     )
