@@ -739,8 +739,10 @@ ENOUGH_TILES = 112
 """Tiles that keep a large GPU's 108 to 132 multiprocessors busy; with fewer, a smaller tile is better."""
 
 PROGRAMS = 264
-"""Programs of sums for a large GPU: two on each of 132 multiprocessors, which run at once or, of label vectors, in two
-rounds, as their registers allow."""
+"""Programs of sums that a large GPU runs at once: two on each of 132 multiprocessors, as their registers allow."""
+
+SUM_WARPS = 4
+"""Warps of such a program. Of label vectors, eight would do every other product twice, and leave room for one program."""
 
 LEAST_PART, MOST_PARTS = 128, 16
 """Terms of the smallest part of a sum, and parts of the longest: see :func:`parts`."""
@@ -881,13 +883,16 @@ def _launch(
             "SOFT": soft, "NORMS": norms, "SUMS": count, "PRECISION": precision,
             "UNIT_C": units.classes, "UNIT_D": units.width,
             "BLOCK_A": choice.rows_a, "BLOCK_B": choice.rows_b, "BLOCK_C": CLASSES,
-            "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+            "num_stages": choice.num_stages,
         }  # fmt: skip
         if most > 1:
-            _sum_kernel[(tiles, most)](*sides, lams, sums, *sizes, class_parts, feature_parts, *strides, **constants)
+            _sum_kernel[(tiles, most)](
+                *sides, lams, sums, *sizes, class_parts, feature_parts, *strides, **constants, num_warps=SUM_WARPS
+            )
         _pair_kernel[(tiles,)](
             *sides, lams, lams if slots is None else slots, sums, inner, norm, *sizes, len(lams), most, *strides,
-            GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, SPLIT=most > 1, **constants,
+            **constants, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, SPLIT=most > 1,
+            num_warps=choice.num_warps,
         )  # fmt: skip
     return inner, norm
 
@@ -1082,7 +1087,7 @@ def _pair_variant(
         _sum_kernel if role == "sums" else _pair_kernel,
         signature,
         constants,
-        choice.num_warps,
+        SUM_WARPS if role == "sums" else choice.num_warps,
         choice.num_stages,
         max_shared=65_536,
         max_spills=choice.max_spills if role != "sums" and (norms or soft) else 0,

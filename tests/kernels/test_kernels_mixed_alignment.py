@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 from functools import cache
+from typing import Any
 
 import pytest
 import thinning
@@ -55,6 +56,18 @@ def force(monkeypatch: pytest.MonkeyPatch, choice: kernel.Configuration) -> None
     monkeypatch.setattr(kernel, "configuration", lambda n, m, soft: choice)
 
 
+def split(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Have sums of whatever size in ``count`` parts; with more than there are blocks, some have no terms."""
+    monkeypatch.setattr(kernel, "parts", lambda tiles, terms: count)
+
+
+@pytest.fixture(params=[1, 3], ids=["whole", "split"])
+def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Parts of the sums of one mixing weight, in the kernels of either way."""
+    split(monkeypatch, request.param)
+    return request.param
+
+
 SIZES = {
     "tiles and one row": {"n": 65, "m": 33, "classes": 33, "d": 40},
     "one row and tiles": {"n": 1, "m": 65, "classes": 100, "d": 3},
@@ -65,9 +78,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("lam", "count"), [(0.0, 1), (0.3, 1), (1.0, 1), (0.3, 3)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(case: str, lam: float) -> None:
+def test_equals_the_reference(case: str, lam: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, count)
     arguments = make(**CASES[case], dtype=torch.float32)
     assert_close(run(arguments, lam), truth(arguments, lam))
 
@@ -77,7 +91,7 @@ AWKWARD = [(case, soft, soft == bool(at % 2)) for at, case in enumerate(SIZES) f
 
 
 @pytest.mark.parametrize(("case", "soft", "bias"), AWKWARD, ids=str)
-def test_awkward_sizes(case: str, soft: bool, bias: bool) -> None:
+def test_awkward_sizes(case: str, soft: bool, bias: bool, count: int) -> None:
     arguments = make(**SIZES[case], soft=(soft, soft), bias=bias, dtype=torch.float32)
     result, expected = run(arguments, 0.3), truth(arguments, 0.3)
     if not soft:
@@ -93,7 +107,10 @@ def test_awkward_sizes(case: str, soft: bool, bias: bool) -> None:
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_against_float64_of_the_same_numbers(features: torch.dtype, logits: torch.dtype) -> None:
+def test_low_precision_against_float64_of_the_same_numbers(
+    features: torch.dtype, logits: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(monkeypatch, 3 if features != logits else 1)
     arguments = make(n=7, m=6, classes=35, d=40, dtype=torch.float32)
     for at, dtype in ((0, features), (3, features), (1, logits), (4, logits)):
         arguments[at] = arguments[at].to(dtype)
@@ -146,7 +163,7 @@ def test_the_same_rows_on_both_sides_give_what_copies_give() -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_strided_inputs_give_the_same(soft: bool) -> None:
+def test_strided_inputs_give_the_same(soft: bool, count: int) -> None:
     parts, bias = prepared(make(n=6, m=5, soft=(soft, soft), dtype=torch.float32))
     expected = kernel.mixed_alignment(*parts, weights(0.4), bias=bias)
     columns = [torch.stack([t, t], -1)[..., 0] for t in parts]
@@ -158,7 +175,7 @@ def test_strided_inputs_give_the_same(soft: bool) -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_rows_that_favour_different_classes_underflow_and_are_recomputed(soft: bool) -> None:
+def test_rows_that_favour_different_classes_underflow_and_are_recomputed(soft: bool, count: int) -> None:
     z_a = torch.tensor([[400.0, 0.0, -3.0, -5.0], [1.0, 0.0, 2.0, 1.0]])
     z_b = torch.tensor([[0.0, 400.0, -5.0, -4.0], [0.0, 1.0, 1.0, 3.0]])
     y = torch.tensor([2, 0]) if not soft else torch.tensor([[0.0, 0.25, 0.5, 0.25], [1.0, 0.0, 0.0, 0.0]])
@@ -169,7 +186,7 @@ def test_rows_that_favour_different_classes_underflow_and_are_recomputed(soft: b
     torch.testing.assert_close(result.norm.double(), expected.norm, rtol=1e-5, atol=0)
 
 
-def test_confidently_wrong_rows_of_two_classes_leave_the_rest_empty_and_are_recomputed() -> None:
+def test_confidently_wrong_rows_of_two_classes_leave_the_rest_empty_and_are_recomputed(count: int) -> None:
     z_a, z_b = torch.tensor([[0.0, 200.0]]), torch.tensor([[300.0, 0.0]])
     arguments = [
         torch.randn(1, 3),
@@ -185,7 +202,7 @@ def test_confidently_wrong_rows_of_two_classes_leave_the_rest_empty_and_are_reco
         torch.testing.assert_close(result.norm.double(), expected.norm, rtol=2e-5, atol=0)
 
 
-def test_a_well_fitted_pair_keeps_its_relative_accuracy() -> None:
+def test_a_well_fitted_pair_keeps_its_relative_accuracy(count: int) -> None:
     z = torch.tensor([[25.0, 1.0, 0.0], [24.0, 0.0, 2.0]])
     arguments = [torch.randn(2, 3), z, torch.tensor([0, 0])] * 2 + [torch.randn(3, 4)]
     result, expected = run(arguments, 0.3), truth(arguments, 0.3)
@@ -194,7 +211,7 @@ def test_a_well_fitted_pair_keeps_its_relative_accuracy() -> None:
 
 
 @pytest.mark.parametrize("where", ["label", "other class", "feature", "u"])
-def test_a_nan_makes_its_row_nan_and_no_other(where: str) -> None:
+def test_a_nan_makes_its_row_nan_and_no_other(where: str, count: int) -> None:
     parts, bias = prepared(make(n=4, m=5, dtype=torch.float32))
     clean = kernel.mixed_alignment(*parts, weights(0.3), bias=bias)
     label = int(parts[2][1])
@@ -209,6 +226,91 @@ def test_a_nan_makes_its_row_nan_and_no_other(where: str) -> None:
         assert inner[:, 1].isnan().all()
     else:
         assert inner[:, 1].isnan().all() and norm[:, 1].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- split sums
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize(("scale", "n", "m"), [(1.0, 65, 17), (300.0, 3, 5)], ids=["tiles", "lost pairs"])
+def test_parts_of_classes_and_features_give_the_reference(
+    scale: float, n: int, m: int, soft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = make(n=n, m=3 if soft else m, classes=75, d=90, scale=scale, soft=(soft, soft), dtype=torch.float32)
+    expected, results = truth(arguments, 0.3), []
+    for class_parts, feature_parts in ((1, 1), (2, 1), (1, 3), (5, 16)):
+        by_terms = {75: class_parts, 90: feature_parts}
+        monkeypatch.setattr(kernel, "parts", lambda tiles, terms, by_terms=by_terms: by_terms[terms])
+        results.append(run(arguments, 0.3))
+        assert_close(results[-1], expected)
+    if scale == 1.0:  # what is lost is recomputed, whatever the sums are
+        whole, by_classes, by_features, _ = results
+        assert torch.equal(by_features.inner, whole.inner) and not torch.equal(by_features.norm, whole.norm)
+        assert not torch.equal(by_classes.inner, whole.inner)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and grids of the kernels of this module that are launched from now on."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    class Noting:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernel, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            found.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name in ("_row_kernel", "_sum_kernel", "_pair_kernel"):
+        monkeypatch.setattr(kernel, name, Noting(name))
+    return found
+
+
+@pytest.mark.parametrize(
+    "classes, d, norms, count", [(255, 255, True, 1), (256, 8, True, 2), (8, 400, True, 3), (8, 400, False, 1)]
+)
+def test_a_call_is_two_launches_and_one_more_for_split_sums(
+    classes: int, d: int, norms: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, bias = prepared(make(n=65, m=3, classes=classes, d=d, dtype=torch.float32))
+    found = launched(monkeypatch)
+    kernel.mixed_alignment(*parts, weights(0.3), bias=bias, norms=norms)
+    sums = [("_sum_kernel", (2, count))] if count > 1 else []
+    assert found == [("_row_kernel", (18,)), *sums, ("_pair_kernel", (2,))]
+
+
+def test_of_several_weights_and_groups_no_sums_are_split(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, bias = prepared(make(n=5, m=4, dtype=torch.float32))
+    found = launched(monkeypatch)
+    kernel.mixed_alignment(*parts, weights(0.3, 0.4), bias=bias)
+    kernel.class_pair_sums(*parts[:4], weights(0.3), torch.arange(4), 2, bias=bias)
+    assert [name for name, _ in found] == ["_row_kernel", "_pair_kernel"] * 2
+
+
+@pytest.mark.parametrize(
+    "tiles, terms, count",
+    [
+        (64, 1000, 4),
+        (64, 255, 1),
+        (64, 256, 2),
+        (4, 1000, 7),
+        (1, 10**6, 16),
+        (111, 1000, 2),
+        (112, 1000, 1),
+        (1, 0, 1),
+    ],
+)
+def test_the_number_of_parts_is_a_function_of_the_sizes(tiles: int, terms: int, count: int) -> None:
+    assert kernel.parts(tiles, terms) == count
+
+
+def test_split_sums_take_no_more_than_the_memory_stated() -> None:
+    for soft, rows in itertools.product((False, True), range(16, 3000, 16)):
+        choice = kernel.configuration(rows, 16, soft)
+        tiles = math.ceil(rows / choice.rows_a)
+        count = kernel.parts(tiles, 10**6)
+        size = kernel._sums_of_a_pair(soft, True) * choice.rows_a * choice.rows_b * 4
+        assert count == 1 or tiles * count * size <= 8e6
 
 
 # -------------------------------------------------------------------------------------------------------- grouped sums

@@ -330,6 +330,7 @@ _CONVERSIONS: dict[tuple[str, ...], Callable[..., Array]] = {
     ("rn", "f16", "f32"): lambda x: x.astype(np.float16),
     ("f32", "f16"): lambda x: x.astype(np.float32),
     ("f64", "f32"): lambda x: x.astype(np.float64),
+    ("f64", "f16"): lambda x: x.astype(np.float64),
     ("rn", "f32", "f64"): lambda x: x.astype(np.float32),
 }
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -210,9 +211,12 @@ def mixtures(precision: str, dtype: torch.dtype = torch.float32, **sizes: int) -
 
 def pairs(
     precision: str, soft: bool = False, lams: tuple[float, ...] = (0.3,), dtype: torch.dtype = torch.float32,
-    group: int = 0, norms: bool = True, **sizes: Any,
+    group: int = 0, norms: bool = True, parts: int = 0, **sizes: Any,
 ) -> Case:  # fmt: skip
-    """All pairs, or (group > 0) their sums over groups of samples of one side; inner products alone without norms."""
+    """All pairs, or (group > 0) their sums over groups of samples of one side; inner products alone without norms.
+
+    With parts > 0 the sums over classes and features are split into as many.
+    """
     import mixed_pairs as operands
     import test_mixed_alignment as operator
     from gradmix.kernels import mixed_alignment as kernel
@@ -225,16 +229,18 @@ def pairs(
         arguments = [*arguments[:3], *arguments[:3], arguments[6]]
         rows = torch.randint(-1, len(arguments[0]), (3 * 16 + group,))
         exact = operands.grouped_truth(arguments, rows, group, *lams)
-        parts, bias = operands.prepared(arguments)
+        inputs, bias = operands.prepared(arguments)
 
         def call() -> Results:
-            return kernel.class_pair_sums(*parts[:4], weights, rows, group, bias=bias, precision=precision)
+            return kernel.class_pair_sums(*inputs[:4], weights, rows, group, bias=bias, precision=precision)
     else:
         exact = operands.truth(arguments, *lams)
-        parts, bias = operands.prepared(arguments)
+        inputs, bias = operands.prepared(arguments)
+        choose = kernel.parts if not parts else lambda tiles, terms: parts
 
         def call() -> Results:
-            results = kernel.mixed_alignment(*parts, weights, bias=bias, precision=precision, norms=norms)
+            with mock.patch.object(kernel, "parts", choose):
+                results = kernel.mixed_alignment(*inputs, weights, bias=bias, precision=precision, norms=norms)
             return results if norms else results[:1]
 
     unit = 5e-3 if precision == "tf32" else 1e-5
@@ -247,6 +253,7 @@ def pairs(
 
 BF16, F16, F64 = torch.bfloat16, torch.float16, torch.float64
 TILE = {"n": 66, "m": 18, "classes": 19, "d": 21}
+WIDE = {"n": 66, "m": 3, "classes": 39, "d": 70}
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 ODD = {"layers": 2, "p": 33, "q": 35, "k": 37}
 ROWS = {"n": 35, "classes": 37, "d": 67}
@@ -266,6 +273,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "cosines ieee bfloat16": lambda: cosines("ieee", BF16, **ODD),
     "mixtures tf32": lambda: mixtures("tf32", **ODD),
     "pairs tf32x3, no norms": lambda: pairs("tf32x3", norms=False, **TILE),
+    "pairs tf32x3, split": lambda: pairs("tf32x3", parts=3, **WIDE),
     "pairs tf32x3, lost": lambda: pairs("tf32x3", scale=300.0, n=2, m=3, classes=17, d=17),
 }
 """Run every time: each kernel, with every kind of matrix product, copy and reduction. Compiling pairs of label vectors
@@ -316,15 +324,19 @@ for _precision, _soft in itertools.product(PRECISIONS, (False, True)):
     _of = f"{_precision} {'soft' if _soft else 'hard'}"
     _add(f"pairs {_of}", pairs, _precision, _soft, **TILE)
     _add(f"pairs {_of}, no norms", pairs, _precision, _soft, norms=False, **TILE)
+    _add(f"pairs {_of}, split", pairs, _precision, _soft, parts=3, **WIDE)
+    _add(f"pairs {_of}, split, no norms", pairs, _precision, _soft, norms=False, parts=2, **WIDE)
     _add(f"pairs {_of}, several weights", pairs, _precision, _soft, (0.0, 0.3, 1.0), **TILE)
     _add(f"pairs {_of}, no bias, groups of 16", pairs, _precision, _soft, (0.2, 0.6), group=16, bias=False, **TILE)
     if _precision != "tf32":
         _add(f"pairs {_of}, lost", pairs, _precision, _soft, scale=300.0, n=2, m=3, classes=19, d=21)
+        _add(f"pairs {_of}, split, lost", pairs, _precision, _soft, parts=2, scale=300.0, n=2, m=3, classes=19, d=21)
 for _group in (1, 2, 8):
     _add(f"pairs tf32x3 hard, groups of {_group}", pairs, "tf32x3", group=_group, **TILE)
 _add("pairs tf32x3 hard, aligned", pairs, "tf32x3", n=64, m=32, classes=32, d=48)
 _add("pairs tf32x3 hard, one of each", pairs, "tf32x3", n=1, m=1, classes=1, d=1)
 for _type in (BF16, F16):
     _add(f"pairs tf32x3 hard {_type}", pairs, "tf32x3", False, (0.3,), _type, **TILE)
+    _add(f"pairs tf32x3 hard {_type}, split", pairs, "tf32x3", False, (0.3,), _type, parts=2, **WIDE)
 for _precision in PRECISIONS:
     _add(f"pairs {_precision} hard, large tiles", pairs, _precision, n=130, m=890, classes=19, d=21)

@@ -130,6 +130,7 @@ EXACT: dict[str, tuple[str, str, Callable[..., Array]]] = {
     "cvt.rn.f64.s32": ("s32", "f64", lambda a: a.astype(np.float64)),
     "cvt.f32.bf16": ("b16", "f32", lambda a: _torch(a.view(np.int16), torch.bfloat16)),
     "cvt.f32.f16": ("b16", "f32", lambda a: a.view(np.float16).astype(np.float32)),
+    "cvt.f64.f16": ("b16", "f64", lambda a: a.view(np.float16).astype(np.float64)),
     "cvt.rn.f16.f32": ("f32", "b16", lambda a: a.astype(np.float16).view(np.uint16)),
 }  # fmt: skip
 
