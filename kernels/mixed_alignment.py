@@ -19,16 +19,17 @@ square. Pairs whose sum over the other classes is less than 1e-20 of its largest
 all but cancels t, are recomputed by the same program, row by row, from the mixed logits in float64.
 
 Where there are few tiles, the sums over classes and features are split into parts (:func:`parts`), so that more
-programs run at once: each stores its sums of a tile, of up to seven float32 a pair, and a third launch adds the parts
-in their order and goes on from there. This takes 8 MB at most. Equal sizes give the same parts, and the same bits.
+programs run at once. Each stores its sums of a tile, and a third launch adds the parts in their order and goes on from
+there. The sums have room for seven float32 a pair and part, 8 MB at most. Equal sizes give equal parts, and the same
+bits.
 
 Several mixing weights are served by one launch. The program loops over them and has the Gram product, which does not
 depend on them, kept in registers: formed anew for each, it would cost 2 d operations a pair beside 8 C.
 
-The block of classes is the same in every configuration, and so, within a part, the order of summation. Errors, relative to the
-largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and 1e-6 is typical
-(tests/kernels/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held to the same
-figures, and ``"tf32"`` to 5e-3 (tests/kernels/test_gpu_kernels.py).
+The block of classes is the same in every configuration, and within a part so is the order of summation. Errors,
+relative to the largest entry of a float64 computation from the same numbers: with precision ``"ieee"`` below 1e-5, and
+1e-6 is typical (tests/kernels/test_kernels_mixed_alignment.py), of residuals of any size. On a GPU ``"tf32x3"`` is held
+to the same figures, and ``"tf32"`` to 5e-3 (tests/kernels/test_gpu_kernels.py).
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ TOP = tl.constexpr(0)
 SQUARE = tl.constexpr(1)
 LABEL_U = tl.constexpr(2)
 LABEL_SQUARE = tl.constexpr(3)
+
+SUMS = tl.constexpr(7)  # that the sum kernel has room for, of each pair
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -430,8 +433,7 @@ def _sum_kernel(
     n, m, rows_a, rows_b, classes, width, class_parts, feature_parts,
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
-    SOFT: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
+    SOFT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile of pairs of rows over one part of the classes and of the features, for one mixing weight.
@@ -458,7 +460,7 @@ def _sum_kernel(
     top_b = tl.load(statistics_b + TOP * rows_b + row_b)
     label_a = tl.load(labels_a + row_a * labels_a_stride)
     label_b = tl.load(labels_b + row_b * labels_b_stride)
-    mu64, lam, mu, rate_a, rate_b = _weights(tl.load(lams))
+    _, lam, mu, rate_a, rate_b = _weights(tl.load(lams))
     span = tl.num_programs(0) * (BLOCK_A * BLOCK_B)
     at = tl.arange(0, BLOCK_A)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
     out = sums + part * SUMS * span + tile * (BLOCK_A * BLOCK_B) + at
@@ -486,13 +488,13 @@ def _sum_kernel(
             features_a, row_a, features_a_stride, features_b, row_b, features_b_stride, first, last,
             BLOCK_A, BLOCK_B, BLOCK_C, PRECISION,
         )  # fmt: skip
-        tl.store(out + (SUMS - 1) * span, gram)
+        tl.store(out + 6 * span, gram)
 
 
 @triton.jit
 def _add_parts(
-    sums, tile, parts, SOFT: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    sums, tile, parts,
+    SOFT: tl.constexpr, NORMS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """The sums of :func:`_sum_kernel` over all parts, added in their order; zeros for what it does not form."""
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
@@ -515,7 +517,7 @@ def _add_parts(
             label_u += tl.load(at + 4 * span)
             label_square += tl.load(at + 5 * span)
         if NORMS:
-            gram += tl.load(at + (SUMS - 1) * span)
+            gram += tl.load(at + 6 * span)
         at += SUMS * span
     return total, total_u, total_square, total_t, label_u, label_square, gram
 
@@ -529,14 +531,14 @@ def _pair_kernel(
     features_a_stride, logits_a_stride, labels_a_stride, t_a_stride, u_a_stride,
     features_b_stride, logits_b_stride, labels_b_stride, t_b_stride, u_b_stride,
     SOFT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SEVERAL: tl.constexpr, NORMS: tl.constexpr,
-    SPLIT: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UNIT_C: tl.constexpr, UNIT_D: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All mixing weights of one tile of pairs; n x m of them, of rows or (GROUP > 0) of slots that name rows.
 
     If SPLIT, :func:`_sum_kernel` has left the sums over classes and features in ``sums``, in ``parts`` parts; there is
-    then one mixing weight, and no slots. Without NORMS no norm is written; of label vectors it is formed in any case, as it shows what has to be recomputed.
-    Sizes and strides are in units, see :class:`_Units`.
+    then one mixing weight, and no slots. Without NORMS no norm is written; of label vectors it is formed in any case,
+    as it shows what has to be recomputed. Sizes and strides are in units, see :class:`_Units`.
     """
     classes *= UNIT_C
     logits_a_stride *= UNIT_C
@@ -580,7 +582,7 @@ def _pair_kernel(
         log_mu = tl.where(mu64 > 0.0, tl.log(tl.where(mu64 > 0.0, mu64, 1.0)), NOTHING)
         if SPLIT:
             total, total_u, total_square, total_t, label_u, label_square, gram = _add_parts(
-                sums, tile_a * tiles_b + tile_b, parts, SOFT, NORMS, SUMS, BLOCK_A, BLOCK_B
+                sums, tile_a * tiles_b + tile_b, parts, SOFT, NORMS, BLOCK_A, BLOCK_B
             )
         else:
             total, total_u, total_square, total_t = _class_sums(
@@ -741,9 +743,6 @@ ENOUGH_TILES = 112
 PROGRAMS = 264
 """Programs of sums that a large GPU runs at once: two on each of 132 multiprocessors, as their registers allow."""
 
-SUM_WARPS = 4
-"""Warps of such a program. Of label vectors, eight would do every other product twice, and leave room for one program."""
-
 LEAST_PART, MOST_PARTS = 128, 16
 """Terms of the smallest part of a sum, and parts of the longest: see :func:`parts`."""
 
@@ -773,6 +772,14 @@ def parts(tiles: int, terms: int) -> int:
     if tiles >= ENOUGH_TILES:
         return 1
     return max(1, min(PROGRAMS // tiles, terms // LEAST_PART, MOST_PARTS))
+
+
+def _sum_warps(choice: Configuration, precision: str) -> int:
+    """Warps of a program of sums: one for 16 rows; of more, some would repeat each other's work.
+
+    Products in float32, which no warp repeats, are shared by more for want of registers.
+    """
+    return choice.num_warps if precision == "ieee" else choice.rows_a // 16
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
@@ -848,11 +855,6 @@ def _row_statistics(a: _Rows, b: _Rows, norms: bool, units: _Units) -> tuple[Ten
     return out_a, out_b
 
 
-def _sums_of_a_pair(soft: bool, norms: bool) -> int:
-    """How many sums over classes and, last, features there are for a pair."""
-    return (6 if soft else 2 + norms) + norms
-
-
 def _launch(
     a: _Rows, b: _Rows, lams: Tensor, slots: Tensor | None, group: int, bias: bool, precision: str, norms: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -871,8 +873,7 @@ def _launch(
     class_parts = parts(tiles, classes) if splits else 1
     feature_parts = parts(tiles, width) if splits and norms else 1
     most = max(class_parts, feature_parts)
-    count = _sums_of_a_pair(soft, norms)
-    sums = inner if most == 1 else a.u.new_empty(most, count, tiles, choice.rows_a * choice.rows_b)
+    sums = inner if most == 1 else a.u.new_empty(most, SUMS.value, tiles, choice.rows_a * choice.rows_b)
     with torch.cuda.device_of(a.logits):
         units = _units(a, b)
         statistics_a, statistics_b = _row_statistics(a, b, norms, units)
@@ -880,15 +881,15 @@ def _launch(
         sizes = (n, m, len(a.logits), len(b.logits), classes // units.classes, width // units.width)
         strides = (*a.strides(units), *b.strides(units))
         constants: dict[str, Any] = {
-            "SOFT": soft, "NORMS": norms, "SUMS": count, "PRECISION": precision,
-            "UNIT_C": units.classes, "UNIT_D": units.width,
+            "SOFT": soft, "NORMS": norms, "PRECISION": precision, "UNIT_C": units.classes, "UNIT_D": units.width,
             "BLOCK_A": choice.rows_a, "BLOCK_B": choice.rows_b, "BLOCK_C": CLASSES,
             "num_stages": choice.num_stages,
         }  # fmt: skip
         if most > 1:
             _sum_kernel[(tiles, most)](
-                *sides, lams, sums, *sizes, class_parts, feature_parts, *strides, **constants, num_warps=SUM_WARPS
-            )
+                *sides, lams, sums, *sizes, class_parts, feature_parts, *strides, **constants,
+                num_warps=_sum_warps(choice, precision),
+            )  # fmt: skip
         _pair_kernel[(tiles,)](
             *sides, lams, lams if slots is None else slots, sums, inner, norm, *sizes, len(lams), most, *strides,
             **constants, GROUP=0 if slots is None else group, BIAS=bias, SEVERAL=len(lams) > 1, SPLIT=most > 1,
@@ -914,7 +915,7 @@ def mixed_alignment(
 ) -> tuple[Tensor, Tensor]:
     """Inner products with a reference gradient, and norms, of all pairs' mixed last-layer gradients.
 
-    The formula is that of :func:`gradmix.ops.mixed_alignment.mixed_alignment`. It takes two launches or, if the sums are
+    The formula is that of :func:`gradmix.ops.mixed_alignment.mixed_alignment`. There are two launches or, if sums are
     split (:func:`parts`), three. Nothing waits for the device.
 
     Args:
@@ -1054,7 +1055,6 @@ def _pair_variant(
     constants: dict[str, Any] = {
         "SOFT": soft,
         "NORMS": norms,
-        "SUMS": _sums_of_a_pair(soft, norms),
         "PRECISION": precision,
         "UNIT_C": units[0],
         "UNIT_D": units[1],
@@ -1087,8 +1087,8 @@ def _pair_variant(
         _sum_kernel if role == "sums" else _pair_kernel,
         signature,
         constants,
-        SUM_WARPS if role == "sums" else choice.num_warps,
+        _sum_warps(choice, precision) if role == "sums" else choice.num_warps,
         choice.num_stages,
         max_shared=65_536,
-        max_spills=choice.max_spills if role != "sums" and (norms or soft) else 0,
+        max_spills=choice.max_spills if role == "finish" or (role == "whole" and (norms or soft)) else 0,
     )

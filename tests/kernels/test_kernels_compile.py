@@ -96,7 +96,8 @@ def test_rows_of_a_thousand_classes_are_read_by_sixteen_bytes(
     compiled: list[tuple[int, str, list[int], dict[str, Any]]],
 ) -> None:
     """1000 is no multiple of 16, the only one that Triton tells apart by itself; of odd numbers nothing is known."""
-    copies = {name: taken["copies"] for _, name, _, taken in compiled if "class indices, tf32" in name}
+    rows = [(name, taken) for _, name, _, taken in compiled if "class indices, tf32" in name and "finish" not in name]
+    copies = {name: taken["copies"] for name, taken in rows}
     odd = {name: widths for name, widths in copies.items() if "units of 1 and 1" in name}
     assert odd and len(odd) < len(copies)
     for name, widths in copies.items():
