@@ -16,6 +16,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from _measure import (
@@ -67,6 +68,9 @@ GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 """Configurations beyond a module's table, tried while time is left: its fields in order."""
 
+WHOLE = "sums whole"
+"""What is said of the chosen configuration where its sums are not split, beside the parts that it takes by itself."""
+
 CAPABILITIES = (80, 90)
 """Compute capabilities that kernels are compiled for: of an A100, and of an H100 or H200."""
 
@@ -94,31 +98,35 @@ def way_of(task: Task, precision: str) -> Way | None:
 
 
 @contextlib.contextmanager
-def forced(module: Any, choice: tuple[int, ...]) -> Iterator[None]:
-    """Have a kernel module take one configuration for all sizes."""
-    chosen = module.configuration
-    module.configuration = lambda *_sizes: choice
-    try:
+def forced(module: Any, choice: tuple[int, ...], whole: bool = False) -> Iterator[None]:
+    """Have a kernel module take one configuration for all sizes and, if ``whole``, split no sums."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "configuration", lambda *_sizes: choice))
+        if whole:
+            stack.enter_context(mock.patch.object(module, "parts", lambda *_sizes: 1))
         yield
-    finally:
-        module.configuration = chosen
+
+
+def returned(module: Any, name: str, run: Callable[[], object]) -> set[Any]:
+    """What the function ``name`` of a kernel module returns while ``run`` is called; nothing if it has none."""
+    if not hasattr(module, name):
+        return set()
+    found, function = set(), getattr(module, name)
+
+    def note(*sizes: Any) -> Any:
+        found.add(result := function(*sizes))
+        return result
+
+    with mock.patch.object(module, name, note):
+        run()
+    return found
 
 
 def choice_of(module: Any, run: Callable[[], object]) -> tuple[int, ...]:
-    """The configuration that ``run`` takes by itself."""
-    chosen, taken = module.configuration, []
-
-    def note(*sizes: Any) -> Any:
-        taken.append(chosen(*sizes))
-        return taken[-1]
-
-    module.configuration = note
-    try:
-        run()
-    finally:
-        module.configuration = chosen
-    assert len(set(taken)) == 1, f"one call took the configurations {taken}"
-    return tuple(taken[0])
+    """The configuration that ``run`` takes by itself, of the table's own type."""
+    taken: set[tuple[int, ...]] = returned(module, "configuration", run)
+    assert len(taken) == 1, f"one call took the configurations {taken}"
+    return taken.pop()
 
 
 def candidates(module: Any, name: str, wide: bool) -> list[Any]:
@@ -156,7 +164,9 @@ def tune(
     bytes_of_one = sum(value.numel() * value.element_size() for value in first)
     number = min(MOST_SETS, 1 + COLD // bytes_of_one) if device.type == "cuda" else 1
     sets = [on(device, first)] + [on(device, task.make(k)) for k in range(1, number)]
-    chosen = choice_of(module, partial(way.run, sets[0]))
+    once = partial(way.run, sets[0])
+    chosen = choice_of(module, once)
+    committed = " ".join(map(str, chosen))
     expected = [value.clone() for value in way.run(sets[0])]
     every = candidates(module, name, wide)
     table = {tuple(choice) for choice in candidates(module, name, False)}
@@ -166,14 +176,17 @@ def tune(
     failed: dict[str, str] = {}
     differences: dict[str, float] = {}
     settings: dict[str, tuple[int, ...]] = {}
-    for choice in every:
-        label = " ".join(map(str, choice))
+    trials = [(" ".join(map(str, choice)), choice, False) for choice in every]
+    undivided = f"{committed}, {WHOLE}"
+    if max(returned(module, "parts", once), default=1) > 1:
+        trials.insert(0, (undivided, chosen, True))
+    for label, choice, whole in trials:
         if tuple(choice) not in table and time.perf_counter() > until:
             failed[label] = "no time was left"
             continue
         settings[label] = tuple(choice)
         try:
-            with forced(module, choice):
+            with forced(module, choice, whole):
                 results = way.run(sets[0])
                 warm_up(partial(each, way.run, sets), device, 3)
                 graph = captured(way.run, sets) if device.type == "cuda" else partial(each, way.run, sets)
@@ -187,21 +200,21 @@ def tune(
         differences[label] = max(
             float((a.double() - b.double()).abs().max()) for a, b in zip(results, expected, strict=True)
         )
-        calls[label] = graph if device.type == "cuda" else partial(_under, module, choice, graph)
+        calls[label] = graph if device.type == "cuda" else partial(_under, module, choice, whole, graph)
     samples = interleaved(calls, device, repeats=repeats, seconds=seconds, least=5)
     rows: list[dict[str, Any]] = [
         {
             "configuration": label,
             "fields": settings[label],
             "in_table": settings[label] in table,
-            "chosen": settings[label] == chosen,
+            "chosen": label == committed,
             "seconds": quantiles([sample / number for sample in taken]),
             "largest_difference": differences[label],
         }
         for label, taken in samples.items()
     ]
     rows.sort(key=lambda row: row["seconds"]["p50"])
-    best, committed = str(rows[0]["configuration"]), " ".join(map(str, chosen))
+    best = str(rows[0]["configuration"])
     return {
         "title": task.title,
         "operator": task.operator,
@@ -210,19 +223,22 @@ def tune(
         "chosen": committed,
         "best": best,
         "chosen_over_best": paired_ratio(samples[committed], samples[best]) if committed in samples else None,
+        "whole_over_split": paired_ratio(samples[undivided], samples[committed])
+        if {undivided, committed} <= samples.keys()
+        else None,
         "rows": rows,
         "failed": failed,
     }
 
 
-def _under(module: Any, choice: tuple[int, ...], call: Callable[[], object]) -> None:
-    with forced(module, choice):
+def _under(module: Any, choice: tuple[int, ...], whole: bool, call: Callable[[], object]) -> None:
+    with forced(module, choice, whole):
         call()
 
 
 def show_tuned(found: dict[str, Any]) -> None:
     """The table of a task, for a person."""
-    ratio = found["chosen_over_best"]
+    ratio, splitting = found["chosen_over_best"], found["whole_over_split"]
     show_table(
         f"{found['title']} ({found['way']})",
         ["configuration", "p20", "p50", "p80", "difference", ""],
@@ -237,6 +253,11 @@ def show_tuned(found: dict[str, Any]) -> None:
         ],
         [
             *([f"chosen / best: {ratio['p50']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"] if ratio else []),
+            *(
+                [f"{WHOLE} / chosen: {splitting['p50']:.2f} ({splitting['p20']:.2f}-{splitting['p80']:.2f})"]
+                if splitting
+                else []
+            ),
             "difference: the largest from the results of the configuration chosen",
             *(f"{label} left out: {reason}" for label, reason in found["failed"].items()),
         ],

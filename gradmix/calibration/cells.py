@@ -18,6 +18,7 @@ _Grid = tuple[str, str, str, tuple[str, ...], _Sizes, bool]
 _PAIRS: _Sizes = {"samples": (64, 256, 1024), "classes": (10, 100, 1000), "features": (256, 2048)}
 _CORNERS: _Sizes = {"samples": (64, 1024), "classes": (10, 1000), "features": (256, 2048)}
 _ODD: _Sizes = {"samples": (61,), "classes": (37,), "features": (75,)}
+_ODD_PAIRS: _Sizes = _ODD | {"classes": (37, 301)}  # with sums that are whole, and in parts
 _BOTH = ("float32", "bfloat16")
 _TABLE: _Sizes = {"samples": (320,), "classes": (10, 100), "features": (256, 2048), "weights": (5,)}
 _IMAGES: _Sizes = {"samples": (64, 256), "values": (784, 150528)}
@@ -32,8 +33,8 @@ _GRIDS: list[_Grid] = [
     ("mixed_alignment", "triton", "class indices", ("bfloat16",), _CORNERS, True),
     ("mixed_alignment", "triton", "class indices, norms", _BOTH, _CORNERS, True),
     ("mixed_alignment", "triton", "label vectors", _BOTH, _CORNERS, True),
-    ("mixed_alignment", "triton", "class indices, norms", _BOTH, _ODD, False),
-    ("mixed_alignment", "triton", "label vectors", _BOTH, _ODD, False),
+    ("mixed_alignment", "triton", "class indices, norms", _BOTH, _ODD_PAIRS, False),
+    ("mixed_alignment", "triton", "label vectors", _BOTH, _ODD_PAIRS, False),
     ("class_pair_alignment", "triton", "class indices", ("float32",), _TABLE, True),
     ("class_pair_alignment", "triton", "class indices", ("float32",), _ODD | {"weights": (5,)}, False),
     ("last_layer_gradient", "triton", "class indices", ("float32",), _CORNERS, True),

@@ -340,6 +340,31 @@ def test_configurations_that_fail_or_come_too_late_are_named(
     assert found["failed"] == {"100 4": "no time was left", "64 1": "no time was left"}
 
 
+@needs_interpreter
+def test_split_sums_are_timed_beside_whole_ones(
+    tuning: ModuleType, bodies: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = tuning.module_of(next(bodies.tasks(CPU, True)))
+    counts: list[int] = []
+    launch = module._launch
+
+    def note(*arguments: Any) -> Any:
+        counts.append(module.parts(1, 1))
+        return launch(*arguments)
+
+    monkeypatch.setattr(module, "parts", lambda tiles, terms: 2)
+    monkeypatch.setattr(module, "_launch", note)
+    found = tuned(tuning, bodies, 0)
+    chosen = found["chosen"]
+    assert {chosen, f"{chosen}, sums whole"} <= {row["configuration"] for row in found["rows"]}
+    assert [row["configuration"] for row in found["rows"] if row["chosen"]] == [chosen]
+    assert all(row["largest_difference"] < 1e-5 for row in found["rows"]) and set(counts) == {1, 2}
+    assert found["whole_over_split"]["min"] > 0
+    tuning.show_tuned(found)
+    assert "sums whole / chosen: " in capsys.readouterr().out
+    assert tuned(tuning, bodies, 3)["whole_over_split"] is None  # a class table's sums are not split
+
+
 def test_every_task_has_a_kernel_module_and_a_grid(tuning: ModuleType, bodies: ModuleType) -> None:
     for task in bodies.tasks(CPU, True):
         assert tuning.MODULES[tuning.operator_of(task)] in tuning.GRIDS

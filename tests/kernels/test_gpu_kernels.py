@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from gpu import captured, no_waiting, on_other_streams, poison_free_memory
@@ -55,6 +57,23 @@ def test_what_underflows_is_recomputed(soft: bool, kernel) -> None:
     expected = mixed_alignment_reference(*sides(in_double(arguments)), 0.5)
     for part, exact in zip(result, expected, strict=True):
         assert (part[0].cpu() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("precision", UNITS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_split_sums_equal_float64_with_the_same_bits_in_every_run(soft: bool, precision: str, kernel) -> None:
+    arguments = make(n=70, m=40, classes=701, d=603, soft=(soft, soft), dtype=torch.float32)
+    parts, bias = prepared(arguments, "cuda")
+    poison_free_memory()
+    with mock.patch.object(kernel, "parts", wraps=kernel.parts) as chosen:
+        result = kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision)
+    assert min(kernel.parts(*call.args) for call in chosen.mock_calls) > 1
+    expected = mixed_alignment_reference(*sides(in_double(arguments)), 0.3)
+    for part, exact in zip(result, expected, strict=True):
+        assert (part[0].cpu() - exact).abs().max() <= UNITS[precision] * exact.abs().max()
+    assert_decisions_agree(result[0][0].cpu(), expected.inner, band=1e-6 if precision != "tf32" else 2e-2)
+    again = on_other_streams(lambda: kernel.mixed_alignment(*parts, weights(0.3), bias=bias, precision=precision))
+    assert all(torch.equal(a, b) for results in again for a, b in zip(results, result, strict=True))
 
 
 def test_a_large_problem_and_its_sums_over_groups(kernel) -> None:
