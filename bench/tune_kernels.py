@@ -107,8 +107,8 @@ def forced(module: Any, choice: tuple[int, ...], whole: bool = False) -> Iterato
         yield
 
 
-def returned(module: Any, name: str, run: Callable[[], object]) -> set[Any]:
-    """What the function ``name`` of a kernel module returns while ``run`` is called; nothing if it has none."""
+def results_of(module: Any, name: str, run: Callable[[], object]) -> set[Any]:
+    """The results of a kernel module's function ``name`` while ``run`` is called; none if there is no such function."""
     if not hasattr(module, name):
         return set()
     found, function = set(), getattr(module, name)
@@ -124,7 +124,7 @@ def returned(module: Any, name: str, run: Callable[[], object]) -> set[Any]:
 
 def choice_of(module: Any, run: Callable[[], object]) -> tuple[int, ...]:
     """The configuration that ``run`` takes by itself, of the table's own type."""
-    taken: set[tuple[int, ...]] = returned(module, "configuration", run)
+    taken: set[tuple[int, ...]] = results_of(module, "configuration", run)
     assert len(taken) == 1, f"one call took the configurations {taken}"
     return taken.pop()
 
@@ -178,7 +178,7 @@ def tune(
     settings: dict[str, tuple[int, ...]] = {}
     trials = [(" ".join(map(str, choice)), choice, False) for choice in every]
     undivided = f"{committed}, {WHOLE}"
-    if max(returned(module, "parts", once), default=1) > 1:
+    if max(results_of(module, "parts", once), default=1) > 1:
         trials.insert(0, (undivided, chosen, True))
     for label, choice, whole in trials:
         if tuple(choice) not in table and time.perf_counter() > until:

@@ -741,7 +741,7 @@ ENOUGH_TILES = 112
 """Tiles that keep a large GPU's 108 to 132 multiprocessors busy; with fewer, a smaller tile is better."""
 
 PROGRAMS = 264
-"""Programs of sums that a large GPU runs at once: two on each of 132 multiprocessors, as their registers allow."""
+"""Programs of sums that a large GPU runs at once: two on each of 132 multiprocessors, for which registers suffice."""
 
 LEAST_PART, MOST_PARTS = 128, 16
 """Terms of the smallest part of a sum, and parts of the longest: see :func:`parts`."""
@@ -761,13 +761,13 @@ def configuration(n: int, m: int, soft: bool) -> Configuration:
 
 
 def parts(tiles: int, terms: int) -> int:
-    """How many programs share a tile's sum of ``terms`` classes or features, where there are ``tiles`` of pairs.
+    """The number of programs that share a tile's sum of ``terms`` classes or features, if there are ``tiles`` of pairs.
 
-    A program takes 16 terms at a turn, and each turn waits for its loads and products. Of 256 x 256 pairs there are 64
-    tiles: half of a large GPU idles through 63 turns for 1,000 classes and 128 for 2,048 features. Four parts are 256
-    programs with a quarter of the turns each. They cost a launch and, where they are added up, a load for each part.
-    If a turn takes 1 us, a launch 2 us and a load 0.5 us, a part of eight turns is worth its load, and more than
-    sqrt(128 / 0.5) = 16 parts are not worth theirs. None of this has been measured on a device.
+    A program takes 16 terms at a turn, and each turn waits for its loads and products. 256 x 256 pairs are 64 tiles:
+    half of a large GPU idles through 63 turns for 1,000 classes and 128 for 2,048 features. Four parts are 256 programs
+    with a quarter of the turns each. They cost a launch and, where the parts are added, a load for each of them. If a
+    turn takes 1 us, a launch 2 us and a load 0.5 us, two parts of eight turns save 8 us for 3 us, and of 128 turns
+    sqrt(128 / 0.5) = 16 parts are the best number. None of this has been measured on a device.
     """
     if tiles >= ENOUGH_TILES:
         return 1
@@ -869,7 +869,8 @@ def _launch(
     classes, width = a.logits.shape[1], a.features.shape[1]
     choice = configuration(n, m, soft)
     tiles = triton.cdiv(n, choice.rows_a) * triton.cdiv(m, choice.rows_b)
-    splits = slots is None and len(lams) == 1  # of a class table, which has at least a row a class, tiles are enough
+    # A class table has several weights and at least a row a class: its sums would be in two parts at the most.
+    splits = slots is None and len(lams) == 1
     class_parts = parts(tiles, classes) if splits else 1
     feature_parts = parts(tiles, width) if splits and norms else 1
     most = max(class_parts, feature_parts)
