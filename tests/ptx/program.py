@@ -224,7 +224,8 @@ class _Body:
             if not isinstance(operand, Register) or operand.bits != 1:
                 raise PTXError(f"line {line}: {statement}: the guard is no predicate")
             condition = operand
-        parts = tuple(modifiers.split(".")[1:])
+        # Of a cluster of blocks, which no launch here makes, each has its own shared memory.
+        parts = tuple(modifiers.replace("shared::cta", "shared").split(".")[1:])
         return Instruction(line, " ".join(statement.split()), name, parts, operands, condition, negated == "!")
 
     def _operand(self, line: int, text: str) -> Operand:

@@ -160,7 +160,7 @@ def test_damaged_rows_are_left_out_and_named_once(workers):
     rows = [1, 5, 2], [6, 5, 6], [3], [5, 4], [8, 9]
     reader = BatchReader(items, plans(*rows), workers=workers, on_damage="skip")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         batches = list(reader)
     assert [batch.samples[:, 0].tolist() for batch in batches] == [[1, 2], [], [3], [4], [9]]
     assert batches[1].samples.shape == (0, 2) and batches[1].samples.dtype == torch.float32

@@ -124,7 +124,8 @@ def test_in_no_mean_interval_difference_or_plot(tmp_path: Path) -> None:
     good = [make_result("er", s) for s in range(4)] + [make_result("mixup", s) for s in range(5)]
     summary = tables.summarise([*good, diverged("er", 4)])
     plain = tables.summarise(good)
-    assert (summary.rows, summary.differences) == (plain.rows, plain.differences)
+    # As text: from Python 3.13 on a NaN makes two rows unequal.
+    assert repr((summary.rows, summary.differences)) == repr((plain.rows, plain.differences))
     (note,) = summary.notes
     assert note.startswith("er: 1 of 5 seeds diverged (4)")
     for text in (tables.to_text(summary, 200), tables.to_markdown(summary)):

@@ -236,6 +236,7 @@ for kill in range(3):
         os._exit(0)
     until = time.monotonic() + {patience}
     while (not path.is_file() or path.stat().st_ino == before) and time.monotonic() < until:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         time.sleep(0.001)
     time.sleep(0.02 * kill)
     os.kill(child, signal.SIGKILL)

@@ -310,6 +310,7 @@ for moment in moments:
         os._exit(0)
     until = time.monotonic() + {patience}
     while (not path.is_file() or path.stat().st_ino == before) and time.monotonic() < until:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself"
         time.sleep(0.001)
     time.sleep(moment)
     os.kill(child, signal.SIGKILL)
