@@ -31,8 +31,8 @@ SPLITS: dict[str, tuple[list[int], list[int]]] = {
 }
 
 
-def part(classes: list[int], rows: int) -> ClassGradients:
-    return tabular(len(classes), rows, classes=classes) if classes else ClassGradients.empty()
+def part(classes: list[int], rows: int, **given) -> ClassGradients:
+    return tabular(len(classes), rows, classes=classes, **given) if classes else ClassGradients.empty()
 
 
 def process(rank: int, folder: str) -> None:
@@ -50,6 +50,11 @@ def process(rank: int, folder: str) -> None:
         tabular(3, rank=3 + rank).all_reduce()
     except ValueError as error:
         told["different ranks"] = str(error)
+    try:
+        part([0], rank, norms=rank == 0).all_reduce()
+    except ValueError as error:
+        told["norms in one"] = str(error)
+    told["norms in none"] = part([[0], []][rank], rank, norms=False).all_reduce().state_dict()
     group = torch.distributed.new_group([0, 1])
     told["a group"] = part([rank, rank], rank).all_reduce(group).state_dict()
     torch.save(told, Path(folder) / f"rank{rank}.pt")

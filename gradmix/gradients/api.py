@@ -90,6 +90,7 @@ def class_gradients(
     scaler: Scaler = None,
     chunk_size: int = CHUNK,
     backend: str = "auto",
+    norms: bool = True,
 ) -> ClassGradients:
     """Return sketched gradients summed by class; the memory does not depend on the number of samples.
 
@@ -129,6 +130,9 @@ def class_gradients(
             gradients underflow. None: 1, or 1024 under float16 autocast.
         chunk_size: samples of one pass (a DataLoader keeps its own batch size up to this).
         backend: of the operators ``class_sketch`` and ``sketch_project``.
+        norms: whether to compute ``square_norms``. Without them, a forward and a backward pass for each class, over its
+            samples, is taken where that is faster: for layers without a rule, and for ``"identity"`` on a CPU with at
+            least 8 samples of a class on average. :attr:`ClassGradients.ways` says which way was taken.
 
     Returns:
         :class:`gradmix.ClassGradients` of the classes that occur.
@@ -139,7 +143,7 @@ def class_gradients(
             the batch (``BatchStatisticsError``).
         TypeError: an argument of the wrong type.
     """
-    settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend)
+    settings = EngineSettings(layers, rank, seed, sketch, loss, without_rule, scaler, chunk_size, backend, norms)
     engine = Engine(model, settings)
     with engine.evaluation_mode():
         total = engine.classes("data", data)

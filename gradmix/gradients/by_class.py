@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from gradmix.gradients.layout import LayerSketch, layer_vectors
 from gradmix.gradients.similarity import Aligned, align, cosines, differences, reference_vector
 
 _FORMAT = "gradmix.ClassGradients"
-_VERSION = 1
+_VERSIONS = {True: "1", False: "2"}
+"""Version of a file with norms, and of one without, which readers of version 1 do not know."""
 _TENSORS = ("classes", "vectors", "counts", "square_norms")
 
 
@@ -31,20 +32,33 @@ class ClassGradients:
         counts: (P,) int64: number of samples summed.
         square_norms: (P, L) of the same dtype: for each of L layers, the sum of the squared norms of the samples'
             sketches, an unbiased estimate of the sum of the squared gradient norms. The variance within a class is
-            ``square_norms / counts - |mean|^2``.
+            ``square_norms / counts - |mean|^2``. None with ``norms=False``.
         layout: the place of each layer among the D entries, and its parameters.
         sketch: kind, seed and rank of the sketch, as plain values.
+        ways: how the sums were computed: ``"layer rules"``, ``"pass per class"``, ``"per sample"``, or several of these
+            for different layers or chunks. Empty in what was read from a state or a file.
     """
 
     classes: Tensor
     vectors: Tensor
     counts: Tensor
-    square_norms: Tensor
+    square_norms: Tensor | None
     layout: tuple[LayerSketch, ...]
     sketch: Mapping[str, object]
+    ways: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+        return _TENSORS[:3] if self.square_norms is None else _TENSORS
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ClassGradients:
+        """Return a copy with ``function`` applied to every tensor."""
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in self._names}
+        return replace(self, **changed)
 
     def layer(self, name: str) -> Tensor:
         """Return the sums of one layer, by its name, (P, rows, columns).
@@ -81,19 +95,11 @@ class ClassGradients:
     def select(self, classes: Tensor) -> ClassGradients:
         """Return the gradients of these classes only, in ascending order; classes that do not occur are left out."""
         kept = torch.isin(self.classes, classes.to(self.classes))
-        return ClassGradients(
-            self.classes[kept],
-            self.vectors[kept],
-            self.counts[kept],
-            self.square_norms[kept],
-            self.layout,
-            self.sketch,
-        )
+        return self._map(lambda tensor: tensor[kept])
 
     def to(self, device: torch.device | str) -> ClassGradients:
         """Return the gradients on another device."""
-        classes, vectors, counts, squares = (getattr(self, name).to(device) for name in _TENSORS)
-        return ClassGradients(classes, vectors, counts, squares, self.layout, self.sketch)
+        return self._map(lambda tensor: tensor.to(device))
 
     # ------------------------------------------------------------------------------------------------------- merging
 
@@ -101,7 +107,7 @@ class ClassGradients:
         """Return the gradients of the samples of both.
 
         Raises:
-            ValueError: the sketches or the layers differ.
+            ValueError: the sketches or the layers differ, or only one has norms.
         """
         if not isinstance(other, ClassGradients):
             return NotImplemented
@@ -111,12 +117,12 @@ class ClassGradients:
         """Add ``other`` in place, without a copy where no class is new; returns self.
 
         Raises:
-            ValueError: the sketches or the layers differ; the object is then unchanged.
+            ValueError: the sketches or the layers differ, or only one has norms; the object is then unchanged.
         """
         self._check(other)
         if not bool(torch.isin(other.classes, self.classes).all()):
             extended = self._with_classes(other.classes)
-            for name in _TENSORS:
+            for name in self._names:
                 setattr(self, name, getattr(extended, name))
         return self._accumulate(other)
 
@@ -124,6 +130,12 @@ class ClassGradients:
         why = differences(self, other)
         if why:
             raise ValueError(f"class gradients to add: got {why}")
+        if len(self._names) != len(other._names):
+            mine, its = ("without" if g.square_norms is None else "with" for g in (self, other))
+            raise ValueError(
+                f"class gradients to add: got some {its} square_norms, expected them {mine}, as the others; compute "
+                "both with the same norms=, or set square_norms = None where there are some"
+            )
 
     def _with_classes(self, classes: Tensor) -> ClassGradients:
         """Return a copy that has entries for these classes too."""
@@ -135,15 +147,15 @@ class ClassGradients:
             new[index] = tensor
             return new
 
-        vectors, counts, squares = extend(self.vectors), extend(self.counts), extend(self.square_norms)
-        return ClassGradients(union, vectors, counts, squares, self.layout, self.sketch)
+        return replace(self._map(extend), classes=union)
 
     def _accumulate(self, other: ClassGradients) -> ClassGradients:
         self._check(other)
         index = torch.searchsorted(self.classes, other.classes.to(self.classes))
-        for name in _TENSORS[1:]:
+        for name in self._names[1:]:
             mine = getattr(self, name)
             mine.index_add_(0, index, getattr(other, name).to(mine))
+        self.ways |= other.ways
         return self
 
     def all_reduce(self, group: Any = None) -> ClassGradients:
@@ -158,42 +170,41 @@ class ClassGradients:
             New :class:`ClassGradients`, on this one's device.
 
         Raises:
-            ValueError: the processes' sketches or layers differ; raised in all of them.
+            ValueError: the processes' sketches or layers differ, or only some have norms; raised in all of them.
         """
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
         size = distributed.get_world_size(group)
         gathered: list[Any] = [None] * size
-        mine = (self.classes.tolist(), self.layout, dict(self.sketch), str(self.vectors.dtype))
-        distributed.all_gather_object(gathered, mine, group=group)
-        known = [entry for entry in gathered if entry[1]]
+        alike = (self.layout, dict(self.sketch), str(self.vectors.dtype), self.square_norms is not None)
+        distributed.all_gather_object(gathered, (self.classes.tolist(), self.ways, alike), group=group)
+        known = [entry for entry in gathered if entry[2][0]]
         if not known:
             return self
         for entry in known[1:]:
-            if entry[1:] != known[0][1:]:
+            if entry[2] != known[0][2]:
                 raise ValueError(
-                    "class gradients to reduce: got other layers, sketches or dtypes in different processes, "
-                    f"expected the same; here {dict(self.sketch)}"
+                    "class gradients to reduce: got other layers, sketches or dtypes in different processes, or some "
+                    f"without square_norms, expected the same; here {dict(self.sketch)}"
                 )
-        _, layout, sketch, dtype_name = known[0]
+        layout, sketch, dtype_name, norms = known[0][2]
         dtype = getattr(torch, dtype_name.removeprefix("torch."))
         like = {"dtype": dtype, "device": self.vectors.device}
+        classes = torch.tensor(sorted({c for entry in known for c in entry[0]}), device=self.classes.device)
+        count = len(classes)
         start = ClassGradients(
-            torch.tensor(sorted({c for entry in known for c in entry[0]}), device=self.classes.device),
-            torch.zeros(0),
-            torch.zeros(0),
-            torch.zeros(0),
+            classes,
+            torch.zeros(count, layout[-1].stop, **like),
+            torch.zeros(count, dtype=torch.int64, device=self.counts.device),
+            torch.zeros(count, len(layout), **like) if norms else None,
             layout,
             sketch,
+            frozenset().union(*(entry[1] for entry in known)),
         )
-        count = len(start.classes)
-        start.vectors = torch.zeros(count, layout[-1].stop, **like)
-        start.square_norms = torch.zeros(count, len(layout), **like)
-        start.counts = torch.zeros(count, dtype=torch.int64, device=self.counts.device)
         if self.layout:
             start._accumulate(self)
-        for name in _TENSORS[1:]:
+        for name in start._names[1:]:
             distributed.all_reduce(getattr(start, name), group=group)
         return start
 
@@ -254,7 +265,8 @@ class ClassGradients:
             "counts": (len(result.classes),),
             "square_norms": (len(result.classes), len(layout)),
         }
-        for name, shape in expected.items():
+        for name in result._names:
+            shape = expected[name]
             if tuple(getattr(result, name).shape) != shape:
                 raise ValueError(f"state: got {name} of shape {tuple(getattr(result, name).shape)}, expected {shape}")
         return result
@@ -267,11 +279,11 @@ class ClassGradients:
         """
         save_file = _safetensors().torch.save_file
         state = self.state_dict()
-        about = json.dumps({"layout": state["layout"], "sketch": state["sketch"]})
+        tensors = {name: state.pop(name).detach().cpu().contiguous() for name in self._names}
+        about = {"format": _FORMAT, "version": _VERSIONS[self.square_norms is not None], "about": json.dumps(state)}
         temporary = Path(f"{os.fspath(path)}.part")
-        tensors = {name: state[name].detach().cpu().contiguous() for name in _TENSORS}
         try:
-            save_file(tensors, temporary, {"format": _FORMAT, "version": str(_VERSION), "about": about})
+            save_file(tensors, temporary, about)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -294,9 +306,9 @@ class ClassGradients:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except Exception as error:
             raise ValueError(f"path: {os.fspath(path)} cannot be read as safetensors: {error}") from None
-        if about.get("format") != _FORMAT or about.get("version") != str(_VERSION):
+        if about.get("format") != _FORMAT or about.get("version") not in _VERSIONS.values():
             came = f"format {about.get('format')!r}, version {about.get('version')!r}"
-            raise ValueError(f"path: {os.fspath(path)} has {came}, expected {_FORMAT!r}, version '{_VERSION}'")
+            raise ValueError(f"path: {os.fspath(path)} has {came}, expected {_FORMAT!r}, version '1' or '2'")
         return cls.from_state_dict({**tensors, **json.loads(about["about"])})
 
 
@@ -338,16 +350,14 @@ class ClassGradientAverage:
         """Add the gradients of a step and return the average.
 
         Raises:
-            ValueError: the sketches or the layers differ; the object is then unchanged.
+            ValueError: the sketches or the layers differ, or only one has norms; the object is then unchanged.
         """
-        counts = gradients.counts.to(gradients.vectors.dtype)[:, None]
-        step = ClassGradients(
-            gradients.classes,
-            gradients.vectors / counts,
-            torch.ones_like(gradients.counts),
-            gradients.square_norms / counts,
-            gradients.layout,
-            gradients.sketch,
+        counts, squares = gradients.counts.to(gradients.vectors.dtype)[:, None], gradients.square_norms
+        step = replace(
+            gradients,
+            vectors=gradients.vectors / counts,
+            counts=torch.ones_like(gradients.counts),
+            square_norms=None if squares is None else squares / counts,
         )
         if self.value is None:
             self.value = step
@@ -357,9 +367,10 @@ class ClassGradientAverage:
         merged = self.value._with_classes(step.classes)
         index = torch.searchsorted(merged.classes, step.classes)
         weight = torch.where(known, 1 - self.decay, 1.0).to(step.vectors)[:, None]
-        for name in ("vectors", "square_norms"):
+        for name in set(step._names) - {"classes", "counts"}:
             mine = getattr(merged, name)
             mine[index] = torch.lerp(mine[index], getattr(step, name).to(mine), weight)
         merged.counts.fill_(1)
+        merged.ways |= step.ways
         self.value = merged
         return merged

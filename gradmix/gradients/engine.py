@@ -13,7 +13,8 @@ from gradmix.gradients.accumulators import Accumulator, ClassSketches, SampleSke
 from gradmix.gradients.backward import run_pass
 from gradmix.gradients.by_class import ClassGradients
 from gradmix.gradients.chunk import Chunk
-from gradmix.gradients.exact import Gradients, exact_gradients
+from gradmix.gradients.class_passes import LEAST_SAMPLES, class_sums
+from gradmix.gradients.exact import Gradients, LossGradients, exact_gradients
 from gradmix.gradients.exceptions import MovedSamplesError, OutdatedPlanError
 from gradmix.gradients.layers import Layer, select_parameters, single_layers, trainable_parameters
 from gradmix.gradients.layout import LayerSketch, Layout, layout_of, projections_for
@@ -21,7 +22,7 @@ from gradmix.gradients.losses import Loss, cross_entropy, loss_scale
 from gradmix.gradients.plan import Plan, plan_without_rules
 from gradmix.gradients.planner import plan_for
 from gradmix.gradients.settings import EngineSettings
-from gradmix.gradients.sketches import as_sketch
+from gradmix.gradients.sketches import Identity, as_sketch
 from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
 from gradmix.model.unchanged import device_of, leave_unchanged, require_finite, unwrap, without_gradient_hooks
 from gradmix.ops.dtypes import work_dtype
@@ -243,7 +244,8 @@ class Engine:
             gradients[n].reshape(-1, layer.shape[0], gradients[n][0].numel() // layer.shape[0])
             for n in layer.parameters
         ]
-        return right.reduce(left.reduce(torch.cat(blocks, 2).to(self.dtype()), 0, 1), 0, 2)
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+        return right.reduce(left.reduce(whole.to(self.dtype()), 0, 1), 0, 2)
 
     def _sample_sketches(self, chunk: Chunk, plan: Plan) -> Tensor:
         """Return the sketched gradients (n, D) of a chunk's samples."""
@@ -259,6 +261,11 @@ class Engine:
         y = chunk.y if self.settings.loss is None else _classes_of_targets(chunk)
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
         sums, squares = (self._results(classes, plan, size) for size in (self.size, len(self.layout)))
+        norms, sketch = self.settings.norms, self.sketch.describe()
+        if not norms and self._prefers_class_passes(chunk, plan, len(classes)):
+            if self._sum_by_class_passes(chunk, plan, labels, sums):
+                return ClassGradients(classes, sums, counts, None, self.layout, sketch, frozenset({"pass per class"}))
+            sums.zero_()
         accumulator = ClassSketches(plan, self.projections, labels, sums, squares, self.scale(chunk.x))
         self.run(chunk, plan, [accumulator])
         for part, layer, index, sketches in self._exact_sketches(chunk, plan):
@@ -266,7 +273,46 @@ class Engine:
             sums[:, layer.start : layer.stop].index_add_(0, labels[part], flat)
             squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
         self._require_finite(chunk.name, sums)
-        return ClassGradients(classes, sums, counts, squares, self.layout, self.sketch.describe())
+        ways = [way for way, layers in (("layer rules", plan.layers), ("per sample", plan.exact)) if layers]
+        return ClassGradients(classes, sums, counts, squares if norms else None, self.layout, sketch, frozenset(ways))
+
+    def _prefers_class_passes(self, chunk: Chunk, plan: Plan, classes: int) -> bool:
+        """Whether a pass for each class is faster: as measured in full precision on a CPU by bench/exact_gradients."""
+        if plan.draws_random_numbers or plan.exact:
+            return bool(plan.exact)
+        device = first_tensor(chunk.x).device.type
+        full = not torch.is_autocast_enabled(device) and all(
+            p.dtype == self.dtype() for p in trainable_parameters(self.model).values()
+        )
+        enough = len(chunk) >= LEAST_SAMPLES * classes
+        return enough and full and device == "cpu" and isinstance(self.sketch, Identity)
+
+    def _sum_by_class_passes(self, chunk: Chunk, plan: Plan, labels: Tensor, sums: Tensor) -> bool:
+        """Write the sums (P, D) of sketches by a pass for each class.
+
+        Returns:
+            False if a check or the model failed: then the sums are to be computed in the other way. Its checks, which
+            are those of all samples again, decide whether there is an error, and name the sample in the data.
+        """
+        trainable = trainable_parameters(self.model)
+        names = select_parameters(trainable, self.settings.layers)
+        placed = {n for layer in self.layout for n in layer.parameters}
+        passes = LossGradients(self.model, {n: trainable[n] for n in names}, self.losses(chunk), self.scale(chunk.x))
+        plan.passes += 1
+        all_samples = bool(plan.exact) or not plan.verified_by_class
+        try:
+            for p, found in enumerate(class_sums(passes, chunk, labels, plan.passes, all_samples=all_samples)):
+                gradients = dict(zip(names, found, strict=True))
+                if any(bool(gradients[n].any()) for n in names if n not in placed):
+                    raise OutdatedPlanError("a parameter used that has no place in the layout")
+                self.sketch_of(gradients, out=sums[p])
+        except Exception:
+            plan.verified = plan.verified_by_class = False
+            return False
+        plan.verified_by_class = True
+        if passes.scale != 1.0:
+            sums /= passes.scale
+        return bool(torch.isfinite(sums.sum()))
 
     def _require_finite(self, name: str, vectors: Tensor) -> None:
         if bool(torch.isfinite(vectors.sum())):
@@ -303,10 +349,10 @@ class Engine:
             total = part if total is None else total.add_(part)
         return total
 
-    def sketch_of(self, gradient: Mapping[str, Tensor]) -> Tensor:
+    def sketch_of(self, gradient: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """Return the sketch (D,) of a gradient given by parameter name; call it after a pass, which sets the layers."""
         one = {name: value[None] for name, value in gradient.items()}
-        return torch.cat([self._sketch_layer(layer, one).flatten() for layer in self.layout])
+        return torch.cat([self._sketch_layer(layer, one).flatten() for layer in self.layout], out=out)
 
 
 @contextmanager

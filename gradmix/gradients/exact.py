@@ -56,15 +56,11 @@ def exact_gradients(
         ValueError: a NaN, logits or losses of another shape, or an error of ``checked_loss``.
     """
     parameters = dict(model.named_parameters())
-    gradients_of = _Gradients(model, {n: parameters[n] for n in names}, loss, scale)
+    gradients_of = LossGradients(model, {n: parameters[n] for n in names}, loss, scale)
     logits, losses, (*batch, of_logits) = gradients_of.batch(chunk.x, chunk.y, checked_loss)
     finite = {f"the model's logits of {chunk.name}": logits, f"the loss of {chunk.name}": losses}
     require_finite(chunk.start, **finite)
-    tolerance = _tolerance(logits)
-    # Gradients that are 0, as before a layer that removes their effect, consist of rounding errors.
-    rounding = (
-        32 * torch.finfo(logits.dtype).eps * float(torch.linalg.vector_norm(of_logits.to(work_dtype(logits.dtype))))
-    )
+    tolerance, rounding = tolerances(logits, of_logits)
     sums, size = [torch.zeros_like(g, dtype=work_dtype(g.dtype)) for g in batch], 0.0
     vectorised = True
     step = max(1, _ENTRIES // max(1, sum(parameters[n].numel() for n in names)))
@@ -74,16 +70,16 @@ def exact_gradients(
         found = gradients_of.samples_by_vmap(x, y) if vectorised else None
         if found is not None and start == 0:
             expected = batch if part.stop == len(chunk) else gradients_of.batch(x, y, loss)[2][:-1]
-            error = tolerance * _size(found) + rounding
-            found = found if _agree([g.sum(0) for g in found], expected, error) else None
+            error = tolerance * total_norm(found) + rounding
+            found = found if agree([g.sum(0) for g in found], expected, error) else None
         if found is None:
             vectorised = False
             found = gradients_of.samples_by_loop(x, y)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient.sum(0, dtype=total.dtype)
-        size += _size(found)
+        size += total_norm(found)
         yield part, {n: gradient / scale for n, gradient in zip(names, found, strict=True)}
-    if not _agree(sums, batch, tolerance * size + rounding):
+    if not agree(sums, batch, tolerance * size + rounding):
         raise CoupledSamplesError(
             f"model: the gradients of {len(chunk)} samples alone do not add up to the gradient of the samples "
             "together, expected a forward pass without chance, and samples that do not influence each other, so that "
@@ -92,7 +88,7 @@ def exact_gradients(
 
 
 @dataclass(frozen=True)
-class _Gradients:
+class LossGradients:
     """Gradients of a loss of samples.
 
     Attributes:
@@ -109,19 +105,23 @@ class _Gradients:
 
     def batch(self, x: InputTree, y: Any, loss: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return logits, losses, and the gradients of the summed losses by the parameters and then by the logits."""
-        samples = num_samples(x)
         with torch.enable_grad(), without_compilation():
-            logits = check_output(logits_of(call_model(self.model, own_copy(x))), samples)
-            losses = check_losses(loss(logits, y), samples)
+            logits, losses = self.forward(x, y, loss)
             total = losses.sum() * self.scale
             leaves = [*self.wanted.values(), logits]
             used = leaves if logits.requires_grad and total.requires_grad else []
             with refuse_checkpoints():
                 found = torch.autograd.grad(total, used, allow_unused=True) if used else [None] * len(leaves)
         # A layer that does not contribute to the loss has no gradient, and that of a table may be sparse.
-        zeros = (torch.zeros_like(p, requires_grad=False) for p in leaves)
-        dense = [z if g is None else g.to_dense() for z, g in zip(zeros, found, strict=True)]
+        pairs = zip(leaves, found, strict=True)
+        dense = [torch.zeros_like(p, requires_grad=False) if g is None else g.to_dense() for p, g in pairs]
         return logits.detach(), losses.detach(), dense
+
+    def forward(self, x: InputTree, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Return logits and losses."""
+        with without_compilation():
+            logits = check_output(logits_of(call_model(self.model, own_copy(x))), num_samples(x))
+            return logits, check_losses(loss(logits, y), num_samples(x))
 
     def samples_by_loop(self, x: InputTree, y: Any) -> list[Tensor]:
         """Return the gradients (n, *shape) of each parameter, by one pass for each sample."""
@@ -156,27 +156,37 @@ class _Gradients:
         return [found[name].detach() for name in own]
 
 
-def _size(gradients: Sequence[Tensor]) -> float:
+def total_norm(gradients: Sequence[Tensor]) -> float:
     """Return an upper bound of the sum of the norms of the samples' gradients."""
     flat = (g.reshape(len(g), -1).to(work_dtype(g.dtype)) for g in gradients)
     return sum(float(torch.linalg.vector_norm(g, dim=1).sum()) for g in flat)
 
 
-def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], error: float) -> bool:
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], error: float) -> bool:
     """Whether gradients are equal up to an error."""
     differences = ((a - b).to(work_dtype(b.dtype)) for a, b in zip(found, expected, strict=True))
     # Values that are not finite do not count as a difference: they are found in the gradients themselves.
     return not sum(float(torch.linalg.vector_norm(d)) for d in differences) > error
 
 
-def _tolerance(logits: Tensor) -> float:
-    """Return a relative tolerance, far above the rounding of a pass and far below the influence of other samples."""
+def tolerances(logits: Tensor, of_logits: Tensor) -> tuple[float, float]:
+    """Return a relative tolerance of gradients, and an absolute one.
+
+    They are far above the rounding of a pass and far below the influence of other samples.
+
+    Args:
+        logits: (N, ...) of the pass.
+        of_logits: the gradients of the logits, of the same shape.
+    """
     kind = logits.device.type
+    relative = 1e-3 if kind == "cpu" else 1e-2  # elsewhere products may be rounded to TF32
     if logits.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(kind):
-        return 0.1
-    if logits.dtype == torch.float64:
-        return 1e-6
-    return 1e-3 if kind == "cpu" else 1e-2  # elsewhere products may be rounded to TF32
+        relative = 0.1
+    elif logits.dtype == torch.float64:
+        relative = 1e-6
+    # Gradients that are 0, as before a layer that removes their effect, consist of rounding errors.
+    size = float(torch.linalg.vector_norm(of_logits.to(work_dtype(logits.dtype))))
+    return relative, 32 * torch.finfo(logits.dtype).eps * size
 
 
 @contextmanager

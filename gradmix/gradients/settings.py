@@ -30,6 +30,7 @@ class EngineSettings:
         scaler: a GradScaler or a factor of the loss.
         chunk_size: samples of one pass.
         backend: of the operators ``class_sketch`` and ``sketch_project``.
+        norms: whether sums by class need the squared norms of the samples.
     """
 
     layers: str | Sequence[str] = "all"
@@ -41,6 +42,7 @@ class EngineSettings:
     scaler: Scaler = None
     chunk_size: int = CHUNK
     backend: str = "auto"
+    norms: bool = True
 
     def check(self) -> None:
         """Check the settings that do not depend on the model.
@@ -53,5 +55,7 @@ class EngineSettings:
             raise ValueError(f"without_rule: got {self.without_rule!r}, expected {allowed}")
         check_count("chunk_size", self.chunk_size)
         check_backend(self.backend)
+        if not isinstance(self.norms, bool):
+            raise TypeError(f"norms: got {type(self.norms).__name__}, expected True or False")
         if self.loss is not None and not callable(self.loss):
             raise TypeError(f"loss: got {type(self.loss).__name__}, expected a callable or None")

@@ -31,7 +31,8 @@ def assert_same(a: ClassGradients, b: ClassGradients, tolerance: float = ROUNDIN
     assert torch.equal(a.classes, b.classes) and torch.equal(a.counts, b.counts)
     assert a.counts.dtype == a.classes.dtype == torch.int64
     assert a.layout == b.layout and dict(a.sketch) == dict(b.sketch)
-    for name in ("vectors", "square_norms"):
+    assert (a.square_norms is None) == (b.square_norms is None)
+    for name in ("vectors", "square_norms") if a.square_norms is not None else ("vectors",):
         mine, other = getattr(a, name), getattr(b, name)
         assert mine.dtype == other.dtype
         assert (mine - other).abs().max() <= tolerance * other.abs().max(), name
@@ -203,6 +204,49 @@ def test_what_differs_does_not_merge(name: str) -> None:
         mine.align(other)
 
 
+def test_with_and_without_norms_do_not_merge() -> None:
+    mine, other = tabular(), tabular(seed=0, norms=False)
+    assert torch.equal(mine.vectors, other.vectors) and other.square_norms is None
+    before = copy.deepcopy((mine, other))
+    for a, b, message in ((mine, other, "got some without .* expected them with"), (other, mine, "got some with ")):
+        for merge in (ClassGradients.__add__, ClassGradients.add_):
+            with pytest.raises(ValueError, match=rf"{message}.*norms="):
+                merge(a, b)
+        average = ClassGradientAverage()
+        average.update(a)
+        with pytest.raises(ValueError, match=message):
+            average.update(b)
+    assert_same(mine, before[0], 0)
+    assert_same(other, before[1], 0)
+    assert torch.equal(mine.align(other).cosine, mine.align(mine).cosine)
+    mine.square_norms = None  # as the error says
+    assert (mine + other).square_norms is None
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_merged_averaged_selected_and_moved_with_and_without_norms(norms: bool) -> None:
+    """Everything but the norms is the same without them."""
+    a, b = tabular(4, 0, classes=[0, 0, 1, 3], norms=norms), tabular(3, 1, classes=[1, 2, 2], norms=norms)
+    whole, other = tabular(4, 0, classes=[0, 0, 1, 3]), tabular(3, 1, classes=[1, 2, 2])
+    average, expected = ClassGradientAverage(0.5), ClassGradientAverage(0.5)
+    for step, same in ((a, whole), (b, other)):
+        average.update(step)
+        expected.update(same)
+    pairs = [
+        (a + b, whole + other),
+        (copy.deepcopy(a).add_(b), whole + other),
+        (a.select(torch.tensor([0, 3])), whole.select(torch.tensor([0, 3]))),
+        (a.to("cpu"), whole),
+        (a.all_reduce(), whole),
+        (average.value, expected.value),
+    ]
+    for result, wanted in pairs:
+        assert result.ways == {"layer rules"}
+        if not norms:
+            wanted.square_norms = None
+        assert_same(result, wanted, 0)
+
+
 def test_only_class_gradients_merge() -> None:
     with pytest.raises(TypeError):
         tabular() + 3
@@ -301,11 +345,12 @@ def test_classes_are_selected() -> None:
 # ------------------------------------------------------------------------------------------------------------ keeping
 
 
+@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_state_and_file_give_it_back_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_state_and_file_give_it_back_to_the_bit(dtype: torch.dtype, norms: bool, tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="files of class gradients need safetensors, which is not installed")
     x, y = TABULAR.batch(dtype=dtype)
-    result = gradmix.class_gradients(TABULAR.model(dtype), (x, y), rank={"head": 2, "*": 3}, seed=5)
+    result = gradmix.class_gradients(TABULAR.model(dtype), (x, y), rank={"head": 2, "*": 3}, seed=5, norms=norms)
     path = tmp_path / "state.pt"
     torch.save(result.state_dict(), path)
     assert_same(ClassGradients.from_state_dict(torch.load(path, weights_only=True)), result, 0)
@@ -316,6 +361,29 @@ def test_state_and_file_give_it_back_to_the_bit(dtype: torch.dtype, tmp_path: Pa
     assert_same(loaded, result, 0)
     assert_same(loaded + result, result + result, 0)
     assert {entry.name for entry in tmp_path.iterdir()} == {"state.pt", "classes.safetensors"}
+
+
+def test_a_file_with_norms_is_of_version_1_and_lacks_nothing(tmp_path: Path) -> None:
+    """Readers of version 1 refuse a file without norms by its version, and a version 1 without norms is damaged."""
+    safetensors = pytest.importorskip(
+        "safetensors", reason="files of class gradients need safetensors, which is not installed"
+    )
+    for norms, version, names in ((True, "1", set()), (False, "2", {"square_norms"})):
+        file = tmp_path / f"{version}.safetensors"
+        tabular(norms=norms).save(file)
+        with safetensors.safe_open(file, framework="pt") as opened:
+            about = opened.metadata()
+            assert about["version"] == version
+            assert set(json.loads(about["about"])) == {"layout", "sketch"} | names
+            assert set(opened.keys()) == {"classes", "vectors", "counts", "square_norms"} - names
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+    for version, message in (("1", "square_norms"), ("3", "version '3'")):
+        kept = json.loads(about["about"])
+        kept.pop("square_norms")
+        changed = about | {"version": version, "about": json.dumps(kept)}
+        safetensors.torch.save_file(tensors, file, changed)
+        with pytest.raises(ValueError, match=message):
+            ClassGradients.load(file)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -445,3 +513,5 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for told in (first, second):
         assert len(told["both empty"]["classes"]) == 0
         assert "expected the same" in told["different ranks"]
+        assert "some without square_norms, expected the same" in told["norms in one"]
+        assert_same(ClassGradients.from_state_dict(told["norms in none"]), part([0], 0, norms=False), 0)

@@ -15,7 +15,7 @@ from test_promises import photograph, same
 from torch import Tensor, nn
 
 import gradmix
-from gradmix.gradients import BatchStatisticsError, CoupledSamplesError, NoRuleError
+from gradmix.gradients import BatchStatisticsError, CoupledSamplesError, NoRuleError, engine
 
 EXACT = 1e-9
 Between = Callable[[Any, Tensor], Tensor]
@@ -93,7 +93,8 @@ COUPLING: dict[str, Between] = {
 
 @pytest.mark.parametrize("rows", [2, 3, 8])
 @pytest.mark.parametrize("name", COUPLING, ids=str)
-def test_rows_that_influence_each_other_are_refused(name: str, rows: int) -> None:
+def test_rows_that_influence_each_other_are_refused(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LEAST_SAMPLES", 0)
     frozen = Words(COUPLING[name])
     frozen.body.requires_grad_(False)
     for model, batch, layers in (
@@ -105,8 +106,9 @@ def test_rows_that_influence_each_other_are_refused(name: str, rows: int) -> Non
         for without_rule in ("error", "exact"):
             with pytest.raises((CoupledSamplesError, BatchStatisticsError), match="^model: "):
                 gradmix.sample_gradients(model, batch, rank=2, layers=layers, without_rule=without_rule)
-        with pytest.raises((CoupledSamplesError, BatchStatisticsError), match="^model: "):
-            gradmix.class_gradients(model, batch, rank=2, layers=layers)
+        for given in ({"rank": 2}, {"sketch": "identity", "norms": False}):
+            with pytest.raises((CoupledSamplesError, BatchStatisticsError), match="^model: "):
+                gradmix.class_gradients(model, batch, layers=layers, **given)
 
 
 @pytest.mark.parametrize("model", [Body, Words])
