@@ -131,8 +131,8 @@ def class_gradients(
         chunk_size: samples of one pass (a DataLoader keeps its own batch size up to this).
         backend: of the operators ``class_sketch`` and ``sketch_project``.
         norms: whether to compute ``square_norms``. Without them, a forward and a backward pass for each class, over its
-            samples, is taken where that is faster: for layers without a rule, and for ``"identity"`` on a CPU with at
-            least 8 samples of a class on average. :attr:`ClassGradients.ways` says which way was taken.
+            samples, is made where that is faster: for ``sketch="identity"`` on a CPU if at most four classes occur in a
+            chunk, and instead of a pass for each sample. ``ClassGradients.ways`` says what was done.
 
     Returns:
         :class:`gradmix.ClassGradients` of the classes that occur.

@@ -1,8 +1,9 @@
 """Sums of gradients by class, from a forward and a backward pass for each class over its samples alone.
 
-Where norms of single samples are not needed, this takes P passes, also through layers without a rule. Whether samples
-influence each other is checked by further passes, over groups of samples that were not together before: logits, losses
-and the sum of all gradients must be the same.
+Where norms of single samples are not needed, this takes P passes, also through layers without a rule, whose gradients
+of single samples may take N passes (:mod:`gradmix.gradients.exact`). Whether samples influence each other is checked by
+further passes, over groups of samples that were not together before: logits, losses and the sum of all gradients must
+be the same.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from gradmix.gradients.exact import LossGradients, agree, tolerances, total_norm
 from gradmix.gradients.exceptions import CoupledSamplesError
 from gradmix.gradients.sample_check import tolerance_of
 from gradmix.model.inputs import take
-from gradmix.model.unchanged import require_finite
+from gradmix.model.unchanged import require_finite, without_compilation
 from gradmix.ops.dtypes import work_dtype
 
-LEAST_SAMPLES = 8
-"""Mean number of samples of a class from which on a pass per class is faster than layer rules for unsketched sums."""
+MOST_CLASSES = 4
+"""Classes in a chunk up to which a pass per class is as fast as layer rules, or faster, for sums without a sketch."""
+
+LEAST_SAMPLES = 4
+"""Samples of a class, on average, from which on a pass per class is as fast as one per sample, or faster."""
 
 
 def class_sums(
@@ -91,7 +95,8 @@ class _Passes:
         """Make a forward pass over the samples at ``index``."""
         x, y = take(self._chunk.x, index), take(self._chunk.y, index)
         self._indices.append(index)
-        self._found.append(self._gradients.forward(x, y, self._gradients.loss))
+        with without_compilation():
+            self._found.append(self._gradients.forward(x, y, self._gradients.loss))
 
     def run(self, index: Tensor) -> list[Tensor]:
         """Make a forward and a backward pass over the samples at ``index``; return the gradients."""

@@ -13,7 +13,7 @@ from gradmix.gradients.accumulators import Accumulator, ClassSketches, SampleSke
 from gradmix.gradients.backward import run_pass
 from gradmix.gradients.by_class import ClassGradients
 from gradmix.gradients.chunk import Chunk
-from gradmix.gradients.class_passes import LEAST_SAMPLES, class_sums
+from gradmix.gradients.class_passes import LEAST_SAMPLES, MOST_CLASSES, class_sums
 from gradmix.gradients.exact import Gradients, LossGradients, exact_gradients
 from gradmix.gradients.exceptions import MovedSamplesError, OutdatedPlanError
 from gradmix.gradients.layers import Layer, select_parameters, single_layers, trainable_parameters
@@ -23,7 +23,7 @@ from gradmix.gradients.plan import Plan, plan_without_rules
 from gradmix.gradients.planner import plan_for
 from gradmix.gradients.settings import EngineSettings
 from gradmix.gradients.sketches import Identity, as_sketch
-from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, tensors_of
+from gradmix.model.inputs import InputTree, first_tensor, map_tensors, num_samples, take, tensors_of
 from gradmix.model.unchanged import device_of, leave_unchanged, require_finite, unwrap, without_gradient_hooks
 from gradmix.ops.dtypes import work_dtype
 from gradmix.ops.labels import check_label_range, check_labels, class_of
@@ -67,6 +67,7 @@ class Engine:
         self.model, self.settings = model, settings
         self.sketch = as_sketch(settings.sketch, settings.rank, settings.seed)
         self._layout_is_final = False
+        self._dtype: torch.dtype | None = None
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -158,7 +159,9 @@ class Engine:
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of sketches and sums: float64 for a float64 model, else float32."""
-        return work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
+        if self._dtype is None:
+            self._dtype = work_dtype(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
+        return self._dtype
 
     def zeros(self, like: InputTree, *shape: int) -> Tensor:
         """Return zeros (N, *shape) on the device of ``like`` (N, ...), of the dtype of sketches and sums."""
@@ -261,38 +264,57 @@ class Engine:
         y = chunk.y if self.settings.loss is None else _classes_of_targets(chunk)
         classes, labels, counts = class_of(y).unique(return_inverse=True, return_counts=True)
         sums, squares = (self._results(classes, plan, size) for size in (self.size, len(self.layout)))
-        norms, sketch = self.settings.norms, self.sketch.describe()
-        if not norms and self._prefers_class_passes(chunk, plan, len(classes)):
-            if self._sum_by_class_passes(chunk, plan, labels, sums):
-                return ClassGradients(classes, sums, counts, None, self.layout, sketch, frozenset({"pass per class"}))
-            sums.zero_()
-        accumulator = ClassSketches(plan, self.projections, labels, sums, squares, self.scale(chunk.x))
-        self.run(chunk, plan, [accumulator])
-        for part, layer, index, sketches in self._exact_sketches(chunk, plan):
-            flat = sketches.flatten(1)
-            sums[:, layer.start : layer.stop].index_add_(0, labels[part], flat)
-            squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
+        norms = self.settings.norms
+        if (
+            not norms
+            and self._prefers_class_passes(chunk, plan, len(classes))
+            and self._sum_by_class_passes(chunk, plan, labels, sums)
+        ):
+            ways = ["pass per class"]
+        else:
+            accumulator = ClassSketches(plan, self.projections, labels, sums, squares, self.scale(chunk.x))
+            self.run(chunk, plan, [accumulator])
+            for part, layer, index, sketches in self._exact_sketches(chunk, plan):
+                flat = sketches.flatten(1)
+                sums[:, layer.start : layer.stop].index_add_(0, labels[part], flat)
+                squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
+            ways = [way for way, layers in (("layer rules", plan.layers), ("per sample", plan.exact)) if layers]
         self._require_finite(chunk.name, sums)
-        ways = [way for way, layers in (("layer rules", plan.layers), ("per sample", plan.exact)) if layers]
+        sketch = self.sketch.describe()
         return ClassGradients(classes, sums, counts, squares if norms else None, self.layout, sketch, frozenset(ways))
 
     def _prefers_class_passes(self, chunk: Chunk, plan: Plan, classes: int) -> bool:
-        """Whether a pass for each class is faster: as measured in full precision on a CPU by bench/exact_gradients."""
-        if plan.draws_random_numbers or plan.exact:
-            return bool(plan.exact)
+        """Whether a pass for each class is to be tried, because it is faster.
+
+        With layer rules that was measured in full precision on a CPU (bench/exact_gradients.py); in half precision the
+        sums would be rounded. Without, it is faster than a pass for each sample, but not than ``torch.func``.
+        """
+        if plan.exact:
+            return len(chunk) >= LEAST_SAMPLES * classes and not self._is_vectorised(chunk, plan)
+        if plan.draws_random_numbers:
+            return False
         device = first_tensor(chunk.x).device.type
-        full = not torch.is_autocast_enabled(device) and all(
-            p.dtype == self.dtype() for p in trainable_parameters(self.model).values()
-        )
-        enough = len(chunk) >= LEAST_SAMPLES * classes
-        return enough and full and device == "cpu" and isinstance(self.sketch, Identity)
+        if classes > MOST_CLASSES or device != "cpu" or not isinstance(self.sketch, Identity):
+            return False
+        dtypes = {p.dtype for p in trainable_parameters(self.model).values()}
+        return dtypes == {self.dtype()} and not torch.is_autocast_enabled(device)
+
+    def _is_vectorised(self, chunk: Chunk, plan: Plan) -> bool:
+        """Whether ``torch.func`` computes all samples at once, tried on two."""
+        if plan.vectorised is None:
+            trainable = trainable_parameters(self.model)
+            wanted = {n: trainable[n] for layer in plan.exact for n in layer.parameters}
+            few = LossGradients(self.model, wanted, self.settings.loss or cross_entropy, self.scale(chunk.x))
+            x, y = (take(part, slice(2)) for part in (chunk.x, chunk.y))
+            plan.vectorised = few.samples_by_vmap(x, y, loops=False) is not None
+        return plan.vectorised
 
     def _sum_by_class_passes(self, chunk: Chunk, plan: Plan, labels: Tensor, sums: Tensor) -> bool:
         """Write the sums (P, D) of sketches by a pass for each class.
 
         Returns:
-            False if a check or the model failed: then the sums are to be computed in the other way. Its checks, which
-            are those of all samples again, decide whether there is an error, and name the sample in the data.
+            False if a check or the model failed; the sums are then 0, to be computed in the other way. Its checks, of
+            all samples again, decide whether there is an error, and name the sample in the data.
         """
         trainable = trainable_parameters(self.model)
         names = select_parameters(trainable, self.settings.layers)
@@ -302,17 +324,19 @@ class Engine:
         all_samples = bool(plan.exact) or not plan.verified_by_class
         try:
             for p, found in enumerate(class_sums(passes, chunk, labels, plan.passes, all_samples=all_samples)):
-                gradients = dict(zip(names, found, strict=True))
+                gradients = {n: gradient[None] for n, gradient in zip(names, found, strict=True)}
                 if any(bool(gradients[n].any()) for n in names if n not in placed):
                     raise OutdatedPlanError("a parameter used that has no place in the layout")
-                self.sketch_of(gradients, out=sums[p])
+                for layer in self.layout:
+                    sums[p, layer.start : layer.stop] = self._sketch_layer(layer, gradients).flatten()
         except Exception:
             plan.verified = plan.verified_by_class = False
+            sums.zero_()
             return False
         plan.verified_by_class = True
         if passes.scale != 1.0:
             sums /= passes.scale
-        return bool(torch.isfinite(sums.sum()))
+        return True
 
     def _require_finite(self, name: str, vectors: Tensor) -> None:
         if bool(torch.isfinite(vectors.sum())):
@@ -349,10 +373,10 @@ class Engine:
             total = part if total is None else total.add_(part)
         return total
 
-    def sketch_of(self, gradient: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    def sketch_of(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the sketch (D,) of a gradient given by parameter name; call it after a pass, which sets the layers."""
         one = {name: value[None] for name, value in gradient.items()}
-        return torch.cat([self._sketch_layer(layer, one).flatten() for layer in self.layout], out=out)
+        return torch.cat([self._sketch_layer(layer, one).flatten() for layer in self.layout])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,9 @@ class LossGradients:
         return logits.detach(), losses.detach(), dense
 
     def forward(self, x: InputTree, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Return logits and losses."""
-        with without_compilation():
-            logits = check_output(logits_of(call_model(self.model, own_copy(x))), num_samples(x))
-            return logits, check_losses(loss(logits, y), num_samples(x))
+        """Return logits and losses; call it inside :func:`without_compilation`."""
+        logits = check_output(logits_of(call_model(self.model, own_copy(x))), num_samples(x))
+        return logits, check_losses(loss(logits, y), num_samples(x))
 
     def samples_by_loop(self, x: InputTree, y: Any) -> list[Tensor]:
         """Return the gradients (n, *shape) of each parameter, by one pass for each sample."""
@@ -129,8 +128,13 @@ class LossGradients:
         singles = [self.batch(take(x, one), take(y, one), self.loss)[2][:-1] for one in each]
         return [torch.stack(gradients) for gradients in zip(*singles, strict=True)]
 
-    def samples_by_vmap(self, x: InputTree, y: Any) -> list[Tensor] | None:
-        """Return the gradients (n, *shape) by ``vmap(grad(loss))``; None if ``torch.func`` cannot run the model."""
+    def samples_by_vmap(self, x: InputTree, y: Any, *, loops: bool = True) -> list[Tensor] | None:
+        """Return the gradients (n, *shape) by ``vmap(grad(loss))``; None if ``torch.func`` cannot run the model.
+
+        Args:
+            x, y: the samples.
+            loops: whether it may compute an operation sample by sample, as it does where it has no rule for it.
+        """
         own = {name: p.detach() for name, p in self.wanted.items()}
         fixed = {name: p.detach() for name, p in self.model.named_parameters() if name not in own}
         fixed |= dict(self.model.named_buffers())
@@ -147,7 +151,7 @@ class LossGradients:
                 torch.enable_grad(),
                 sdpa_kernel(SDPBackend.MATH),
                 without_compilation(),
-                _without_performance_warnings(),
+                _performance_warnings("ignore" if loops else "error"),
                 _same_attributes(self.model),
             ):
                 found = gradient(own, own_copy(x), y)
@@ -190,10 +194,10 @@ def tolerances(logits: Tensor, of_logits: Tensor) -> tuple[float, float]:
 
 
 @contextmanager
-def _without_performance_warnings() -> Iterator[None]:
-    """Suppress the warning that vmap is slow for an operation."""
+def _performance_warnings(action: Literal["ignore", "error"]) -> Iterator[None]:
+    """Suppress the warning that vmap is slow for an operation, or make it an error."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        warnings.filterwarnings(action, message="There is a performance drop", category=UserWarning)
         yield
 
 

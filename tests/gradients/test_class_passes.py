@@ -72,8 +72,10 @@ def sums(model: nn.Module, batch: tuple[Any, Any], **given: Any) -> ClassGradien
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few samples a class has."""
+    """However many classes there are, and whether torch.func can run the model or not."""
+    monkeypatch.setattr(engine, "MOST_CLASSES", 1000)
     monkeypatch.setattr(engine, "LEAST_SAMPLES", 0)
+    monkeypatch.setattr(engine.Engine, "_is_vectorised", lambda *_: False)
 
 
 @pytest.fixture
@@ -90,12 +92,12 @@ def calls() -> Callable[[nn.Module], list[int]]:
 
 
 @pytest.mark.parametrize("chunk_size", [5, 256])
-@pytest.mark.parametrize(("least", "way"), [(0, PASSES), (1000, RULES)])
+@pytest.mark.parametrize(("most", "way"), [(1000, PASSES), (0, RULES)])
 @pytest.mark.parametrize("name", RULED)
 def test_either_way_gives_the_sums_of_a_loop_over_single_samples(
-    name: str, least: int, way: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+    name: str, most: int, way: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "LEAST_SAMPLES", least)
+    monkeypatch.setattr(engine, "MOST_CLASSES", most)
     model, (x, y) = RULED[name].model(), RULED[name].batch(12)
     before = photograph(model, (x, y))
     for _ in range(2):  # the second time two samples are checked
@@ -108,7 +110,7 @@ def test_either_way_gives_the_sums_of_a_loop_over_single_samples(
     assert result.layout == gradmix.class_gradients(model, (x, y), sketch="identity").layout
 
 
-@pytest.mark.parametrize("chunk_size", [7, 256])
+@pytest.mark.parametrize("chunk_size", [20, 256])
 def test_a_layer_without_a_rule(chunk_size: int) -> None:
     model, (x, y) = RECURRENT.model(), RECURRENT.batch()
     result = sums(model, (x, y), without_rule="exact", chunk_size=chunk_size)
@@ -152,20 +154,37 @@ def test_later_passes_check_two_samples(always: None, calls: Callable[[nn.Module
 
 
 WAYS: dict[str, tuple[int, dict[str, Any], str]] = {
-    "many samples of a class": (32, {}, PASSES),
-    "few samples of a class": (31, {}, RULES),
-    "many in the chunks": (64, {"chunk_size": 32}, PASSES),
-    "few in the chunks": (64, {"chunk_size": 16}, RULES),
-    "a sketch": (32, {"sketch": "rademacher"}, RULES),
-    "norms": (32, {"norms": True}, RULES),
+    "few classes": (4, {}, PASSES),
+    "many classes": (5, {}, RULES),
+    "few in each chunk": (5, {"chunk_size": 4}, PASSES),
+    "a sketch": (4, {"sketch": "rademacher"}, RULES),
+    "norms": (4, {"norms": True}, RULES),
 }
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_the_way_that_is_taken(name: str) -> None:
-    samples, given, way = WAYS[name]
-    model, (x, _) = RULED["perceptron"].model(), RULED["perceptron"].batch(samples)
-    assert sums(model, (x, torch.arange(samples) % 4), **given).ways == {way}
+    classes, given, way = WAYS[name]
+    model, x = nn.Linear(6, 9).double(), torch.randn(15, 6, dtype=torch.float64)
+    assert sums(model, (x, torch.arange(15) % classes), **given).ways == {way}
+
+
+WITHOUT_RULE: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
+    "a loop over the samples": (lambda: Net(_recurrent, **_recurrent_parts()), 16, {PASSES}),
+    "a loop, few samples of a class": (lambda: Net(_recurrent, **_recurrent_parts()), 15, {RULES, SINGLE}),
+    "torch.func": (lambda: nn.Sequential(nn.Linear(6, 5), Slope(), nn.Linear(5, 4)), 16, {RULES, SINGLE}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WITHOUT_RULE)
+def test_the_way_without_a_rule(name: str, dtype: torch.dtype) -> None:
+    """In float32 vmap runs an LSTM sample by sample, and in float64 not at all."""
+    make, samples, ways = WITHOUT_RULE[name]
+    model, x = make().to(dtype), torch.randn(samples, 6, dtype=dtype)
+    for _ in range(2):
+        result = sums(model, (x, torch.arange(samples) % 4), without_rule="exact")
+        assert result.ways == ways
 
 
 def test_in_half_precision_layer_rules_keep_what_a_sum_would_round() -> None:
@@ -186,8 +205,8 @@ def test_norms_are_true_or_false() -> None:
 def test_both_ways_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, y) = RULED["convolutions"].model(), RULED["convolutions"].batch(12)
     parts = []
-    for least, part in ((0, slice(0, 5)), (1000, slice(5, 12))):
-        monkeypatch.setattr(engine, "LEAST_SAMPLES", least)
+    for most, part in ((1000, slice(0, 5)), (0, slice(5, 12))):
+        monkeypatch.setattr(engine, "MOST_CLASSES", most)
         parts.append(sums(model, (x[part], y[part])))
     both = parts[0] + parts[1]
     assert both.ways == {RULES, PASSES} and both.square_norms is None
@@ -224,15 +243,30 @@ def test_samples_that_influence_each_other_in_a_later_batch(always: None) -> Non
             sums(model, RULED["perceptron"].batch(12, seed))
 
 
+def test_after_a_failed_check_layer_rules_compare_all_samples(always: None) -> None:
+    """Two of twenty samples influence each other, which the check of two samples hardly ever sees."""
+    model = Between(lambda m, h: h + m.share * m.marked * ((m.marked * h).sum(0) - h).detach())
+    model.share, model.marked = torch.zeros((), dtype=torch.float64), torch.zeros(20, 1, dtype=torch.float64)
+    model.register_forward_pre_hook(lambda m, inputs: setattr(m, "marked", (inputs[0][:, :1] > 9).double()))
+    x, y = RULED["perceptron"].batch(20)
+    y = torch.arange(20) % 3
+    x[4, 0], x[13, 0] = 10.0, 11.0  # of one class
+    assert sums(model, (x, y), norms=True).ways == {RULES}
+    model.share.fill_(0.1)
+    for _ in range(3):
+        with pytest.raises(CoupledSamplesError, match="output of sample (4|13) depends"):
+            sums(model, (x, y))
+
+
 @pytest.mark.parametrize("labels", [[0, 0], [0, 1], [0, 0, 1], [0, 1, 2], [0] * 9, [0, 1] * 4], ids=str)
-def test_samples_that_influence_each_other_only_by_gradients(labels: list[int]) -> None:
+def test_samples_that_influence_each_other_only_by_gradients(labels: list[int], always: None) -> None:
     """The gradient of a token's vector is divided by how often the token occurs in the batch."""
     model = nn.Sequential(nn.Embedding(5, 6, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(12, 4)).double()
     batch = torch.ones(len(labels), 2, dtype=torch.int64), torch.tensor(labels)
     with pytest.raises(CoupledSamplesError, match="add up"):
         sums(model, batch, without_rule="exact")
     model[0].scale_grad_by_freq = False
-    assert sums(model, batch, without_rule="exact").ways
+    assert sums(model, batch, without_rule="exact").ways == {PASSES}
 
 
 INFLUENCES: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -291,6 +325,10 @@ def test_errors_name_the_sample_in_the_data(recurrent: bool, chunk_size: int, al
             sums(model, (x, y.index_fill(0, torch.tensor([9]), 4)), norms=norms, **given)
 
 
+def _recurrent(m: Any, x: Tensor) -> Tensor:
+    return m.last(m.layer(x[:, None])[0][:, 0])
+
+
 def _recurrent_parts() -> dict[str, nn.Module]:
     return {"layer": nn.LSTM(6, 5, batch_first=True), "last": nn.Linear(5, 4)}
 
@@ -334,7 +372,7 @@ class Slope(nn.Module):
         return torch.where(x > 0, x, x * self.slope.exp())
 
 
-def test_in_half_precision_the_loss_is_scaled() -> None:
+def test_in_half_precision_the_loss_is_scaled(always: None) -> None:
     """Gradients below float16's smallest number survive, as they do with norms."""
     model = nn.Sequential(nn.Linear(6, 5), Slope(), nn.Linear(5, 4))
     x, y = torch.randn(6, 6), torch.arange(6) % 2
@@ -346,6 +384,27 @@ def test_in_half_precision_the_loss_is_scaled() -> None:
         result = sums(model, (x, y), without_rule="exact", loss=tiny, scaler=2.0**24)
     assert result.ways == {PASSES}
     assert_layers_equal(result, by_class(truth(model, x, y, tiny), y, result.classes), 0.05)
+
+
+def test_sums_too_large_for_half_precision_are_refused(always: None) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), Slope(), nn.Linear(5, 4)).half()
+    x, y = torch.full((64, 6), 8.0, dtype=torch.float16), torch.arange(64) % 2
+    assert sums(model, (x, y), without_rule="exact").ways == {PASSES}
+    with pytest.raises(ValueError, match=r"layer '0' holds .*a smaller scaler= helps"):
+        sums(model, (x, y), without_rule="exact", scaler=2.0**14)
+
+
+def test_a_failure_after_the_passes_leaves_nothing_of_them(always: None) -> None:
+    def use(m: Any, x: Tensor) -> Tensor:
+        if len(x) == 4:
+            raise RuntimeError("the group of a check")
+        return (x * m.scale.sin())[:, :4]
+
+    model, (x, y) = Net(use, scale=torch.randn(6)).double(), RULED["perceptron"].batch(16)
+    y = torch.arange(16) % 2
+    result = sums(model, (x, y), without_rule="exact")
+    assert result.ways == {SINGLE}
+    assert_layers_equal(result, by_class(truth(model, x, y), y, result.classes), EXACT)
 
 
 def test_sparse_gradients_and_parameters_that_are_not_used(always: None) -> None:
@@ -387,7 +446,7 @@ def test_in_inference_mode_and_with_two_inputs(always: None) -> None:
     assert torch.allclose(result.vectors, expected.vectors, rtol=1e-12, atol=1e-15)
 
 
-def test_a_parameter_first_used_by_a_later_chunk_is_named() -> None:
+def test_a_parameter_first_used_by_a_later_chunk_is_named(always: None) -> None:
     """Its gradient has no place in the layout of the chunks before."""
 
     class Experts(nn.Module):

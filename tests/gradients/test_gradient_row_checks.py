@@ -94,7 +94,7 @@ COUPLING: dict[str, Between] = {
 @pytest.mark.parametrize("rows", [2, 3, 8])
 @pytest.mark.parametrize("name", COUPLING, ids=str)
 def test_rows_that_influence_each_other_are_refused(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "LEAST_SAMPLES", 0)
+    monkeypatch.setattr(engine, "MOST_CLASSES", 1000)
     frozen = Words(COUPLING[name])
     frozen.body.requires_grad_(False)
     for model, batch, layers in (
