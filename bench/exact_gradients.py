@@ -113,6 +113,7 @@ class Problem:
         """All ways, the rivals' first."""
         batch = (self.x, self.y)
         classes = partial(gradmix.class_gradients, self.model, batch, sketch="identity")
+        sums = partial(classes, norms=False)
         samples = partial(gradmix.sample_gradients, self.model, batch, sketch="identity")
         return [
             Way(
@@ -123,6 +124,7 @@ class Problem:
                 lambda: _rows(self.pass_a_class()),
             ),
             Way("class", "gradmix", "classes", classes, lambda: self._of_engine(classes())),
+            Way("class_sum", "gradmix, norms=False", "classes", sums, lambda: self._of_engine(sums())),
             Way("loop", "a pass a sample", "samples", self.loop, lambda: _rows(self.loop())),
             Way("vmap_grad", "vmap(grad)", "samples", self.by_vmap, lambda: _flat(list(self.by_vmap().values()))),
             Way("sample", "gradmix", "samples", samples, lambda: self._of_engine(samples())),

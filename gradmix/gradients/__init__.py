@@ -8,6 +8,7 @@ The steps of a call, one file for each:
 3. ``backward``: a forward and a backward pass. ``intercept`` watches the calls of torch's functions, ``rules`` defines
    the parts of their parameters' gradients, ``accumulators`` computes sketches, norms and inner products from the
    parts. ``sample_check`` verifies that samples do not influence each other. ``exact``: parameters without a rule.
+   ``class_passes``: a pass for each class, for sums without norms.
 4. ``sketches``: kinds of sketch. ``projection``: products with their matrices. ``layout``: the layers' places.
 5. ``by_sample``, ``by_class``: the results. ``similarity`` and ``standard_errors``: figures computed from them.
 

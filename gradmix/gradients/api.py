@@ -9,7 +9,8 @@ without the inputs of linear layers and convolutions, plus ``4 B sum_l T_l c_l``
 positions of layer l, 1 for a linear layer on vectors; c_l columns of its sketch, the rank in layers larger than it),
 plus what one layer needs at a time: the gradients of its input and output, and ``4 B T_l (r_l + c_l) + 4 B r_l c_l``;
 and ``4 P D + 4 P L`` for the sums over P classes, ``4 sum_l (r_l p_l + c_l q_l)`` for the matrices, which are kept for
-the next call as long as the model lives.
+the next call as long as the model lives. With ``norms=False`` a forward and a backward pass for each class may take the
+place of it, with the memory of a training step on the class's samples.
 """
 
 from __future__ import annotations

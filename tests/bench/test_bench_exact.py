@@ -28,7 +28,7 @@ def test_a_run_reports_what_it_measured(
         (name, 6, 3) for name in networks
     ]
     for found in result["cases"]:
-        assert list(found["over_step"]) == ["pass_a_class", "class", "loop", "vmap_grad", "sample"]
+        assert list(found["over_step"]) == ["pass_a_class", "class", "class_sum", "loop", "vmap_grad", "sample"]
         assert all(ratio["p50"] > 0 for ratio in found["over_step"].values())
         assert found["difference"]["pass_a_class"] == found["difference"]["loop"] == 0
         assert all(difference <= bench.AGREEMENT for difference in found["difference"].values())
