@@ -222,7 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     absent = argparse.SUPPRESS
     parser.add_argument("--network", nargs="+", choices=list(NETWORKS), help="networks", default=absent)
     parser.add_argument("--samples", nargs="+", type=count, help="numbers of samples", default=[32, 128])
-    parser.add_argument("--classes", nargs="+", type=count, help="numbers of classes among them", default=[2, 10])
+    parser.add_argument("--classes", nargs="+", type=count, help="numbers of classes among them", default=[2, 4, 10])
     parser.add_argument("--quick", action="store_true", help="the perceptron, few rounds: a look, not a measurement")
     add_run_arguments(
         parser,

@@ -133,7 +133,8 @@ def class_gradients(
         backend: of the operators ``class_sketch`` and ``sketch_project``.
         norms: whether to compute ``square_norms``. Without them, a forward and a backward pass for each class, over its
             samples, is made where that is faster: for ``sketch="identity"`` on a CPU if at most four classes occur in a
-            chunk, and instead of a pass for each sample. ``ClassGradients.ways`` says what was done.
+            chunk; and instead of a pass for each sample, if a class has at least four samples on average.
+            ``ClassGradients.ways`` says what was done.
 
     Returns:
         :class:`gradmix.ClassGradients` of the classes that occur.
