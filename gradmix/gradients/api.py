@@ -105,8 +105,8 @@ def class_gradients(
 
     The samples must not influence each other, and inside the model their order must not depend on their values (sorted
     by length, routed to experts). Every pass checks that on a few samples, and the first one of each shape on all
-    (:mod:`gradmix.gradients.sample_check` describes how, and what is not found). Costs and memory:
-    :mod:`gradmix.gradients.api`.
+    (:mod:`gradmix.gradients.sample_check` describes how, and what is not found). A pass for each class does not depend
+    on the order, and does not check it. Costs and memory: :mod:`gradmix.gradients.api`.
 
     Args:
         model: returns logits (N, C), or an object that holds them as ``.logits``. With ``loss``, the logits may have

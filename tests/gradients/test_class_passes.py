@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_networks import ARCHITECTURES, Case, Net, randomise
+from gradient_networks import ARCHITECTURES, LAYERS, USES, Case, Net, randomise
 from gradient_truth import assert_layers_equal, by_class, cross_entropy
 from gradient_truth import sample_gradients as truth
 from test_promises import photograph, same
@@ -108,6 +108,19 @@ def test_either_way_gives_the_sums_of_a_loop_over_single_samples(
         assert torch.equal(result.counts, labels.unique(return_counts=True)[1])
     assert same(photograph(model, (x, y)), before)
     assert result.layout == gradmix.class_gradients(model, (x, y), sketch="identity").layout
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("cases", [LAYERS, USES], ids=["layers", "uses"])
+def test_every_layer_and_use_of_a_parameter_has_the_place_that_its_rule_gives_it(
+    cases: dict[str, Case], always: None
+) -> None:
+    for name, case in cases.items():
+        model, (x, y) = case.model(), case.batch()
+        result, expected = (sums(model, (x, y), norms=norms) for norms in (False, True))
+        assert result.ways == {PASSES} and expected.ways == {RULES}, name
+        assert result.layout == expected.layout, name
+        assert (result.vectors - expected.vectors).abs().max() <= 1e-11 * expected.vectors.abs().max(), name
 
 
 @pytest.mark.parametrize("chunk_size", [20, 256])
