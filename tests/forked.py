@@ -26,8 +26,8 @@ from fresh import run_python
 from patience import PATIENCE
 
 CAN_FORK = sys.platform == "linux" and not torch.backends.cuda.is_built()
-"""Otherwise fresh processes are started: CUDA, libraries of other systems, and autograd's threads, which a torch that is
-built for CUDA starts in some backward passes, do not bear a fork."""
+"""Otherwise fresh processes are started: CUDA, libraries of other systems, and autograd's threads, which a torch built
+for CUDA starts in some backward passes, do not bear a fork."""
 
 
 def start_processes(function: Callable[..., None], arguments: tuple[Any, ...], number: int, join: bool = True) -> Any:
