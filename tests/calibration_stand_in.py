@@ -250,6 +250,12 @@ def abort_at_64(connection: Any, output: str, device: str, cells: list[dict[str,
     work(connection, output, device, cells, lambda gram: aborting(gram) if len(gram) == 64 else gram)
 
 
+def abort_if_crashing(connection: Any, output: str, device: str, cells: list[dict[str, Any]]) -> None:
+    """What each of the operators is, with the kernel of ``gram``."""
+    function = abort_at_64 if cells[0]["operator"] == "crashing" else work
+    function(connection, output, device, [cell | {"operator": "gram"} for cell in cells])
+
+
 def raise_and_lose_the_device(connection: Any, output: str, device: str, cells: list[dict[str, Any]]) -> None:
     """After an illegal access whatever is called fails."""
 

@@ -19,6 +19,7 @@ from calibration_stand_in import (
     KEY,
     Clock,
     abort_at_64,
+    abort_if_crashing,
     forks,
     install,
     make_cell,
@@ -289,13 +290,13 @@ def test_a_crash_loses_one_operator_alone(forked: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(run, "unavailable", lambda pair: "not built" if pair[0] == "absent" else None)
     wanted = [replace(cell, operator=name) for name in ("crashing", "absent", "gram") for cell in CELLS]
 
-    def target(connection: Any, output: str, device: str, chosen: list[dict[str, Any]]) -> None:
-        function = abort_at_64 if chosen[0]["operator"] == "crashing" else work
-        function(connection, output, device, [cell | {"operator": "gram"} for cell in chosen])
-
     seen: list[Any] = []
     table = run.calibrate(
-        CPU, cells=wanted, target=target, on_result=seen.append, on_operator=lambda table, pair: seen.append(pair)
+        CPU,
+        cells=wanted,
+        target=abort_if_crashing,
+        on_result=seen.append,
+        on_operator=lambda table, pair: seen.append(pair),
     )
     assert [m.status for m in table.verdicts.measurements] == ["right", "crashed", *["skipped"] * 3, *["right"] * 3]
     assert table.verdicts.lost == {"crashing triton": table.verdicts.lost["crashing triton"]}
