@@ -159,8 +159,8 @@ def sample_scores(
     if mixtures > MANY_MIXTURES:
         warnings.warn(
             f"the class table of {len(classes)} classes forwards {mixtures:,} mixtures at each refresh, "
-            f"{count * len(TABLE_LAMS)} for each pair of classes; estimator='feature' forwards none, a smaller "
-            "class_samples= fewer",
+            f"{count * len(TABLE_LAMS)} for each pair of classes; estimator='feature' forwards none"
+            + (", a smaller class_samples= fewer" if count > 1 else ""),
             stacklevel=2,
         )
     found = []

@@ -95,8 +95,10 @@ class _Passes:
         """Make a forward pass over the samples at ``index``."""
         x, y = take(self._chunk.x, index), take(self._chunk.y, index)
         self._indices.append(index)
-        with without_compilation():
-            self._found.append(self._gradients.forward(x, y, self._gradients.loss))
+        # With autograd on, as in the other passes: torch's fast paths compute padded positions otherwise.
+        with torch.enable_grad(), without_compilation():
+            logits, losses = self._gradients.forward(x, y, self._gradients.loss)
+        self._found.append((logits.detach(), losses.detach()))
 
     def run(self, index: Tensor) -> list[Tensor]:
         """Make a forward and a backward pass over the samples at ``index``; return the gradients."""

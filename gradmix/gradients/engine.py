@@ -199,6 +199,11 @@ class Engine:
 
         return loss
 
+    def check_labels(self, chunk: Chunk, classes: int) -> None:
+        """Raise ValueError if a label of cross-entropy is beyond the classes: on a GPU it would end the context."""
+        if self.settings.loss is None:
+            check_label_range(chunk.name, chunk.y, classes, chunk.start)
+
     def run(self, chunk: Chunk, plan: Plan, accumulators: Sequence[Accumulator]) -> None:
         """Make a forward and a backward pass, if any layer has a rule: :func:`gradmix.gradients.backward.run_pass`."""
         if plan.layers:
@@ -291,7 +296,7 @@ class Engine:
         """
         if plan.exact:
             return len(chunk) >= LEAST_SAMPLES * classes and not self._is_vectorised(chunk, plan)
-        if plan.draws_random_numbers:
+        if plan.draws_random_numbers or plan.half_precision:
             return False
         device = first_tensor(chunk.x).device.type
         if classes > MOST_CLASSES or device != "cpu" or not isinstance(self.sketch, Identity):
@@ -302,6 +307,7 @@ class Engine:
     def _is_vectorised(self, chunk: Chunk, plan: Plan) -> bool:
         """Whether ``torch.func`` computes all samples at once, tried on two."""
         if plan.vectorised is None:
+            self.check_labels(chunk, plan.num_classes)
             trainable = trainable_parameters(self.model)
             wanted = {n: trainable[n] for layer in plan.exact for n in layer.parameters}
             few = LossGradients(self.model, wanted, self.settings.loss or cross_entropy, self.scale(chunk.x))
@@ -329,6 +335,8 @@ class Engine:
                     raise OutdatedPlanError("a parameter used that has no place in the layout")
                 for layer in self.layout:
                     sums[p, layer.start : layer.stop] = self._sketch_layer(layer, gradients).flatten()
+            if not bool(torch.isfinite(sums.sum())):
+                raise OutdatedPlanError("a sum that is not finite: in half precision the samples' gradients may be")
         except Exception:
             plan.verified = plan.verified_by_class = False
             sums.zero_()

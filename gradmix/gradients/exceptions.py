@@ -21,3 +21,7 @@ class MovedSamplesError(CoupledSamplesError):
 
 class OutdatedPlanError(RuntimeError):
     """A forward pass differs from the plan."""
+
+
+class InnerBackwardError(OutdatedPlanError):
+    """A forward pass computes gradients itself, so that a detached parameter would be missed in it."""

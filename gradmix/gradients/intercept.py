@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
+from gradmix.gradients.exceptions import InnerBackwardError
 from gradmix.gradients.rules import RULES, FunctionCall, ParameterView, Rule
 from gradmix.gradients.rules.normalisation import BatchNorm
 
@@ -30,18 +31,21 @@ class Parameters:
 
     Args:
         named: all parameters that require gradients. A parameter with two names has the first.
+        watched: whether calls with a rule are to be intercepted. Not in a model whose forward pass computes gradients:
+            what it computes depends on the parameters in ways that autograd alone knows.
 
     Attributes:
         users: by parameter name, the call that used it in a way without a rule, in words.
         standardised: inputs that ``batch_norm`` normalised by their own statistics, in the order of the calls.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self.named = dict(named)
+    def __init__(self, named: Mapping[str, nn.Parameter], watched: bool = True) -> None:
+        self.named, self.watched = dict(named), watched
         self._names = {id(parameter): name for name, parameter in self.named.items()}
         self._detached = {name: parameter.detach() for name, parameter in self.named.items()}
         self._copies: dict[int, tuple[Tensor, int, ParameterView]] = {}
-        self.users: dict[str, str] = {}
+        why = "in a forward pass that computes gradients itself"
+        self.users: dict[str, str] = {} if watched else dict.fromkeys(self.named, why)
         self.standardised: list[Tensor] = []
 
     def find(self, value: Any) -> ParameterView | None:
@@ -120,6 +124,9 @@ _COPYING = {
 }
 """Functions whose result has the entries of their first argument."""
 
+_BACKWARD = (torch.autograd.grad, Tensor.backward)
+"""Functions that compute gradients."""
+
 _SILENT = {"__get__", "size", "dim", "numel", "is_contiguous", "stride", "data_ptr", "__len__", "is_floating_point"}
 """Functions that read no entry of a tensor."""
 
@@ -144,6 +151,8 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         """Make one call, by :meth:`intercept` if it has a rule."""
         named = kwargs or {}
+        if func in _BACKWARD and self.parameters.watched:
+            raise InnerBackwardError("a gradient that is computed in the forward pass")
         kind = RULES.get(func)
         if kind is BatchNorm and _uses_batch_statistics(args, named):
             # No rule. Weights leave a path in the graph; activations are refused (gradmix.gradients.planner).
@@ -151,7 +160,7 @@ class Interceptor(TorchFunctionMode):
             kind = None
         if not torch.is_grad_enabled():
             return func(*args, **named)  # a part that the model excludes from its gradient
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or not self.parameters.watched:
             kind = None  # inside vmap, for example, the arguments are not the parameters themselves
         if kind is not None:
             rule = kind.match(FunctionCall(func, args, named), self.parameters.find)
@@ -219,16 +228,21 @@ def parameters_without_rule(output: Tensor, parameters: Mapping[str, Tensor]) ->
 
 
 class _Anchored(torch.autograd.Function):
-    """Connects a tensor with the anchor, without a copy, so that its gradient is computed."""
+    """Connects a tensor with the anchor, without a copy, so that its gradient is computed, and calls a hook with it.
+
+    A hook of the tensor itself would come before those that the model registers on it, which may change the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, _anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, _anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
         ctx.mark_dirty(output)
+        ctx.hook = hook
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.hook(gradients[0])
+        return gradients[0], None, None
 
 
 def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
@@ -243,8 +257,7 @@ def hook_gradient(output: Tensor, anchor: Tensor, hook: Callable[[Tensor], None]
         # Linear layers return a view for inputs of more than two axes. A hook on a view is lost if the model continues
         # in place. No other tensor uses the memory of this view, so that it may become a tensor of its own.
         output = torch.ops.aten._unsafe_view(output, output.shape)
-    result: Tensor = _Anchored.apply(output, anchor)  # type: ignore[no-untyped-call]
-    result.register_hook(hook)
+    result: Tensor = _Anchored.apply(output, anchor, hook)  # type: ignore[no-untyped-call]
     return result
 
 

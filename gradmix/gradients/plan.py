@@ -41,6 +41,7 @@ class Plan:
         num_classes: number of the model's logits.
         verified: whether the samples of a whole batch have been found where the plan expects them.
         vectorised: whether ``torch.func`` computes all samples of the model at once; None: not known.
+        half_precision: whether a call's output is of half precision, as under an autocast inside the model.
         verified_by_class: whether all samples of a batch have been checked in passes for each class.
         wanted: names of the selected parameters whose gradients the calls give; those without a call are unused.
         standardised: shapes of the inputs that ``batch_norm`` normalises by their own statistics: weights.
@@ -57,6 +58,7 @@ class Plan:
     num_classes: int
     verified: bool = False
     verified_by_class: bool = False
+    half_precision: bool = False
     vectorised: bool | None = None
     wanted: tuple[str, ...] = ()
     standardised: tuple[torch.Size, ...] = ()

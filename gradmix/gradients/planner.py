@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradmix.gradients.batch_axis import BatchAxis
-from gradmix.gradients.exceptions import NoRuleError
+from gradmix.gradients.exceptions import InnerBackwardError, NoRuleError
 from gradmix.gradients.intercept import Parameters
 from gradmix.gradients.layers import Layer, WithoutRule, select_parameters, single_layers, trainable_parameters
 from gradmix.gradients.plan import Plan, PlannedCall, plan_without_rules
@@ -83,10 +83,10 @@ def _make_plan(
 ) -> Plan:
     parameters = Parameters(trainable)
     try:
-        found = trace_with_expansion(model, x, parameters)
-    finally:
-        # Also if the trace has found that samples influence each other: batch statistics may be the cause.
-        standardised = check_statistics(model, x, parameters)
+        found, standardised = _trace(model, x, parameters)
+    except InnerBackwardError:
+        parameters = Parameters(trainable, watched=False)
+        found, standardised = _trace(model, x, parameters)
     try:
         axes = _batch_axes(model, x, trainable, found)
     except NoRuleError:
@@ -116,9 +116,20 @@ def _make_plan(
         placement,
         sample_bytes=sum(call.nbytes for call in found.calls) // SAMPLES,
         num_classes=found.num_classes,
+        half_precision=any(call.half_precision for call in found.calls),
         wanted=tuple(name for name in chosen if name not in unruled),
         standardised=standardised,
     )
+
+
+def _trace(model: nn.Module, x: InputTree, parameters: Parameters) -> tuple[Trace, tuple[torch.Size, ...]]:
+    """Return the trace and the shapes of the inputs that ``batch_norm`` normalised by their own statistics in it."""
+    try:
+        found = trace_with_expansion(model, x, parameters)
+    finally:
+        # Also if the trace has found that samples influence each other: batch statistics may be the cause.
+        standardised = check_statistics(model, x, parameters)
+    return found, standardised
 
 
 def _batch_axes(

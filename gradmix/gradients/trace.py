@@ -47,6 +47,7 @@ class TracedCall:
         shape: shape of the output.
         batch_dims: axes of the output that may hold the samples.
         nbytes: bytes of the output.
+        half_precision: whether the output is of half precision.
         dependencies: for each sample, the entries of the output that its logits depend on; None: no entry.
     """
 
@@ -59,6 +60,7 @@ class TracedCall:
     shape: tuple[int, ...]
     batch_dims: tuple[int, ...]
     nbytes: int
+    half_precision: bool
     dependencies: list[Tensor | None]
 
     @classmethod
@@ -75,6 +77,7 @@ class TracedCall:
             tuple(output.shape),
             tuple(rule.batch_dims(output)),
             output.numel() * output.itemsize,
+            output.itemsize < 4,
             [None] * samples,
         )
 
@@ -245,7 +248,7 @@ def check_statistics(model: nn.Module, x: InputTree, parameters: Parameters) -> 
         BatchStatisticsError: such an input changes with the number of samples: it depends on them.
     """
     if parameters.standardised:
-        other = Parameters(parameters.named)
+        other = Parameters(parameters.named, parameters.watched)
         # An error of the model itself is raised elsewhere.
         with suppress(Exception), torch.enable_grad(), without_compilation(), PlainCalls(other):
             forward(model, x, torch.arange(2, device="cpu"))

@@ -243,6 +243,9 @@ def _check_layers(head: Head, calls: list[Call], returned: Tensor, read_at_once:
             )
             continue
         features, logits, misplaced = values
+        if layer.matrix.shape != (logits.shape[1], features.shape[1]):
+            parts.append(f"{layer.describe()} made {logits.shape[1]} logits of {features.shape[1]} features")
+            continue
         given = features, logits, layer.matrix, layer.vector, factor_dtype(logits)
         later = read_at_once and given[2].numel() <= _MOST_CAPTURED
         parts.append(_LayerValues(features, logits, given if later else off_linear(*given), misplaced))
@@ -254,6 +257,8 @@ def _output_of(model: nn.Module, head: Head, captured: _Pass) -> HeadOutput:
     parts: list[_LayerValues] = []
     for part in captured.layers:
         if isinstance(part, str):
+            # Another layer may be the head by now.
+            forget_head(model, head.name)
             raise HeadNotFoundError(f"head: {part}; {_remedy(head)}")
         parts.append(part)
     for layer, part in zip(head.layers, parts, strict=True):

@@ -117,6 +117,8 @@ def standard_layer(module: nn.Module, path: str) -> Layer | None:
         return None
     if isinstance(module, nn.modules.conv._ConvNd) and (getattr(module, "groups", 1) != 1 or module.transposed):
         return None
+    if isinstance(weight, Tensor) and isinstance(bias, Tensor) and bias.shape != weight.shape[:1]:
+        return None  # as of GPT-2's projections, whose weight is (d, C)
     return Layer(module, path, "weight", "bias" if isinstance(bias, Tensor) else None)
 
 

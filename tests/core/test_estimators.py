@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from truth import assert_decisions_agree, double, one_hot
 
 import gradmix
+from gradmix import class_table
 from gradmix.class_table import TABLE_LAMS
 from gradmix.criteria import PairScores
 from gradmix.estimators import JvpEstimator, Network, SketchEstimator
@@ -477,3 +478,10 @@ def test_a_class_table_of_very_many_mixtures_says_how_to_have_fewer() -> None:
         warnings.simplefilter("error")
         make_table(estimator="mixed", class_samples=5)
         make_table(estimator="feature")
+
+
+def test_a_class_table_of_the_fewest_mixtures_does_not_advise_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_table, "MANY_MIXTURES", 10)
+    batch = torch.randn(6, 3, generator=generator()), torch.arange(6) % 3
+    with pytest.warns(UserWarning, match=r"3 classes forwards 45 mixtures .* 5 for each pair .*forwards none$"):
+        GradMix(nn.Linear(3, 3), batch, criterion="class", estimator="mixed", class_samples=1)(*batch)

@@ -247,3 +247,37 @@ def test_a_head_of_another_task_is_looked_for_anew():
     torch.testing.assert_close(
         gradmix.reference_gradient(model, (x, y)), truth.reference(model, "heads.1", x, y).float(), rtol=1e-5, atol=1e-6
     )
+
+
+class Projection(nn.Module):
+    """A layer as GPT-2 has it: weight (d, C)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width, classes)), nn.Parameter(torch.randn(classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_named_head_may_have_its_weight_the_other_way_round() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Projection(5, 4)), torch.randn(8, 6)
+    layer = resolve_head(model, "2", x).layers[0]
+    assert layer.transposed and layer.bias == "bias"
+    batch = x, torch.arange(8) % 4
+    named, found = (
+        gradmix.select_pairs(model, batch, batch, head=head, generator=torch.Generator().manual_seed(0), lam=0.3)
+        for head in ("2", None)
+    )
+    assert torch.equal(named.partner, found.partner)
+
+
+def test_a_head_replaced_by_one_of_another_shape_is_found_by_the_next_call() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False))
+    batch = torch.randn(8, 6), torch.arange(8) % 4
+    gradmix.select_pairs(model, batch, batch)
+    model[2] = Projection(5, 4)
+    with pytest.raises(HeadNotFoundError, match=r"'2' \(Projection, weight 5x4\) made 4 logits of 5 features"):
+        gradmix.select_pairs(model, batch, batch)
+    gradmix.select_pairs(model, batch, batch)
+    assert resolve_head(model).layers[0].transposed

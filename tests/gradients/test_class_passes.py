@@ -374,6 +374,18 @@ def test_a_model_that_draws_random_numbers_is_left_to_layer_rules(always: None) 
         sums(net.double(), batch, without_rule="exact")
 
 
+class Gate(nn.Module):
+    """Uses a parameter in a way without a rule, and reads a value, as ``torch.func`` cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.out = nn.Parameter(torch.ones(6)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert float(x.detach().abs().max()) >= 0
+        return self.out(x * self.gate.exp())
+
+
 class Slope(nn.Module):
     """Uses a parameter in a way without a rule."""
 
@@ -399,12 +411,55 @@ def test_in_half_precision_the_loss_is_scaled(always: None) -> None:
     assert_layers_equal(result, by_class(truth(model, x, y, tiny), y, result.classes), 0.05)
 
 
-def test_sums_too_large_for_half_precision_are_refused(always: None) -> None:
-    model = nn.Sequential(nn.Linear(6, 5), Slope(), nn.Linear(5, 4)).half()
-    x, y = torch.full((64, 6), 8.0, dtype=torch.float16), torch.arange(64) % 2
-    assert sums(model, (x, y), without_rule="exact").ways == {PASSES}
-    with pytest.raises(ValueError, match=r"layer '0' holds .*a smaller scaler= helps"):
-        sums(model, (x, y), without_rule="exact", scaler=2.0**14)
+def test_sums_too_large_for_half_precision_are_what_they_are_with_norms(always: None) -> None:
+    model, x, y = Gate(), torch.rand(256, 6) + 0.5, torch.arange(256) % 2
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert sums(model, (x[:16], y[:16]), without_rule="exact").ways == {PASSES}
+        expected, result = (sums(model, (x, y), without_rule="exact", norms=norms) for norms in (True, False))
+    assert result.ways == expected.ways == {RULES, SINGLE}
+    assert torch.equal(result.vectors, expected.vectors) and bool(result.vectors.isfinite().all())
+
+
+def test_an_autocast_inside_the_model_keeps_the_layer_rules() -> None:
+    def use(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(x, m.weight).float()
+
+    model = Net(use, weight=torch.randn(4, 6)).float()
+    assert sums(model, (torch.randn(32, 6), torch.arange(32) % 2)).ways == {RULES}
+
+
+def test_labels_are_checked_before_torch_func_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an index on a GPU, a label that is no class would end the process's use of it."""
+    met: list[int] = []
+
+    def watched(logits: Tensor, labels: Tensor) -> Tensor:
+        met.append(1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    monkeypatch.setattr(engine, "cross_entropy", watched)
+    batch = torch.randn(16, 6), torch.tensor([0, 7] * 8)
+    for norms in (True, False):
+        with pytest.raises(ValueError, match=r"labels: row 1 is 7, expected a class index in \[0, 4\)"):
+            sums(Gate(), batch, without_rule="exact", norms=norms)
+    assert not met
+
+
+def test_padding_that_torch_skips_without_autograd_does_not_fail_the_check() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(9, 8, padding_idx=0), nn.Linear(8, 4)
+            self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(self.inner(self.embedding(tokens), src_key_padding_mask=tokens == 0).mean(1))
+
+    tokens = torch.randint(1, 9, (16, 6))
+    tokens[1::2, 4:] = 0
+    model, y = Padded(), torch.arange(16) % 2
+    for _ in range(4):
+        assert sums(model, (tokens, y)).ways == {PASSES}
 
 
 def test_a_failure_after_the_passes_leaves_nothing_of_them(always: None) -> None:

@@ -19,6 +19,7 @@ from test_promises import photograph, same
 from torch import Tensor, nn
 
 import gradmix
+from gradmix.gradients import NoRuleError
 
 EXACT = 1e-9
 Gradients = dict[str, Tensor]
@@ -543,3 +544,68 @@ def test_cosines_of_rows_are_those_of_the_whole_gradients() -> None:
     result = identity(model, batch)
     flat = torch.cat([layer_matrix(expected, layer).flatten(1) for layer in result.layout], 1)
     assert (result.cosine() - cosines(flat, flat)).abs().max() <= EXACT
+
+
+def test_a_hook_of_the_model_on_a_layers_output_changes_its_gradient() -> None:
+    """As gradients are scaled or reversed: the engine reads the gradient after such hooks, whatever was first."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if h.requires_grad:
+                h.register_hook(lambda gradient: gradient * 2)
+            return self.last(h.relu())
+
+    model, x, y = Scaled().double(), torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % 4
+    assert_layers_equal(identity(model, (x, y)), truth(model, x, y), EXACT)
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_logits_of_a_batch_that_is_cut_to_its_longest_text(norms: bool) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(self.embedding(tokens[:, : int((tokens > 0).sum(1).max())]))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, 0], labels, reduction="none")
+
+    model, tokens, y = Cut().double(), torch.randint(1, 9, (18, 5)), torch.arange(18) % 3
+    tokens[torch.arange(5) > torch.arange(18)[:, None] % 5] = 0
+    result = gradmix.class_gradients(model, (tokens, y), loss=loss, sketch="identity", norms=norms)
+    assert_layers_equal(result, by_class(truth(model, tokens, y, loss), y, result.classes), EXACT)
+
+
+@pytest.mark.parametrize("by_method", [True, False])
+def test_a_gradient_that_the_forward_pass_computes_is_not_missed(by_method: bool) -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                at = x.detach().requires_grad_()
+                energy = self.first(at).tanh().sum()
+                if by_method:
+                    energy.backward(inputs=[at])
+                    step = at.grad
+                else:
+                    (step,) = torch.autograd.grad(energy, at, create_graph=True)
+            return self.last(self.first(x + step).relu())
+
+    model, x, y = Energy().double(), torch.randn(9, 6, dtype=torch.float64), torch.arange(9) % 2
+    why = "'first.weight', which is used in a forward pass that computes gradients itself"
+    with pytest.raises(NoRuleError, match=why):
+        identity(model, (x, y))
+    expected = truth(model, x, y)
+    assert_layers_equal(identity(model, (x, y), without_rule="exact"), expected, EXACT)
+    result = gradmix.class_gradients(model, (x, y), sketch="identity", norms=False, without_rule="exact")
+    assert_layers_equal(result, by_class(expected, y, result.classes), EXACT)
