@@ -57,9 +57,9 @@ def test_the_page_on_compatibility_has_the_versions_of_the_metadata() -> None:
     rows = {
         cells[1]: cells[2:4] for line in page.splitlines() if len(cells := [c.strip() for c in line.split("|")]) == 6
     }
-    assert sorted(", ".join(rows["Python"]).split(", ")) == sorted(stated)
+    assert set(re.findall(r"3\.\d+", " ".join(rows["Python"]))) == set(stated)
     pinned = re.findall(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
-    assert rows["torch"][0].startswith(f"{pinned[0]}, all tests") and rows["torch"][1] == f"{torch}, and the newest"
+    assert pinned[0] in rows["torch"][0].partition(", all tests")[0] and rows["torch"][1] == f"{torch}, and the newest"
     assert rows["numpy"][1] == f"{numpy} and later"
 
 
