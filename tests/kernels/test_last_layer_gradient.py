@@ -175,6 +175,7 @@ def test_rows_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(last_layer_gradient(*arguments, backend="torch"), truth(arguments), arguments, 3e-7)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_residuals_never_exceed_their_room() -> None:
     """What the torch body allocates at a time stays below 64 MiB and a little, whatever the number of rows."""
     n, classes = 3000, 20_000

@@ -268,6 +268,25 @@ def _bit_field(name: str, modifiers: tuple[str, ...]) -> Elementwise | None:
     return Elementwise(dtype, (dtype, u32, u32), function)
 
 
+def _permutation(name: str, modifiers: tuple[str, ...]) -> Elementwise | None:
+    if modifiers != ("b32",):
+        return None
+    b32 = TYPES["b32"]
+
+    def function(low: Array, high: Array, selector: Array) -> Array:
+        octets = np.stack([word >> np.uint32(8 * k) & np.uint32(255) for word in (low, high) for k in range(4)])
+        result = np.zeros_like(low)
+        for k in range(4):
+            chosen = selector >> np.uint32(4 * k) & np.uint32(15)
+            octet = np.take_along_axis(octets, (chosen & 7).astype(np.int64)[None], 0)[0]
+            signs = np.where(octet & 128, np.uint32(255), np.uint32(0))
+            octet = np.where(chosen & 8, signs, octet)
+            result |= octet << np.uint32(8 * k)
+        return result
+
+    return Elementwise(b32, (b32, b32, b32), function)
+
+
 def _population(name: str, modifiers: tuple[str, ...]) -> Elementwise | None:
     if modifiers not in (("b32",), ("b64",)):
         return None
@@ -371,6 +390,7 @@ _FAMILIES: dict[str, Callable[[str, tuple[str, ...]], Elementwise | None]] = {
     **dict.fromkeys(("shl", "shr"), _shift),
     "bfe": _bit_field,
     "popc": _population,
+    "prmt": _permutation,
     "setp": _comparison,
     "selp": _selection,
     "cvt": _conversion,

@@ -243,6 +243,8 @@ class _Body:
         if text in self.numbers:
             number = self.numbers[text]
             return Register(number, self.registers[number])
+        if re.fullmatch(r"0[xX][0-9A-Fa-f]+U", text):
+            return Immediate(text.removesuffix("U"))
         if re.fullmatch(r"-?\d+|0[xX][0-9A-Fa-f]+|0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}|-?\d+\.\d+", text):
             return Immediate(text)
         return Special(text)

@@ -341,6 +341,16 @@ def test_bit_fields() -> None:
     assert found.tolist() == expected
 
 
+def test_octets_are_chosen_from_two_words() -> None:
+    low, high, selector = (values("b32", seed) for seed in range(3))
+    found, expected = one("prmt.b32", [low, high, selector], "b32"), []
+    for a, b, s in zip(low.tolist(), high.tolist(), selector.tolist(), strict=True):
+        octets = (a | b << 32).to_bytes(8, "little")
+        chosen = [(octets[s >> 4 * k & 7], s >> 4 * k & 8) for k in range(4)]
+        expected.append(int.from_bytes([(255 if v > 127 else 0) if sign else v for v, sign in chosen], "little"))
+    assert found.tolist() == expected
+
+
 def test_comparisons_with_nan_and_selection() -> None:
     names = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
     (a, b) = values("f32", 0), values("f32", 1)
