@@ -122,6 +122,17 @@ def deepened(case: Case) -> Case:
     return replace(case, build=lambda: Deep(case.build()))
 
 
+class Slope(nn.Module):
+    """Uses a parameter in a way without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((5,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, x * self.slope.exp())
+
+
 class Net(nn.Module):
     """Parameters and modules by name, and a function (self, x) that uses them."""
 

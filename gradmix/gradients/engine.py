@@ -283,8 +283,8 @@ class Engine:
                 flat = sketches.flatten(1)
                 sums[:, layer.start : layer.stop].index_add_(0, labels[part], flat)
                 squares[:, index].index_add_(0, labels[part], flat.square().sum(1))
+            self._require_finite(chunk.name, sums)
             ways = [way for way, layers in (("layer rules", plan.layers), ("per sample", plan.exact)) if layers]
-        self._require_finite(chunk.name, sums)
         sketch = self.sketch.describe()
         return ClassGradients(classes, sums, counts, squares if norms else None, self.layout, sketch, frozenset(ways))
 
@@ -335,6 +335,8 @@ class Engine:
                     raise OutdatedPlanError("a parameter used that has no place in the layout")
                 for layer in self.layout:
                     sums[p, layer.start : layer.stop] = self._sketch_layer(layer, gradients).flatten()
+            if passes.scale != 1.0:
+                sums /= passes.scale
             if not bool(torch.isfinite(sums.sum())):
                 raise OutdatedPlanError("a sum that is not finite: in half precision the samples' gradients may be")
         except Exception:
@@ -342,8 +344,6 @@ class Engine:
             sums.zero_()
             return False
         plan.verified_by_class = True
-        if passes.scale != 1.0:
-            sums /= passes.scale
         return True
 
     def _require_finite(self, name: str, vectors: Tensor) -> None:

@@ -13,11 +13,11 @@ from gradmix.labelled_samples import HeadSamples, LabelledSamples, concatenate_s
 from gradmix.model.head import CapturedOutput, HeadLike
 from gradmix.model.head_capture import forward_head
 from gradmix.model.head_values import MASKED
-from gradmix.model.inputs import take
+from gradmix.model.inputs import first_tensor
 from gradmix.model.refusals import refuse_by_name
 from gradmix.model.unchanged import require_finite
 from gradmix.ops.labels import are_live, check_label_range, within_range
-from gradmix.replay.sources import chunks_of, chunks_with_numbers
+from gradmix.replay.sources import chunks_of, chunks_with_numbers, split
 from gradmix.runtime.collectives import Group
 from gradmix.runtime.deferred_checks import check_where, compute_checks
 
@@ -40,10 +40,8 @@ def forward_all(model: nn.Module, head: HeadLike, name: str, samples: LabelledSa
     """
     if len(samples) <= chunk_size:
         return _forward_chunk(model, head, name, samples.x, samples.y, 0)
-    parts = []
-    for start in range(0, len(samples), chunk_size):
-        x, y = (take(value, slice(start, start + chunk_size)) for value in (samples.x, samples.y))
-        parts.append(_forward_chunk(model, head, name, x, y, start))
+    chunks = split(samples.x, samples.y, chunk_size, first_tensor(samples.x).device, 0)
+    parts = [_forward_chunk(model, head, name, x, y, start) for start, x, y in chunks]
     return concatenate_samples(parts, parts[0].logits.shape[1])
 
 

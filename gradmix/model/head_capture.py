@@ -106,16 +106,16 @@ class HeadCapture:
 
     def read_output(self) -> CapturedOutput:
         """Return :attr:`output`; for callers inside :func:`gradmix.runtime.deferred_checks.defer_checks`."""
-        for own, counts in ((True, map(len, self._calls)), (False, [len(self._passes)])):
-            wrong = next((count for count in counts if count != 1), None)
-            if wrong is not None:
-                what = self.head.describe() if own else "the model"
-                # Another layer may end in the logits by now, such as the head of another task.
-                forget_head(self._model, self.head.name)
-                raise HeadNotFoundError(
-                    f"head: {what} was seen to run {wrong} times in one forward pass of the model, expected once (code "
-                    f"compiled before may pass by the hook); {_remedy(self.head)}"
-                )
+        counts = [*map(len, self._calls), len(self._passes)]
+        wrong = next((place for place, count in enumerate(counts) if count != 1), None)
+        if wrong is not None:
+            what = "the model" if wrong == len(self._calls) else self.head.describe()
+            # Another layer may end in the logits by now, such as the head of another task.
+            forget_head(self._model, self.head.name)
+            raise HeadNotFoundError(
+                f"head: {what} was seen to run {counts[wrong]} times in one forward pass of the model, expected once "
+                f"(code compiled before may pass by the hook); {_remedy(self.head)}"
+            )
         features, logits = _output_of(self._model, self.head, self._passes[0])
         return CapturedOutput(features, logits, self.head.appends_one(features))
 

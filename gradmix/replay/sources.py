@@ -143,24 +143,24 @@ def chunks_with_numbers(
             _check_entries(f"{name}: batch {turn}", batch)
             x, y = as_pair(name, batch, any_targets=any_targets)
             if turn % size_of(group) == rank_of(group):
-                yield from _split(x, y, chunk, device, first)
+                yield from split(x, y, chunk, device, first)
             first += num_samples(x)
     elif _is_pair(source):
         x, y = as_pair(name, source, any_targets=any_targets)
         own = local_share(num_samples(x), group)
         x, y = (take(part, slice(own.start, own.stop)) for part in (x, y))
-        yield from _split(x, y, chunk, device, own.start)
+        yield from split(x, y, chunk, device, own.start)
     elif isinstance(source, ReplayBuffer):
         own = local_share(len(source), group)
         for start in range(own.start, own.stop, chunk):
             # In parts, as the buffer may exceed memory.
-            yield from _split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
+            yield from split(*source.part(start, min(start + chunk, own.stop)), chunk, device, start)
     elif _has_items(source):
         own = local_share(len(source), group)  # type: ignore[arg-type]
         for start in range(own.start, own.stop, chunk):
             samples = _items(source, range(start, min(start + chunk, own.stop)))
             x, y = as_pair(name, _collate(name, samples, start), any_targets=any_targets)
-            yield from _split(x, y, chunk, device, start)
+            yield from split(x, y, chunk, device, start)
     else:
         raise TypeError(f"{name}: got {type(source).__name__}, expected {EXPECTED}")
 
@@ -240,7 +240,7 @@ def _check_entries(what: str, value: object) -> None:
         )
 
 
-def _split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
+def split(x: Any, y: Any, chunk: int, device: torch.device, first: int) -> Iterator[tuple[int, Any, Any]]:
     """Yield chunks of a pair on a device, each with the index of its first sample, counted from ``first``."""
 
     def move(leaf: Tensor) -> Tensor:

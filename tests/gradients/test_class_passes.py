@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_networks import ARCHITECTURES, LAYERS, USES, Case, Net, randomise
+from gradient_networks import ARCHITECTURES, LAYERS, USES, Case, Net, Slope, randomise
 from gradient_truth import assert_layers_equal, by_class, cross_entropy
 from gradient_truth import sample_gradients as truth
 from test_promises import photograph, same
@@ -384,17 +384,6 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert float(x.detach().abs().max()) >= 0
         return self.out(x * self.gate.exp())
-
-
-class Slope(nn.Module):
-    """Uses a parameter in a way without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.full((5,), 0.25))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, x * self.slope.exp())
 
 
 def test_in_half_precision_the_loss_is_scaled(always: None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_networks import Case, Net, randomise
+from gradient_networks import Case, Net, Slope, randomise
 from gradient_truth import assert_layers_equal, by_class, flat, layer_matrix
 from gradient_truth import sample_gradients as truth
 from torch import Tensor, nn
@@ -337,17 +337,6 @@ def test_in_half_precision_the_loss_is_scaled() -> None:
         )
     expected = truth(model, x, y, tiny)
     assert_layers_equal(result, expected, 0.05)
-
-
-class Slope(nn.Module):
-    """Uses a parameter in a way without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.full((5,), 0.25))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, x * self.slope.exp())
 
 
 def test_recurrent_layers_do_without_cudnn_and_other_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
